@@ -1,0 +1,263 @@
+"""Configuration: one dataclass per script, filled from `key=value` arguments and `.cfg` presets.
+
+    python sft.py recipes/lora.cfg lr=1e-4 data=[alpaca,dolly] steps=1_000
+    python sft.py help
+
+Later arguments win. A preset holds one `key=value` a line; `#` at the start of a line or after a space begins a
+comment, and a value or list element in double quotes is a JSON string, so that any text fits on one line.
+Nothing is ever evaluated as code.
+"""
+
+import ast
+import dataclasses
+import difflib
+import errno
+import inspect
+import io
+import json
+import os
+import re
+import sys
+import textwrap
+import tokenize
+import types
+import typing
+from pathlib import Path
+
+QUOTED = r'"(?:[^"\\]|\\.)*"'
+COMMENT = re.compile(rf"(?<=[=,\[])\s*{QUOTED}|((?:^|\s)#.*)")  # a quoted value is stepped over, '#' and all
+ELEMENT = re.compile(rf"\s*({QUOTED}|[^,]*?)\s*(?:,|$)")
+BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+class UserError(Exception):
+    """Something the user can put right, in one plain sentence: what, where (file:line), what to do."""
+
+
+class Quoted(str):
+    """Text that stood in double quotes: never `none`, a number or a list, always the text itself."""
+
+
+def unquote(text):
+    return Quoted(json.loads(text)) if re.fullmatch(QUOTED, text) else text
+
+
+def cast(kind, text):
+    """The value that `text` stands for under the annotation `kind`; ValueError when it stands for none."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        for member in sorted(args, key=lambda member: member is not types.NoneType):  # `none` is not the str "none"
+            if isinstance(text, Quoted) and member not in (str, Path) and typing.get_origin(member) is not typing.Literal:
+                continue
+            try:
+                return cast(member, text)
+            except ValueError:
+                pass
+    elif origin is typing.Literal:
+        for option in args:
+            try:
+                if cast(type(option), text) == option:
+                    return option
+            except ValueError:
+                pass
+    elif (origin or kind) in (list, tuple):
+        inner = text.strip()
+        if inner.startswith("["):
+            if not inner.endswith("]"):
+                raise ValueError(text)
+            inner = inner[1:-1].strip()
+        items = [match[1] for match in ELEMENT.finditer(inner + ",")][:-1] if inner else []
+        kinds = args or (str, ...)
+        kinds = kinds[:1] * len(items) if origin is not tuple or kinds[-1] is ... else kinds
+        if "" in items or len(kinds) != len(items):
+            raise ValueError(text)
+        return (origin or kind)(cast(k, unquote(item)) for k, item in zip(kinds, items, strict=True))
+    elif kind is types.NoneType:
+        if text.strip().lower() == "none":
+            return None
+    elif kind is bool:
+        if text.strip().lower() in BOOLS:
+            return BOOLS[text.strip().lower()]
+    elif kind is float:
+        if (value := float(text)) == value:  # nan is no setting
+            return value
+    elif kind in (int, str, Path):
+        return str(text) if kind is str else kind(text)
+    else:
+        raise TypeError(f"no cast for the annotation {kind}")
+    raise ValueError(text)
+
+
+def show(kind, value):
+    """The text from which a preset line reads `value` back."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+            kind = next(k for k in typing.get_args(kind) if (typing.get_origin(k) or k) is type(value))
+        args = typing.get_args(kind) or (str,)
+        kinds = args if typing.get_origin(kind) is tuple and args[-1] is not ... else args[:1] * len(value)
+        return f"[{','.join(show(k, v) for k, v in zip(kinds, value, strict=True))}]"
+    if isinstance(value, (str, Path)):
+        text = str(value)
+        plain = text.isprintable() and re.fullmatch(r'[^\s"#,\[\]]+', text) and cast(kind, text) == value
+        return text if plain else json.dumps(text, ensure_ascii=not text.isprintable())
+    return repr(value)
+
+
+def describe(kind):
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(member) for member in args)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(str(option) for option in args)
+    if origin in (list, tuple) and args and args[-1] is not ... and origin is tuple:
+        return f"{len(args)} values [{','.join(describe(k) for k in args)}]"
+    if (origin or kind) in (list, tuple):
+        return f"list of {describe(args[0]) if args else 'str'}"
+    return {types.NoneType: "none", bool: "true or false", Path: "path"}.get(kind) or kind.__name__
+
+
+def nearest(name, keys):
+    """The key closest in spelling or by initials (`learning_rate` for `lr`, `bs` for `batch_size`), or None."""
+
+    def initials(words):
+        return "".join(word[:1] for word in words.split("_"))
+
+    def score(key):
+        if initials(name) == key or initials(key) == name:
+            return 0.9
+        return difflib.SequenceMatcher(None, name, key).ratio()
+
+    name = name.replace("-", "_")
+    best = max(keys, key=score, default="")
+    return best if score(best) >= 0.5 else None
+
+
+def read_preset(path):
+    """[(where, line)] of the lines that hold something; `where` is file:line."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"preset {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"preset {path} cannot be read as UTF-8 text: {e}") from None
+    lines = [COMMENT.sub(lambda m: "" if m[1] else m[0], line).strip() for line in text.split("\n")]
+    return [(f"{path}:{i}: ", line) for i, line in enumerate(lines, 1) if line]
+
+
+def parse(Config, argv):
+    kinds, values, given = typing.get_type_hints(Config), {}, set()
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+
+    def put(where, line):
+        key, equals, text = line.partition("=")
+        key = key.strip().removeprefix("--")
+        if not equals:
+            raise UserError(f"{where}'{line}' is not key=value" + (f"; write {key}=VALUE" if key in fields else ""))
+        if key not in fields:
+            near = nearest(key, fields)
+            hint = f"did you mean '{near}'?" if near else "`help` lists every key"
+            raise UserError(f"{where}unknown key '{key}'; {hint}")
+        if not where:  # the command line
+            if key in given:
+                raise UserError(f"key '{key}' is given twice on the command line")
+            given.add(key)
+        try:
+            values[key] = cast(kinds[key], unquote(text.strip()) if where else text)
+        except ValueError:
+            raise UserError(f"{where}{key}={text.strip()}: expected {describe(kinds[key])}") from None
+
+    for arg in argv:
+        key, equals, _ = arg.partition("=")
+        if arg.endswith(".cfg") and not (equals and key.removeprefix("--").isidentifier()):
+            for where, line in read_preset(arg):
+                put(where, line)
+        else:
+            put("", arg)
+    missing = [f.name for f in fields.values() if f.name not in values and default(f) is dataclasses.MISSING]
+    if missing:
+        raise UserError(f"'{missing[0]}' has no default: give {missing[0]}=VALUE ({describe(kinds[missing[0]])})")
+    return Config(**values)
+
+
+def load(Config, argv=None):
+    """A `Config` dataclass filled from `argv` (the command line when None).
+
+    A mistake ends the program with status 2 and a sentence on stderr; `help`, `-h`, `--help` print every key and exit.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if any(arg in ("help", "-h", "--help") for arg in argv):
+        print(help_text(Config))
+        sys.exit(0)
+    try:
+        return parse(Config, argv)
+    except UserError as e:
+        fail(e)
+
+
+def default(f):
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def help_text(Config):
+    """The script's docstring, then each key with default, type and source comment, under the comment heading its group."""
+    heads, notes = {}, {}
+    try:
+        source = textwrap.dedent(inspect.getsource(Config))
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {t.start[0]: t.string.strip("# ") for t in tokens if t.type == tokenize.COMMENT}
+        (tree,) = ast.parse(source).body
+        last = tree.lineno
+        for node in tree.body:
+            if isinstance(node, ast.AnnAssign):
+                heads[node.target.id] = [comments[r] for r in range(last + 1, node.lineno) if comments.get(r)]
+                notes[node.target.id] = comments.get(node.end_lineno, "")
+            last = node.end_lineno
+    except OSError:
+        pass  # no source at hand (an interactive session): the keys alone
+    kinds, lines = typing.get_type_hints(Config), [(sys.modules[Config.__module__].__doc__ or "").strip(), ""]
+    for f in dataclasses.fields(Config):
+        lines += ["", *heads[f.name]] if heads.get(f.name) else []
+        value = "" if default(f) is dataclasses.MISSING else show(kinds[f.name], default(f))
+        lines.append(f"  {f.name + '=' + value:<32} {describe(kinds[f.name]):<14} {notes.get(f.name, '')}".rstrip())
+    return "\n".join(lines).strip("\n")
+
+
+def diff(cfg):
+    """["key=value"] of what differs from the defaults."""
+    kinds = typing.get_type_hints(type(cfg))
+    pairs = [(f, getattr(cfg, f.name)) for f in dataclasses.fields(cfg)]
+    return [f"{f.name}={show(kinds[f.name], value)}" for f, value in pairs if value != default(f)]
+
+
+def to_cfg(cfg):
+    """The text of a preset that reproduces `cfg`."""
+    kinds = typing.get_type_hints(type(cfg))
+    return "".join(f"{f.name}={show(kinds[f.name], getattr(cfg, f.name))}\n" for f in dataclasses.fields(cfg))
+
+
+def fail(message):
+    rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+    print(f"{rank}error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run(main, Config):
+    """`main(load(Config))`; a user's mistake, a full disk and Ctrl-C end in a sentence, all else in a traceback."""
+    try:
+        main(load(Config))
+        sys.stdout.flush()
+    except UserError as e:
+        fail(e)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output left (`| head`): end as quietly as a shell's own tools
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as e:
+        # safetensors and torch report a full disk in their own exception types, by text
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(e):
+            fail(f"the disk is full ({e}): free some space, then run the same command again")
+        raise
