@@ -46,9 +46,10 @@ def cast(kind, text):
     """The value that `text` stands for under the annotation `kind`; ValueError when it stands for none."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        for member in sorted(args, key=lambda member: member is not types.NoneType):  # `none` is not the str "none"
-            if isinstance(text, Quoted) and member not in (str, Path) and typing.get_origin(member) is not typing.Literal:
-                continue
+        members = sorted(args, key=lambda k: k is not types.NoneType)  # unquoted `none` is None, not the str "none"
+        if isinstance(text, Quoted):
+            members = [k for k in members if k in (str, Path) or typing.get_origin(k) is typing.Literal]
+        for member in members:
             try:
                 return cast(member, text)
             except ValueError:
@@ -201,7 +202,7 @@ def default(f):
 
 
 def help_text(Config):
-    """The script's docstring, then each key with default, type and source comment, under the comment heading its group."""
+    """The script's docstring, then each key with default, type and comment, under the comment that heads its group."""
     heads, notes = {}, {}
     try:
         source = textwrap.dedent(inspect.getsource(Config))

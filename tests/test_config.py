@@ -1,0 +1,302 @@
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal, Optional
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import config
+
+# fmt: off
+
+
+@dataclass
+class Config:
+    # data
+    data: list[str] = field(
+        default_factory=lambda: ["alpaca"])     # names of data sets
+    out: Path = Path("out/run")                 # run folder
+    # optimizer
+    lr: float = 2e-5                            # peak learning rate
+    steps: int = 100                            # optimizer steps, #1 knob
+    warmup_ratio: float = 0.0                   # share of the steps
+    betas: tuple[float, float] = (0.9, 0.95)    # AdamW
+    batch_size: int = 8                         # rows
+    # sampling
+    top_k: int | None = 50                      # none: all
+    prompt: str = ""                            # text
+    system: Optional[str] = None                # system message
+    sizes: tuple[str, ...] = ()                 # one a data set
+    layers: tuple[int, ...] | None = None       # which
+    compile: bool = False                       # torch.compile
+    schedule: Literal["cosine", "linear"] = "cosine"
+    resume: bool | Literal["auto"] = "auto"     # true, false, auto
+
+# fmt: on
+
+
+def refused(capsys, *argv, Config=Config):
+    """The one line on stderr with which `load` ends the program."""
+    with pytest.raises(SystemExit) as e:
+        config.load(Config, list(argv))
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and not out and err.count("\n") == 1 and err.startswith("error: ")
+    return err
+
+
+def test_defaults():
+    assert config.load(Config, []) == Config()
+
+
+@pytest.mark.parametrize(
+    "argument, key, value",
+    [
+        ("steps=1_000", "steps", 1000),
+        ("--steps=-3", "steps", -3),
+        ("lr=1", "lr", 1.0),
+        ("lr=2e-5", "lr", 2e-5),
+        ("out=2024", "out", Path("2024")),
+        ("top_k=none", "top_k", None),
+        ("top_k=7", "top_k", 7),
+        ("prompt=b=c # d", "prompt", "b=c # d"),
+        ("prompt=", "prompt", ""),
+        ("prompt= none", "prompt", " none"),
+        ('prompt="hi"', "prompt", '"hi"'),
+        ("system=None", "system", None),
+        ("data=[arc,mmlu]", "data", ["arc", "mmlu"]),
+        ("data=arc", "data", ["arc"]),
+        ('data=[ "a, b" , c d]', "data", ["a, b", "c d"]),
+        ("sizes=[all,10%]", "sizes", ("all", "10%")),
+        ("sizes=all,10%", "sizes", ("all", "10%")),
+        ("sizes=[]", "sizes", ()),
+        ("betas=0.8,0.9", "betas", (0.8, 0.9)),
+        ("layers=[1,2]", "layers", (1, 2)),
+        ("layers=none", "layers", None),
+        ("compile=YES", "compile", True),
+        ("compile=0", "compile", False),
+        ("schedule=linear", "schedule", "linear"),
+        ("resume=auto", "resume", "auto"),
+        ("resume=no", "resume", False),
+    ],
+)
+def test_casts(argument, key, value):
+    got = getattr(config.load(Config, [argument]), key)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    "argument, says",
+    [
+        ("learnig_rate=1", "unknown key 'learnig_rate'; did you mean 'lr'?"),
+        ("bs=1", "did you mean 'batch_size'?"),
+        ("--stps=1", "did you mean 'steps'?"),
+        ("--warmup-ratio=1", "did you mean 'warmup_ratio'?"),
+        ("a=b=c", "unknown key 'a'"),
+        ("__name__=x", "unknown key '__name__'"),
+        ("=3", "unknown key ''"),
+        ("steps=abc", "steps=abc: expected int"),
+        ("steps=1.5", "expected int"),
+        ("steps=none", "expected int"),
+        ("steps=", "expected int"),
+        ("lr=fast", "lr=fast: expected float"),
+        ("lr=nan", "expected float"),
+        ("lr=__import__('os')", "expected float"),
+        ("compile=maybe", "expected true or false"),
+        ("betas=0.9", "expected 2 values [float,float]"),
+        ("sizes=[a", "expected list of str"),
+        ("sizes=a,,b", "expected list of str"),
+        ("layers=[1,x]", "expected list of int or none"),
+        ("schedule=cosin", "expected one of cosine, linear"),
+        ("resume=maybe", "expected true or false or one of auto"),
+        ("steps", "'steps' is not key=value; write steps=VALUE"),
+        ("--compile", "write compile=VALUE"),
+        ("", "'' is not key=value"),
+    ],
+)
+def test_mistakes(capsys, argument, says):
+    assert says in refused(capsys, argument)
+
+
+def test_twice_on_the_command_line(capsys):
+    assert "'steps' is given twice" in refused(capsys, "steps=1", "lr=1", "--steps=1")
+
+
+def test_presets(tmp_path):
+    (tmp_path / "a.cfg").write_text(
+        textwrap.dedent("""\
+        # a recipe
+            # indented comment
+
+        steps = 5   # five
+        prompt=C# is = fine  # comment
+        system="a # b\\n\\u00e9"  # "quoted" comment
+        data=["x # y",z]
+        lr=1
+        lr=2
+        """)
+    )
+    (tmp_path / "b=1").mkdir()
+    (tmp_path / "b=1" / "config.cfg").write_bytes("\ufeffsteps=6\r\nsystem=none\r\n".encode())
+    a, b = str(tmp_path / "a.cfg"), str(tmp_path / "b=1" / "config.cfg")
+    want = Config(steps=5, prompt="C# is = fine", system="a # b\né", data=["x # y", "z"], lr=2.0)
+    assert config.load(Config, [a]) == want
+    assert config.load(Config, [a, "steps=7"]).steps == 7
+    assert config.load(Config, ["steps=7", a]).steps == 5  # the later one wins
+    both = config.load(Config, [a, b])
+    assert (both.steps, both.system, both.lr) == (6, None, 2.0)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("\n\nlearnig_rate=1", "p.cfg:3: unknown key 'learnig_rate'; did you mean 'lr'?"),
+        ("steps=abc", "p.cfg:1: steps=abc: expected int"),
+        ("lr=1\nsteps 5", "p.cfg:2: 'steps 5' is not key=value"),
+        ("import os", "p.cfg:1: 'import os' is not key=value"),
+        ('prompt="\\x"', "p.cfg:1: "),
+        (b"prompt=\xff", "cannot be read as UTF-8 text"),
+        (None, "does not exist"),
+    ],
+)
+def test_preset_mistakes(capsys, tmp_path, text, says):
+    path = tmp_path / "p.cfg"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert says in refused(capsys, str(path))
+
+
+def test_required_key(capsys):
+    @dataclass
+    class Required:
+        source: str
+        n: int = 1
+
+    assert config.load(Required, ["source=x"]) == Required("x")
+    assert "'source' has no default: give source=VALUE" in refused(capsys, "n=2", Config=Required)
+
+
+@pytest.mark.parametrize("word", ["help", "-h", "--help"])
+def test_help(capsys, word):
+    with pytest.raises(SystemExit) as e:
+        config.load(Config, ["steps=3", word])
+    out = capsys.readouterr().out
+    assert e.value.code == 0
+    lines = {line.split("=")[0].strip(): line for line in out.splitlines() if "=" in line}
+    assert set(lines) == {f.name for f in fields(Config)}
+    assert lines["steps"].split(maxsplit=2) == ["steps=100", "int", "optimizer steps, #1 knob"]
+    assert lines["data"].endswith("list of str    names of data sets") and "data=[alpaca] " in lines["data"]
+    assert "top_k=50" in lines["top_k"] and "int or none" in lines["top_k"]
+    assert "\n\noptimizer\n  lr=2e-05" in out and "fmt" not in out
+
+
+texts = st.text() | st.sampled_from(
+    ["none", "true", "1", "a,b", "[a]", "\"", "\"a\" # b", "a\nb", " a ", "#", "a=b", "é\u2028", "\udc80"]
+)
+floats = st.floats(allow_nan=False)
+configs = st.builds(
+    Config,
+    data=st.lists(texts),
+    out=texts.map(Path),
+    lr=floats,
+    steps=st.integers(),
+    betas=st.tuples(floats, floats),
+    top_k=st.none() | st.integers(),
+    prompt=texts,
+    system=st.none() | texts,
+    sizes=st.lists(texts).map(tuple),
+    layers=st.none() | st.lists(st.integers()).map(tuple),
+    compile=st.booleans(),
+    schedule=st.sampled_from(["cosine", "linear"]),
+    resume=st.sampled_from([True, False, "auto"]),
+)
+
+
+@given(configs)
+def test_round_trip(tmp_path_factory, cfg):
+    path = tmp_path_factory.getbasetemp() / "round.cfg"
+    path.write_text(config.to_cfg(cfg), encoding="utf-8")
+    assert config.load(Config, [str(path)]) == cfg
+    path.write_text("\n".join(config.diff(cfg)), encoding="utf-8")
+    assert config.load(Config, [str(path)]) == cfg
+
+
+def test_diff():
+    assert config.diff(Config()) == []
+    assert config.diff(Config(lr=1e-4, steps=7, prompt="a b")) == ["lr=0.0001", "steps=7", 'prompt="a b"']
+
+
+SCRIPT = """
+'''A script.'''
+import sys
+from dataclasses import dataclass
+sys.path.insert(0, {root!r})
+import config
+
+@dataclass
+class Config:
+    way: str = "end"  # how to end
+
+def main(cfg):
+    if cfg.way == "user":
+        raise config.UserError("data/train.json:3: no field 'output'; name it with fields=")
+    if cfg.way == "disk":
+        raise OSError(28, "No space left on device", "out/model.safetensors")
+    if cfg.way == "wrapped":
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    if cfg.way == "interrupt":
+        raise KeyboardInterrupt
+    if cfg.way == "bug":
+        raise KeyError("x")
+    for _ in range(100_000 if cfg.way == "pipe" else 1):
+        print(cfg.way)
+
+config.run(main, Config)
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "script.py"
+    path.write_text(SCRIPT.format(root=str(Path(config.__file__).parent)))
+    return path
+
+
+@pytest.mark.parametrize(
+    "argument, status, out, err",
+    [
+        ("way=end", 0, "end\n", ""),
+        ("wya=end", 2, "", "error: unknown key 'wya'; did you mean 'way'?\n"),
+        ("way=user", 2, "", "error: data/train.json:3: no field 'output'; name it with fields=\n"),
+        ("way=disk", 2, "", "error: the disk is full ("),
+        ("way=wrapped", 2, "", "error: the disk is full ("),
+        ("way=interrupt", 130, "", "interrupted\n"),
+    ],
+)
+def test_run(script, argument, status, out, err):
+    done = subprocess.run([sys.executable, str(script), argument], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, out)
+    assert done.stderr.startswith(err) and done.stderr.count("\n") == bool(err)
+
+
+def test_run_names_the_rank(script):
+    done = subprocess.run([sys.executable, str(script), "x=1"], capture_output=True, text=True, env={"RANK": "3"})
+    assert done.returncode == 2 and done.stderr.startswith("[rank 3] error: unknown key 'x'")
+
+
+def test_run_leaves_bugs_their_traceback(script):
+    done = subprocess.run([sys.executable, str(script), "way=bug"], capture_output=True, text=True)
+    assert done.returncode == 1 and "KeyError: 'x'" in done.stderr
+
+
+def test_run_is_quiet_when_the_reader_leaves(script):
+    with subprocess.Popen(
+        [sys.executable, str(script), "way=pipe"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as p:
+        assert p.stdout.readline() == "pipe\n"
+        p.stdout.close()
+        assert p.stderr.read() == ""
+    assert p.returncode == 141
