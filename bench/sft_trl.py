@@ -1,0 +1,100 @@
+"""The peer's half of the fine-tuning comparison: TRL's SFTTrainer on the rows, learning rate, batch and epochs of `sft.py`.
+
+    python bench/sft_trl.py model=models/smollm2 data=out/bench/alpaca/train.jsonl out=out/bench/trl lora_rank=0
+
+`data` holds one {"messages": [...]} a line. TRL's defaults stay as a user finds them: rows padded to the longest of the batch,
+chunked loss, bf16 autocast over fp32 weights. The result is a Hugging Face directory, to be scored by `sft.py steps=0`.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import config
+
+
+@dataclass
+class Config:
+    model: str = "models/smollm2"
+    data: str = "out/bench/alpaca/train.jsonl"
+    out: str = "out/bench/trl"
+    epochs: float = 3.0
+    steps: int = -1  # stop earlier; -1: after `epochs`
+    micro_batch: int = 4  # rows of one forward
+    accumulate: int = 4  # forwards of one optimizer step
+    max_length: int = 512
+    lr: float = 2e-5
+    lora_rank: int = 0
+    lora_alpha: float = 32
+    packing: bool = False
+    threads: int = 2
+    seed: int = 0
+
+
+def main(cfg):
+    start = time.perf_counter()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import resource
+
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    torch.set_num_threads(cfg.threads)
+    rows = []
+    for line in open(cfg.data, encoding="utf-8"):
+        messages = json.loads(line)["messages"]
+        rows.append(dict(prompt=messages[:-1], completion=messages[-1:]))
+    steps = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            steps.append((self.began, time.perf_counter()))
+
+    args = SFTConfig(
+        output_dir=cfg.out, per_device_train_batch_size=cfg.micro_batch, gradient_accumulation_steps=cfg.accumulate,
+        max_length=cfg.max_length, packing=cfg.packing, num_train_epochs=cfg.epochs, max_steps=cfg.steps,
+        learning_rate=cfg.lr, lr_scheduler_type="cosine", warmup_steps=0.03, weight_decay=0.0, bf16=True,
+        use_cpu=not torch.cuda.is_available(), optim="adamw_torch_fused", gradient_checkpointing=False, logging_steps=5,
+        save_strategy="no", report_to=[], disable_tqdm=True, seed=cfg.seed,
+    )  # fmt: skip
+    lora = None
+    if cfg.lora_rank:
+        lora = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+    model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
+    trainer = SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                         callbacks=[Clock()], peft_config=lora)  # fmt: skip
+    counts, collate = [], trainer.data_collator
+
+    def counted(features):
+        batch = collate(features)
+        ids = batch["input_ids"]
+        counts.append(int(batch["attention_mask"].sum()) if "attention_mask" in batch else ids.numel())
+        return batch
+
+    trainer.data_collator = counted
+    trainer.train()
+    model = trainer.model.merge_and_unload() if cfg.lora_rank else trainer.model
+    model.save_pretrained(cfg.out)
+    tokenizer.save_pretrained(cfg.out)
+    timed = steps[1:]  # the first step warms up
+    seconds = sum(end - began for began, end in timed)
+    real = sum(counts[cfg.accumulate : len(steps) * cfg.accumulate])
+    print(json.dumps(dict(
+        steps=len(steps), first_step_s=round(steps[0][1] - start, 1), real_tokens_per_s=round(real / max(seconds, 1e-9), 1),
+        peak_rss_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    )))  # fmt: skip
+
+
+if __name__ == "__main__":
+    config.run(main, Config)

@@ -1,0 +1,232 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) put on and taken off a model from outside, several by name on one base.
+
+    lora.apply(model, rank=16, alpha=32)            # freezes the base, trains the adapter "default"
+    lora.use(model, None)                           # the base alone: the reference policy of DPO and PPO
+    lora.save(model, "out/adapter", base="models/smollm2")     # a PEFT directory, which `peft` loads
+    model, base = lora.open_model("out/adapter")    # a model or adapter directory, whichever it is
+
+Every adapted layer computes  W x + scale * B (A x)  with A (r, in), B (out, r) in fp32, scale = alpha / r, or alpha / sqrt(r)
+when rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732).
+"""
+
+import contextlib
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import checkpoint
+from config import UserError
+
+
+class LoRALinear(nn.Linear):
+    """A frozen nn.Linear with named adapters, of which `active` (a name or None) takes part in forward."""
+
+    @classmethod
+    def around(cls, linear):
+        with torch.device("meta"):
+            self = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.scales, self.dropouts, self.active = {}, {}, None
+        return self
+
+    def add(self, name, rank, scale, dropout):
+        new = dict(dtype=torch.float32, device=self.weight.device)
+        self.lora_A[name] = nn.Parameter(torch.empty(rank, self.in_features, **new))
+        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, rank, **new))
+        nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))  # peft's: the scale of nn.Linear's own
+        self.scales[name], self.dropouts[name] = scale, dropout
+
+    def delta(self):
+        """scale * B A of the active adapter, (out, in), fp32."""
+        return self.scales[self.active] * (self.lora_B[self.active].float() @ self.lora_A[self.active].float())
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if self.active is None:
+            return y
+        x = F.dropout(x, self.dropouts[self.active], self.training)
+        low = F.linear(x, self.lora_A[self.active].to(x.dtype))
+        return y + F.linear(low, self.lora_B[self.active].to(low.dtype)) * self.scales[self.active]
+
+
+def adapted(model):
+    """(name, LoRALinear) of every adapted layer."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]
+
+
+def _wrap(model, name):
+    parent, leaf = name.rpartition(".")[::2]
+    module = model.get_submodule(name)
+    if not isinstance(module, LoRALinear):
+        module = LoRALinear.around(module)
+        setattr(model.get_submodule(parent), leaf, module)
+    return module
+
+
+def apply(model, rank, alpha, dropout=0.0, targets="all-linear", name="default", rslora=False):
+    """Freezes everything there is and adds a trainable adapter to the linear layers that `targets` names: a list of suffixes
+    such as ["q_proj", "v_proj"], or "all-linear": every linear layer of the blocks, not the head. Makes it the active one."""
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("model.layers.")]
+    chosen = linears
+    if targets != "all-linear":
+        suffixes = [targets] if isinstance(targets, str) else list(targets)
+        for s in suffixes:
+            if not any(n == s or n.endswith("." + s) for n in linears):
+                leaves = sorted({n.rpartition(".")[2] for n in linears})
+                raise UserError(f"lora_targets: no layer ends in {s!r}; the linear layers are {', '.join(leaves)}")
+        chosen = [n for n in linears if any(n == s or n.endswith("." + s) for s in suffixes)]
+    if not adapted(model):
+        model.requires_grad_(False)
+    for n in chosen:
+        _wrap(model, n).add(name, rank, alpha / (math.sqrt(rank) if rslora else rank), dropout)
+    use(model, name)
+
+
+def use(model, name):
+    """Switches every adapted layer to the adapter `name`, or to the bare base with None. Layers without it run bare."""
+    layers = adapted(model)
+    if name is not None and not any(name in m.scales for _, m in layers):
+        raise KeyError(f"there is no adapter {name!r} on this model")
+    for _, m in layers:
+        m.active = name if name in m.scales else None
+
+
+def parameters(model, name="default"):
+    """The adapter's own tensors."""
+    return [p for _, m in adapted(model) if name in m.scales for p in (m.lora_A[name], m.lora_B[name])]
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def merged(model):
+    """Within: the active adapter is folded into the weights (added in fp32), so that a forward costs what the base's does.
+    After: the very same base tensors are back, nothing is subtracted."""
+    layers = [(m, m.active, m.weight.data) for _, m in adapted(model) if m.active is not None]
+    for m, _, weight in layers:
+        m.weight.data = (weight.float() + m.delta()).to(weight.dtype)
+        m.active = None
+    try:
+        yield model
+    finally:
+        for m, active, weight in layers:
+            m.weight.data, m.active = weight, active
+
+
+@torch.no_grad()
+def merge(model):
+    """Folds the active adapter into the weights for good, in fp32, and takes all adapters off. Returns the model."""
+    for name, m in adapted(model):
+        if m.active is not None:
+            m.weight.data = (m.weight.float() + m.delta()).to(m.weight.dtype)
+        plain = nn.Linear(1, 1, bias=False, device="meta")
+        plain.in_features, plain.out_features = m.in_features, m.out_features
+        plain.weight, plain.bias = m.weight, m.bias
+        parent, leaf = name.rpartition(".")[::2]
+        setattr(model.get_submodule(parent), leaf, plain)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- PEFT directories
+
+PREFIX = "base_model.model."
+
+
+def save(model, dir, name="default", base="", tensors=None):
+    """Writes the adapter as a PEFT directory. A trained head (`score`) goes along in full, as modules_to_save.
+    base: the model directory it belongs to, kept in adapter_config.json. tensors: the model's tensors where they are gathered
+    already (sharded training); default: its own."""
+    layers = [(n, m) for n, m in adapted(model) if name in m.scales]
+    if not layers:
+        raise KeyError(f"there is no adapter {name!r} on this model")
+    tensors = dict(model.named_parameters()) if tensors is None else tensors
+    out = {}
+    for n, _ in layers:
+        for ab in ("lora_A", "lora_B"):
+            out[f"{PREFIX}{n}.{ab}.weight"] = tensors[f"{n}.{ab}.{name}"].detach().cpu().contiguous()
+    rank, scale = layers[0][1].lora_A[name].shape[0], layers[0][1].scales[name]
+    score = "score.weight" in tensors
+    if score:
+        out[PREFIX + "score.weight"] = tensors["score.weight"].detach().cpu().contiguous()
+    leaves = sorted({n.rpartition(".")[2] for n, _ in layers})
+    config = dict(
+        peft_type="LORA", task_type="SEQ_CLS" if score else "CAUSAL_LM", base_model_name_or_path=str(base),
+        r=rank, lora_alpha=scale * rank, lora_dropout=layers[0][1].dropouts[name], target_modules=leaves,
+        bias="none", use_rslora=False, use_dora=False, fan_in_fan_out=False, inference_mode=True, init_lora_weights=True,
+        modules_to_save=["score"] if score else None, rank_pattern={}, alpha_pattern={}, layers_to_transform=None,
+    )  # fmt: skip
+    checkpoint.write_tensors(out.items(), dir, name="adapter_model")
+    checkpoint.write_text(Path(dir) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def read_config(dir):
+    """adapter_config.json of a PEFT directory, refused when it says something that this file does not do."""
+    path = Path(dir) / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{dir} is no adapter directory: it has no adapter_config.json") from None
+    except ValueError as e:
+        raise UserError(f"{path}: not readable as JSON ({e})") from None
+    unsupported = dict(use_dora=False, bias="none", fan_in_fan_out=False, rank_pattern={}, alpha_pattern={}, megatron_config=None)
+    for key, plain in unsupported.items():
+        if (config.get(key) or plain) != plain:
+            raise UserError(f"{path}: {key}={config[key]!r} is not supported (only {plain!r} is)")
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type {config.get('peft_type')!r} is not supported (only 'LORA' is)")
+    return config
+
+
+def load(model, dir, name="default"):
+    """Reads a PEFT directory into the adapter `name` (made active; not frozen). Raises UserError for another base's adapter."""
+    config = read_config(dir)
+    rank, alpha = config["r"], config["lora_alpha"]
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if not adapted(model):
+        model.requires_grad_(False)
+    used = set()
+    for key, tensor in checkpoint.read_tensors(dir, name="adapter_model").items():
+        module = key.removeprefix(PREFIX).removesuffix(".weight")
+        if module == "score" or module == "score.modules_to_save":
+            if not hasattr(model, "score"):
+                raise UserError(f"{dir}: the adapter carries a score head, but the model was not opened as a score model")
+            model.score.weight.data.copy_(tensor)
+            continue
+        module, _, ab = module.rpartition(".")
+        linear = dict(model.named_modules()).get(module) if module not in used else model.get_submodule(module)
+        if ab not in ("lora_A", "lora_B") or not isinstance(linear, nn.Linear):
+            raise UserError(f"{dir}: tensor {key} belongs to no linear layer of this model: an adapter for another base?")
+        size = (rank, linear.in_features) if ab == "lora_A" else (linear.out_features, rank)
+        if tuple(tensor.shape) != size:
+            raise UserError(f"{dir}: {key} is {tuple(tensor.shape)}, this model takes {size}: an adapter for another base?")
+        if module not in used:
+            _wrap(model, module).add(name, rank, scale, config.get("lora_dropout", 0.0))
+            used.add(module)
+        getattr(model.get_submodule(module), ab)[name].data.copy_(tensor)
+    if not used:
+        raise UserError(f"{dir}: adapter_model.safetensors holds no LoRA tensors")
+    use(model, name)
+
+
+def is_adapter(dir):
+    return (Path(dir) / "adapter_config.json").exists()
+
+
+def open_model(dir, base=None, device="cpu", dtype=None, head=None):
+    """Opens a model directory or an adapter directory -> (model, directory of the model that holds config and tokenizer).
+    `base` takes the place of the base that the adapter names, in memory: no file is changed."""
+    if not is_adapter(dir):
+        return checkpoint.load_model(dir, device=device, dtype=dtype, head=head), Path(dir)
+    config = read_config(dir)
+    named = base or config.get("base_model_name_or_path") or ""
+    found = next((p for p in (Path(named), Path(dir) / named) if named and (p / "config.json").exists()), None)
+    if found is None:
+        raise UserError(f"{dir}: its base model {str(named)!r} is not a model directory here; name one with base=")
+    head = head or ("score" if config.get("task_type") == "SEQ_CLS" else None)
+    model = checkpoint.load_model(found, device=device, dtype=dtype, head=head)
+    load(model, dir)
+    return model, found

@@ -1,0 +1,138 @@
+"""What every stage's loss is made of: token log-probabilities without a (B, T, V) tensor, and masked statistics.
+
+The output matrix and the softmax run over chunks of rows, so that the fp32 logits of a chunk are the largest thing that exists.
+A loss is always a sum over tokens that the caller divides by the global number of target tokens: then the gradient does not
+depend on how a batch is cut into micro-batches, ranks or packed rows.
+"""
+
+import torch
+
+CHUNK_LOGITS = 2**25  # logits of one chunk: 128 MB in fp32
+
+
+def _compute_dtype(hidden):
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _chunks(hidden, weight, targets, temperature):
+    """Yields (slice, hidden chunk (n, C), fp32 log-probabilities (n, V)) over the N rows."""
+    size = max(16, CHUNK_LOGITS // weight.shape[0])
+    for start in range(0, len(targets), size):
+        rows = slice(start, start + size)
+        logits = (hidden[rows] @ weight.t()).float()
+        yield rows, hidden[rows], torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+
+
+def _pick(logprobs, targets):
+    return logprobs.gather(1, targets[:, None]).squeeze(1)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """sum_n weights_n * -log p(target_n). The gradients are made in the forward pass, while a chunk's softmax is at hand."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, weights, dtype):
+        x, w = hidden.to(dtype), head.to(dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_w = torch.zeros(head.shape, dtype=torch.float32, device=x.device) if ctx.needs_input_grad[1] else None
+        for rows, xs, logprobs in _chunks(x, w, targets, 1.0):
+            loss -= (_pick(logprobs, targets[rows]) * weights[rows]).sum()
+            if grad_x is None and grad_w is None:
+                continue
+            grad = logprobs.exp_().mul_(weights[rows, None])  # d loss / d logits = weight * (softmax - onehot)
+            grad = grad.scatter_add_(1, targets[rows, None], -weights[rows, None]).to(dtype)
+            if grad_x is not None:
+                grad_x[rows] = grad @ w
+            if grad_w is not None:
+                grad_w += grad.t() @ xs
+        ctx.save_for_backward(grad_x, grad_w)
+        ctx.dtypes = hidden.dtype, head.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        out = [None if g is None else (g * grad).to(d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        return *out, None, None, None
+
+
+def cross_entropy(hidden, head_weight, targets, weights):
+    """Summed next-token loss. hidden (N, C), head_weight (V, C), targets (N,) int64, weights (N,) fp32, 0 for no target.
+
+    Returns sum_n weights_n * -log softmax(hidden_n @ head_weight^T)[targets_n] in fp32: divide by the global token count yourself.
+    """
+    return _CrossEntropy.apply(hidden, head_weight, targets, weights.float(), _compute_dtype(hidden))
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log p(target_n) and the entropy of p at n; the backward pass recomputes a chunk's softmax."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, temperature, dtype):
+        x, w = hidden.to(dtype), head.to(dtype)
+        out = torch.empty(len(targets), dtype=torch.float32, device=x.device)
+        entropy = torch.empty_like(out)
+        for rows, _, logprobs in _chunks(x, w, targets, temperature):
+            out[rows] = _pick(logprobs, targets[rows])
+            entropy[rows] = -(logprobs.exp() * logprobs).sum(-1)
+        ctx.save_for_backward(hidden, head, targets, entropy)
+        ctx.temperature, ctx.dtype = temperature, dtype
+        return out, entropy
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_entropy):
+        hidden, head, targets, entropy = ctx.saved_tensors
+        x, w = hidden.to(ctx.dtype), head.to(ctx.dtype)
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_w = torch.zeros(head.shape, dtype=torch.float32, device=x.device) if ctx.needs_input_grad[1] else None
+        for rows, xs, logprobs in _chunks(x, w, targets, ctx.temperature):
+            p = logprobs.exp()
+            grad = -p * grad_out[rows, None]  # d log p_t / d logits = onehot - p
+            grad.scatter_add_(1, targets[rows, None], grad_out[rows, None])
+            grad -= p * (logprobs + entropy[rows, None]) * grad_entropy[rows, None]  # d H / d logits = -p (log p + H)
+            grad = (grad / ctx.temperature).to(ctx.dtype)
+            if grad_x is not None:
+                grad_x[rows] = grad @ w
+            if grad_w is not None:
+                grad_w += grad.t() @ xs
+        return (
+            None if grad_x is None else grad_x.to(hidden.dtype),
+            None if grad_w is None else grad_w.to(head.dtype),
+            None, None, None,
+        )  # fmt: skip
+
+
+def token_logprobs(hidden, head_weight, targets, temperature=1.0, entropy=False):
+    """log softmax(hidden @ head_weight^T / temperature)[targets]: hidden (N, C), head_weight (V, C), targets (N,) -> (N,) fp32.
+
+    Differentiable and chunked. With entropy=True returns (logprobs, entropy of the whole distribution), both (N,).
+    """
+    out = _TokenLogprobs.apply(hidden, head_weight, targets, temperature, _compute_dtype(hidden))
+    return out if entropy else out[0]
+
+
+@torch.no_grad()
+def evaluate_tokens(hidden, head_weight, targets):
+    """For validation: (loss (N,) fp32, hit (N,) bool: the likeliest token is the target) of each row."""
+    dtype = _compute_dtype(hidden)
+    loss = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    hit = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
+    for rows, _, logprobs in _chunks(hidden.to(dtype), head_weight.to(dtype), targets, 1.0):
+        loss[rows] = -_pick(logprobs, targets[rows])
+        hit[rows] = logprobs.argmax(-1) == targets[rows]
+    return loss, hit
+
+
+def masked_mean(x, mask):
+    """Mean of x where mask is 1; 0 where there is nothing to average."""
+    mask = mask.to(x.dtype)
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def masked_whiten(x, mask, shift_mean=True):
+    """x scaled to variance 1 (biased) and, with shift_mean, mean 0 over the mask; zero outside it."""
+    mask = mask.to(x.dtype)
+    mean = masked_mean(x, mask)
+    scale = (masked_mean((x - mean) ** 2, mask) + 1e-8).rsqrt()
+    return ((x - mean) * scale + (0 if shift_mean else mean)) * mask
