@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Runs the style check and the tests on a machine that has Python 3.11 or newer and nothing else.
+#
+#   bash test.sh              bash test.sh tests/test_model.py -k rope
+#
+# Installs into .venv-test (NANOINSTRUCT_VENV: another folder) the first time and when a requirement has changed.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+torch=torch==2.13.0
+venv=${NANOINSTRUCT_VENV:-.venv-test}
+stamp=$venv/requirements.txt
+wanted=$(echo $torch | cat - requirements.txt requirements-test.txt)
+
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    python=$(command -v python3.11 || command -v python3)
+    "$python" -m venv "$venv"
+    "$venv/bin/python" -m pip install -q $torch
+    "$venv/bin/python" -m pip install -q $torch -r requirements.txt -r requirements-test.txt
+    echo "$wanted" > "$stamp"
+fi
+
+"$venv/bin/python" -m ruff check -q .
+exec "$venv/bin/python" -m pytest -q "$@"
