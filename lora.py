@@ -73,8 +73,8 @@ def apply(model, rank, alpha, dropout=0.0, targets="all-linear", name="default",
     such as ["q_proj", "v_proj"], or "all-linear": every linear layer of the blocks, not the head. Makes it the active one."""
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("model.layers.")]
     chosen = linears
-    if targets != "all-linear":
-        suffixes = [targets] if isinstance(targets, str) else list(targets)
+    suffixes = [targets] if isinstance(targets, str) else list(targets)
+    if suffixes != ["all-linear"]:
         for s in suffixes:
             if not any(n == s or n.endswith("." + s) for n in linears):
                 leaves = sorted({n.rpartition(".")[2] for n in linears})

@@ -79,10 +79,16 @@ def _compiled_flex():
     return torch.compile(flex_attention)  # uncompiled, flex_attention builds all scores
 
 
-def attention_mask(docs, window):
+def attention_mask(docs, window, split=False):
     """What each token may see: earlier tokens of its document, at most `window` back (0: all).
-    docs (B, T) -> a BlockMask for flex_attention on CUDA, a bool (B, 1, T, T) for scaled_dot_product_attention elsewhere."""
+    docs (B, T) -> a BlockMask for flex_attention on CUDA; elsewhere a bool (B, 1, T, T) for scaled_dot_product_attention, or,
+    with `split`, the documents' lengths along the flattened rows: attention then runs document by document."""
     B, T = docs.shape
+    if split and not window and docs.device.type == "cpu":
+        starts = torch.ones(B, T, dtype=torch.bool)
+        starts[:, 1:] = docs[:, 1:] != docs[:, :-1]
+        edges = [*starts.flatten().nonzero().squeeze(1).tolist(), B * T]
+        return [b - a for a, b in zip(edges, edges[1:], strict=False)]
     if docs.is_cuda:
 
         def visible(b, h, q, k):
@@ -143,6 +149,11 @@ class Attention(nn.Module):
         if isinstance(mask, BlockMask):
             flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
             y = flex(q, k, v, block_mask=mask, enable_gqa=True)
+        elif isinstance(mask, list):
+            flat = (t.transpose(0, 1).reshape(1, -1, B * T, self.head_dim).split(mask, dim=2) for t in (q, k, v))
+            one = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+            y = torch.cat([one(*document) for document in zip(*flat, strict=True)], dim=2)
+            y = y.view(-1, B, T, self.head_dim).transpose(0, 1)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -200,6 +211,7 @@ class Transformer(nn.Module):
         elif not cfg.tie_embeddings:
             self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         self.inv_freq = rope_frequencies(cfg)  # no buffer: it must stay fp32 whatever dtype the model is cast to
+        self.split_documents = True  # on a CPU: 1.8x faster than a dense mask, but a new graph each time for torch.compile
         self.checkpoint = None  # set to a function(layer, *inputs) to recompute activations in the backward pass
 
     def init_weights(self, std=0.02):
@@ -251,7 +263,7 @@ class Transformer(nn.Module):
             if cache is not None:
                 masks[w] = cache_mask(positions, cache[0][0].shape[2], w)
             elif docs is not None:
-                masks[w] = attention_mask(docs, w)
+                masks[w] = attention_mask(docs, w, self.split_documents)
             else:
                 masks[w] = attention_mask(torch.zeros_like(tokens), w) if 0 < w < T else None
         rope = self.rotary(positions)

