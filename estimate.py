@@ -12,7 +12,7 @@ def memory(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False)
     """Peak bytes of one device by part, for AdamW under autocast. tokens: of one forward on one device (B x T).
     shards: devices over which weights, gradients and moments are cut (FSDP); 1 where each holds them whole.
 
-    Activations count what autograd keeps of a block: the two norms (input and output, in the residual's dtype, and their cast), q, k, v
+    Activations count what autograd keeps of a block: the two norms (input and output in the residual's dtype, and a cast), q, k, v
     before and after the rotation, the attention's output, and the four (T, F) tensors of SwiGLU.
     """
     cfg, size = model.cfg, dtype.itemsize

@@ -248,7 +248,7 @@ class Transformer(nn.Module):
         """tokens (B, T) -> hidden (B, T, C) after the last norm; feed it to .logits, .score or losses.py.
 
         positions (B, T): rotary positions; default: restarting with each document. docs (B, T): document ids; default: one.
-        cache: per layer (keys, values), each (B, K, S, D); this call's are written to the slots `positions`, which are then required.
+        cache: per layer (keys, values), each (B, K, S, D); this call's go to the slots `positions`, which are then required.
         """
         B, T = tokens.shape
         if positions is None:
