@@ -1,12 +1,14 @@
 """Model directories and training state on disk.
 
-A model directory is a Hugging Face directory: config.json, safetensors (one file, or shards with an index) and the tokenizer's
-files. What transformers writes opens here, and the reverse. Nothing is pickled, and no file is ever half-written: each is written
-under a temporary name, flushed to the disk and renamed, in an order that leaves the old or the new whole whenever the power goes.
+A model directory is a Hugging Face directory: config.json, safetensors (one file, or shards with an index) and the
+tokenizer's files. What transformers writes opens here, and the reverse. Nothing is pickled, and no file is ever
+half-written: each is written under a temporary name, flushed to the disk and renamed, in an order that leaves the old
+or the new whole whenever the power goes.
 
     model = load_model("models/smollm2", dtype=torch.bfloat16)
     save_model(model, "out/sft/last", like="models/smollm2")       # tokenizer files come from `like`
-    save_state("out/sft/state", tensors, {"step": 100});  tensors, meta = load_state("out/sft/state")
+    save_training("out/sft/state", rt, trained, {"adamw": optimizer}, step=100)
+    meta, _ = load_training("out/sft/state", rt, trained, {"adamw": optimizer})
 """
 
 import contextlib
@@ -35,7 +37,7 @@ TOKENIZER_FILES = [
 STRETCH = 1 << 26  # bytes of a tensor that are converted at a time
 
 
-# --- config.json ---------------------------------------------------------------------------------------------------------------
+# --- config.json ----------------------------------------------------------------------------------------------
 
 
 def read_json(path):
@@ -151,8 +153,8 @@ def parse_rope(c, refuse):
 def config_json(cfg, like=None, **extra):
     """The dict of a config.json, in the spelling that transformers 4 and 5 both read.
 
-    like: a model directory; what its config.json says beyond the architecture is kept (token ids alone, from another family).
-    extra: keys to set, such as eos_token_id. Raises UserError when no architecture of transformers is what `cfg` describes."""
+    like: a model directory; what its config.json says beyond the architecture is kept (from another family: token ids).
+    extra: keys to set, such as eos_token_id. UserError when no architecture of transformers is what `cfg` describes."""
     out = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # null: transformers would assume 1 and 2
     if like and (Path(like) / "config.json").exists():
         old = read_json(Path(like) / "config.json")
@@ -203,7 +205,7 @@ def config_json(cfg, like=None, **extra):
     return out
 
 
-# --- tensors -------------------------------------------------------------------------------------------------------------------
+# --- tensors --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -236,8 +238,8 @@ class Tensors(Mapping):
         return len(self.files)
 
     def stretches(self, name):
-        """Yields (row, rows from there on) in pieces of STRETCH bytes, each through a mapping of its own: the memory that the
-        file's pages take is only given back when they are unmapped."""
+        """Yields (row, rows from there on) in pieces of STRETCH bytes, each through a mapping of its own: the memory
+        that the file's pages take is only given back when they are unmapped."""
         shape, width = self[name].shape, self[name][:1].nbytes
         step = max(1, STRETCH // max(1, width))
         for i in range(0, shape[0], step):
@@ -254,7 +256,7 @@ class Tensors(Mapping):
 
 
 def read_tensors(path, name="model"):
-    """A safetensors file, or a directory with {name}.safetensors or {name}.safetensors.index.json and its shards -> Tensors."""
+    """A safetensors file, or a directory with {name}.safetensors or with {name}.safetensors.index.json -> Tensors."""
     path = Path(path)
     single, index = path / f"{name}.safetensors", path / f"{name}.safetensors.index.json"
     if not path.is_dir():
@@ -273,10 +275,10 @@ def read_tensors(path, name="model"):
 
 
 def write_tensors(tensors, dir, name="model", shard_bytes=5e9):
-    """(key, tensor) pairs -> {name}.safetensors in `dir`, or shards with an index where they take over `shard_bytes` bytes.
+    """(key, tensor) pairs -> {name}.safetensors in `dir`, or shards with an index if they are over `shard_bytes` bytes.
 
-    The pairs are consumed one by one, and one shard of them is in memory at a time. An older save stays whole until the new one is
-    complete: new shards never take the names of those that the old index lists."""
+    The pairs are consumed one by one, and one shard of them is in memory at a time. An older save stays whole until the
+    new one is complete: new shards never take the names of those that the old index lists."""
     dir = Path(dir)
     dir.mkdir(parents=True, exist_ok=True)
     single, index = dir / f"{name}.safetensors", dir / f"{name}.safetensors.index.json"
@@ -284,9 +286,13 @@ def write_tensors(tensors, dir, name="model", shard_bytes=5e9):
     total = 0
 
     def flush():
-        written.append((dir / f"{name}-{len(written) + 1:05d}.safetensors.tmp", list(shard)))
-        save_file(shard, written[-1][0], metadata={"format": "pt"})
-        sync(written[-1][0])
+        path = dir / f"{name}-{len(written) + 1:05d}.safetensors.tmp"
+        path.touch()
+        mode = path.stat().st_mode
+        written.append((path, list(shard)))
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(mode)  # save_file leaves a file that the owner alone can read
+        sync(path)
         shard.clear()
 
     try:
@@ -322,7 +328,7 @@ def write_tensors(tensors, dir, name="model", shard_bytes=5e9):
             path.unlink()
 
 
-# --- files that are whole or absent ----------------------------------------------------------------------------------------------
+# --- files that are whole or absent ---------------------------------------------------------------------------
 
 
 def sync(path):
@@ -361,7 +367,7 @@ def recover_dir(dir):
 
 
 def replace_dir(tmp, dir):
-    """Puts the finished folder `tmp` in the place of `dir`. Two renames; after a kill between them recover_dir restores `dir`."""
+    """Puts the finished folder `tmp` in the place of `dir` by two renames; recover_dir repairs a kill between them."""
     dir = Path(dir)
     recover_dir(dir)
     old = dir.with_name(dir.name + ".old")
@@ -372,16 +378,16 @@ def replace_dir(tmp, dir):
     shutil.rmtree(old, ignore_errors=True)
 
 
-# --- models --------------------------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------------------
 
 
 def load_model(dir, device="cpu", dtype=None, head=None):
     """A model directory -> Transformer, on `device`, in `dtype` (None: the one its embedding is stored in).
 
-    On the CPU and in the stored dtype the parameters are the file itself, memory-mapped; otherwise they are converted in stretches,
-    so no more than the weights is ever in memory. head="score" on a language model drops its output matrix and starts a fresh
-    score head (seeded by torch's generator); a score head is always fp32. UserError names tensors that are missing, unexpected or
-    of another shape."""
+    On the CPU and in the stored dtype the parameters are the file itself, memory-mapped; otherwise they are converted
+    in stretches, so no more than the weights is ever in memory. head="score" on a language model drops its output
+    matrix and starts a fresh score head (from torch's generator); a score head is always fp32. UserError names tensors
+    that are missing, unexpected or of another shape."""
     cfg = load_config(dir)
     fresh = head == "score" and cfg.head == "lm"
     if head == "lm" and cfg.head == "score":
@@ -390,7 +396,7 @@ def load_model(dir, device="cpu", dtype=None, head=None):
     with torch.device("meta"):
         model = Transformer(cfg)
     tensors = read_tensors(dir)
-    names = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}  # early transformers saved a constant
+    names = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}  # a constant that old files hold
     wanted = {name: p.shape for name, p in model.named_parameters()}
     if fresh:
         names.discard("lm_head.weight")
@@ -417,7 +423,7 @@ def load_model(dir, device="cpu", dtype=None, head=None):
 
 
 def check_tensors(where, wanted, found):
-    """UserError unless `found` {name: tensor} are float tensors of exactly the names and shapes `wanted` {name: shape}."""
+    """UserError unless `found` {name: tensor} holds floats of exactly the names and shapes in `wanted` {name: shape}."""
 
     def some(names):
         names = sorted(names)
@@ -439,33 +445,33 @@ def check_tensors(where, wanted, found):
 def save_model(model, dir, dtype=None, like=None, tensors=None, shard_bytes=5e9, **extra):
     """Transformer -> a model directory. dtype: of the file (None: as the model holds it; a score head stays fp32).
 
-    like: the directory that the model came from: its tokenizer files and generation_config.json are copied byte for byte, and what
-    its config.json says beyond the architecture is kept. tensors {name: tensor}: the weights, where the model itself does not hold
-    them whole (sharded over ranks). extra: keys of config.json to set. config.json comes last: without it there is no model."""
+    like: the directory that the model came from: its tokenizer files and generation_config.json are copied byte for
+    byte, and what its config.json says beyond the architecture is kept. tensors {name: tensor}: the weights, where the
+    model does not hold them whole (sharded over ranks). extra: keys of config.json to set. config.json comes last:
+    without it there is no model."""
     dir, cfg = Path(dir), model.cfg
     tensors = dict(model.named_parameters()) if tensors is None else tensors
     main = dtype or tensors["model.embed_tokens.weight"].dtype
     config = config_json(cfg, like, **{"torch_dtype": str(main).removeprefix("torch.")} | extra)
-    casts = ((name, t.detach() if dtype is None or name == "score.weight" else t.detach().to(dtype)) for name, t in tensors.items())
+    kept = {"score.weight"} if dtype else tensors.keys()
+    casts = ((name, t.detach() if name in kept else t.detach().to(dtype)) for name, t in tensors.items())
     write_tensors(casts, dir, shard_bytes=shard_bytes)
     copy_tokenizer(like, dir)
     write_text(dir / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def copy_tokenizer(source, dir):
-    """Copies tokenizer files and generation_config.json byte for byte, where `source` is a directory other than `dir`."""
+    """Copies tokenizer files and generation_config.json, byte for byte, to `dir` if that is not the source itself."""
     if source and Path(source).resolve() != Path(dir).resolve():
         for path in sorted(path for pattern in TOKENIZER_FILES for path in Path(source).glob(pattern)):
             write_bytes(Path(dir) / path.name, path.read_bytes())
 
 
-# --- training state --------------------------------------------------------------------------------------------------------------
+# --- training state -------------------------------------------------------------------------------------------
 
 
 def save_state(dir, tensors, meta):
-    """Everything that an exact resume needs, as one folder that is replaced as a whole. tensors: {name: tensor}; meta: JSON values.
-
-    The trained parameters belong in it: the model directory beside it is saved at another instant."""
+    """{name: tensor} and JSON values -> state.safetensors and state.json in a folder that is replaced as a whole."""
     dir = Path(dir)
     tmp = dir.with_name(dir.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
@@ -487,8 +493,8 @@ def load_state(dir):
 
 
 def flatten_optimizer(optimizer, prefix="optimizer."):
-    """A torch optimizer -> ({name: tensor}, JSON values), which restore_optimizer puts back bit for bit. Names carry the number of
-    the parameter: prefix + "3.exp_avg"."""
+    """A torch optimizer -> ({name: tensor}, JSON values), which restore_optimizer puts back bit for bit. Names carry
+    the number of the parameter: prefix + "3.exp_avg"."""
     state = optimizer.state_dict()
     tensors, scalars = {}, {}
     for place, values in [*state["state"].items(), *((f"group{i}", g) for i, g in enumerate(state["param_groups"]))]:
@@ -502,11 +508,12 @@ def flatten_optimizer(optimizer, prefix="optimizer."):
 
 
 def restore_optimizer(optimizer, tensors, meta, prefix="optimizer."):
-    """Puts back what flatten_optimizer returned, in an optimizer that was built the same way. UserError when it was not."""
+    """Puts back what flatten_optimizer returned, in an optimizer that was built alike. UserError when it was not."""
     params = [(group, p) for group in optimizer.param_groups for p in group["params"]]
     if [list(p.shape) for _, p in params] != meta["shapes"]:
-        raise UserError("the saved optimizer state is of other parameters: resume with the settings of the saved run, or resume=false")
-    values = dict(meta["scalars"]) | {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+        raise UserError("the saved optimizer is for other parameters: resume with the settings of the saved run")
+    values = dict(meta["scalars"])
+    values |= {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
     optimizer.state.clear()
     for key, value in values.items():
         place, key = key.split(".", 1)
@@ -515,7 +522,59 @@ def restore_optimizer(optimizer, tensors, meta, prefix="optimizer."):
             group[key] = tuple(value) if isinstance(value, list) else value
         else:
             group, p = params[int(place)]
-            if isinstance(value, torch.Tensor):  # load_state_dict would cast it to the parameter's dtype
+            if isinstance(value, torch.Tensor):  # not by load_state_dict, which casts to the parameter's dtype
                 on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
-                value = value.clone() if on_host else value.to(p.device, copy=True)
+                value = value.clone() if on_host else place_like(value, p)
             optimizer.state[p][key] = value
+
+
+def place_like(value, p):
+    """A copy of `value` on the device of parameter `p`; sharded over ranks as it is, where the shapes are equal."""
+    if hasattr(p, "placements") and value.shape == p.shape:
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+    return value.to(p.device, copy=True)
+
+
+def resumable(dir, resume):
+    """Whether a run continues from the state in `dir`. resume: "auto" (when there is one), "true" (an error without) or
+    "false"."""
+    recover_dir(dir)
+    if resume == "true" and not Path(dir).is_dir():
+        raise UserError(f"resume=true, but there is no saved state {dir}")
+    return resume != "false" and Path(dir).is_dir()
+
+
+def save_training(dir, rt, trained, optimizers, extra=None, **meta):
+    """Everything that a resume bit for bit needs: the trained parameters {name: p}, the optimizers {name: optimizer},
+    the generators of `rt` (a Runtime), more tensors {name: tensor}, and JSON values. Every rank calls it; one writes.
+
+    The parameters are here because the model directory beside it is written at another instant, in another dtype."""
+    tensors = {f"model.{name}": p for name, p in trained.items()}
+    tensors |= {f"extra.{name}": t for name, t in (extra or {}).items()}
+    tensors |= {f"rng.{name}": t for name, t in rt.rng_state().items()}
+    settings = {}
+    for name, optimizer in optimizers.items():
+        flat, settings[name] = flatten_optimizer(optimizer, f"{name}.")
+        tensors |= flat
+    tensors = rt.full(tensors)
+    if rt.is_main:
+        save_state(dir, tensors, {"meta": meta, "optimizers": settings})
+
+
+@torch.no_grad()
+def load_training(dir, rt, trained, optimizers):
+    """Puts back what save_training saved -> (meta, extra). UserError when the run's parameters are others."""
+    tensors, saved = load_state(dir)
+    wanted = {name: p.shape for name, p in trained.items()}
+    found = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    if {name: t.shape for name, t in found.items()} != wanted or saved["optimizers"].keys() != optimizers.keys():
+        raise UserError(f"{dir} is the state of a run that trains other parameters: give its settings, or resume=false")
+    for name, p in trained.items():
+        p.copy_(place_like(found[name], p))
+    for name, optimizer in optimizers.items():
+        restore_optimizer(optimizer, tensors, saved["optimizers"][name], f"{name}.")
+        rt.prime(optimizer)
+    rt.set_rng_state({name.removeprefix("rng."): t.clone() for name, t in tensors.items() if name.startswith("rng.")})
+    return saved["meta"], {k.removeprefix("extra."): t.clone() for k, t in tensors.items() if k.startswith("extra.")}
