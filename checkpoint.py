@@ -381,6 +381,15 @@ def replace_dir(tmp, dir):
 # --- models ---------------------------------------------------------------------------------------------------
 
 
+class NoInit(torch.overrides.TorchFunctionMode):
+    """torch.nn.init does nothing. On the meta device it would compute nothing either, but import seconds of compiler."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (args or tuple(kwargs.values()))[0]
+        return func(*args, **(kwargs or {}))
+
+
 def load_model(dir, device="cpu", dtype=None, head=None):
     """A model directory -> Transformer, on `device`, in `dtype` (None: the one its embedding is stored in).
 
@@ -393,7 +402,7 @@ def load_model(dir, device="cpu", dtype=None, head=None):
     if head == "lm" and cfg.head == "score":
         raise UserError(f"{dir} is a score model: it has no language-model head")
     cfg = dataclasses.replace(cfg, head=head or cfg.head)
-    with torch.device("meta"):
+    with torch.device("meta"), NoInit():
         model = Transformer(cfg)
     tensors = read_tensors(dir)
     names = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}  # a constant that old files hold
