@@ -117,7 +117,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -268,6 +268,8 @@ class Transformer(nn.Module):
                 masks[w] = attention_mask(torch.zeros_like(tokens), w) if 0 < w < T else None
         rope = self.rotary(positions)
         x = self.model["embed_tokens"](tokens)
+        if torch.is_autocast_enabled(x.device.type):  # one dtype along the residual stream, whatever the weights are held in
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for i, layer in enumerate(self.layers):
             inputs = (x, rope, masks[windows[i]])
             if cache is not None:

@@ -4,7 +4,7 @@
     net = rt.wrap(model)                      # DDP, FSDP2, XLA SPMD, or the model itself; parameter names stay the same
     batch = rt.put(batch)                     # CPU tensors -> this device
     with rt.autocast(): ...
-    rt.backward(loss, net, last=True)         # gradients are summed over ranks after the last micro-batch
+    rt.accumulate(last, net); ...; rt.backward(loss)     # gradients are summed over ranks in the last micro-batch's backward
     n = rt.all_sum(n)                         # a sum over all ranks
 
 CPU and CUDA run one process per device (gloo, nccl). XLA runs one process per host that sees all chips as one (SPMD): there the
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
+from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
 
@@ -128,7 +129,7 @@ class Runtime:
             self._shard_xla(model)
         elif self.world > 1 and self.parallel == "ddp":
             ids = [self.local_rank] if self.kind == "cuda" else None
-            net = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            net = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
         elif self.world > 1 and self.parallel == "fsdp":
             from torch.distributed.fsdp import fully_shard
 
@@ -180,12 +181,16 @@ class Runtime:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def backward(self, loss, net, last=True):
-        """Adds the gradient of `loss`, this rank's part of the global sum; the ranks' gradients meet at the `last` micro-batch."""
-        if isinstance(net, torch.nn.parallel.DistributedDataParallel):
-            net.require_backward_grad_sync = last
-        elif self.world > 1 and hasattr(net, "set_requires_gradient_sync"):
-            net.set_requires_gradient_sync(last)
+    def accumulate(self, last, *nets):
+        """To be called before the forward of a micro-batch: the ranks' gradients meet in the backward of the `last` one only."""
+        for net in nets if self.world > 1 else ():
+            if isinstance(net, DistributedDataParallel):
+                net.require_backward_grad_sync = last
+            else:
+                net.set_requires_gradient_sync(last)
+
+    def backward(self, loss):
+        """Adds the gradient of `loss`, this rank's part of the global sum."""
         (loss * self.world).backward()  # DDP and FSDP average over ranks; the losses are parts of one sum
         self.sync()
 

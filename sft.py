@@ -224,9 +224,10 @@ def main(cfg):
         weight = rt.all_sum(sum(float(m["weights"].sum()) for m in micros))
         loss = 0.0
         for i, micro in enumerate(micros):
+            rt.accumulate(i == len(micros) - 1, net)
             with rt.autocast():
                 part = loss_sum(net, model, rt.put(micro)) / max(weight, 1e-9)
-            rt.backward(part, net, last=i == len(micros) - 1)
+            rt.backward(part)
             loss = loss + part.detach()
             tokens += int((micro["docs"] >= 0).sum())
             targets += int((micro["weights"] == 1).sum())
