@@ -180,7 +180,7 @@ def config_json(cfg, like=None, **extra):
     }
     windows = cfg.windows if any(cfg.windows) else (0,) * cfg.n_layers
     if cfg.family in ("llama", "qwen3"):
-        out["attention_bias"] = cfg.qkv_bias
+        out["attention_bias"] = cfg.qkv_bias and cfg.o_bias
     if cfg.family == "llama":
         out["mlp_bias"] = cfg.mlp_bias
     elif cfg.family == "mistral":

@@ -1,0 +1,284 @@
+"""Every family against transformers on random tiny models, both directions; packing, windows and the cache against plain
+forwards."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import checkpoint
+from config import UserError
+from model import ModelConfig, Transformer, rope_frequencies
+
+TINY = dict(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=112,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+    pad_token_id=0,
+)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+SLIDING = dict(use_sliding_window=True, sliding_window=7)
+FAMILIES = {
+    "llama2": (LlamaConfig, dict(rms_norm_eps=1e-5)),
+    "llama3.2": (LlamaConfig, dict(num_key_value_heads=2, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True)),
+    "llama linear rope": (LlamaConfig, dict(rope_parameters=dict(rope_type="linear", rope_theta=5e3, factor=3.0))),
+    "llama biases": (LlamaConfig, dict(num_key_value_heads=1, attention_bias=True, mlp_bias=True)),
+    "llama wide heads": (LlamaConfig, dict(num_key_value_heads=2, head_dim=32)),
+    "smollm2": (LlamaConfig, dict(hidden_size=48, num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True)),
+    "mistral": (MistralConfig, dict(num_key_value_heads=2, sliding_window=7)),
+    "mistral no window": (MistralConfig, dict(num_key_value_heads=2, sliding_window=None, head_dim=24)),
+    "qwen2": (Qwen2Config, dict(num_key_value_heads=2)),
+    "qwen2 tied": (Qwen2Config, dict(num_key_value_heads=1, tie_word_embeddings=True)),
+    "qwen2 upper windows": (Qwen2Config, dict(num_key_value_heads=2, max_window_layers=1, **SLIDING)),
+    "qwen3": (Qwen3Config, dict(num_key_value_heads=2, head_dim=32)),
+    "qwen3 biases": (Qwen3Config, dict(num_key_value_heads=4, head_dim=16, attention_bias=True)),
+    "qwen3 mixed windows": (
+        Qwen3Config,
+        dict(
+            num_key_value_heads=2,
+            head_dim=16,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            tie_word_embeddings=True,
+            **SLIDING,
+        ),
+    ),
+}  # fmt: skip
+
+
+@torch.no_grad()
+def randomize(model, seed=0):
+    """Random values everywhere: transformers starts biases at 0 and norms at 1, where mistakes would not show."""
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        p.normal_(1.0 if p.dim() == 1 else 0.0, 0.3 if p.dim() == 1 else 0.15)
+    return model
+
+
+def theirs(family, auto=AutoModelForCausalLM, **more):
+    Config, settings = FAMILIES[family]
+    return randomize(auto.from_config(Config(**{**TINY, **settings, **more}))).float().eval()
+
+
+def tokens(batch=2, length=40, vocab=97):
+    return torch.randint(1, vocab, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers_both_directions(family, tmp_path):
+    reference, x = theirs(family), tokens()
+    expected = reference(x).logits
+    assert expected.std() > 0.1
+
+    reference.save_pretrained(tmp_path / "theirs")
+    model = checkpoint.load_model(tmp_path / "theirs")
+    assert (model.logits(model(x)) - expected).abs().max() < 1e-4
+    assert model.cfg.parameter_count == reference.num_parameters()
+
+    checkpoint.save_model(model, tmp_path / "ours")
+    back, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert type(back) is type(reference) and not info["missing_keys"] and not info["unexpected_keys"]
+    assert (back.float().eval()(x).logits - expected).abs().max() < 1e-4
+    assert checkpoint.load_config(tmp_path / "ours") == model.cfg
+
+
+@pytest.mark.parametrize("family", ["llama3.2", "mistral", "qwen2", "qwen3"])
+def test_score_head_equals_sequence_classification(family, tmp_path):
+    reference, x = theirs(family, AutoModelForSequenceClassification, num_labels=1), tokens()
+    x[0, 30:] = 0  # padding: theirs scores the last token before it
+    expected = reference(x).logits[:, 0]
+    reference.save_pretrained(tmp_path / "theirs")
+    model = checkpoint.load_model(tmp_path / "theirs")
+    assert model.cfg.head == "score"
+    score = model.score(model(x))
+    assert score.dtype == torch.float32
+    assert (score[[0, 1], [29, 39]] - expected).abs().max() < 1e-4
+
+    checkpoint.save_model(model, tmp_path / "ours", like=tmp_path / "theirs")
+    back = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours").float().eval()
+    assert (back(x).logits[:, 0] - expected).abs().max() < 1e-4
+
+
+def test_fresh_score_head_keeps_the_trunk(tmp_path):
+    for family in ("llama2", "llama3.2"):
+        reference = theirs(family)
+        reference.save_pretrained(tmp_path / family)
+        model = checkpoint.load_model(tmp_path / family, head="score", dtype=torch.bfloat16)
+        assert model.score.weight.shape == (1, 64) and model.score.weight.dtype == torch.float32
+        assert 0.5 < model.score.weight.std() * 65**0.5 < 1.5
+        assert not hasattr(model, "lm_head")
+        for p in reference.parameters():
+            p.copy_(p.bfloat16())
+        assert (model.float()(tokens()) - reference.model(tokens()).last_hidden_state).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("spelling", [4, 5])
+def test_both_spellings_of_config_json(spelling, tmp_path):
+    config = dict(TINY, architectures=["LlamaForCausalLM"], model_type="llama", num_key_value_heads=None, head_dim=None)
+    if spelling == 4:
+        rope = {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}
+        config |= dict(rope_theta=10000.0, rope_scaling=rope)
+    else:
+        config |= dict(rope_parameters=LLAMA3_ROPE)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cfg = checkpoint.load_config(tmp_path)
+    assert (cfg.n_kv_heads, cfg.head_dim, cfg.rope_theta, cfg.tie_embeddings) == (4, 16, 10000.0, False)
+    assert cfg.rope_scaling == {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}
+
+
+def test_defaults_of_absent_keys_are_transformers(tmp_path):
+    for name, Config in dict(Llama=LlamaConfig, Mistral=MistralConfig, Qwen2=Qwen2Config, Qwen3=Qwen3Config).items():
+        config = dict(vocab_size=9, hidden_size=256, intermediate_size=8, num_hidden_layers=2, num_attention_heads=32)
+        reference = Config(**config)
+        config |= dict(architectures=[name + "ForCausalLM"], model_type=name.lower())
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        cfg = checkpoint.load_config(tmp_path)
+        assert cfg.n_kv_heads == reference.num_key_value_heads
+        assert cfg.head_dim == (getattr(reference, "head_dim", None) or 8)
+        assert cfg.norm_eps == reference.rms_norm_eps
+        assert cfg.rope_theta == reference.rope_parameters["rope_theta"]
+        assert cfg.max_positions == reference.max_position_embeddings
+        assert cfg.tie_embeddings == reference.tie_word_embeddings
+        assert cfg.windows == ((reference.sliding_window,) * 2 if name == "Mistral" else ())
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(architectures=["GPT2LMHeadModel"], model_type="gpt2"), "GPT2LMHeadModel"),
+        (dict(architectures=["MixtralForCausalLM"], model_type="mixtral"), "MixtralForCausalLM"),
+        (dict(model_type="gemma"), "gemma"),
+        (dict(hidden_act="gelu"), "gelu"),
+        (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "yarn"),
+        (dict(rope_scaling=dict(type="dynamic", factor=4.0)), "dynamic"),
+        (dict(rope_scaling=dict(rope_type="longrope", factor=4.0)), "longrope"),
+        (dict(rope_scaling=dict(rope_type="llama3", factor=4.0)), "low_freq_factor"),
+        (dict(rope_parameters=dict(full_attention=dict(rope_type="default"))), "differ by layer"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+        (dict(quantization_config=dict(quant_method="gptq")), "quantized"),
+        (dict(architectures=["LlamaForSequenceClassification"]), "2 labels"),
+        (dict(architectures=["LlamaForSequenceClassification"], id2label={"0": "a", "1": "b", "2": "c"}), "3 labels"),
+        (dict(hidden_size=None), "hidden_size"),
+        (dict(num_hidden_layers="3"), "num_hidden_layers"),
+        (dict(num_key_value_heads=3), "3 key/value heads"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(change, said, tmp_path):
+    config = dict(TINY, architectures=["LlamaForCausalLM"], model_type="llama")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint.load_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=said) as e:
+        checkpoint.load_config(tmp_path)
+    assert "config.json" in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(qkv_bias=True), dict(qk_norm=True), dict(windows=(4, 0)), dict(family="mistral", o_bias=True)],
+)
+def test_a_model_that_transformers_lacks_is_not_saved_as_another(change):
+    with pytest.raises(UserError, match=[*change][-1]):
+        checkpoint.config_json(ModelConfig(n_layers=2, **change))
+
+
+# --- packing ---------------------------------------------------------------------------------------------------
+
+
+def tiny(**more):
+    cfg = ModelConfig(vocab_size=97, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96)
+    return randomize(Transformer(dataclasses.replace(cfg, **more)))
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("windows", [(), (4, 0), (4, 4), (100, 100)])
+def test_packed_rows_equal_unpacked(windows, split):
+    model = tiny(windows=windows)
+    model.split_documents = split
+    x = tokens(2, 24)
+    cuts = [[0, 5, 6, 17], [0, 9]]  # the first row has three documents and 7 tokens of padding, the second one document
+    docs = torch.full((2, 24), -1)
+    for row, (edges, end) in enumerate(zip(cuts, (17, 24), strict=True)):
+        for i, (a, b) in enumerate(zip(edges, [*edges[1:], end], strict=True)):
+            docs[row, a:b] = i
+    packed = model.logits(model(x, docs=docs))
+    assert packed.isfinite().all()
+    for row in range(2):
+        for i in docs[row].unique():
+            here = docs[row] == i
+            alone = model.logits(model(x[row, here][None]))[0]
+            assert (packed[row, here] - alone).abs().max() < 1e-5
+    assert (packed[0, 6:17] - model.logits(model(x))[0, 6:17]).abs().max() > 1e-3  # which a plain forward does not
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_no_gradient_crosses_documents(split):
+    model = tiny()
+    model.split_documents = split
+    docs = torch.tensor([[0] * 6 + [1] * 6 + [-1] * 4])
+    with torch.enable_grad():
+        x = model.model["embed_tokens"](tokens(1, 16)).detach().requires_grad_()
+        model.model["embed_tokens"].forward = lambda _: x
+        model(tokens(1, 16), docs=docs)[0, 6:12].square().sum().backward()
+    reached = x.grad[0].abs().sum(-1) > 0
+    assert reached.tolist() == [False] * 6 + [True] * 6 + [False] * 4
+
+
+def test_explicit_positions_are_the_default_ones():
+    model, x = tiny(), tokens(1, 12)
+    docs = torch.tensor([[3] * 5 + [7] * 7])
+    positions = torch.tensor([[*range(5), *range(7)]])
+    assert torch.equal(model(x, docs=docs), model(x, positions=positions, docs=docs))
+    shifted = model(x, positions=positions + 50, docs=docs)  # rotary positions are relative
+    assert (shifted - model(x, docs=docs)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("windows", [(), (5, 0)])
+def test_cache_equals_a_whole_forward(windows):
+    """Rows of unequal prompts: each row's tokens go to the slots of its own positions."""
+    model, x = tiny(windows=windows), tokens(2, 20)
+    whole = model(x)
+    cache = model.new_cache(2, 24)
+    starts = torch.tensor([4, 9])
+    prompt = torch.arange(9).expand(2, 9)
+    out = model(x[:, :9], positions=prompt, cache=cache)  # row 0 runs past its prompt; those slots are overwritten below
+    assert (out[1] - whole[1, :9]).abs().max() < 1e-5
+    for step in range(11):
+        at = (starts + step)[:, None]
+        out = model(x.gather(1, at), positions=at, cache=cache)
+        for row in range(2):
+            assert (out[row, 0] - whole[row, at[row, 0]]).abs().max() < 1e-5
+
+
+def test_rope_stays_fp32_and_has_transformers_frequencies():
+    cfg = ModelConfig(dim=64, n_layers=1, n_heads=4, head_dim=16, rope_theta=500000.0, rope_scaling=LLAMA3_ROPE)
+    model = Transformer(cfg).bfloat16()
+    assert model.inv_freq.dtype == torch.float32
+    scaled = LlamaConfig(**TINY, rope_parameters=LLAMA3_ROPE | dict(rope_theta=500000.0))
+    reference = AutoModelForCausalLM.from_config(scaled).model.rotary_emb.inv_freq
+    assert torch.allclose(rope_frequencies(cfg), reference, rtol=1e-6)
+    assert not torch.allclose(rope_frequencies(dataclasses.replace(cfg, rope_scaling=None)), reference, rtol=0.1)
