@@ -21,7 +21,11 @@ def _chunks(hidden, weight, targets, temperature):
     for start in range(0, len(targets), size):
         rows = slice(start, start + size)
         logits = (hidden[rows] @ weight.t()).float()
-        yield rows, hidden[rows], torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+        if temperature != 1.0:
+            logits /= temperature
+        logprobs = torch.log_softmax(logits, dim=-1)
+        del logits  # a generator would hold it while it waits
+        yield rows, hidden[rows], logprobs
 
 
 def _pick(logprobs, targets):
@@ -62,6 +66,8 @@ def cross_entropy(hidden, head_weight, targets, weights):
 
     Returns sum_n weights_n * -log softmax(hidden_n @ head_weight^T)[targets_n] in fp32: divide by the global token count yourself.
     """
+    if not torch.is_grad_enabled():  # needs_input_grad does not know of no_grad
+        hidden, head_weight = hidden.detach(), head_weight.detach()
     return _CrossEntropy.apply(hidden, head_weight, targets, weights.float(), _compute_dtype(hidden))
 
 
@@ -87,11 +93,10 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_w = torch.zeros(head.shape, dtype=torch.float32, device=x.device) if ctx.needs_input_grad[1] else None
         for rows, xs, logprobs in _chunks(x, w, targets, ctx.temperature):
+            g, gh, h = grad_out[rows, None], grad_entropy[rows, None], entropy[rows, None]
             p = logprobs.exp()
-            grad = -p * grad_out[rows, None]  # d log p_t / d logits = onehot - p
-            grad.scatter_add_(1, targets[rows, None], grad_out[rows, None])
-            grad -= p * (logprobs + entropy[rows, None]) * grad_entropy[rows, None]  # d H / d logits = -p (log p + H)
-            grad = (grad / ctx.temperature).to(ctx.dtype)
+            grad = logprobs.add_(h).mul_(gh).add_(g).mul_(p).neg_()  # d H / d logits = -p (log p + H)
+            grad = grad.scatter_add_(1, targets[rows, None], g).div_(ctx.temperature).to(ctx.dtype)  # d log p_t: onehot - p
             if grad_x is not None:
                 grad_x[rows] = grad @ w
             if grad_w is not None:

@@ -1,0 +1,223 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import losses
+import sft
+import tiny
+
+N, C, V = 37, 8, 11
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 16 * V)  # 16 rows at a time: 37 rows end in a chunk of 5
+
+
+def inputs(n=N, dtype=torch.float32):
+    torch.manual_seed(1)
+    hidden = torch.randn(n, C).to(dtype).requires_grad_()
+    head = torch.randn(V, C).to(dtype).requires_grad_()
+    return hidden, head, torch.randint(V, (n,)), torch.rand(n).mul(2)
+
+
+def plain(hidden, head, targets, temperature=1.0):
+    """(leaves, log-probabilities (N, V)) in float64 by the textbook."""
+    leaves = [t.detach().double().requires_grad_() for t in (hidden, head)]
+    return leaves, torch.log_softmax(leaves[0] @ leaves[1].t() / temperature, dim=-1)
+
+
+def gradients(loss, *leaves):
+    return torch.autograd.grad(loss, leaves)
+
+
+def close(ours, theirs, tolerance=1e-5):
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.double() - b).abs().max() <= tolerance * b.abs().max().clamp(min=1), (a, b)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 37, 48])
+def test_cross_entropy_and_gradients_are_the_textbook_s(n):
+    hidden, head, targets, weights = inputs(n)
+    loss = losses.cross_entropy(hidden, head, targets, weights)
+    leaves, logprobs = plain(hidden, head, targets)
+    right = (F.nll_loss(logprobs, targets, reduction="none") * weights).sum()
+    assert loss.dtype == torch.float32
+    close([loss, *gradients(loss / 7, hidden, head)], [right, *gradients(right / 7, *leaves)])
+
+
+def test_cross_entropy_equals_torch_s_where_all_weigh_the_same():
+    hidden, head, targets, _ = inputs()
+    loss = losses.cross_entropy(hidden, head, targets, torch.ones(N)) / N
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ head.t(), targets))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+def test_logprobs_entropy_and_gradients_are_the_textbook_s(temperature):
+    hidden, head, targets, weights = inputs()
+    ours, entropy = losses.token_logprobs(hidden, head, targets, temperature, entropy=True)
+    leaves, logprobs = plain(hidden, head, targets, temperature)
+    theirs = logprobs.gather(1, targets[:, None])[:, 0]
+    right = -(logprobs.exp() * logprobs).sum(-1)
+    close([ours, entropy], [theirs, right])
+    mixed = [(a * weights).sum() + 0.3 * (b * weights.flip(0)).sum() for a, b in ((ours, entropy), (theirs, right))]
+    close(gradients(mixed[0], hidden, head), gradients(mixed[1], *leaves))
+
+
+def test_gradients_against_finite_differences():
+    hidden, head, targets, _ = inputs(5)
+    head = head.detach()
+
+    def total(x):
+        logprobs, entropy = losses.token_logprobs(x, head, targets, 0.8, entropy=True)
+        return (logprobs + 2 * entropy).sum() + losses.cross_entropy(x, head, targets, torch.ones(5))
+
+    analytic = gradients(total(hidden), hidden)[0]
+    step = 1e-2
+    for i, j in [(0, 0), (2, 5), (4, 7)]:
+        bump = torch.zeros_like(hidden)
+        bump[i, j] = step
+        numeric = (total(hidden.detach() + bump) - total(hidden.detach() - bump)) / (2 * step)
+        assert abs(numeric - analytic[i, j]) < 5e-3
+
+
+def test_logprobs_alone_are_the_same_as_with_entropy():
+    hidden, head, targets, _ = inputs()
+    alone = losses.token_logprobs(hidden, head, targets, 0.7)
+    assert torch.equal(alone, losses.token_logprobs(hidden, head, targets, 0.7, entropy=True)[0])
+
+
+def test_chunks_do_not_change_the_result(monkeypatch):
+    hidden, head, targets, weights = inputs()
+    chunked = losses.cross_entropy(hidden, head, targets, weights)
+    chunked = [chunked, *gradients(chunked, hidden, head)]
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 2**25)
+    whole = losses.cross_entropy(hidden, head, targets, weights)
+    close(chunked, [t.double() for t in (whole, *gradients(whole, hidden, head))], 1e-6)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "token_logprobs"])
+def test_a_frozen_side_gets_no_gradient_and_costs_none(loss, monkeypatch):
+    hidden, head, targets, weights = inputs()
+    made, empty_like, zeros = [], torch.empty_like, torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, **k: made.append(tuple(a[0])) or zeros(*a, **k))
+    monkeypatch.setattr(torch, "empty_like", lambda t, **k: made.append(tuple(t.shape)) or empty_like(t, **k))
+
+    def run(hidden, head):
+        made.clear()
+        if loss == "cross_entropy":
+            out = losses.cross_entropy(hidden, head, targets, weights)
+        else:
+            out = losses.token_logprobs(hidden, head, targets).sum()
+        if out.requires_grad:
+            out.backward()
+        return (N, C) in made, (V, C) in made
+
+    assert run(hidden, head) == (True, True)
+    both = hidden.grad.clone(), head.grad.clone()
+    hidden.grad = head.grad = None
+    assert run(hidden, head.detach()) == (True, False) and head.grad is None and torch.equal(hidden.grad, both[0])
+    hidden.grad = None
+    assert run(hidden.detach(), head) == (False, True) and hidden.grad is None and torch.equal(head.grad, both[1])
+    with torch.no_grad():  # nor does a validation loss
+        assert run(hidden, head) == (False, False)
+
+
+def test_no_gradient_where_no_token_is_a_target():
+    hidden, head, targets, weights = inputs()
+    for rows in (slice(0, 0), slice(None)):  # no row, and rows of weight 0
+        loss = losses.cross_entropy(hidden[rows], head, targets[rows], 0 * weights[rows])
+        assert loss == 0
+        for g, p in zip(gradients(loss / 1e-9, hidden, head), (hidden, head), strict=True):
+            assert g.shape == p.shape and (g == 0).all()
+    none = losses.token_logprobs(hidden[:0], head, targets[:0])
+    assert none.shape == (0,) and none.sum() == 0
+
+
+def test_autocast_keeps_the_loss_exact():
+    """Sum and softmax are fp32: 1,000 tokens whose loss is about 10 each lose less than one thousandth, and the bf16 products'
+    own error is all that is left. A bf16 sum would be off by whole per cents."""
+    torch.manual_seed(0)
+    n, c, v = 1000, 64, 300
+    hidden, head = torch.randn(n, c).requires_grad_(), (torch.randn(v, c) / 4).requires_grad_()
+    targets, weights = torch.randint(v, (n,)), torch.ones(n)
+    leaves, logprobs = plain(hidden, head, targets)
+    right = F.nll_loss(logprobs, targets, reduction="sum")
+    for kind in (losses.cross_entropy, lambda *a: -losses.token_logprobs(*a[:3]).sum()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = kind(hidden, head, targets, weights)
+        assert loss.dtype == torch.float32 and abs(loss / right - 1) < 1e-3
+        assert abs(loss / right - 1) > 1e-9  # the products did run in bf16
+        for g, r in zip(gradients(loss, hidden, head), gradients(right, *leaves), strict=True):
+            assert g.dtype == torch.float32
+            assert (g - r).norm() / r.norm() < 1e-2
+            r.detach()
+        leaves, logprobs = plain(hidden, head, targets)
+        right = F.nll_loss(logprobs, targets, reduction="sum")
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "token_logprobs", "evaluate_tokens"])
+def test_the_logits_of_all_rows_never_exist(loss, monkeypatch):
+    n, c, v = 512, 8, 1000
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 16 * v)
+    hidden, head, targets = torch.randn(n, c).requires_grad_(), torch.randn(v, c).requires_grad_(), torch.randint(v, (n,))
+
+    def peak(run):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+            run()
+        held = top = 0
+        for event in prof.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                top = max(top, held)
+        return top
+
+    def ours():
+        if loss == "evaluate_tokens":
+            return losses.evaluate_tokens(hidden, head, targets)
+        out = getattr(losses, loss)(hidden, head, targets, *[torch.ones(n)] * (loss == "cross_entropy"))
+        out.sum().backward()
+
+    logits, chunk = 4 * n * v, 4 * 16 * v
+    assert peak(lambda: F.cross_entropy(hidden @ head.t(), targets).backward()) >= 2 * logits
+    assert peak(ours) < 5 * chunk + 4 * (4 * v * c) < logits / 2
+
+
+def test_evaluate_tokens():
+    hidden, head, targets, _ = inputs()
+    targets[::3] = (hidden @ head.t()).argmax(-1)[::3]
+    loss, hit = losses.evaluate_tokens(hidden, head, targets)
+    _, logprobs = plain(hidden, head, targets)
+    close([loss], [F.nll_loss(logprobs, targets, reduction="none")])
+    assert hit.dtype == torch.bool and torch.equal(hit, logprobs.argmax(-1) == targets) and 0 < hit.sum() < N
+    assert not loss.requires_grad
+    assert all(t.shape == (0,) for t in losses.evaluate_tokens(hidden[:0], head, targets[:0]))
+
+
+def test_labels_are_shifted():
+    """The loss of a row is that of each token's successor, by torch's own cross entropy."""
+    model, rows = tiny.model(), tiny.rows(3)
+    for tokens, mask in rows:
+        ids = torch.tensor(tokens)
+        right = F.cross_entropy(model.logits(model(ids[None]))[0, :-1], ids[1:], reduction="none")
+        loss = sft.loss_sum(model, model, tiny.batch([[(tokens, mask)]], 64))
+        assert mask[1:].count(0) > 0
+        torch.testing.assert_close(loss, (right * torch.tensor(mask[1:])).sum())
+
+
+def test_masked_mean_by_hand():
+    x, mask = torch.tensor([[1.0, 2.0], [3.0, 100.0]]), torch.tensor([[1, 1], [1, 0]])
+    assert losses.masked_mean(x, mask) == 2.0
+    assert losses.masked_mean(x, mask.bool()) == 2.0
+    assert losses.masked_mean(x, 0 * mask) == 0.0
+
+
+def test_masked_whiten_by_hand():
+    x, mask = torch.tensor([[1.0, 2.0], [3.0, 100.0]]), torch.tensor([[1, 1], [1, 0]])
+    deviation = (2 / 3) ** 0.5  # biased, of 1, 2, 3
+    white = torch.tensor([[-1 / deviation, 0.0], [1 / deviation, 0.0]])
+    torch.testing.assert_close(losses.masked_whiten(x, mask), white, atol=1e-6, rtol=1e-6)
+    kept = torch.tensor([[2 - 1 / deviation, 2.0], [2 + 1 / deviation, 0.0]])
+    torch.testing.assert_close(losses.masked_whiten(x, mask, shift_mean=False), kept, atol=1e-6, rtol=1e-6)
+    assert (losses.masked_whiten(x, 0 * mask) == 0).all()
+    assert losses.masked_whiten(torch.full((4,), 3.0), torch.ones(4)).abs().max() == 0  # no variance: no NaN

@@ -1,0 +1,63 @@
+"""A model directory of a few thousand weights with a tokenizer of single bytes, and data folders that fit it: for the tests."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import data
+import tokenizer
+from model import ModelConfig, Transformer
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 256, 257, 258
+SIZES = dict(vocab_size=264, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, max_positions=256)
+
+
+def model(seed=0, **changes):
+    """A random Transformer whose next-token distributions are far from uniform."""
+    torch.manual_seed(seed)
+    return Transformer(ModelConfig(**SIZES | changes)).init_weights(std=0.2)
+
+
+def model_dir(path, seed=0, special=SPECIAL, **changes):
+    checkpoint.save_model(model(seed, **changes), path)
+    added = [dict(id=256 + i, content=name, special=True, lstrip=False, rstrip=False, single_word=False, normalized=False)
+             for i, name in enumerate(special)]  # fmt: skip
+    space = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    vocab = {char: byte for byte, char in tokenizer.BYTE_CHAR.items()} | {a["content"]: a["id"] for a in added}
+    bpe = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+               fuse_unk=False, byte_fallback=False, vocab=vocab, merges=[])  # fmt: skip
+    write(path, "tokenizer.json", dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
+                                       pre_tokenizer=space, post_processor=None, decoder=space, model=bpe))  # fmt: skip
+    write(path, "tokenizer_config.json", dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=special[1], eos_token=special[2],
+                                              pad_token=special[2], add_bos_token=False))  # fmt: skip
+    return path
+
+
+def write(dir, name, value):
+    (Path(dir) / name).write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def rows(n, seed=0, low=5, high=40):
+    """n documents of `low` to `high` tokens, the later half of each a copy of bytes that its first half determines."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for _ in range(n):
+        prompt = rng.integers(97, 123, rng.integers(low, high) // 2)
+        answer = [*(prompt ^ 1), 258]
+        out.append(([*prompt, *answer], [0] * len(prompt) + [1] * len(answer)))
+    return out
+
+
+def store(path, model, n=24, val=6, **sizes):
+    """A prepared data folder for the model directory `model`."""
+    splits = dict(train=rows(n, 1, **sizes)) | (dict(val=rows(val, 2, **sizes)) if val else {})
+    data.write_store(path, splits, dict(vocab_size=264, tokenizer=tokenizer.load(model).fingerprint))
+    return path
+
+
+def batch(packs, length, **settings):
+    """Packs of rows as the micro-batch that sft.loss_sum takes."""
+    return data.target_index(data.collate(packs, length, **settings))
