@@ -280,22 +280,22 @@ def write_tensors(tensors, dir, name="model", shard_bytes=5e9):
     The pairs are consumed one by one, and one shard of them is in memory at a time. An older save stays whole until the
     new one is complete: new shards never take the names of those that the old index lists."""
     dir = Path(dir)
-    dir.mkdir(parents=True, exist_ok=True)
-    single, index = dir / f"{name}.safetensors", dir / f"{name}.safetensors.index.json"
-    written, shard, size = [], {}, 0  # written: (temporary file, its keys)
-    total = 0
+    tmp, single, index = (dir / f"{name}.safetensors{suffix}" for suffix in (".tmp", "", ".index.json"))
+    written, shard, size, total = [], {}, 0, 0  # written: (temporary file, its keys)
 
     def flush():
-        path = dir / f"{name}-{len(written) + 1:05d}.safetensors.tmp"
+        path = tmp / str(len(written))
         path.touch()
         mode = path.stat().st_mode
-        written.append((path, list(shard)))
         save_file(shard, path, metadata={"format": "pt"})
         path.chmod(mode)  # save_file leaves a file that the owner alone can read
         sync(path)
+        written.append((path, list(shard)))
         shard.clear()
 
+    shutil.rmtree(tmp, ignore_errors=True)  # what a killed save left
     try:
+        tmp.mkdir(parents=True)
         for key, tensor in tensors:
             if shard and size + tensor.nbytes > shard_bytes:
                 flush()
@@ -305,8 +305,7 @@ def write_tensors(tensors, dir, name="model", shard_bytes=5e9):
             total += tensor.nbytes
         flush()
     except BaseException:
-        for path, _ in written:
-            path.unlink(missing_ok=True)
+        shutil.rmtree(tmp, ignore_errors=True)
         raise
     finals = []
     if len(written) == 1:  # where both stand, readers take the single file
@@ -321,11 +320,14 @@ def write_tensors(tensors, dir, name="model", shard_bytes=5e9):
             os.replace(path, dir / final)
         sync(dir)
         weight_map = {key: final for (_, keys), final in zip(written, finals, strict=True) for key in keys}
-        write_text(index, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
+        write_text(tmp / "index", json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
+        os.replace(tmp / "index", index)
+        sync(dir)
         single.unlink(missing_ok=True)
     for path in dir.glob(f"{name}-*-of-*.safetensors"):
         if path.name not in finals:
             path.unlink()
+    tmp.rmdir()
 
 
 # --- files that are whole or absent ---------------------------------------------------------------------------

@@ -1,0 +1,443 @@
+"""Model directories: shards, damage, kills and memory. Training state: bit for bit."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import checkpoint
+from config import UserError
+from model import ModelConfig, Transformer
+
+CFG = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48)
+
+
+def make(seed=0, **more):
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(**{**vars(CFG), **more}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+    return model
+
+
+def same(a, b):
+    a, b = dict(a.named_parameters()), dict(b.named_parameters())
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def edit_config(dir, **change):
+    path = Path(dir) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+# --- saving and loading ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shard_bytes, files", [(5e9, 1), (20_000, 4), (1, 21)])
+def test_shards(shard_bytes, files, tmp_path):
+    model = make()
+    checkpoint.save_model(model, tmp_path, shard_bytes=shard_bytes)
+    assert len(list(tmp_path.glob("*.safetensors"))) == files
+    assert (tmp_path / "model.safetensors.index.json").exists() == (files > 1)
+    assert same(checkpoint.load_model(tmp_path), model)
+    x = torch.arange(20)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        assert (theirs(x).logits - model.logits(model(x))).abs().max() < 1e-3
+    mode = (tmp_path / "config.json").stat().st_mode
+    assert all(path.stat().st_mode == mode for path in tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_their_shards_open(tmp_path):
+    model = make()
+    checkpoint.save_model(model, tmp_path / "one")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    assert same(checkpoint.load_model(tmp_path / "many"), model)
+
+
+def test_dtypes(tmp_path):
+    model = make()
+    checkpoint.save_model(model, tmp_path, dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    stored = checkpoint.load_model(tmp_path)
+    assert {p.dtype for p in stored.parameters()} == {torch.bfloat16}
+    assert same(stored, make().bfloat16())
+    assert same(checkpoint.load_model(tmp_path, dtype=torch.float32), make().bfloat16().float())
+    assert all(p.requires_grad and not p.is_meta for p in stored.parameters())
+
+
+def test_an_old_mixed_file_becomes_one_dtype(tmp_path):
+    checkpoint.save_model(make(), tmp_path)
+    tensors = {name: t.bfloat16() if t.dim() > 1 else t for name, t in load_file(tmp_path / "model.safetensors").items()}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert {p.dtype for p in checkpoint.load_model(tmp_path).parameters()} == {torch.bfloat16}
+
+
+def test_training_on_a_mapped_model_leaves_the_file_alone(tmp_path):
+    checkpoint.save_model(make(), tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    model = checkpoint.load_model(tmp_path)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    checkpoint.save_model(model, tmp_path)  # onto the very file that it is mapped from
+    assert same(checkpoint.load_model(tmp_path), model)
+    assert not same(checkpoint.load_model(tmp_path), make())
+
+
+def test_tied_head_in_the_file(tmp_path):
+    model = make(tie_embeddings=True)
+    checkpoint.save_model(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert same(checkpoint.load_model(tmp_path), model)
+    tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="tie_word_embeddings"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_like_keeps_what_the_source_says(tmp_path):
+    source = tmp_path / "source"
+    checkpoint.save_model(make(family="qwen2", qkv_bias=True), source, eos_token_id=[7, 8], note="kept", layer_types=None)
+    (source / "tokenizer.json").write_bytes(b'{"\xc3\xa9": 1}\r\n')
+    (source / "generation_config.json").write_bytes(b'{"eos_token_id" : [7,8]}')
+    (source / "chat_template.jinja").write_bytes(b"{{ messages }}")
+    (source / "README.md").write_text("not ours to copy")
+    model = checkpoint.load_model(source, head="score")
+    checkpoint.save_model(model, tmp_path / "out", like=source, pad_token_id=3)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["eos_token_id"], config["note"], config["pad_token_id"]) == ([7, 8], "kept", 3)
+    assert config["architectures"] == ["Qwen2ForSequenceClassification"] and config["id2label"] == {"0": "LABEL_0"}
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert not (tmp_path / "out" / "README.md").exists()
+
+    checkpoint.save_model(make(), tmp_path / "other", like=source)  # a model of another family, with this tokenizer
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert config["eos_token_id"] == [7, 8] and "note" not in config
+
+
+def test_gathered_tensors_take_the_place_of_the_models(tmp_path):
+    with torch.device("meta"):
+        hollow = Transformer(CFG)
+    whole = make()
+    checkpoint.save_model(hollow, tmp_path, torch.bfloat16, tensors=dict(whole.named_parameters()))
+    assert same(checkpoint.load_model(tmp_path), whole.bfloat16())
+
+
+# --- what a user can get wrong -------------------------------------------------------------------------------------
+
+
+def test_missing_directory_and_adapter(tmp_path):
+    with pytest.raises(UserError, match="no model directory"):
+        checkpoint.load_model(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no config.json"):
+        checkpoint.load_model(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="LoRA adapter"):
+        checkpoint.load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{'single': quotes}")
+    with pytest.raises(UserError, match="config.json cannot be read as JSON"):
+        checkpoint.load_model(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="config.json holds no JSON object"):
+        checkpoint.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 5, 300, -1])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_truncated_file(size, sharded, tmp_path):
+    checkpoint.save_model(make(), tmp_path, shard_bytes=20_000 if sharded else 5e9)
+    file = sorted(tmp_path.glob("*.safetensors"))[-1]
+    data = file.read_bytes()
+    file.write_bytes(data[:size])
+    with pytest.raises(UserError, match=f"{file.name} is damaged or incomplete") as e:
+        checkpoint.load_model(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_missing_files(tmp_path):
+    checkpoint.save_model(make(), tmp_path, shard_bytes=20_000)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    shards[1].unlink()
+    with pytest.raises(UserError, match=f"{shards[1].name} is missing"):
+        checkpoint.load_model(tmp_path)
+    shutil.copy(shards[0], shards[1])
+    with pytest.raises(UserError, match=f"{shards[1].name} is damaged or incomplete"):
+        checkpoint.load_model(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="no weight_map"):
+        checkpoint.load_model(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(UserError, match="prepare.weights .* converts pytorch_model.bin"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_tensors_that_do_not_fit(tmp_path):
+    checkpoint.save_model(make(), tmp_path)
+    good = load_file(tmp_path / "model.safetensors")
+
+    def refused(said, **change):
+        tensors = {name: t for name, t in (good | change).items() if t is not None}
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=said):
+            checkpoint.load_model(tmp_path)
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    refused(rf"missing: {name}$", **{name: None})
+    refused(r"unexpected: model.layers.2.extra$", **{"model.layers.2.extra": torch.ones(2)})
+    refused(rf"another shape.*: {name} \(48, 31\) for \(48, 32\)", **{name: torch.ones(48, 31)})
+    refused(rf"float type: {name} torch.int8", **{name: torch.ones(48, 32, dtype=torch.int8)})
+    refused("missing: lm_head.weight; unexpected: score.weight", **{"lm_head.weight": None, "score.weight": torch.ones(1, 32)})
+    save_file(good, tmp_path / "model.safetensors")
+    edit_config(tmp_path, num_hidden_layers=1)
+    with pytest.raises(UserError, match="unexpected: model.layers.1.input_layernorm.weight, .* and 5 more"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_score_model_is_no_language_model(tmp_path):
+    checkpoint.save_model(make(head="score"), tmp_path)
+    assert checkpoint.load_model(tmp_path).cfg.head == "score"
+    with pytest.raises(UserError, match="score model"):
+        checkpoint.load_model(tmp_path, head="lm")
+
+
+# --- kills -------------------------------------------------------------------------------------------------------
+
+
+def killed_at(step, action):
+    """Runs `action` in a child process that ends like kill -9 before its `step`-th change to the file system. -> whether it was"""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def guarded(call):
+            def wrapper(*args, **kwargs):
+                nonlocal count
+                count += 1
+                if count == step:
+                    os._exit(9)
+                return call(*args, **kwargs)
+
+            return wrapper
+
+        for name in ("replace", "unlink", "rmdir", "mkdir"):
+            setattr(os, name, guarded(getattr(os, name)))
+        checkpoint.save_file = guarded(save_file)
+        try:
+            action()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9)
+    return code == 9
+
+
+@pytest.mark.parametrize("before, after", [(5e9, 5e9), (5e9, 2e4), (2e4, 5e9), (2e4, 2e4), (2e4, 1.3e4)])
+def test_a_kill_leaves_the_old_or_the_new_model(before, after, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "sync", lambda path: None)  # it takes its time, and a kill loses no written page
+    old, new = make(1), make(2)
+    step, seen = 0, []
+    while True:
+        step += 1
+        dir = tmp_path / str(step)
+        checkpoint.save_model(old, dir, shard_bytes=before)
+        killed = killed_at(step, lambda dir=dir: checkpoint.save_model(new, dir, shard_bytes=after))
+        now = checkpoint.load_model(dir)
+        seen.append(same(now, new))
+        assert seen[-1] or same(now, old)
+        checkpoint.save_model(old, dir, shard_bytes=before)  # and the next save works, and clears up
+        assert same(checkpoint.load_model(dir), old)
+        fresh = tmp_path / "fresh"
+        checkpoint.save_model(old, fresh, shard_bytes=before)
+        assert len(list(dir.glob("*.safetensors*"))) == len(list(fresh.glob("*.safetensors*")))
+        if not killed:
+            break
+    assert seen == sorted(seen) and not seen[0] and seen[-1] and step > 4
+
+
+def test_a_kill_leaves_the_old_or_the_new_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "sync", lambda path: None)
+    states = [({"a": torch.full((3,), float(i))}, {"step": i}) for i in range(2)]
+    step, seen = 0, []
+    while True:
+        step += 1
+        dir = tmp_path / str(step)
+        checkpoint.save_state(dir, *states[0])
+        killed = killed_at(step, lambda dir=dir: checkpoint.save_state(dir, *states[1]))
+        assert checkpoint.resumable(dir, "auto")
+        tensors, meta = checkpoint.load_state(dir)
+        assert tensors["a"][0] == meta["step"]
+        seen.append(meta["step"])
+        checkpoint.save_state(dir, *states[0])
+        assert checkpoint.load_state(dir)[1] == {"step": 0}
+        assert not [p for p in tmp_path.iterdir() if p.suffix]
+        if not killed:
+            break
+    assert seen == sorted(seen) and seen[0] == 0 and seen[-1] == 1 and step > 4
+
+
+def test_a_failure_leaves_nothing_half_written(tmp_path):
+    checkpoint.save_model(make(1), tmp_path / "model")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
+
+    def tensors():
+        yield "a", torch.ones(9)
+        yield "b", torch.ones(9)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        checkpoint.write_tensors(tensors(), tmp_path / "model", shard_bytes=40)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
+    with pytest.raises(TypeError):
+        checkpoint.save_state(tmp_path / "state", {}, {"not JSON": object()})
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import re, sys, torch, checkpoint
+def status(key):
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+dtype = getattr(torch, sys.argv[2])
+checkpoint.load_model(sys.argv[3], dtype=dtype)  # imports and allocator pools
+open("/proc/self/clear_refs", "w").write("5")  # resets the peak
+before, anonymous = status("VmRSS"), status("RssAnon")
+model = checkpoint.load_model(sys.argv[1], dtype=dtype)
+weights = sum(p.nbytes for p in model.parameters())
+touched = sum(float(p.sum()) for p in model.parameters())
+print((status("VmHWM") - before) / weights, (status("RssAnon") - anonymous) / weights)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("stored, wanted", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_peak_memory_at_load(stored, wanted, tmp_path):
+    """The embedding is most of this model, so that a second copy of it would show."""
+    cfg = dict(vars(CFG), vocab_size=80_000, dim=512, ffn_dim=2048, n_layers=2, head_dim=128, tie_embeddings=True)
+    model = Transformer(ModelConfig(**cfg)).to(getattr(torch, stored))
+    checkpoint.save_model(model, tmp_path / "big")
+    checkpoint.save_model(make(tie_embeddings=True), tmp_path / "small", getattr(torch, stored))
+    command = [sys.executable, "-c", MEASURE, tmp_path / "big", wanted, tmp_path / "small"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(checkpoint.__file__).parent)
+    peak, anonymous = map(float, done.stdout.split())
+    print(f"peak {peak:.2f}, anonymous {anonymous:.2f} times the weights")
+    assert 0.9 < peak < 1.3
+    if stored == wanted:
+        assert anonymous < 0.1  # the weights are the file
+
+
+# --- training state ------------------------------------------------------------------------------------------------
+
+
+class Rank:
+    """What save_training asks of a runtime, on one process."""
+
+    is_main = True
+    rng_state = staticmethod(lambda: {"cpu": torch.get_rng_state()})
+    full = staticmethod(lambda tensors: {name: t.detach().clone() for name, t in tensors.items()})
+    prime = staticmethod(lambda optimizer: None)
+
+    @staticmethod
+    def set_rng_state(state):
+        torch.set_rng_state(state["cpu"])
+
+
+def trainer(kind, dtype=torch.float32):
+    model = make().to(dtype)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    groups = [dict(params=decayed, weight_decay=0.1), dict(params=[p for p in model.parameters() if p.dim() == 1])]
+    options = dict(lr=1e-2, betas=(0.9, 0.95)) if kind is torch.optim.AdamW else dict(lr=1e-2, momentum=0.9)
+    return model, kind(groups, **options)
+
+
+def steps(model, optimizer, n):
+    for _ in range(n):
+        x = torch.randint(0, 50, (2, 8))  # from the generator that the state holds
+        model.logits(model(x)).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_is_bit_for_bit(kind, dtype, tmp_path):
+    straight, optimizer = trainer(kind, dtype)
+    torch.manual_seed(5)
+    steps(straight, optimizer, 3)
+    half = dict(straight.named_parameters())
+    extra = {"order": torch.arange(4)}
+    checkpoint.save_training(tmp_path / "state", Rank, half, {"main": optimizer}, extra, step=3, best=0.1 + 0.2)
+    steps(straight, optimizer, 3)
+
+    resumed, other = trainer(kind, dtype)
+    torch.manual_seed(99)
+    meta, back = checkpoint.load_training(tmp_path / "state", Rank, dict(resumed.named_parameters()), {"main": other})
+    assert meta == {"step": 3, "best": 0.1 + 0.2} and torch.equal(back["order"], extra["order"])
+    steps(resumed, other, 3)
+    assert same(straight, resumed)
+    a, b = optimizer.state_dict(), other.state_dict()
+    assert a["param_groups"] == b["param_groups"] and type(b["param_groups"][0].get("betas", ())) is tuple
+    assert all(torch.equal(a["state"][i][k], b["state"][i][k]) for i in a["state"] for k in a["state"][i])
+
+
+def test_moments_keep_their_own_dtype():
+    """torch's load_state_dict would cast them to the parameter's."""
+    model, optimizer = trainer(torch.optim.AdamW, torch.bfloat16)
+    steps(model, optimizer, 1)
+    for state in optimizer.state.values():
+        state |= {"exp_avg": state["exp_avg"].float() + 1e-6, "exp_avg_sq": state["exp_avg_sq"].to(torch.uint8), "age": 3}
+    tensors, meta = checkpoint.flatten_optimizer(optimizer)
+    model, other = trainer(torch.optim.AdamW, torch.bfloat16)
+    checkpoint.restore_optimizer(other, tensors, json.loads(json.dumps(meta)))
+    for a, b in zip(optimizer.state.values(), other.state.values(), strict=True):
+        assert a["age"] == b["age"]
+        assert all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in ("step", "exp_avg", "exp_avg_sq"))
+        assert a["exp_avg"].data_ptr() != b["exp_avg"].data_ptr()
+
+
+def test_a_state_of_another_run_is_refused(tmp_path):
+    model, optimizer = trainer(torch.optim.AdamW)
+    steps(model, optimizer, 1)
+    named = dict(model.named_parameters())
+    checkpoint.save_training(tmp_path / "state", Rank, named, {"main": optimizer}, step=1)
+    fewer = {name: p for name, p in named.items() if "mlp" not in name}
+    with pytest.raises(UserError, match="other parameters"):
+        checkpoint.load_training(tmp_path / "state", Rank, fewer, {"main": optimizer})
+    with pytest.raises(UserError, match="other parameters"):
+        checkpoint.load_training(tmp_path / "state", Rank, named, {"policy": optimizer})
+    with pytest.raises(UserError, match="other parameters"):
+        checkpoint.load_training(tmp_path / "state", Rank, named, {"main": torch.optim.AdamW(fewer.values())})
+    file = tmp_path / "state" / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match="state.safetensors is damaged or incomplete"):
+        checkpoint.load_training(tmp_path / "state", Rank, named, {"main": optimizer})
+
+
+def test_resumable(tmp_path):
+    assert checkpoint.load_state(tmp_path / "state") is None
+    assert not checkpoint.resumable(tmp_path / "state", "auto")
+    with pytest.raises(UserError, match="no saved state"):
+        checkpoint.resumable(tmp_path / "state", "true")
+    checkpoint.save_state(tmp_path / "state", {}, {})
+    assert checkpoint.resumable(tmp_path / "state", "auto") and checkpoint.resumable(tmp_path / "state", "true")
+    assert not checkpoint.resumable(tmp_path / "state", "false")
