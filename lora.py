@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 import checkpoint
 from config import UserError
+from model import ScoreHead
 
 
 class LoRALinear(nn.Linear):
@@ -59,6 +60,11 @@ def adapted(model):
     return [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]
 
 
+def linear_names(model):
+    """The linear layers that may carry adapters: those of the blocks. The head never does, losses.py reads its weight."""
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("model.layers.")]
+
+
 def _wrap(model, name):
     parent, leaf = name.rpartition(".")[::2]
     module = model.get_submodule(name)
@@ -69,9 +75,11 @@ def _wrap(model, name):
 
 
 def apply(model, rank, alpha, dropout=0.0, targets="all-linear", name="default", rslora=False):
-    """Freezes everything there is and adds a trainable adapter to the linear layers that `targets` names: a list of suffixes
-    such as ["q_proj", "v_proj"], or "all-linear": every linear layer of the blocks, not the head. Makes it the active one."""
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("model.layers.")]
+    """Freezes the base and adds a trainable adapter to the linear layers that `targets` names: a list of suffixes such as
+    ["q_proj", "v_proj"], or "all-linear": every linear layer of the blocks, not the head. Makes it the active one."""
+    if rank < 1:
+        raise UserError(f"lora_rank={rank}: must be 1 or more")
+    linears = linear_names(model)
     chosen = linears
     suffixes = [targets] if isinstance(targets, str) else list(targets)
     if suffixes != ["all-linear"]:
@@ -80,6 +88,8 @@ def apply(model, rank, alpha, dropout=0.0, targets="all-linear", name="default",
                 leaves = sorted({n.rpartition(".")[2] for n in linears})
                 raise UserError(f"lora_targets: no layer ends in {s!r}; the linear layers are {', '.join(leaves)}")
         chosen = [n for n in linears if any(n == s or n.endswith("." + s) for s in suffixes)]
+    if not chosen:
+        raise UserError("lora_targets names no layer: give suffixes such as [q_proj,v_proj], or all-linear")
     if not adapted(model):
         model.requires_grad_(False)
     for n in chosen:
@@ -107,10 +117,10 @@ def merged(model):
     """Within: the active adapter is folded into the weights (added in fp32), so that a forward costs what the base's does.
     After: the very same base tensors are back, nothing is subtracted."""
     layers = [(m, m.active, m.weight.data) for _, m in adapted(model) if m.active is not None]
-    for m, _, weight in layers:
-        m.weight.data = (weight.float() + m.delta()).to(weight.dtype)
-        m.active = None
     try:
+        for m, _, weight in layers:
+            m.weight.data = (weight.float() + m.delta()).to(weight.dtype)
+            m.active = None
         yield model
     finally:
         for m, active, weight in layers:
@@ -152,11 +162,13 @@ def save(model, dir, name="default", base="", tensors=None):
     score = "score.weight" in tensors
     if score:
         out[PREFIX + "score.weight"] = tensors["score.weight"].detach().cpu().contiguous()
-    leaves = sorted({n.rpartition(".")[2] for n, _ in layers})
+    names = {n for n, _ in layers}
+    leaves = {n.rpartition(".")[2] for n in names}
+    whole = all(n in names for n in linear_names(model) if n.rpartition(".")[2] in leaves)  # a suffix says it all
     config = dict(
         peft_type="LORA", task_type="SEQ_CLS" if score else "CAUSAL_LM", base_model_name_or_path=str(base),
-        r=rank, lora_alpha=scale * rank, lora_dropout=layers[0][1].dropouts[name], target_modules=leaves,
-        bias="none", use_rslora=False, use_dora=False, fan_in_fan_out=False, inference_mode=True, init_lora_weights=True,
+        r=rank, lora_alpha=scale * rank, lora_dropout=layers[0][1].dropouts[name],
+        target_modules=sorted(leaves if whole else names), bias="none", use_rslora=False, use_dora=False, fan_in_fan_out=False, inference_mode=True, init_lora_weights=True,
         modules_to_save=["score"] if score else None, rank_pattern={}, alpha_pattern={}, layers_to_transform=None,
     )  # fmt: skip
     checkpoint.write_tensors(out.items(), dir, name="adapter_model")
@@ -166,67 +178,94 @@ def save(model, dir, name="default", base="", tensors=None):
 def read_config(dir):
     """adapter_config.json of a PEFT directory, refused when it says something that this file does not do."""
     path = Path(dir) / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{dir} is no adapter directory: it has no adapter_config.json") from None
-    except ValueError as e:
-        raise UserError(f"{path}: not readable as JSON ({e})") from None
-    unsupported = dict(use_dora=False, bias="none", fan_in_fan_out=False, rank_pattern={}, alpha_pattern={}, megatron_config=None)
+    if not path.exists():
+        raise UserError(f"{dir} is no adapter directory: it has no adapter_config.json")
+    config = checkpoint.read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type {config.get('peft_type')!r} is not supported (only 'LORA' is)")
+    unsupported = dict(use_dora=False, bias="none", fan_in_fan_out=False, rank_pattern={}, alpha_pattern={}, megatron_config=None,
+                       alora_invocation_tokens=None)  # fmt: skip
     for key, plain in unsupported.items():
         if (config.get(key) or plain) != plain:
             raise UserError(f"{path}: {key}={config[key]!r} is not supported (only {plain!r} is)")
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type {config.get('peft_type')!r} is not supported (only 'LORA' is)")
+    if type(config.get("r")) is not int or not isinstance(config.get("lora_alpha"), (int, float)):
+        raise UserError(f"{path}: r={config.get('r')!r} and lora_alpha={config.get('lora_alpha')!r} must be numbers")
     return config
 
 
 def load(model, dir, name="default"):
-    """Reads a PEFT directory into the adapter `name` (made active; not frozen). Raises UserError for another base's adapter."""
+    """Reads a PEFT directory into the adapter `name`: made active, not frozen, without the dropout that it was trained with (RL
+    trains on it further, and must see the same probabilities twice). Raises UserError for another base's adapter."""
     config = read_config(dir)
     rank, alpha = config["r"], config["lora_alpha"]
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     if not adapted(model):
         model.requires_grad_(False)
-    used = set()
+    linears, found = set(linear_names(model)), {}  # found: (layer, "lora_A" or "lora_B") -> tensor
     for key, tensor in checkpoint.read_tensors(dir, name="adapter_model").items():
-        module = key.removeprefix(PREFIX).removesuffix(".weight")
-        if module == "score" or module == "score.modules_to_save":
+        module, _, ab = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if module in linears and ab in ("lora_A", "lora_B"):
+            linear = model.get_submodule(module)
+            size = (rank, linear.in_features) if ab == "lora_A" else (linear.out_features, rank)
+        elif (module, ab) in (("", "score"), ("score", "modules_to_save")):
             if not hasattr(model, "score"):
                 raise UserError(f"{dir}: the adapter carries a score head, but the model was not opened as a score model")
-            model.score.weight.data.copy_(tensor)
-            continue
-        module, _, ab = module.rpartition(".")
-        linear = dict(model.named_modules()).get(module) if module not in used else model.get_submodule(module)
-        if ab not in ("lora_A", "lora_B") or not isinstance(linear, nn.Linear):
-            raise UserError(f"{dir}: tensor {key} belongs to no linear layer of this model: an adapter for another base?")
-        size = (rank, linear.in_features) if ab == "lora_A" else (linear.out_features, rank)
+            size = tuple(model.score.weight.shape)
+        else:
+            raise UserError(f"{dir}: tensor {key} belongs to no layer that is adapted here: an adapter for another base?")
         if tuple(tensor.shape) != size:
             raise UserError(f"{dir}: {key} is {tuple(tensor.shape)}, this model takes {size}: an adapter for another base?")
-        if module not in used:
-            _wrap(model, module).add(name, rank, scale, config.get("lora_dropout", 0.0))
-            used.add(module)
-        getattr(model.get_submodule(module), ab)[name].data.copy_(tensor)
-    if not used:
-        raise UserError(f"{dir}: adapter_model.safetensors holds no LoRA tensors")
+        found[module, ab] = tensor
+    layers = dict.fromkeys(module for module, ab in found if ab.startswith("lora_"))
+    if not layers or any((module, ab) not in found for module in layers for ab in ("lora_A", "lora_B")):
+        raise UserError(f"{dir}: adapter_model.safetensors is incomplete: a layer needs both lora_A and lora_B")
+    for module in layers:
+        _wrap(model, module).add(name, rank, scale, 0.0)
+    for (module, ab), tensor in found.items():
+        target = getattr(model.get_submodule(module), ab)[name] if module in layers else model.score.weight
+        target.data.copy_(tensor)
     use(model, name)
+
+
+def load_scorer(model, dir, name):
+    """Reads a score adapter (reward.py's) into the adapter `name` of a language model and returns its head, a model.ScoreHead."""
+    if read_config(dir).get("task_type") != "SEQ_CLS":
+        raise UserError(f"{dir} is an adapter of a language model, not of a score model")
+    model.score = ScoreHead(model.cfg.dim).to(model.model["embed_tokens"].weight.device)
+    load(model, dir, name)
+    head = model.score
+    del model.score
+    return head
 
 
 def is_adapter(dir):
     return (Path(dir) / "adapter_config.json").exists()
 
 
-def open_model(dir, base=None, device="cpu", dtype=None, head=None):
-    """Opens a model directory or an adapter directory -> (model, directory of the model that holds config and tokenizer).
-    `base` takes the place of the base that the adapter names, in memory: no file is changed."""
+def base_of(dir, base=None):
+    """The model directory, which holds config and tokenizer, of a model or adapter directory. `base` takes the place of the one
+    that the adapter names."""
     if not is_adapter(dir):
-        return checkpoint.load_model(dir, device=device, dtype=dtype, head=head), Path(dir)
-    config = read_config(dir)
-    named = base or config.get("base_model_name_or_path") or ""
+        if base:
+            raise UserError(f"{dir} is a whole model, not an adapter: leave out base={base}")
+        return Path(dir)
+    named = base or read_config(dir).get("base_model_name_or_path") or ""
     found = next((p for p in (Path(named), Path(dir) / named) if named and (p / "config.json").exists()), None)
     if found is None:
         raise UserError(f"{dir}: its base model {str(named)!r} is not a model directory here; name one with base=")
-    head = head or ("score" if config.get("task_type") == "SEQ_CLS" else None)
+    return found
+
+
+def open_model(dir, base=None, device="cpu", dtype=None, head=None, as_base=False):
+    """Opens a model directory or an adapter directory -> (model, directory of the model that holds config and tokenizer).
+    `base` takes the place of the base that the adapter names, in memory: no file is changed. as_base: the model is to carry a
+    new adapter, whose directory will name `dir` as its base, so an adapter directory is refused."""
+    if is_adapter(dir) and as_base:
+        raise UserError(f"{dir} is an adapter; a new one needs a base on disk: merge it, python -m prepare.weights source={dir}")
+    found = base_of(dir, base)
+    if head is None and is_adapter(dir) and read_config(dir).get("task_type") == "SEQ_CLS":
+        head = "score"
     model = checkpoint.load_model(found, device=device, dtype=dtype, head=head)
-    load(model, dir)
+    if is_adapter(dir):
+        load(model, dir)
     return model, found

@@ -1,10 +1,10 @@
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 
 import losses
 import sft
-import tiny
 
 N, C, V = 37, 8, 11
 

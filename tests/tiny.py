@@ -18,7 +18,7 @@ SIZES = dict(vocab_size=264, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_d
 def model(seed=0, **changes):
     """A random Transformer whose next-token distributions are far from uniform."""
     torch.manual_seed(seed)
-    return Transformer(ModelConfig(**SIZES | changes)).init_weights(std=0.2)
+    return Transformer(ModelConfig(**SIZES | changes)).init_weights(std=0.1)
 
 
 def model_dir(path, seed=0, special=SPECIAL, **changes):

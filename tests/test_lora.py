@@ -1,0 +1,353 @@
+import hashlib
+import json
+import math
+
+import pytest
+import tiny
+import torch
+
+import checkpoint
+import lora
+from config import UserError
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TOKENS = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.model_dir(tmp_path_factory.mktemp("lora") / "base")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.logits(model(TOKENS))
+
+
+def shake(model, name="default", seed=1):
+    """Random numbers into the adapter, as if it had been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in lora.parameters(model, name):
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model
+
+
+def adapter(dir, base, name="default", seed=1, **settings):
+    """A PEFT directory with random weights, written by lora.save."""
+    model = checkpoint.load_model(base)
+    lora.apply(model, **dict(rank=4, alpha=8) | settings, name=name)
+    lora.save(shake(model, name, seed), dir, name=name, base=base)
+    return logits(model.eval())
+
+
+def change(dir, **settings):
+    tiny.write(dir, "adapter_config.json", lora.read_config(dir) | settings)
+
+
+def digest(dir):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(dir.iterdir())}
+
+
+def test_a_new_adapter_changes_nothing():
+    model = tiny.model()
+    before = logits(model)
+    lora.apply(model, rank=4, alpha=8, dropout=0.5)
+    model.eval()
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("rslora, scale", [(False, 2.0), (True, 4.0)])
+def test_the_update_is_scale_times_b_a(rslora, scale):
+    model = tiny.model()
+    lora.apply(model, rank=4, alpha=8, rslora=rslora)
+    shake(model)
+    layer, x = model.layers[1].mlp.up_proj, torch.randn(3, 32)
+    right = x @ (layer.weight + scale * layer.lora_B["default"] @ layer.lora_A["default"]).t()
+    torch.testing.assert_close(layer(x), right)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["mlp.down_proj"], "all-linear", ["all-linear"], "o_proj"])
+def test_targets_and_parameter_count(targets):
+    model = tiny.model()
+    total = sum(p.numel() for p in model.parameters())
+    lora.apply(model, rank=3, alpha=8, targets=targets)
+    suffixes = ALL if "all-linear" in targets else [targets] if isinstance(targets, str) else targets
+    names = [n for n, _ in lora.adapted(model)]
+    assert len(names) == 2 * len(suffixes) and all(any(n.endswith(s) for s in suffixes) for n in names)
+    shapes = dict(q_proj=(32, 32), k_proj=(16, 32), v_proj=(16, 32), o_proj=(32, 32), gate_proj=(48, 32), up_proj=(48, 32))
+    shapes["down_proj"] = (32, 48)
+    count = sum(2 * 3 * sum(shapes[s.rpartition(".")[2]]) for s in suffixes)
+    assert sum(p.numel() for p in lora.parameters(model)) == count
+    assert sum(p.numel() for p in model.parameters()) == total + count
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * len(names) and all(".lora_" in n for n in trained)
+
+
+@pytest.mark.parametrize("targets", [["w_proj"], ["lm_head"], ["q_proj", "roj"], ["embed_tokens"], []])
+def test_unknown_targets(targets):
+    with pytest.raises(UserError, match="lora_targets"):
+        lora.apply(tiny.model(), rank=4, alpha=8, targets=targets)
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_rank_below_one(rank):
+    with pytest.raises(UserError, match="lora_rank"):
+        lora.apply(tiny.model(), rank=rank, alpha=8)
+
+
+def test_merged_equals_unmerged():
+    model = tiny.model()
+    base = logits(model)
+    lora.apply(model, rank=4, alpha=8)
+    before, names = logits(shake(model)), {n for n, _ in tiny.model().named_parameters()}
+    assert (before - base).abs().max() > 0.1
+    lora.merge(model)
+    assert not lora.adapted(model) and {n for n, _ in model.named_parameters()} == names
+    assert (logits(model) - before).abs().max() <= 1e-5
+
+
+def test_merging_a_bare_model_or_a_switched_off_adapter_gives_the_base():
+    model = tiny.model()
+    before = logits(model)
+    assert torch.equal(logits(lora.merge(model)), before)
+    lora.apply(model, rank=4, alpha=8)
+    lora.use(shake(model), None)
+    assert torch.equal(logits(lora.merge(model)), before)
+
+
+def test_within_merged_the_adapter_is_folded_in_and_after_it_the_same_tensors_are_back():
+    model = tiny.model()
+    base = logits(model)
+    lora.apply(model, rank=4, alpha=8)
+    before = logits(shake(model))
+    weights = [(m.weight, m.weight.data_ptr(), m.weight.clone()) for _, m in lora.adapted(model)]
+    with lora.merged(model) as same:
+        assert same is model and all(m.active is None for _, m in lora.adapted(model))
+        assert (logits(model) - before).abs().max() <= 1e-5
+        assert model.head_weight.requires_grad is False and torch.is_grad_enabled()  # no_grad ends at the yield
+    for (_, m), (weight, place, value) in zip(lora.adapted(model), weights, strict=True):
+        assert m.weight is weight and weight.data_ptr() == place and torch.equal(weight, value) and m.active == "default"
+    assert torch.equal(logits(model), before)
+    lora.use(model, None)
+    assert torch.equal(logits(model), base)
+
+
+def test_merged_restores_after_an_error(monkeypatch):
+    model = tiny.model()
+    lora.apply(model, rank=4, alpha=8)
+    before = logits(shake(model))
+    with pytest.raises(RuntimeError, match="inside"), lora.merged(model):
+        raise RuntimeError("inside")
+    assert torch.equal(logits(model), before)
+    delta, layers = lora.LoRALinear.delta, [m for _, m in lora.adapted(model)]
+
+    def fails(self):  # as if memory ran out in the middle of the model
+        if self is layers[5]:
+            raise MemoryError
+        return delta(self)
+
+    monkeypatch.setattr(lora.LoRALinear, "delta", fails)
+    with pytest.raises(MemoryError), lora.merged(model):
+        pass
+    assert torch.equal(logits(model), before)
+
+
+def test_named_adapters_share_one_base():
+    model = tiny.model()
+    base = logits(model)
+    lora.apply(model, rank=4, alpha=8, name="policy")
+    lora.apply(model, rank=2, alpha=8, targets=["q_proj"], name="value")
+    policy = logits(lora.use(shake(model, "policy"), "policy") or model)
+    lora.use(shake(model, "value", seed=2), "value")
+    value = logits(model)
+    assert (policy - base).abs().max() > 0.1 and (value - base).abs().max() > 0.1 and (value - policy).abs().max() > 0.1
+
+    lora.use(model, "policy")  # training one leaves the other and the base alone
+    optimizer = torch.optim.AdamW(lora.parameters(model, "policy"), lr=1e-2)
+    model.logits(model(TOKENS)).square().mean().backward()
+    assert all(p.grad is None for p in lora.parameters(model, "value"))
+    assert all(p.grad is None for n, p in model.named_parameters() if "lora_" not in n)
+    optimizer.step()
+    assert not torch.equal(logits(model), policy)
+    lora.use(model, "value")
+    assert torch.equal(logits(model), value)
+    lora.use(model, None)
+    assert torch.equal(logits(model), base)
+    with pytest.raises(KeyError, match="reward"):
+        lora.use(model, "reward")
+
+
+def test_dropout_acts_in_training_only():
+    model = tiny.model()
+    lora.apply(model, rank=4, alpha=8, dropout=0.5)
+    shake(model)
+    assert not torch.equal(logits(model.train()), logits(model))
+    assert torch.equal(logits(model.eval()), logits(model))
+    bare = tiny.model()
+    lora.apply(bare, rank=4, alpha=8)
+    shake(bare).train()
+    state = torch.get_rng_state()
+    assert torch.equal(logits(bare), logits(model)) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_bf16_base_carries_fp32_adapters():
+    model = tiny.model().bfloat16()
+    lora.apply(model, rank=4, alpha=8)
+    assert all(p.dtype == torch.float32 for p in lora.parameters(model))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.logits(model(TOKENS)).float().square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 for p in lora.parameters(model))
+
+
+# ---------------------------------------------------------------------------------------------- PEFT directories
+
+
+def in_peft(base, dir, kind="AutoModelForCausalLM"):
+    """The logits that `peft` gets from an adapter directory, on transformers' own model."""
+    import peft
+    import transformers
+
+    model = getattr(transformers, kind).from_pretrained(base, dtype=torch.float32, **dict(num_labels=1) if "Seq" in kind else {})
+    model = peft.PeftModel.from_pretrained(model, dir)
+    with torch.no_grad():
+        if "Seq" in kind:
+            return model.base_model.model.score(model.base_model.model.model(TOKENS).last_hidden_state).squeeze(-1)
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("settings", [{}, dict(rslora=True), dict(targets=["q_proj", "v_proj"], dropout=0.1),
+                                      dict(targets=["layers.1.self_attn.q_proj"])], ids=str)  # fmt: skip
+def test_peft_reads_what_is_written_here(base, tmp_path, settings, recwarn):
+    ours = adapter(tmp_path / "adapter", base, **settings)
+    assert (ours - in_peft(base, tmp_path / "adapter")).abs().max() <= 1e-5
+    assert not [w for w in recwarn if "missing" in str(w.message) and "adapter" in str(w.message)]
+    model, found = lora.open_model(tmp_path / "adapter")
+    assert found == base and torch.equal(logits(model.train()), ours)  # loaded without dropout
+    assert set(digest(tmp_path / "adapter")) == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("settings", [{}, dict(use_rslora=True), dict(target_modules=["q_proj", "down_proj"])], ids=str)
+def test_what_peft_writes_is_read_here(base, tmp_path, settings):
+    import peft
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = peft.LoraConfig(**dict(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM") | settings)
+    model = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "lora_" in n:
+                p.normal_(std=0.1)
+        theirs = model(TOKENS).logits
+    model.save_pretrained(tmp_path / "adapter")
+    ours, _ = lora.open_model(tmp_path / "adapter", base=base)
+    assert (logits(ours) - theirs).abs().max() <= 1e-5
+    assert (logits(lora.merge(ours)) - theirs).abs().max() <= 1e-5
+
+
+def test_a_score_adapter_there_and_back(base, tmp_path):
+    import peft
+    import transformers
+
+    model = checkpoint.load_model(base, head="score")
+    lora.apply(model, rank=4, alpha=8)
+    shake(model)
+    lora.save(model, tmp_path / "ours", base=base)
+    with torch.no_grad():
+        ours = model.score(model(TOKENS))
+    assert (ours - in_peft(base, tmp_path / "ours", "AutoModelForSequenceClassification")).abs().max() <= 1e-5
+    again, _ = lora.open_model(tmp_path / "ours")
+    with torch.no_grad():
+        assert again.cfg.head == "score" and torch.equal(again.score(again(TOKENS)), ours)
+
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    with torch.no_grad():
+        for n, p in theirs.named_parameters():
+            if "lora_" in n or "score" in n:
+                p.normal_(std=0.1)
+        scores = theirs.base_model.model.score(theirs.base_model.model.model(TOKENS).last_hidden_state).squeeze(-1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, _ = lora.open_model(tmp_path / "theirs", base=base)
+    with torch.no_grad():
+        assert (model.score(model(TOKENS)) - scores).abs().max() <= 1e-5
+    with pytest.raises(UserError, match="score"):
+        lora.load(checkpoint.load_model(base), tmp_path / "theirs")
+
+
+def test_a_merged_model_opens_in_transformers(base, tmp_path):
+    import transformers
+
+    ours = adapter(tmp_path / "adapter", base)
+    model, found = lora.open_model(tmp_path / "adapter")
+    checkpoint.save_model(lora.merge(model), tmp_path / "merged", like=found)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        assert (theirs(TOKENS).logits - ours).abs().max() <= 1e-5
+    assert (logits(checkpoint.load_model(tmp_path / "merged")) - ours).abs().max() <= 1e-5
+
+
+def test_another_base_by_key_changes_no_file(base, tmp_path):
+    other = tiny.model_dir(tmp_path / "other", seed=7)
+    adapter(tmp_path / "adapter", base)
+    before = [digest(d) for d in (base, other, tmp_path / "adapter")]
+    model, found = lora.open_model(tmp_path / "adapter", base=other)
+    assert found == other and not torch.equal(logits(model), logits(lora.open_model(tmp_path / "adapter")[0]))
+    lora.use(model, None)
+    assert torch.equal(logits(model), logits(checkpoint.load_model(other)))
+    assert [digest(d) for d in (base, other, tmp_path / "adapter")] == before
+
+
+def test_a_base_beside_the_adapter_is_found(base, tmp_path):
+    ours = adapter(tmp_path / "adapter", base)
+    (tmp_path / "adapter" / "base").symlink_to(base)
+    change(tmp_path / "adapter", base_model_name_or_path="base")
+    assert torch.equal(logits(lora.open_model(tmp_path / "adapter")[0]), ours)
+
+
+def test_adapters_that_do_not_fit(base, tmp_path):
+    dir = tmp_path / "adapter"
+    adapter(dir, base)
+    narrow = tiny.model_dir(tmp_path / "narrow", dim=16)
+    shallow = tiny.model_dir(tmp_path / "shallow", n_layers=1)
+
+    def refused(match, *args, **kwargs):
+        with pytest.raises(UserError, match=match) as e:
+            lora.open_model(*args, **kwargs)
+        assert str(dir) in str(e.value) or "lonely" in str(e.value)
+
+    refused("another base", dir, base=narrow)
+    refused("another base", dir, base=shallow)
+    refused("not a model directory", dir, base=tmp_path / "nowhere")
+    with pytest.raises(UserError, match="whole model"):
+        lora.open_model(base, base=base)
+
+    good = dict(checkpoint.read_tensors(dir, name="adapter_model"))
+    lonely = tmp_path / "lonely"
+    for match, tensors in (
+        ("incomplete", {k: t for k, t in good.items() if "lora_B" not in k}),
+        ("incomplete", dict(list(good.items())[:-1])),
+        ("another base", good | {lora.PREFIX + "lm_head.lora_A.weight": torch.zeros(4, 32)}),
+        ("another base", good | {lora.PREFIX + "model.embed_tokens.lora_embedding_A": torch.zeros(4, 32)}),
+    ):
+        checkpoint.write_tensors(tensors.items(), lonely, name="adapter_model")
+        tiny.write(lonely, "adapter_config.json", lora.read_config(dir))
+        refused(match, lonely)
+    for settings in (dict(use_dora=True), dict(bias="all"), dict(rank_pattern={"q_proj": 2}), dict(alpha_pattern={"q_proj": 2}),
+                     dict(peft_type="PROMPT_TUNING"), dict(r="4"), dict(lora_alpha=None)):  # fmt: skip
+        config = lora.read_config(dir)
+        change(dir, **settings)
+        refused(next(iter(settings)), dir)
+        tiny.write(dir, "adapter_config.json", config)
+    (dir / "adapter_config.json").write_text("{")
+    refused("JSON", dir)
+    (dir / "adapter_config.json").unlink()
+    refused("config", dir)
+
+
+def test_the_scale_survives_the_directory(base, tmp_path):
+    adapter(tmp_path / "a", base, rank=3, alpha=5, rslora=True)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert math.isclose(config["lora_alpha"] / config["r"], 5 / math.sqrt(3)) and config["use_rslora"] is False
+    assert config["base_model_name_or_path"] == str(base) and config["target_modules"] == sorted(ALL)
