@@ -168,8 +168,9 @@ def save(model, dir, name="default", base="", tensors=None):
     config = dict(
         peft_type="LORA", task_type="SEQ_CLS" if score else "CAUSAL_LM", base_model_name_or_path=str(base),
         r=rank, lora_alpha=scale * rank, lora_dropout=layers[0][1].dropouts[name],
-        target_modules=sorted(leaves if whole else names), bias="none", use_rslora=False, use_dora=False, fan_in_fan_out=False, inference_mode=True, init_lora_weights=True,
-        modules_to_save=["score"] if score else None, rank_pattern={}, alpha_pattern={}, layers_to_transform=None,
+        target_modules=sorted(leaves if whole else names), modules_to_save=["score"] if score else None,
+        bias="none", use_rslora=False, use_dora=False, fan_in_fan_out=False, inference_mode=True, init_lora_weights=True,
+        rank_pattern={}, alpha_pattern={}, layers_to_transform=None,
     )  # fmt: skip
     checkpoint.write_tensors(out.items(), dir, name="adapter_model")
     checkpoint.write_text(Path(dir) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
