@@ -18,6 +18,16 @@ from torch import nn
 FUSED = ("cpu", "cuda", "mps", "xpu")  # device types with a fused AdamW kernel; XLA raises on it
 
 
+def choose_trained(model, train, freeze_layers):
+    """Leaves requires_grad on what `train` names, above the first `freeze_layers` layers."""
+    parts = dict(all=("",), attention=(".self_attn.",), qv=(".q_proj.", ".v_proj."))[train]
+    for name, p in model.named_parameters():
+        p.requires_grad = any(part in name for part in parts)
+    if freeze_layers:
+        for module in (model.model["embed_tokens"], *model.layers[:freeze_layers]):
+            module.requires_grad_(False)
+
+
 def param_groups(model, weight_decay):
     """The trainable parameters as two groups: matrices, which decay, and embeddings, norms and biases, which do not."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
@@ -117,6 +118,13 @@ class Runtime:
 
     def wrap(self, model, compile=False, grad_checkpoint=False):
         """Moves the model to the device and makes it parallel. Returns what to call; `model` stays the owner of the weights."""
+        self.place(model, compile, grad_checkpoint)
+        return self.replicate(model)
+
+    def place(self, model, compile=False, grad_checkpoint=False):
+        """The part of `wrap` that is done once for a model, trained or not: device, compilation, FSDP or SPMD sharding."""
+        if self.world > 1 and self.parallel == "none":
+            raise UserError(f"{self.world} processes need parallel=ddp or parallel=fsdp")
         if grad_checkpoint:
             model.checkpoint = self.checkpoint
         model.to(self.device)
@@ -124,21 +132,42 @@ class Runtime:
             model.split_documents = False
             for layer in model.layers:
                 layer.compile()
-        net = model
         if self.kind == "xla":
             self._shard_xla(model)
-        elif self.world > 1 and self.parallel == "ddp":
-            ids = [self.local_rank] if self.kind == "cuda" else None
-            net = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
         elif self.world > 1 and self.parallel == "fsdp":
-            from torch.distributed.fsdp import fully_shard
-
             for layer in model.layers:
                 fully_shard(layer)
             fully_shard(model)
-        elif self.world > 1:
-            raise UserError(f"{self.world} processes need parallel=ddp or parallel=fsdp, not {self.parallel}")
+
+    def replicate(self, model, params=None):
+        """The part of `wrap` that ties gradients together: what to call for a forward whose backward meets over ranks.
+        params {name: p}: those that this net trains, where several nets share one model's trunk (None: all trainable ones)."""
+        if self.world == 1 or self.parallel != "ddp":
+            return model
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        mine = {id(p) for p in (trainable if params is None else params.values())}
+        for p in trainable:
+            p.requires_grad = id(p) in mine
+        ids = [self.local_rank] if self.kind == "cuda" else None
+        net = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        for p in trainable:
+            p.requires_grad = True
         return net
+
+    @contextlib.contextmanager
+    def whole(self, model):
+        """Within: an FSDP model's parameters are gathered once and stay, so that generation does not gather them per token."""
+        if not isinstance(model, FSDPModule):
+            yield
+            return
+        parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        for part in parts:
+            part.set_reshard_after_forward(False)
+            part.unshard()
+        yield
+        for part in parts:
+            part.set_reshard_after_forward(part is not model)
+            part.reshard()
 
     def _shard_xla(self, model):
         if self.mesh is not None:

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import generate
 import torch
 
 import checkpoint
 import config
 import data
 import estimate
+import generate
 import log
 import lora
 import losses
@@ -83,16 +83,6 @@ class Config:
     sample_tokens: int = 64
 
 
-def choose_trained(model, train, freeze_layers):
-    """Leaves requires_grad on what `train` names, above the first `freeze_layers` layers."""
-    parts = dict(all=("",), attention=(".self_attn.",), qv=(".q_proj.", ".v_proj."))[train]
-    for name, p in model.named_parameters():
-        p.requires_grad = any(part in name for part in parts)
-    if freeze_layers:
-        for module in (model.model["embed_tokens"], *model.layers[:freeze_layers]):
-            module.requires_grad_(False)
-
-
 def loss_sum(net, model, batch):
     """The weighted sum of next-token losses over the target tokens of a micro-batch, fp32."""
     hidden = net(batch["tokens"], batch["positions"], batch["docs"])  # (B, T, C)
@@ -146,17 +136,17 @@ def main(cfg):
 
     # ------------------------------------------------------------------------------------------ model
     dtype = rt.dtype if cfg.lora_rank else torch.float32  # frozen weights in bf16, trained ones are fp32 masters
-    model, base = lora.open_model(cfg.model, dtype=dtype)
+    model, base = lora.open_model(cfg.model, dtype=dtype, as_base=cfg.lora_rank > 0)
     lora.merge(model)
     if cfg.lora_rank:
         lora.apply(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, rslora=cfg.lora_rslora)
     else:
-        choose_trained(model, cfg.train, cfg.freeze_layers)
+        optim.choose_trained(model, cfg.train, cfg.freeze_layers)
     tok = tokenizer.load(base)
 
     # ------------------------------------------------------------------------------------------ data
     rows = data.mix(cfg.data, cfg.sizes or None, cfg.seed, tokenizer=tok)
-    val_rows = data.mix_val(cfg.data, tokenizer=tok)  # None without a validation split
+    val_rows = data.validation(cfg.data, tok)
     cut = dict(
         micro_batch=cfg.micro_batch * rt.shards // rt.world, max_length=cfg.max_length, pad_id=tok.pad_id or 0,
         packing=cfg.packing, over_length=cfg.over_length, static=rt.static_shapes or cfg.compile, rank=rt.rank, world=rt.world,

@@ -1,0 +1,659 @@
+"""Reinforcement learning from a reward: PPO with a critic, or critic-free with algo=grpo and algo=rloo.
+
+An iteration samples responses to prompts, scores them (a reward model, or a Python function), and takes a few clipped policy-gradient
+steps on them, held near the model it started from by a KL penalty. Two layouts of the models, one loop: full models (policy, critic,
+reward, reference; offload=true parks the idle ones in CPU memory), or with lora_rank one frozen trunk under a policy adapter, a
+value adapter and a reward adapter, whose reference is the trunk with all adapters off.
+
+    python ppo.py model=out/sft/last reward=out/reward/last data=data/preferences                    # a CPU or one GPU
+    python ppo.py model=out/sft/last reward=out/reward/last lora_rank=16 lr=1e-4 data=data/preferences
+    python ppo.py model=models/smollm2 reward=rewards.py:three_bullets algo=grpo group=8 data=data/prompts
+    torchrun --nproc_per_node=8 ppo.py model=out/sft/last reward=out/reward/last data=data/preferences
+    PJRT_DEVICE=TPU python ppo.py device=xla parallel=fsdp model=out/sft/last reward=out/reward/last data=data/preferences
+
+Sources: Schulman et al. 2017 (arXiv:1707.06347), Ziegler et al. 2019 (arXiv:1909.08593), Ouyang et al. 2022 (arXiv:2203.02155),
+Huang et al. 2024 (arXiv:2403.17031); RLOO: Ahmadian et al. 2024 (arXiv:2402.14740); GRPO: Shao et al. 2024 (arXiv:2402.03300).
+"""
+
+import contextlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+import checkpoint
+import config
+import data
+import generate
+import log
+import lora
+import losses
+import optim
+import runtime
+import tokenizer
+from config import UserError
+from model import ScoreHead
+
+
+@dataclass
+class Config:
+    # what
+    model: str = "out/sft/last"  # the policy to start from, and the reference to stay near
+    reward: str = "out/reward/last"  # score model or score adapter directory, or file.py:function(prompt, response, finished) -> float
+    gold: str = ""  # file.py:function that is only logged: the true reward, when there is one
+    data: tuple[str, ...] = ("data/preferences",)  # prepared folders; the prompts are the tokens before the first target
+    out: str = "out/ppo"
+    algo: Literal["ppo", "grpo", "rloo"] = "ppo"  # ppo: a critic and GAE; grpo, rloo: the group's other samples as the baseline
+    # rollouts
+    steps: int = 100  # iterations of rollout and update
+    batch_size: int = 64  # episodes of one iteration, over all ranks
+    group: int = 1  # samples of each prompt (grpo and rloo need 2 or more)
+    max_prompt: int = 256  # longer prompts are left out
+    max_new_tokens: int = 128
+    temperature: float = 1.0  # of the policy, the behaviour and the reference alike
+    # reward
+    missing_eos_penalty: float = 1.0  # off the score of a response that did not end
+    truncate_at: tuple[str, ...] = ()  # a response is cut behind the first of these strings, and pays truncate_penalty
+    truncate_penalty: float = 1.0
+    score_clip: float = 0.0  # scores are cut to +- this; 0: off
+    kl_coef: float = 0.05  # reward lost per nat of log(policy / reference)
+    kl_control: Literal["fixed", "adaptive"] = "fixed"  # adaptive: kl_coef follows the KL to kl_target
+    kl_target: float = 6.0  # nats a response
+    kl_horizon: int = 10_000  # episodes over which the adaptive controller acts
+    gamma: float = 1.0  # discount
+    lam: float = 0.95  # of GAE
+    whiten_advantages: bool = True  # ppo only
+    whiten_rewards: bool = False  # scale the rewards to variance 1; reported to be harmful
+    # update
+    ppo_epochs: int = 4  # passes over an iteration's episodes
+    minibatches: int = 1  # optimizer steps of one pass
+    micro_batch: int = 8  # episodes of one forward on one device
+    clip: float = 0.2  # of the probability ratio
+    value_clip: float = 0.2
+    entropy_coef: float = 0.0
+    target_kl: float = 0.0  # stop an iteration's passes when KL(old, new) per token exceeds it; 0: off
+    value_warmup: int = 0  # iterations that train the critic alone
+    ptx_data: tuple[str, ...] = ()  # prepared folders whose next-token loss is mixed in
+    ptx_coef: float = 0.0  # its weight
+    ptx_batch: int = 8  # packed rows of it in an optimizer step
+    # what is trained
+    freeze_layers: int = 0  # the embeddings and the first N layers stay as they are, in policy and critic
+    train: Literal["all", "attention", "qv"] = "all"
+    lora_rank: int = 0  # 0: full models; otherwise one frozen trunk with adapters
+    lora_alpha: float = 32.0
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    # optimizer
+    lr: float = 1e-6  # of the policy
+    value_lr: float = 5e-6  # of the critic
+    min_lr: float = 0.0
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    adam_eps: float = 1e-5
+    # device
+    device: str = "auto"
+    parallel: Literal["ddp", "fsdp", "none"] = "ddp"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    compile: bool = False
+    grad_checkpoint: bool = False
+    offload: bool = False  # full models only: those that are not at work wait in CPU memory
+    # bookkeeping
+    seed: int = 0
+    resume: Literal["auto", "true", "false"] = "auto"
+    save_every: int = 20
+    log_every: int = 1
+    sample_every: int = 10
+    samples: int = 3
+
+
+# ---------------------------------------------------------------------------------------------- the algorithm, as pure functions
+# N episodes, R response tokens: matrices are (N, R), right-padded; mask (N, R) is 1 on the actions, the EOS among them.
+
+
+def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
+    """Per-token reward (N, R): -kl_coef * log(policy / reference) at every action, and the score (N,) at the last one.
+    The estimator of the KL is k1, the one whose expected reward has the KL's gradient (Ziegler et al. 2019, Eq. 2)."""
+    mask = mask.to(logprobs.dtype)
+    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
+    last = mask * (mask.flip(1).cumsum(1).flip(1) == 1)  # (N, R): one-hot at each row's last action
+    return rewards + last * scores[:, None]
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, Eq. 16) -> (advantages, returns), both (N, R).
+    What lies outside the mask counts as zero, and the value after the last action is 0: a response cut short ends there too."""
+    mask = mask.to(values.dtype)
+    rewards, values = rewards * mask, torch.where(mask > 0, values, 0.0)
+    advantages, running = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        after = values[:, t + 1] if t + 1 < values.shape[1] else 0.0
+        running = rewards[:, t] + gamma * after - values[:, t] + gamma * lam * running
+        advantages[:, t] = running
+    return advantages * mask, (advantages + values) * mask
+
+
+def group_advantages(returns, group, algo):
+    """Advantage of each sample over its group's, (N,) -> (N,); samples of one prompt stand side by side.
+    rloo: minus the mean of the others. grpo: minus the group's mean, over its standard deviation."""
+    r = returns.view(-1, group)
+    centred = r - r.mean(1, keepdim=True)
+    if algo == "rloo":
+        return (centred * group / (group - 1)).flatten()
+    return (centred / (r.std(1, keepdim=True) + 1e-4)).flatten()
+
+
+def policy_loss(new_logprobs, old_logprobs, advantages, mask, clip, count=None):
+    """Clipped surrogate (Schulman et al. 2017, Eq. 7), summed over the actions and divided by `count` -> (loss, stats).
+    stats: "clipfrac", "approx_kl" (k3 of old against new) and "ratio" (its largest distance from 1), the first two as shares of count."""
+    mask = mask.to(new_logprobs.dtype)
+    count = mask.sum().clamp(min=1) if count is None else count
+    log_ratio = ((new_logprobs - old_logprobs) * mask).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    loss = (torch.maximum(-advantages * ratio, -advantages * clipped) * mask).sum() / count
+    with torch.no_grad():
+        stats = dict(
+            clipfrac=((-advantages * clipped > -advantages * ratio) * mask).sum() / count,
+            approx_kl=((ratio - 1 - log_ratio) * mask).sum() / count,
+            ratio=(ratio - 1).abs().max(),
+        )
+    return loss, stats
+
+
+def value_loss(values, old_values, returns, mask, clip, count=None):
+    """Half the squared error, the larger of it and that of the value held within `clip` of the old one -> (loss, stats)."""
+    mask = mask.to(values.dtype)
+    count = mask.sum().clamp(min=1) if count is None else count
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    plain, held = (values - returns) ** 2, (near - returns) ** 2
+    loss = 0.5 * (torch.maximum(plain, held) * mask).sum() / count
+    return loss, dict(clipfrac=((held > plain) * mask).sum().detach() / count)
+
+
+class AdaptiveKL:
+    """A coefficient that drives the KL to `target` nats an episode (Ziegler et al. 2019, section 2.2)."""
+
+    def __init__(self, init, target, horizon):
+        self.coef, self.target, self.horizon = init, target, horizon
+
+    def update(self, kl, episodes):
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.coef *= 1 + error * episodes / self.horizon
+        return self.coef
+
+
+def whiten(x, mask, rt, shift_mean=True):
+    """losses.masked_whiten over the episodes of all ranks."""
+    count = rt.all_sum(mask.sum())
+    mean = rt.all_sum((x * mask).sum()) / count
+    var = rt.all_sum(((x - mean) ** 2 * mask).sum()) / count
+    return ((x - mean) * (var + 1e-8).rsqrt() + (0 if shift_mean else mean)) * mask
+
+
+# ---------------------------------------------------------------------------------------------- rewards and episodes
+
+
+def load_function(spec):
+    """file.py:function -> the function. The file is the user's own code, run because the command line says so."""
+    path, _, name = spec.rpartition(":")
+    if not Path(path).is_file():
+        raise UserError(f"{spec}: there is no file {path}")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"{spec}: {path} has no function {name}")
+    return getattr(module, name)
+
+
+def episode_batch(prompts, responses, response_length, static_length=0):
+    """Episodes as CPU tensors. b episodes, R = response_length:
+
+    tokens, docs: the episodes one after another in one row without padding, (1, sum of lengths); with static_length, for backends that
+    compile each shape anew, a row of that many slots each, (b, static_length).
+    response, mask (b, R). where: flat positions in tokens whose hidden state predicts an action; slots: the flat positions in (b, R)
+    of these actions; last (b,): flat position in tokens of each episode's last token.
+    """
+    b, R = len(prompts), response_length
+    rows = [p + r for p, r in zip(prompts, responses, strict=True)]
+    width = [static_length or len(row) for row in rows]
+    starts = [sum(width[:i]) for i in range(b)]
+    tokens, docs = torch.zeros(sum(width), dtype=torch.int64), torch.full((sum(width),), -1)
+    response, mask = torch.zeros(b, R, dtype=torch.int64), torch.zeros(b, R)
+    for i, (row, answer, a) in enumerate(zip(rows, responses, starts, strict=True)):
+        tokens[a : a + len(row)], docs[a : a + len(row)] = torch.tensor(row), i
+        response[i, : len(answer)], mask[i, : len(answer)] = torch.tensor(answer), 1.0
+    first = torch.tensor([a + len(p) - 1 for a, p in zip(starts, prompts, strict=True)])
+    slots = torch.arange(b * R) if static_length else mask.flatten().nonzero().squeeze(1)
+    where = (first[:, None] + torch.arange(R)).flatten()[slots].clamp(max=len(tokens) - 1)
+    last = torch.tensor([a + len(row) - 1 for a, row in zip(starts, rows, strict=True)])
+    shape = (b, static_length) if static_length else (1, -1)
+    return dict(tokens=tokens.view(shape), docs=docs.view(shape), response=response, mask=mask, where=where, slots=slots, last=last)
+
+
+def spread(x, batch):
+    """What was computed for the actions, (M,) -> (b, R), zero elsewhere."""
+    return x.new_zeros(batch["mask"].numel()).index_copy(0, batch["slots"], x).view_as(batch["mask"]) * batch["mask"]
+
+
+def action_logprobs(hidden, head_weight, batch, temperature):
+    """Log-probabilities of the actions and the entropies at them, both (b, R), of the distribution that was sampled from."""
+    hidden, actions = hidden.flatten(0, 1)[batch["where"]], batch["response"].flatten()[batch["slots"]]
+    logprobs, entropy = losses.token_logprobs(hidden, head_weight, actions, temperature, entropy=True)
+    return spread(logprobs, batch), spread(entropy, batch)
+
+
+def prompts_of(cfg, tok):
+    """The prompts of the prepared folders as lists of ids: each row's tokens before its first target, every prompt once."""
+    rows = data.mix(cfg.data, None, cfg.seed, tokenizer=tok)
+    prompts = (tuple(tokens[: int(mask.argmax())].tolist()) for tokens, mask in map(rows.row, range(len(rows))))
+    prompts = [list(p) for p in dict.fromkeys(prompts) if 0 < len(p) <= cfg.max_prompt]
+    if not prompts:
+        raise UserError(f"{', '.join(cfg.data)}: no prompt has between 1 and max_prompt={cfg.max_prompt} tokens")
+    return prompts
+
+
+def pick(prompts, position, seed):
+    """The prompt at a position of an endless sequence of shuffled passes over all of them: a function of the seed alone."""
+    epoch, i = divmod(position, len(prompts))
+    return prompts[np.random.default_rng([seed, epoch]).permutation(len(prompts))[i]]
+
+
+def cut_at(strings, tok, tokens):
+    """(tokens up to the one that completes the first of `strings`, whether one was found)."""
+    if any(s in tok.decode(tokens) for s in strings):
+        n = next(n for n in range(1, len(tokens) + 1) if any(s in tok.decode(tokens[:n]) for s in strings))
+        return tokens[:n], True
+    return tokens, False
+
+
+def correlation(x, y, mean):
+    """Pearson's, over all episodes; 0 where one of them does not vary."""
+    x, y = x - mean(x), y - mean(y)
+    scale = (mean(x**2) * mean(y**2)) ** 0.5
+    return mean(x * y) / scale if scale > 0 else 0.0
+
+
+def ptx_gradient(cfg, rt, policy, batches, update):
+    """Adds ptx_coef times the gradient of the next-token loss on one batch of other text (Ouyang et al. 2022, Eq. 2) -> its loss."""
+    micros = [data.target_index(m, rt.static_shapes) for m in batches.batch(update)]
+    count = rt.all_sum(sum(float(m["weights"].sum()) for m in micros))
+    total = 0.0
+    for i, micro in enumerate(micros):
+        rt.accumulate(i == len(micros) - 1, policy.net)
+        b = rt.put(micro)
+        with rt.autocast():
+            rows = b["index"]
+            hidden = policy.hidden(b).flatten(0, 1)[rows]
+            targets, weights = b["targets"].flatten()[rows], b["weights"].flatten()[rows]
+            loss = losses.cross_entropy(hidden, policy.model.head_weight, targets, weights) / max(count, 1e-9)
+        rt.backward(cfg.ptx_coef * loss)
+        total = total + loss.detach()
+    return total
+
+
+def diseases(now, first):
+    """What experience says is going wrong, in words. now, first: the metrics of this iteration and of the first one."""
+    if now["kl"] < -0.5:
+        yield "the KL is negative: sampling and log-probabilities disagree (a filter, a temperature, dropout?)"
+    if now["length"] > 1.5 * first["length"] and now["length_reward_corr"] > 0.5:
+        yield "responses grow and the reward follows their length: the reward may be paying for length"
+    if "gold" in now and now["reward"] > first["reward"] + 0.5 and now["gold"] < first["gold"] - 0.25:
+        yield "the reward rises while gold falls: the policy exploits the reward model; raise kl_coef or stop earlier"
+    if now["entropy"] < 0.2 * first["entropy"]:
+        yield "the entropy has collapsed: samples hardly differ any more; lower lr or raise kl_coef or entropy_coef"
+    if now["eos_rate"] < 0.5 * first["eos_rate"]:
+        yield "responses stop ending: raise missing_eos_penalty or max_new_tokens"
+
+
+# ---------------------------------------------------------------------------------------------- the models and their roles
+
+
+@dataclass
+class Role:
+    """A model as the algorithm uses it for one purpose: which adapter is on, which score head it has, and the head's units."""
+
+    model: torch.nn.Module
+    adapter: str | None = None
+    head: ScoreHead | None = None
+    scale: tuple = (1.0, 0.0)  # gain, bias
+    net: torch.nn.Module | None = None  # what to call for gradients that meet over ranks
+
+    def hidden(self, batch):
+        lora.use(self.model, self.adapter)
+        return (self.net if torch.is_grad_enabled() else self.model)(batch["tokens"], docs=batch["docs"])
+
+    def logprobs(self, batch, temperature):
+        """Of the actions: log-probabilities and entropies, both (b, R)."""
+        return action_logprobs(self.hidden(batch), self.model.head_weight, batch, temperature)
+
+    def scores(self, batch, at):
+        """The head's value at flat positions `at` (M,) of (b, T) -> (M,) fp32."""
+        return self.head(self.hidden(batch)).flatten()[at] * self.scale[0] + self.scale[1]
+
+    def trained(self):
+        """{name: parameter} of this role alone: all that is trainable, or its adapter and head."""
+        mine = lambda name, p: self.adapter is None or name.endswith("." + self.adapter) or (self.head and p is self.head.weight)  # noqa: E731
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad and mine(name, p)}
+
+
+def full_models(cfg, rt, judge):
+    """Layout (a): policy, reference, scorer and critic are models of their own -> the four roles (None where not needed)."""
+
+    def frozen(dir, head=None):
+        return lora.merge(lora.open_model(dir, dtype=rt.dtype, head=head)[0]).requires_grad_(False)
+
+    def trainable(dir, head=None):
+        model = lora.merge(lora.open_model(dir, dtype=torch.float32, head=head)[0])
+        optim.choose_trained(model, cfg.train, cfg.freeze_layers)
+        return model
+
+    policy, reference, scorer, critic = Role(trainable(cfg.model)), Role(frozen(cfg.model)), None, None
+    if not judge:
+        model = frozen(cfg.reward, "score")
+        scorer = Role(model, head=model.score, scale=checkpoint.read_score_scale(cfg.reward))
+    if cfg.algo == "ppo":  # the critic starts as the reward model and speaks in its units
+        model = trainable(cfg.model if judge else cfg.reward, "score")
+        critic = Role(model, head=model.score, scale=(1.0, 0.0) if judge else scorer.scale)
+        if judge:
+            torch.nn.init.zeros_(model.score.weight)
+    return policy, reference, scorer, critic
+
+
+def adapters_on_one_trunk(cfg, rt, judge):
+    """Layout (b): the four roles are one frozen trunk under different adapters; the reference is the trunk alone. The reward
+    model joins them when it is an adapter on the same trunk; otherwise it is a frozen model of its own."""
+    model, base = lora.open_model(cfg.model, dtype=rt.dtype, as_base=True)
+    model.requires_grad_(False)
+    add = dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, targets=cfg.lora_targets)
+    lora.apply(model, name="policy", **add)
+    policy, reference, scorer, critic = Role(model, "policy"), Role(model), None, None
+    joined = not judge and lora.is_adapter(cfg.reward) and lora.base_of(cfg.reward).resolve() == base.resolve()
+    scale = (1.0, 0.0) if judge else checkpoint.read_score_scale(cfg.reward)
+    if joined:
+        model.reward_head = lora.load_scorer(model, cfg.reward, "reward")
+        scorer = Role(model, "reward", model.reward_head, scale)
+    elif not judge:
+        other = lora.merge(lora.open_model(cfg.reward, dtype=rt.dtype, head="score")[0])
+        scorer = Role(other.requires_grad_(False), head=other.score, scale=scale)
+    if cfg.algo == "ppo":
+        if joined:  # a copy of the reward adapter and its head
+            model.value_head = lora.load_scorer(model, cfg.reward, "value")
+        else:
+            lora.apply(model, name="value", **add)
+            model.value_head = ScoreHead(model.cfg.dim)
+            torch.nn.init.zeros_(model.value_head.weight)
+        critic = Role(model, "value", model.value_head, scale if joined else (1.0, 0.0))
+    for name, p in model.named_parameters():
+        p.requires_grad = name.endswith((".policy", ".value")) or name.startswith("value_head.")
+    return policy, reference, scorer, critic
+
+
+class Parking:
+    """With offload, models and optimizer states wait in CPU memory and are on the device only inside `with parking(...)`."""
+
+    def __init__(self, rt, offload, everything):
+        self.rt, self.on = rt, offload and rt.kind != "cpu"
+        if self.on:
+            self.move(everything, "cpu")
+
+    @staticmethod
+    def move(things, device):
+        for thing in things:
+            if isinstance(thing, torch.nn.Module):
+                thing.to(device)
+            elif isinstance(thing, torch.optim.Optimizer):
+                for state in thing.state.values():
+                    state.update({k: v.to(device) for k, v in state.items() if torch.is_tensor(v) and v.dim()})
+
+    @contextlib.contextmanager
+    def __call__(self, *things):
+        things = [t.model if isinstance(t, Role) else t for t in things if t is not None]
+        if self.on:
+            self.move(things, self.rt.device)
+        yield
+        if self.on:
+            self.move(things, "cpu")
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+
+def main(cfg):
+    # ------------------------------------------------------------------------------------------ setup
+    rt = runtime.start(cfg)
+    rt.catch_signals()
+    out = Path(cfg.out)
+    own = cfg.batch_size // (rt.world * cfg.minibatches)  # episodes of this rank in one minibatch
+    micro_batch = cfg.micro_batch * rt.shards // rt.world
+    if cfg.batch_size % (rt.world * cfg.minibatches * micro_batch) or own % cfg.group:
+        raise UserError(
+            f"batch_size={cfg.batch_size} must be a multiple of minibatches={cfg.minibatches} x micro_batch={cfg.micro_batch} x "
+            f"{rt.shards} devices, and a rank's share of a minibatch ({own}) one of group={cfg.group}"
+        )
+    if cfg.algo != "ppo" and cfg.group < 2:
+        raise UserError(f"algo={cfg.algo} compares the samples of one prompt: it needs group=2 or more")
+    resume = checkpoint.resumable(out / "state", cfg.resume)
+    judge = load_function(cfg.reward) if ".py:" in cfg.reward else None  # a Python function; otherwise a score model
+    gold = load_function(cfg.gold) if cfg.gold else None
+
+    # ------------------------------------------------------------------------------------------ models, optimizers
+    base = lora.base_of(cfg.model)
+    tok = tokenizer.load(base)
+    prompts = prompts_of(cfg, tok)
+    policy, reference, scorer, critic = (adapters_on_one_trunk if cfg.lora_rank else full_models)(cfg, rt, judge)
+    models = {id(role.model): role.model for role in (policy, reference, scorer, critic) if role}.values()
+    for model in models:
+        rt.place(model, cfg.compile, cfg.grad_checkpoint)
+    learners = {"policy": policy} | ({"value": critic} if critic else {})
+    trained, optimizers = {}, {}
+    for name, role in learners.items():
+        mine = role.trained()
+        role.net = rt.replicate(role.model, mine)
+        groups = [g | {"params": [p for p in g["params"] if any(p is q for q in mine.values())]} for g in
+                  optim.param_groups(role.model, cfg.weight_decay)]  # fmt: skip
+        optimizers[name] = optim.adamw([g for g in groups if g["params"]], cfg.lr, eps=cfg.adam_eps)
+        rt.prime(optimizers[name])
+        trained |= {f"{name}:{n}": p for n, p in mine.items()}
+    parking = Parking(rt, cfg.offload and not cfg.lora_rank, [*models, *optimizers.values()])
+
+    ptx = None
+    if cfg.ptx_coef:
+        cut = dict(max_length=cfg.max_prompt + cfg.max_new_tokens, pad_id=tok.pad_id or 0, rank=rt.rank, world=rt.world)
+        rows = data.mix(cfg.ptx_data, None, cfg.seed, tokenizer=tok)
+        ptx = data.Batches(rows, cfg.ptx_batch, min(micro_batch, cfg.ptx_batch // rt.world), seed=cfg.seed, **cut)
+    controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
+
+    # ------------------------------------------------------------------------------------------ resume
+    start, updates, first, warned = 0, 0, None, []
+    if resume:
+        meta, _ = checkpoint.load_training(out / "state", rt, trained, optimizers)
+        start, updates, first, warned = meta["step"], meta["updates"], meta["first"], meta["warned"]
+        controller.coef = meta["kl_coef"]
+    logger = log.Log(out, rt.is_main, cfg.steps, start, device=rt.name, devices=rt.shards)
+    if rt.is_main:
+        checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
+    logger.text(" ".join(["ppo:", *config.diff(cfg)]))
+    counts = ", ".join(f"{name} {sum(p.numel() for p in role.trained().values()):,}" for name, role in learners.items())
+    logger.text(f"{len(prompts):,} prompts; trained parameters: {counts}; {rt.shards} x {rt.name}, {rt.dtype}")
+
+    def save(step):
+        with parking(policy):
+            tensors = rt.full(dict(policy.model.named_parameters()))
+        if rt.is_main and cfg.lora_rank:
+            lora.save(policy.model, out / "last", "policy", base=base, tensors=tensors)
+        elif rt.is_main:
+            checkpoint.save_model(policy.model, out / "last", rt.dtype, like=base, tensors=tensors)
+        meta = dict(step=step, updates=updates, first=first, warned=warned, kl_coef=controller.coef)
+        checkpoint.save_training(out / "state", rt, trained, optimizers, **meta)
+
+    mean = lambda x: rt.all_sum(x.sum()) / cfg.batch_size  # over all episodes  # noqa: E731
+
+    for step in range(start, cfg.steps + 1):
+        stop = rt.should_stop()
+        if step > start and (stop or step == cfg.steps or step % cfg.save_every == 0):
+            with logger.paused():
+                save(step)
+        if stop or step == cfg.steps:
+            break
+        clock = runtime.Clock(rt)
+
+        # 1. roll out this rank's episodes: of every minibatch an equal share, in whole groups
+        episodes = [m * own * rt.world + rt.rank * own + i for m in range(cfg.minibatches) for i in range(own)]
+        asked = [pick(prompts, (step * cfg.batch_size + e) // cfg.group, cfg.seed) for e in episodes]
+        lora.use(policy.model, policy.adapter)
+        with clock("rollout"), parking(policy), rt.whole(policy.model), rt.autocast(), lora.merged(policy.model):
+            made = generate.generate(
+                policy.model, asked[:: cfg.group], cfg.max_new_tokens, cfg.temperature, stop_ids=tok.stop_ids,
+                group=cfg.group, seed=cfg.seed + step, sample_ids=episodes,
+            )  # fmt: skip
+        if stop := rt.should_stop():  # an iteration is a function of the state and its number: the resume rolls it out again
+            save(step)
+            break
+        cuts = [cut_at(cfg.truncate_at, tok, tokens) for tokens in made.tokens]
+        answers, truncated = [tokens for tokens, _ in cuts], torch.tensor([float(found) for _, found in cuts])
+        finished = torch.tensor([float(f) for f in made.finished]) * (1 - truncated)
+
+        # 2. cut the micro-batches once: old and new log-probabilities then come from the same shapes, and the first ratio is exactly 1
+        static = cfg.max_prompt + cfg.max_new_tokens if rt.static_shapes or cfg.compile else 0
+        pieces = [slice(i, i + micro_batch) for i in range(0, len(episodes), micro_batch)]
+        micros = [rt.put(episode_batch(asked[p], answers[p], cfg.max_new_tokens, static)) for p in pieces]
+
+        # 3. score; log-probabilities and values under the forward that training uses. (n, R) matrices live on the CPU
+        with torch.no_grad(), rt.autocast():
+            with clock("score"), parking(scorer):
+                if judge:
+                    words = zip(map(tok.decode, asked), map(tok.decode, answers), map(bool, finished), strict=True)
+                    scores = torch.tensor([float(judge(*x)) for x in words])
+                else:
+                    scores = torch.cat([scorer.scores(b, b["last"]).cpu() for b in micros])
+            with clock("logprobs"):
+                with parking(policy):
+                    rollout = [policy.logprobs(b, cfg.temperature) for b in micros]
+                    rollout_logprobs, entropy = (torch.cat([x.cpu() for x in parts]) for parts in zip(*rollout, strict=True))
+                with parking(reference):
+                    ref_logprobs = torch.cat([reference.logprobs(b, cfg.temperature)[0].cpu() for b in micros])
+                with parking(critic):
+                    values = torch.cat([spread(critic.scores(b, b["where"]), b).cpu() for b in micros]) if critic else None
+        mask = torch.cat([b["mask"].cpu() for b in micros])
+
+        # 4. rewards: the score at the last action, less what a bad end costs, and the KL at every action
+        reward = scores.clamp(-cfg.score_clip, cfg.score_clip) if cfg.score_clip else scores
+        reward = reward - cfg.missing_eos_penalty * (1 - finished) - cfg.truncate_penalty * truncated
+        rewards = shape_rewards(reward, rollout_logprobs, ref_logprobs, mask, controller.coef)
+        if cfg.whiten_rewards:
+            rewards = whiten(rewards, mask, rt, shift_mean=False)
+
+        # 5. advantages
+        if critic:
+            advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
+            if cfg.whiten_advantages:
+                advantages = whiten(advantages, mask, rt)
+            extra = dict(old_values=values, returns=returns)
+        else:
+            advantages, extra = group_advantages(rewards.sum(1), cfg.group, cfg.algo)[:, None] * mask, {}
+        for b, p in zip(micros, pieces, strict=True):
+            b |= rt.put({k: x[p] for k, x in dict(old_logprobs=rollout_logprobs, advantages=advantages, **extra).items()})
+
+        # 6. update: several passes over the minibatches, each in an order of its own
+        for name, lr in (("policy", cfg.lr), ("value", cfg.value_lr))[: len(learners)]:
+            warmup = round(cfg.warmup_ratio * cfg.steps)
+            optim.set_lr(optimizers[name], optim.lr_at(step, cfg.steps, lr, cfg.schedule, warmup, cfg.min_lr))
+        shuffle = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+        stats = []
+        with clock("update"), parking(policy, critic, *optimizers.values()):
+            for _ in range(cfg.ppo_epochs):
+                before = len(stats)
+                for m in torch.randperm(cfg.minibatches, generator=shuffle).tolist():
+                    batch = micros[m * own // micro_batch : (m + 1) * own // micro_batch]
+                    count = rt.all_sum(float(mask[m * own : (m + 1) * own].sum()))
+                    parts = []
+                    for i, b in enumerate(batch):
+                        last = i == len(batch) - 1
+                        rt.accumulate(last and not ptx, policy.net)
+                        with rt.autocast():
+                            new_logprobs, new_entropy = policy.logprobs(b, cfg.temperature)
+                            loss, part = policy_loss(new_logprobs, b["old_logprobs"], b["advantages"], b["mask"], cfg.clip, count)
+                            entropy_part = new_entropy.sum() / count
+                        rt.backward(loss - cfg.entropy_coef * entropy_part)
+                        part["policy_loss"] = loss.detach()
+                        if critic:
+                            rt.accumulate(last, critic.net)
+                            with rt.autocast():
+                                new_values = spread(critic.scores(b, b["where"]), b)
+                                loss, value_part = value_loss(
+                                    new_values, b["old_values"], b["returns"], b["mask"], cfg.value_clip, count
+                                )
+                            rt.backward(loss)
+                            part |= dict(value_loss=loss.detach(), value_clipfrac=value_part["clipfrac"])
+                        parts.append(part)
+                    if ptx:
+                        parts.append(dict(ptx_loss=ptx_gradient(cfg, rt, policy, ptx, updates)))
+                    if not stats and (off := max(float(p["ratio"]) for p in parts if "ratio" in p)) > 1e-3:
+                        raise RuntimeError(f"step {step}: the first minibatch has a probability ratio of 1 +- {off:.2g}")
+                    norms = {}
+                    for name, role in learners.items():
+                        norms[f"{name}_grad_norm"] = optim.clip_(role.trained().values(), cfg.grad_clip)
+                        if name == "value" or step >= cfg.value_warmup:
+                            optimizers[name].step()
+                        optimizers[name].zero_grad(set_to_none=True)
+                    rt.sync()
+                    updates += 1
+                    keys = dict.fromkeys(k for p in parts for k in p if k != "ratio")
+                    stats.append({k: sum(p[k] for p in parts if k in p) for k in keys} | norms)
+                kl_of_pass = sum(float(rt.all_sum(x["approx_kl"])) for x in stats[before:]) / cfg.minibatches
+                if cfg.target_kl and kl_of_pass > cfg.target_kl:
+                    break
+
+        # 7. the KL controller, and what the iteration was like
+        length, log_ratio = mask.sum(1), (rollout_logprobs - ref_logprobs) * mask
+        kl = mean(log_ratio)
+        if step == 0 and log_ratio.abs().max() > 1e-6:
+            raise RuntimeError(f"before the first update the KL to the reference is {log_ratio.abs().max():.2g}, not 0")
+        metrics = dict(reward=mean(scores))
+        if gold:
+            words = zip(map(tok.decode, asked), map(tok.decode, answers), map(bool, finished), strict=True)
+            metrics["gold"] = mean(torch.tensor([float(gold(*x)) for x in words]))
+        metrics |= dict(
+            kl=kl, kl_k3=mean(((-log_ratio).exp() - 1 + log_ratio) * mask), kl_coef=controller.coef,
+            entropy=mean(entropy) / mean(mask), length=mean(length), eos_rate=mean(finished),
+            length_reward_corr=correlation(length, scores, mean),
+        )  # fmt: skip
+        if critic:
+            n, error = rt.all_sum(mask.sum()), (returns - values) * mask
+            spread_of = lambda x: rt.all_sum((x**2 * mask).sum()) / n - (rt.all_sum((x * mask).sum()) / n) ** 2  # noqa: E731
+            metrics["explained_variance"] = 1 - spread_of(error) / spread_of(returns).clamp(min=1e-8)
+        metrics |= {k: sum(rt.all_sum(x[k]) if "norm" not in k else x[k] for x in stats) / len(stats) for k in stats[0]}
+        metrics = {k: float(v) for k, v in metrics.items()} | dict(updates=len(stats))
+        if cfg.kl_control == "adaptive":
+            controller.update(metrics["kl"], cfg.batch_size)
+        first = first or metrics
+        if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
+            phases = {f"{name}_s": seconds for name, seconds in clock.seconds.items()}
+            tokens = int(rt.all_sum(mask.sum()))
+            logger.step(step + 1, tokens=tokens, memory=rt.peak_memory(), lr=optimizers["policy"].param_groups[0]["lr"], **metrics, **phases)
+        if (step + 1) % cfg.sample_every == 0 or step == 0:
+            show = range(min(cfg.samples, len(asked)))
+            logger.samples(step + 1, [
+                dict(prompt=tok.decode(asked[i]), response=tok.decode(answers[i]), reward=float(scores[i]), kl=float(log_ratio[i].sum()))
+                for i in show
+            ])  # fmt: skip
+        for disease in diseases(metrics, first):
+            if disease not in warned:
+                warned.append(disease)
+                logger.text(f"warning at step {step + 1}: {disease}")
+
+    if stop:
+        logger.text(f"stopped at step {step}: the same command continues from here")
+    elif start == cfg.steps and resume:
+        logger.text(f"{out} was finished at step {cfg.steps} before: more steps= go on, resume=false starts anew")
+    logger.close()
+    rt.close()
+
+
+if __name__ == "__main__":
+    config.run(main, Config)
