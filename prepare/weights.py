@@ -321,10 +321,11 @@ def load_pickle(path):
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
-        reason = str(e).strip().splitlines()[0]
-        raise UserError(f"{path} is refused: it is damaged, or holds objects that could run code ({reason})") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as e:
-        raise UserError(f"{path} is damaged or incomplete ({str(e).splitlines()[0]}): download it again") from None
+        name = re.search(r"GLOBAL (\S+)", str(e))
+        what = f"it holds {name[1]}, which could run code" if name else "it is damaged, or holds more than tensors"
+        raise UserError(f"{path} is refused: {what}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError):
+        raise UserError(f"{path} is damaged or incomplete: download it again") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise UserError(f"{path} holds something else than named tensors")
     return tensors
