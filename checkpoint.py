@@ -478,6 +478,14 @@ def copy_tokenizer(source, dir):
             write_bytes(Path(dir) / path.name, path.read_bytes())
 
 
+def read_score_scale(dir):
+    """(gain, bias) of a reward model's or score adapter's directory: gain * score + bias has mean 0 and variance 1 over what the
+    policy it was made for says. An adapter keeps them in score_scale.json. (1.0, 0.0) where none were fitted."""
+    path = next((path for path in (Path(dir) / "score_scale.json", Path(dir) / "config.json") if path.exists()), None)
+    values = read_json(path) if path else {}
+    return float(values.get("reward_gain", 1.0)), float(values.get("reward_bias", 0.0))
+
+
 # --- training state -------------------------------------------------------------------------------------------
 
 
