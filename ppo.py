@@ -1,9 +1,9 @@
 """Reinforcement learning from a reward: PPO with a critic, or critic-free with algo=grpo and algo=rloo.
 
-An iteration samples responses to prompts, scores them (a reward model, or a Python function), and takes a few clipped policy-gradient
-steps on them, held near the model it started from by a KL penalty. Two layouts of the models, one loop: full models (policy, critic,
-reward, reference; offload=true parks the idle ones in CPU memory), or with lora_rank one frozen trunk under a policy adapter, a
-value adapter and a reward adapter, whose reference is the trunk with all adapters off.
+An iteration samples responses to prompts, scores them (a reward model, or a Python function), and takes a few clipped policy
+steps on them, held near the model it started from by a KL penalty. Two layouts of the models, one loop: full models (policy,
+critic, reward, reference; offload=true parks the idle ones in CPU memory), or with lora_rank one frozen trunk under a policy
+adapter, a value adapter and a reward adapter, whose reference is the trunk with all adapters off.
 
     python ppo.py model=out/sft/last reward=out/reward/last data=data/preferences                    # a CPU or one GPU
     python ppo.py model=out/sft/last reward=out/reward/last lora_rank=16 lr=1e-4 data=data/preferences
@@ -42,7 +42,7 @@ from model import ScoreHead
 class Config:
     # what
     model: str = "out/sft/last"  # the policy to start from, and the reference to stay near
-    reward: str = "out/reward/last"  # score model or score adapter directory, or file.py:function(prompt, response, finished) -> float
+    reward: str = "out/reward/last"  # score model or adapter directory, or file.py:function(prompt, response, finished) -> float
     gold: str = ""  # file.py:function that is only logged: the true reward, when there is one
     data: tuple[str, ...] = ("data/preferences",)  # prepared folders; the prompts are the tokens before the first target
     out: str = "out/ppo"
@@ -148,7 +148,7 @@ def group_advantages(returns, group, algo):
 
 def policy_loss(new_logprobs, old_logprobs, advantages, mask, clip, count=None):
     """Clipped surrogate (Schulman et al. 2017, Eq. 7), summed over the actions and divided by `count` -> (loss, stats).
-    stats: "clipfrac", "approx_kl" (k3 of old against new) and "ratio" (its largest distance from 1), the first two as shares of count."""
+    stats: "clipfrac" and "approx_kl" (k3 of old against new), averaged like the loss, and "ratio", its largest distance from 1."""
     mask = mask.to(new_logprobs.dtype)
     count = mask.sum().clamp(min=1) if count is None else count
     log_ratio = ((new_logprobs - old_logprobs) * mask).clamp(-20, 20)
@@ -186,12 +186,17 @@ class AdaptiveKL:
         return self.coef
 
 
-def whiten(x, mask, rt, shift_mean=True):
-    """losses.masked_whiten over the episodes of all ranks."""
+def variance(x, mask, rt):
+    """Over the actions of all ranks (biased)."""
     count = rt.all_sum(mask.sum())
     mean = rt.all_sum((x * mask).sum()) / count
-    var = rt.all_sum(((x - mean) ** 2 * mask).sum()) / count
-    return ((x - mean) * (var + 1e-8).rsqrt() + (0 if shift_mean else mean)) * mask
+    return rt.all_sum(((x - mean) ** 2 * mask).sum()) / count
+
+
+def whiten(x, mask, rt, shift_mean=True):
+    """losses.masked_whiten over the actions of all ranks."""
+    mean = rt.all_sum((x * mask).sum()) / rt.all_sum(mask.sum())
+    return ((x - mean) * (variance(x, mask, rt) + 1e-8).rsqrt() + (0 if shift_mean else mean)) * mask
 
 
 # ---------------------------------------------------------------------------------------------- rewards and episodes
@@ -213,10 +218,10 @@ def load_function(spec):
 def episode_batch(prompts, responses, response_length, static_length=0):
     """Episodes as CPU tensors. b episodes, R = response_length:
 
-    tokens, docs: the episodes one after another in one row without padding, (1, sum of lengths); with static_length, for backends that
-    compile each shape anew, a row of that many slots each, (b, static_length).
-    response, mask (b, R). where: flat positions in tokens whose hidden state predicts an action; slots: the flat positions in (b, R)
-    of these actions; last (b,): flat position in tokens of each episode's last token.
+    tokens, docs: the episodes one after another in one row without padding, (1, sum of lengths); with static_length, for backends
+    that compile each shape anew, a row of that many slots each, (b, static_length).
+    response, mask (b, R). where: flat positions in tokens whose hidden state predicts an action; slots: the flat positions in
+    (b, R) of these actions; last (b,): flat position in tokens of each episode's last token.
     """
     b, R = len(prompts), response_length
     rows = [p + r for p, r in zip(prompts, responses, strict=True)]
@@ -279,7 +284,7 @@ def correlation(x, y, mean):
 
 
 def ptx_gradient(cfg, rt, policy, batches, update):
-    """Adds ptx_coef times the gradient of the next-token loss on one batch of other text (Ouyang et al. 2022, Eq. 2) -> its loss."""
+    """Adds ptx_coef times the gradient of the next-token loss on a batch of other text (Ouyang et al. 2022, Eq. 2) -> the loss."""
     micros = [data.target_index(m, rt.static_shapes) for m in batches.batch(update)]
     count = rt.all_sum(sum(float(m["weights"].sum()) for m in micros))
     total = 0.0
@@ -506,10 +511,10 @@ def main(cfg):
         episodes = [m * own * rt.world + rt.rank * own + i for m in range(cfg.minibatches) for i in range(own)]
         asked = [pick(prompts, (step * cfg.batch_size + e) // cfg.group, cfg.seed) for e in episodes]
         lora.use(policy.model, policy.adapter)
-        with clock("rollout"), parking(policy), rt.whole(policy.model), rt.autocast(), lora.merged(policy.model):
+        with clock("rollout"), parking(policy), rt.autocast():
             made = generate.generate(
                 policy.model, asked[:: cfg.group], cfg.max_new_tokens, cfg.temperature, stop_ids=tok.stop_ids,
-                group=cfg.group, seed=cfg.seed + step, sample_ids=episodes,
+                group=cfg.group, seed=(cfg.seed, step), sample_ids=episodes, step_hook=rt.sync,
             )  # fmt: skip
         if stop := rt.should_stop():  # an iteration is a function of the state and its number: the resume rolls it out again
             save(step)
@@ -518,7 +523,7 @@ def main(cfg):
         answers, truncated = [tokens for tokens, _ in cuts], torch.tensor([float(found) for _, found in cuts])
         finished = torch.tensor([float(f) for f in made.finished]) * (1 - truncated)
 
-        # 2. cut the micro-batches once: old and new log-probabilities then come from the same shapes, and the first ratio is exactly 1
+        # 2. cut the micro-batches once: old and new log-probabilities come from the same shapes, so the first ratio is exactly 1
         static = cfg.max_prompt + cfg.max_new_tokens if rt.static_shapes or cfg.compile else 0
         pieces = [slice(i, i + micro_batch) for i in range(0, len(episodes), micro_batch)]
         micros = [rt.put(episode_batch(asked[p], answers[p], cfg.max_new_tokens, static)) for p in pieces]
@@ -624,24 +629,19 @@ def main(cfg):
             length_reward_corr=correlation(length, scores, mean),
         )  # fmt: skip
         if critic:
-            n, error = rt.all_sum(mask.sum()), (returns - values) * mask
-            spread_of = lambda x: rt.all_sum((x**2 * mask).sum()) / n - (rt.all_sum((x * mask).sum()) / n) ** 2  # noqa: E731
-            metrics["explained_variance"] = 1 - spread_of(error) / spread_of(returns).clamp(min=1e-8)
+            metrics["explained_variance"] = 1 - variance(returns - values, mask, rt) / variance(returns, mask, rt).clamp(min=1e-8)
         metrics |= {k: sum(rt.all_sum(x[k]) if "norm" not in k else x[k] for x in stats) / len(stats) for k in stats[0]}
         metrics = {k: float(v) for k, v in metrics.items()} | dict(updates=len(stats))
         if cfg.kl_control == "adaptive":
             controller.update(metrics["kl"], cfg.batch_size)
         first = first or metrics
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
-            phases = {f"{name}_s": seconds for name, seconds in clock.seconds.items()}
-            tokens = int(rt.all_sum(mask.sum()))
-            logger.step(step + 1, tokens=tokens, memory=rt.peak_memory(), lr=optimizers["policy"].param_groups[0]["lr"], **metrics, **phases)
+            metrics |= {f"{phase}_s": seconds for phase, seconds in clock.seconds.items()}
+            logger.step(step + 1, tokens=int(rt.all_sum(mask.sum())), memory=rt.peak_memory(), **metrics)
         if (step + 1) % cfg.sample_every == 0 or step == 0:
-            show = range(min(cfg.samples, len(asked)))
-            logger.samples(step + 1, [
-                dict(prompt=tok.decode(asked[i]), response=tok.decode(answers[i]), reward=float(scores[i]), kl=float(log_ratio[i].sum()))
-                for i in show
-            ])  # fmt: skip
+            shown = zip(asked[: cfg.samples], answers, scores.tolist(), log_ratio.sum(1).tolist(), strict=False)
+            rows = [dict(prompt=tok.decode(a), response=tok.decode(r), reward=s, kl=k) for a, r, s, k in shown]
+            logger.samples(step + 1, rows)
         for disease in diseases(metrics, first):
             if disease not in warned:
                 warned.append(disease)

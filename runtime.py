@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
@@ -153,21 +153,6 @@ class Runtime:
         for p in trainable:
             p.requires_grad = True
         return net
-
-    @contextlib.contextmanager
-    def whole(self, model):
-        """Within: an FSDP model's parameters are gathered once and stay, so that generation does not gather them per token."""
-        if not isinstance(model, FSDPModule):
-            yield
-            return
-        parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
-        for part in parts:
-            part.set_reshard_after_forward(False)
-            part.unshard()
-        yield
-        for part in parts:
-            part.set_reshard_after_forward(part is not model)
-            part.reshard()
 
     def _shard_xla(self, model):
         if self.mesh is not None:
