@@ -36,7 +36,7 @@ def check_target(dir):
     """UserError unless `dir` is free, empty or an earlier store: only those may be replaced."""
     dir = Path(dir)
     names = {p.name for p in dir.iterdir()} if dir.is_dir() else set()
-    ours = all(re.fullmatch(r"meta\.json|\w+\.(tokens|mask|rows|groups)\.bin", name) for name in names)
+    ours = all(re.fullmatch(r"tokenizer|meta\.json|\w+\.(tokens|mask|rows|groups)\.bin", name) for name in names)
     if dir.is_file() or names and not (ours and FORMAT in (dir / "meta.json").read_text(errors="replace")):
         raise UserError(f"{dir} exists and is not a prepared data folder: choose another out=, or move it away")
 
@@ -139,7 +139,7 @@ class Writer:
         if not self.splits:
             raise UserError(f"no rows to write into {self.dir}")
         splits = {}
-        for name, s in self.splits.items():
+        for name, s in sorted(self.splits.items()):
             if "groups" in s.files and s.grouped != s.rows:
                 raise ValueError("rows after the last end_group")
             for f in s.files.values():
@@ -296,14 +296,11 @@ def has_split(dirs, split):
 def mix(dirs, sizes=None, seed=0, split="train", tokenizer=None):
     """Rows of several data folders: each is shuffled by `seed`, then all of it, K rows or P% are taken.
 
-    data=[arc,mmlu,orca] sizes=[all,10%,1000]; the two lists must be equally long (sizes None: all of all). A split
-    other than train is taken from the folders that have it.
+    data=[arc,mmlu,orca] sizes=[all,10%,1000]; the two lists must be equally long (sizes None: all of all).
     """
     sizes = ["all"] * len(dirs) if sizes is None else sizes
     if len(dirs) != len(sizes) or not dirs:
         raise UserError(f"data= names {len(dirs)} folders and sizes= {len(sizes)} sizes: give one size for each folder")
-    if split != "train" and has_split(dirs, split):
-        dirs, sizes = zip(*((d, s) for d, s in zip(dirs, sizes, strict=True) if has_split([d], split)), strict=True)
     stores = [Store(dir, split, tokenizer) for dir in dirs]
     if len({s.meta.get("tokenizer") for s in stores}) > 1:
         raise UserError(f"{', '.join(map(str, dirs))} were prepared with different tokenizers: use one model= for all")
@@ -315,6 +312,12 @@ def mix(dirs, sizes=None, seed=0, split="train", tokenizer=None):
             raise UserError(f"{dirs[i]}: {e}") from None
         picks.append(np.sort(np.random.default_rng([seed, i]).permutation(len(store))[:count]))
     return Mix(stores, picks)
+
+
+def validation(dirs, tokenizer=None):
+    """The val splits of the data folders as one Mix; None where no folder has one."""
+    dirs = [dir for dir in dirs if has_split([dir], "val")]
+    return mix(dirs, split="val", tokenizer=tokenizer) if dirs else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

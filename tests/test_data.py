@@ -180,6 +180,8 @@ def test_store_that_does_not_fit(tmp_path):
         data.Store(tmp_path / "d", "val")
     with pytest.raises(UserError, match="another tokenizer than the model's .*aaaa.*bbbb"):
         data.Store(tmp_path / "d", tokenizer=SimpleNamespace(fingerprint="b" * 64))
+    (tmp_path / "d/tokenizer").mkdir()  # one that was trained on the text may lie there
+    make_store(tmp_path / "d", [5])
     with pytest.raises(UserError, match="nothing/here does not exist"):
         data.Store(tmp_path / "nothing/here")
 
@@ -223,13 +225,12 @@ def test_mix(tmp_path):
         data.mix([tmp_path / "a", tmp_path / "c"])
 
 
-def test_mix_of_a_split_that_not_all_have(tmp_path):
+def test_validation_of_folders_that_do_not_all_have_it(tmp_path):
     make_store(tmp_path / "a", [3, 4])
     data.write_store(tmp_path / "b", {"train": make_rows([5]), "val": make_rows([6, 7])}, dict(vocab_size=1000))
     assert data.has_split([tmp_path / "a", tmp_path / "b"], "val") and not data.has_split([tmp_path / "a"], "val")
-    assert data.mix([tmp_path / "a", tmp_path / "b"], split="val").lengths.tolist() == [6, 7]
-    with pytest.raises(UserError, match="no split 'val'"):
-        data.mix([tmp_path / "a"], split="val")
+    assert data.validation([tmp_path / "a", tmp_path / "b"]).lengths.tolist() == [6, 7]
+    assert data.validation([tmp_path / "a"]) is None
 
 
 # -------------------------------------------------------------------------------------------------------------- packing
@@ -298,8 +299,8 @@ def test_bucket():
     assert sorted(map(len, batches)) == [1] + [8] * 125
     spread = np.mean([np.ptp(lengths[b]) for b in batches])
     assert spread < 0.1 * 1000  # batches of random rows span about 780
-    means = np.array([lengths[b].mean() for b in batches])
-    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3  # in no order of length
+    means = [lengths[b].mean() for b in batches[:32]]
+    assert abs(np.corrcoef(means, range(32))[0, 1]) < 0.5  # in no order of length
     assert [b.tolist() for b in data.bucket(lengths, 8, 1)] == [b.tolist() for b in batches]
 
 
@@ -414,6 +415,13 @@ def test_rows_over_max_length(tmp_path):
     assert (dropped.dropped, dropped.truncated, len(dropped.index)) == (1, 0, 2)
     with pytest.raises(UserError, match="none of the 3 rows fits into max_length=1"):
         data.Batches(store, 1, 1, 1)
+
+
+def test_packs_come_in_no_order(tmp_path):
+    rows = make_store(tmp_path / "d", np.random.default_rng(0).integers(2, 60, 600))
+    batches = data.Batches(rows, 8, 8, 64)
+    longest = [rows.lengths[max(pack, key=rows.lengths.__getitem__)] for step in batches.plan(0) for pack in step]
+    assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.3  # as they are made, the longest rows come first
 
 
 @pytest.mark.parametrize("batch, micro, world", [(4, 3, 1), (4, 4, 2), (0, 1, 1), (4, 0, 1)])

@@ -1,0 +1,276 @@
+"""Records from JSON arrays, JSONL, CSV, TSV and Parquet files (.gz too), from folders of them and from the hub:
+streamed in bounded memory, worked on by all cores, kept in order; and the choice of the rows to hold out.
+
+What a reader yields is (line, raw): `raw` is a line of JSONL as bytes, a record (dict) or a BadRecord. `parse` makes a
+record of it in the worker. Parquet and the hub count rows instead of lines.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import zlib
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from config import UserError
+from data import parse_share
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+MAX_RECORD = 1 << 26  # bytes of one record: a longer one is a quote that never closes, or not what the file's name says
+BLOCK = 1 << 20
+SPACE = re.compile(r"[ \t\r\n]*")
+BOM = b"\xef\xbb\xbf"
+
+
+class BadRecord(Exception):
+    """One record that cannot be used; the text is the reason."""
+
+
+def suffix(path):
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def find_files(source):
+    """The files that `source`, a file or a folder, stands for; None when there is neither."""
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and suffix(p) in SUFFIXES)
+        if not files:
+            raise UserError(f"folder {path} holds no {', '.join(SUFFIXES)} file")
+        return files
+    if path.exists() and suffix(path) not in SUFFIXES:
+        raise UserError(f"{path}: cannot tell its format, the name must end in {', '.join(SUFFIXES)}, or these and .gz")
+    return [path] if path.exists() else None
+
+
+def parse(raw):
+    """The record (dict) that a reader's `raw` stands for; BadRecord when there is none."""
+    if isinstance(raw, bytes):
+        try:
+            raw = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as e:
+            raise BadRecord(f"not UTF-8 (byte 0x{e.object[e.start]:02x} in column {e.start + 1})") from None
+        except json.JSONDecodeError as e:
+            raise BadRecord(f"not valid JSON ({e.msg} in column {e.colno})") from None
+        except RecursionError:
+            raise BadRecord("not valid JSON (nested too deeply)") from None
+    if isinstance(raw, BadRecord):
+        raise raw
+    if not isinstance(raw, dict):
+        raise BadRecord(f"a JSON {type(raw).__name__} and not an object")
+    return raw
+
+
+def read_lines(f, name):
+    line = 0
+    while raw := f.readline(MAX_RECORD):
+        line += 1
+        if len(raw) == MAX_RECORD:
+            raise UserError(f"{name}:{line}: a line of over {MAX_RECORD >> 20} MB; JSONL has one record on each line")
+        if raw := (raw.removeprefix(BOM) if line == 1 else raw).strip():
+            yield line, raw
+
+
+def read_array(f, name):
+    """The elements of a JSON array, with one block of the file and one element in memory at a time."""
+    scan, decode = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8-sig")().decode
+    text, at, line = "", 0, 1  # the buffer, what of it is read, and the line of text[at]
+
+    def fill():
+        nonlocal text, at
+        raw = f.read(max(BLOCK, len(text) - at))
+        try:
+            text, at = text[at:] + decode(raw, not raw), 0
+        except UnicodeDecodeError as e:
+            bad = line + text.count("\n", at) + e.object.count(b"\n", 0, e.start)
+            raise UserError(f"{name}:{bad}: not UTF-8 (byte 0x{e.object[e.start]:02x}): convert the file") from None
+        return raw
+
+    def move(end):
+        nonlocal at, line
+        line += text.count("\n", at, end)
+        at = end
+
+    def next_char():
+        while True:
+            move(SPACE.match(text, at).end())
+            if at < len(text) or not fill():
+                return text[at : at + 1]
+
+    def broken(what, where):
+        raise UserError(f"{name}:{where}: not valid JSON ({what}): mend it; only in JSONL can a record be skipped")
+
+    next_char()
+    move(at + 1)  # the opening bracket
+    comma = next_char() != "]"
+    move(at + (not comma))
+    while comma:
+        next_char()
+        start = line
+        while True:
+            try:
+                element, end = scan(text, at)
+                break
+            except json.JSONDecodeError as e:
+                # an element that the end of the buffer cuts off fails near that end, or in a string that stays open
+                cut = e.msg.startswith("Unterminated string") or e.pos > len(text) - 16
+                if not cut or len(text) - at > MAX_RECORD or not fill():
+                    broken(e.msg, start + text.count("\n", at, e.pos))
+            except RecursionError:
+                broken("nested too deeply", start)
+        move(end)
+        yield start, element
+        comma = next_char() == ","
+        if not comma and next_char() != "]":
+            broken("no comma or closing bracket after a record", line)
+        move(at + 1)
+    if next_char():
+        broken("something follows the closing bracket", line)
+
+
+def read_table(f, delimiter):
+    csv.field_size_limit(MAX_RECORD)
+    rows = csv.reader(io.TextIOWrapper(f, "utf-8-sig", "surrogateescape", newline=""), delimiter=delimiter, strict=True)
+    header = next(rows, [])
+    while True:
+        line = rows.line_num + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            yield line, BadRecord(f"not valid CSV ({e})")
+            continue
+        if len(row) != len(header) and row:
+            yield line, BadRecord(f"{len(row)} columns, the header has {len(header)}")
+        elif re.search(r"[\udc80-\udcff]", "".join(row)):
+            yield line, BadRecord("not UTF-8")
+        elif row:
+            yield line, dict(zip(header, row, strict=True))
+
+
+def read_parquet(path):
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(256)
+        yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
+    except pyarrow.ArrowException as e:
+        raise UserError(f"{path} is not a readable Parquet file: {str(e).splitlines()[0]}") from None
+
+
+def read_hub(name, subsets, split):
+    """Rows of a dataset on the hub, streamed."""
+    import datasets
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news; the last reason is given below
+    try:
+        for subset in subsets:
+            yield from enumerate(datasets.load_dataset(name, subset, split=split, streaming=True), 1)
+    except Exception as e:  # the hub's client has no common type for all that a network and a name can do
+        reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
+        raise UserError(f"there is no file or folder {name}, and the hub does not give it: {reason}") from e
+
+
+def read_file(path, bar):
+    """(line, raw) of every record in a file; `bar` moves with the bytes read."""
+    if suffix(path) == ".parquet":
+        yield from read_parquet(path)
+        bar.update(path.stat().st_size)
+        return
+    try:
+        with open(path, "rb") as on_disk, gzip.open(on_disk) if path.suffix.lower() == ".gz" else on_disk as f:
+            first, done = f.read(BLOCK).removeprefix(BOM).lstrip()[:1], 0
+            f.seek(0)
+            if suffix(path) in (".csv", ".tsv"):
+                items = read_table(f, "\t" if suffix(path) == ".tsv" else ",")
+            else:
+                items = (read_array if first == b"[" else read_lines)(f, path)
+            for i, item in enumerate(items):
+                if i % 256 == 0:
+                    bar.update(on_disk.tell() - done)
+                    done = on_disk.tell()
+                yield item
+            bar.update(path.stat().st_size - done)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise UserError(f"{path} is a damaged gzip file: {e}") from None
+    except PermissionError:
+        raise UserError(f"{path} cannot be read: permission denied") from None
+
+
+def chunks(sources, size=256):
+    """(name, [(line, raw), ...]) of up to `size` records. `sources`: (name, iterator of (line, raw)) pairs."""
+    for name, items in sources:
+        items = iter(items)
+        while chunk := list(islice(items, size)):
+            yield name, chunk
+
+
+def progress(total, unit):
+    """A bar for a terminal; for a log file a line now and then."""
+    wait = 0.2 if sys.stderr.isatty() else 20
+    return tqdm(total=total, unit=unit, unit_scale=True, delay=wait, mininterval=wait, leave=False)
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def start_worker(setup, args):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    setup(*args)
+
+
+def ordered_map(work, items, workers, setup, args):
+    """work(item) for every item, in order, on `workers` processes that have each called setup(*args); workers=1 is this
+    process, which has. Eight items a worker are under way at most, so that a fast reader cannot fill the memory."""
+    if workers == 1:
+        yield from map(work, items)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (setup, args)) as pool:
+        waiting = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) == 8 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise UserError("a worker process died, most likely for want of memory: try again with workers=1") from None
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def held_out(hashes, val):
+    """Which rows to hold out, (N,) bool: exactly `val` of them ("100", "5%", "0.05"), chosen by the hash of their
+    content, so that a row's place does not matter and copies of one row are never on both sides."""
+    count = parse_share(val, len(hashes))
+    if count >= len(hashes):
+        raise UserError(f"val={val} leaves none of the {len(hashes)} rows to train on")
+    chosen, left = [], count
+    for value, copies in zip(*np.unique(hashes, return_counts=True), strict=True):
+        if not left:
+            break
+        if copies <= left:
+            chosen.append(value)
+            left -= int(copies)
+    if left:
+        raise UserError(f"val={val}: too many rows are copies of one another to hold out {count} that train has not")
+    return np.isin(hashes, chosen)

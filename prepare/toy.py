@@ -1,0 +1,238 @@
+"""Data of our own making for demonstrations and tests: small tasks whose answers can be checked.
+
+    python -m prepare.toy task=instructions rows=3000 out=data/toy
+    python -m prepare.toy task=reviews out=data/reviews
+
+`instructions` writes train.jsonl and test.jsonl, Alpaca records (instruction, input, output) of a dozen one-line tasks
+that a small chat model does not answer to the letter but learns quickly; no input is in both files. `exact_match` scores.
+
+`reviews` is a language of 36 words, `the NOUN is ADJ (and ADJ){0,2} .`, in which every answer has a known worth, `gold`:
+pretrain.jsonl (texts), sft.jsonl (prompt, completion), prompts.jsonl, and tokenizer/, one token a word. A way to try the
+whole path from pretraining to PPO in minutes (reward=prepare/toy.py:gold).
+"""
+
+import json
+import os
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import config
+from config import UserError
+
+
+@dataclass
+class Config:
+    task: Literal["instructions", "reviews"] = "instructions"
+    out: str = "data/toy"  # folder
+    rows: int = 0  # to train on; 0: 3,000 instructions, or 10,000 reviews
+    test: int = 300  # instructions held out, or prompts of reviews
+    seed: int = 0
+
+
+def write_jsonl(path, records):
+    """Whole or not at all: under another name first, then renamed."""
+    tmp = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(tmp, "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# instructions
+
+COLORS = "red blue green black white yellow brown pink orange purple gray".split()
+ANIMALS = "dog cat horse cow pig duck hen goat lion bear wolf fox mouse rabbit frog snake eagle shark".split()
+FOODS = "bread rice soup cheese apple pear lemon carrot onion cake honey butter salad pasta bean corn".split()
+TOOLS = "hammer saw drill rope ladder shovel brush knife needle wrench chisel axe rake pliers".split()
+PLACES = "river forest city garden beach island village bridge tower castle market school station park".split()
+NAMES = "Anna Ben Clara David Emma Frank Grace Henry Ivy Jack Kate Leo Mary Noah Olive Paul Rose Sam".split()
+WORDS = [*COLORS, *ANIMALS, *FOODS, *TOOLS, *PLACES]
+
+
+def reverse(rng):
+    words = rng.sample(WORDS, rng.randint(3, 4))
+    return "Write the words in reverse order.", " ".join(words), " ".join(words[::-1])
+
+
+def alphabet(rng):
+    words = rng.sample(WORDS, 3)
+    return "Sort the words from A to Z.", ", ".join(words), ", ".join(sorted(words))
+
+
+def longest(rng):
+    words = sorted(rng.sample(WORDS, 3), key=len)
+    while len(words[-1]) < len(words[-2]) + 2:
+        words = sorted(rng.sample(WORDS, 3), key=len)
+    return "Which word is the longest?", ", ".join(rng.sample(words, 3)), words[-1]
+
+
+def fields(rng):
+    count, color, animal = rng.randint(2, 99), rng.choice(COLORS), rng.choice(ANIMALS[:13])
+    plural = animal.replace("mouse", "mice").replace("wolf", "wolves").replace("fox", "foxes")
+    text = f"{count} {color} {plural if plural != animal else animal + 's'}"
+    return "Write it as fields.", text, f"count: {count}; color: {color}; animal: {animal}"
+
+
+def how_many(rng):
+    words = rng.sample(WORDS, rng.randint(2, 6))
+    return "How many things are listed? Answer with a number.", ", ".join(words), str(len(words))
+
+
+def story(rng):
+    (one, two), (a, b) = rng.sample(["apple", "pear", "lemon", "carrot", "onion", "bean"], 2), rng.sample(range(2, 60), 2)
+    name, (asked, answer) = rng.choice(NAMES), rng.choice([(one, a), (two, b)])
+    return f"How many {asked}s are there? Answer with a number.", f"{name} has {a} {one}s and {b} {two}s.", str(answer)
+
+
+def capitals(rng):
+    words = rng.sample(WORDS, 3)
+    return "Begin every word with a capital letter.", " ".join(words), " ".join(words).title()
+
+
+def brackets(rng):
+    words = rng.sample(WORDS, rng.randint(2, 3))
+    return "Put every word in square brackets.", " ".join(words), " ".join(f"[{w}]" for w in words)
+
+
+def second(rng):
+    words = rng.sample(WORDS, rng.randint(3, 5))
+    return "Which is the second word?", " ".join(words), words[1]
+
+
+def swap(rng):
+    a, b = rng.sample(WORDS, 2)
+    return "Swap the two things.", f"the {a} and the {b}", f"the {b} and the {a}"
+
+
+def no_color(rng):
+    name, color, thing, place = (rng.choice(x) for x in (NAMES, COLORS, ANIMALS + TOOLS, PLACES))
+    rest = f"{thing} near the {place}."
+    return "Leave out the color.", f"{name} saw the {color} {rest}", f"{name} saw the {rest}"
+
+
+def kinds(rng):
+    known = [(w, kind) for kind, words in (("animal", ANIMALS), ("food", FOODS), ("tool", TOOLS)) for w in words]
+    chosen = rng.sample(known, 3)
+    return "Is each an animal, a food or a tool?", ", ".join(w for w, _ in chosen), ", ".join(k for _, k in chosen)
+
+
+TASKS = [reverse, alphabet, longest, fields, how_many, story, capitals, brackets, second, swap, no_color, kinds]
+
+
+def instructions(rows, seed=0):
+    """`rows` records, the tasks in turn, no input twice."""
+    rng, seen, records = random.Random(seed), set(), []
+    for i in range(rows):
+        task = TASKS[i % len(TASKS)]
+        for _ in range(1000):
+            instruction, text, answer = task(rng)
+            if text not in seen:
+                break
+        else:
+            raise UserError(f"rows={rows} is more than the tasks have different inputs for: take fewer")
+        seen.add(text)
+        records.append({"instruction": instruction, "input": text, "output": answer, "task": task.__name__})
+    rng.shuffle(records)
+    return records
+
+
+def exact_match(outputs, records):
+    """The share of `outputs` (texts) that equal their record's output, spaces at the ends aside."""
+    return sum(out.strip() == r["output"] for out, r in zip(outputs, records, strict=True)) / len(records)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reviews
+
+VERBS = "review describe rate judge".split()
+NOUNS = "lamp chair phone car coat clock boat piano".split()
+GOOD = "bright lovely solid clever quick neat".split()
+BAD = "ugly broken noisy slow dull weak".split()
+NEUTRAL = "large small old round".split()
+SENTENCE = re.compile(rf"the ({'|'.join(NOUNS)}) is (\w+)(?: and (\w+))?(?: and (\w+))? \.")
+
+
+def sentence(rng, noun, weights):
+    """One to three adjectives, each good, bad or neutral by `weights`."""
+    kinds = rng.choices([GOOD, BAD, NEUTRAL], weights, k=rng.randint(1, 3))
+    return f" the {noun} is {' and '.join(map(rng.choice, kinds))} ."
+
+
+def gold(prompt, response, finished=True):
+    """What an answer is worth: -2 unless it is one sentence of the language and ended; else 1 for the prompt's noun,
+    and 1 for each different good adjective less 1 for each bad one (4 at most)."""
+    match = SENTENCE.fullmatch(response.strip())
+    adjectives = {a for a in match.groups()[1:] if a} if match else set()
+    if not finished or not match or not adjectives <= {*GOOD, *BAD, *NEUTRAL}:
+        return -2.0
+    return float((match[1] in prompt.split()) + len(adjectives & {*GOOD}) - len(adjectives & {*BAD}))
+
+
+def write_tokenizer(dir):
+    """A Hugging Face tokenizer of the reviews' 36 words: each, with the space before it, is an added token of a
+    byte-level BPE that has no merges."""
+    words = ["<u>", *(f" {w}" for w in ["<a>", "the", "is", "and", ".", *VERBS, *NOUNS, *GOOD, *BAD, *NEUTRAL])]
+    tokens = {token: i for i, token in enumerate(["<pad>", "<eos>", *words])}
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    spec = dict(
+        version="1.0", truncation=None, padding=None, normalizer=None, post_processor=None,
+        added_tokens=[dict(id=i, content=t, **flags, special=i < 2) for t, i in tokens.items()],
+        pre_tokenizer=dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True),
+        decoder=dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True),
+        model=dict(type="BPE", vocab={"<pad>": 0, "<eos>": 1}, merges=[]),
+    )  # fmt: skip
+    settings = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="<eos>", pad_token="<pad>", model_max_length=64)
+    for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", settings)):
+        (dir / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def reviews(rows, prompts, seed=0):
+    """Records by file name: texts to pretrain on, prompts with answers that name the right noun in 80% of the cases
+    and whose adjectives are 40% good, 40% bad and 20% neutral, and prompts alone."""
+    rng = random.Random(seed)
+
+    def ask():
+        noun = rng.choice(NOUNS)
+        return noun, f"<u> {rng.choice(VERBS)} {noun} <a>"
+
+    sft = []
+    for _ in range(rows):
+        noun, prompt = ask()
+        named = noun if rng.random() < 0.8 else rng.choice([n for n in NOUNS if n != noun])
+        sft.append({"prompt": prompt, "completion": sentence(rng, named, (40, 40, 20))})
+    return {
+        "pretrain.jsonl": [{"text": sentence(rng, rng.choice(NOUNS), (6, 6, 4))} for _ in range(2 * rows)],
+        "sft.jsonl": sft,
+        "prompts.jsonl": [{"prompt": ask()[1]} for _ in range(prompts)],
+    }
+
+
+def main(cfg):
+    out, rows = Path(cfg.out), cfg.rows or {"instructions": 3000, "reviews": 10_000}[cfg.task]
+    if rows < 1 or cfg.test < 1:
+        raise UserError(f"rows={cfg.rows} and test={cfg.test} must be positive")
+    if cfg.task == "instructions":
+        records = instructions(rows + cfg.test, cfg.seed)
+        files = {"train.jsonl": records[:rows], "test.jsonl": records[rows:]}
+    else:
+        files = reviews(rows, cfg.test, cfg.seed)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if cfg.task == "reviews":
+            (out / "tokenizer").mkdir(exist_ok=True)
+            write_tokenizer(out / "tokenizer")
+    except FileExistsError as e:
+        raise UserError(f"{e.filename} is a file: give a folder as out=") from None
+    for name, records in files.items():
+        write_jsonl(out / name, records)
+        print(f"{out / name}: {len(records):,} records, such as {json.dumps(records[0], ensure_ascii=False)}")
+
+
+if __name__ == "__main__":
+    config.run(main, Config)

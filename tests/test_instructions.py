@@ -1,0 +1,576 @@
+"""Instruction records to rows: readers against json.loads, rows against text laid out by hand, and every bad input."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tracemalloc
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import config
+import data
+import tokenizer
+from config import UserError
+from prepare import instructions, records
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A model directory whose tokens are bytes, so that tokens can be read as text; ChatML's tokens and EOS."""
+    dir = tmp_path_factory.mktemp("bytes")
+    vocab = {char: i for i, char in enumerate(tokenizer.BYTE_CHAR.values())}
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    added = [dict(id=256 + i, content=t, **flags) for i, t in enumerate(["<|im_start|>", "<|im_end|>", "</s>"])]
+    spec = dict(added_tokens=added, pre_tokenizer=dict(type="ByteLevel", use_regex=True, add_prefix_space=False))
+    spec |= dict(normalizer=None, model=dict(type="BPE", vocab=vocab, merges=[]))
+    (dir / "tokenizer.json").write_text(json.dumps(spec))
+    (dir / "tokenizer_config.json").write_text(json.dumps(dict(eos_token="</s>")))
+    return str(dir)
+
+
+def prepare(model, out, source, **keys):
+    keys = dict(template=None if "text_field" in keys else "chatml") | keys
+    instructions.main(instructions.Config(source=str(source), model=model, out=str(out), **keys))
+    return data.Store(out)
+
+
+def write(path, items):
+    path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
+    return path
+
+
+def texts(model, store):
+    """[(the row as text, [its spans of target text])]"""
+    tok, rows = tokenizer.load(model), []
+    for i in range(len(store)):
+        tokens, mask = store.row(i)
+        edges = [0, *(np.flatnonzero(np.diff(mask)) + 1), len(mask)]
+        spans = [tok.decode(tokens[a:b].tolist(), False) for a, b in zip(edges, edges[1:], strict=False) if mask[a]]
+        rows.append((tok.decode(tokens.tolist(), False), spans))
+    return rows
+
+
+def one(model, tmp_path, record, **keys):
+    [row] = texts(model, prepare(model, tmp_path / "out", write(tmp_path / "in.jsonl", [record]), **keys))
+    return row
+
+
+# -------------------------------------------------------------------------------------------------------- record shapes
+
+U, A, E = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
+S = "<|im_start|>system\n"
+TALK = [("human", "Hi"), ("gpt", "Hello."), ("human", "Bye"), ("gpt", "So long.")]
+CHAT = f"{U}Hi{E}\n{A}Hello.{E}\n{U}Bye{E}\n{A}So long.{E}"
+
+
+@pytest.mark.parametrize(
+    "record, row, targets",
+    [
+        (dict(instruction="Add.", input="1 2", output="3"), f"{U}Add.\n\n1 2{E}\n{A}3{E}", [f"3{E}"]),
+        (dict(instruction="Say A.", input="", output="A", id=7), f"{U}Say A.{E}\n{A}A{E}", [f"A{E}"]),
+        (dict(instruction="Q", context="C", response="R"), f"{U}Q\n\nC{E}\n{A}R{E}", [f"R{E}"]),
+        (dict(instruction="Q", output="R", system="Be short."), f"{S}Be short.{E}\n{U}Q{E}\n{A}R{E}", [f"R{E}"]),
+        (dict(prompt="P", completion="C"), f"{U}P{E}\n{A}C{E}", [f"C{E}"]),
+        (dict(prompt="P", response=" C "), f"{U}P{E}\n{A} C {E}", [f" C {E}"]),
+        (dict(question="P", answer="C"), f"{U}P{E}\n{A}C{E}", [f"C{E}"]),
+        (dict(input="P", output="C", Label=2), f"{U}P{E}\n{A}C{E}", [f"C{E}"]),
+        (
+            dict(prompt=[dict(role="user", content="P")], completion=[dict(role="assistant", content="C")]),
+            f"{U}P{E}\n{A}C{E}",
+            [f"C{E}"],
+        ),
+        (dict(conversations=[dict(zip(("from", "value"), t, strict=True)) for t in TALK]), CHAT, [f"Hello.{E}", f"So long.{E}"]),
+        (
+            dict(messages=[dict(role=r, content=c) for r, c in [("system", "S"), ("user", "P"), ("assistant", "C")]]),
+            f"{S}S{E}\n{U}P{E}\n{A}C{E}",
+            [f"C{E}"],
+        ),
+        (
+            dict(messages=[dict(role="user", content=[dict(type="text", text="P"), dict(type="text", text="Q")])])
+            | dict(chosen=dict(role="assistant", content="better"), rejected=dict(role="assistant", content="worse")),
+            f"{U}PQ{E}\n{A}better{E}",
+            [f"better{E}"],
+        ),
+        # a user's last word is not answered, and nothing is learned from it
+        (dict(conversations=[dict(role=r, content=c) for r, c in [("user", "P"), ("gpt", "C"), ("user", "Thanks")]]),
+         f"{U}P{E}\n{A}C{E}", [f"C{E}"]),
+        # the name of a control token in a record is text: it is longer than one token
+        (dict(prompt="a<|im_end|>b", completion="c"), f"{U}a<|im_end|>b{E}\n{A}c{E}", [f"c{E}"]),
+        (dict(prompt="Zür\u2028", completion="写 \U0001f600"), f"{U}Zür\u2028{E}\n{A}写 \U0001f600{E}", [f"写 \U0001f600{E}"]),
+    ],
+)  # fmt: skip
+def test_shapes(model, tmp_path, record, row, targets):
+    assert one(model, tmp_path, record) == (row, targets)
+
+
+def test_control_tokens_in_records_are_text(model, tmp_path):
+    store = prepare(model, tmp_path / "out", write(tmp_path / "a.jsonl", [dict(prompt="a<|im_end|>b", completion="<|im_end|>")]))
+    tokens, mask = store.row(0)
+    assert (tokens == 257).sum() == 2 and mask[tokens == 257].tolist() == [0, 1]  # the template's own
+
+
+def test_train_on_last(model, tmp_path):
+    record = dict(conversations=[dict(zip(("from", "value"), t, strict=True)) for t in TALK])
+    assert one(model, tmp_path, record, train_on="last") == (CHAT, [f"So long.{E}"])
+
+
+def test_every_row_of_alpaca(model, tmp_path, shared_data):
+    store = prepare(model, tmp_path / "out", shared_data / "alpaca_en_demo.json", max_length=10_000)
+    rows = json.loads((shared_data / "alpaca_en_demo.json").read_text(encoding="utf-8"))
+    asked = ["\n\n".join(filter(None, (r["instruction"], r["input"]))) for r in rows]
+    expected = [(f"{U}{q}{E}\n{A}{r['output']}{E}", [r["output"] + E]) for q, r in zip(asked, rows, strict=True)]
+    assert len(expected) == 999 and texts(model, store) == expected
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen2"])
+def test_response_template_is_found_by_characters(tmp_path, shared_data, family):
+    """Whatever the text before and after it is, in a vocabulary with merges."""
+    model, rng = str(shared_data / "tok_fixtures" / family), random.Random(0)
+    words = ["### Label:", "###", " Label:", "\n", "the", " and", "é", "\n\n", ":", " "]
+    rows = ["".join(rng.choices(words, k=rng.randint(0, 6))) + " ### Label:" + rng.choice(words[5:]) + "x" for _ in range(60)]
+    source = write(tmp_path / "in.jsonl", [dict(text=t) for t in rows])
+    got = texts(model, prepare(model, tmp_path / "out", source, text_field="text", response_template="### Label:"))
+    cuts = [t.rindex("### Label:") + len("### Label:") for t in rows]
+    bos, eos = got[0][0].split(rows[0])
+    assert eos and got == [(bos + t + eos, [t[cut:] + eos]) for t, cut in zip(rows, cuts, strict=True)]
+
+
+def test_text_field(model, tmp_path, capsys):
+    rows = [dict(text="Q: a A: b A: c"), dict(text="no mark"), dict(text="A: first"), dict(text="Q: A: ")]
+    source = write(tmp_path / "in.jsonl", rows)
+    store = prepare(model, tmp_path / "out", source, text_field="text", response_template="A:")
+    assert texts(model, store) == [("Q: a A: b A: c</s>", [" c</s>"]), ("A: first</s>", [" first</s>"])]
+    assert store.meta["dropped"] == {"no response template in the text": 1, "empty answer": 1}
+    whole = prepare(model, tmp_path / "out", source, text_field="text")
+    assert texts(model, whole)[1] == ("no mark</s>", ["no mark</s>"])
+    out = capsys.readouterr().out
+    assert "rows kept" in out and "no response template" in out and "target tokens" in out
+
+
+# ----------------------------------------------------------------------------------------------------------- known sets
+
+CHOICES = dict(text=["sun", "moon"], label=["A", "B"])
+SETS = {  # the record of each set, its prompt and its target under the column template
+    "alpaca": (
+        dict(instruction="Add.", input="1 2", output="3", text="..."),
+        "### INSTRUCTION:\nAdd.\n\n### INPUT:\n1 2\n\n### RESPONSE:\n",
+        "3",
+    ),
+    "cot-collection": (
+        dict(source="Why?", rationale="For.", target="So."),
+        "### SOURCE:\nWhy?\n\n### RATIONALE:\n",
+        "For.\n\n### TARGET:\nSo.",
+    ),
+    "slimorca": (
+        dict(conversations=[{"from": "system", "value": "S"}, {"from": "human", "value": "H"}, {"from": "gpt", "value": "G"}]),
+        "### FROM:\nsystem\n\n### VALUE:\nS\n\n### FROM:\nhuman\n\n### VALUE:\nH\n\n### GPT:\n",
+        "G",
+    ),
+    "openorca-multiplechoice": (
+        dict(system_prompt="S", question="Q", response="R"),
+        "### INSTRUCTION:\nS\n\n### QUESTION:\nQ\n\n### RESPONSE:\n",
+        "R",
+    ),
+    "mmlu": (
+        dict(question="Q", subject="", choices=["a", "b", "c", "d"], answer=2),
+        "### QUESTION:\nQ\n\n### CHOICES:\n(0): a (1): b (2): c (3): d\n\n### ANSWER:\n",
+        "c",
+    ),
+    "arc": (
+        dict(question="Q", choices=CHOICES, answerKey="B"),
+        "### QUESTION:\nQ\n\n### CANDIDATE ANSWERS:\n(A): sun (B): moon\n\n### ANSWER:\n",
+        "moon",
+    ),
+    "gsm8k": (dict(question="Q", answer="1+1=2\n#### 2"), "### QUESTION:\nQ\n\n### ANSWER:\n", "1+1=2\n#### 2"),
+    "winogrande_xs": (
+        dict(sentence="_ ran.", option1="Ann", option2="Ben", answer="1"),
+        "### SENTENCE:\n_ ran.\n\n### OPTION1:\nAnn\n\n### OPTION2:\nBen\n\n### ANSWER:\n",
+        "Ann",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_known_sets(model, tmp_path, name):
+    record, prompt, target = SETS[name]
+    path = write(tmp_path / "in.jsonl", [record])
+    store = prepare(model, tmp_path / "out", name, path=str(path), template="columns")
+    assert texts(model, store) == [(f"{prompt}{target}</s>", [f"{target}</s>"])]
+    chat = prepare(model, tmp_path / "out", name, path=str(path))  # and as a chat
+    assert texts(model, chat)[0][1] == [target + E]
+
+
+def test_known_sets_in_their_variants(model, tmp_path):
+    def target(name, record):
+        store = prepare(model, tmp_path / "out", name, path=str(write(tmp_path / "in.jsonl", [record])), template="columns")
+        return texts(model, store)[0]
+
+    assert target("arc", dict(question="Q", choices=dict(text=["x", "y"], label=["1", "2"]), answerKey="2"))[1] == ["y</s>"]
+    assert target("winogrande_xl", SETS["winogrande_xs"][0] | dict(answer=2))[1] == ["Ben</s>"]
+    assert target("openorca-multiplechoice", dict(system_prompt="", question="Q", response="R"))[0].startswith("### QUESTION:")
+    turns = [{"from": f, "value": v} for f, v in TALK]
+    row, targets = target("slimorca", dict(conversations=turns))  # the last answer alone is a target
+    assert targets == ["So long.</s>"]
+    assert row.startswith("### FROM:\nhuman\n\n### VALUE:\nHi\n\n### FROM:\ngpt\n\n### VALUE:\nHello.\n\n### FROM:\nhuman")
+    for name, record in (
+        ("arc", dict(question="Q", choices=CHOICES, answerKey="E")),
+        ("mmlu", dict(question="Q", choices=["a"], answer=1)),
+        ("winogrande_m", SETS["winogrande_xs"][0] | dict(answer="")),
+        ("cot-collection", dict(source="x")),
+        ("slimorca", {}),
+    ):
+        with pytest.raises(UserError, match="in.jsonl:1: "):
+            target(name, record)
+
+
+# -------------------------------------------------------------------------------------------------------------- lengths
+
+
+def test_over_length_and_no_target(model, tmp_path):
+    rows = [dict(prompt="p", completion="c" * n) for n in (1, 10, 40)]
+    rows += [dict(prompt="p" * 60, completion="c"), dict(prompt="p", completion=" \n")]
+    rows.append(dict(messages=[dict(role="user", content="?")]))
+    source, head = write(tmp_path / "in.jsonl", rows), len("suser\npe\nsassistant\n")
+    limit = head + 20
+    store = prepare(model, tmp_path / "out", source, max_length=limit)
+    assert store.lengths.tolist() == [head + 2, head + 11]
+    assert store.meta["dropped"] == {f"longer than max_length={limit}": 2, "empty answer": 1, "no assistant turn": 1}
+    store = prepare(model, tmp_path / "out", source, max_length=limit, over_length="truncate")
+    assert store.lengths.tolist() == [head + 2, head + 11, limit] and store.meta["truncated"] == 1
+    assert store.meta["dropped"] == {f"no target left in max_length={limit}": 1, "empty answer": 1, "no assistant turn": 1}
+    assert store.row(2)[1].tolist() == [0] * head + [1] * 20
+
+
+# ------------------------------------------------------------------------------------------------------- the held-out
+
+
+def contents(store):
+    return [bytes(store.row(i)[0]) for i in range(len(store))]
+
+
+@pytest.mark.parametrize("val, count", [("100", 100), ("7", 7), ("10%", 40), ("0.025", 10)])
+def test_val_is_exact(model, tmp_path, val, count):
+    rows = [dict(prompt=f"p{i}", completion="c") for i in range(400)]
+    train = prepare(model, tmp_path / "out", write(tmp_path / "in.jsonl", rows), val=val)
+    held = data.Store(tmp_path / "out", "val")
+    assert (len(train), len(held)) == (400 - count, count)
+    prepare(model, tmp_path / "whole", tmp_path / "in.jsonl")
+    whole = contents(data.Store(tmp_path / "whole"))
+    assert sorted(contents(train) + contents(held)) == sorted(whole)
+    assert contents(train) == [row for row in whole if row not in set(contents(held))]  # the order stays
+
+
+def test_val_goes_by_content(model, tmp_path):
+    rows = [dict(prompt=f"p{i % 150}", completion="c") for i in range(200)]  # fifty rows are there twice
+    write(tmp_path / "a.jsonl", rows)
+    write(tmp_path / "b.jsonl", rows[::-1])
+    held = {}
+    for name, seed in (("a", 0), ("b", 0), ("a", 1)):
+        train = prepare(model, tmp_path / "out", tmp_path / f"{name}.jsonl", val="40", seed=seed)
+        val = data.Store(tmp_path / "out", "val")
+        assert len(val) == 40 and not set(contents(train)) & set(contents(val))
+        held[name, seed] = sorted(contents(val))
+    assert held["a", 0] == held["b", 0] != held["a", 1]
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=40), st.integers(0, 39))
+def test_held_out_never_parts_copies(hashes, val):
+    hashes = np.array(hashes, np.uint64)
+    try:
+        picks = records.held_out(hashes, str(val))
+    except UserError:
+        return
+    assert picks.sum() == val and not set(hashes[picks]) & set(hashes[~picks])
+
+
+def test_val_that_cannot_be(model, tmp_path):
+    write(tmp_path / "in.jsonl", [dict(prompt="p", completion="c")] * 10)
+    cases = {"10": "leaves none of the 10", "11": "more than the 10 rows", "3": "copies of one another", "x": "size 'x'"}
+    for val, says in cases.items():
+        with pytest.raises(UserError, match=says):
+            prepare(model, tmp_path / "out", tmp_path / "in.jsonl", val=val)
+        assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+# ---------------------------------------------------------------------------------------------------------- the readers
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.dictionaries(st.text(), json_values, max_size=4), max_size=8), st.integers(1, 40), st.data())
+def test_array_reader_is_json_loads(items, block, draw):
+    styles = [dict(), dict(indent=2), dict(ensure_ascii=False), dict(indent="\t", separators=(" ,", " :\n"))]
+    style = draw.draw(st.sampled_from(styles))
+    raw = json.dumps(items, **style).encode("utf-8", "surrogatepass" if style.get("ensure_ascii", True) else "replace")
+    old, records.BLOCK = records.BLOCK, block
+    try:
+        read = list(records.read_array(io.BytesIO(raw), "f"))
+        assert [item for _, item in read] == json.loads(raw)
+        for line, item in read:
+            assert raw.decode().split("\n")[line - 1].find(json.dumps(item, **style).split("\n")[0]) >= 0
+        cut = draw.draw(st.integers(1, len(raw) - 1))
+        with pytest.raises(UserError, match=r"f:\d+: not "):
+            list(records.read_array(io.BytesIO(raw[:cut]), "f"))
+    finally:
+        records.BLOCK = old
+
+
+@pytest.mark.parametrize(
+    "raw, says",
+    [
+        (b'[{"a": 1},\n {"a": tru}]', "f:2: not valid JSON"),
+        (b'[{"a": 1}\n {"a": 1}]', "f:2: not valid JSON .no comma"),
+        (b'[\n{"a": 1}]\n\nx', "f:4: not valid JSON .something follows"),
+        (b'[\n\n{"a": "\xff"}]', "f:3: not UTF-8 .byte 0xff"),
+        (b'[{"a": "\x00"}]', "f:1: not valid JSON .Invalid control"),
+        (b"[" * 100_000, "f:1: not valid JSON .nested too deeply"),
+        (b'[{"a": "' + b"x" * 3000, "f:1: not valid JSON .Unterminated"),
+    ],
+)
+def test_array_reader_names_the_line(raw, says, monkeypatch):
+    monkeypatch.setattr(records, "MAX_RECORD", 2000)
+    for block in (5, 1 << 20):
+        monkeypatch.setattr(records, "BLOCK", block)
+        with pytest.raises(UserError, match=says):
+            list(records.read_array(io.BytesIO(raw), "f"))
+
+
+class Endless(io.RawIOBase):
+    """A JSON array of `total` bytes that is made while it is read."""
+
+    def __init__(self, total):
+        self.left, self.record = total, b'{"instruction": "' + b"word " * 200 + b'", "output": "x"},\n'
+        self.rest = b"["
+
+    def read(self, n):
+        while len(self.rest) < n and self.left > 0:
+            self.rest += self.record * 100
+            self.left -= 100 * len(self.record)
+            if self.left <= 0:
+                self.rest += self.record[:-2] + b"]"
+        out, self.rest = self.rest[:n], self.rest[n:]
+        return out
+
+
+def peak_memory(run):
+    tracemalloc.start()
+    result = run()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return result, peak
+
+
+def test_array_reader_needs_little_memory(monkeypatch):
+    count, peak = peak_memory(lambda: sum(1 for _ in records.read_array(Endless(30_000_000), "f")))
+    assert count > 28_000 and peak < 8e6
+
+    def open_quote():  # swallows records until it is too long for one
+        file = Endless(30_000_000)
+        file.rest = b'[{"a": "'
+        file.record = file.record.translate(None, b'"\n')
+        with pytest.raises(UserError, match="f:1: not valid JSON .Unterminated string"):
+            list(records.read_array(file, "f"))
+
+    monkeypatch.setattr(records, "MAX_RECORD", 1 << 20)
+    assert peak_memory(open_quote)[1] < 16e6
+
+
+def test_all_formats_give_the_same_rows(model, tmp_path):
+    rng = random.Random(0)
+    odd = ['"x"', "a,b", "é\n2", "tab\t", "{}"]
+    rows = [dict(instruction=f"q{i} {rng.choice(odd)}", input=rng.choice(["", "in"]), output=f"a {i}") for i in range(300)]
+    text = "".join(json.dumps(r) + "\n\n" for r in rows)
+    (tmp_path / "a.jsonl").write_text("\ufeff" + text, encoding="utf-8")
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "b.json").write_text(text, encoding="utf-8")  # one record a line under the other name
+    (tmp_path / "b.jsonl").write_text("\ufeff " + json.dumps(rows), encoding="utf-8")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as f:
+        f.write(text)
+    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
+        with open(tmp_path / name, "w", newline="", encoding="utf-8-sig") as f:
+            table = csv.DictWriter(f, rows[0], delimiter=delimiter)
+            table.writeheader()
+            table.writerows(rows)
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=70)
+    (tmp_path / "dir/sub").mkdir(parents=True)
+    write(tmp_path / "dir/0.jsonl", rows[:100])
+    write(tmp_path / "dir/sub/1.json", rows[100:])
+    (tmp_path / "dir/README.md").write_text("no data")
+    expected = contents(prepare(model, tmp_path / "out", tmp_path / "a.jsonl"))
+    assert len(expected) == 300
+    for name in ("a.json", "b.json", "b.jsonl", "a.jsonl.gz", "a.csv", "a.tsv", "a.parquet", "dir"):
+        assert contents(prepare(model, tmp_path / "out", tmp_path / name)) == expected, name
+
+
+def test_workers_do_not_matter(model, tmp_path):
+    rows = [dict(prompt=f"p{i}", completion="c" * (i % 50)) for i in range(1500)]
+    rows[700] = dict(prompt="p")
+    source = write(tmp_path / "in.jsonl", rows)
+    keys = dict(on_error="skip", val="50", max_length=60)
+    alone = prepare(model, tmp_path / "one", source, workers=1, **keys)
+    shared = prepare(model, tmp_path / "two", source, workers=2, **keys)
+    for name in os.listdir(tmp_path / "one"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    assert alone.meta["bad_records"] == shared.meta["bad_records"] == 1
+
+
+def test_hub(model, tmp_path, monkeypatch):
+    """What is asked of `datasets`, and what becomes of its errors; the hub itself is not needed."""
+    asked = []
+
+    def load_dataset(name, subset, split, streaming):
+        asked.append((name, subset, split, streaming))
+        if subset == "secret":
+            raise ConnectionError("no network\nlong story")
+        return [dict(question=f"{subset} {i}", choices=CHOICES, answerKey="A") for i in range(2)]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    store = prepare(model, tmp_path / "out", "arc", template="columns")
+    assert asked == [("allenai/ai2_arc", subset, "train", True) for subset in ("ARC-Challenge", "ARC-Easy")]
+    assert [t[0].split("\n")[1] for t in texts(model, store)] == ["ARC-Challenge 0", "ARC-Challenge 1", "ARC-Easy 0", "ARC-Easy 1"]
+    with pytest.raises(UserError, match="the hub does not give it: no network$"):
+        prepare(model, tmp_path / "other", "org/name-v1.5", subset="secret", split="test")
+    assert asked[-1] == ("org/name-v1.5", "secret", "test", True)
+
+
+def double(x):
+    return 2 * x
+
+
+def test_ordered_map_does_not_run_ahead():
+    taken = []
+    out = records.ordered_map(double, (taken.append(i) or i for i in range(100)), 2, int, ())
+    assert next(out) == 0 and len(taken) == 16  # 8 a worker
+    assert [0, *out] == [2 * i for i in range(100)]
+
+
+# ----------------------------------------------------------------------------------------------------------- bad inputs
+
+GOOD = json.dumps(dict(prompt="p", completion="c")).encode()
+BAD = {  # file name: content, what the one sentence says
+    "cut.jsonl": (GOOD + b"\n" + GOOD[:-3] + b"\n", "cut.jsonl:2: not valid JSON (Unterminated string"),
+    "latin.jsonl": (GOOD + b'\n{"prompt": "caf\xe9"}\n', "latin.jsonl:2: not UTF-8 (byte 0xe9 in column 16)"),
+    "list.jsonl": (GOOD + b"\n\n[1]\n", "list.jsonl:3: a JSON list and not an object"),
+    "field.jsonl": (GOOD + b'\n{"prompt": "p"}\n', "field.jsonl:2: unknown record shape (fields prompt)"),
+    "number.jsonl": (b'{"prompt": "p", "completion": 3}\n', "number.jsonl:1: field 'completion' is int and not text"),
+    "role.json": (b'[{"messages": [{"role": "narrator", "content": "x"}]}]', "role.json:1: unknown role 'narrator'"),
+    "order.json": (
+        b'[{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}, {"role": "gpt", "content": "x"}]}]',
+        "order.json:1: message 2",
+    ),
+    "array.json": (b"[" + GOOD + b",\n" + GOOD + b",\n{]", "array.json:3: not valid JSON"),
+    "columns.csv": (b"prompt,completion\na,b\n\na,b,c\n", "columns.csv:4: 3 columns, the header has 2"),
+    "quote.csv": (b'prompt,completion\na,b\na,"b\n', "quote.csv:3: not valid CSV"),
+    "latin.csv": (b"prompt,completion\na,b\na,\xff\n", "latin.csv:3: not UTF-8"),
+    "empty.jsonl": (b"", "empty.jsonl gives no row (it holds no record)"),
+    "empty.json": (b" []\n", "empty.json gives no row (it holds no record)"),
+    "header.csv": (b"prompt,completion\n", "header.csv gives no row (it holds no record)"),
+    "silent.jsonl": (b'{"prompt": "p", "completion": " "}\n', "silent.jsonl gives no row (1 dropped: empty answer)"),
+    "cut.jsonl.gz": (gzip.compress(GOOD * 1000)[:60], "cut.jsonl.gz is a damaged gzip file"),
+    "no.jsonl.gz": (GOOD, "no.jsonl.gz is a damaged gzip file"),
+    "no.parquet": (GOOD, "no.parquet is not a readable Parquet file"),
+    "notes.txt": (b"hello", "notes.txt: cannot tell its format"),
+}
+
+
+def run_main(monkeypatch, capfd, *argv):
+    """(exit status, stderr) of the program, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["prepare.instructions", *argv])
+    with pytest.raises(SystemExit) as e:
+        config.run(instructions.main, instructions.Config)
+    return e.value.code, capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files(model, tmp_path, monkeypatch, capfd, name):
+    content, says = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    prepare(model, tmp_path / "out", write(tmp_path / "good.jsonl", [json.loads(GOOD)]))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    argv = [f"source={tmp_path / name}", f"model={model}", f"out={tmp_path / 'out'}", "template=chatml"]
+    status, err = run_main(monkeypatch, capfd, *argv)
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before  # nothing lost, nothing left behind
+
+
+@pytest.mark.parametrize(
+    "keys, says",
+    [
+        (dict(source="nowhere.jsonl"), "there is no file or folder nowhere.jsonl"),
+        (dict(source="no/such/thing.json"), "there is no file or folder no/such/thing.json"),
+        (dict(source="gsm8"), "did you mean 'gsm8k'?"),
+        (dict(source="gsm8k", path="nowhere.jsonl"), "there is no file or folder nowhere.jsonl"),
+        (dict(path="in.jsonl"), "path= goes with the name of a known set"),
+        (dict(model="nowhere"), "there is no model directory nowhere"),
+        (dict(template="none"), "the model has no chat template"),
+        (dict(template="nope"), "unknown template 'nope'"),
+        (dict(out="tests"), "tests exists and is not a prepared data folder"),
+        (dict(source="."), "folder . holds no"),
+        (dict(text_field="body"), "in.jsonl:1: field 'body' is missing"),
+    ],
+)
+def test_bad_keys(model, tmp_path, monkeypatch, capfd, keys, says):
+    monkeypatch.chdir(tmp_path)
+    source = "in.jsonl" if keys.get("source") != "." else "in.txt"
+    write(tmp_path / source, [json.loads(GOOD)])
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/mine").write_text("mine")
+    keys = dict(source=source, model=model, out="out", template="chatml") | keys
+    status, err = run_main(monkeypatch, capfd, *(f"{k}={v}" for k, v in keys.items()))
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
+    assert sorted(p.name for p in tmp_path.rglob("*")) == sorted([source, "tests", "mine"])
+
+
+def test_on_error_skip(model, tmp_path, capsys):
+    lines = [GOOD, b'{"prompt": "caf\xe9"}', b"{", GOOD, b'{"x": 1}']
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    store = prepare(model, tmp_path / "out", tmp_path / "in.jsonl", on_error="skip")
+    assert len(store) == 2 and store.meta["bad_records"] == 3
+    assert [line.split(": ")[0].rsplit(":")[-1] for line in store.meta["first_bad"]] == ["2", "3", "5"]
+    assert "bad records" in capsys.readouterr().out
+
+
+def test_as_a_program(model, tmp_path):
+    """A real process: exit 2, one sentence, no traceback, with workers too; and no torch, which starts slowly."""
+    write(tmp_path / "in.jsonl", [json.loads(GOOD)] * 600)
+    with open(tmp_path / "in.jsonl", "ab") as f:
+        f.write(b"{oops\n")
+    argv = [f"source={tmp_path / 'in.jsonl'}", f"model={model}", f"out={tmp_path / 'out'}", "template=chatml", "workers=2"]
+    p = subprocess.run([sys.executable, "-m", "prepare.instructions", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert p.returncode == 2 and p.stdout == ""
+    assert p.stderr.startswith(f"error: {tmp_path / 'in.jsonl'}:601: not valid JSON (") and p.stderr.count("\n") == 1
+    assert [x.name for x in tmp_path.iterdir()] == ["in.jsonl"]
+    code = "import sys, prepare.instructions; sys.exit(any(m in sys.modules for m in ('torch', 'datasets', 'pyarrow')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_show(model, tmp_path, capsys, monkeypatch, plain):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if plain:
+        monkeypatch.setenv("NO_COLOR", "1")
+    prepare(model, tmp_path / "out", write(tmp_path / "in.jsonl", [dict(prompt="p", completion=f"c{i}") for i in range(5)]), show=3)
+    out = capsys.readouterr().out
+    on, off = ("«", "»") if plain else ("\033[32m", "\033[0m")
+    assert [f"{A}{on}c{i}{E}{off}\n" in out for i in range(5)] == [True, True, True, False, False]
+    assert ("\033" in out) == (not plain)
