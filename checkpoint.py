@@ -361,11 +361,14 @@ def write_text(path, text):
 
 
 def recover_dir(dir):
-    """Finishes what a kill in the middle of replace_dir left."""
+    """Finishes what a kill in the middle of replace_dir left. Several ranks may do so at once."""
     dir = Path(dir)
     old = dir.with_name(dir.name + ".old")
-    if old.exists():
-        shutil.rmtree(old) if dir.exists() else os.replace(old, dir)
+    if dir.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(old, dir)
 
 
 def replace_dir(tmp, dir):
