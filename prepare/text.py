@@ -1,0 +1,564 @@
+"""Plain text to a prepared data folder for pretraining: tokenized on all cores, each document ended by EOS.
+
+    python -m prepare.text source=books/ tokenizer=models/smollm2 out=data/books val=0.01
+    python -m prepare.text source=web.jsonl.gz tokenizer=train:8000 out=data/web
+    python -m prepare.text source=stories.txt separator="<|endoftext|>" tokenizer=data/web/tokenizer out=data/stories
+    python -m prepare.text source=HuggingFaceFW/fineweb-edu subset=sample-10BT max_mb=5000 tokenizer=... out=data/edu
+
+`source` is a .txt file (one document, or several with a separator between them), a JSON, JSONL, CSV, TSV or Parquet file
+(one a record, in text_field), any of these as .gz but Parquet, a folder of such files, or a hub id, which is streamed.
+A text of over 16 MB is cut at the end of a line. The tokenizer goes along as OUT/tokenizer, so that pretrain.py needs no other.
+
+What is done lies in OUT.work, shard by shard (64 MB of text each): after an interruption the same command goes on there.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import heapq
+import io
+import json
+import math
+import os
+import re
+import shutil
+import zlib
+from array import array
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import numpy as np
+import regex
+import sentencepiece
+
+import config
+import tokenizer
+from config import UserError
+from data import Writer, check_target, parse_share, read_meta
+from prepare import records
+from prepare.records import BadRecord
+
+SUFFIXES = (".txt", *records.SUFFIXES)
+BLOCK = 1 << 22  # bytes of a text file that are read at once
+LIMIT = 1 << 24  # bytes of the longest document
+CHUNK = 1 << 20  # characters that a worker gets at once
+SHARD = 1 << 26  # characters of a shard
+
+
+@dataclass
+class Config:
+    # what
+    source: str  # file, folder or hub id
+    tokenizer: str  # directory, or train:8000 to train one of that many tokens on the source
+    out: str  # the prepared folder; an earlier one there is replaced at the end
+    text_field: str = "text"  # of records: the field that holds the text
+    separator: str = ""  # of .txt files: what stands between documents (\n for a line's end); "": a file is one document
+    subset: str | None = None  # of a hub id: the configuration
+    split: str = "train"  # of a hub id
+    max_mb: int = 0  # stop after so many million characters of text; 0: all of it
+    # a new tokenizer
+    kind: Literal["sentencepiece", "bpe"] = "sentencepiece"  # sentencepiece BPE with byte fallback, or byte-level BPE
+    train_mb: int = 200  # million characters it is trained on, spread over the files (hub: the first)
+    # how
+    val: str = "0.01"  # documents to hold out: a share such as 0.01 or 1%, or a number of them
+    seed: int = 0  # of the choice of those documents
+    on_error: Literal["stop", "skip"] = "stop"  # at a record that cannot be used
+    workers: int = 0  # processes; 0: one a core, and one in all for small files
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# source -> documents
+
+
+def find_files(cfg):
+    """The files that cfg.source stands for; None: it is a hub id."""
+    path, listed = Path(cfg.source), ", ".join(SUFFIXES)
+    own = {Path(cfg.out).resolve(), work_folder(cfg)}  # a folder may hold what comes of it
+    if path.is_dir():
+        files = (p for p in path.rglob("*") if p.is_file() and records.suffix(p) in SUFFIXES)
+        if not (files := sorted(p for p in files if not own & {*p.resolve().parents})):
+            raise UserError(f"folder {path} holds no {listed} file")
+        return files
+    if not path.exists():
+        if cfg.source.count("/") == 1 and records.suffix(path) not in SUFFIXES:
+            return None
+        raise UserError(f"there is no file or folder {path}")
+    if records.suffix(path) not in SUFFIXES:
+        raise UserError(f"{path}: cannot tell its format, the name must end in {listed}, or these and .gz")
+    return [path]
+
+
+def read_text(path, separator, bar, counts):
+    """(line, bytes) of each document of a text file; one that is longer than LIMIT comes in pieces of whole lines."""
+    line, held, more, done = 1, b"", True, 0
+    try:
+        with open(path, "rb") as on_disk, gzip.open(on_disk) if path.suffix.lower() == ".gz" else on_disk as f:
+            while more:
+                more = f.read(BLOCK)
+                held += more.removeprefix(records.BOM) if line == 1 and not held else more
+                documents = held.split(separator) if separator else [held]
+                held = documents.pop() if more else b""
+                for document in documents:
+                    yield line, document
+                    line += document.count(b"\n") + separator.count(b"\n")
+                while len(held) > LIMIT:
+                    cut = held.rfind(b"\n", 0, LIMIT - len(separator)) + 1 or LIMIT
+                    while held[cut] & 0xC0 == 0x80:  # the middle of a character
+                        cut -= 1
+                    yield line, held[:cut]
+                    line, held = line + held.count(b"\n", 0, cut), held[cut:]
+                    counts["documents cut"] += 1
+                bar.update(on_disk.tell() - done)
+                done = on_disk.tell()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise UserError(f"{path} is a damaged gzip file: {e}") from None
+    except PermissionError:
+        raise UserError(f"{path} cannot be read: permission denied") from None
+
+
+def read_parquet(path, field, bar):
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        if field not in file.schema_arrow.names:
+            raise UserError(f"{path} has no column '{field}': give text_field= one of {', '.join(file.schema_arrow.names)}")
+        row, size = 0, path.stat().st_size / max(file.metadata.num_rows, 1)
+        for batch in file.iter_batches(256, columns=[field]):
+            yield from enumerate(batch.to_pylist(), row + 1)
+            row += len(batch)
+            bar.update(size * len(batch))
+    except pyarrow.ArrowException as e:
+        raise UserError(f"{path} is not a readable Parquet file: {str(e).splitlines()[0]}") from None
+
+
+def documents(cfg, files, bar, counts):
+    """(where, plain, raw) of every document: raw is bytes of text where `plain`, otherwise what records.parse takes."""
+    separator = cfg.separator.replace("\\n", "\n").encode()
+    if files is None:
+        for line, record in records.read_hub(cfg.source, [cfg.subset], cfg.split):
+            yield f"{cfg.source}:{line}", False, {k: v for k, v in record.items() if k == cfg.text_field} or record
+    for path in files or ():
+        plain = records.suffix(path) == ".txt"
+        if plain:
+            items = read_text(path, separator, bar, counts)
+        elif records.suffix(path) == ".parquet":
+            items = read_parquet(path, cfg.text_field, bar)
+        else:
+            items = records.read_file(path, bar)
+        for line, raw in items:
+            yield f"{path}:{line}", plain, raw
+
+
+def chunks(cfg, files, bar, counts):
+    """(size, documents) of about CHUNK characters each, until max_mb."""
+    chunk, size, left = [], 0, cfg.max_mb * 1e6 or math.inf
+    for item in documents(cfg, files, bar, counts):
+        raw = item[2]
+        text = raw.get(cfg.text_field) if isinstance(raw, dict) else raw
+        chunk.append(item)
+        size += len(text) if isinstance(text, (str, bytes)) else 0
+        if size >= CHUNK or len(chunk) == 1 << 16:
+            yield size, chunk
+            if files is None:
+                bar.update(size)
+            left -= size
+            chunk, size = [], 0
+            if left <= 0:
+                return
+    if chunk:
+        yield size, chunk
+
+
+def read(plain, raw, field):
+    """The text of a document; BadRecord when there is none."""
+    if plain:
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as e:
+            line = raw.count(b"\n", 0, e.start)
+            raise BadRecord(f"not UTF-8 (byte 0x{raw[e.start]:02x}, {line} lines on)") from None
+    record = records.parse(raw)
+    value = record.get(field)
+    if not isinstance(value, str):
+        known = f"there are {', '.join(map(str, record))}" if record else "the record is empty"
+        kind = type(value).__name__
+        raise BadRecord(f"field '{field}' is {kind} and not text" if field in record else f"no field '{field}' ({known})")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# documents -> tokens
+
+state = SimpleNamespace()  # of this process: the tokenizer and the configuration
+
+
+def setup(cfg, directory=None):
+    state.cfg, state.tok = cfg, directory and tokenizer.load(directory, template="plain")
+
+
+def convert(chunk):
+    """(characters, tokens, lengths, bytes and hashes of the documents as arrays; empty documents, bad ones) of a chunk."""
+    tok, size, key = state.tok, chunk[0], state.cfg.seed.to_bytes(8, "little", signed=True)
+    tokens, lengths, sizes, hashes, empty, bad = array("I"), [], [], [], 0, []
+    for where, plain, raw in chunk[1]:
+        try:
+            text = read(plain, raw, state.cfg.text_field)
+        except BadRecord as e:
+            bad.append(f"{where}: {e}")
+            continue
+        if not text or text.isspace():
+            empty += 1
+            continue
+        row = array("I", tok.encode(text, bos=tok.bos_first, eos=True))
+        tokens += row
+        lengths.append(len(row))
+        sizes.append(len(text) if text.isascii() else len(text.encode("utf-8", "replace")))
+        hashes.append(int.from_bytes(hashlib.blake2b(row, digest_size=8, key=key).digest(), "little"))
+    tokens = np.frombuffer(tokens, np.uint32).astype(np.uint16 if tok.vocab_size < 65536 else np.uint32)
+    return size, tokens, np.array(lengths, np.int64), np.array(sizes, np.int64), np.array(hashes, np.uint64), empty, bad
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# documents -> a new tokenizer
+
+STEPS = [
+    {"type": "Digits", "individual_digits": True},
+    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+]
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WORD = 64  # bytes of the longest piece that merges are learned from
+SENTENCE = 4096  # characters that sentencepiece gets at once
+
+
+def count_words(chunk):
+    """Counter of the pieces (bytes) that byte-level BPE merges within."""
+    find, words = regex.compile(tokenizer.one_regex(STEPS)).findall, Counter()
+    for _, plain, raw in chunk[1]:
+        with contextlib.suppress(BadRecord):  # the tokenizing pass reports it
+            words.update(find(read(plain, raw, state.cfg.text_field)))
+    return Counter({raw: n for word, n in words.items() if 1 < len(raw := word.encode("utf-8", "replace")) <= WORD})
+
+
+def learn_merges(words, count):
+    """Byte-pair merges of `words` (bytes -> how often): up to `count` pairs of ids, where 0-255 are bytes and 256 + i is
+    the product of merge i. The most frequent pair is merged each time; of equals the one with the smaller ids.
+    Source: Sennrich et al. 2016 (arXiv:1508.07909), on words, each counted once for all its occurrences."""
+    parts, times = [list(word) for word in words], list(words.values())
+    pairs, places = Counter(), defaultdict(set)
+    for i, part in enumerate(parts):
+        for pair in zip(part, part[1:], strict=False):
+            pairs[pair] += times[i]
+            places[pair].add(i)
+    queue = [(-n, pair) for pair, n in pairs.items()]  # never less than a pair's count; put right when it comes up
+    heapq.heapify(queue)
+    merges, made, known = [], [bytes([b]) for b in range(256)], set()
+    while queue and len(merges) < count:
+        n, pair = heapq.heappop(queue)
+        if pairs[pair] != -n:
+            if 0 < pairs[pair] < -n:
+                heapq.heappush(queue, (-pairs[pair], pair))
+            continue
+        product = made[pair[0]] + made[pair[1]]
+        if product in known:  # an overlap such as a+aa beside aa+a: a token has one way to be made
+            continue
+        new = 256 + len(merges)
+        merges.append(pair)
+        made.append(product)
+        known.add(product)
+        a, b, change = *pair, defaultdict(int)
+        for i in places.pop(pair):
+            part, n, at = parts[i], times[i], 0
+            while at < len(part) - 1:
+                if part[at] == a and part[at + 1] == b:
+                    part[at : at + 2] = [new]
+                    if at:
+                        before = part[at - 1]
+                        change[before, a] -= n
+                        change[before, new] += n
+                        places[before, new].add(i)
+                    if at + 1 < len(part):
+                        after = part[at + 1]
+                        change[b, after] -= n
+                        change[new, after] += n
+                        places[new, after].add(i)
+                at += 1
+        pairs[pair] = 0
+        for changed, n in change.items():
+            pairs[changed] += n
+            if n > 0:
+                heapq.heappush(queue, (-pairs[changed], changed))
+    return merges
+
+
+def byte_level_bpe(words, size):
+    """{file name: content} of a Hugging Face byte-level BPE of `size` tokens."""
+    specials = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
+    merges = learn_merges(words, size - len(specials) - 256)
+    if len(specials) + 256 + len(merges) < size:
+        raise UserError(f"the text has no more than {len(specials) + 256 + len(merges)} tokens to learn, not {size}: ask for less")
+    tokens = [tokenizer.BYTE_CHAR[b] for b in range(256)]
+    for a, b in merges:
+        tokens.append(tokens[a] + tokens[b])
+    flags = dict(special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
+    spec = dict(
+        version="1.0", truncation=None, padding=None, normalizer=None, post_processor=None, decoder=STEPS[1],
+        added_tokens=[dict(id=i, content=name, **flags) for i, name in enumerate(specials)],
+        pre_tokenizer=dict(type="Sequence", pretokenizers=STEPS),
+        model=dict(
+            type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+            fuse_unk=False, byte_fallback=False, vocab={token: i for i, token in enumerate([*specials, *tokens])},
+            merges=[f"{tokens[a]} {tokens[b]}" for a, b in merges],
+        ),
+    )  # fmt: skip
+    settings = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=specials[0], eos_token=specials[0], pad_token=specials[1])
+    return {"tokenizer.json": spec, "tokenizer_config.json": settings | dict(chat_template=CHATML)}
+
+
+def sentencepiece_bpe(texts, size):
+    """{file name: content} of a sentencepiece BPE of `size` tokens in Llama 2's manner: every other character is its bytes,
+    digits stand alone, text is left as it is."""
+    lines = (line[a : a + SENTENCE] for text in texts for line in text.split("\n") for a in range(0, len(line), SENTENCE))
+    model, specials = io.BytesIO(), ["<pad>", "<|im_start|>", "<|im_end|>"]
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=model, vocab_size=size, model_type="bpe", byte_fallback=True,
+            character_coverage=0.9995, split_digits=True, allow_whitespace_only_pieces=True, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, max_sentence_length=8 * SENTENCE, control_symbols=specials,
+            num_threads=records.cores(), minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as e:
+        limit = re.search(r"<= (\d+)", str(e))
+        reason = f"the text has no more than {limit[1]} tokens to learn, not {size}: ask for less" if limit else str(e)
+        raise UserError(f"sentencepiece trains no tokenizer: {reason}") from None
+    names = {0: "<unk>", 1: "<s>", 2: "</s>"} | dict(enumerate(specials, 3))
+    flags = dict(special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
+    settings = dict(
+        tokenizer_class="LlamaTokenizer", legacy=False, add_bos_token=True, add_eos_token=False, unk_token="<unk>",
+        bos_token="<s>", eos_token="</s>", pad_token="<pad>", clean_up_tokenization_spaces=False, chat_template=CHATML,
+        added_tokens_decoder={str(i): dict(content=name, **flags) for i, name in names.items()},
+    )  # fmt: skip
+    return {"tokenizer.model": model.getvalue(), "tokenizer_config.json": settings}
+
+
+def train_tokenizer(cfg, files, size, folder, workers):
+    """A tokenizer of `size` tokens into `folder`."""
+    if size < 300:
+        raise UserError(f"tokenizer=train:{size}: 256 bytes and the special tokens need 300 or more")
+    total = sum(f.stat().st_size for f in files) if files else None
+    every = max(1, round((total or 0) / (cfg.train_mb * 1e6)))  # one chunk of so many
+
+    def sample(bar):
+        taken = 0
+        for chunk in islice(chunks(cfg, files, bar, Counter()), 0, None, every):
+            yield chunk
+            taken += chunk[0]
+            if taken >= cfg.train_mb * 1e6:
+                return
+
+    def texts(bar):
+        for _, items in sample(bar):
+            for _, plain, raw in items:
+                with contextlib.suppress(BadRecord):
+                    yield read(plain, raw, cfg.text_field)
+
+    print(f"training a {cfg.kind} tokenizer of {size:,} tokens")
+    with records.progress(total, "B") as bar:
+        if cfg.kind == "bpe":
+            words = Counter()
+            with contextlib.closing(records.ordered_map(count_words, sample(bar), workers, setup, (cfg,))) as parts:
+                for part in parts:
+                    words.update(part)
+            content = byte_level_bpe(words, size)
+        else:
+            content = sentencepiece_bpe(texts(bar), size)
+    tmp = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir()
+    for name, value in content.items():
+        value = value if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False, indent=1).encode()
+        (tmp / name).write_bytes(value)
+    os.rename(tmp, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the whole job
+
+
+def work_folder(cfg):
+    out = Path(cfg.out).resolve()
+    return out.with_name(out.name + ".work")
+
+
+def open_work(cfg, files):
+    """The folder of finished shards: what lies there of the same job, or an empty one."""
+    inputs = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files or ()]
+    same = ("source", "tokenizer", "text_field", "separator", "subset", "split", "max_mb", "kind", "train_mb", "seed")
+    job = dict(sizes=[BLOCK, LIMIT, CHUNK, SHARD], inputs=inputs) | {key: getattr(cfg, key) for key in same}
+    if not cfg.tokenizer.startswith("train:"):
+        job["fingerprint"] = tokenizer.load(cfg.tokenizer, template="plain").fingerprint
+    text, work = json.dumps(job, indent=1), work_folder(cfg)
+    if work.exists():
+        if not (work / "job.json").exists():
+            raise UserError(f"{work} is in the way and not ours: move it away, or choose another out=")
+        if (work / "job.json").read_text(encoding="utf-8") == text:
+            return work
+        shutil.rmtree(work)
+    tmp = work.with_name(f"{work.name}.tmp-{os.getpid()}")
+    tmp.mkdir(parents=True)
+    (tmp / "job.json").write_text(text, encoding="utf-8")
+    os.rename(tmp, work)
+    return work
+
+
+def write_shard(path, parts, chunks, errors):
+    """parts: what convert returned for `chunks` chunks."""
+    names = ("tokens", "lengths", "sizes", "hashes")
+    arrays = {name: np.concatenate(list(column)) for name, column in zip(names, list(zip(*parts, strict=True))[1:5], strict=True)}
+    empty = sum(part[5] for part in parts)
+    tmp = path.with_suffix(".tmp")
+    with open(tmp, "wb") as f:
+        np.savez(f, **arrays, about=np.array(json.dumps(dict(chunks=chunks, empty=empty, errors=errors))))
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+
+def read_about(path):
+    with np.load(path) as shard:
+        return json.loads(str(shard["about"]))
+
+
+def check_errors(cfg, errors):
+    if errors and cfg.on_error == "stop":
+        raise UserError(f"{errors[0]}; mend it, or skip and count such records with on_error=skip")
+
+
+def fill(cfg, files, work, directory, workers, counts):
+    """Tokenizes what the finished shards in `work` do not hold yet; the paths of all shards."""
+    shards = []
+    while (path := work / f"{len(shards):05d}.npz").exists():
+        shards.append(path)
+    done = 0
+    for about in map(read_about, shards):
+        done += about["chunks"]
+        check_errors(cfg, about["errors"])
+    if shards:
+        print(f"going on after the {len(shards)} finished shards in {work}")
+    total = sum(f.stat().st_size for f in files) if files else None
+    parts, size, errors = [], 0, []
+
+    def close():
+        path = work / f"{len(shards):05d}.npz"
+        write_shard(path, parts, len(parts), errors)
+        shards.append(path)
+
+    with records.progress(total, "B") as bar:
+        todo = islice(chunks(cfg, files, bar, counts), done, None)
+        with contextlib.closing(records.ordered_map(convert, todo, workers, setup, (cfg, directory))) as results:
+            for part in results:
+                check_errors(cfg, part[6])
+                parts.append(part)
+                errors += part[6]
+                size += part[0]
+                if size >= SHARD:
+                    close()
+                    parts, size, errors = [], 0, []
+    if parts:
+        close()
+    return shards
+
+
+def held_out(hashes, val):
+    """Which documents to hold out, (N,) bool: those of the smallest hashes, so that a document's place does not matter and
+    copies of one are on the same side. A few less than `val` where copies meet the limit."""
+    count = parse_share(val, len(hashes))
+    if count >= len(hashes):
+        raise UserError(f"val={val} leaves none of the {len(hashes)} documents to train on: separator= cuts a text into documents")
+    return hashes < np.partition(hashes, count)[count]
+
+
+def assemble(cfg, directory, shards, counts):
+    """The shards into the store: documents in order, those to hold out chosen by the hash of their content."""
+    import checkpoint  # here, so that the workers start without torch
+
+    abouts = [read_about(path) for path in shards]
+    errors = [error for about in abouts for error in about["errors"]]
+    hashes = []
+    for path in shards:
+        with np.load(path) as shard:
+            hashes.append(shard["hashes"])
+    hashes = np.concatenate(hashes or [np.zeros(0, np.uint64)])
+    empty = sum(about["empty"] for about in abouts)
+    if not len(hashes):
+        reason = f"{empty} documents are empty, {len(errors)} bad" + f"; the first: {errors[0]}" * bool(errors)
+        raise UserError(f"{cfg.source} holds no text ({reason})")
+    tok, held, size = state.tok, held_out(hashes, cfg.val), Counter()
+    meta = dict(
+        tokenizer=tok.fingerprint, source=cfg.source, seed=cfg.seed, dropped={"empty": empty}, **counts,
+        bad_records=len(errors), first_bad=errors[:20], bytes=size,
+    )  # fmt: skip
+    with Writer(cfg.out, tok.vocab_size, meta) as writer:
+        at = 0
+        for path in shards:
+            with np.load(path) as shard:
+                tokens, lengths, sizes = shard["tokens"], shard["lengths"], shard["sizes"]
+            pick = held[at : at + len(lengths)]
+            at += len(lengths)
+            for split, rows in (("train", ~pick), ("val", pick)):
+                writer.extend(split, tokens[np.repeat(rows, lengths)], None, lengths[rows])
+                size[split] += int(sizes[rows].sum())
+        size += Counter()  # drops a split without bytes
+        (writer.tmp / "tokenizer").mkdir()
+        checkpoint.copy_tokenizer(directory, writer.tmp / "tokenizer")
+
+
+def main(cfg):
+    check_target(cfg.out)
+    train = re.fullmatch(r"train:(\d[\d_]*)", cfg.tokenizer)
+    files = find_files(cfg)
+    work, counts = open_work(cfg, files), Counter()
+    directory = work / "tokenizer" if train else Path(cfg.tokenizer)
+    workers = cfg.workers or (records.cores() if files is None or sum(f.stat().st_size for f in files) > 4e6 else 1)
+    try:
+        setup(cfg)
+        if train and not directory.exists():
+            train_tokenizer(cfg, files, int(train[1]), directory, workers)
+        setup(cfg, directory)
+        shards = fill(cfg, files, work, directory, workers, counts)
+        assemble(cfg, directory, shards, counts)
+    except BaseException:
+        if {p.name for p in work.iterdir()} <= {"job.json", "00000.tmp", "tokenizer.tmp"}:  # nothing to go on from
+            shutil.rmtree(work)
+        raise
+    shutil.rmtree(work)
+    report(cfg, read_meta(cfg.out))
+
+
+def report(cfg, meta):
+    splits, size = meta["splits"], sum(meta["bytes"].values())
+    rows, tokens = (sum(s[key] for s in splits.values()) for key in ("rows", "tokens"))
+    each = f"{tokens:,} tokens of {meta['vocab_size']:,}, {size / tokens:.2f} bytes each"
+    print(f"{cfg.out}: {rows:,} documents, {size:,} bytes, {each}")
+    for name, s in splits.items():
+        print(f"  {name:<8}{s['rows']:>14,} documents {s['tokens']:>16,} tokens")
+    if "val" not in splits and cfg.val != "0":
+        print(f"  val={cfg.val} of {rows} documents is none: no validation split (separator= cuts a text into documents)")
+    if meta["dropped"]["empty"]:
+        print(f"  {meta['dropped']['empty']:,} empty documents left out")
+    if meta["bad_records"]:
+        print(f"  {meta['bad_records']:,} bad records left out; the first: {meta['first_bad'][0]}")
+    if meta.get("documents cut"):
+        print(f"  texts of over {LIMIT >> 20} MB cut at {meta['documents cut']} places")
+
+
+if __name__ == "__main__":
+    config.run(main, Config)
