@@ -1,0 +1,136 @@
+"""Tokens per second of generate.py beside transformers' generate: same model, prompts and lengths, taking turns in one process.
+
+    python bench/generate.py model=models/smollm2 batch_size=16 new=128
+    python bench/generate.py model=random-1b device=cuda batch_size=64 prompt=512 new=512
+
+Two cases: every sample `new` tokens long; and `prompts` samples of unequal lengths (geometric, mean new/4, at most new), of
+which transformers decodes each batch to its longest, and only the tokens asked for count. Medians over the rounds, wall time and
+process CPU time (the fairer one where other programs run). MBU: the time in which the memory could deliver the weights and the
+filled cache of each step once, over the time taken.
+"""
+
+import contextlib
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # in place of bench/, whose files are no modules
+import config
+
+
+@dataclass
+class Config:
+    model: str = "models/smollm2"  # model directory; random-1b: Llama-3.2-1B's shape with random weights
+    batch_size: int = 16
+    prompts: int = 64  # of the unequal case
+    prompt: int = 32  # tokens of a prompt
+    new: int = 128  # tokens of a sample
+    temperature: float = 0.0
+    rounds: int = 3
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    device: str = "cpu"  # cpu, cuda
+    threads: int = 1
+    static: bool = False  # transformers' static cache (which it compiles on CUDA)
+    peer: bool = True  # false: ours alone
+    seed: int = 0
+
+
+def random_model(dir):
+    import checkpoint
+    from model import ModelConfig, Transformer
+
+    cfg = ModelConfig(vocab_size=128256, dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, ffn_dim=8192,
+                      rope_theta=5e5, max_positions=131072, tie_embeddings=True)  # fmt: skip
+    if not (Path(dir) / "config.json").exists():
+        checkpoint.save_model(Transformer(cfg).init_weights(), dir, dtype="bfloat16")
+    return dir
+
+
+def main(cfg):
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import numpy as np
+    import torch
+
+    import checkpoint
+    import runtime
+    from generate import generate
+
+    torch.set_num_threads(cfg.threads)
+    rt = runtime.Runtime(cfg.device, "none", cfg.dtype, cfg.seed)
+    dir = random_model("out/bench/random-1b") if cfg.model == "random-1b" else cfg.model
+    ours = checkpoint.load_model(dir, device=rt.device, dtype=rt.dtype)
+    rng = np.random.default_rng(cfg.seed)
+    prompts = rng.integers(5, ours.cfg.vocab_size, (cfg.prompts, cfg.prompt)).tolist()
+    unequal = np.minimum(rng.geometric(4 / cfg.new, cfg.prompts), cfg.new).tolist()
+
+    def run_ours(prompts, lengths):
+        return generate(ours, prompts, lengths, temperature=cfg.temperature, batch_size=cfg.batch_size)
+
+    sides = dict(ours=run_ours)
+    if cfg.peer:
+        from transformers import AutoModelForCausalLM
+
+        theirs = AutoModelForCausalLM.from_pretrained(dir, dtype=rt.dtype).to(rt.device).eval()
+        sampling = dict(do_sample=cfg.temperature > 0, temperature=cfg.temperature or None, top_k=0 if cfg.temperature else None)
+        sampling |= dict(cache_implementation="static") if cfg.static else {}
+
+        def run_theirs(prompts, lengths):
+            for i in range(0, len(prompts), cfg.batch_size):
+                tokens = torch.tensor(prompts[i : i + cfg.batch_size], device=rt.device)
+                n = max(lengths[i : i + cfg.batch_size])
+                with contextlib.redirect_stderr(None):
+                    theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n, min_new_tokens=n,
+                                    pad_token_id=0, **sampling)  # fmt: skip
+
+        sides["transformers"] = run_theirs
+
+    # ---- what the memory gives
+    big = torch.zeros(2**27, dtype=torch.float32, device=rt.device)
+    reads = []
+    for _ in range(5):
+        rt.wait()
+        began = time.perf_counter()
+        big.sum()
+        rt.wait()
+        reads.append(big.nbytes / (time.perf_counter() - began))
+    bandwidth = max(reads)
+    del big
+    weights = sum(p.numel() for p in ours.parameters()) * rt.dtype.itemsize
+    slot = 2 * ours.cfg.n_layers * ours.cfg.n_kv_heads * ours.cfg.head_dim * rt.dtype.itemsize  # bytes of cache a token
+    print(f"{rt.name}, {cfg.threads} threads, {cfg.dtype}: {weights / 1e6:.0f} MB of weights, reads at {bandwidth / 1e9:.1f} GB/s")
+
+    cases = dict(equal=(prompts[: cfg.batch_size], [cfg.new] * cfg.batch_size), unequal=(prompts, unequal))
+    for name, (asked, lengths) in cases.items():
+        for run in sides.values():  # warm up
+            run(asked[: cfg.batch_size], [min(8, n) for n in lengths[: cfg.batch_size]])
+        wall, cpu = {side: [] for side in sides}, {side: [] for side in sides}
+        for _ in range(cfg.rounds):
+            for side, run in sides.items():
+                rt.wait()
+                began, cpu_began = time.perf_counter(), time.process_time()
+                run(asked, lengths)
+                rt.wait()
+                wall[side].append(time.perf_counter() - began)
+                cpu[side].append(time.process_time() - cpu_began)
+        tokens = sum(lengths)
+        print(f"\n{name}: {len(asked)} samples, {tokens} tokens, batch {cfg.batch_size}")
+        for side in sides:
+            seconds = statistics.median(wall[side])
+            # every step reads the weights once for a full batch, and each row its cache
+            steps = tokens / min(cfg.batch_size, len(asked))
+            bound = (steps * weights + sum(n * (cfg.prompt + n / 2) for n in lengths) * slot) / bandwidth
+            print(
+                f"  {side:<13} {tokens / seconds:8.1f} tokens/s   {tokens / statistics.median(cpu[side]):8.1f} tokens/CPU-s   "
+                f"MBU {bound / seconds:.0%}"
+            )
+        if cfg.peer:
+            ratios = [statistics.median(x["transformers"]) / statistics.median(x["ours"]) for x in (wall, cpu)]
+            print(f"  ratio         {ratios[0]:8.2f} (wall) {ratios[1]:14.2f} (CPU)")
+
+
+if __name__ == "__main__":
+    config.run(main, Config)

@@ -1,0 +1,303 @@
+"""generate.py against forwards without a cache, against transformers, and against the distributions it says it samples from."""
+
+import numpy as np
+import pytest
+import torch
+
+import generate as G
+import lora
+from config import UserError
+from generate import choose, generate, keep_from
+from model import ModelConfig, Transformer
+
+
+def tiny(seed=0, std=0.3, **changes):
+    settings = dict(vocab_size=97, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, max_positions=256)
+    torch.manual_seed(seed)
+    return Transformer(ModelConfig(**(settings | changes))).init_weights(std).eval()
+
+
+def ragged(n, low=1, high=20, seed=0, vocab=97):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab, rng.integers(low, high)).tolist() for _ in range(n)]
+
+
+@torch.no_grad()
+def greedy_uncached(model, prompt, new, stop_ids=()):
+    ids = list(prompt)
+    for _ in range(new):
+        ids.append(int(model.logits(model(torch.tensor([ids]))[0, -1]).argmax()))
+        if ids[-1] in stop_ids:
+            break
+    return ids[len(prompt) :]
+
+
+@torch.no_grad()
+def forward_logprobs(model, prompt, tokens, temperature=1.0):
+    ids = torch.tensor([prompt + tokens])
+    logits = model.logits(model(ids))[0, len(prompt) - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+
+
+FAMILIES = {
+    "multi-head": dict(n_kv_heads=4),
+    "grouped, tied": dict(n_kv_heads=2, tie_embeddings=True),
+    "one kv head": dict(n_kv_heads=1),
+    "window": dict(windows=(5, 0)),
+    "biases": dict(qkv_bias=True, o_bias=True, mlp_bias=True),
+    "qk norm, wide heads": dict(qk_norm=True, head_dim=16),
+    "packed": dict(dim=256, ffn_dim=256, n_heads=4, n_kv_heads=1, head_dim=64, qkv_bias=True),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_equals_uncached(name):
+    model = tiny(std=0.1 if name == "packed" else 0.3, **FAMILIES[name])
+    for p in model.parameters():
+        if p.dim() == 1:
+            torch.nn.init.normal_(p, mean=1, std=0.3)  # biases and norms that matter
+    prompts = ragged(5 if name == "packed" else 9)
+    made = generate(model, prompts, 70, temperature=0.0, batch_size=4)  # 70: the cache grows on the way
+    for prompt, tokens, logprobs in zip(prompts, made.tokens, made.logprobs, strict=True):
+        assert tokens == greedy_uncached(model, prompt, 70)
+        assert (torch.tensor(logprobs) - forward_logprobs(model, prompt, tokens)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
+def test_greedy_equals_transformers(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    import checkpoint
+
+    extra = dict(llama={}, mistral=dict(sliding_window=6), qwen3=dict(head_dim=16))[kind]
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, bos_token_id=None, eos_token_id=None,
+        pad_token_id=None, **extra,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = checkpoint.load_model(tmp_path)
+    prompts = ragged(6, low=2)
+    made = generate(ours, prompts, 30, temperature=0.0, batch_size=4)
+    for prompt, tokens in zip(prompts, made.tokens, strict=True):
+        ids = torch.tensor([prompt])
+        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, pad_token_id=0)
+        assert tokens == out[0, len(prompt) :].tolist()
+
+
+def test_samples_do_not_depend_on_the_batch():
+    model, prompts, stop = tiny(), ragged(13), tuple(range(12))
+    settings = dict(stop_ids=stop, seed=3, temperature=0.9)
+    one = generate(model, prompts, 40, batch_size=13, **settings)
+    assert 0 < sum(one.finished) and len({len(t) for t in one.tokens}) > 5  # lengths differ, rows leave and are refilled
+    for other in (dict(batch_size=1), dict(batch_size=4), dict(batch_size=5, sync_every=8), dict(batch_size=4, pack=True),
+                  dict(batch_size=5, fixed_shapes=True, sync_every=4), dict(batch_size=13, sync_every=3)):  # fmt: skip
+        again = generate(model, prompts, 40, **settings, **other)
+        assert again.tokens == one.tokens and again.finished == one.finished, other
+        for a, b in zip(again.logprobs, one.logprobs, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    assert generate(model, prompts, 40, **(settings | dict(seed=4))).tokens != one.tokens
+    assert generate(model, prompts, 40, **(settings | dict(seed=(3, 1)))).tokens != one.tokens
+    for row, tokens in enumerate(one.tokens):
+        assert one.finished[row] == (tokens[-1] in stop)
+        assert not set(tokens[:-1]) & set(stop)
+        assert one.finished[row] or len(tokens) == 40
+        expected = forward_logprobs(model, prompts[row], tokens, 0.9)
+        assert (torch.tensor(one.logprobs[row]) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("batch_size", [3, 4, 15])
+def test_group_equals_repeated_prompts(batch_size, monkeypatch):
+    model, prompts = tiny(), ragged(5, low=2)
+    repeated = generate(model, [p for p in prompts for _ in range(3)], 20, stop_ids=(1, 2, 3), batch_size=batch_size)
+    filled = []
+    prefill = G.Batch.prefill
+    monkeypatch.setattr(G.Batch, "prefill", lambda self, p, *a: (filled.extend(p), prefill(self, p, *a))[1])
+    group = generate(model, prompts, 20, stop_ids=(1, 2, 3), group=3, batch_size=batch_size)
+    assert group.tokens == repeated.tokens and group.finished == repeated.finished
+    assert len({tuple(t) for t in group.tokens[:3]}) == 3  # samples of one prompt differ
+    assert sorted(filled) == sorted(prompts)  # each prompt once, although its group is spread over several refills
+
+
+def test_frequencies_are_the_softmax():
+    """20,000 draws, all from one next-token distribution, by Pearson's chi-square."""
+    model = tiny(std=0.2, vocab_size=40)
+    prompt, temperature = [3, 1, 4], 1.2
+    made = generate(model, [prompt], 1, temperature=temperature, group=20_000, batch_size=20_000, seed=5)
+    counts = np.bincount([t[0] for t in made.tokens], minlength=40)
+    with torch.no_grad():
+        expected = (model.logits(model(torch.tensor([prompt])))[0, -1].double() / temperature).softmax(-1).numpy() * 20_000
+    assert expected.min() > 5
+    chi2 = ((counts - expected) ** 2 / expected).sum()
+    assert chi2 < 72.1  # the 99.9 % quantile for 39 degrees of freedom
+
+
+def reference_filter(logits, top_k, top_p):
+    """float64, one row: temperature was applied, then top_k, then top_p on what is left."""
+    order = np.argsort(-logits, kind="stable")[: top_k or None]
+    probs = np.exp(logits[order] - logits[order].max())
+    probs /= probs.sum()
+    kept = order[np.cumsum(probs) - probs < top_p]
+    out = np.zeros_like(logits)
+    out[kept] = np.exp(logits[kept] - logits[kept].max())
+    return out / out.sum()
+
+
+@pytest.mark.parametrize("top_k, top_p", [(5, 1.0), (0, 0.8), (7, 0.6), (1, 1.0), (0, 1e-9), (1000, 0.999)])
+@pytest.mark.parametrize("V", [50, 3000])
+def test_filters_against_float64(top_k, top_p, V):
+    torch.manual_seed(0)
+    logits = torch.randn(4, V) * 3
+    kept = logits >= keep_from(logits, top_k, top_p)
+    n = 1_000
+    uniform = torch.linspace(0, 1, n + 1)[:-1]  # inverse CDF at evenly spaced points: exact frequencies, no luck in them
+    for row, keep in zip(logits, kept, strict=True):
+        expected = reference_filter(row.double().numpy(), top_k, top_p)
+        assert ((expected > 0) == keep.numpy()).all()
+        tokens, logprobs = choose(row.expand(n, V), uniform, top_k=top_k, top_p=top_p)
+        counts = np.bincount(tokens.numpy(), minlength=V)
+        assert counts[expected == 0].sum() == 0
+        assert np.abs(counts / n - expected).max() < 2 / n
+        torch.testing.assert_close(logprobs, row.log_softmax(-1)[tokens])  # before the filters, as documented
+
+
+def test_flat_distributions_do_not_hide_from_top_p():
+    logits = torch.zeros(2, 5000)  # far more tokens than the 1,024 that are looked at first
+    logits[1] = torch.randn(5000) * 0.01
+    kept = (logits >= keep_from(logits, 0, 0.9)).sum(-1)
+    assert kept[0] == 5000  # all tie with the last one that is needed
+    assert abs(int(kept[1]) - 4500) < 20
+
+
+def test_no_token_of_probability_zero_at_the_edges():
+    logits = torch.full((3, 6), -torch.inf)
+    logits[:, 2:4] = 0.0
+    uniform = torch.tensor([0.0, 0.5, 1 - 2**-24])
+    assert choose(logits, uniform)[0].tolist() == [2, 3, 3]
+
+
+def test_stops_early_and_reports_why():
+    model = tiny()
+    prompts = ragged(6)
+    free = generate(model, prompts, 30, temperature=0.0)
+    stop = free.tokens[0][4]
+    made = generate(model, prompts, 30, temperature=0.0, stop_ids=(stop,))
+    assert made.finished[0]
+    for whole, cut, finished in zip(free.tokens, made.tokens, made.finished, strict=True):
+        at = whole.index(stop) + 1 if stop in whole else 30
+        assert cut == whole[:at] and finished == (stop in whole)
+    assert not any(free.finished)
+    assert made.row_steps == sum(map(len, made.tokens)) < free.row_steps == 180
+
+
+def test_unequal_lengths_cost_their_sum():
+    model, rng = tiny(), np.random.default_rng(0)
+    lengths = np.minimum(rng.geometric(1 / 16, 64), 100).tolist()
+    prompts = ragged(64)
+    made = generate(model, prompts, lengths, batch_size=16)
+    assert [len(t) for t in made.tokens] == lengths
+    assert made.row_steps == sum(lengths)  # a CPU wastes no row
+    batches = sum(16 * max(lengths[i : i + 16]) for i in range(0, 64, 16))
+    assert made.row_steps < 0.4 * batches
+    made = generate(model, prompts, lengths, batch_size=16, sync_every=8)
+    assert made.row_steps < 0.7 * batches and [len(t) for t in made.tokens] == lengths
+
+
+def test_fixed_shapes_run_every_batch_in_one_shape(monkeypatch):
+    model, shapes, hooked = tiny(), [], []
+    step = G.Batch.step
+    monkeypatch.setattr(G.Batch, "step", lambda self, rows: (shapes.append((rows, self.slots)), step(self, rows))[1])
+    lengths = [3, 30, 7, 21, 5, 40, 2]
+    made = generate(model, ragged(7), lengths, batch_size=3, fixed_shapes=True, sync_every=5, step_hook=lambda: hooked.append(1))
+    assert [len(t) for t in made.tokens] == lengths
+    assert len(set(shapes)) == 1 and len(hooked) == len(shapes) + 3  # and one prefill a batch
+
+
+def test_limits_of_the_model():
+    model = tiny(max_positions=32)
+    made = generate(model, [[1] * 31, [1] * 20, [5]], 100, temperature=0.0)
+    assert [len(t) for t in made.tokens] == [1, 12, 31] and made.finished == [False] * 3
+    for prompt, words in (([1] * 32, "32 tokens"), ([], "prompt 1 is empty"), ([97], "another model's tokenizer")):
+        with pytest.raises(UserError, match=words):
+            generate(model, [[1], prompt], 4)
+    for wrong in (dict(temperature=-1.0), dict(top_p=0.0), dict(top_k=-1)):
+        with pytest.raises(UserError):
+            generate(model, [[1]], 4, **wrong)
+    with pytest.raises(UserError):
+        generate(model, [[1]], 0)
+    assert generate(model, [], 4).tokens == []
+
+
+def test_streaming_sees_every_token_and_may_stop():
+    model, prompts, seen = tiny(), ragged(5), {}
+    whole = generate(model, prompts, 25, seed=1)
+
+    def on_token(sample, token):
+        seen.setdefault(sample, []).append(token)
+        return sample == 2 and len(seen[2]) == 7
+
+    for sync_every in (1, 4):
+        seen.clear()
+        made = generate(model, prompts, 25, seed=1, on_token=on_token, batch_size=3, sync_every=sync_every)
+        assert [seen[i] for i in range(5)] == made.tokens
+        assert made.tokens == [t[:7] if i == 2 else t for i, t in enumerate(whole.tokens)]
+        assert made.finished == [False, False, True, False, False]
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny()
+    model.train()
+    lora.apply(model, rank=4, alpha=8, dropout=0.5)
+    for n, p in model.named_parameters():
+        if "lora_B" in n:
+            torch.nn.init.normal_(p, std=0.3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        generate(model, ragged(2), 20)
+        hidden = model(torch.tensor([[1, 2, 3]]))
+    assert model.training and all(m.training for m in model.modules())
+    hidden.float().sum().backward()  # no cast of a weight made without gradient is left in autocast's cache
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
+
+
+def test_adapters_count_packed_or_not():
+    model = tiny(dim=256, std=0.1, ffn_dim=256)
+    prompts = ragged(3)
+    base = generate(model, prompts, 20, temperature=0.0)
+    lora.apply(model, rank=4, alpha=8, dropout=0.5)
+    assert generate(model, prompts, 20, temperature=0.0).tokens == base.tokens
+    for n, p in model.named_parameters():
+        if "lora_B" in n:
+            torch.nn.init.normal_(p, std=0.1)
+    model.eval()
+    expected = [greedy_uncached(model, p, 20) for p in prompts]
+    model.train()
+    assert expected != base.tokens
+    for pack in (False, True):
+        assert generate(model, prompts, 20, temperature=0.0, pack=pack).tokens == expected
+    lora.use(model, None)
+    assert generate(model, prompts, 20, temperature=0.0).tokens == base.tokens
+
+
+def test_weights_are_read_anew_each_time():
+    model = tiny(dim=256, ffn_dim=256, std=0.1)
+    before = generate(model, [[1, 2, 3]], 20, temperature=0.0, pack=True)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1 + 0.3 * torch.rand_like(p))
+    after = generate(model, [[1, 2, 3]], 20, temperature=0.0, pack=True)
+    assert after.tokens != before.tokens
+    assert after.tokens[0] == greedy_uncached(model, [1, 2, 3], 20)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_logprobs(autocast):
+    """The decoder's log-probabilities are those of a forward in the same precision, to bf16's."""
+    model = tiny(dim=256, ffn_dim=512, std=0.05)
+    if not autocast:
+        model.to(torch.bfloat16)
+    prompts = ragged(4)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        made = generate(model, prompts, 30)
+        for prompt, tokens, logprobs in zip(prompts, made.tokens, made.logprobs, strict=True):
+            assert (torch.tensor(logprobs) - forward_logprobs(model, prompt, tokens).float()).abs().max() < 0.1
