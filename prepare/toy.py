@@ -2,13 +2,15 @@
 
     python -m prepare.toy task=instructions rows=3000 out=data/toy
     python -m prepare.toy task=reviews out=data/reviews
+    python -m prepare.toy task=preferences model=out/reviews/sft/last out=data/reviews
 
 `instructions` writes train.jsonl and test.jsonl, Alpaca records (instruction, input, output) of a dozen one-line tasks
 that a small chat model does not answer to the letter but learns quickly; no input is in both files. `exact_match` scores.
 
 `reviews` is a language of 36 words, `the NOUN is ADJ (and ADJ){0,2} .`, in which every answer has a known worth, `gold`:
 pretrain.jsonl (texts), sft.jsonl (prompt, completion), prompts.jsonl, and tokenizer/, one token a word. A way to try the
-whole path from pretraining to PPO in minutes (reward=prepare/toy.py:gold).
+whole path from pretraining to PPO in minutes (reward=prepare/toy.py:gold). `preferences` adds preferences.jsonl: four
+answers of a model to each of 1,000 prompts, ranked by gold plus noise of variance 1, as people would disagree.
 """
 
 import json
@@ -25,9 +27,10 @@ from config import UserError
 
 @dataclass
 class Config:
-    task: Literal["instructions", "reviews"] = "instructions"
+    task: Literal["instructions", "reviews", "preferences"] = "instructions"
     out: str = "data/toy"  # folder
-    rows: int = 0  # to train on; 0: 3,000 instructions, or 10,000 reviews
+    model: str = ""  # preferences: the model whose answers are ranked
+    rows: int = 0  # to train on; 0: 3,000 instructions, 10,000 reviews, 1,000 ranked prompts
     test: int = 300  # instructions held out, or prompts of reviews
     seed: int = 0
 
@@ -213,13 +216,37 @@ def reviews(rows, prompts, seed=0):
     }
 
 
+def preferences(model, rows, answers=4, seed=0):
+    """Ranked records, best first: sampled answers to `rows` prompts, by gold + N(0, 1)."""
+    import generate
+    import lora
+    import tokenizer
+
+    rng = random.Random(seed + 1)
+    model, base = lora.open_model(model)
+    tok = tokenizer.load(base)
+    asked = [f"<u> {rng.choice(VERBS)} {rng.choice(NOUNS)} <a>" for _ in range(rows)]
+    prompts = [tok.encode(a) for a in asked]
+    made = generate.generate(model, prompts, 16, stop_ids=tok.stop_ids, seed=seed, group=answers, batch_size=256)
+    worth = []
+    for i, (ids, finished) in enumerate(zip(made.tokens, made.finished, strict=True)):
+        text = tok.decode(ids)
+        worth.append((gold(asked[i // answers], text, finished) + rng.gauss(0, 1), text))
+    groups = [sorted(worth[i : i + answers], reverse=True) for i in range(0, len(worth), answers)]
+    return [{"prompt": a, "completions": [text for _, text in group]} for a, group in zip(asked, groups, strict=True)]
+
+
 def main(cfg):
-    out, rows = Path(cfg.out), cfg.rows or {"instructions": 3000, "reviews": 10_000}[cfg.task]
+    out, rows = Path(cfg.out), cfg.rows or {"instructions": 3000, "reviews": 10_000, "preferences": 1000}[cfg.task]
     if rows < 1 or cfg.test < 1:
         raise UserError(f"rows={cfg.rows} and test={cfg.test} must be positive")
     if cfg.task == "instructions":
         records = instructions(rows + cfg.test, cfg.seed)
         files = {"train.jsonl": records[:rows], "test.jsonl": records[rows:]}
+    elif cfg.task == "preferences":
+        if not cfg.model:
+            raise UserError("task=preferences needs model=, the directory of the model whose answers are ranked")
+        files = {"preferences.jsonl": preferences(cfg.model, rows, seed=cfg.seed)}
     else:
         files = reviews(rows, cfg.test, cfg.seed)
     try:
