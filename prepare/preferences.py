@@ -228,7 +228,7 @@ def encode(record):
             rows.append((ids[:end], bytes(mask[:end])))
     if len(rows) < 2:
         why = (+dropped).most_common(1)
-        raise Drop("fewer than two completions" + (f" left (others: {why[0][0]})" if why else ""))
+        raise Drop("fewer than two completions left" + (f" (others: {why[0][0]})" if why else ""))
     return rows, +dropped
 
 
