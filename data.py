@@ -474,3 +474,83 @@ class Batches:
             longest = max((len(tokens) for p in packs for tokens, _ in p), default=1)
             length = min(length, -(-longest // 64) * 64)
         return collate(packs + [[]] * (self.micro_batch - len(packs)), length, self.pad_id, self.prompt_weight)
+
+
+class Windows:
+    """The micro-batches of pretraining, for one rank: windows of `max_length` tokens over whole stores, end to end.
+
+    The last token's target is the next window's first token, so nothing is lost between windows; a store's last window is
+    as short as it comes out. isolate: documents do not see each other, positions restart with each, and the token behind a
+    document's end is no target; otherwise a window is one stretch of text.
+
+    Without `weights` an epoch has every window of all stores once, shuffled together; its last step is as short as it comes
+    out. With them, of every CYCLE windows a store gives its share, rounded and evenly spread; each store goes through its
+    windows in random order, then again in another, at its own pace; `steps_per_epoch` is then as many windows as all have.
+    What a step holds depends on (seed, step, batch_size) alone, not on how it is cut: see Batches.
+    """
+
+    CYCLE = 1 << 16
+
+    def __init__(self, stores, batch_size, micro_batch, max_length, weights=(), isolate=True, pad_id=0, seed=0, rank=0, world=1):
+        if batch_size < 1 or micro_batch < 1 or batch_size % (micro_batch * world):
+            raise UserError(
+                f"batch_size={batch_size} is not a multiple of micro_batch={micro_batch} x {world} ranks: change one"
+            )
+        if weights and (len(weights) != len(stores) or min(weights) <= 0):
+            raise UserError(f"weights= has {len(weights)} for {len(stores)} data folders: give each one above 0")
+        self.stores, self.batch_size, self.micro_batch, self.max_length = stores, batch_size, micro_batch, max_length
+        self.isolate, self.pad_id, self.seed, self.rank, self.world = isolate, pad_id, seed, rank, world
+        self.counts = np.array([-(-(len(s.tokens) - 1) // max_length) for s in stores])
+        self.starts = np.cumsum([0, *self.counts])  # windows are numbered through all stores
+        if self.counts.min() < 1:
+            raise UserError(f"{stores[self.counts.argmin()].dir} holds a single token: there is nothing to predict")
+        self.steps_per_epoch = int(-(-self.starts[-1] // batch_size))
+        self.orders, self.share = {}, None
+        if weights:
+            ends = np.rint(np.cumsum(weights) / sum(weights) * self.CYCLE).astype(np.int64)
+            self.share = np.maximum(np.diff(ends, prepend=0), 1)  # windows of each store in a cycle
+            rng = np.random.default_rng([seed, 0])
+            times = np.concatenate([(np.arange(n) + rng.random(n)) / n for n in self.share])
+            order = np.argsort(times)
+            self.store_at = np.repeat(np.arange(len(stores)), self.share)[order]  # which store, at each place of the cycle
+            self.draw_at = np.concatenate([np.arange(n) for n in self.share])[order]  # and how many of it came before
+
+    def order(self, store, epoch):
+        """The numbers of a store's windows (None: of all) in the order of an epoch."""
+        if self.orders.get(store, (None,))[0] != epoch:
+            first, end = (0, self.starts[-1]) if store is None else self.starts[store : store + 2]
+            rng = np.random.default_rng([self.seed, epoch, 1 if store is None else store + 2])
+            self.orders[store] = epoch, first + rng.permutation(end - first)
+        return self.orders[store][1]
+
+    def plan(self, step):
+        """The numbers of a step's windows, over all ranks."""
+        if self.share is None:
+            epoch, at = divmod(step, self.steps_per_epoch)
+            return self.order(None, epoch)[at * self.batch_size : (at + 1) * self.batch_size]
+        cycle, at = np.divmod(np.arange(step * self.batch_size, (step + 1) * self.batch_size), len(self.store_at))
+        stores = self.store_at[at]
+        epochs, places = np.divmod(cycle * self.share[stores] + self.draw_at[at], self.counts[stores])
+        return np.array([self.order(*x)[i] for *x, i in zip(stores.tolist(), epochs.tolist(), places.tolist(), strict=True)])
+
+    def batch(self, step):
+        """This rank's micro-batches (see `collate`; B = micro_batch, T = max_length) at a step counted from the start."""
+        plan, across = self.plan(step), self.micro_batch * self.world
+        return [
+            self.micro(plan[a : a + self.micro_batch])
+            for a in range(self.rank * self.micro_batch, -(-len(plan) // across) * across, across)
+        ]
+
+    def micro(self, windows):
+        packs = [self.documents(w) for w in windows] + [[]] * (self.micro_batch - len(windows))
+        batch = collate(packs, self.max_length + 1, self.pad_id)  # with the last target, which is then cut off
+        return {name: t[:, : self.max_length].contiguous() for name, t in batch.items()}
+
+    def documents(self, window):
+        """The rows of `collate` for a window and the one token behind it."""
+        i = int(np.searchsorted(self.starts, window, "right")) - 1
+        store, a = self.stores[i], int(window - self.starts[i]) * self.max_length
+        b = min(a + self.max_length + 1, len(store.tokens))
+        cuts = store.offsets[slice(*np.searchsorted(store.offsets, (a + 1, b)))].tolist() if self.isolate else []
+        spans = [slice(*span) for span in zip([a, *cuts], [*cuts, b], strict=True)]
+        return [(store.tokens[s], np.ones(s.stop - s.start) if store.mask is None else store.mask[s]) for s in spans]

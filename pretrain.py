@@ -1,0 +1,294 @@
+"""Pretraining: a Llama-style model learns to predict the next token of prepared text, from scratch or from a model directory.
+
+A step takes batch_size windows of max_length tokens; each window of each corpus comes once an epoch, whatever the number of
+ranks, or corpora are mixed by weights=. The loss is a sum over target tokens divided by their global number.
+
+    python -m prepare.text source=web.jsonl.gz tokenizer=train:32000 out=data/web
+
+    python pretrain.py size=toy data=data/web max_length=256 batch_size=16                          # a CPU or one GPU
+    python pretrain.py size=350m data=[data/web,data/code] weights=[0.7,0.3] optimizer=muon compile=true
+    python pretrain.py model=models/smollm2 data=data/books lr=1e-4 min_lr=1e-5                     # continued
+    torchrun --nproc_per_node=8 pretrain.py size=1b data=data/web parallel=fsdp grad_checkpoint=true
+    PJRT_DEVICE=TPU python pretrain.py device=xla parallel=fsdp size=1b data=data/web
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import checkpoint
+import config
+import data
+import estimate
+import generate
+import log
+import losses
+import optim
+import runtime
+import tokenizer
+from config import UserError
+from model import ModelConfig, Transformer
+
+
+@dataclass
+class Config:
+    # what
+    data: tuple[str, ...] = ("data/web",)  # prepared folders
+    weights: tuple[float, ...] = ()  # the folders' shares of the windows; (): every window of all of them once an epoch
+    tokenizer: str = ""  # directory; "": that of the model, or else DATA/tokenizer of the first folder
+    out: str = "out/pretrain"  # run folder
+    # the model
+    model: str = ""  # model directory to continue from; "": from scratch, of the `size`
+    size: Literal["toy", "15m", "124m", "350m", "1b", "3b", "7b"] = "124m"
+    n_layers: int = 0  # this and the next four: in place of the size's own; 0: its own
+    dim: int = 0
+    n_heads: int = 0
+    n_kv_heads: int = 0
+    ffn_dim: int = 0
+    rope_theta: float = 10000.0
+    # how long
+    epochs: float = 1.0
+    steps: int = 0  # optimizer steps; 0: as many as `epochs` takes
+    batch_size: int = 512  # windows of one optimizer step, over all ranks and micro-batches
+    micro_batch: int = 16  # windows of one forward on one device
+    max_length: int = 1024  # tokens of a window
+    isolate: bool = True  # documents do not see each other; false: a window is one stretch of text
+    # optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices between embedding and head
+    lr: float = 6e-4
+    min_lr: float = 6e-5
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup_ratio: float = 0.02  # of all steps
+    warmup_steps: int = 0  # if set, instead of warmup_ratio
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0  # global norm; 0: off
+    # device
+    device: str = "auto"  # cpu, cuda, xla, tpu
+    parallel: Literal["ddp", "fsdp", "none"] = "ddp"  # over torchrun's processes, or the chips of XLA
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work; trained weights are always fp32
+    compile: bool = False  # torch.compile each layer: faster after half a minute
+    grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
+    # bookkeeping
+    seed: int = 0
+    resume: Literal["auto", "true", "false"] = "auto"  # auto: continue when the run folder holds a state
+    eval_every: int = 250  # steps; 0: once an epoch. Needs a validation split
+    eval_windows: int = 1000  # of the validation split, the same each time; 0: all
+    save_every: int = 1000  # steps; 0: once an epoch
+    log_every: int = 10  # steps; 0: the last step only
+    sample_every: int = 0  # steps; 0: with every evaluation
+    prompts: tuple[str, ...] = ()  # texts to go on from; (): the beginnings of two validation documents
+    sample_tokens: int = 64  # 0: no samples
+    temperature: float = 0.8  # of the samples
+
+
+# name: layers, dim, heads, key/value heads, ffn, tied embeddings. The name counts the parameters with a vocabulary of about
+# 32,000 (124m and 350m: 50,000; toy: 64). 15m: Karpathy's stories15M; 1b, 3b: the shapes of Llama 3.2; 7b: Llama 2's
+SIZES = {
+    "toy": (2, 64, 4, 2, 192, False),
+    "15m": (6, 288, 6, 6, 768, True),
+    "124m": (12, 768, 12, 12, 2048, True),
+    "350m": (24, 1024, 16, 16, 2752, True),
+    "1b": (16, 2048, 32, 8, 8192, True),
+    "3b": (28, 3072, 24, 8, 8192, True),
+    "7b": (32, 4096, 32, 32, 11008, False),
+}
+
+
+def model_config(cfg, vocab_size):
+    """The ModelConfig of size= and the keys that change it; the vocabulary is rounded up to a multiple of 64."""
+    n_layers, dim, n_heads, n_kv_heads, ffn_dim, tied = SIZES[cfg.size]
+    n_layers, dim, ffn_dim = cfg.n_layers or n_layers, cfg.dim or dim, cfg.ffn_dim or ffn_dim
+    n_heads, n_kv_heads = cfg.n_heads or n_heads, cfg.n_kv_heads or cfg.n_heads or n_kv_heads
+    if dim % (2 * n_heads) or n_heads % n_kv_heads:
+        raise UserError(f"dim={dim} must be an even number of times n_heads={n_heads}, and that divide by n_kv_heads={n_kv_heads}")
+    return ModelConfig(
+        vocab_size=-(-vocab_size // 64) * 64, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads,
+        head_dim=dim // n_heads, ffn_dim=ffn_dim, rope_theta=cfg.rope_theta, max_positions=cfg.max_length, tie_embeddings=tied,
+    )  # fmt: skip
+
+
+def forward(net, batch, isolate):
+    """hidden (B, T, C). One stretch of text needs no document ids: plain causal attention has the fastest kernels."""
+    return net(batch["tokens"], batch["positions"], batch["docs"]) if isolate else net(batch["tokens"])
+
+
+def loss_sum(net, model, batch, isolate):
+    """The sum of next-token losses over the target tokens of a micro-batch, fp32."""
+    hidden = forward(net, batch, isolate)
+    rows = batch["index"]  # the head runs on target tokens only
+    return losses.cross_entropy(
+        hidden.flatten(0, 1)[rows], model.head_weight, batch["targets"].flatten()[rows], batch["weights"].flatten()[rows]
+    )
+
+
+def tokens_per_byte(stores, free_bos):
+    """Predicted tokens for each byte of text: the ends of documents count, a BOS that is given (free_bos) does not.
+    None where a store does not know its bytes."""
+    counts = [(s.meta["splits"][s.split]["tokens"] - free_bos * len(s), s.meta.get("bytes", {}).get(s.split)) for s in stores]
+    return None if any(size is None for _, size in counts) else sum(n for n, _ in counts) / sum(size for _, size in counts)
+
+
+@torch.no_grad()
+def evaluate(rt, net, model, windows, steps, isolate, density):
+    """Loss, perplexity and, given `density` in tokens per byte, bits per byte over the first `steps` steps of `windows`."""
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float32, device=rt.device)  # loss, targets
+    for step in range(steps):
+        for micro in windows.batch(step):
+            batch = rt.put(data.target_index(micro, rt.static_shapes))
+            with rt.autocast():
+                part = loss_sum(net, model, batch, isolate)
+            sums += torch.stack((part, batch["weights"].sum()))
+            rt.sync()
+    model.train()
+    loss, count = rt.all_sum(sums).tolist()
+    loss /= max(count, 1)
+    bits = {} if density is None else dict(bits_per_byte=loss / math.log(2) * density)
+    return dict(loss=loss, perplexity=math.exp(min(loss, 700)), **bits)
+
+
+def continuations(rt, model, tok, store, cfg):
+    """What the model writes after each prompt, or after the first words of two documents."""
+    prompts = [tok.encode(text, bos=tok.bos_first) or [tok.eos_id] for text in cfg.prompts]
+    if not prompts:
+        rows = [store.row(i)[0] for i in range(min(2, len(store)))]
+        prompts = [row[: max(1, min(8, len(row) // 2))].tolist() for row in rows]
+    with rt.autocast():
+        made = generate.generate(
+            model, prompts, cfg.sample_tokens, temperature=cfg.temperature, stop_ids=tok.stop_ids, seed=cfg.seed
+        )
+    return [dict(prompt=tok.decode(p), text=tok.decode(t)) for p, t in zip(prompts, made.tokens, strict=True)]
+
+
+def main(cfg):
+    # ------------------------------------------------------------------------------------------ setup
+    rt = runtime.start(cfg)
+    rt.catch_signals()
+    out = Path(cfg.out)
+    resume = checkpoint.resumable(out / "state", cfg.resume)
+
+    # ------------------------------------------------------------------------------------------ data
+    metas = [data.read_meta(dir) for dir in cfg.data]
+    base = cfg.model or cfg.tokenizer or Path(cfg.data[0]) / "tokenizer"
+    tok = tokenizer.load(base, template="plain")
+    stores = [data.Store(dir, "train", tok) for dir in cfg.data]
+    held = [data.Store(dir, "val", tok) for dir, meta in zip(cfg.data, metas, strict=True) if "val" in meta["splits"]]
+    cut = dict(
+        micro_batch=cfg.micro_batch * rt.shards // rt.world, max_length=cfg.max_length, isolate=cfg.isolate,
+        pad_id=tok.pad_id or 0, seed=cfg.seed, rank=rt.rank, world=rt.world,
+    )  # fmt: skip
+    train = data.Windows(stores, cfg.batch_size, weights=cfg.weights, **cut)
+    val = data.Windows(held, cut["micro_batch"] * rt.world, **cut) if held else None
+    steps = cfg.steps or max(1, round(cfg.epochs * train.steps_per_epoch))
+    eval_every, save_every = cfg.eval_every or train.steps_per_epoch, cfg.save_every or train.steps_per_epoch
+    warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
+    if val:
+        wanted = -(-cfg.eval_windows // val.batch_size) or val.steps_per_epoch
+        eval_steps = min(wanted, val.steps_per_epoch)
+        density = tokens_per_byte(held, free_bos=cfg.isolate and tok.bos_first)
+
+    # ------------------------------------------------------------------------------------------ model
+    if cfg.model:
+        model = checkpoint.load_model(cfg.model, dtype=torch.float32)
+        if tok.vocab_size > model.cfg.vocab_size:
+            raise UserError(f"{cfg.model} has {model.cfg.vocab_size} embeddings, its tokenizer {tok.vocab_size} tokens")
+    else:
+        model = Transformer(model_config(cfg, tok.vocab_size)).init_weights()
+
+    # ------------------------------------------------------------------------------------------ optimizer, resume
+    net = rt.wrap(model, cfg.compile, cfg.grad_checkpoint)
+    trained = dict(model.named_parameters())
+    optimizer = optim.build(model, cfg.optimizer, cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    rt.prime(optimizer)
+    start, best = 0, math.inf
+    if resume:
+        meta, _ = checkpoint.load_training(out / "state", rt, trained, {cfg.optimizer: optimizer})
+        start, best = meta["step"], meta["best"]
+
+    flops = model.flops_per_token(cfg.max_length)
+    logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.shards)
+    if rt.is_main:
+        checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
+    logger.text(" ".join(["pretrain:", *config.diff(cfg)]))
+    shards = rt.shards if cfg.parallel == "fsdp" else 1
+    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, shards, rt.dtype, cfg.grad_checkpoint))
+    total = steps * cfg.batch_size * cfg.max_length
+    peak = log.peak_flops(rt.name)
+    time = f", about {log.duration(total * flops / (0.4 * peak * rt.shards))} at 40% of the peak" if peak else ""
+    logger.text(
+        f"{sum(len(s.tokens) for s in stores):,} tokens in {len(stores)} folders: {train.steps_per_epoch} steps an epoch, {steps} "
+        f"in all from step {start}; {total:,} tokens, {total * flops:.2e} FLOPs{time}; {rt.shards} x {rt.name}, {rt.dtype}"
+    )
+
+    def save(dir):
+        tensors = rt.full(trained)
+        if rt.is_main:
+            ids = {} if cfg.model else dict(bos_token_id=tok.bos_id, eos_token_id=tok.eos_id, pad_token_id=tok.pad_id)
+            checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors, **ids)
+
+    # ------------------------------------------------------------------------------------------ loop
+    tokens = targets = 0  # of this rank, since the last line of the log
+    stop = False
+    model.train()
+    for step in range(start, steps + 1):
+        stop = rt.should_stop()
+
+        # evaluate, show samples, save
+        with logger.paused():
+            evaluated = val and not stop and (step % eval_every == 0 or step == steps)
+            if evaluated:
+                metrics = evaluate(rt, net, model, val, eval_steps, cfg.isolate, density)
+                logger.eval(step, **metrics)
+                if step and metrics["loss"] < best:
+                    best = metrics["loss"]
+                    save(out / "best")
+            if cfg.sample_tokens and not stop and (step % cfg.sample_every == 0 if cfg.sample_every else evaluated):
+                logger.samples(step, continuations(rt, model, tok, (held or stores)[0], cfg))
+            if step > start and (stop or step == steps or step % save_every == 0):
+                save(out / "last")
+                checkpoint.save_training(out / "state", rt, trained, {cfg.optimizer: optimizer}, step=step, best=best)
+        if stop or step == steps:
+            break
+
+        # accumulate the gradient over micro-batches
+        micros = [data.target_index(m, rt.static_shapes) for m in train.batch(step)]
+        weight = rt.all_sum(sum(float(m["weights"].sum()) for m in micros))
+        loss = 0.0
+        for i, micro in enumerate(micros):
+            rt.accumulate(i == len(micros) - 1, net)
+            with rt.autocast():
+                part = loss_sum(net, model, rt.put(micro), cfg.isolate) / max(weight, 1e-9)
+            rt.backward(part)
+            loss = loss + part.detach()
+            tokens += int((micro["docs"] >= 0).sum())
+            targets += int(micro["weights"].sum())
+
+        # clip, step
+        lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)
+        optim.set_lr(optimizer, lr)
+        norm = optim.clip_(trained.values(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        rt.sync()
+
+        # log
+        if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:
+            seen = dict(tokens=rt.all_sum(tokens), targets=rt.all_sum(targets), memory=rt.peak_memory())
+            logger.step(step + 1, loss=rt.all_sum(loss), grad_norm=norm, lr=lr, **seen)
+            tokens = targets = 0
+
+    if stop:
+        logger.text(f"stopped at step {step}: the same command continues from here")
+    elif start >= steps and resume:
+        logger.text(f"{out} was finished at step {start} before: more steps= or epochs= go on, resume=false starts anew")
+    logger.close()
+    rt.close()
+
+
+if __name__ == "__main__":
+    config.run(main, Config)
