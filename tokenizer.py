@@ -1,0 +1,841 @@
+"""The tokenizer of a model directory, and chat rendering to (ids, mask).
+
+    byte-level BPE   tokenizer.json, vocab.json + merges.txt, tiktoken files (Llama 3's own), tekken.json   on tiktoken
+    sentencepiece    tokenizer.model, or a byte-fallback tokenizer.json                                on sentencepiece
+
+Text of users and data sets is encoded with special=False: nothing in it can become a control token. The control tokens
+of a conversation come from its template alone, by id. `render` is the one place that lays out conversations and gives
+them their BOS, for training, evaluation, chat and RL alike.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import struct
+import unicodedata
+from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import chain
+from pathlib import Path
+
+import regex  # comes with tiktoken
+import sentencepiece
+import tiktoken
+
+from config import UserError
+
+# ----------------------------------------------------------------------------------------------- pre-tokenizers
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# single digits are split off first, so that the spaces before a digit stay together
+DIGITS_GPT2 = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+CASED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = rf"{CASED}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACE}"
+QWEN = LLAMA3.replace("{1,3}", "")
+UPPER, LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+WORDS = rf"{UPPER}*{LOWER}+{CASED}?|{UPPER}+{LOWER}*{CASED}?"
+O200K = rf"{WORDS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACE}"
+
+# GPT-2's printable stand-ins for the 256 bytes
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
+BYTE_CHAR = {**{byte: chr(byte) for byte in VISIBLE}, **{byte: chr(256 + i) for i, byte in enumerate(HIDDEN)}}
+CHAR_BYTE = {ord(char): byte for byte, char in BYTE_CHAR.items()}
+UTF8 = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]  # the bytes that occur in text
+RUN = re.compile(r"\s+|\S+")
+LONG = 250_000  # characters; tiktoken's regex engine runs out of stack on runs some times as long
+
+
+def flat(node):
+    """The steps of a normalizer, pre-tokenizer or post-processor of tokenizer.json, with sequences unrolled."""
+    if not node or node["type"] != "Sequence":
+        return [node] if node else []
+    return [step for value in node.values() if isinstance(value, list) for child in value for step in flat(child)]
+
+
+def one_regex(steps):
+    """The single regex with which tiktoken does the work of these pre-tokenizer steps, or None."""
+    kinds = [step["type"] for step in steps]
+    gpt2 = steps[-1].get("use_regex", True)
+    if kinds == ["ByteLevel"] and gpt2:
+        return GPT2
+    if kinds == ["Digits", "ByteLevel"] and gpt2 and steps[0]["individual_digits"]:
+        return DIGITS_GPT2
+    if kinds == ["Split", "ByteLevel"] and not gpt2 and "Regex" in steps[0]["pattern"]:
+        pattern, how = steps[0]["pattern"]["Regex"], (steps[0]["behavior"], steps[0]["invert"])
+        if how == ("Removed", True):
+            return pattern
+        if how == ("Isolated", False):  # keeps what lies between matches, which tiktoken alone would drop
+            return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+    return None
+
+
+def splitter(steps):
+    """Any chain of pre-tokenizer steps in Python: a function from text to its pieces as bytes."""
+    stages = []
+    for step in steps:
+        kind, how = step["type"], step.get("behavior", "Isolated")
+        if kind == "ByteLevel":
+            stages += [cutter(GPT2)] if step.get("use_regex", True) else []
+            # later steps see the stand-ins of the bytes
+            stages += [lambda text: ["".join(map(BYTE_CHAR.get, text.encode()))]] if step is not steps[-1] else []
+        elif kind == "Digits":
+            stages.append(cutter(r"\p{N}" if step["individual_digits"] else r"\p{N}+"))
+        elif kind == "Punctuation" and how in ("Isolated", "Contiguous"):
+            stages.append(cutter(r"[!-/:-@\[-`{-~\p{P}]" + "+" * (how == "Contiguous")))
+        elif kind == "Split" and how in ("Isolated", "Removed"):
+            pattern = step["pattern"].get("Regex") or regex.escape(step["pattern"]["String"])
+            stages.append(cutter(pattern, how == "Isolated" or step["invert"], how == "Isolated" or not step["invert"]))
+        else:
+            raise UserError(f"tokenizer.json has the pre-tokenizer {kind} {how}, which is not supported")
+    stand_ins = steps[-1]["type"] != "ByteLevel"
+
+    def split(text):
+        pieces = [text]
+        for stage in stages:
+            pieces = [part for piece in pieces for part in stage(piece)]
+        return [piece.translate(CHAR_BYTE).encode("latin-1") if stand_ins else piece.encode() for piece in pieces]
+
+    return split
+
+
+def cutter(pattern, matches=True, gaps=True):
+    """A function that cuts text into the matches of `pattern` and the gaps between them."""
+    compiled = regex.compile(pattern, regex.V1)  # V1 has nested sets, as the regexes of tokenizer.json do
+
+    def cut(text):
+        at, pieces = 0, []
+        for match in compiled.finditer(text):
+            start, end = match.span()
+            if gaps and start > at:
+                pieces.append(text[at:start])
+            if matches and end > start:
+                pieces.append(text[start:end])
+            at = end
+        return pieces + [text[at:]] if gaps and at < len(text) else pieces
+
+    return cut
+
+
+def bounded(text):
+    """`text`, cut inside runs of whitespace, or of anything else, that are longer than LONG to 2 * LONG characters."""
+    cuts, end = [0], 0
+    for at in range(0, len(text), LONG):  # a run of 2 * LONG cannot hide between two of these places
+        if at >= end:
+            end = RUN.match(text, at).end()
+            cuts += range(at + LONG, end, LONG)
+    return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+
+class Cache(dict):
+    """piece -> ids, worked out once for each short piece."""
+
+    def __init__(self, encode):
+        self.encode = encode
+
+    def __missing__(self, piece):
+        ids = self.encode(piece)
+        if len(piece) <= 32 and len(self) < 1 << 18:
+            self[piece] = ids
+        return ids
+
+
+# ----------------------------------------------------------------------------------------------- back ends
+# .encode(text, lead): ids of a stretch of text; lead: with the space in front that some vocabularies ask for
+# .prefix: where they do: "always" (every stretch between control tokens), "missing" (the same, but for stretches that
+# begin with a space), "first" (the text's start, unless it begins with a space) or "never"
+# .bytes: id -> bytes
+
+
+class BytePairs:
+    """Byte-level BPE on tiktoken. ranks: bytes -> merge order; ids: rank -> id, None where they are the same."""
+
+    def __init__(self, ranks, pattern, ids=None, bytes_of=None, split=None, normal=None, holes=b"", prefix="never"):
+        self.core = tiktoken.Encoding("bpe", pat_str=pattern or r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
+        self.bytes = bytes_of or {rank: token for token, rank in ranks.items()}
+        self.fast, self.ids, self.normal, self.holes, self.prefix = pattern is not None, ids, normal, holes, prefix
+        self.split, self.pieces = split, Cache(self._piece)
+
+    def encode(self, text, lead):
+        if self.normal and not text.isascii():
+            text = unicodedata.normalize(self.normal, text)
+        if lead and not text.startswith(" "):
+            text = " " + text
+        if len(text) > LONG:
+            return list(chain.from_iterable(map(self._encode, bounded(text))))
+        return self._encode(text)
+
+    def _encode(self, text):
+        raw = text.encode() if self.holes else b""
+        if self.fast and len(raw.translate(None, self.holes)) == len(raw):
+            return self._ids(self.core.encode_ordinary(text))
+        return list(chain.from_iterable(map(self.pieces.__getitem__, self.split(text))))
+
+    def _piece(self, piece):
+        # a byte that the vocabulary lacks is dropped from its piece, and merges reach across the hole
+        piece = piece.translate(None, self.holes)
+        return self._ids(self.core._encode_single_piece(piece)) if piece else []
+
+    def _ids(self, ranks):
+        return ranks if self.ids is None else [self.ids[rank] for rank in ranks]
+
+
+def bpe_from_json(spec, added):
+    """BytePairs from the content of a tokenizer.json; no merge makes the `added` tokens.
+
+    tiktoken merges the pair whose product has the lowest rank, tokenizer.json the pair that stands first in a list.
+    These are the same where every merge has a product of its own and parts made before it; the rest is refused.
+    """
+    model, vocab = spec["model"], spec["model"]["vocab"]
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise UserError("tokenizer.json marks the parts of words, which byte-level BPE here does not support")
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    products = ["".join(merge) for merge in merges]
+    if model.get("ignore_merges"):  # a piece that is a token is taken whole, and a token is listed once for each split
+        made = [vocab.get(token, -1) for token in products]
+        if made != sorted(made):
+            raise UserError("the merges of tokenizer.json do not follow the order of its ids")
+        products = sorted((token for token in vocab if len(token) > 1 and token not in added), key=vocab.get)
+    else:
+        known = set(BYTE_CHAR.values())
+        for (left, right), token in zip(merges, products, strict=True):
+            if left not in known or right not in known or token in known or token not in vocab:
+                raise UserError(f"merge {left!r} {right!r} of tokenizer.json has a part or a product out of order")
+            known.add(token)
+    bytes_of = {id: token.translate(CHAR_BYTE).encode("latin-1", "replace") for token, id in vocab.items()}
+    singles = {bytes([byte]): vocab.get(char, -1) for byte, char in BYTE_CHAR.items()}
+    ids = [vocab[token] for token in products]
+    if ids == sorted(ids):  # then ids are ranks; the bytes that have none are never encoded
+        ranks = {byte: max(bytes_of) + 1 + i if id < 0 else id for i, (byte, id) in enumerate(singles.items())}
+        ranks |= {bytes_of[id]: id for id in ids}
+        ids = None
+    else:
+        ranks = {token: rank for rank, token in enumerate([*singles, *map(bytes_of.get, ids)])}
+        ids = [*singles.values(), *ids]
+    steps, normals = flat(spec["pre_tokenizer"]), [step["type"] for step in flat(spec.get("normalizer"))]
+    spaced = [step["type"] == "ByteLevel" and step.get("add_prefix_space", False) for step in steps]
+    if any(spaced[1:]) or normals not in ([], ["NFC"], ["NFD"], ["NFKC"], ["NFKD"]):
+        raise UserError(f"tokenizer.json has normalizers {normals} and pre-tokenizers {steps}: not supported together")
+    holes = bytes(byte for byte in UTF8 if BYTE_CHAR[byte] not in vocab)
+    prefix, normal = "always" if spaced[0] else "never", normals[0] if normals else None
+    return BytePairs(ranks, one_regex(steps), ids, bytes_of, splitter(steps), normal, holes, prefix)
+
+
+class SentencePiece:
+    """A sentencepiece model; prefix as above."""
+
+    WORD = re.compile("▁*[^▁]+|▁+")
+
+    def __init__(self, proto, prefix):
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            # the appended field says normalizer_spec { add_dummy_prefix: false }
+            self.bare = sentencepiece.SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
+        except RuntimeError as error:
+            raise UserError(f"the sentencepiece model does not load: {error}") from None
+        tokens = [self.model.id_to_piece(id) for id in range(len(self.model))]
+        self.prefix = prefix if self.model.encode("a") != self.bare.encode("a") else "never"
+        self.control = [token for id, token in enumerate(tokens) if self.model.is_control(id) or self.model.is_unknown(id)]
+        self.bytes = {
+            id: bytes([int(token[3:5], 16)]) if self.model.is_byte(id) else token.replace("▁", " ").encode()
+            for id, token in enumerate(tokens)
+        }
+        # text is encoded word by word where the model leaves it as it is and no piece reaches into the next word
+        probe = " a  b\u00a0ﬁ１e\u0301\u3000\t\u0085.  "
+        kept = b"".join(map(self.bytes.get, self.bare.encode(probe))) == probe.encode()
+        self.by_word = kept and not any("▁" in token.lstrip("▁") for token in tokens)
+        self.words = Cache(self.bare.encode)
+
+    def encode(self, text, lead):
+        if not self.by_word or text.count(" ") * 20 < len(text):  # few and long words do not repeat
+            return (self.model if lead else self.bare).encode(text)
+        text = "▁" * lead + text.replace(" ", "▁")
+        return list(chain.from_iterable(map(self.words.__getitem__, self.WORD.findall(text))))
+
+
+def proto_from_json(spec, prefix):
+    """The sentencepiece ModelProto of a byte-fallback BPE tokenizer.json: a piece's score is minus its merge rank."""
+
+    def varint(n):
+        head = b""
+        while n > 127:
+            head, n = head + bytes([n & 127 | 128]), n >> 7
+        return head + bytes([n])
+
+    def field(number, value):
+        if isinstance(value, bytes):
+            return varint(number << 3 | 2) + varint(len(value)) + value
+        return varint(number << 3) + varint(value % (1 << 64))
+
+    NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+    model, pieces = spec["model"], []
+    tokens = {id: token for token, id in model["vocab"].items()}
+    special = {entry["id"]: entry["special"] for entry in spec["added_tokens"]}
+    products = ["".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    rank = {token: i for i, token in reversed(list(enumerate(products)))}
+    # sentencepiece ranks products, tokenizer.json merges; runs of one character may be interleaved
+    if any(rank[b] < rank[a] and len({*b}) > 1 for a, b in zip(products, products[1:], strict=False)):
+        raise UserError("the merges of tokenizer.json are not in order; put its tokenizer.model into the folder")
+    unknown = model["vocab"].get(model.get("unk_token") or "<unk>", 0)
+    for id in range(max(tokens) + 1):
+        token = tokens.get(id, f"<unused_id_{id}>")
+        kind = NORMAL if len(token) == 1 or token in rank else UNUSED
+        if id in special or id not in tokens:
+            kind = CONTROL if special.get(id, True) else USER_DEFINED
+        if re.fullmatch("<0x..>", token):
+            kind = BYTE
+        score = struct.pack("<f", -1e7 - id if len(token) == 1 else -rank.get(token, 0))
+        pieces.append(field(1, field(1, token.encode()) + b"\x15" + score + field(3, UNKNOWN if id == unknown else kind)))
+    # trainer_spec: model_type BPE, byte_fallback, unk_id, no bos, eos, pad
+    trainer = field(3, 2) + field(35, 1) + field(40, unknown) + field(41, -1) + field(42, -1) + field(43, -1)
+    # normalizer_spec: name, add_dummy_prefix, no remove_extra_whitespaces, escape_whitespaces
+    normalizer = field(1, b"identity") + field(3, int(prefix != "never")) + field(4, 0) + field(5, 1)
+    return b"".join(pieces) + field(2, trainer) + field(3, normalizer)
+
+
+# ----------------------------------------------------------------------------------------------- files
+
+RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(248)]
+LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:2], "<|finetune_right_pad_id|>", RESERVED[2]]
+LLAMA3_SPECIAL += ["<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *RESERVED[3:]]
+QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
+# what tiktoken files do not say, by their number of ranks: regex, normalization, BOS, EOS, special tokens from an id on
+TIKTOKEN = {
+    50_256: (GPT2, None, None, "<|endoftext|>", 50_256, ["<|endoftext|>"]),  # r50k, GPT-2's
+    100_256: (LLAMA3, None, None, "<|endoftext|>", 100_257, ["<|endoftext|>"]),  # cl100k
+    128_000: (LLAMA3, None, "<|begin_of_text|>", "<|end_of_text|>", 128_000, LLAMA3_SPECIAL),
+    151_643: (QWEN, "NFC", None, "<|endoftext|>", 151_643, QWEN_SPECIAL),
+    199_998: (O200K, None, None, "<|endoftext|>", 199_999, ["<|endoftext|>"]),  # o200k
+}
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_tiktoken(path):
+    """The ranks (bytes -> int) of a file of lines "base64 rank"; None for a file of another kind."""
+    with open(path, "rb") as file:
+        if not re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", file.readline(1000)):
+            return None
+    try:
+        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        return {base64.b64decode(text, validate=True): int(rank) for text, rank in lines}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def read_tekken(path):
+    """(BytePairs, names of the special tokens, which come first) of Mistral's tekken.json."""
+    spec = read_json(path)
+    first = spec["config"]["default_num_special_tokens"]
+    names = [entry["token_str"] for entry in spec.get("special_tokens") or []] or ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+    vocab = spec["vocab"][: spec["config"]["default_vocab_size"] - first]
+    ranks = {base64.b64decode(entry["token_bytes"]): first + entry["rank"] for entry in vocab}
+    return BytePairs(ranks, spec["config"]["pattern"]), names + [f"<SPECIAL_{i}>" for i in range(len(names), first)]
+
+
+def token(content, id, special=True, lstrip=False, rstrip=False, single_word=False, **_):
+    """An added token, as tokenizer.json lists them."""
+    return dict(content=content, id=id, special=special, lstrip=lstrip, rstrip=rstrip, single_word=single_word)
+
+
+def read_vocabulary(folder, spec, config, added, names):
+    """(back end, the files it was read from, {"bos": id, ...} where these files say so); completes `added`."""
+    whole, proto, vocab, merges = (folder / f for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"))
+    files, model = [whole], spec.get("model", {})
+    if not spec and vocab.exists() and merges.exists():
+        files, kind = [vocab, merges], config.get("tokenizer_class") or "GPT2Tokenizer"
+        steps, normal = {"GPT2Tokenizer": ([], None), "Qwen2Tokenizer": ([QWEN], {"type": "NFC"})}.get(kind, (None, None))
+        if steps is None:
+            raise UserError(f"{folder} needs a tokenizer.json: vocab.json does not tell how a {kind} splits text")
+        steps = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in steps]
+        lines = [line for line in merges.read_text(encoding="utf-8").split("\n") if line and not line.startswith("#version")]
+        model = {"vocab": read_json(vocab), "merges": lines}
+        pre = {"type": "Sequence", "pretokenizers": [*steps, {"type": "ByteLevel", "use_regex": not steps}]}
+        spec = {"model": model, "normalizer": normal, "pre_tokenizer": pre}
+    if any(step["type"] == "ByteLevel" for step in flat(spec.get("pre_tokenizer"))):
+        for name in filter(model["vocab"].__contains__, names.values()):
+            added.setdefault(name, token(name, model["vocab"][name]))
+        return bpe_from_json(spec, added), files, {}
+
+    for file in [proto, *sorted(folder.glob("*.tiktoken"))]:
+        if ranks := file.exists() and read_tiktoken(file):
+            if len(ranks) not in TIKTOKEN:
+                raise UserError(f"{file} has {len(ranks)} ranks, and no kind of that size is known: {sorted(TIKTOKEN)}")
+            pattern, normal, bos, eos, first, special = TIKTOKEN[len(ranks)]
+            taken = {entry["id"] for entry in added.values()}
+            for id, name in enumerate(special, first):
+                if id not in taken:
+                    added.setdefault(name, token(name, id))
+            ends = {key: added[name]["id"] for key, name in (("bos", bos), ("eos", eos)) if name in added}
+            return BytePairs(ranks, pattern, normal=normal), [file], ends
+
+    if proto.exists() or (model.get("type") == "BPE" and model.get("byte_fallback")):
+        space = next((step for step in flat(spec.get("pre_tokenizer")) if step["type"] == "Metaspace"), None)
+        if space:
+            prefix = space.get("prepend_scheme", "always" if space.get("add_prefix_space", True) else "never")
+            prefix = "missing" if prefix == "always" else prefix
+            if space.get("split", True) and any("▁" in name[1:] for name in set(model["vocab"]) - set(added)):
+                raise UserError(f"{whole} splits text at every space, but has tokens with several; that is not supported")
+        elif spec:
+            prefix = "always" if any(step["type"] == "Prepend" for step in flat(spec["normalizer"])) else "never"
+        else:
+            prefix = "always" if config.get("legacy", True) else "first"
+        back = SentencePiece(proto.read_bytes() if proto.exists() else proto_from_json(spec, prefix), prefix)
+        for name in back.control:
+            added.setdefault(name, token(name, back.model.piece_to_id(name)))
+        if not proto.exists() and prefix == "never":  # sentencepiece finds the other added tokens by itself
+            for name in [name for name, entry in added.items() if not entry["special"]]:
+                del added[name]
+        ends = {key: getattr(back.model, f"{key}_id")() for key in ("bos", "eos", "pad")}
+        return back, [proto] if proto.exists() else files, {key: id for key, id in ends.items() if id >= 0}
+
+    if (folder / "tekken.json").exists():
+        back, special = read_tekken(folder / "tekken.json")
+        added.update({name: token(name, id) for id, name in enumerate(special)})
+        return back, [folder / "tekken.json"], {"bos": special.index("<s>"), "eos": special.index("</s>")}
+    if spec:
+        raise UserError(f"{whole} is a tokenizer of the kind {model.get('type')}; byte-level or byte-fallback BPE is needed")
+    raise UserError(f"{folder} has no tokenizer.json, tokenizer.model, vocab.json + merges.txt, *.tiktoken or tekken.json")
+
+
+def load(path, template=None):
+    """The Tokenizer of a model directory.
+
+    template: a key of TEMPLATES; None: the directory's own chat template, where it has one. A key that names the
+    directory's own template means that one, with its default system prompt. UserError for files that are missing,
+    damaged, or of a kind whose ids would not come out exactly, and for a template whose tokens are not there.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"there is no model directory {folder}")
+    spec, config = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
+    generation = read_json(folder / "generation_config.json")
+    named = read_json(folder / "special_tokens_map.json") | {key: value for key, value in config.items() if value}
+    names = {key: named.get(f"{key}_token") for key in ("bos", "eos", "pad", "unk")}
+    names = {key: name["content"] if isinstance(name, dict) else name for key, name in names.items()}
+    added = {entry["content"]: token(**entry) for entry in spec.get("added_tokens", [])}
+    for id, entry in config.get("added_tokens_decoder", {}).items():
+        added.setdefault(entry["content"], token(**entry | {"id": int(id)}))
+    for name, id in read_json(folder / "added_tokens.json").items():
+        added.setdefault(name, token(name, id, name in names.values()))
+    back, files, ends = read_vocabulary(folder, spec, config, added, names)
+    for key in ("bos", "eos", "pad"):
+        if names[key] in added:
+            ends[key] = added[names[key]]["id"]
+        elif key not in ends and not named:  # only the model's own configuration can tell
+            ends[key] = (as_list((read_json(folder / "config.json") | generation).get(f"{key}_token_id")) or [None])[0]
+
+    singles = [step["single"] for step in flat(spec.get("post_processor")) if step["type"] == "TemplateProcessing"]
+    add_bos = config.get("add_bos_token", "SpecialToken" in singles[0][0] if singles else not spec and "bos" in ends)
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+    digest.update(json.dumps(sorted((name, entry["id"], entry["special"]) for name, entry in added.items())).encode())
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
+    if (folder / "chat_template.jinja").exists():
+        source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    texts = {entry["id"]: name for name, entry in added.items()}
+    marks = {key: texts.get(ends.get(key), "") for key in ("bos", "eos")}
+    name, layout = choose(template, source, marks, added)
+    stops = as_list(generation.get("eos_token_id"))
+    return Tokenizer(back, added, ends, add_bos, digest.hexdigest(), name, layout, marks, stops)
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def alternation(entries):
+    """A regex that splits text at these added tokens, the longest first; None for none."""
+    tokens = []
+    for entry in sorted(entries, key=lambda entry: -len(entry["content"])):
+        text = re.escape(entry["content"])
+        text = rf"(?<!\w){text}(?!\w)" if entry["single_word"] else text
+        tokens.append(text + r"\s*" * entry["rstrip"])
+    return re.compile("(" + "|".join(tokens) + ")") if tokens else None
+
+
+START, AFTER, INSIDE = range(3)  # a stretch of text opens the sequence, follows an added token, goes on from other text
+
+
+class Tokenizer:
+    """Text <-> ids, and conversations -> (ids, mask). Made by `load`.
+
+    .bos_id .eos_id .pad_id     None where the model has none
+    .vocab_size                 the tokenizer's own: its highest id + 1 (a model's embedding may be larger)
+    .stop_ids                   tuple: EOS, the template's end of turn, the EOS ids of generation_config.json
+    .template                   name of the chat template ("model": the directory's own, of no other name), or None
+    .fingerprint                sha256 in hex over the vocabulary files and the special tokens
+    """
+
+    def __init__(self, model, added, ends, add_bos, fingerprint, template, layout, marks, stops):
+        self.model, self.added, self.fingerprint = model, added, fingerprint
+        self.template, self.layout, self._marks, self._known = template, layout, marks, {}
+        self.bos_id, self.eos_id, self.pad_id = ends.get("bos"), ends.get("eos"), ends.get("pad")
+        self.bos_first = bool(add_bos) and self.bos_id is not None and getattr(layout, "bos", True)
+        self.bytes = model.bytes | {entry["id"]: name.encode() for name, entry in added.items()}
+        self.vocab_size = max(self.bytes) + 1
+        # control tokens: the special ones, and those of the template; text of users never turns into one of them
+        self._all = alternation(added.values())
+        turns = layout if isinstance(layout, Turns) else Turns(user="{bos}", assistant="{}{eos}")
+        self.control = {entry["id"] for entry in added.values() if entry["special"]}
+        self.control |= {piece for piece in self._fixed(turns.fixed()) if isinstance(piece, int)}
+        self._plain = alternation(entry for entry in added.values() if entry["id"] not in self.control)
+        # a vocabulary may hold the name of a control token as an ordinary piece
+        leaks = [t for t, e in added.items() if e["id"] in self.control and e["id"] in model.encode(t, False)]
+        self._leaks = re.compile("|".join(map(re.escape, leaks))) if leaks else None
+        end = [piece for piece in self._fixed(turns.assistant.partition("{}")[2]) if isinstance(piece, int)]
+        self.stop_ids = tuple(sorted({*stops, *end, self.eos_id} - {None}))
+
+    def encode(self, text, bos=False, eos=False, special=False):
+        """list[int]. bos: begins with BOS, where the model has one. eos: ends with EOS; UserError where it has none.
+
+        special: names of control tokens in the text become these tokens. Never set it for what a user wrote.
+        """
+        ids, position = [self.bos_id] if bos and self.bos_id is not None else [], START
+        for piece in self._pieces(text, self._all) if special else [text]:
+            ids += [piece] if isinstance(piece, int) else self._text(piece, position, None if special else self._plain)
+            position = AFTER
+        if eos and self.eos_id is None:
+            raise UserError("this tokenizer has no EOS token: name one as eos_token in its tokenizer_config.json")
+        return ids + [self.eos_id] if eos else ids
+
+    def bytes_of(self, ids):
+        """The bytes of ids, for streaming: a character may be spread over several ids."""
+        return b"".join(self.bytes.get(id, b"") for id in ids)
+
+    def decode(self, ids, skip_special=True):
+        """str. Bytes that are not UTF-8 are replaced; skip_special leaves the control tokens out."""
+        text = self.bytes_of(id for id in ids if not (skip_special and id in self.control)).decode("utf-8", "replace")
+        spaced = isinstance(self.model, SentencePiece) and self.model.prefix != "never"
+        return text.removeprefix(" ") if spaced else text
+
+    def render(self, messages, add_generation_prompt=False, last_only=False):
+        """(ids, mask) of a conversation: mask 1 on what the assistant has to produce, the end of its turn included.
+
+        messages: list of {"role": "system" | "user" | "assistant" | "tool", "content": str}; "input": str, as in Alpaca
+        records, and "columns": list of [name, text] are optional. last_only: targets in the last assistant turn alone.
+        A turn begins with its prompt: render(messages[:-1], True) is a prefix of render(messages), and where they meet
+        nothing is merged. UserError for messages that the template cannot lay out.
+        """
+        if self.layout is None:
+            raise UserError(f"the model has no chat template that can be followed: choose template={'|'.join(TEMPLATES)}")
+        check(messages)
+        parts, last = [], None
+        for text, fixed, target in self.layout(messages, add_generation_prompt):
+            for piece in self._fixed(text) if fixed else [text]:
+                if parts and isinstance(piece, str) and isinstance(parts[-1][0], str) and parts[-1][1] == target:
+                    parts[-1][0] += piece
+                else:
+                    parts.append([piece, target])
+            last = last if target is None else target
+        ids, mask, position = [self.bos_id] * self.bos_first, [0] * self.bos_first, START
+        for piece, target in parts:
+            new = [piece] if isinstance(piece, int) else self._text(piece, position, self._plain)
+            position = AFTER if isinstance(piece, int) else INSIDE
+            ids += new
+            mask += [int(target is not None and (target == last or not last_only))] * len(new)
+        return ids, mask
+
+    def _pieces(self, text, added):
+        """`text` as ids (of added tokens) and the strings between them."""
+        pieces = added.split(text) if added else [text]
+        for i in range(1, len(pieces), 2):
+            entry = self.added.get(pieces[i]) or self.added[pieces[i].rstrip()]  # rstrip: the match ends in whitespace
+            pieces[i] = entry["id"]
+            if entry["lstrip"]:
+                pieces[i - 1] = pieces[i - 1].rstrip()
+        return [piece for piece in pieces if piece != ""]
+
+    def _fixed(self, text):
+        """The pieces of a template's own text, in which tokens are meant."""
+        if text not in self._known:
+            filled = text.replace("{bos}", self._marks["bos"]).replace("{eos}", self._marks["eos"])
+            self._known[text] = self._pieces(filled, self._all)
+        return self._known[text]
+
+    def _text(self, text, position, added):
+        """ids of text in which names of control tokens are but text; `added`: the tokens that count, or None."""
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:  # halves of surrogate pairs are put together, lone ones replaced
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids, prefix = [], self.model.prefix
+        for piece in self._pieces(text, added):
+            if isinstance(piece, int):
+                ids.append(piece)
+                position = AFTER
+                continue
+            lead = prefix == "always" or (prefix != "never" and piece[0] not in " ▁")
+            lead = lead and (position == START or (position == AFTER and prefix != "first"))
+            cuts = [match.start() + 1 for match in self._leaks.finditer(piece)] if self._leaks else []
+            for a, b in zip([0, *cuts], [*cuts, len(piece)], strict=True):
+                ids += self.model.encode(piece[a:b], lead and a == 0)
+        return ids
+
+
+# ----------------------------------------------------------------------------------------------- chat templates
+# A layout turns (messages, whether to end with the prompt of an answer) into parts (text, fixed, target). Fixed text is
+# the template's own, with tokens in it; the rest is the messages'. target: the index of the assistant message that has
+# it as target, or None. Neighbours of equal target are encoded as one text, so nothing depends on how it was cut.
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A conversation laid out turn by turn; {} stands for a message's content, {bos} and {eos} for these tokens."""
+
+    user: str
+    assistant: str  # ends with the token that ends the turn
+    generation: str = ""  # how `assistant` begins: the prompt of an answer, all after it is target
+    tail: str = ""  # follows an assistant turn, no target
+    start: str = ""  # opens a conversation that has no system message
+    system: str | None = None
+    opened: str | None = None  # the user turn after a system message, where these share a block
+    tool: str | None = None
+    final: str = ""  # opens the content of an assistant turn that ends the conversation
+    strip: tuple = ()  # roles whose content loses its outer whitespace
+    alternate: bool = False  # users and assistants have to take turns
+    bos: bool = True  # BOS comes first where the tokenizer puts it before texts
+    needs: tuple = ()  # tokens that the vocabulary must have
+
+    def fixed(self):
+        return "".join([self.user, self.assistant, self.tail, self.start, self.system or "", self.tool or ""])
+
+    def __call__(self, messages, generation):
+        roles = [message["role"] for message in messages]
+        turns = roles[1:] if roles[0] == "system" else roles
+        if self.alternate and turns != (["user", "assistant"] * len(turns))[: len(turns)]:
+            raise UserError("with this chat template users and assistants have to take turns, the user first")
+        parts = [] if roles[0] == "system" else [(self.start, True, None)]
+        for n, (role, message) in enumerate(zip(roles, messages, strict=True)):
+            content, target = full(message), n if role == "assistant" else None
+            shared = self.opened is not None and role == "user" and roles[:n] == ["system"]
+            form = self.opened if shared else getattr(self, role)
+            if form is None:
+                raise UserError(f"message {n + 1}: this chat template has no {role} turns; choose another template=")
+            if role in self.strip:
+                content = content.rstrip() if shared else content.strip()
+            before, _, after = form.partition("{}")
+            if role == "assistant":
+                parts.append((self.generation, True, None))
+                before = before.removeprefix(self.generation) + self.final * (n == len(messages) - 1)
+            parts += [(before, True, target), (content, False, target), (after, True, target)]
+            parts += [(self.tail, True, None)] * (role == "assistant")
+        return parts + [(self.generation, True, None)] * generation
+
+
+def full(message):
+    """A message's content, and the input of an Alpaca record a blank line below."""
+    return "\n\n".join(filter(None, (message["content"], message.get("input"))))
+
+
+def alpaca(messages, generation):
+    """Stanford Alpaca's prompt, with and without input; a system message stands in for its first paragraph."""
+    parts, answer = [], ("\n\n### Response:", True, None)
+    for n, message in enumerate(messages):
+        content, given = message["content"], message.get("input")
+        if message["role"] == "assistant":
+            parts += [answer, (content, False, n), ("{eos}", True, n)]
+        elif message["role"] == "system":
+            parts.append((content, False, None))
+        elif message["role"] == "user":
+            if n == 0:
+                paired = ", paired with an input that provides further context" if given else ""
+                parts.append((f"Below is an instruction that describes a task{paired}. ", True, None))
+                parts.append(("Write a response that appropriately completes the request.", True, None))
+            parts += [("\n\n### Instruction:\n", True, None), (content, False, None)]
+            parts += [("\n\n### Input:\n", True, None), (given, False, None)] if given else []
+        else:
+            raise UserError(f"message {n + 1}: the template alpaca has no {message['role']} turns")
+    return parts + [answer] * generation
+
+
+SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "tool"}
+
+
+def columns(messages, generation):
+    """`### NAME:` newline text, columns a blank line apart; the target is the last answer, all but its first name.
+
+    With "columns" in the messages every answer ends a shot, and shots are three blank lines apart. Without them, one
+    question and answer are INSTRUCTION, INPUT, RESPONSE (after a system message INSTRUCTION, QUESTION, RESPONSE), and
+    longer conversations are FROM and VALUE of every turn before the last answer, GPT.
+    """
+    given = any(message.get("columns") for message in messages)
+    chat = not given and sum(message["role"] == "user" for message in messages) > 1
+    asked, answer = "QUESTION" if messages[0]["role"] == "system" else "INSTRUCTION", "GPT" if chat else "RESPONSE"
+    parts, gap = [], ""
+    for n, message in enumerate(messages):
+        role, last = message["role"], message["role"] == "assistant" and n == len(messages) - 1
+        named = message.get("columns")
+        if not named and chat and not last:
+            named = [("FROM", SPEAKERS[role]), ("VALUE", full(message))]
+        elif not named and role == "assistant":
+            named = [(answer, message["content"])]
+        elif not named:
+            named = [(asked if role == "user" else "INSTRUCTION", message["content"])]
+            named += [("INPUT", message["input"])] if message.get("input") else []
+        for i, (name, text) in enumerate(named):
+            target = n if last else None
+            parts += [(f"{gap}### {name}:\n", False, target if i else None), (text, False, target)]
+            gap = "\n\n"
+        if role == "assistant":
+            answer, gap = named[0][0] if given else answer, "\n\n\n\n" if given else "\n\n"
+        parts += [("{eos}", True, n)] * last
+    return parts + [(f"{gap}### {answer}:\n", False, None)] * generation
+
+
+def tagged(header, end, tail="", tool="tool", **rest):
+    """Turns that all are a header with the role in it, the content and an end."""
+    roles = {"system": "system", "user": "user", "tool": tool}
+    turns = {role: header.replace("ROLE", name) + "{}" + end + tail for role, name in roles.items()}
+    answer = header.replace("ROLE", "assistant")
+    return Turns(**turns, assistant=answer + "{}" + end, generation=answer, tail=tail, **rest)
+
+
+TEMPLATES = {
+    "chatml": tagged("<|im_start|>ROLE\n", "<|im_end|>", "\n", needs=("<|im_start|>", "<|im_end|>")),
+    "llama2": Turns(
+        system="{bos}[INST] <<SYS>>\n{}\n<</SYS>>\n\n",
+        opened="{} [/INST]",
+        user="{bos}[INST] {} [/INST]",
+        assistant=" {} {eos}",
+        strip=("user", "assistant"),
+        alternate=True,
+        bos=False,
+    ),
+    "llama3": tagged(
+        "<|start_header_id|>ROLE<|end_header_id|>\n\n",
+        "<|eot_id|>",
+        tool="ipython",
+        strip=("system", "user", "assistant", "tool"),
+        needs=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    "mistral": Turns(
+        start="{bos}",
+        system="{bos}[INST] {}\n\n",
+        opened="{} [/INST]",
+        user="[INST] {} [/INST]",
+        assistant=" {}{eos}",
+        alternate=True,
+        bos=False,
+    ),
+    "zephyr": tagged("<|ROLE|>\n", "{eos}", "\n"),
+    "alpaca": alpaca,
+    "columns": columns,
+    "plain": Turns(system="{}", user="{}", assistant="{}{eos}"),
+}
+
+
+def check(messages):
+    """UserError, with its number, for a message that makes the list no conversation."""
+    if not isinstance(messages, list) or not messages:
+        raise UserError("a conversation has to be a list of at least one message")
+    for n, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or message.get("role") not in SPEAKERS:
+            raise UserError(f"message {n} needs a role, one of {', '.join(SPEAKERS)}: {message!r:.100}")
+        if message["role"] == "system" and n > 1:
+            raise UserError(f"message {n}: a conversation has one system message at most, and it comes first")
+        pairs = message.get("columns") or []
+        texts = [message.get("content"), message.get("input") or "", *(text for pair in pairs for text in pair)]
+        if not all(isinstance(text, str) for text in texts) or any(len(pair) != 2 for pair in pairs):
+            raise UserError(f"message {n} needs text as its content (and input, and columns of [name, text]): {message!r:.100}")
+
+
+def choose(key, source, marks, added):
+    """(name, layout) of the template `key`, or of the directory's own (`source`, in Jinja); (None, None) for neither."""
+    own, name = learn(source, marks, alternation(added.values())) if source and added else None, None
+    if own:
+        users = {t: getattr(turns, "user", "") for t, turns in TEMPLATES.items()}
+        users = {t: user.replace("{bos}", marks["bos"]).replace("{eos}", marks["eos"]) for t, user in users.items()}
+        name = next((t for t, user in users.items() if user == own.user), "mistral" if "[INST]" in own.user else "model")
+    if key not in (None, name, *TEMPLATES):
+        raise UserError(f"unknown template '{key}': there are {', '.join(TEMPLATES)}")
+    if key in (None, name):
+        return name, own
+    lacks = [t for t in getattr(TEMPLATES[key], "needs", ()) if t not in added] or ["EOS"] * (not marks["eos"])
+    if lacks:
+        raise UserError(f"template={key} needs {', '.join(lacks)}, which this tokenizer does not have")
+    return key, TEMPLATES[key]
+
+
+def learn(source, marks, added):
+    """The Turns that lay out conversations as the Jinja template `source` does; None where turns cannot.
+
+    They are read off what the template makes of a few conversations. Then both have to give the same text for all kinds
+    of conversations. A template that prints today's date prints the same day in July 2024 for ever.
+    """
+    import jinja2.sandbox  # comes with torch; only models with a chat template need it
+
+    def refuse(reason):
+        raise jinja2.TemplateError(reason)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals |= {"raise_exception": refuse, "strftime_now": datetime(2024, 7, 26).strftime}
+    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    source = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", source)  # a mark that prints nothing
+    source = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", source)
+    roles = {role[0]: role for role in SPEAKERS}
+    try:
+        template = environment.from_string(source)
+    except jinja2.TemplateError:
+        return None
+
+    def talk(who, contents):
+        return [{"role": roles[r], "content": content} for r, content in zip(who, contents, strict=False)]
+
+    def show(who, *contents, ask=False):
+        bos, eos = marks["bos"], marks["eos"]
+        try:
+            return template.render(messages=talk(who, contents), add_generation_prompt=ask, bos_token=bos, eos_token=eos)
+        except Exception:  # a foreign program: whatever it raises, it does not lay out this conversation
+            return ""
+
+    def holds(turns, *talks):
+        for texts in ([*"abcde"], [" a b\n", "\tc  ", " <d> & é\n\n", " 'e' ", "f"]):
+            for who, ask in [(who, False) for who in talks] + [(who, True) for who in talks if who[-1] in "ut"]:
+                laid_out = "".join(text for text, _, _ in turns(talk(who, texts), ask))
+                if show(who, *texts, ask=ask) != laid_out:
+                    return False
+        return True
+
+    s, u, a, v, b = "\ue000\ue001\ue002\ue003\ue004"  # contents that occur nowhere else
+    one, found = show("u", u), re.fullmatch(f"(.*){u}(.*){a}(.*){v}(.*){b}(.*)", show("uaua", u, a, v, b), re.S)
+    stop = found and added.search(found[5])
+    if not one or not stop:
+        return None
+    head, answer, back, last_answer, end = found.groups()
+    before, after = back.removeprefix(end), one.removeprefix(head + u)
+    reply = answer.removeprefix(after)
+    padded = {"user": show("u", f" {u}\n"), "assistant": show("ua", u, f" {a}\n"), "system": show("su", f" {s}\n", u)}
+    turns = Turns(
+        user=before + "{}" + after,
+        assistant=reply + "{}" + end[: stop.end()],
+        generation=show("u", u, ask=True).removeprefix(one),
+        tail=end[stop.end() :],
+        start=head.removesuffix(before),
+        final=last_answer.removeprefix(answer),
+        strip=tuple(role for role, text in padded.items() if not re.search(r" [\ue000-\ue002]\n", text)),
+        bos=False,
+    )
+    if not holds(turns, "u", "ua", "uau", "uaua", "uauau"):
+        return None
+    turns = replace(turns, alternate=not holds(turns, "uu", "uaa"))
+    if found := re.fullmatch(f"(.*){s}(.*){u}.*", show("su", s, u), re.S):
+        shared = not found[2].endswith(before)
+        system = found[1] + "{}" + (found[2] if shared else found[2].removesuffix(before))
+        more = replace(turns, system=system, opened="{}" + after if shared else None)
+        turns = more if holds(more, "su", "sua", "suau", "suaua") else turns
+    if found := not turns.alternate and re.fullmatch(f".*{a}(.*){v}(.*){b}.*", show("uata", u, a, v, b), re.S):
+        more = replace(turns, tool=found[1].removeprefix(end) + "{}" + found[2].removesuffix(reply))
+        turns = more if holds(more, "uat", "uata", "uatta") else turns
+    return turns
