@@ -111,29 +111,27 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------- the algorithm, as pure functions
-# N episodes, R response tokens: matrices are (N, R), right-padded; mask (N, R) is 1 on the actions, the EOS among them.
+# N episodes, R response tokens: matrices are (N, R), right-padded; mask (N, R) is 1 on the actions, the EOS among them. What
+# stands outside the mask counts as zero, even where it is NaN.
 
 
 def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """Per-token reward (N, R): -kl_coef * log(policy / reference) at every action, and the score (N,) at the last one.
     The estimator of the KL is k1, the one whose expected reward has the KL's gradient (Ziegler et al. 2019, Eq. 2)."""
-    mask = mask.to(logprobs.dtype)
-    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
-    last = mask * (mask.flip(1).cumsum(1).flip(1) == 1)  # (N, R): one-hot at each row's last action
-    return rewards + last * scores[:, None]
+    last = mask.long().flip(1).cumsum(1).flip(1) * mask.long() == 1  # (N, R): true at each row's last action
+    return torch.where(mask > 0, -kl_coef * (logprobs - ref_logprobs), 0.0) + torch.where(last, scores[:, None], 0.0)
 
 
 def gae(rewards, values, mask, gamma, lam):
     """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, Eq. 16) -> (advantages, returns), both (N, R).
-    What lies outside the mask counts as zero, and the value after the last action is 0: a response cut short ends there too."""
-    mask = mask.to(values.dtype)
-    rewards, values = rewards * mask, torch.where(mask > 0, values, 0.0)
+    The value after the last action is 0: a response cut short ends there too."""
+    rewards, values = (torch.where(mask > 0, x, 0.0) for x in (rewards, values))
     advantages, running = torch.zeros_like(values), torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         after = values[:, t + 1] if t + 1 < values.shape[1] else 0.0
         running = rewards[:, t] + gamma * after - values[:, t] + gamma * lam * running
         advantages[:, t] = running
-    return advantages * mask, (advantages + values) * mask
+    return advantages, advantages + values
 
 
 def group_advantages(returns, group, algo):
@@ -149,16 +147,16 @@ def group_advantages(returns, group, algo):
 def policy_loss(new_logprobs, old_logprobs, advantages, mask, clip, count=None):
     """Clipped surrogate (Schulman et al. 2017, Eq. 7), summed over the actions and divided by `count` -> (loss, stats).
     stats: "clipfrac" and "approx_kl" (k3 of old against new), averaged like the loss, and "ratio", its largest distance from 1."""
-    mask = mask.to(new_logprobs.dtype)
     count = mask.sum().clamp(min=1) if count is None else count
-    log_ratio = ((new_logprobs - old_logprobs) * mask).clamp(-20, 20)
-    ratio = log_ratio.exp()
+    log_ratio = torch.where(mask > 0, new_logprobs - old_logprobs, 0.0).clamp(-20, 20)
+    advantages, ratio = torch.where(mask > 0, advantages, 0.0), log_ratio.exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
-    loss = (torch.maximum(-advantages * ratio, -advantages * clipped) * mask).sum() / count
+    free, held = -advantages * ratio, -advantages * clipped
+    loss = torch.maximum(free, held).sum() / count
     with torch.no_grad():
         stats = dict(
-            clipfrac=((-advantages * clipped > -advantages * ratio) * mask).sum() / count,
-            approx_kl=((ratio - 1 - log_ratio) * mask).sum() / count,
+            clipfrac=(held > free).sum() / count,
+            approx_kl=(ratio - 1 - log_ratio).sum() / count,
             ratio=(ratio - 1).abs().max(),
         )
     return loss, stats
@@ -166,12 +164,12 @@ def policy_loss(new_logprobs, old_logprobs, advantages, mask, clip, count=None):
 
 def value_loss(values, old_values, returns, mask, clip, count=None):
     """Half the squared error, the larger of it and that of the value held within `clip` of the old one -> (loss, stats)."""
-    mask = mask.to(values.dtype)
     count = mask.sum().clamp(min=1) if count is None else count
-    near = old_values + (values - old_values).clamp(-clip, clip)
-    plain, held = (values - returns) ** 2, (near - returns) ** 2
-    loss = 0.5 * (torch.maximum(plain, held) * mask).sum() / count
-    return loss, dict(clipfrac=((held > plain) * mask).sum().detach() / count)
+    values, old_values, returns = (torch.where(mask > 0, x, 0.0) for x in (values, old_values, returns))
+    held = old_values + (values - old_values).clamp(-clip, clip)
+    free, held = (values - returns) ** 2, (held - returns) ** 2
+    loss = 0.5 * torch.maximum(free, held).sum() / count
+    return loss, dict(clipfrac=(held > free).sum().detach() / count)
 
 
 class AdaptiveKL:
