@@ -361,6 +361,7 @@ def full_models(cfg, rt, judge):
         scorer = Role(model, head=model.score, scale=checkpoint.read_score_scale(cfg.reward))
     if cfg.algo == "ppo":  # the critic starts as the reward model and speaks in its units
         model = trainable(cfg.model if judge else cfg.reward, "score")
+        model.score.requires_grad_(True)  # in full, whatever else is trained
         critic = Role(model, head=model.score, scale=(1.0, 0.0) if judge else scorer.scale)
         if judge:
             torch.nn.init.zeros_(model.score.weight)
