@@ -344,14 +344,23 @@ class Role:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad and mine(name, p)}
 
 
+def open_whole(dir, dtype, head=None):
+    """A model, or an adapter merged into its base, in `dtype`. The merge is done in fp32, so that what is held in bf16 is what
+    autocast makes of the same weights in fp32: policy and reference start equal to the bit."""
+    model = lora.merge(lora.open_model(dir, dtype=torch.float32 if lora.is_adapter(dir) else dtype, head=head)[0])
+    for name, p in model.named_parameters():
+        p.data = p.data if name == "score.weight" else p.data.to(dtype)
+    return model
+
+
 def full_models(cfg, rt, judge):
     """Layout (a): policy, reference, scorer and critic are models of their own -> the four roles (None where not needed)."""
 
     def frozen(dir, head=None):
-        return lora.merge(lora.open_model(dir, dtype=rt.dtype, head=head)[0]).requires_grad_(False)
+        return open_whole(dir, rt.dtype, head).requires_grad_(False)
 
     def trainable(dir, head=None):
-        model = lora.merge(lora.open_model(dir, dtype=torch.float32, head=head)[0])
+        model = open_whole(dir, torch.float32, head)
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
         return model
 
@@ -382,7 +391,7 @@ def adapters_on_one_trunk(cfg, rt, judge):
         model.reward_head = lora.load_scorer(model, cfg.reward, "reward")
         scorer = Role(model, "reward", model.reward_head, scale)
     elif not judge:
-        other = lora.merge(lora.open_model(cfg.reward, dtype=rt.dtype, head="score")[0])
+        other = open_whole(cfg.reward, rt.dtype, "score")
         scorer = Role(other.requires_grad_(False), head=other.score, scale=scale)
     if cfg.algo == "ppo":
         if joined:  # a copy of the reward adapter and its head
