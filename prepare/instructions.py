@@ -121,12 +121,14 @@ def recognise(record):
                 messages += turns([record["chosen"]])  # preference data: the better answer
             return messages
     if "instruction" in record:
-        instruction, context = text(record, "instruction"), record.get("input") or record.get("context") or ""
         answer = text(record, "response" if "response" in record else "output")
-        if not isinstance(context, str):
-            raise BadRecord("'input' is not text")
-        asked = {"role": "user", "content": instruction, **({"input": context} if context else {})}
-        return system + [asked, {"role": "assistant", "content": answer}]
+        asked = {"role": "user", "content": text(record, "instruction")}
+        asked |= {"input": text(record, key) for key in ("context", "input") if record.get(key)}
+        past = record.get("history") or []
+        if not isinstance(past, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in past):
+            raise BadRecord("'history' is not a list of [question, answer]")
+        past = [{"role": role, "content": said} for pair in past for role, said in zip(("user", "assistant"), pair, strict=True)]
+        return system + past + [asked, {"role": "assistant", "content": answer}]
     for ask, reply in (pair.split("/") for pair in PAIRS):
         if ask in record and reply in record:
             if isinstance(record[ask], list) and isinstance(record[reply], list):
@@ -162,19 +164,22 @@ def openorca(r):
 
 
 def choices(r, column, labels, texts, label):
-    if not isinstance(texts, list) or not isinstance(labels, list) or label not in labels:
+    if not (isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels)):
+        raise BadRecord("'choices' is not a list of answers, with a label each")
+    if label not in labels:
         raise BadRecord(f"the answer {label!r} is none of the choices")
     shown = " ".join(f"({a}): {t}" for a, t in zip(labels, texts, strict=True))
-    return task([["QUESTION", text(r, "question")], [column, shown]], "ANSWER", texts[labels.index(label)])
+    answer = text({"choices": texts[labels.index(label)]}, "choices")
+    return task([["QUESTION", text(r, "question")], [column, shown]], "ANSWER", answer)
 
 
 def mmlu(r):
     options = r.get("choices")
-    return choices(r, "CHOICES", list(range(len(options or []))), options, r.get("answer"))
+    return choices(r, "CHOICES", list(range(len(options))) if isinstance(options, list) else None, options, r.get("answer"))
 
 
 def arc(r):
-    options = r.get("choices") or {}
+    options = r["choices"] if isinstance(r.get("choices"), dict) else {}
     return choices(r, "CANDIDATE ANSWERS", options.get("label"), options.get("text"), r.get("answerKey"))
 
 
@@ -333,6 +338,15 @@ def fill(cfg, tok, writer, split):
     return np.concatenate(hashes), truncated, dropped, bad
 
 
+def divide(writer, rows, picks):
+    """The rows with picks[i] into the split val, the others into train; neighbours of one fate together, 1,024 at most."""
+    changes = np.flatnonzero(np.diff(picks)) + 1
+    edges = np.unique(np.concatenate([changes, np.arange(0, len(picks), 1024), [len(picks)]]))
+    for a, b in zip(edges[:-1], edges[1:], strict=True):
+        span = slice(rows.offsets[a], rows.offsets[b])
+        writer.extend("val" if picks[a] else "train", rows.tokens[span], rows.mask[span], rows.lengths[a:b])
+
+
 def main(cfg):
     check_target(cfg.out)
     setup(cfg)
@@ -345,9 +359,7 @@ def main(cfg):
         else:  # the rows to hold out are known when all hashes are
             with Writer(writer.tmp / "all", tok.vocab_size) as every:
                 hashes, truncated, dropped, bad = fill(cfg, tok, every, "all")
-            rows = Store(writer.tmp / "all", "all")
-            for i, pick in enumerate(records.held_out(hashes, cfg.val)):
-                writer.add("val" if pick else "train", *rows.row(i))
+            divide(writer, Store(writer.tmp / "all", "all"), records.held_out(hashes, cfg.val))
             shutil.rmtree(writer.tmp / "all")
         meta.update(truncated=truncated, dropped=dict(dropped.most_common()), bad_records=len(bad), first_bad=bad[:20])
     report(cfg, tok, read_meta(cfg.out))

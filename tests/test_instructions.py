@@ -82,6 +82,11 @@ CHAT = f"{U}Hi{E}\n{A}Hello.{E}\n{U}Bye{E}\n{A}So long.{E}"
         (dict(instruction="Say A.", input="", output="A", id=7), f"{U}Say A.{E}\n{A}A{E}", [f"A{E}"]),
         (dict(instruction="Q", context="C", response="R"), f"{U}Q\n\nC{E}\n{A}R{E}", [f"R{E}"]),
         (dict(instruction="Q", output="R", system="Be short."), f"{S}Be short.{E}\n{U}Q{E}\n{A}R{E}", [f"R{E}"]),
+        (
+            dict(instruction="Bye", input="", output="So long.", history=[["Hi", "Hello."]]),
+            CHAT,
+            [f"Hello.{E}", f"So long.{E}"],
+        ),
         (dict(prompt="P", completion="C"), f"{U}P{E}\n{A}C{E}", [f"C{E}"]),
         (dict(prompt="P", response=" C "), f"{U}P{E}\n{A} C {E}", [f" C {E}"]),
         (dict(question="P", answer="C"), f"{U}P{E}\n{A}C{E}", [f"C{E}"]),
@@ -233,6 +238,47 @@ def test_known_sets_in_their_variants(model, tmp_path):
     ):
         with pytest.raises(UserError, match="in.jsonl:1: "):
             target(name, record)
+
+
+MORE = [
+    dict(conversations=[dict(zip(("from", "value"), t, strict=True)) for t in TALK], system="S", tools="[]", chosen={}),
+    dict(instruction="Q", input="", output="R", history=[["Q", "R"]], system=""),
+    dict(prompt=[dict(role="user", content="P")], completion=[dict(role="assistant", content=[dict(type="text", text="C")])]),
+]
+JUNK = [None, 0, 1, 2.5, True, "", " ", "x", "user", "\ud800", [], [1], ["x"], [[]], [["x", 3]], {}, {"role": "user"}, {"text": []}]
+
+
+def spoil(rng, value):
+    """`value` with something in it replaced or left out."""
+    if not isinstance(value, dict | list) or not value or rng.random() < 0.2:
+        return rng.choice(JUNK)
+    value = value.copy()
+    key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+    if rng.random() < 0.2:
+        del value[key]
+    else:
+        value[key] = spoil(rng, value[key])
+    return value
+
+
+@pytest.mark.parametrize("template", ["chatml", "columns", "llama2"])
+def test_no_record_is_a_traceback(model, template):
+    rng, bad, good = random.Random(0), 0, 0
+    job = instructions.Config(source="any", model=model, out="", template=template)
+    instructions.setup(job)
+    for _ in range(3000):
+        job.source, record = rng.choice([(n, r[0]) for n, r in SETS.items()] + [("any", r) for r in MORE] * 2)
+        for _ in range(rng.randint(1, 2)):
+            record = spoil(rng, record)
+        try:
+            ids, mask, truncated = instructions.encode(records.parse(record))
+        except (instructions.Drop, records.BadRecord) as e:
+            assert str(e)
+            bad += 1
+        else:
+            assert len(ids) == len(mask) and mask[-1] == 1 and not truncated
+            good += 1
+    assert bad > 1000 and good > 100
 
 
 # -------------------------------------------------------------------------------------------------------------- lengths
