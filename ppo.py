@@ -353,6 +353,16 @@ def open_whole(dir, dtype, head=None):
     return model
 
 
+def check_reward_model(dir, tok):
+    """UserError unless `dir` is a score model, or an adapter of one, that reads the policy's tokens."""
+    base = lora.base_of(dir)
+    adapter = lora.is_adapter(dir)
+    if (lora.read_config(dir).get("task_type") != "SEQ_CLS") if adapter else (checkpoint.load_config(dir).head != "score"):
+        raise UserError(f"reward={dir} is a language model: train a score model with reward.py, or give file.py:function")
+    if tokenizer.load(base).fingerprint != tok.fingerprint:
+        raise UserError(f"reward={dir} has another tokenizer than the policy: its tokens would mean something else there")
+
+
 def full_models(cfg, rt, judge):
     """Layout (a): policy, reference, scorer and critic are models of their own -> the four roles (None where not needed)."""
 
@@ -458,6 +468,8 @@ def main(cfg):
     base = lora.base_of(cfg.model)
     tok = tokenizer.load(base)
     prompts = prompts_of(cfg, tok)
+    if not judge:
+        check_reward_model(cfg.reward, tok)
     policy, reference, scorer, critic = (adapters_on_one_trunk if cfg.lora_rank else full_models)(cfg, rt, judge)
     models = {id(role.model): role.model for role in (policy, reference, scorer, critic) if role}.values()
     for model in models:
