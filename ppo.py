@@ -17,6 +17,7 @@ Huang et al. 2024 (arXiv:2403.17031); RLOO: Ahmadian et al. 2024 (arXiv:2402.147
 
 import contextlib
 import importlib.util
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -203,11 +204,11 @@ def whiten(x, mask, rt, shift_mean=True):
 def load_function(spec):
     """file.py:function -> the function. The file is the user's own code, run because the command line says so."""
     path, _, name = spec.rpartition(":")
-    if not Path(path).is_file():
-        raise UserError(f"{spec}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise UserError(f"{spec}: give it as file.py:function; there is no such file here")
+    found = importlib.util.spec_from_file_location(path, path)
+    sys.modules[path] = module = importlib.util.module_from_spec(found)  # where dataclasses and pickle look it up
+    found.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
         raise UserError(f"{spec}: {path} has no function {name}")
     return getattr(module, name)
