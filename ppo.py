@@ -57,7 +57,7 @@ class Config:
     temperature: float = 1.0  # of the policy, the behaviour and the reference alike
     # reward
     missing_eos_penalty: float = 1.0  # off the score of a response that did not end
-    truncate_at: tuple[str, ...] = ()  # a response is cut behind the first of these strings, and pays truncate_penalty
+    truncate_at: tuple[str, ...] = ()  # a response is cut behind the first of these strings, and pays the next penalty instead
     truncate_penalty: float = 1.0
     score_clip: float = 0.0  # scores are cut to +- this; 0: off
     kl_coef: float = 0.05  # reward lost per nat of log(policy / reference)
@@ -541,8 +541,8 @@ def main(cfg):
             save(step)
             break
         cuts = [cut_at(cfg.truncate_at, tok, tokens) for tokens in made.tokens]
-        answers, truncated = [tokens for tokens, _ in cuts], torch.tensor([float(found) for _, found in cuts])
-        finished = torch.tensor([float(f) for f in made.finished]) * (1 - truncated)
+        answers, truncated = [tokens for tokens, _ in cuts], torch.tensor([found for _, found in cuts])
+        finished = torch.tensor(made.finished).logical_and(~truncated).float()
 
         # 2. cut the micro-batches once: old and new log-probabilities come from the same shapes, so the first ratio is exactly 1
         static = cfg.max_prompt + cfg.max_new_tokens if rt.static_shapes or cfg.compile else 0
@@ -569,7 +569,7 @@ def main(cfg):
 
         # 4. rewards: the score at the last action, less what a bad end costs, and the KL at every action
         reward = scores.clamp(-cfg.score_clip, cfg.score_clip) if cfg.score_clip else scores
-        reward = reward - cfg.missing_eos_penalty * (1 - finished) - cfg.truncate_penalty * truncated
+        reward = reward - torch.where(truncated, cfg.truncate_penalty, cfg.missing_eos_penalty * (1 - finished))
         rewards = shape_rewards(reward, rollout_logprobs, ref_logprobs, mask, controller.coef)
         if cfg.whiten_rewards:
             rewards = whiten(rewards, mask, rt, shift_mean=False)
