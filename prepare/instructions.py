@@ -123,7 +123,8 @@ def recognise(record):
     if "instruction" in record:
         answer = text(record, "response" if "response" in record else "output")
         asked = {"role": "user", "content": text(record, "instruction")}
-        asked |= {"input": text(record, key) for key in ("context", "input") if record.get(key)}
+        given = next((key for key in ("input", "context") if record.get(key)), None)
+        asked |= {"input": text(record, given)} if given else {}
         past = record.get("history") or []
         if not isinstance(past, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in past):
             raise BadRecord("'history' is not a list of [question, answer]")
