@@ -518,6 +518,7 @@ def main(cfg):
         checkpoint.save_training(out / "state", rt, trained, optimizers, **meta)
 
     mean = lambda x: rt.all_sum(x.sum()) / cfg.batch_size  # over all episodes  # noqa: E731
+    tokens = 0  # of responses, since the last line of the log
 
     for step in range(start, cfg.steps + 1):
         stop = rt.should_stop()
@@ -653,12 +654,14 @@ def main(cfg):
             metrics["explained_variance"] = 1 - variance(returns - values, mask, rt) / variance(returns, mask, rt).clamp(min=1e-8)
         metrics |= {k: sum(rt.all_sum(x[k]) if "norm" not in k else x[k] for x in stats) / len(stats) for k in stats[0]}
         metrics = {k: float(v) for k, v in metrics.items()} | dict(updates=len(stats))
+        tokens += int(rt.all_sum(mask.sum()))
         if cfg.kl_control == "adaptive":
             controller.update(metrics["kl"], cfg.batch_size)
         first = first or metrics
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
             metrics |= {f"{phase}_s": seconds for phase, seconds in clock.seconds.items()}
-            logger.step(step + 1, tokens=int(rt.all_sum(mask.sum())), memory=rt.peak_memory(), **metrics)
+            logger.step(step + 1, tokens=tokens, memory=rt.peak_memory(), **metrics)
+            tokens = 0
         if (step + 1) % cfg.sample_every == 0 or step == 0:
             shown = zip(asked[: cfg.samples], answers, scores.tolist(), log_ratio.sum(1).tolist(), strict=False)
             rows = [dict(prompt=tok.decode(a), response=tok.decode(r), reward=s, kl=k) for a, r, s, k in shown]
