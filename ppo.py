@@ -432,7 +432,8 @@ class Parking:
                 thing.to(device)
             elif isinstance(thing, torch.optim.Optimizer):
                 for state in thing.state.values():
-                    state.update({k: v.to(device) for k, v in state.items() if torch.is_tensor(v) and v.dim()})
+                    # Adam's step too: the fused kernel reads it on the device, where a resume did not put it
+                    state.update({k: v.to(device) for k, v in state.items() if torch.is_tensor(v)})
 
     @contextlib.contextmanager
     def __call__(self, *things):
