@@ -633,8 +633,7 @@ def main(cfg):
                     updates += 1
                     keys = dict.fromkeys(k for p in parts for k in p if k != "ratio")
                     stats.append({k: sum(p[k] for p in parts if k in p) for k in keys} | norms)
-                kl_of_pass = sum(float(rt.all_sum(x["approx_kl"])) for x in stats[before:]) / cfg.minibatches
-                if cfg.target_kl and kl_of_pass > cfg.target_kl:
+                if cfg.target_kl and rt.all_sum(sum(x["approx_kl"] for x in stats[before:])) / cfg.minibatches > cfg.target_kl:
                     break
 
         # 7. the KL controller, and what the iteration was like
@@ -653,7 +652,9 @@ def main(cfg):
         )  # fmt: skip
         if critic:
             metrics["explained_variance"] = 1 - variance(returns - values, mask, rt) / variance(returns, mask, rt).clamp(min=1e-8)
-        metrics |= {k: sum(rt.all_sum(x[k]) if "norm" not in k else x[k] for x in stats) / len(stats) for k in stats[0]}
+        for k in stats[0]:
+            total = sum(x[k] for x in stats)
+            metrics[k] = (total if "norm" in k else rt.all_sum(total)) / len(stats)
         metrics = {k: float(v) for k, v in metrics.items()} | dict(updates=len(stats))
         tokens += int(rt.all_sum(mask.sum()))
         if cfg.kl_control == "adaptive":
