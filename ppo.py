@@ -510,7 +510,7 @@ def main(cfg):
 
     def save(step):
         with parking(policy):
-            tensors = rt.full(dict(policy.model.named_parameters()))
+            tensors = rt.full(policy.trained() if cfg.lora_rank else dict(policy.model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
             lora.save(policy.model, out / "last", "policy", base=base, tensors=tensors)
         elif rt.is_main:
