@@ -248,11 +248,14 @@ def test_quantized_gguf(quant, tmp_path, capsys):
 
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2"])
 def test_gguf_byte_level_tokenizer(pre, tmp_path, capsys):
-    tok = bpe(pre)
-    write_gguf(tmp_path / "m.gguf", tiny(), tok=tok, pre=pre)
+    spec = json.loads(bpe(pre).to_str())
+    spec["model"]["vocab"]["Ġnolegs"] = 300  # a token that no merge makes: only with ignore_merges is it ever used
+    tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    write_gguf(tmp_path / "m.gguf", tiny(vocab=301), tok=tok, pre=pre)
     assert run(capsys, f"source={tmp_path}/m.gguf", f"out={tmp_path}/m")[0] == 0
     ours = tokenizers.Tokenizer.from_file(str(tmp_path / "m" / "tokenizer.json"))
-    for text in [*TEXTS, "<|im_start|>user\nHi 12345<|im_end|>", "e\u0301 '\u017fS 'LL"]:
+    assert (300 in ours.encode("it has nolegs").ids) == (pre == "llama-bpe")
+    for text in [*TEXTS, "it has nolegs", "<|im_start|>user\nHi 12345<|im_end|>", "e\u0301 '\u017fS 'LL"]:
         assert ours.encode(text).ids == tok.encode(text).ids
         assert ours.decode(ours.encode(text).ids) == tok.decode(tok.encode(text).ids)
 
