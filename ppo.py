@@ -52,6 +52,7 @@ class Config:
     steps: int = 100  # iterations of rollout and update
     batch_size: int = 64  # episodes of one iteration, over all ranks
     group: int = 1  # samples of each prompt (grpo and rloo need 2 or more)
+    rollout_batch: int = 32  # responses that one device generates at the same time
     max_prompt: int = 256  # longer prompts are left out
     max_new_tokens: int = 128
     temperature: float = 1.0  # of the policy, the behaviour and the reference alike
@@ -538,6 +539,7 @@ def main(cfg):
             made = generate.generate(
                 policy.model, asked[:: cfg.group], cfg.max_new_tokens, cfg.temperature, stop_ids=tok.stop_ids,
                 group=cfg.group, seed=(cfg.seed, step), sample_ids=episodes, step_hook=rt.sync,
+                batch_size=cfg.rollout_batch * rt.shards // rt.world,
             )  # fmt: skip
         if stop := rt.should_stop():  # an iteration is a function of the state and its number: the resume rolls it out again
             save(step)
