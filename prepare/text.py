@@ -22,6 +22,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import zlib
 from array import array
 from collections import Counter, defaultdict
@@ -59,10 +60,10 @@ class Config:
     separator: str = ""  # of .txt files: what stands between documents (\n for a line's end); "": a file is one document
     subset: str | None = None  # of a hub id: the configuration
     split: str = "train"  # of a hub id
-    max_mb: int = 0  # stop after so many million characters of text; 0: all of it
+    max_mb: int = 0  # stop after so many megabytes of the source; 0: all of it
     # a new tokenizer
     kind: Literal["sentencepiece", "bpe"] = "sentencepiece"  # sentencepiece BPE with byte fallback, or byte-level BPE
-    train_mb: int = 200  # million characters it is trained on, spread over the files (hub: the first)
+    train_mb: int = 200  # megabytes of the source it is trained on, spread evenly (hub: the first)
     # how
     val: str = "0.01"  # documents to hold out: a share such as 0.01 or 1%, or a number of them
     seed: int = 0  # of the choice of those documents
@@ -181,8 +182,8 @@ def read(plain, raw, field):
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as e:
-            line = raw.count(b"\n", 0, e.start)
-            raise BadRecord(f"not UTF-8 (byte 0x{raw[e.start]:02x}, {line} lines on)") from None
+            line = raw.count(b"\n", 0, e.start) + 1
+            raise BadRecord(f"not UTF-8 (byte 0x{raw[e.start]:02x} in line {line} of the document)") from None
     record = records.parse(raw)
     value = record.get(field)
     if not isinstance(value, str):
@@ -499,8 +500,10 @@ def assemble(cfg, directory, shards, counts):
     hashes = np.concatenate(hashes or [np.zeros(0, np.uint64)])
     empty = sum(about["empty"] for about in abouts)
     if not len(hashes):
-        reason = f"{empty} documents are empty, {len(errors)} bad" + f"; the first: {errors[0]}" * bool(errors)
-        raise UserError(f"{cfg.source} holds no text ({reason})")
+        for path in shards:
+            path.unlink()
+        first = "".join(f"; the first: {error}" for error in errors[:1])
+        raise UserError(f"{cfg.source} holds no text ({empty} documents are empty, {len(errors)} bad{first})")
     tok, held, size = state.tok, held_out(hashes, cfg.val), Counter()
     meta = dict(
         tokenizer=tok.fingerprint, source=cfg.source, seed=cfg.seed, dropped={"empty": empty}, **counts,
@@ -536,7 +539,9 @@ def main(cfg):
         shards = fill(cfg, files, work, directory, workers, counts)
         assemble(cfg, directory, shards, counts)
     except BaseException:
-        if {p.name for p in work.iterdir()} <= {"job.json", "00000.tmp", "tokenizer.tmp"}:  # nothing to go on from
+        if any(work.glob("*.npz")) or directory == work / "tokenizer" and directory.exists():
+            print(f"what is done stays in {work}: the same command goes on from there", file=sys.stderr)
+        else:
             shutil.rmtree(work)
         raise
     shutil.rmtree(work)
