@@ -816,7 +816,8 @@ def learn(source, marks, added):
     head, answer, back, last_answer, end = found.groups()
     before, after = back.removeprefix(end), one.removeprefix(head + u)
     reply = answer.removeprefix(after)
-    padded = {"user": show("u", f" {u}\n"), "assistant": show("ua", u, f" {a}\n"), "system": show("su", f" {s}\n", u)}
+    pad = "\n {} \n".format
+    padded = {"user": show("u", pad(u)), "assistant": show("ua", u, pad(a)), "system": show("su", pad(s), u)}
     turns = Turns(
         user=before + "{}" + after,
         assistant=reply + "{}" + end[: stop.end()],
@@ -824,7 +825,7 @@ def learn(source, marks, added):
         tail=end[stop.end() :],
         start=head.removesuffix(before),
         final=last_answer.removeprefix(answer),
-        strip=tuple(role for role, text in padded.items() if not re.search(r" [\ue000-\ue002]\n", text)),
+        strip=tuple(role for role, text in padded.items() if not re.search(pad(f"[{s}{u}{a}]"), text)),
         bos=False,
     )
     if not holds(turns, "u", "ua", "uau", "uaua", "uauau"):

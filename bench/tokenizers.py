@@ -104,7 +104,12 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
 BARE = {**BYTES, "use_regex": False}
 DIGITS = {"type": "Digits", "individual_digits": True}
 PRE = {  # the pre-tokenizers that GGUF files only name
-    "falcon": [{"type": "Punctuation", "behavior": "Contiguous"}, BYTES, {**DIGITS, "individual_digits": False}, split("[0-9][0-9][0-9]")],
+    "falcon": [
+        {"type": "Punctuation", "behavior": "Contiguous"},
+        BYTES,
+        {"type": "Digits", "individual_digits": False},
+        split("[0-9][0-9][0-9]"),
+    ],
     "gpt-2": [BYTES],
     "mpt": [BYTES],
     "gpt-neox": [BYTES],
@@ -146,7 +151,8 @@ def rebuild(path, folder):
 
 NATURAL = """The quick brown fox didn't jump; it's LAZY, isn't it? We'll see: 3.14159, 1,234,567 and $99.99 (50% off)!
 Übergrößenträger façade naïve Ångström — “quotes”, ‘single’… Привет, мир! Γειά σου Κόσμε. שלום עולם مرحبا بالعالم
-नमस्ते दुनिया สวัสดีชาวโลก こんにちは世界、カタカナ。 안녕하세요 세계! 你好，世界！这是一个测试。 Xin chào thế giới Ẁẃ e\u0301 ﬁ １２３ ½ ² Ⅷ ٣
+नमस्ते दुनिया สวัสดีชาวโลก こんにちは世界、カタカナ。 안녕하세요 세계! 你好，世界！这是一个测试。 Xin chào
+thế giới Ẁẃ e\u0301 ﬁ １２３ ½ ² Ⅷ ٣
 def f(x):\n\treturn {"a": [1, 2], 'b': x ** 2}  # comment\n\n    if (i < 10 && !done) { ++i; }\r\n<p class="x">text</p>
 https://example.org/path?q=1&r=two#frag user@mail.com C:\\dir\\file.txt 2024-07-26T12:00:00Z 0xDEADBEEF 1e-5""".split(" ")
 EMOJI = ["😀", "👨‍👩‍👧", "👍🏽", "🇩🇪", "🏳️‍🌈", "❤️", "🦙", "🧑🏿‍🚀", "⚡"]
@@ -239,7 +245,8 @@ def compare(entry, cfg, texts):
     cells = [f"{mine:.1f} / {theirs:.1f} = {mine / theirs:.1f}x" for mine, theirs in rates]
     name = Path(folder).name + (f" ({Path(oracle_folder).name})" if oracle_folder else "")
     bad = f"{len(text_bad)}" + (f" ({unassigned} unassigned)" if unassigned else "")
-    return [name, oracle.name, str(len(strings)), bad, "-" if special_bad is None else str(len(special_bad)), f"{load_s:.1f}", *cells]
+    special = "-" if special_bad is None else str(len(special_bad))
+    return [name, oracle.name, str(len(strings)), bad, special, f"{load_s:.1f}", *cells]
 
 
 def read_text(path, size):

