@@ -108,7 +108,7 @@ class Config:
     resume: Literal["auto", "true", "false"] = "auto"
     save_every: int = 20
     log_every: int = 1
-    sample_every: int = 10
+    sample_every: int = 10  # 0: never
     samples: int = 3
 
 
@@ -449,20 +449,37 @@ class Parking:
 # ---------------------------------------------------------------------------------------------- the loop
 
 
-def main(cfg):
-    # ------------------------------------------------------------------------------------------ setup
-    rt = runtime.start(cfg)
-    rt.catch_signals()
-    out = Path(cfg.out)
-    own = cfg.batch_size // (rt.world * cfg.minibatches)  # episodes of this rank in one minibatch
-    micro_batch = cfg.micro_batch * rt.shards // rt.world
-    if cfg.batch_size % (rt.world * cfg.minibatches * micro_batch) or own % cfg.group:
+def check(cfg, rt):
+    """UserError for settings that do not go together."""
+    for key in ("batch_size", "group", "rollout_batch", "minibatches", "micro_batch", "ppo_epochs", "log_every", "save_every"):
+        if getattr(cfg, key) < 1:
+            raise UserError(f"{key}={getattr(cfg, key)}: must be 1 or more")
+    own = cfg.batch_size // (rt.world * cfg.minibatches)
+    if cfg.batch_size % (cfg.minibatches * cfg.micro_batch * rt.shards) or own % cfg.group:
         raise UserError(
             f"batch_size={cfg.batch_size} must be a multiple of minibatches={cfg.minibatches} x micro_batch={cfg.micro_batch} x "
             f"{rt.shards} devices, and a rank's share of a minibatch ({own}) one of group={cfg.group}"
         )
     if cfg.algo != "ppo" and cfg.group < 2:
         raise UserError(f"algo={cfg.algo} compares the samples of one prompt: it needs group=2 or more")
+    if cfg.algo != "ppo" and cfg.value_warmup:
+        raise UserError(f"value_warmup={cfg.value_warmup} trains a critic, which algo={cfg.algo} has not: leave it out")
+    if cfg.temperature <= 0:
+        raise UserError(f"temperature={cfg.temperature}: must be above 0, where samples differ")
+    if bool(cfg.ptx_coef) != bool(cfg.ptx_data):
+        raise UserError("ptx_data= and ptx_coef= go together: give both or neither")
+    if cfg.offload and (cfg.lora_rank or rt.mesh or rt.world > 1 and cfg.parallel == "fsdp"):
+        raise UserError("offload=true parks full models that a device holds whole: leave it out with lora_rank=, fsdp or xla")
+
+
+def main(cfg):
+    # ------------------------------------------------------------------------------------------ setup
+    rt = runtime.start(cfg)
+    rt.catch_signals()
+    out = Path(cfg.out)
+    check(cfg, rt)
+    own = cfg.batch_size // (rt.world * cfg.minibatches)  # episodes of this rank in one minibatch
+    micro_batch = cfg.micro_batch * rt.shards // rt.world
     resume = checkpoint.resumable(out / "state", cfg.resume)
     judge = load_function(cfg.reward) if ".py:" in cfg.reward else None  # a Python function; otherwise a score model
     gold = load_function(cfg.gold) if cfg.gold else None
@@ -666,7 +683,7 @@ def main(cfg):
             metrics |= {f"{phase}_s": seconds for phase, seconds in clock.seconds.items()}
             logger.step(step + 1, tokens=tokens, memory=rt.peak_memory(), **metrics)
             tokens = 0
-        if (step + 1) % cfg.sample_every == 0 or step == 0:
+        if cfg.sample_every and (step == 0 or (step + 1) % cfg.sample_every == 0):
             shown = zip(asked[: cfg.samples], answers, scores.tolist(), log_ratio.sum(1).tolist(), strict=False)
             rows = [dict(prompt=tok.decode(a), response=tok.decode(r), reward=s, kl=k) for a, r, s, k in shown]
             logger.samples(step + 1, rows)
