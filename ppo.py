@@ -16,6 +16,7 @@ Huang et al. 2024 (arXiv:2403.17031); RLOO: Ahmadian et al. 2024 (arXiv:2402.147
 """
 
 import contextlib
+import functools
 import importlib.util
 import sys
 from dataclasses import dataclass
@@ -262,10 +263,15 @@ def prompts_of(cfg, tok):
     return prompts
 
 
+@functools.lru_cache(2)
+def order(count, epoch, seed):
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
 def pick(prompts, position, seed):
     """The prompt at a position of an endless sequence of shuffled passes over all of them: a function of the seed alone."""
     epoch, i = divmod(position, len(prompts))
-    return prompts[np.random.default_rng([seed, epoch]).permutation(len(prompts))[i]]
+    return prompts[order(len(prompts), epoch, seed)[i]]
 
 
 def cut_at(strings, tok, tokens):
