@@ -1,6 +1,9 @@
 """A model directory of a few thousand weights with a tokenizer of single bytes, and data folders that fit it: for the tests."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,3 +82,31 @@ def preferences(path, model, n=48, val=16, **settings):
 def batch(packs, length, **settings):
     """Packs of rows as the micro-batch that sft.loss_sum takes."""
     return data.target_index(data.collate(packs, length, **settings))
+
+
+RUNS = """
+import importlib, json, sys
+import torch.distributed as dist
+import config, runtime
+
+begin = dist.init_process_group  # several runs in one process: one start is slow enough
+dist.init_process_group = lambda *args: dist.is_initialized() or begin(*args)
+runtime.Runtime.close = lambda self: None
+stage = importlib.import_module(sys.argv[1])
+for argv in json.loads(sys.argv[2]):
+    stage.main(config.load(stage.Config, argv))
+"""
+
+
+def two_processes(dir, stage, argvs):
+    """Runs of a stage, each with its arguments, on two processes."""
+    root, script = Path(__file__).resolve().parent.parent, Path(dir) / "runs.py"
+    script.write_text(RUNS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(root))
+    process = subprocess.Popen([*launch, script, stage, json.dumps(argvs)], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        output, _ = process.communicate(timeout=100)
+    finally:
+        process.terminate()  # torchrun ends its children
+    assert process.returncode == 0, output[-3000:]

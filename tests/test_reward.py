@@ -1,0 +1,349 @@
+"""reward.py: the ranking loss by hand, the place where a score is read, what is trained, saved and resumed; and rankings.py."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+
+import checkpoint
+import config
+import lora
+import rankings
+import reward
+import runtime
+import tokenizer
+from config import UserError
+
+FAST = "device=cpu dtype=float32 max_length=128 norm_tokens=8 norm_samples=8 batch_size=8 log_every=100 samples=1".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With model/ and the folders of groups data/ (2 to 4 completions) and many/."""
+    path = tmp_path_factory.mktemp("reward")
+    tiny.model_dir(path / "model")
+    tiny.preferences(path / "data", path / "model")
+    tiny.preferences(path / "many", path / "model", n=400, val=100)
+    return path
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    """Trains with settings over the fast ones -> the run folder."""
+
+    def train(*settings, out="out"):
+        keys = {s.partition("=")[0] for s in settings}
+        base = [f"model={folder}/model", f"data={folder}/data", f"out={tmp_path / out}", "steps=2", *FAST]
+        reward.main(config.load(reward.Config, [s for s in base if s.partition("=")[0] not in keys] + list(settings)))
+        return tmp_path / out
+
+    return train
+
+
+def log(out, kind):
+    return [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["kind"] == kind]
+
+
+def weights(dir):
+    return {name: t.clone() for name, t in checkpoint.read_tensors(dir).items()}
+
+
+# ------------------------------------------------------------------------------------------ the loss
+
+
+def test_ranking_loss_by_hand():
+    s = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    scores = torch.tensor([1.0, 0.5, 2.0, 1.0, -1.0, 0.3, 0.1, 0.2, -0.4], requires_grad=True)
+    loss = reward.ranking_loss(scores, torch.tensor([0, 2, 5, 9]))
+    two = -math.log(s(0.5))
+    three = -(math.log(s(1.0)) + math.log(s(3.0)) + math.log(s(2.0))) / 3
+    four = -sum(math.log(s(d)) for d in (0.2, 0.1, 0.7, -0.1, 0.5, 0.6)) / 6
+    assert loss.item() == pytest.approx((two + three + four) / 3, abs=1e-6)
+    loss.backward()  # d -log sigmoid(d) / d d = -sigmoid(-d), to the better and, negated, to the worse
+    grads = [-s(-0.5), s(-0.5),
+             -(s(-1) + s(-3)) / 3, (s(-1) - s(-2)) / 3, (s(-3) + s(-2)) / 3,
+             -(s(-0.2) + s(-0.1) + s(-0.7)) / 6, (s(-0.2) - s(0.1) - s(-0.5)) / 6, (s(-0.1) + s(0.1) - s(-0.6)) / 6,
+             (s(-0.7) + s(-0.5) + s(-0.6)) / 6]  # fmt: skip
+    assert scores.grad.tolist() == pytest.approx([g / 3 for g in grads], abs=1e-6)
+
+
+def test_margin_and_centring_by_hand():
+    s = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    scores = torch.tensor([1.0, 0.5, -1.0])
+    by_hand = [-math.log(s(d - 0.25)) + 0.01 * t**2 for d, t in ((0.5, 1.5), (2.0, 0.0), (1.5, -0.5))]
+    assert reward.ranking_loss(scores, [0, 3], margin=0.25, centring=0.01).item() == pytest.approx(sum(by_hand) / 3, abs=1e-6)
+
+
+def test_a_constant_scorer_is_at_ln_2_and_pushes_nothing_on_the_whole():
+    scores = torch.full((9,), 0.7, dtype=torch.bfloat16, requires_grad=True)
+    loss = reward.ranking_loss(scores, [0, 2, 5, 9])
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(math.log(2), abs=1e-7)
+    loss.backward()
+    assert scores.grad.float().abs().min() >= 0 and scores.grad.float().sum().abs() < 1e-6
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+
+def open_rows(folder, split="train", name="data"):
+    return rankings.load([folder / name], split=split, tokenizer=tokenizer.load(folder / "model"))
+
+
+def test_batches_hold_every_group_once_and_whole(folder):
+    rows = open_rows(folder)
+    for world, micro_batch in ((1, 1), (2, 3)):
+        parts = [rankings.Batches(rows, 10, micro_batch, 128, seed=3, rank=r, world=world) for r in range(world)]
+        seen = []
+        for step in range(parts[0].steps_per_epoch):
+            micros = [part.batch(step) for part in parts]
+            assert len({len(m) for m in micros}) == 1  # all ranks do the same number of forwards
+            for micro in (m for rank in micros for m in rank):
+                assert micro["tokens"].shape[0] == micro_batch and micro["tokens"].shape[1] <= 128
+                assert micro["share"].sum().item() == pytest.approx(micro["best"].sum().item())
+                flat = micro["tokens"].flatten()
+                for n, at in zip(micro["number"].tolist(), micro["last"].tolist(), strict=True):
+                    tokens, mask = rows.stores[0].row(n)
+                    assert flat[at - len(tokens) + 1 : at + 1].tolist() == tokens.tolist()
+                    assert (micro["of"] == micro["number"].tolist().index(n)).sum() == mask.sum()
+                seen += micro["number"].tolist()
+        assert sorted(seen) == list(range(rows.first[-1]))
+
+
+def test_what_a_step_holds_does_not_depend_on_how_it_is_cut(folder):
+    rows = open_rows(folder)
+    for step in (0, 3, 9):
+        a = rankings.Batches(rows, 8, 1, 64, seed=1).batch(step)
+        b = rankings.Batches(rows, 8, 4, 128, seed=1, static=True).batch(step)
+        real = [np.concatenate([m["number"][m["real"] > 0] for m in micros]) for micros in (a, b)]
+        assert sorted(real[0]) == sorted(real[1])
+    assert b[0]["tokens"].shape == (4, 128) and len(b[0]["last"]) % 64 == 0 and len(b[0]["share"]) % 64 == 0
+
+
+def test_groups_over_max_length_are_dropped_and_counted(folder, run):
+    rows = open_rows(folder)
+    batches = rankings.Batches(rows, 4, 1, 40)
+    assert batches.dropped == (rows.lengths > 40).sum() > 0
+    with pytest.raises(UserError, match="none of the 48 groups"):
+        rankings.Batches(rows, 4, 1, 10)
+
+
+def test_sizes_pick_groups_and_stores_are_checked(folder, tmp_path):
+    dirs, tok = [folder / "data", folder / "many"], tokenizer.load(folder / "model")
+    rows = rankings.load(dirs, ["10", "5%"], seed=1, tokenizer=tok)
+    assert len(rows) == 10 + 20 and rows.fingerprint() == rankings.load(dirs, ["10", "5%"], seed=1).fingerprint()
+    assert rows.fingerprint() != rankings.load(dirs, ["10", "5%"], seed=2).fingerprint()
+    assert rows.prompt(12) == rows.group(12)[1][0][: len(rows.prompt(12))].tolist()
+    for sizes in (["1"], ["49", "all"]):
+        with pytest.raises(UserError):
+            rankings.load(dirs, sizes)
+    tiny.store(tmp_path / "plain", folder / "model")
+    with pytest.raises(UserError, match="holds no groups"):
+        rankings.load([tmp_path / "plain"])
+    tiny.preferences(tmp_path / "noval", folder / "model", val=0)
+    assert rankings.load([tmp_path / "noval"], split="val") is None
+
+
+# ------------------------------------------------------------------------------------------ where the score is read
+
+
+def scorer(**changes):
+    return tiny.model(head="score", **changes).requires_grad_(False)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(windows=(4, 0))])
+def test_scores_depend_on_no_padding_and_no_neighbour(changes):
+    model, rows = scorer(**changes), [row for group in tiny.ranked(4, seed=5) for row in group]
+    rows[0] = (rows[0][0][:3] + [258, 258], rows[0][1][:3] + [1, 1])  # ends in the padding's own id
+    alone = torch.cat([model.score(model(torch.tensor([tokens])))[:, -1] for tokens, _ in rows])
+    for order in (range(len(rows)), np.random.default_rng(0).permutation(len(rows))):
+        groups = [(int(i), [rows[i]]) for i in order]
+        longest = max(sum(len(rows[i][0]) for i in p) for p in (order[:5], order[5:]))
+        for extra in (0, 7, 50):
+            micro = rankings.collate([groups[:5], groups[5:]], 2, longest + extra, pad_id=258, static=True)
+            real = micro["real"] > 0
+            scores = torch.empty(len(rows))
+            scores[micro["number"][real]] = reward.score(model, model, micro)[real]
+            assert (scores - alone).abs().max() < 1e-5
+
+
+def test_reversed_ranking_turns_accuracy_around(folder):
+    model, rt, cfg = scorer(), runtime.Runtime("cpu", dtype="float32"), reward.Config()
+    rows = open_rows(folder, "val")
+    straight = reward.evaluate(rt, model, model, rankings.Batches(rows, 4, 2, 128), cfg)
+    group = rankings.Groups.group
+    rows.group = lambda g: group(rows, g)[::-1]
+    reversed_ = reward.evaluate(rt, model, model, rankings.Batches(rows, 4, 2, 128), cfg)
+    assert straight["accuracy"] + reversed_["accuracy"] == pytest.approx(1)
+    assert straight["gap"] == pytest.approx(-reversed_["gap"]) and straight["score_std"] == pytest.approx(reversed_["score_std"])
+
+
+def test_a_tie_is_no_right_order():
+    batch = dict(better=torch.tensor([0]), worse=torch.tensor([1]), share=torch.ones(1), real=torch.ones(2))
+    assert reward.summary(reward.statistics(torch.zeros(2), torch.zeros(1), batch))["accuracy"] == 0
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """A run that learns to rank."""
+    out = folder / "trained"
+    settings = f"model={folder}/model data={folder}/many out={out} steps=80 lr=3e-3 norm_samples=1000 batch_size=16".split()
+    keys = {s.partition("=")[0] for s in settings}
+    reward.main(config.load(reward.Config, settings + [s for s in FAST if s.partition("=")[0] not in keys]))
+    return out
+
+
+def test_learns_what_can_be_learned(trained):
+    first, last = log(trained, "eval")[0], log(trained, "eval")[-1]
+    assert first["accuracy"] < 0.7 and last["accuracy"] > 0.95 and last["gap"] > 1
+
+
+def test_the_policys_fresh_samples_have_mean_0_and_variance_1(trained, folder):
+    rt, tok = runtime.Runtime("cpu", dtype="float32"), tokenizer.load(folder / "model")
+    model, _ = lora.open_model(trained / "last")
+    cfg = reward.Config(model=str(folder / "model"), norm_samples=1500, norm_tokens=8, max_length=128, seed=77)
+    samples = reward.draw_samples(rt, cfg, open_rows(folder, name="many"), tok)
+    scores = reward.score_samples(rt, model, model, samples, 4, 128)
+    gain, bias = checkpoint.read_score_scale(trained / "last")
+    assert (gain, bias) != (1.0, 0.0)
+    assert abs((gain * scores + bias).mean()) < 0.1 and abs((gain * scores + bias).std() - 1) < 0.1
+    i = 7  # and a score is the one that the sample has by itself
+    start, end = samples[1][i].tolist()
+    assert scores[i] == pytest.approx(model.score(model(samples[0][i : i + 1, :end]))[0, -1].item(), abs=1e-5)
+    assert end - start == 8 or samples[0][i, end - 1] == 258
+
+
+def hf_scores(model, rows, pad_id):
+    """Of transformers, on right-padded rows."""
+    longest = max(len(tokens) for tokens, _ in rows)
+    ids = torch.tensor([[*tokens, *[pad_id] * (longest - len(tokens))] for tokens, _ in rows])
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0]
+
+
+def test_transformers_scores_the_same(trained, folder):
+    import transformers
+
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(trained / "last", dtype=torch.float32)
+    model, _ = lora.open_model(trained / "last")
+    rows = [row for group in tiny.ranked(5, seed=9) for row in group]
+    ours = torch.stack([model.score(model(torch.tensor([tokens])))[0, -1] for tokens, _ in rows])
+    assert theirs.config.pad_token_id not in tokenizer.load(folder / "model").stop_ids
+    assert (hf_scores(theirs, rows, theirs.config.pad_token_id) - ours).abs().max() < 1e-5
+    assert ours.std() > 0.1
+
+
+def test_lora_trains_the_head_in_full_and_opens_in_peft(run, folder):
+    import peft
+    import transformers
+
+    out = run("lora_rank=4", "lora_targets=q_proj,down_proj", "lr=3e-2", "steps=6")
+    before, after = weights(folder / "model"), lora.open_model(out / "last")[0]
+    assert all(torch.equal(before[name], p) for name, p in after.named_parameters() if name in before)
+    rows = [row for group in tiny.ranked(4, seed=9) for row in group]
+    ours = torch.stack([after.score(after(torch.tensor([tokens])))[0, -1] for tokens, _ in rows])
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=1, pad_token_id=257)
+    theirs = peft.PeftModel.from_pretrained(base, out / "last").eval()
+    assert (hf_scores(theirs, rows, 257) - ours).abs().max() < 1e-5
+    assert checkpoint.read_score_scale(out / "last") != (1.0, 0.0)
+    state = checkpoint.load_state(out / "state")[0]
+    names = {name.split(".")[-2] if "lora" in name else name for name in state if name.startswith("model.")}
+    assert names == {"model.score.weight", "lora_A", "lora_B"}
+
+
+def test_frozen_parts_stay_bit_for_bit(run, folder):
+    out = run("freeze_layers=1", "lr=1e-2")
+    before, after = weights(folder / "model"), weights(out / "last")
+    same = {name for name in before if name in after and torch.equal(before[name], after[name])}
+    assert same == {name for name in before if "embed_tokens" in name or "layers.0." in name}
+    assert not any("embed_tokens" in name or "layers.0." in name for name in checkpoint.load_state(out / "state")[0])
+
+
+def first_moments(out):
+    """exp_avg after one step: (1 - beta1) times the gradient."""
+    return {k: t for k, t in checkpoint.load_state(out / "state")[0].items() if k.endswith("exp_avg")}
+
+
+def test_the_gradient_does_not_depend_on_the_cut(run):
+    base = ["steps=1", "batch_size=16", "grad_clip=0", "norm_samples=0", "centring=0.01", "margin=0.1"]
+    one = first_moments(run(*base, "micro_batch=16", out="a"))
+    for cut in (["micro_batch=1"], ["micro_batch=1", "max_length=64"]):
+        other = first_moments(run(*base, *cut, "resume=false", out="b"))
+        assert all((one[k] - other[k]).abs().max() < 1e-6 for k in one) and max(t.abs().max() for t in one.values()) > 1e-3
+
+
+def test_two_processes_do_what_one_does(run, folder, tmp_path):
+    settings = ["steps=1", "batch_size=15", "grad_clip=0", "norm_samples=4", "max_length=64", "micro_batch=2"]
+    base = [s for s in FAST if s.partition("=")[0] not in ("batch_size", "norm_samples", "max_length")]
+    base += [*settings, f"model={folder}/model", f"data={folder}/data"]
+    runs = dict(ddp=[], fsdp=["parallel=fsdp"], lora=["lora_rank=2"])
+    tiny.two_processes(tmp_path, "reward", [[*base, *more, f"out={tmp_path / name}"] for name, more in runs.items()])
+    for name, more in runs.items():
+        one, two = run(*settings, *more, out="one-" + name), tmp_path / name
+        a, b = first_moments(one), first_moments(two)
+        assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() < 1e-6 for k in a)
+        for x, y in zip(log(one, "eval"), log(two, "eval"), strict=True):
+            assert all(x[k] == pytest.approx(y[k], abs=1e-4) for k in ("loss", "accuracy", "gap", "score_mean", "score_std"))
+
+
+def stop_after(monkeypatch, count):
+    """SIGTERM as the run sees it, in its step `count`."""
+    asked = iter(range(10**6))
+    monkeypatch.setattr(runtime.Runtime, "should_stop", lambda self: next(asked) >= count)
+
+
+@pytest.mark.parametrize("settings", [[], ["lora_rank=2", "lora_dropout=0.2"]])
+def test_a_resumed_run_is_the_uninterrupted_one(settings, run, monkeypatch):
+    settings = [*settings, "steps=8", "eval_every=3", "lr=1e-2"]
+    whole = run(*settings, out="whole")
+    with monkeypatch.context() as m:
+        stop_after(m, 4)
+        parts = run(*settings, out="parts")
+    assert checkpoint.load_state(parts / "state")[1]["meta"]["step"] == 4
+    assert run(*settings, out="parts") == parts
+    a, b = (checkpoint.load_state(out / "state") for out in (whole, parts))
+    assert a[1] == b[1] and a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+    for dir in ("last", "best"):
+        assert checkpoint.read_score_scale(whole / dir) == checkpoint.read_score_scale(parts / dir)
+    strip = lambda out: [{k: v for k, v in r.items() if k != "time"} for r in log(out, "eval")]  # noqa: E731
+    assert strip(whole) == strip(parts)
+
+
+# ------------------------------------------------------------------------------------------ mistakes
+
+
+def test_mistakes_end_with_a_sentence(run, folder, trained, tmp_path):
+    other = tiny.model_dir(tmp_path / "other", special=["<a>", "<b>", "<c>"])
+    for settings, words in [
+        ([f"policy={trained}/last"], "no language model"),
+        ([f"model={trained}/last"], "no language model"),
+        ([f"policy={other}"], "another tokenizer"),
+        ([f"model={other}"], "another tokenizer"),
+        (["norm_tokens=128"], "no prompt leaves room"),
+        (["max_length=8"], "none of the 48 groups"),
+        (["batch_size=0"], "must be 1 or more"),
+        (["data=nowhere"], "nowhere does not exist"),
+        (["resume=true"], "no saved state"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            run(*settings)
+    assert not (tmp_path / "out" / "last").exists()
+
+
+def test_a_reward_model_can_be_trained_on(run, trained):
+    out = run(f"model={trained}/last", "norm_samples=0")
+    assert log(out, "eval")[0]["accuracy"] > 0.9  # the head came along
+    assert checkpoint.read_score_scale(out / "last") == (1.0, 0.0)  # not those of the earlier run
+
+
+def test_every_setting_is_read():
+    source = (ROOT / "reward.py").read_text() + (ROOT / "runtime.py").read_text()
+    unread = [f.name for f in dataclasses.fields(reward.Config) if f"cfg.{f.name}" not in source]
+    assert not unread
