@@ -24,7 +24,8 @@ def memory(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False)
     kept = cfg.n_layers * residual * cfg.dim + block if grad_checkpoint else cfg.n_layers * block
     head = 0
     if cfg.head == "lm":
-        head = CHUNK_LOGITS * (4 + 4 + size) + cfg.vocab_size * cfg.dim * (size + 4 * model.head_weight.requires_grad)
+        head = min(CHUNK_LOGITS, tokens * cfg.vocab_size) * (4 + 4 + size)
+        head += cfg.vocab_size * cfg.dim * (size + 4 * model.head_weight.requires_grad)
     return dict(
         weights=weights / shards, gradients=4 * trained / shards, optimizer=8 * trained / shards,
         activations=tokens * kept, head=head,

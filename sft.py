@@ -30,6 +30,7 @@ import losses
 import optim
 import runtime
 import tokenizer
+from config import UserError
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Config:
     resume: Literal["auto", "true", "false"] = "auto"  # auto: continue when the run folder holds a state
     eval_every: int = 0  # steps; 0: once an epoch. Needs a validation split
     save_every: int = 0  # steps; 0: once an epoch
-    log_every: int = 10
+    log_every: int = 10  # steps; 0: the last step only
     sample_every: int = 0  # steps; 0: with every evaluation
     samples: int = 2  # validation prompts answered each time
     sample_tokens: int = 64
@@ -119,7 +120,8 @@ def answer(rt, model, tok, rows, cfg):
     """Greedy answers to the prompts of the first validation rows, beside what stands in the data."""
     out = []
     picks = [rows.row(i) for i in range(min(cfg.samples, len(rows)))]
-    prompts = [list(map(int, tokens[: mask.argmax()])) for tokens, mask in picks]
+    picks = [(tokens, mask) for tokens, mask in picks if 0 < mask.argmax() < model.cfg.max_positions]  # plain text has no prompt
+    prompts = [tokens[: mask.argmax()].tolist() for tokens, mask in picks]
     with rt.autocast():
         made = generate.generate(model, prompts, cfg.sample_tokens, temperature=0.0, stop_ids=tok.stop_ids)
     for (tokens, mask), prompt, answer in zip(picks, prompts, made.tokens, strict=True):
@@ -133,6 +135,8 @@ def main(cfg):
     rt.catch_signals()
     out = Path(cfg.out)
     resume = checkpoint.resumable(out / "state", cfg.resume)
+    if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
+        raise UserError("train= and freeze_layers= choose among the model's own weights: with lora_rank= use lora_targets=")
 
     # ------------------------------------------------------------------------------------------ model
     dtype = rt.dtype if cfg.lora_rank else torch.float32  # frozen weights in bf16, trained ones are fp32 masters
@@ -142,6 +146,8 @@ def main(cfg):
         lora.apply(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, rslora=cfg.lora_rslora)
     else:
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"freeze_layers={cfg.freeze_layers} of {model.cfg.n_layers} with train={cfg.train} leaves nothing to train")
     tok = tokenizer.load(base)
 
     # ------------------------------------------------------------------------------------------ data
@@ -188,6 +194,7 @@ def main(cfg):
 
     # ------------------------------------------------------------------------------------------ loop
     tokens = targets = 0  # of this rank, since the last line of the log
+    stop = False
     model.train()
     for step in range(start, steps + 1):
         stop = rt.should_stop()
@@ -231,15 +238,15 @@ def main(cfg):
         rt.sync()
 
         # log
-        if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
+        if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:
             seen = dict(tokens=rt.all_sum(tokens), targets=rt.all_sum(targets), memory=rt.peak_memory())
             logger.step(step + 1, loss=rt.all_sum(loss), grad_norm=norm, lr=lr, **seen)
             tokens = targets = 0
 
     if stop:
         logger.text(f"stopped at step {step}: the same command continues from here")
-    elif start == steps and resume:
-        logger.text(f"{out} was finished at step {steps} before: more steps= or epochs= go on, resume=false starts anew")
+    elif start >= steps and resume:
+        logger.text(f"{out} was finished at step {start} before: more steps= or epochs= go on, resume=false starts anew")
     logger.close()
     rt.close()
 
