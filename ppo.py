@@ -317,7 +317,7 @@ def diseases(now, first):
         yield "the reward rises while gold falls: the policy exploits the reward model; raise kl_coef or stop earlier"
     if now["entropy"] < 0.2 * first["entropy"]:
         yield "the entropy has collapsed: samples hardly differ any more; lower lr or raise kl_coef or entropy_coef"
-    if now["eos_rate"] < 0.5 * first["eos_rate"]:
+    if now["eos_rate"] < first["eos_rate"] - 0.3:
         yield "responses stop ending: raise missing_eos_penalty or max_new_tokens"
 
 
@@ -684,7 +684,7 @@ def main(cfg):
         tokens += int(rt.all_sum(mask.sum()))
         if cfg.kl_control == "adaptive":
             controller.update(metrics["kl"], cfg.batch_size)
-        first = first or metrics
+        first = first or dict(metrics)
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
             metrics |= {f"{phase}_s": seconds for phase, seconds in clock.seconds.items()}
             logger.step(step + 1, tokens=tokens, memory=rt.peak_memory(), **metrics)
