@@ -500,9 +500,9 @@ def main(cfg):
     models = {id(role.model): role.model for role in (policy, reference, scorer, critic) if role}.values()
     for model in models:
         rt.place(model, cfg.compile, cfg.grad_checkpoint)
-    learners = {"policy": policy} | ({"value": critic} if critic else {})
+    roles = {"policy": policy} | ({"value": critic} if critic else {})
     trained, optimizers = {}, {}
-    for name, role in learners.items():
+    for name, role in roles.items():
         mine = role.trained()
         role.net = rt.replicate(role.model, mine)
         groups = [g | {"params": [p for p in g["params"] if any(p is q for q in mine.values())]} for g in
@@ -529,7 +529,7 @@ def main(cfg):
     if rt.is_main:
         checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
     logger.text(" ".join(["ppo:", *config.diff(cfg)]))
-    counts = ", ".join(f"{name} {sum(p.numel() for p in role.trained().values()):,}" for name, role in learners.items())
+    counts = ", ".join(f"{name} {sum(p.numel() for p in role.trained().values()):,}" for name, role in roles.items())
     logger.text(f"{len(prompts):,} prompts; trained parameters: {counts}; {rt.shards} x {rt.name}, {rt.dtype}")
 
     def save(step):
@@ -613,9 +613,10 @@ def main(cfg):
             b |= rt.put({k: x[p] for k, x in dict(old_logprobs=rollout_logprobs, advantages=advantages, **extra).items()})
 
         # 6. update: several passes over the minibatches, each in an order of its own
-        for name, lr in (("policy", cfg.lr), ("value", cfg.value_lr))[: len(learners)]:
+        for name, lr in (("policy", cfg.lr), ("value", cfg.value_lr))[: len(roles)]:
             warmup = round(cfg.warmup_ratio * cfg.steps)
             optim.set_lr(optimizers[name], optim.lr_at(step, cfg.steps, lr, cfg.schedule, warmup, cfg.min_lr))
+        learners = {name: role for name, role in roles.items() if name == "value" or step >= cfg.value_warmup}
         shuffle = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
         stats = []
         with clock("update"), parking(policy, critic, *optimizers.values()):
@@ -627,13 +628,17 @@ def main(cfg):
                     parts = []
                     for i, b in enumerate(batch):
                         last = i == len(batch) - 1
-                        rt.accumulate(last and not ptx, policy.net)
-                        with rt.autocast():
-                            new_logprobs, new_entropy = policy.logprobs(b, cfg.temperature)
-                            loss, part = policy_loss(new_logprobs, b["old_logprobs"], b["advantages"], b["mask"], cfg.clip, count)
-                            entropy_part = new_entropy.sum() / count
-                        rt.backward(loss - cfg.entropy_coef * entropy_part)
-                        part["policy_loss"] = loss.detach()
+                        part = {}
+                        if "policy" in learners:
+                            rt.accumulate(last and not ptx, policy.net)
+                            with rt.autocast():
+                                new_logprobs, new_entropy = policy.logprobs(b, cfg.temperature)
+                                loss, part = policy_loss(
+                                    new_logprobs, b["old_logprobs"], b["advantages"], b["mask"], cfg.clip, count
+                                )
+                                entropy_part = new_entropy.sum() / count
+                            rt.backward(loss - cfg.entropy_coef * entropy_part)
+                            part["policy_loss"] = loss.detach()
                         if critic:
                             rt.accumulate(last, critic.net)
                             with rt.autocast():
@@ -644,21 +649,20 @@ def main(cfg):
                             rt.backward(loss)
                             part |= dict(value_loss=loss.detach(), value_clipfrac=value_part["clipfrac"])
                         parts.append(part)
-                    if ptx:
+                    if ptx and "policy" in learners:
                         parts.append(dict(ptx_loss=ptx_gradient(cfg, rt, policy, ptx, updates)))
-                    if not stats and (off := max(float(p["ratio"]) for p in parts if "ratio" in p)) > 1e-3:
+                    if not stats and (off := max(float(p.get("ratio", 0)) for p in parts)) > 1e-3:
                         raise RuntimeError(f"step {step}: the first minibatch has a probability ratio of 1 +- {off:.2g}")
                     norms = {}
                     for name, role in learners.items():
                         norms[f"{name}_grad_norm"] = optim.clip_(role.trained().values(), cfg.grad_clip)
-                        if name == "value" or step >= cfg.value_warmup:
-                            optimizers[name].step()
+                        optimizers[name].step()
                         optimizers[name].zero_grad(set_to_none=True)
                     rt.sync()
                     updates += 1
                     keys = dict.fromkeys(k for p in parts for k in p if k != "ratio")
                     stats.append({k: sum(p[k] for p in parts if k in p) for k in keys} | norms)
-                if cfg.target_kl and rt.all_sum(sum(x["approx_kl"] for x in stats[before:])) / cfg.minibatches > cfg.target_kl:
+                if cfg.target_kl and rt.all_sum(sum(x.get("approx_kl", 0.0) for x in stats[before:])) / cfg.minibatches > cfg.target_kl:
                     break
 
         # 7. the KL controller, and what the iteration was like
@@ -682,7 +686,7 @@ def main(cfg):
             metrics[k] = (total if "norm" in k else rt.all_sum(total)) / len(stats)
         metrics = {k: float(v) for k, v in metrics.items()} | dict(updates=len(stats))
         tokens += int(rt.all_sum(mask.sum()))
-        if cfg.kl_control == "adaptive":
+        if cfg.kl_control == "adaptive" and "policy" in learners:
             controller.update(metrics["kl"], cfg.batch_size)
         first = first or dict(metrics)
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
