@@ -561,7 +561,10 @@ def place_like(value, p):
 
 def resumable(dir, resume):
     """Whether a run continues from the state in `dir`. resume: "auto" (when there is one), "true" (an error without) or
-    "false"."""
+    "false". UserError where the run folder around it cannot be written to."""
+    place = next(p for p in Path(dir).absolute().parents if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"{place} is {'not writable' if place.is_dir() else 'a file, not a folder'}: give another out=")
     recover_dir(dir)
     if resume == "true" and not Path(dir).is_dir():
         raise UserError(f"resume=true, but there is no saved state {dir}")
