@@ -11,6 +11,7 @@ Tokens and masks stay memory-mapped; only lengths and offsets are held in memory
 (seed, step), so the step number is the whole data cursor of a resumed run.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -87,15 +88,14 @@ class Writer:
             if kind is None:
                 self.commit()
         finally:
-            for s in self.splits.values():
-                for f in s.files.values():
+            for f in (f for s in self.splits.values() for f in s.files.values()):
+                with contextlib.suppress(OSError):  # on a full disk closing fails again
                     f.close()
             shutil.rmtree(self.tmp, ignore_errors=True)
 
     def start(self, split, kinds):
         files = {kind: open(self.tmp / f"{split}.{kind}.bin", "wb") for kind in kinds}
-        for kind in {"rows", "groups"} & set(kinds):
-            files[kind].write(bytes(8))  # offset 0
+        files["rows"].write(bytes(8))  # offset 0
         self.splits[split] = SimpleNamespace(files=files, rows=0, tokens=0, target_tokens=0, groups=0, grouped=0)
         return self.splits[split]
 

@@ -1,6 +1,7 @@
 """The store, packing and batches: against hand-worked cases and brute force, and what must hold for any loader."""
 
 import json
+import resource
 from collections import Counter
 from types import SimpleNamespace
 
@@ -102,6 +103,22 @@ def test_writer_is_all_or_nothing(tmp_path):
     make_store(tmp_path / "d", [7], split="val")
     assert sorted(p.name for p in (tmp_path / "d").iterdir())[1:] == ["val.mask.bin", "val.rows.bin", "val.tokens.bin"]
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_writer_on_a_full_disk(tmp_path):
+    """Files may not grow past 64 KB, which fails as a full disk does: when buffers are written, and again when closed."""
+    make_store(tmp_path / "d", [3, 4])
+    before = {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"), data.Writer(tmp_path / "d", 1000) as w:
+            for _ in range(1000):
+                w.add("train", np.ones(100), np.ones(100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+    assert {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir()} == before
 
 
 def test_writer_refuses(tmp_path):
