@@ -497,6 +497,9 @@ def main(cfg):
     if not judge:
         check_reward_model(cfg.reward, tok)
     policy, reference, scorer, critic = (adapters_on_one_trunk if cfg.lora_rank else full_models)(cfg, rt, judge)
+    if cfg.compile:  # round to bf16 wherever eager code does: else graphs with and without gradients differ by tenths of a nat
+        torch._inductor.config.emulate_precision_casts = True
+    exact = not cfg.compile and not rt.static_shapes  # policy and reference run the very same kernels
     models = {id(role.model): role.model for role in (policy, reference, scorer, critic) if role}.values()
     for model in models:
         rt.place(model, cfg.compile, cfg.grad_checkpoint)
@@ -585,14 +588,17 @@ def main(cfg):
                 else:
                     scores = torch.cat([scorer.scores(b, b["last"]).cpu() for b in micros])
             with clock("logprobs"):
-                with parking(policy):
-                    rollout = [policy.logprobs(b, cfg.temperature) for b in micros]
-                    rollout_logprobs, entropy = (torch.cat([x.cpu() for x in parts]) for parts in zip(*rollout, strict=True))
+                with parking(policy), torch.set_grad_enabled(cfg.compile):
+                    rollout = [[x.detach().cpu() for x in policy.logprobs(b, cfg.temperature)] for b in micros]
+                    rollout_logprobs, entropy = map(torch.cat, zip(*rollout, strict=True))
                 with parking(reference):
                     ref_logprobs = torch.cat([reference.logprobs(b, cfg.temperature)[0].cpu() for b in micros])
                 with parking(critic):
                     values = torch.cat([spread(critic.scores(b, b["where"]), b).cpu() for b in micros]) if critic else None
         mask = torch.cat([b["mask"].cpu() for b in micros])
+        log_ratio = (rollout_logprobs - ref_logprobs) * mask
+        if step == 0 and exact and not log_ratio.abs().max() <= 1e-6:
+            raise RuntimeError(f"before the first update log(policy / reference) is {log_ratio.abs().max():.2g}, not 0")
 
         # 4. rewards: the score at the last action, less what a bad end costs, and the KL at every action
         reward = scores.clamp(-cfg.score_clip, cfg.score_clip) if cfg.score_clip else scores
@@ -651,7 +657,7 @@ def main(cfg):
                         parts.append(part)
                     if ptx and "policy" in learners:
                         parts.append(dict(ptx_loss=ptx_gradient(cfg, rt, policy, ptx, updates)))
-                    if not stats and (off := max(float(p.get("ratio", 0)) for p in parts)) > 1e-3:
+                    if not stats and not (off := max(float(p.get("ratio", 0)) for p in parts)) <= 1e-3 and not rt.static_shapes:
                         raise RuntimeError(f"step {step}: the first minibatch has a probability ratio of 1 +- {off:.2g}")
                     norms = {}
                     for name, role in learners.items():
@@ -662,14 +668,13 @@ def main(cfg):
                     updates += 1
                     keys = dict.fromkeys(k for p in parts for k in p if k != "ratio")
                     stats.append({k: sum(p[k] for p in parts if k in p) for k in keys} | norms)
-                if cfg.target_kl and rt.all_sum(sum(x.get("approx_kl", 0.0) for x in stats[before:])) / cfg.minibatches > cfg.target_kl:
+                kl_of_pass = sum(x.get("approx_kl", 0.0) for x in stats[before:]) / cfg.minibatches
+                if cfg.target_kl and rt.all_sum(kl_of_pass) > cfg.target_kl:
                     break
 
         # 7. the KL controller, and what the iteration was like
-        length, log_ratio = mask.sum(1), (rollout_logprobs - ref_logprobs) * mask
+        length = mask.sum(1)
         kl = mean(log_ratio)
-        if step == 0 and log_ratio.abs().max() > 1e-6:
-            raise RuntimeError(f"before the first update the KL to the reference is {log_ratio.abs().max():.2g}, not 0")
         metrics = dict(reward=mean(scores))
         if gold:
             words = zip(map(tok.decode, asked), map(tok.decode, answers), map(bool, finished), strict=True)
