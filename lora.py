@@ -253,7 +253,7 @@ def base_of(dir, base=None):
     named = base or read_config(dir).get("base_model_name_or_path") or ""
     found = next((p for p in (Path(named), Path(dir) / named) if named and (p / "config.json").exists()), None)
     if found is None:
-        raise UserError(f"{dir}: its base model {str(named)!r} is no model directory here: name it with base=, or in adapter_config.json")
+        raise UserError(f"{dir}: its base {str(named)!r} is no model directory here: name it with base=, or in adapter_config.json")
     return found
 
 

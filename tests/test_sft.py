@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import checkpoint
 import config
 import data
+import estimate
 import lora
 import losses
 import runtime
@@ -204,6 +205,35 @@ def test_grad_checkpoint_changes_no_gradient(base, store):
             sft.loss_sum(model, model, micro).backward()
             made.append([p.grad for p in model.parameters() if p.requires_grad])
         assert all(torch.equal(a, b) for a, b in zip(*made, strict=True)) and len(made[0]) > 20
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_the_memory_estimate_is_near_the_truth(base, grad_checkpoint, monkeypatch):
+    """Against the bytes that torch holds at most over two micro-batches and a step of AdamW, from the second step on."""
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 2**16)
+    monkeypatch.setattr(estimate, "CHUNK_LOGITS", 2**16)
+    model = tiny.model(n_layers=6, dim=64, ffn_dim=192, head_dim=16)
+    runtime.Runtime("cpu", dtype="float32").wrap(model, grad_checkpoint=grad_checkpoint)
+    optimizer = torch.optim.AdamW(model.parameters())
+    micro = tiny.batch([tiny.rows(8, low=25, high=32) for _ in range(8)], 256)
+
+    def step():
+        for _ in range(2):
+            sft.loss_sum(model, model, micro).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+        step()
+    held = top = 0
+    for event in prof.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            top = max(top, held)
+    weights = 3 * 4 * sum(p.numel() for p in model.parameters())  # and two moments
+    parts = estimate.memory(model, 8 * 256, dtype=torch.float32, grad_checkpoint=grad_checkpoint)
+    assert 0.75 < sum(parts.values()) / (weights + top) < 1.25
 
 
 # ---------------------------------------------------------------------------------------------- what is trained
