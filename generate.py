@@ -251,8 +251,7 @@ class Batch:
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), seed=0, group=1, batch_size=32,
-             on_token=None, step_hook=None, sample_ids=None, sync_every=None, fixed_shapes=None, pack=None,
-             graphs=None):  # fmt: skip
+             on_token=None, step_hook=None, sample_ids=None, sync_every=None, shapes=None, pack=None, graphs=None):  # fmt: skip
     """Samples `group` continuations of each prompt (a list of ids) under the caller's autocast -> Samples.
 
     max_new_tokens: an int, or a list with one a prompt; a sample also ends at the model's max_positions.
@@ -262,8 +261,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     each sample draws its random numbers by (default 0, 1, ...), so that ranks can share out the samples of one call.
     batch_size: rows decoded together; the first prefill of a prompt serves its whole group.
 
-    sync_every: steps between looks at which rows are done (CPU 1, else 8). fixed_shapes: each batch runs to its end in one
-    shape (for XLA, where it is the default; step_hook is called after each step and prefill to cut the lazy graph there).
+    sync_every: steps between looks at which rows are done (CPU 1, else 8). shapes: "free" (CPU) computes the live rows and no
+    others; "few" (CUDA) the batch, its half, quarter ...; "fixed" (XLA) runs each batch to its end in one shape. step_hook is
+    called after each step and prefill: XLA cuts its graph there.
     pack: copy the weights into oneDNN's layout (default: on a CPU that has it, for 16 tokens and more); the copy costs as much
     memory as the weights. graphs: replay steps as CUDA graphs (default: on CUDA).
     Raises UserError for an empty or too long prompt, and for settings out of range.
@@ -291,7 +291,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
 
     # ---- how this device likes it
     on_cpu = device.type == "cpu"
-    fixed = device.type == "xla" if fixed_shapes is None else fixed_shapes
+    shapes = shapes or dict(cpu="free", xla="fixed").get(device.type, "few")
+    fixed = shapes == "fixed"
     sync_every = sync_every or (1 if on_cpu else 8)
     if pack is None:
         able = on_cpu and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -352,8 +353,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         # ---- refill, shrink
         if waiting and (not live or not fixed and R - len(live) >= R / 8):
             fill()
-        rows = len(live) if on_cpu and not fixed else R
-        while not fixed and len(live) <= rows // 2:  # a CPU takes any number of rows, CUDA one of few
+        rows = len(live) if shapes == "free" else R
+        while shapes == "few" and len(live) <= rows // 2:
             rows //= 2
         beyond = [row for row in live if row >= rows]
         if beyond:

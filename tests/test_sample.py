@@ -108,6 +108,17 @@ def test_streamed_pieces_are_whole_characters(model, monkeypatch):
     assert len(pieces) > 5 and not any("\ufffd" in piece for piece in pieces)
 
 
+def test_ctrl_c_ends_a_reply_and_keeps_it(model, monkeypatch, capsys):
+    def interrupted(model, prompts, *settings, on_token, **more):
+        for token in b"half":
+            on_token(0, token)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "generate", interrupted)
+    asked, out = chat_of(monkeypatch, capsys, model, "template=chatml", lines=["hi", "go on"])
+    assert asked[1][1] == dict(role="assistant", content="half") and out.count("half\n") == 2
+
+
 def test_seeds(model, monkeypatch, capsys):
     args = (f"model={model}", "prompt=Say it", "temperature=1", "max_new_tokens=30")
     one, again, other = (run(monkeypatch, capsys, *args, f"seed={seed}")[1] for seed in (1, 1, 2))
