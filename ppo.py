@@ -15,7 +15,6 @@ Sources: Schulman et al. 2017 (arXiv:1707.06347), Ziegler et al. 2019 (arXiv:190
 Huang et al. 2024 (arXiv:2403.17031); RLOO: Ahmadian et al. 2024 (arXiv:2402.14740); GRPO: Shao et al. 2024 (arXiv:2402.03300).
 """
 
-import contextlib
 import functools
 import importlib.util
 import sys
@@ -34,10 +33,10 @@ import log
 import lora
 import losses
 import optim
+import roles
 import runtime
 import tokenizer
 from config import UserError
-from model import ScoreHead
 
 
 @dataclass
@@ -99,7 +98,7 @@ class Config:
     adam_eps: float = 1e-5
     # device
     device: str = "auto"
-    parallel: Literal["ddp", "fsdp", "none"] = "ddp"
+    parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # over torchrun's processes; XLA: ddp, fsdp, none
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     compile: bool = False
     grad_checkpoint: bool = False
@@ -107,8 +106,8 @@ class Config:
     # bookkeeping
     seed: int = 0
     resume: Literal["auto", "true", "false"] = "auto"
-    save_every: int = 20
-    log_every: int = 1
+    save_every: int = 20  # steps; 0: at the end
+    log_every: int = 1  # steps; 0: the last step only
     sample_every: int = 10  # 0: never
     samples: int = 3
 
@@ -200,7 +199,32 @@ def whiten(x, mask, rt, shift_mean=True):
     return ((x - mean) * (variance(x, mask, rt) + 1e-8).rsqrt() + (0 if shift_mean else mean)) * mask
 
 
-# ---------------------------------------------------------------------------------------------- rewards and episodes
+# ---------------------------------------------------------------------------------------------- prompts, rewards, warnings
+
+
+def check(cfg, rt):
+    """UserError for settings that do not go together."""
+    for key in ("batch_size", "group", "rollout_batch", "minibatches", "micro_batch", "ppo_epochs"):
+        if getattr(cfg, key) < 1:
+            raise UserError(f"{key}={getattr(cfg, key)}: must be 1 or more")
+    own = cfg.batch_size // (rt.world * cfg.minibatches)
+    if cfg.batch_size % (cfg.minibatches * cfg.micro_batch * rt.shards) or own % cfg.group:
+        raise UserError(
+            f"batch_size={cfg.batch_size} must be a multiple of minibatches={cfg.minibatches} x micro_batch={cfg.micro_batch} x "
+            f"{rt.shards} devices, and a rank's share of a minibatch ({own}) one of group={cfg.group}"
+        )
+    if cfg.algo != "ppo" and cfg.group < 2:
+        raise UserError(f"algo={cfg.algo} compares the samples of one prompt: it needs group=2 or more")
+    if cfg.algo != "ppo" and cfg.value_warmup:
+        raise UserError(f"value_warmup={cfg.value_warmup} trains a critic, which algo={cfg.algo} has not: leave it out")
+    if cfg.temperature <= 0:
+        raise UserError(f"temperature={cfg.temperature}: must be above 0, where samples differ")
+    if bool(cfg.ptx_coef) != bool(cfg.ptx_data):
+        raise UserError("ptx_data= and ptx_coef= go together: give both or neither")
+    if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
+        raise UserError("train= and freeze_layers= choose among the model's own weights: with lora_rank= use lora_targets=")
+    if cfg.offload and (cfg.lora_rank or rt.mesh or rt.world > 1 and cfg.parallel == "fsdp"):
+        raise UserError("offload=true parks full models that a device holds whole: leave it out with lora_rank=, fsdp or xla")
 
 
 def load_function(spec):
@@ -216,51 +240,22 @@ def load_function(spec):
     return getattr(module, name)
 
 
-def episode_batch(prompts, responses, response_length, static_length=0):
-    """Episodes as CPU tensors. b episodes, R = response_length:
-
-    tokens, docs: the episodes one after another in one row without padding, (1, sum of lengths); with static_length, for backends
-    that compile each shape anew, a row of that many slots each, (b, static_length).
-    response, mask (b, R). where: flat positions in tokens whose hidden state predicts an action; slots: the flat positions in
-    (b, R) of these actions; last (b,): flat position in tokens of each episode's last token.
-    """
-    b, R = len(prompts), response_length
-    rows = [p + r for p, r in zip(prompts, responses, strict=True)]
-    width = [static_length or len(row) for row in rows]
-    starts = [sum(width[:i]) for i in range(b)]
-    tokens, docs = torch.zeros(sum(width), dtype=torch.int64), torch.full((sum(width),), -1)
-    response, mask = torch.zeros(b, R, dtype=torch.int64), torch.zeros(b, R)
-    for i, (row, answer, a) in enumerate(zip(rows, responses, starts, strict=True)):
-        tokens[a : a + len(row)], docs[a : a + len(row)] = torch.tensor(row), i
-        response[i, : len(answer)], mask[i, : len(answer)] = torch.tensor(answer), 1.0
-    first = torch.tensor([a + len(p) - 1 for a, p in zip(starts, prompts, strict=True)])
-    slots = torch.arange(b * R) if static_length else mask.flatten().nonzero().squeeze(1)
-    where = (first[:, None] + torch.arange(R)).flatten()[slots].clamp(max=len(tokens) - 1)
-    last = torch.tensor([a + len(row) - 1 for a, row in zip(starts, rows, strict=True)])
-    shape = (b, static_length) if static_length else (1, -1)
-    return dict(tokens=tokens.view(shape), docs=docs.view(shape), response=response, mask=mask, where=where, slots=slots, last=last)
-
-
-def spread(x, batch):
-    """What was computed for the actions, (M,) -> (b, R), zero elsewhere."""
-    return x.new_zeros(batch["mask"].numel()).index_copy(0, batch["slots"], x).view_as(batch["mask"]) * batch["mask"]
-
-
-def action_logprobs(hidden, head_weight, batch, temperature):
-    """Log-probabilities of the actions and the entropies at them, both (b, R), of the distribution that was sampled from."""
-    hidden, actions = hidden.flatten(0, 1)[batch["where"]], batch["response"].flatten()[batch["slots"]]
-    logprobs, entropy = losses.token_logprobs(hidden, head_weight, actions, temperature, entropy=True)
-    return spread(logprobs, batch), spread(entropy, batch)
+def judge(function, tok, prompts, responses, finished):
+    """What a Python function gives each response, (n,) fp32."""
+    rows = zip(prompts, responses, finished.tolist(), strict=True)
+    return torch.tensor([float(function(tok.decode(prompt), tok.decode(response), f > 0)) for prompt, response, f in rows])
 
 
 def prompts_of(cfg, tok):
-    """The prompts of the prepared folders as lists of ids: each row's tokens before its first target, every prompt once."""
+    """(the prompts of the prepared folders as lists of ids: each row's tokens before its first target, every prompt once; how many
+    are left out as too long)."""
     rows = data.mix(cfg.data, None, cfg.seed, tokenizer=tok)
     prompts = (tuple(tokens[: int(mask.argmax())].tolist()) for tokens, mask in map(rows.row, range(len(rows))))
-    prompts = [list(p) for p in dict.fromkeys(prompts) if 0 < len(p) <= cfg.max_prompt]
-    if not prompts:
+    prompts = [list(prompt) for prompt in dict.fromkeys(prompts) if prompt]
+    short = [prompt for prompt in prompts if len(prompt) <= cfg.max_prompt]
+    if not short:
         raise UserError(f"{', '.join(cfg.data)}: no prompt has between 1 and max_prompt={cfg.max_prompt} tokens")
-    return prompts
+    return short, len(prompts) - len(short)
 
 
 @functools.lru_cache(2)
@@ -284,27 +279,9 @@ def cut_at(strings, tok, tokens):
 
 def correlation(x, y, mean):
     """Pearson's, over all episodes; 0 where one of them does not vary."""
-    x, y = x - mean(x), y - mean(y)
+    x, y = x.double() - mean(x.double()), y.double() - mean(y.double())
     scale = (mean(x**2) * mean(y**2)) ** 0.5
-    return mean(x * y) / scale if scale > 0 else 0.0
-
-
-def ptx_gradient(cfg, rt, policy, batches, update):
-    """Adds ptx_coef times the gradient of the next-token loss on a batch of other text (Ouyang et al. 2022, Eq. 2) -> the loss."""
-    micros = [data.target_index(m, rt.static_shapes) for m in batches.batch(update)]
-    count = rt.all_sum(sum(float(m["weights"].sum()) for m in micros))
-    total = 0.0
-    for i, micro in enumerate(micros):
-        rt.accumulate(i == len(micros) - 1, policy.net)
-        b = rt.put(micro)
-        with rt.autocast():
-            rows = b["index"]
-            hidden = policy.hidden(b).flatten(0, 1)[rows]
-            targets, weights = b["targets"].flatten()[rows], b["weights"].flatten()[rows]
-            loss = losses.cross_entropy(hidden, policy.model.head_weight, targets, weights) / max(count, 1e-9)
-        rt.backward(cfg.ptx_coef * loss)
-        total = total + loss.detach()
-    return total
+    return mean(x * y) / scale if scale > 1e-9 else 0.0
 
 
 def diseases(now, first):
@@ -321,208 +298,89 @@ def diseases(now, first):
         yield "responses stop ending: raise missing_eos_penalty or max_new_tokens"
 
 
-# ---------------------------------------------------------------------------------------------- the models and their roles
+# ---------------------------------------------------------------------------------------------- gradients
 
 
-@dataclass
-class Role:
-    """A model as the algorithm uses it for one purpose: which adapter is on, which score head it has, and the head's units."""
-
-    model: torch.nn.Module
-    adapter: str | None = None
-    head: ScoreHead | None = None
-    scale: tuple = (1.0, 0.0)  # gain, bias
-    net: torch.nn.Module | None = None  # what to call for gradients that meet over ranks
-
-    def hidden(self, batch):
-        lora.use(self.model, self.adapter)
-        return (self.net if torch.is_grad_enabled() else self.model)(batch["tokens"], docs=batch["docs"])
-
-    def logprobs(self, batch, temperature):
-        """Of the actions: log-probabilities and entropies, both (b, R)."""
-        return action_logprobs(self.hidden(batch), self.model.head_weight, batch, temperature)
-
-    def scores(self, batch, at):
-        """The head's value at flat positions `at` (M,) of (b, T) -> (M,) fp32."""
-        return self.head(self.hidden(batch)).flatten()[at] * self.scale[0] + self.scale[1]
-
-    def trained(self):
-        """{name: parameter} of this role alone: all that is trainable, or its adapter and head."""
-        mine = lambda name, p: self.adapter is None or name.endswith("." + self.adapter) or (self.head and p is self.head.weight)  # noqa: E731
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad and mine(name, p)}
+def rl_gradient(cfg, rt, policy, critic, micros, count, sync):
+    """Adds the gradient of a minibatch, given as micro-batches: of the policy's loss and the critic's (None: not trained now).
+    count: its actions on all ranks; sync: whether the policy's gradients meet over ranks here. -> this rank's part of the stats."""
+    parts = []
+    for i, b in enumerate(micros):
+        last, part = i == len(micros) - 1, {}
+        if policy:
+            rt.accumulate(last and sync, policy.net)
+            with rt.autocast():
+                new_logprobs, entropy = policy.logprobs(b, cfg.temperature, training=True)
+                loss, part = policy_loss(new_logprobs, b["old_logprobs"], b["advantages"], b["mask"], cfg.clip, count)
+            rt.backward(loss - cfg.entropy_coef * entropy.sum() / count)
+            part["policy_loss"] = loss.detach()
+        if critic:
+            rt.accumulate(last, critic.net)
+            with rt.autocast():
+                new_values = critic.values(b, training=True)
+                loss, clipped = value_loss(new_values, b["old_values"], b["returns"], b["mask"], cfg.value_clip, count)
+            rt.backward(loss)
+            part |= dict(value_loss=loss.detach(), value_clipfrac=clipped["clipfrac"])
+        parts.append(part)
+    return {k: max(p[k] for p in parts) if k == "ratio" else sum(p[k] for p in parts) for k in parts[0]}
 
 
-def open_whole(dir, dtype, head=None):
-    """A model, or an adapter merged into its base, in `dtype`. The merge is done in fp32, so that what is held in bf16 is what
-    autocast makes of the same weights in fp32: policy and reference start equal to the bit."""
-    model = lora.merge(lora.open_model(dir, dtype=torch.float32 if lora.is_adapter(dir) else dtype, head=head)[0])
-    for name, p in model.named_parameters():
-        p.data = p.data if name == "score.weight" else p.data.to(dtype)
-    return model
-
-
-def check_reward_model(dir, tok):
-    """UserError unless `dir` is a score model, or an adapter of one, that reads the policy's tokens."""
-    base = lora.base_of(dir)
-    adapter = lora.is_adapter(dir)
-    if (lora.read_config(dir).get("task_type") != "SEQ_CLS") if adapter else (checkpoint.load_config(dir).head != "score"):
-        raise UserError(f"reward={dir} is a language model: train a score model with reward.py, or give file.py:function")
-    if tokenizer.load(base).fingerprint != tok.fingerprint:
-        raise UserError(f"reward={dir} has another tokenizer than the policy: its tokens would mean something else there")
-
-
-def full_models(cfg, rt, judge):
-    """Layout (a): policy, reference, scorer and critic are models of their own -> the four roles (None where not needed)."""
-
-    def frozen(dir, head=None):
-        return open_whole(dir, rt.dtype, head).requires_grad_(False)
-
-    def trainable(dir, head=None):
-        model = open_whole(dir, torch.float32, head)
-        optim.choose_trained(model, cfg.train, cfg.freeze_layers)
-        return model
-
-    policy, reference, scorer, critic = Role(trainable(cfg.model)), Role(frozen(cfg.model)), None, None
-    if not judge:
-        model = frozen(cfg.reward, "score")
-        scorer = Role(model, head=model.score, scale=checkpoint.read_score_scale(cfg.reward))
-    if cfg.algo == "ppo":  # the critic starts as the reward model and speaks in its units
-        model = trainable(cfg.model if judge else cfg.reward, "score")
-        model.score.requires_grad_(True)  # in full, whatever else is trained
-        critic = Role(model, head=model.score, scale=(1.0, 0.0) if judge else scorer.scale)
-        if judge:
-            torch.nn.init.zeros_(model.score.weight)
-    return policy, reference, scorer, critic
-
-
-def adapters_on_one_trunk(cfg, rt, judge):
-    """Layout (b): the four roles are one frozen trunk under different adapters; the reference is the trunk alone. The reward
-    model joins them when it is an adapter on the same trunk; otherwise it is a frozen model of its own."""
-    model, base = lora.open_model(cfg.model, dtype=rt.dtype, as_base=True)
-    model.requires_grad_(False)
-    add = dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, targets=cfg.lora_targets)
-    lora.apply(model, name="policy", **add)
-    policy, reference, scorer, critic = Role(model, "policy"), Role(model), None, None
-    joined = not judge and lora.is_adapter(cfg.reward) and lora.base_of(cfg.reward).resolve() == base.resolve()
-    scale = (1.0, 0.0) if judge else checkpoint.read_score_scale(cfg.reward)
-    if joined:
-        model.reward_head = lora.load_scorer(model, cfg.reward, "reward")
-        scorer = Role(model, "reward", model.reward_head, scale)
-    elif not judge:
-        other = open_whole(cfg.reward, rt.dtype, "score")
-        scorer = Role(other.requires_grad_(False), head=other.score, scale=scale)
-    if cfg.algo == "ppo":
-        if joined:  # a copy of the reward adapter and its head
-            model.value_head = lora.load_scorer(model, cfg.reward, "value")
-        else:
-            lora.apply(model, name="value", **add)
-            model.value_head = ScoreHead(model.cfg.dim)
-            torch.nn.init.zeros_(model.value_head.weight)
-        critic = Role(model, "value", model.value_head, scale if joined else (1.0, 0.0))
-    for name, p in model.named_parameters():
-        p.requires_grad = name.endswith((".policy", ".value")) or name.startswith("value_head.")
-    return policy, reference, scorer, critic
-
-
-class Parking:
-    """With offload, models and optimizer states wait in CPU memory and are on the device only inside `with parking(...)`."""
-
-    def __init__(self, rt, offload, everything):
-        self.rt, self.on = rt, offload and rt.kind != "cpu"
-        if self.on:
-            self.move(everything, "cpu")
-
-    @staticmethod
-    def move(things, device):
-        for thing in things:
-            if isinstance(thing, torch.nn.Module):
-                thing.to(device)
-            elif isinstance(thing, torch.optim.Optimizer):
-                for state in thing.state.values():
-                    # Adam's step too: the fused kernel reads it on the device, where a resume did not put it
-                    state.update({k: v.to(device) for k, v in state.items() if torch.is_tensor(v)})
-
-    @contextlib.contextmanager
-    def __call__(self, *things):
-        things = [t.model if isinstance(t, Role) else t for t in things if t is not None]
-        if self.on:
-            self.move(things, self.rt.device)
-        yield
-        if self.on:
-            self.move(things, "cpu")
+def ptx_gradient(cfg, rt, policy, batches, update):
+    """Adds ptx_coef times the gradient of the next-token loss on a batch of other text (Ouyang et al. 2022, Eq. 2) -> the loss."""
+    micros = [data.target_index(m, rt.static_shapes) for m in batches.batch(update)]
+    count = rt.all_sum(sum(float(m["weights"].sum()) for m in micros))
+    total = 0.0
+    for i, micro in enumerate(micros):
+        rt.accumulate(i == len(micros) - 1, policy.net)
+        b = rt.put(micro)
+        with rt.autocast():
+            hidden = policy.hidden(b, training=True).flatten(0, 1)[b["index"]]
+            targets, weights = (b[key].flatten()[b["index"]] for key in ("targets", "weights"))
+            loss = losses.cross_entropy(hidden, policy.model.head_weight, targets, weights) / max(count, 1e-9)
+        rt.backward(cfg.ptx_coef * loss)
+        total = total + loss.detach()
+    return total
 
 
 # ---------------------------------------------------------------------------------------------- the loop
-
-
-def check(cfg, rt):
-    """UserError for settings that do not go together."""
-    for key in ("batch_size", "group", "rollout_batch", "minibatches", "micro_batch", "ppo_epochs", "log_every", "save_every"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key}={getattr(cfg, key)}: must be 1 or more")
-    own = cfg.batch_size // (rt.world * cfg.minibatches)
-    if cfg.batch_size % (cfg.minibatches * cfg.micro_batch * rt.shards) or own % cfg.group:
-        raise UserError(
-            f"batch_size={cfg.batch_size} must be a multiple of minibatches={cfg.minibatches} x micro_batch={cfg.micro_batch} x "
-            f"{rt.shards} devices, and a rank's share of a minibatch ({own}) one of group={cfg.group}"
-        )
-    if cfg.algo != "ppo" and cfg.group < 2:
-        raise UserError(f"algo={cfg.algo} compares the samples of one prompt: it needs group=2 or more")
-    if cfg.algo != "ppo" and cfg.value_warmup:
-        raise UserError(f"value_warmup={cfg.value_warmup} trains a critic, which algo={cfg.algo} has not: leave it out")
-    if cfg.temperature <= 0:
-        raise UserError(f"temperature={cfg.temperature}: must be above 0, where samples differ")
-    if bool(cfg.ptx_coef) != bool(cfg.ptx_data):
-        raise UserError("ptx_data= and ptx_coef= go together: give both or neither")
-    if cfg.offload and (cfg.lora_rank or rt.mesh or rt.world > 1 and cfg.parallel == "fsdp"):
-        raise UserError("offload=true parks full models that a device holds whole: leave it out with lora_rank=, fsdp or xla")
 
 
 def main(cfg):
     # ------------------------------------------------------------------------------------------ setup
     rt = runtime.start(cfg)
     rt.catch_signals()
-    out = Path(cfg.out)
     check(cfg, rt)
-    own = cfg.batch_size // (rt.world * cfg.minibatches)  # episodes of this rank in one minibatch
-    micro_batch = cfg.micro_batch * rt.shards // rt.world
+    out = Path(cfg.out)
     resume = checkpoint.resumable(out / "state", cfg.resume)
-    judge = load_function(cfg.reward) if ".py:" in cfg.reward else None  # a Python function; otherwise a score model
-    gold = load_function(cfg.gold) if cfg.gold else None
+    reward_function = load_function(cfg.reward) if ".py:" in cfg.reward else None
+    gold_function = load_function(cfg.gold) if cfg.gold else None
 
-    # ------------------------------------------------------------------------------------------ models, optimizers
+    # ------------------------------------------------------------------------------------------ models, data, optimizers
     base = lora.base_of(cfg.model)
     tok = tokenizer.load(base)
-    prompts = prompts_of(cfg, tok)
-    if not judge:
-        check_reward_model(cfg.reward, tok)
-    policy, reference, scorer, critic = (adapters_on_one_trunk if cfg.lora_rank else full_models)(cfg, rt, judge)
-    if cfg.compile:  # round to bf16 wherever eager code does: else graphs with and without gradients differ by tenths of a nat
+    prompts, too_long = prompts_of(cfg, tok)
+    if cfg.compile:  # round to bf16 where eager code does: or else graphs with and without gradients differ by tenths of a nat
         torch._inductor.config.emulate_precision_casts = True
-    exact = not cfg.compile and not rt.static_shapes  # policy and reference run the very same kernels
+    policy, reference, scorer, critic = roles.build(cfg, rt, tok)
     models = {id(role.model): role.model for role in (policy, reference, scorer, critic) if role}.values()
     for model in models:
         rt.place(model, cfg.compile, cfg.grad_checkpoint)
-    roles = {"policy": policy} | ({"value": critic} if critic else {})
-    trained, optimizers = {}, {}
-    for name, role in roles.items():
-        mine = role.trained()
-        role.net = rt.replicate(role.model, mine)
-        groups = [g | {"params": [p for p in g["params"] if any(p is q for q in mine.values())]} for g in
-                  optim.param_groups(role.model, cfg.weight_decay)]  # fmt: skip
-        optimizers[name] = optim.adamw([g for g in groups if g["params"]], cfg.lr, eps=cfg.adam_eps)
-        rt.prime(optimizers[name])
-        trained |= {f"{name}:{n}": p for n, p in mine.items()}
-    parking = Parking(rt, cfg.offload and not cfg.lora_rank, [*models, *optimizers.values()])
-
-    ptx = None
-    if cfg.ptx_coef:
-        cut = dict(max_length=cfg.max_prompt + cfg.max_new_tokens, pad_id=tok.pad_id or 0, rank=rt.rank, world=rt.world)
-        rows = data.mix(cfg.ptx_data, None, cfg.seed, tokenizer=tok)
-        ptx = data.Batches(rows, cfg.ptx_batch, min(micro_batch, cfg.ptx_batch // rt.world), seed=cfg.seed, **cut)
+    learners = {"policy": policy} | ({"value": critic} if critic else {})
+    optimizers = {name: role.learn(rt, cfg.weight_decay, cfg.adam_eps) for name, role in learners.items()}
+    parking = roles.Parking(cfg.offload and rt.kind != "cpu", rt.device, [*models, *optimizers.values()])
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
 
+    own = cfg.batch_size // (rt.world * cfg.minibatches)  # episodes of this rank in one minibatch,
+    micro_batch = cfg.micro_batch * rt.shards // rt.world  # and in one micro-batch
+    static_length = cfg.max_prompt + cfg.max_new_tokens if rt.static_shapes or cfg.compile else 0
+    ptx = None
+    if cfg.ptx_coef:
+        rows, size = data.mix(cfg.ptx_data, None, cfg.seed, tokenizer=tok), min(micro_batch, cfg.ptx_batch // rt.world)
+        cut = dict(max_length=cfg.max_prompt + cfg.max_new_tokens, pad_id=tok.pad_id or 0, rank=rt.rank, world=rt.world)
+        ptx = data.Batches(rows, cfg.ptx_batch, size, seed=cfg.seed, **cut)
+
     # ------------------------------------------------------------------------------------------ resume
+    trained = {f"{name}:{n}": p for name, role in learners.items() for n, p in role.params.items()}
     start, updates, first, warned = 0, 0, None, []
     if resume:
         meta, _ = checkpoint.load_training(out / "state", rt, trained, optimizers)
@@ -532,12 +390,13 @@ def main(cfg):
     if rt.is_main:
         checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
     logger.text(" ".join(["ppo:", *config.diff(cfg)]))
-    counts = ", ".join(f"{name} {sum(p.numel() for p in role.trained().values()):,}" for name, role in roles.items())
-    logger.text(f"{len(prompts):,} prompts; trained parameters: {counts}; {rt.shards} x {rt.name}, {rt.dtype}")
+    counts = ", ".join(f"{name} {sum(p.numel() for p in role.params.values()):,}" for name, role in learners.items())
+    left_out = f" ({too_long:,} over max_prompt left out)" if too_long else ""
+    logger.text(f"{len(prompts):,} prompts{left_out}; trained parameters: {counts}; {rt.shards} x {rt.name}, {rt.dtype}")
 
     def save(step):
         with parking(policy):
-            tensors = rt.full(policy.trained() if cfg.lora_rank else dict(policy.model.named_parameters()))
+            tensors = rt.full(policy.params if cfg.lora_rank else dict(policy.model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
             lora.save(policy.model, out / "last", "policy", base=base, tensors=tensors)
         elif rt.is_main:
@@ -545,12 +404,16 @@ def main(cfg):
         meta = dict(step=step, updates=updates, first=first, warned=warned, kl_coef=controller.coef)
         checkpoint.save_training(out / "state", rt, trained, optimizers, **meta)
 
-    mean = lambda x: rt.all_sum(x.sum()) / cfg.batch_size  # over all episodes  # noqa: E731
-    tokens = 0  # of responses, since the last line of the log
+    def mean(x):
+        """Over the episodes of all ranks."""
+        return rt.all_sum(x.sum()) / cfg.batch_size
 
+    # ------------------------------------------------------------------------------------------ loop
+    tokens = 0  # of responses, since the last line of the log
+    stop = False
     for step in range(start, cfg.steps + 1):
         stop = rt.should_stop()
-        if step > start and (stop or step == cfg.steps or step % cfg.save_every == 0):
+        if step > start and (stop or step == cfg.steps or step % (cfg.save_every or cfg.steps) == 0):
             with logger.paused():
                 save(step)
         if stop or step == cfg.steps:
@@ -558,46 +421,44 @@ def main(cfg):
         clock = runtime.Clock(rt)
 
         # 1. roll out this rank's episodes: of every minibatch an equal share, in whole groups
-        episodes = [m * own * rt.world + rt.rank * own + i for m in range(cfg.minibatches) for i in range(own)]
+        episodes = [(m * rt.world + rt.rank) * own + i for m in range(cfg.minibatches) for i in range(own)]
         asked = [pick(prompts, (step * cfg.batch_size + e) // cfg.group, cfg.seed) for e in episodes]
         lora.use(policy.model, policy.adapter)
         with clock("rollout"), parking(policy), rt.autocast():
             made = generate.generate(
-                policy.model, asked[:: cfg.group], cfg.max_new_tokens, cfg.temperature, stop_ids=tok.stop_ids,
-                group=cfg.group, seed=(cfg.seed, step), sample_ids=episodes, step_hook=rt.sync,
-                batch_size=cfg.rollout_batch * rt.shards // rt.world,
+                policy.model, asked[:: cfg.group], cfg.max_new_tokens, cfg.temperature, stop_ids=tok.stop_ids, group=cfg.group,
+                seed=(cfg.seed, step), sample_ids=episodes, batch_size=cfg.rollout_batch * rt.shards // rt.world, step_hook=rt.sync,
             )  # fmt: skip
-        if stop := rt.should_stop():  # an iteration is a function of the state and its number: the resume rolls it out again
+        if stop := rt.should_stop():  # an iteration is a function of the state and its number: a resume rolls it out again
             save(step)
             break
-        cuts = [cut_at(cfg.truncate_at, tok, tokens) for tokens in made.tokens]
-        answers, truncated = [tokens for tokens, _ in cuts], torch.tensor([found for _, found in cuts])
-        finished = torch.tensor(made.finished).logical_and(~truncated).float()
+        answers, truncated = zip(*(cut_at(cfg.truncate_at, tok, tokens) for tokens in made.tokens), strict=True)
+        truncated = torch.tensor(truncated)
+        finished = (torch.tensor(made.finished) & ~truncated).float()
 
-        # 2. cut the micro-batches once: old and new log-probabilities come from the same shapes, so the first ratio is exactly 1
-        static = cfg.max_prompt + cfg.max_new_tokens if rt.static_shapes or cfg.compile else 0
+        # 2. cut the micro-batches once: old and new log-probabilities come from the same shapes, so that the first ratio is 1
         pieces = [slice(i, i + micro_batch) for i in range(0, len(episodes), micro_batch)]
-        micros = [rt.put(episode_batch(asked[p], answers[p], cfg.max_new_tokens, static)) for p in pieces]
+        micros = [roles.episode_batch(asked[p], answers[p], cfg.max_new_tokens, static_length) for p in pieces]
+        mask = torch.cat([b["mask"] for b in micros])
+        micros = [rt.put(b) for b in micros]
 
-        # 3. score; log-probabilities and values under the forward that training uses. (n, R) matrices live on the CPU
-        with torch.no_grad(), rt.autocast():
-            with clock("score"), parking(scorer):
-                if judge:
-                    words = zip(map(tok.decode, asked), map(tok.decode, answers), map(bool, finished), strict=True)
-                    scores = torch.tensor([float(judge(*x)) for x in words])
+        # 3. score; log-probabilities and values by the forward that training uses. (n, R) matrices live on the CPU
+        with torch.no_grad():
+            with clock("score"), parking(scorer), rt.autocast():
+                if reward_function:
+                    scores = judge(reward_function, tok, asked, answers, finished)
                 else:
-                    scores = torch.cat([scorer.scores(b, b["last"]).cpu() for b in micros])
-            with clock("logprobs"):
-                with parking(policy), torch.set_grad_enabled(cfg.compile):
-                    rollout = [[x.detach().cpu() for x in policy.logprobs(b, cfg.temperature)] for b in micros]
-                    rollout_logprobs, entropy = map(torch.cat, zip(*rollout, strict=True))
-                with parking(reference):
-                    ref_logprobs = torch.cat([reference.logprobs(b, cfg.temperature)[0].cpu() for b in micros])
-                with parking(critic):
-                    values = torch.cat([spread(critic.scores(b, b["where"]), b).cpu() for b in micros]) if critic else None
-        mask = torch.cat([b["mask"].cpu() for b in micros])
-        log_ratio = (rollout_logprobs - ref_logprobs) * mask
-        if step == 0 and exact and not log_ratio.abs().max() <= 1e-6:
+                    scores = torch.cat([scorer.scores(b).cpu() for b in micros])
+            with clock("logprobs"), parking(policy), rt.autocast(), torch.set_grad_enabled(cfg.compile):
+                parts = [[x.detach().cpu() for x in policy.logprobs(b, cfg.temperature)] for b in micros]
+                rollout_logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
+            with clock("logprobs"), parking(reference), rt.autocast():
+                ref_logprobs = torch.cat([reference.logprobs(b, cfg.temperature)[0].cpu() for b in micros])
+            if critic:
+                with clock("values"), parking(critic), rt.autocast():
+                    values = torch.cat([critic.values(b).cpu() for b in micros])
+        log_ratio = rollout_logprobs - ref_logprobs
+        if step == 0 and not (cfg.compile or rt.static_shapes) and not log_ratio.abs().max() <= 1e-6:
             raise RuntimeError(f"before the first update log(policy / reference) is {log_ratio.abs().max():.2g}, not 0")
 
         # 4. rewards: the score at the last action, less what a bad end costs, and the KL at every action
@@ -608,95 +469,71 @@ def main(cfg):
             rewards = whiten(rewards, mask, rt, shift_mean=False)
 
         # 5. advantages
+        fixed = dict(old_logprobs=rollout_logprobs)
         if critic:
-            advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)
+            fixed["old_values"] = values
+            fixed["advantages"], fixed["returns"] = gae(rewards, values, mask, cfg.gamma, cfg.lam)
             if cfg.whiten_advantages:
-                advantages = whiten(advantages, mask, rt)
-            extra = dict(old_values=values, returns=returns)
+                fixed["advantages"] = whiten(fixed["advantages"], mask, rt)
         else:
-            advantages, extra = group_advantages(rewards.sum(1), cfg.group, cfg.algo)[:, None] * mask, {}
-        for b, p in zip(micros, pieces, strict=True):
-            b |= rt.put({k: x[p] for k, x in dict(old_logprobs=rollout_logprobs, advantages=advantages, **extra).items()})
+            fixed["advantages"] = group_advantages(rewards.sum(1), cfg.group, cfg.algo)[:, None] * mask
+        micros = [b | rt.put({name: x[p] for name, x in fixed.items()}) for b, p in zip(micros, pieces, strict=True)]
 
         # 6. update: several passes over the minibatches, each in an order of its own
-        for name, lr in (("policy", cfg.lr), ("value", cfg.value_lr))[: len(roles)]:
-            warmup = round(cfg.warmup_ratio * cfg.steps)
-            optim.set_lr(optimizers[name], optim.lr_at(step, cfg.steps, lr, cfg.schedule, warmup, cfg.min_lr))
-        learners = {name: role for name, role in roles.items() if name == "value" or step >= cfg.value_warmup}
+        lrs, warmup = dict(policy=cfg.lr, value=cfg.value_lr), round(cfg.warmup_ratio * cfg.steps)
+        for name, optimizer in optimizers.items():
+            optim.set_lr(optimizer, optim.lr_at(step, cfg.steps, lrs[name], cfg.schedule, warmup, cfg.min_lr))
+        active = {name: role for name, role in learners.items() if name == "value" or step >= cfg.value_warmup}
         shuffle = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
         stats = []
-        with clock("update"), parking(policy, critic, *optimizers.values()):
+        with clock("update"), parking(*active.values(), *optimizers.values()):
             for _ in range(cfg.ppo_epochs):
-                before = len(stats)
                 for m in torch.randperm(cfg.minibatches, generator=shuffle).tolist():
                     batch = micros[m * own // micro_batch : (m + 1) * own // micro_batch]
                     count = rt.all_sum(float(mask[m * own : (m + 1) * own].sum()))
-                    parts = []
-                    for i, b in enumerate(batch):
-                        last = i == len(batch) - 1
-                        part = {}
-                        if "policy" in learners:
-                            rt.accumulate(last and not ptx, policy.net)
-                            with rt.autocast():
-                                new_logprobs, new_entropy = policy.logprobs(b, cfg.temperature)
-                                loss, part = policy_loss(
-                                    new_logprobs, b["old_logprobs"], b["advantages"], b["mask"], cfg.clip, count
-                                )
-                                entropy_part = new_entropy.sum() / count
-                            rt.backward(loss - cfg.entropy_coef * entropy_part)
-                            part["policy_loss"] = loss.detach()
-                        if critic:
-                            rt.accumulate(last, critic.net)
-                            with rt.autocast():
-                                new_values = spread(critic.scores(b, b["where"]), b)
-                                loss, value_part = value_loss(
-                                    new_values, b["old_values"], b["returns"], b["mask"], cfg.value_clip, count
-                                )
-                            rt.backward(loss)
-                            part |= dict(value_loss=loss.detach(), value_clipfrac=value_part["clipfrac"])
-                        parts.append(part)
-                    if ptx and "policy" in learners:
-                        parts.append(dict(ptx_loss=ptx_gradient(cfg, rt, policy, ptx, updates)))
-                    if not stats and not (off := max(float(p.get("ratio", 0)) for p in parts)) <= 1e-3 and not rt.static_shapes:
-                        raise RuntimeError(f"step {step}: the first minibatch has a probability ratio of 1 +- {off:.2g}")
-                    norms = {}
-                    for name, role in learners.items():
-                        norms[f"{name}_grad_norm"] = optim.clip_(role.trained().values(), cfg.grad_clip)
+                    found = rl_gradient(cfg, rt, active.get("policy"), critic, batch, count, sync=not ptx)
+                    if ptx and "policy" in active:
+                        found["ptx_loss"] = ptx_gradient(cfg, rt, policy, ptx, updates)
+                    if not stats and not found.get("ratio", 0.0) <= 1e-3 and not rt.static_shapes:
+                        raise RuntimeError(f"step {step}: the first minibatch's ratios differ from 1 by {found['ratio']:.2g}")
+                    for name, role in active.items():
+                        found[f"{name}_grad_norm"] = optim.clip_(role.params.values(), cfg.grad_clip)
                         optimizers[name].step()
                         optimizers[name].zero_grad(set_to_none=True)
                     rt.sync()
+                    stats.append(found)
                     updates += 1
-                    keys = dict.fromkeys(k for p in parts for k in p if k != "ratio")
-                    stats.append({k: sum(p[k] for p in parts if k in p) for k in keys} | norms)
-                kl_of_pass = sum(x.get("approx_kl", 0.0) for x in stats[before:]) / cfg.minibatches
+                kl_of_pass = sum(x.get("approx_kl", 0.0) for x in stats[-cfg.minibatches :]) / cfg.minibatches
                 if cfg.target_kl and rt.all_sum(kl_of_pass) > cfg.target_kl:
                     break
 
-        # 7. the KL controller, and what the iteration was like
+        # 7. what the iteration was like, and the KL controller
         length = mask.sum(1)
-        kl = mean(log_ratio)
         metrics = dict(reward=mean(scores))
-        if gold:
-            words = zip(map(tok.decode, asked), map(tok.decode, answers), map(bool, finished), strict=True)
-            metrics["gold"] = mean(torch.tensor([float(gold(*x)) for x in words]))
+        if gold_function:
+            metrics["gold"] = mean(judge(gold_function, tok, asked, answers, finished))
         metrics |= dict(
-            kl=kl, kl_k3=mean(((-log_ratio).exp() - 1 + log_ratio) * mask), kl_coef=controller.coef,
+            kl=mean(log_ratio), kl_k3=mean((-log_ratio).exp() - 1 + log_ratio), kl_coef=controller.coef,
             entropy=mean(entropy) / mean(mask), length=mean(length), eos_rate=mean(finished),
             length_reward_corr=correlation(length, scores, mean),
         )  # fmt: skip
         if critic:
+            returns = fixed["returns"]
             metrics["explained_variance"] = 1 - variance(returns - values, mask, rt) / variance(returns, mask, rt).clamp(min=1e-8)
-        for k in stats[0]:
-            total = sum(x[k] for x in stats)
-            metrics[k] = (total if "norm" in k else rt.all_sum(total)) / len(stats)
-        metrics = {k: float(v) for k, v in metrics.items()} | dict(updates=len(stats))
-        tokens += int(rt.all_sum(mask.sum()))
-        if cfg.kl_control == "adaptive" and "policy" in learners:
+        metrics["first_ratio_off"] = stats[0].pop("ratio", 0.0)
+        for name in stats[0]:
+            total = sum(x[name] for x in stats) / len(stats)
+            metrics[name] = total if name.endswith("_norm") else rt.all_sum(total)
+        metrics |= dict(updates=len(stats), lr=optimizers["policy"].param_groups[0]["lr"])
+        metrics = {name: float(x) for name, x in metrics.items()}
+        if cfg.kl_control == "adaptive" and "policy" in active:
             controller.update(metrics["kl"], cfg.batch_size)
-        first = first or dict(metrics)
-        if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
-            metrics |= {f"{phase}_s": seconds for phase, seconds in clock.seconds.items()}
-            logger.step(step + 1, tokens=tokens, memory=rt.peak_memory(), **metrics)
+        first = first or metrics
+
+        tokens += int(rt.all_sum(mask.sum()))
+        if (step + 1) % (cfg.log_every or cfg.steps) == 0 or step + 1 == cfg.steps:
+            seconds = {f"{phase}_s": seconds for phase, seconds in clock.seconds.items()}
+            logger.step(step + 1, tokens=tokens, memory=rt.peak_memory(), **metrics, **seconds)
             tokens = 0
         if cfg.sample_every and (step == 0 or (step + 1) % cfg.sample_every == 0):
             shown = zip(asked[: cfg.samples], answers, scores.tolist(), log_ratio.sum(1).tolist(), strict=False)
@@ -709,8 +546,8 @@ def main(cfg):
 
     if stop:
         logger.text(f"stopped at step {step}: the same command continues from here")
-    elif start == cfg.steps and resume:
-        logger.text(f"{out} was finished at step {cfg.steps} before: more steps= go on, resume=false starts anew")
+    elif start >= cfg.steps and resume:
+        logger.text(f"{out} was finished at step {start} before: more steps= go on, resume=false starts anew")
     logger.close()
     rt.close()
 
