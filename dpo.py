@@ -77,7 +77,7 @@ class Config:
     grad_clip: float = 1.0  # global norm; 0: off
     # device
     device: str = "auto"  # cpu, cuda, xla, tpu
-    parallel: Literal["ddp", "fsdp", "none"] = "ddp"  # over torchrun's processes, or the chips of XLA
+    parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # over torchrun's processes; XLA: ddp, fsdp, none
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work; trained weights are always fp32
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
@@ -276,8 +276,7 @@ def main(cfg):
         for old in set(out.glob("reference.*.bin")) - {*files.values()}:  # of another model or other data
             old.unlink()
     logger.text(" ".join(["dpo:", *config.diff(cfg)]))
-    shards = rt.shards if cfg.parallel == "fsdp" else 1
-    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, shards, rt.dtype, cfg.grad_checkpoint))
+    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, rt.weight_shards, rt.dtype, cfg.grad_checkpoint))
     logger.text(
         f"{len(train.index):,} groups of {rows.first[-1] / len(rows):.1f} completions, {rows.lengths[train.index].sum():,} tokens "
         f"({train.dropped} over max_length dropped); {train.steps_per_epoch} steps an epoch, {steps} in all from step {start}; "
@@ -340,7 +339,8 @@ def main(cfg):
 
         # log
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-            metrics, seen = summary(rt.all_sum(sums), seen_best), dict(tokens=rt.all_sum(tokens), memory=rt.peak_memory())
+            metrics = summary(rt.all_sum(sums), seen_best)
+            seen = dict(tokens=rt.all_sum(tokens), memory=rt.peak_memory(), **rt.compiles())
             logger.step(step + 1, **metrics, grad_norm=norm, lr=lr, **seen)
             if not warned and max(metrics["chosen"], metrics["rejected"]) < -cfg.beta:  # by a nat
                 warned = True

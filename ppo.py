@@ -223,7 +223,7 @@ def check(cfg, rt):
         raise UserError("ptx_data= and ptx_coef= go together: give both or neither")
     if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
         raise UserError("train= and freeze_layers= choose among the model's own weights: with lora_rank= use lora_targets=")
-    if cfg.offload and (cfg.lora_rank or rt.mesh or rt.world > 1 and cfg.parallel == "fsdp"):
+    if cfg.offload and (cfg.lora_rank or rt.mesh or rt.weight_shards > 1):
         raise UserError("offload=true parks full models that a device holds whole: leave it out with lora_rank=, fsdp or xla")
 
 

@@ -69,7 +69,7 @@ class Config:
     grad_clip: float = 1.0  # global norm; 0: off
     # device
     device: str = "auto"  # cpu, cuda, xla, tpu
-    parallel: Literal["ddp", "fsdp", "none"] = "ddp"  # over torchrun's processes, or the chips of XLA
+    parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # over torchrun's processes; XLA: ddp, fsdp, none
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work; trained weights are always fp32
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
@@ -215,8 +215,7 @@ def main(cfg):
     if rt.is_main:
         checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
     logger.text(" ".join(["pretrain:", *config.diff(cfg)]))
-    shards = rt.shards if cfg.parallel == "fsdp" else 1
-    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, shards, rt.dtype, cfg.grad_checkpoint))
+    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, rt.weight_shards, rt.dtype, cfg.grad_checkpoint))
     total = steps * cfg.batch_size * cfg.max_length
     peak = log.peak_flops(rt.name)
     time = f", about {log.duration(total * flops / (0.4 * peak * rt.shards))} at 40% of the peak" if peak else ""
@@ -278,7 +277,7 @@ def main(cfg):
 
         # log
         if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:
-            seen = dict(tokens=rt.all_sum(tokens), targets=rt.all_sum(targets), memory=rt.peak_memory())
+            seen = dict(tokens=rt.all_sum(tokens), targets=rt.all_sum(targets), memory=rt.peak_memory(), **rt.compiles())
             logger.step(step + 1, loss=rt.all_sum(loss), grad_norm=norm, lr=lr, **seen)
             tokens = targets = 0
 

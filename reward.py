@@ -79,7 +79,7 @@ class Config:
     grad_clip: float = 1.0  # global norm; 0: off
     # device
     device: str = "auto"  # cpu, cuda, xla, tpu
-    parallel: Literal["ddp", "fsdp", "none"] = "ddp"  # over torchrun's processes, or the chips of XLA
+    parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # over torchrun's processes; XLA: ddp, fsdp, none
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work; trained weights and the head are always fp32
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
@@ -258,8 +258,7 @@ def main(cfg):
     if rt.is_main:
         checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
     logger.text(" ".join(["reward:", *config.diff(cfg)]))
-    shards = rt.shards if cfg.parallel == "fsdp" else 1
-    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, shards, rt.dtype, cfg.grad_checkpoint))
+    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, rt.weight_shards, rt.dtype, cfg.grad_checkpoint))
     logger.text(
         f"{len(train.index):,} groups of {rows.first[-1] / len(rows):.1f} completions, {rows.lengths[train.index].sum():,} tokens "
         f"({train.dropped} over max_length dropped); {train.steps_per_epoch} steps an epoch, {steps} in all from step {start}; "
@@ -327,7 +326,7 @@ def main(cfg):
 
         # log
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-            metrics, seen = summary(rt.all_sum(sums)), dict(tokens=rt.all_sum(tokens), memory=rt.peak_memory())
+            metrics, seen = summary(rt.all_sum(sums)), dict(tokens=rt.all_sum(tokens), memory=rt.peak_memory(), **rt.compiles())
             logger.step(step + 1, **metrics, grad_norm=norm, lr=lr, **seen)
             sums, tokens = torch.zeros_like(sums), 0
 

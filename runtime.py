@@ -24,10 +24,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
+from model import ScoreHead
 
 
 class Runtime:
@@ -41,6 +43,7 @@ class Runtime:
         self.kind, self.parallel, self.mesh, self.net = kind, parallel, None, None
         self.rank = self.local_rank = 0
         self.world = self.shards = 1
+        self.local_world = 1  # processes of this node
         if kind == "xla":
             self._start_xla()
         elif kind in ("cpu", "cuda", "tpu"):
@@ -61,7 +64,7 @@ class Runtime:
             raise UserError(f"device={self.kind}: this torch ({torch.__version__}) finds no such device")
         if "RANK" in os.environ:
             self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            self.local_rank = int(os.environ["LOCAL_RANK"])
+            self.local_rank, self.local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
             backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "tpu": "cpu:gloo,tpu:tpu_dist"}[self.kind]
             dist.init_process_group(backend)
         self.shards = self.world
@@ -79,6 +82,8 @@ class Runtime:
         except ImportError as e:
             raise UserError(f"device=xla needs torch_xla (see requirements-xla.txt): {e}") from None
         self.xla, self.xm, self.xs = torch_xla, xm, xs
+        if self.parallel not in ("ddp", "fsdp", "none"):
+            raise UserError(f"parallel={self.parallel}: on device=xla use ddp, fsdp or none")
         if self.parallel != "none":
             xr.use_spmd()  # before the first XLA tensor
         self.device = torch_xla.device()
@@ -114,6 +119,13 @@ class Runtime:
         """XLA compiles a graph per shape: nothing may depend on how many target tokens a batch happens to have."""
         return self.kind == "xla"
 
+    @property
+    def weight_shards(self):
+        """Devices over which weights, gradients and moments are cut; 1 where each holds them whole."""
+        if self.parallel == "hsdp":
+            return self.local_world
+        return self.shards if self.parallel in ("fsdp", "zero2") else 1
+
     # ------------------------------------------------------------------------------------------ model
 
     def wrap(self, model, compile=False, grad_checkpoint=False):
@@ -127,17 +139,34 @@ class Runtime:
             raise UserError(f"{self.world} processes need parallel=ddp or parallel=fsdp")
         if grad_checkpoint:
             model.checkpoint = self.checkpoint
-        model.to(self.device)
         if compile:
             model.split_documents = False
             for layer in model.layers:
                 layer.compile()
+        if self.world > 1 and self.parallel in ("fsdp", "zero2", "hsdp"):
+            self._shard(model)
+        else:
+            model.to(self.device)
         if self.kind == "xla":
             self._shard_xla(model)
-        elif self.world > 1 and self.parallel == "fsdp":
-            for layer in model.layers:
-                fully_shard(layer)
-            fully_shard(model)
+
+    def _shard(self, model):
+        """FSDP2, a unit for each layer and one for the rest: weights are gathered in the dtype of the matrix work, gradients are
+        summed in fp32. fsdp gathers a layer when it is needed, zero2 keeps what the forward gathered for the backward, hsdp is
+        fsdp within a node and copies over nodes. A layer comes to the device when it is cut, never the model as a whole."""
+        shape = (self.world // self.local_world, self.local_world) if self.parallel == "hsdp" else (self.world,)
+        common = dict(
+            mesh=init_device_mesh(self.kind, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]),
+            reshard_after_forward=self.parallel != "zero2",
+        )
+        half = MixedPrecisionPolicy() if self.dtype == torch.float32 else MixedPrecisionPolicy(self.dtype, torch.float32)
+        for layer in model.layers:
+            fully_shard(layer, mp_policy=half, **common)
+        for module in model.modules():
+            if isinstance(module, ScoreHead):  # stays fp32
+                fully_shard(module, **common)
+        common["reshard_after_forward"] = False  # the head's weight is used after the forward
+        fully_shard(model, mp_policy=half, **common)
 
     def replicate(self, model, params=None):
         """The part of `wrap` that ties gradients together: what to call for a forward whose backward meets over ranks.
@@ -196,12 +225,11 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def accumulate(self, last, *nets):
-        """To be called before the forward of a micro-batch: the ranks' gradients meet in the backward of the `last` one only."""
-        for net in nets if self.world > 1 else ():
+        """To be called before the forward of a micro-batch: under DDP the ranks' gradients meet in the backward of the `last` one
+        only. Sharded gradients meet every time: to keep them whole until then would take the memory that sharding saves."""
+        for net in nets:
             if isinstance(net, DistributedDataParallel):
                 net.require_backward_grad_sync = last
-            else:
-                net.set_requires_gradient_sync(last)
 
     def backward(self, loss):
         """Adds the gradient of `loss`, this rank's part of the global sum."""
@@ -245,6 +273,14 @@ class Runtime:
                     for key in ("exp_avg", "exp_avg_sq"):
                         self.xs.mark_sharding(optimizer.state[p][key], self.mesh, self._shard_spec(p))
         self.sync()
+
+    def compiles(self):
+        """On XLA {"graphs": how many were compiled so far}, for the log: it must stop growing. Elsewhere {}."""
+        if self.kind != "xla":
+            return {}
+        from torch_xla.debug.metrics import metric_data
+
+        return {"graphs": (metric_data("CompileTime") or (0,))[0]}
 
     # ------------------------------------------------------------------------------------------ state
 

@@ -69,7 +69,7 @@ class Config:
     grad_clip: float = 1.0  # global norm; 0: off
     # device
     device: str = "auto"  # cpu, cuda, xla, tpu
-    parallel: Literal["ddp", "fsdp", "none"] = "ddp"  # over torchrun's processes, or the chips of XLA
+    parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # over torchrun's processes; XLA: ddp, fsdp, none
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work; trained weights are always fp32
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
@@ -178,8 +178,7 @@ def main(cfg):
     if rt.is_main:
         checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
     logger.text(" ".join(["sft:", *config.diff(cfg)]))
-    shards = rt.shards if cfg.parallel == "fsdp" else 1
-    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, shards, rt.dtype, cfg.grad_checkpoint))
+    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, rt.weight_shards, rt.dtype, cfg.grad_checkpoint))
     logger.text(
         f"{len(train.lengths):,} rows, {train.lengths.sum():,} tokens ({train.dropped} dropped, {train.truncated} truncated); "
         f"{train.steps_per_epoch} steps an epoch, {steps} in all from step {start}; {rt.shards} x {rt.name}, {rt.dtype}"
@@ -239,7 +238,7 @@ def main(cfg):
 
         # log
         if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:
-            seen = dict(tokens=rt.all_sum(tokens), targets=rt.all_sum(targets), memory=rt.peak_memory())
+            seen = dict(tokens=rt.all_sum(tokens), targets=rt.all_sum(targets), memory=rt.peak_memory(), **rt.compiles())
             logger.step(step + 1, loss=rt.all_sum(loss), grad_norm=norm, lr=lr, **seen)
             tokens = targets = 0
 
