@@ -220,6 +220,12 @@ def test_the_policys_fresh_samples_have_mean_0_and_variance_1(trained, folder):
     assert end - start == 8 or samples[0][i, end - 1] == 258
 
 
+def test_gain_and_bias_by_hand():
+    gain, bias = reward.normaliser(torch.tensor([3.0, 5.0, 10.0]))
+    assert gain == pytest.approx((26 / 3) ** -0.5) and bias == pytest.approx(-6 * gain)
+    assert reward.normaliser(torch.full((4,), 2.0)) == (1.0, -2.0)
+
+
 def hf_scores(model, rows, pad_id):
     """Of transformers, on right-padded rows."""
     longest = max(len(tokens) for tokens, _ in rows)
@@ -306,7 +312,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, run, monkeypatch):
     with monkeypatch.context() as m:
         stop_after(m, 4)
         parts = run(*settings, out="parts")
-    assert checkpoint.load_state(parts / "state")[1]["meta"]["step"] == 4
+    assert checkpoint.load_state(parts / "state")[1]["meta"] == dict(step=4, best=min(r["loss"] for r in log(parts, "eval")[1:]))
     assert run(*settings, out="parts") == parts
     a, b = (checkpoint.load_state(out / "state") for out in (whole, parts))
     assert a[1] == b[1] and a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
@@ -314,6 +320,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, run, monkeypatch):
         assert checkpoint.read_score_scale(whole / dir) == checkpoint.read_score_scale(parts / dir)
     strip = lambda out: [{k: v for k, v in r.items() if k != "time"} for r in log(out, "eval")]  # noqa: E731
     assert strip(whole) == strip(parts)
+
+
+def test_a_resumed_run_keeps_its_best(run):
+    out = run("steps=1")
+    state = out / "state" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"meta": dict(step=1, best=-1.0)}))
+    before = (out / "best" / "config.json").stat().st_mtime_ns
+    run("steps=2", "eval_every=1")
+    assert (out / "best" / "config.json").stat().st_mtime_ns == before
 
 
 # ------------------------------------------------------------------------------------------ mistakes

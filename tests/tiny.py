@@ -103,8 +103,9 @@ def two_processes(dir, stage, argvs):
     root, script = Path(__file__).resolve().parent.parent, Path(dir) / "runs.py"
     script.write_text(RUNS)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(root))
-    process = subprocess.Popen([*launch, script, stage, json.dumps(argvs)], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    settings = dict(cwd=root, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(root)), text=True)
+    settings |= dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen([*launch, script, stage, json.dumps(argvs)], **settings)
     try:
         output, _ = process.communicate(timeout=100)
     finally:
