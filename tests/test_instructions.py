@@ -359,7 +359,7 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.lists(st.dictionaries(st.text(), json_values, max_size=4), max_size=8), st.integers(1, 40), st.data())
 def test_array_reader_is_json_loads(items, block, draw):
     styles = [dict(), dict(indent=2), dict(ensure_ascii=False), dict(indent="\t", separators=(" ,", " :\n"))]
