@@ -1,0 +1,272 @@
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+import data
+import losses
+import ppo
+import roles
+import tokenizer
+from config import UserError
+
+NAN, INF = math.nan, math.inf
+ALONE = SimpleNamespace(all_sum=lambda x: x)  # one rank
+REWARDS = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Seen:  # which looks for its module in sys.modules
+    count: int = 0
+
+def letters(prompt, response, finished):
+    return sum(c in prompt for c in response) + 0.1 * len(response) - 0.5 * finished
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.model_dir(tmp_path_factory.mktemp("ppo") / "base")
+
+
+def matrix(*rows):
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def ragged(lengths, seed=0):
+    """(mask (N, R), a function that gives random matrices with NaN outside the mask)"""
+    generator = torch.Generator().manual_seed(seed)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).float()
+    return mask, lambda: torch.where(mask > 0, torch.randn(mask.shape, generator=generator), NAN)
+
+
+# ---------------------------------------------------------------------------------------------- rewards, advantages
+
+
+def test_shape_rewards_by_hand():
+    mask = matrix([1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0])
+    scores, logprobs = torch.tensor([10.0, 20, 30, 40]), matrix([-1, -2, -3], [-1, NAN, -INF], [NAN, 0, 0], [0, 0, 9])
+    ref = matrix([-1.5, -1, -3], [-2, 0, NAN], [0, 0, NAN], [0, -1, 9])
+    rewards = ppo.shape_rewards(scores, logprobs, ref, mask, 0.1)
+    torch.testing.assert_close(rewards, matrix([-0.05, 0.1, 10], [19.9, 0, 0], [0, 0, 0], [0, 39.9, 0]))
+    assert torch.equal(rewards, ppo.shape_rewards(scores, logprobs, ref, mask.bool(), 0.1))
+
+
+def test_gae_by_hand():
+    rewards, values, mask = matrix([1, 0, 2, 7]), matrix([0.5, 1, 1.5, 9]), matrix([1, 1, 1, 0])
+    advantages, returns = ppo.gae(rewards, values, mask, 0.9, 0.5)
+    third = 2 - 1.5  # nothing comes after the last action
+    second = 0 + 0.9 * 1.5 - 1 + 0.45 * third
+    first = 1 + 0.9 * 1 - 0.5 + 0.45 * second
+    torch.testing.assert_close(advantages, matrix([first, second, third, 0]))
+    torch.testing.assert_close(returns, matrix([first + 0.5, second + 1, 2, 0]))
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (1.0, 0.0)])
+def test_gae_is_the_double_sum_and_sees_no_padding(gamma, lam):
+    lengths = (1, 7, 3, 5, 0)
+    mask, draw = ragged(lengths)
+    rewards, values = draw(), draw()
+    advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
+    for row, n in enumerate(lengths):
+        v = [*values[row, :n].tolist(), 0.0]
+        delta = [float(rewards[row, t]) + gamma * v[t + 1] - v[t] for t in range(n)]
+        sums = [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)]
+        torch.testing.assert_close(advantages[row], torch.tensor(sums + [0.0] * (7 - n)))
+        torch.testing.assert_close(returns[row], torch.tensor([a + b for a, b in zip(sums, v, strict=False)] + [0.0] * (7 - n)))
+    if (gamma, lam) == (1.0, 1.0):  # then a return is the sum of the rewards to come
+        torch.testing.assert_close(returns[1], rewards[1].flip(0).cumsum(0).flip(0))
+
+
+def test_group_advantages():
+    rewards = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
+    left_out = torch.tensor([1 - 4, 2 - 3.5, 6 - 1.5, 0, 0, 0])
+    torch.testing.assert_close(ppo.group_advantages(rewards, 3, "rloo"), left_out)
+    std = math.sqrt((4 + 1 + 9) / 2)
+    torch.testing.assert_close(ppo.group_advantages(rewards, 3, "grpo"), torch.tensor([-2, -1, 3, 0, 0, 0]) / (std + 1e-4))
+    for algo in ("grpo", "rloo"):
+        many = ppo.group_advantages(torch.randn(64), 8, algo).view(8, 8)
+        assert many.sum(1).abs().max() < 1e-5 and many.abs().max() > 0.1
+
+
+def test_whitening_over_all_actions():
+    mask, draw = ragged((3, 1, 5))
+    x = torch.where(mask > 0, draw(), 0.0)
+    torch.testing.assert_close(ppo.whiten(x, mask, ALONE), losses.masked_whiten(x, mask))
+    torch.testing.assert_close(ppo.whiten(x, mask, ALONE, shift_mean=False), losses.masked_whiten(x, mask, shift_mean=False))
+    assert torch.allclose(ppo.variance(x, mask, ALONE), x[mask > 0].var(correction=0))
+    two = SimpleNamespace(all_sum=lambda t: 2 * t)  # another rank with the same episodes
+    torch.testing.assert_close(ppo.whiten(x, mask, two), ppo.whiten(x, mask, ALONE))
+
+
+# ---------------------------------------------------------------------------------------------- losses
+
+
+def test_policy_loss_by_hand():
+    """Ratios 1.5, 0.5, 1.1, 1 with clip 0.2: held where the step has gone far enough in the direction that the advantage asks."""
+    mask, old = matrix([1, 1, 1, 1], [1, 1, 0, 0]), torch.zeros(2, 4)
+    new = matrix([1.5, 0.5, 1.1, 1], [1.5, 0.5, 3, NAN]).log().requires_grad_()
+    advantages = matrix([1, 1, 1, 1], [-1, -1, 9, NAN])
+    loss, stats = ppo.policy_loss(new, old, advantages, mask, 0.2)
+    terms = [-1.2, -0.5, -1.1, -1.0, 1.5, 0.8]
+    assert math.isclose(loss.detach(), sum(terms) / 6, rel_tol=1e-6)
+    assert math.isclose(stats["clipfrac"], 2 / 6, rel_tol=1e-6) and math.isclose(stats["ratio"], 0.5, rel_tol=1e-6)
+    k3 = sum(r - 1 - math.log(r) for r in (1.5, 0.5, 1.1, 1, 1.5, 0.5)) / 6
+    assert math.isclose(stats["approx_kl"], k3, rel_tol=1e-5)
+    loss.backward()
+    torch.testing.assert_close(new.grad, matrix([0, -0.5, -1.1, -1], [1.5, 0, 0, 0]) / 6)  # of a held one: none
+    with torch.no_grad():
+        counted, stats = ppo.policy_loss(new, old, advantages, mask, 0.2, count=12)
+    assert math.isclose(counted, loss / 2, rel_tol=1e-6) and math.isclose(stats["clipfrac"], 2 / 12, rel_tol=1e-6)
+    assert ppo.policy_loss(new, old, advantages, torch.zeros(2, 4), 0.2)[0] == 0
+
+
+def test_the_first_gradient_is_that_of_reinforce():
+    mask, draw = ragged((4, 2, 1))
+    new, advantages = draw(), draw()
+    loss, stats = ppo.policy_loss(new.requires_grad_(), new.detach(), advantages, mask, 0.2)
+    loss.backward()
+    torch.testing.assert_close(new.grad, torch.where(mask > 0, -advantages, 0.0) / 7)
+    assert stats["ratio"] == stats["clipfrac"] == stats["approx_kl"] == 0
+
+
+def test_value_loss_by_hand():
+    mask, old = matrix([1, 1, 1, 1], [1, 0, 0, 0]), matrix([0, 0, 0, 0], [1, NAN, 0, 0])
+    values = matrix([0.5, 0.5, -0.5, 0.1], [1.0, 0, NAN, 0]).requires_grad_()
+    returns = matrix([1, 0.1, 1, 0], [3, 0, 0, NAN])
+    # near the return, but moved by more than 0.2 from the old value: the error of the held value counts, without a gradient
+    terms = [(0.2 - 1) ** 2, (0.5 - 0.1) ** 2, (-0.5 - 1) ** 2, 0.1**2, 2.0**2]
+    loss, stats = ppo.value_loss(values, old, returns, mask, 0.2)
+    assert math.isclose(loss.detach(), 0.5 * sum(terms) / 5, rel_tol=1e-6) and math.isclose(stats["clipfrac"], 1 / 5, rel_tol=1e-6)
+    loss.backward()
+    torch.testing.assert_close(values.grad, matrix([0, 0.4, -1.5, 0.1], [-2, 0, 0, 0]) / 5)
+    with torch.no_grad():
+        assert math.isclose(ppo.value_loss(values, old, returns, mask, 0.2, count=10)[0], loss / 2, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("cut", [[2, 2, 2], [1, 5], [3, 3]], ids=str)
+def test_losses_of_micro_batches_add_up(cut):
+    mask, draw = ragged((4, 1, 3, 2, 4, 1))
+    new, old, advantages = draw(), draw(), draw()
+    whole = [f(new, old, advantages, mask, 0.2) for f in (ppo.policy_loss, ppo.value_loss)]
+    for f, (loss, stats) in zip((ppo.policy_loss, ppo.value_loss), whole, strict=True):
+        parts = [f(*x, 0.2, count=mask.sum()) for x in zip(*(t.split(cut) for t in (new, old, advantages, mask)), strict=True)]
+        torch.testing.assert_close(sum(p for p, _ in parts), loss)
+        torch.testing.assert_close(sum(s["clipfrac"] for _, s in parts), stats["clipfrac"])
+
+
+def test_the_adaptive_coefficient():
+    controller = ppo.AdaptiveKL(0.15, target=6.0, horizon=10_000)
+    assert math.isclose(controller.update(12.0, 256), 0.15 * (1 + 0.2 * 256 / 10_000))  # held at +20%
+    assert math.isclose(controller.update(6.6, 512), 0.15 * (1 + 0.2 * 256 / 10_000) * (1 + 0.1 * 512 / 10_000))
+    controller = ppo.AdaptiveKL(1.0, target=6.0, horizon=100)
+    for _ in range(10):
+        controller.update(0.0, 50)
+    assert math.isclose(controller.coef, 0.9**10)
+
+
+# ---------------------------------------------------------------------------------------------- episodes
+
+
+EPISODES = dict(prompts=[[5, 6, 7], [9], [3, 4, 3, 4, 3]], responses=[[8, 258], [1, 2, 3, 4], [258]])
+
+
+@pytest.mark.parametrize("static", [0, 16], ids=["packed", "static"])
+def test_a_batch_of_episodes_gives_what_each_gives_alone(static):
+    """Log-probabilities and entropies of the actions, values before them, scores at the end; whatever the temperature."""
+    model, head = tiny.model(), tiny.model(1, head="score").score
+    model.split_documents = not static
+    role = roles.Role(model, head=head, scale=(2.0, -1.0))
+    batch = roles.episode_batch(*EPISODES.values(), 4, static)
+    assert batch["mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+    assert batch["response"].tolist() == [[8, 258, 0, 0], [1, 2, 3, 4], [258, 0, 0, 0]]
+    assert batch["tokens"].shape == ((3, 16) if static else (1, 16)) and (batch["docs"] == -1).sum() == (32 if static else 0)
+    with torch.no_grad():
+        (logprobs, entropy), values, scores = role.logprobs(batch, 0.7), role.values(batch), role.scores(batch)
+        for i, (prompt, response) in enumerate(zip(*EPISODES.values(), strict=True)):
+            hidden, n, m = model(torch.tensor([prompt + response])), len(prompt), len(response)
+            right = (model.logits(hidden)[0, n - 1 : -1] / 0.7).log_softmax(-1)
+            padding = (0, 4 - m)
+            torch.testing.assert_close(logprobs[i], F.pad(right[range(m), response], padding))
+            torch.testing.assert_close(entropy[i], F.pad(-(right.exp() * right).sum(-1), padding))
+            torch.testing.assert_close(values[i], F.pad(head(hidden)[0, n - 1 : -1] * 2 - 1, padding))
+            torch.testing.assert_close(scores[i], head(hidden)[0, -1] * 2 - 1)
+
+
+def test_prompts_come_in_shuffled_passes():
+    prompts = [[i] for i in range(7)]
+    passes = [[ppo.pick(prompts, 7 * epoch + i, seed=3)[0] for i in range(7)] for epoch in range(3)]
+    assert all(sorted(p) == list(range(7)) for p in passes) and len({tuple(p) for p in passes}) == 3
+    assert passes[1] == [ppo.pick(prompts, 7 + i, seed=3)[0] for i in range(7)]
+    assert passes[0] != [ppo.pick(prompts, i, seed=4)[0] for i in range(7)]
+
+
+def test_prompts_of_a_folder(base, tmp_path):
+    tok, stop = tokenizer.load(base), 258
+    rows = [([1, 2, 3, stop], [0, 0, 1, 1]), ([1, 2, 9, stop], [0, 0, 1, 1]), ([4, 5, 4, 6, stop], [0, 1, 0, 1, 1]),
+            ([7, 8, 9, 10, 11], [0, 0, 0, 0, 1]), ([5, 5], [1, 1]), ([6, 6], [0, 0])]  # fmt: skip
+    data.write_store(tmp_path, dict(train=rows), dict(vocab_size=264, tokenizer=tok.fingerprint))
+    prompts, left_out = ppo.prompts_of(SimpleNamespace(data=[str(tmp_path)], seed=0, max_prompt=3), tok)
+    assert sorted(prompts) == [[1, 2], [4]] and left_out == 1  # once each, up to the first target; one too long
+    assert all(type(i) is int for p in prompts for i in p)
+    with pytest.raises(UserError, match="max_prompt=0"):
+        ppo.prompts_of(SimpleNamespace(data=[str(tmp_path)], seed=0, max_prompt=0), tok)
+
+
+def test_a_response_is_cut_behind_a_string(base):
+    tok = tokenizer.load(base)
+    ids = list(b"say. then more. end")
+    assert ppo.cut_at((), tok, ids) == (ids, False) and ppo.cut_at(("?",), tok, ids) == (ids, False)
+    assert ppo.cut_at((". ",), tok, ids) == (list(b"say. "), True)
+    assert ppo.cut_at(("more", "hen"), tok, ids) == (list(b"say. then"), True)  # the one that is complete first
+
+
+def test_reward_functions(base, tmp_path):
+    tok = tokenizer.load(base)
+    path = tmp_path / "rewards.py"
+    path.write_text(REWARDS)
+    function = ppo.load_function(f"{path}:letters")
+    scores = ppo.judge(function, tok, [[*b"abc"], [*b"x"]], ([*b"aaz", 258], [*b"y"]), torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(scores, torch.tensor([2 + 0.3 - 0.5, 0.1]))  # special tokens are no text
+    for spec, said in [("none.py:f", "no such file"), (f"{path}:nothing", "no function nothing"),
+                       (f"{base / 'config.json'}:x", "file.py:function"), ("x", "file.py:function")]:  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            ppo.load_function(spec)
+
+
+def test_correlation():
+    x, y = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.3, 0.1, 0.2, -3.0])
+    mean = lambda x: x.sum() / 4  # noqa: E731
+    assert math.isclose(ppo.correlation(x, y, mean), np.corrcoef(x, y)[0, 1], rel_tol=1e-6)
+    assert ppo.correlation(x, torch.full((4,), 0.3), mean) == 0
+
+
+def test_diseases():
+    well = dict(kl=2.0, length=20.0, length_reward_corr=0.3, reward=1.0, gold=0.5, entropy=2.0, eos_rate=0.9)
+    assert not list(ppo.diseases(well, well))
+    cases = {"KL is negative": dict(kl=-1.0), "grow": dict(length=40.0, length_reward_corr=0.7), "entropy": dict(entropy=0.3),
+             "exploits": dict(reward=3.0, gold=-1.0), "stop ending": dict(eos_rate=0.2)}  # fmt: skip
+    for said, change in cases.items():
+        (found,) = ppo.diseases(well | change, well)
+        assert said in found
+
+
+def test_settings_that_do_not_go_together():
+    rt = SimpleNamespace(world=2, shards=2, mesh=None)
+    ppo.check(ppo.Config(batch_size=64, minibatches=2, micro_batch=8, group=4), rt)
+    wrong = {
+        "batch_size=24 must be a multiple of": dict(batch_size=24),
+        "share of a minibatch .16. one of group=5": dict(batch_size=64, minibatches=2, group=5, micro_batch=1),
+        "group=0: must be 1": dict(group=0), "micro_batch=0": dict(micro_batch=0), "ppo_epochs=0": dict(ppo_epochs=0),
+        "needs group=2": dict(algo="grpo"), "value_warmup=3 trains": dict(algo="rloo", group=2, value_warmup=3),
+        "temperature=0": dict(temperature=0.0), "ptx_data= and ptx_coef=": dict(ptx_coef=1.0), "lora_targets=": dict(lora_rank=4, train="qv"),
+        "offload=true parks": dict(offload=True, parallel="fsdp"),
+    }  # fmt: skip
+    for said, settings in wrong.items():
+        with pytest.raises(UserError, match=said):
+            ppo.check(ppo.Config(**settings), rt)
