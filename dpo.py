@@ -183,6 +183,8 @@ def reference_logprobs(rt, net, model, batches, path):
                 real = micro["real"] > 0
                 values[micro["number"][real]] = part[real]
         model.train()
+        if hasattr(model, "reshard"):  # FSDP: what the forward gathered must not outlive the weights that a resume puts in
+            model.reshard()
         values = rt.all_sum(values)
         if rt.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,20 +250,20 @@ def main(cfg):
         lora.apply(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, rslora=cfg.lora_rslora)
     else:
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
-    net = rt.wrap(model, cfg.compile, cfg.grad_checkpoint)
 
-    # ------------------------------------------------------------------------------------------ reference
+    # ------------------------------------------------------------------------------------------ optimizer
+    net = rt.wrap(model, cfg.compile, cfg.grad_checkpoint)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = optim.build(model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    rt.prime(optimizer)
+
+    # ------------------------------------------------------------------------------------------ reference, resume
     files = {split: out / f"reference.{split}.{key}.bin" for split in ("train", "val")}
     lora.use(model, None)  # the model as it was; without adapters the weights are still untrained here
     reference = reference_logprobs(rt, net, model, train, files["train"])
     val_reference = reference_logprobs(rt, net, model, val, files["val"]) if val else None
     if cfg.lora_rank:
         lora.use(model, "default")
-
-    # ------------------------------------------------------------------------------------------ optimizer, resume
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = optim.build(model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
-    rt.prime(optimizer)
     start, best, warned = 0, math.inf, False
     if resume:
         meta, _ = checkpoint.load_training(out / "state", rt, trained, dict(adamw=optimizer))

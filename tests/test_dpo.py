@@ -1,0 +1,317 @@
+"""dpo.py: the losses by hand and against trl, ranked groups, the reference, what is trained, saved and resumed."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from conftest import ROOT
+
+import checkpoint
+import config
+import dpo
+import lora
+import rankings
+import runtime
+import tokenizer
+from config import UserError
+
+FAST = "device=cpu dtype=float32 max_length=128 batch_size=8 log_every=100 samples=1 sample_tokens=4".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With model/ and the folders of groups data/ (2 to 4 completions) and pairs/."""
+    path = tmp_path_factory.mktemp("dpo")
+    tiny.model_dir(path / "model")
+    tiny.preferences(path / "data", path / "model")
+    tiny.preferences(path / "pairs", path / "model", completions=(2, 2))
+    return path
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    """Trains with settings over the fast ones -> the run folder."""
+
+    def train(*settings, out="out"):
+        keys = {s.partition("=")[0] for s in settings}
+        base = [f"model={folder}/model", f"data={folder}/data", f"out={tmp_path / out}", "steps=2", *FAST]
+        dpo.main(config.load(dpo.Config, [s for s in base if s.partition("=")[0] not in keys] + list(settings)))
+        return tmp_path / out
+
+    return train
+
+
+def log(out, kind):
+    return [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["kind"] == kind]
+
+
+def open_rows(folder, split="train", name="data"):
+    return rankings.load([folder / name], split=split, tokenizer=tokenizer.load(folder / "model"))
+
+
+def logprob(model, tokens, mask):
+    """Of the targets of one row, in float64, by the definition."""
+    ids = torch.tensor(tokens)[None]
+    logits = model.logits(model(ids))[0, :-1].double()
+    picked = torch.log_softmax(logits, -1)[torch.arange(len(tokens) - 1), ids[0, 1:]]
+    return (picked * torch.tensor(mask[1:])).sum()
+
+
+# ------------------------------------------------------------------------------------------ the losses
+
+
+def test_at_the_reference_the_loss_is_ln_2_and_the_margin_0(run):
+    for settings in ([], ["lora_rank=2"]):
+        first = log(run(*settings, "resume=false"), "eval")[0]
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert abs(first["margin"]) < 1e-5 and abs(first["chosen"]) < 1e-5 and abs(first["rejected"]) < 1e-5
+
+
+PAIR = [torch.tensor([x, 0.0], dtype=torch.float64) for x in (-10.0, -14.0, -11.0, -13.0)]  # h = 1 - (-1) = 2, and 0
+SIGMOID = 1 / (1 + math.exp(-0.2))
+BY_HAND = {  # settings: loss at h = 2 with beta 0.1, d loss / d h there, loss at h = 0
+    (): (-math.log(SIGMOID), -0.1 * (1 - SIGMOID), math.log(2)),
+    (("label_smoothing", 0.25),): (
+        -0.75 * math.log(SIGMOID) - 0.25 * math.log(1 - SIGMOID),
+        -0.075 * (1 - SIGMOID) + 0.025 * SIGMOID,
+        math.log(2),
+    ),
+    (("loss", "ipo"),): ((2 - 5) ** 2, 2 * (2 - 5), 25),
+}
+
+
+@pytest.mark.parametrize("settings", BY_HAND)
+def test_losses_and_gradients_by_hand(settings):
+    chosen, rejected, ref_chosen, ref_rejected = (t.clone().requires_grad_() for t in PAIR)
+    loss = dpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.1, **dict(settings))
+    at_two, slope, at_zero = BY_HAND[settings]
+    assert loss.tolist() == pytest.approx([at_two, at_zero])
+    loss[0].backward()
+    assert chosen.grad[0].item() == pytest.approx(slope) and rejected.grad[0].item() == pytest.approx(-slope)
+
+
+def test_completion_logprobs_are_sums_over_the_completions_own_tokens(folder):
+    model, rows = checkpoint.load_model(folder / "model", dtype=torch.float32), open_rows(folder)
+    for static in (False, True):
+        for micro in rankings.Batches(rows, 6, 2, 128, static=static).batch(0):
+            found = dpo.completion_logprobs(model, model, micro)
+            for n, real, value in zip(micro["number"].tolist(), micro["real"], found, strict=True):
+                tokens, mask = rows.stores[0].row(n)
+                assert not real or value.item() == pytest.approx(logprob(model, tokens.tolist(), mask).item(), abs=1e-4)
+
+
+def test_all_pairs_of_a_group_weigh_as_one(folder):
+    """Loss and gradient of a step on groups of 2 to 4, against a loop over groups and pairs."""
+    model, reference = tiny.model(1), tiny.model(0).requires_grad_(False)
+    rows, cfg = open_rows(folder), dpo.Config(beta=0.3)
+    batches = rankings.Batches(rows, 6, 2, 128)
+    members = batches.members(0)
+    by_hand = 0.0
+    for g in members:
+        group = [(tokens.tolist(), mask) for tokens, mask in rows.group(g)]
+        ratios = [logprob(model, *row) - logprob(reference, *row) for row in group]
+        pairs = [(i, j) for i in range(len(group)) for j in range(i + 1, len(group))]
+        by_hand += sum(-torch.nn.functional.logsigmoid(0.3 * (ratios[i] - ratios[j])) for i, j in pairs) / len(pairs)
+    by_hand /= len(members)
+    assert len({len(rows.group(g)) for g in members}) > 1
+    by_hand.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    total = 0.0
+    for micro in batches.batch(0):
+        with torch.no_grad():
+            micro["reference"] = dpo.completion_logprobs(reference, reference, micro)
+        loss = dpo.pair_losses(dpo.completion_logprobs(model, model, micro), micro, cfg)
+        part = (loss * micro["share"]).sum() / len(members)
+        part.backward()
+        total += part.item()
+    assert total == pytest.approx(by_hand.item(), abs=1e-6)
+    assert all((p.grad - grads[name]).abs().max() < 1e-5 for name, p in model.named_parameters())
+
+
+WITH_NLL = dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2]), dict(nll_weight=0.2)
+
+
+@pytest.mark.parametrize("theirs, ours", [(dict(), dict()), WITH_NLL])
+def test_loss_and_gradients_are_trls(theirs, ours, folder, tmp_path):
+    import datasets
+    import transformers
+    import trl
+
+    settings = dict(beta=0.3, report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False)
+    hf, ref = (transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32) for _ in range(2))
+    torch.manual_seed(7)
+    with torch.no_grad():  # away from the reference
+        for p in hf.parameters():
+            p += 0.03 * torch.randn_like(p)
+    hf.save_pretrained(tmp_path / "policy")
+    trainer = trl.DPOTrainer(
+        model=hf, ref_model=ref, args=trl.DPOConfig(output_dir=str(tmp_path / "trl"), **settings | theirs),
+        train_dataset=datasets.Dataset.from_list([dict(prompt="a", chosen="b", rejected="c")] * 2),
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder / "model"),
+    )  # fmt: skip
+    rows = open_rows(folder, name="pairs")
+    batches = rankings.Batches(rows, 8, 2, 128)
+    groups = [[(tokens.tolist(), mask.tolist()) for tokens, mask in rows.group(g)] for g in batches.members(0)]
+    batch = [group[side] for side in (0, 1) for group in groups]  # all chosen, then all rejected
+    longest = max(len(tokens) for tokens, _ in batch)
+    pad = lambda x, n: [*x, *[0] * (longest - n)]  # noqa: E731
+    inputs = dict(
+        input_ids=torch.tensor([pad(tokens, len(tokens)) for tokens, _ in batch]),
+        attention_mask=torch.tensor([pad([1] * len(tokens), len(tokens)) for tokens, _ in batch]),
+        completion_mask=torch.tensor([pad(mask, len(mask)) for _, mask in batch]),
+    )
+    trainer.model.eval()
+    their_loss = trainer.compute_loss(trainer.model, inputs)
+    their_loss.backward()
+    grads = {name: p.grad for name, p in trainer.model.named_parameters()}
+
+    model = checkpoint.load_model(tmp_path / "policy", dtype=torch.float32)
+    reference = checkpoint.load_model(folder / "model", dtype=torch.float32).requires_grad_(False)
+    cfg, total, micros = dpo.Config(beta=0.3, **ours), 0.0, batches.batch(0)
+    for micro in micros:
+        with torch.no_grad():
+            micro["reference"] = dpo.completion_logprobs(reference, reference, micro)
+        logprobs = dpo.completion_logprobs(model, model, micro)
+        part = (dpo.pair_losses(logprobs, micro, cfg) * micro["share"]).sum() / 8
+        part = part - cfg.nll_weight * (logprobs * micro["best"]).sum() / sum(map(dpo.best_tokens, micros))
+        part.backward()
+        total += part.item()
+    assert abs(their_loss.item() - math.log(2)) > 0.01
+    assert total == pytest.approx(their_loss.item(), abs=1e-4)
+    ours = dict(model.named_parameters())
+    assert all((ours[name].grad - grad).abs().max() < 1e-4 for name, grad in grads.items() if name in ours)
+    assert max(grad.abs().max() for grad in grads.values()) > 0.1
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+def test_learns_to_prefer(run):
+    out = run("steps=60", "lr=3e-3", "batch_size=16", "eval_every=30")
+    first, last = log(out, "eval")[0], log(out, "eval")[-1]
+    assert last["accuracy"] > 0.8 and last["margin"] > 0.3 and last["loss"] < first["loss"] - 0.1
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "last", dtype=torch.float32)
+    ours, ids = checkpoint.load_model(out / "last"), torch.arange(97, 117)[None]
+    with torch.no_grad():
+        assert (theirs(ids).logits - ours.logits(ours(ids))).abs().max() < 1e-4
+
+
+def test_both_falling_is_said_in_words(run, capsys):
+    run("steps=12", "lr=2e-2", "log_every=1", "schedule=constant")
+    assert capsys.readouterr().out.count("note: the chosen completions become less likely") == 1
+    run("steps=12", "lr=2e-2", "log_every=1", "schedule=constant", "nll_weight=3", out="held")
+    assert "note: the chosen" not in capsys.readouterr().out
+
+
+def first_moments(out):
+    """exp_avg after one step: (1 - beta1) times the gradient."""
+    return {k: t for k, t in checkpoint.load_state(out / "state")[0].items() if k.endswith("exp_avg")}
+
+
+def test_the_gradient_does_not_depend_on_the_cut(run):
+    base = ["steps=1", "batch_size=16", "grad_clip=0", "nll_weight=0.5", "label_smoothing=0.1"]
+    one = first_moments(run(*base, "micro_batch=16", out="a"))
+    for cut in (["micro_batch=1"], ["micro_batch=1", "max_length=64"]):
+        other = first_moments(run(*base, *cut, "resume=false", out="b"))
+        assert all((one[k] - other[k]).abs().max() < 1e-6 for k in one) and max(t.abs().max() for t in one.values()) > 1e-3
+
+
+def test_two_processes_do_what_one_does(run, folder, tmp_path):
+    settings = ["steps=1", "batch_size=15", "grad_clip=0", "nll_weight=0.5", "max_length=64", "micro_batch=2"]
+    base = [s for s in FAST if s.partition("=")[0] not in ("batch_size", "max_length")]
+    base += [*settings, f"model={folder}/model", f"data={folder}/data"]
+    runs = dict(ddp=[], fsdp=["parallel=fsdp"], lora=["lora_rank=2"])
+    tiny.two_processes(tmp_path, "dpo", [[*base, *more, f"out={tmp_path / name}"] for name, more in runs.items()])
+    for name, more in runs.items():
+        one, two = run(*settings, *more, out="one-" + name), tmp_path / name
+        a, b = first_moments(one), first_moments(two)
+        assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() < 1e-6 for k in a)
+        for x, y in zip(log(one, "eval"), log(two, "eval"), strict=True):
+            assert all(x[k] == pytest.approx(y[k], abs=1e-4) for k in ("loss", "margin", "chosen", "rejected", "chosen_logprob"))
+        a, b = (np.fromfile(next(out.glob("reference.train.*.bin")), np.float32) for out in (one, two))
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ the reference
+
+
+def test_the_reference_is_the_start_and_with_lora_the_bare_base(run, folder):
+    base, rows = checkpoint.load_model(folder / "model", dtype=torch.float32), open_rows(folder)
+    by_hand = [logprob(base, tokens.tolist(), mask).item() for tokens, mask in map(rows.stores[0].row, range(rows.first[-1]))]
+    for settings in ([], ["lora_rank=2", "lr=1e-2"]):
+        out = run(*settings, out=f"out{len(settings)}")
+        values = np.fromfile(next(out.glob("reference.train.*.bin")), np.float32)
+        np.testing.assert_allclose(values, by_hand, atol=1e-4)
+    model, _ = lora.open_model(out / "last")
+    ids = torch.arange(97, 117)[None]
+    with torch.no_grad():
+        assert not torch.equal(model(ids), base(ids))
+        lora.use(model, None)
+        assert torch.equal(model(ids), base(ids))
+
+
+def test_the_reference_is_kept_and_a_stale_one_is_not_used(run, folder, monkeypatch, tmp_path, capsys):
+    computed = lambda: capsys.readouterr().out.count("computing the reference")  # noqa: E731
+    out = run()
+    assert computed() == 2  # train and val
+    files = sorted(out.glob("reference.*.bin"))
+    run("steps=3")
+    run("resume=false")
+    assert computed() == 0 and sorted(out.glob("reference.*.bin")) == files
+    tiny.model_dir(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="trained from another model or on other data"):
+        run(f"model={tmp_path}/other", "steps=4")
+    run(f"model={tmp_path}/other", "resume=false")
+    assert computed() >= 2 and not set(files) & set(out.glob("reference.*.bin")) and len(list(out.glob("reference.*.bin"))) == 2
+    run(f"model={tmp_path}/other", f"data={folder}/pairs", "resume=false")
+    assert computed() == 2
+    damaged = next(out.glob("reference.train.*.bin"))
+    damaged.write_bytes(damaged.read_bytes()[:-4])
+    with pytest.raises(UserError, match="remove it"):
+        run(f"model={tmp_path}/other", f"data={folder}/pairs", "resume=false")
+
+
+# ------------------------------------------------------------------------------------------ resume, mistakes
+
+
+@pytest.mark.parametrize("settings", [[], ["lora_rank=2", "lora_dropout=0.2"]])
+def test_a_resumed_run_is_the_uninterrupted_one(settings, run, monkeypatch):
+    settings = [*settings, "steps=8", "eval_every=3", "lr=1e-2"]
+    whole, asked = run(*settings, out="whole"), iter(range(100))
+    with monkeypatch.context() as m:
+        m.setattr(runtime.Runtime, "should_stop", lambda self: next(asked) >= 4)
+        parts = run(*settings, out="parts")
+    assert checkpoint.load_state(parts / "state")[1]["meta"]["step"] == 4
+    run(*settings, out="parts")
+    a, b = (checkpoint.load_state(out / "state") for out in (whole, parts))
+    assert a[1] == b[1] and a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+    strip = lambda out: [{k: v for k, v in r.items() if k != "time"} for r in log(out, "eval")]  # noqa: E731
+    assert strip(whole) == strip(parts)
+
+
+def test_mistakes_end_with_a_sentence(run, folder, tmp_path):
+    other = tiny.model_dir(tmp_path / "other", special=["<a>", "<b>", "<c>"])
+    tiny.store(tmp_path / "plain", folder / "model")
+    for settings, words in [
+        (["beta=0"], "beta="),
+        (["label_smoothing=0.5"], "label_smoothing="),
+        (["loss=ipo", "label_smoothing=0.1"], "label_smoothing="),
+        ([f"model={other}"], "another tokenizer"),
+        ([f"data={tmp_path}/plain"], "holds no groups"),
+        (["max_length=8"], "none of the 48 groups"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            run(*settings)
+    assert not (tmp_path / "out" / "last").exists()
+
+
+def test_every_setting_is_read():
+    source = (ROOT / "dpo.py").read_text() + (ROOT / "runtime.py").read_text()
+    assert not [f.name for f in dataclasses.fields(dpo.Config) if f"cfg.{f.name}" not in source]
