@@ -533,7 +533,7 @@ def main(cfg):
         tokens += int(rt.all_sum(mask.sum()))
         if (step + 1) % (cfg.log_every or cfg.steps) == 0 or step + 1 == cfg.steps:
             seconds = {f"{phase}_s": seconds for phase, seconds in clock.seconds.items()}
-            logger.step(step + 1, tokens=tokens, memory=rt.peak_memory(), **metrics, **seconds)
+            logger.step(step + 1, tokens=tokens, memory=rt.peak_memory(), **metrics, **seconds, **rt.compiles())
             tokens = 0
         if cfg.sample_every and (step == 0 or (step + 1) % cfg.sample_every == 0):
             shown = zip(asked[: cfg.samples], answers, scores.tolist(), log_ratio.sum(1).tolist(), strict=False)
