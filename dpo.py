@@ -262,6 +262,7 @@ def main(cfg):
     lora.use(model, None)  # the model as it was; without adapters the weights are still untrained here
     reference = reference_logprobs(rt, net, model, train, files["train"])
     val_reference = reference_logprobs(rt, net, model, val, files["val"]) if val else None
+    rt.reshard(net)
     if cfg.lora_rank:
         lora.use(model, "default")
     start, best, warned = 0, math.inf, False

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
@@ -182,6 +182,12 @@ class Runtime:
         for p in trainable:
             p.requires_grad = True
         return net
+
+    def reshard(self, net):
+        """FSDP keeps the embedding and the head whole after a forward, until a backward has used them, and named_parameters() then
+        gives these copies: to be called after a forward without one, before an optimizer is built or a state is loaded."""
+        if isinstance(net, FSDPModule):
+            net.reshard()
 
     def _shard_xla(self, model):
         if self.mesh is not None:
