@@ -46,7 +46,7 @@ def commands(root, seed):
     start = [f"model={root}/pretrain/last", f"data={data}/sft", f"out={root}/sft", f"seed={seed}"]
     yield "sft", ["sft.py", "recipes/reviews/sft.cfg", *start]
     yield "data", ["-m", "prepare.toy", "task=preferences", f"model={sft}", f"out={data}", f"seed={seed}"]
-    source = [f"source={data}/preferences.jsonl", f"model={sft}", "template=plain", "max_length=32", "val=15%"]
+    source = [f"source={data}/preferences.jsonl", f"model={sft}", "template=plain", "max_length=32"]
     yield "data", ["-m", "prepare.preferences", *source, f"out={data}/preferences"]
     start = [f"model={sft}", f"data={data}/preferences", f"seed={seed}"]
     yield "reward", ["reward.py", "recipes/reviews/reward.cfg", *start, f"out={root}/reward"]
