@@ -182,8 +182,10 @@ def test_weights_are_kept_and_a_store_that_is_used_up_begins_again(tmp_path):
         ranks = [data.Windows([a, b, c], 20, 5, 4, weights=(0.7, 0.1, 0.2), seed=3, rank=r, world=world) for r in range(world)]
         firsts = [int(t) for rank in ranks for m in rank.batch(150) for t in m["tokens"][:, 0]]
         assert sorted(firsts) == sorted(4 * (drawn[3000:3020] - w.starts[stores[3000:3020]]))
-    cycle = np.concatenate([w.plan(step) for step in range(65536 // 20 + 1)])[:65536]
-    assert np.bincount(np.searchsorted(w.starts, cycle, "right") - 1).tolist() == w.share.tolist()
+    both = np.concatenate([w.plan(step) for step in range(3400)])
+    assert np.bincount(np.searchsorted(w.starts, both[:65536], "right") - 1).tolist() == w.share.tolist()  # one cycle
+    mine = both[(both >= w.starts[1]) & (both < w.starts[2])]
+    assert all(len({*mine[k : k + 10]}) == 10 for k in range(6500, 6600, 10))
 
 
 # ---------------------------------------------------------------------------------------------------- losses
@@ -335,7 +337,8 @@ def test_sizes():
         assert abs(count / expected - 1) < 0.01, (size, count)
     cfg = pretrain.model_config(pretrain.Config(size="1b", n_layers=3, dim=96, n_heads=6, ffn_dim=128, max_length=77), 100)
     assert (cfg.n_layers, cfg.dim, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.ffn_dim) == (3, 96, 6, 6, 16, 128)
-    assert (cfg.vocab_size, cfg.max_positions) == (128, 77) and Transformer(cfg)(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 96)
+    assert (cfg.vocab_size, cfg.max_positions) == (128, 77)
+    assert Transformer(cfg)(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 96)
 
 
 # ---------------------------------------------------------------------------------------------------- processes

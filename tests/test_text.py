@@ -159,7 +159,13 @@ def test_max_mb_stops_early(model, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- held out
 
 
-def test_held_out_documents(model, tmp_path):
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(text, "CHUNK", 100)
+    monkeypatch.setattr(text, "SHARD", 500)
+
+
+def test_held_out_documents(model, tmp_path, small):
     docs = [f"document {i // 2 if i < 20 else i}" for i in range(200)]  # ten of them twice
     source = jsonl(tmp_path / "a.jsonl", docs)
     train = prepare(source, model, tmp_path / "out", val="0.3")
@@ -185,12 +191,6 @@ def test_a_share_that_comes_to_nothing_is_told(model, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------- interruptions
-
-
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setattr(text, "CHUNK", 100)
-    monkeypatch.setattr(text, "SHARD", 500)
 
 
 def kill_at(monkeypatch, n):
