@@ -1,7 +1,7 @@
 """The tokenizer of a model directory, and chat rendering to (ids, mask).
 
-    byte-level BPE   tokenizer.json, vocab.json + merges.txt, tiktoken files (Llama 3's own), tekken.json   on tiktoken
-    sentencepiece    tokenizer.model, or a byte-fallback tokenizer.json                                on sentencepiece
+    byte-level BPE   tokenizer.json, vocab.json + merges.txt, or a tiktoken file (Llama 3's tokenizer.model)   on tiktoken
+    sentencepiece    tokenizer.model, or a byte-fallback tokenizer.json                                   on sentencepiece
 
 Text of users and data sets is encoded with special=False: nothing in it can become a control token. The control tokens
 of a conversation come from its template alone, by id. `render` is the one place that lays out conversations and gives
@@ -192,14 +192,14 @@ def bpe_from_json(spec, added):
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise UserError("tokenizer.json marks the parts of words, which byte-level BPE here does not support")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    products = ["".join(merge) for merge in merges]
+    products, known = ["".join(merge) for merge in merges], set(BYTE_CHAR.values())
     if model.get("ignore_merges"):  # a piece that is a token is taken whole, and a token is listed once for each split
         made = [vocab.get(token, -1) for token in products]
         if made != sorted(made):
             raise UserError("the merges of tokenizer.json do not follow the order of its ids")
-        products = sorted((token for token in vocab if len(token) > 1 and token not in added), key=vocab.get)
+        products = [token for token in vocab if len(token) > 1 and token not in added and known.issuperset(token)]
+        products.sort(key=vocab.get)
     else:
-        known = set(BYTE_CHAR.values())
         for (left, right), token in zip(merges, products, strict=True):
             if left not in known or right not in known or token in known or token not in vocab:
                 raise UserError(f"merge {left!r} {right!r} of tokenizer.json has a part or a product out of order")
@@ -249,7 +249,7 @@ class SentencePiece:
         self.words = Cache(self.bare.encode)
 
     def encode(self, text, lead):
-        if not self.by_word or text.count(" ") * 20 < len(text):  # few and long words do not repeat
+        if not self.by_word or text.count(" ") * 10 < len(text):  # few and long words do not repeat
             return (self.model if lead else self.bare).encode(text)
         text = "▁" * lead + text.replace(" ", "▁")
         return list(chain.from_iterable(map(self.words.__getitem__, self.WORD.findall(text))))
@@ -330,16 +330,6 @@ def read_tiktoken(path):
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def read_tekken(path):
-    """(BytePairs, names of the special tokens, which come first) of Mistral's tekken.json."""
-    spec = read_json(path)
-    first = spec["config"]["default_num_special_tokens"]
-    names = [entry["token_str"] for entry in spec.get("special_tokens") or []] or ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
-    vocab = spec["vocab"][: spec["config"]["default_vocab_size"] - first]
-    ranks = {base64.b64decode(entry["token_bytes"]): first + entry["rank"] for entry in vocab}
-    return BytePairs(ranks, spec["config"]["pattern"]), names + [f"<SPECIAL_{i}>" for i in range(len(names), first)]
-
-
 def token(content, id, special=True, lstrip=False, rstrip=False, single_word=False, **_):
     """An added token, as tokenizer.json lists them."""
     return dict(content=content, id=id, special=special, lstrip=lstrip, rstrip=rstrip, single_word=single_word)
@@ -357,7 +347,8 @@ def read_vocabulary(folder, spec, config, added, names):
         steps = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in steps]
         lines = [line for line in merges.read_text(encoding="utf-8").split("\n") if line and not line.startswith("#version")]
         model = {"vocab": read_json(vocab), "merges": lines}
-        pre = {"type": "Sequence", "pretokenizers": [*steps, {"type": "ByteLevel", "use_regex": not steps}]}
+        last = {"type": "ByteLevel", "use_regex": not steps, "add_prefix_space": config.get("add_prefix_space", False)}
+        pre = {"type": "Sequence", "pretokenizers": [*steps, last]}
         spec = {"model": model, "normalizer": normal, "pre_tokenizer": pre}
     if any(step["type"] == "ByteLevel" for step in flat(spec.get("pre_tokenizer"))):
         for name in filter(model["vocab"].__contains__, names.values()):
@@ -381,12 +372,13 @@ def read_vocabulary(folder, spec, config, added, names):
         if space:
             prefix = space.get("prepend_scheme", "always" if space.get("add_prefix_space", True) else "never")
             prefix = "missing" if prefix == "always" else prefix
-            if space.get("split", True) and any("▁" in name[1:] for name in set(model["vocab"]) - set(added)):
+            wide = any("▁" in name[1:] for name in model["vocab"] if name not in added)
+            if wide and space.get("split", True) and not proto.exists():
                 raise UserError(f"{whole} splits text at every space, but has tokens with several; that is not supported")
         elif spec:
             prefix = "always" if any(step["type"] == "Prepend" for step in flat(spec["normalizer"])) else "never"
         else:
-            prefix = "always" if config.get("legacy", True) else "first"
+            prefix = "first" if config.get("legacy") is False else "always"
         back = SentencePiece(proto.read_bytes() if proto.exists() else proto_from_json(spec, prefix), prefix)
         for name in back.control:
             added.setdefault(name, token(name, back.model.piece_to_id(name)))
@@ -396,13 +388,9 @@ def read_vocabulary(folder, spec, config, added, names):
         ends = {key: getattr(back.model, f"{key}_id")() for key in ("bos", "eos", "pad")}
         return back, [proto] if proto.exists() else files, {key: id for key, id in ends.items() if id >= 0}
 
-    if (folder / "tekken.json").exists():
-        back, special = read_tekken(folder / "tekken.json")
-        added.update({name: token(name, id) for id, name in enumerate(special)})
-        return back, [folder / "tekken.json"], {"bos": special.index("<s>"), "eos": special.index("</s>")}
     if spec:
         raise UserError(f"{whole} is a tokenizer of the kind {model.get('type')}; byte-level or byte-fallback BPE is needed")
-    raise UserError(f"{folder} has no tokenizer.json, tokenizer.model, vocab.json + merges.txt, *.tiktoken or tekken.json")
+    raise UserError(f"{folder} has no tokenizer.json, tokenizer.model, vocab.json + merges.txt or *.tiktoken")
 
 
 def load(path, template=None):
@@ -484,8 +472,8 @@ class Tokenizer:
         self.vocab_size = max(self.bytes) + 1
         # control tokens: the special ones, and those of the template; text of users never turns into one of them
         self._all = alternation(added.values())
-        turns = layout if isinstance(layout, Turns) else Turns(user="{bos}", assistant="{}{eos}")
-        self.control = {entry["id"] for entry in added.values() if entry["special"]}
+        turns = layout if isinstance(layout, Turns) else Turns(user="", assistant="{}{eos}")
+        self.control = {entry["id"] for entry in added.values() if entry["special"]} | {self.bos_id, self.eos_id} - {None}
         self.control |= {piece for piece in self._fixed(turns.fixed()) if isinstance(piece, int)}
         self._plain = alternation(entry for entry in added.values() if entry["id"] not in self.control)
         # a vocabulary may hold the name of a control token as an ordinary piece
@@ -531,14 +519,17 @@ class Tokenizer:
         parts, last = [], None
         for text, fixed, target in self.layout(messages, add_generation_prompt):
             for piece in self._fixed(text) if fixed else [text]:
-                if parts and isinstance(piece, str) and isinstance(parts[-1][0], str) and parts[-1][1] == target:
-                    parts[-1][0] += piece
+                if parts and isinstance(piece, str) and isinstance(parts[-1][0], str) and parts[-1][2] == target:
+                    parts[-1] = (parts[-1][0] + piece, parts[-1][1] and fixed, target)
                 else:
-                    parts.append([piece, target])
+                    parts.append((piece, fixed, target))
             last = last if target is None else target
         ids, mask, position = [self.bos_id] * self.bos_first, [0] * self.bos_first, START
-        for piece, target in parts:
-            new = [piece] if isinstance(piece, int) else self._text(piece, position, self._plain)
+        for piece, fixed, target in parts:
+            key = (piece, position)
+            new = [piece] if isinstance(piece, int) else self._known.get(key) or self._text(piece, position, self._plain)
+            if fixed:  # the same in every conversation
+                self._known[key] = new
             position = AFTER if isinstance(piece, int) else INSIDE
             ids += new
             mask += [int(target is not None and (target == last or not last_only))] * len(new)

@@ -63,9 +63,8 @@ PIP = {
     "mistral_v2": ("mistral-common", "mistral_common/data/mistral_instruct_tokenizer_240216.model.v2"),
     "mistral_v3": ("mistral-common", "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3"),
     "mistral_v7": ("mistral-common", "mistral_common/data/mistral_instruct_tokenizer_241114.model.v7"),
-    "tekken": ("mistral-common", "mistral_common/data/tekken_240718.json"),
 }
-RENAMED = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt", "tekken_240718.json": "tekken.json"}
+RENAMED = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
 
 
 def fetch(folder, ggufs):

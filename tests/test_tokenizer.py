@@ -216,6 +216,8 @@ def test_vocab_and_merges_files(tmp_path):
 
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
     assert tokenizer.load(tmp_path).model.normal == "NFC"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": True}))
+    assert tokenizer.load(tmp_path).encode("the") == ours.encode(" the")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
     with pytest.raises(UserError, match="CLIPTokenizer"):
         tokenizer.load(tmp_path)
@@ -264,16 +266,6 @@ def test_tiktoken_files_that_will_not_do(tmp_path):
         tokenizer.load(tmp_path)
 
 
-def test_tekken(tmp_path):
-    tokens = [bytes([byte]) for byte in range(256)] + [b"th", b"the", b" the", b"left out"]
-    vocab = [{"rank": i, "token_bytes": base64.b64encode(token).decode(), "token_str": None} for i, token in enumerate(tokens)]
-    config = {"pattern": tokenizer.QWEN, "default_vocab_size": 10 + 259, "default_num_special_tokens": 10}
-    (tmp_path / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocab}))
-    ours = tokenizer.load(tmp_path)
-    assert ours.encode("a the", bos=True, eos=True) == [1, 10 + ord("a"), 10 + 258, 2]
-    assert ours.encode("[INST]x", special=True) == [3, 10 + ord("x")] and ours.vocab_size == 269
-
-
 # ----------------------------------------------------------------------------------------------- sentencepiece
 
 
@@ -312,7 +304,7 @@ def test_sentencepiece_model(spm):
 def test_words_are_encoded_alone_only_where_that_is_the_same(spm, tmp_path):
     ours = tokenizer.load(spm.parent)
     by_word = [ours.encode(text) for text in STRINGS]
-    assert any(text.count(" ") * 20 >= len(text) for text in STRINGS)
+    assert any(text.count(" ") * 10 >= len(text) for text in STRINGS)
     ours.model.by_word = False
     assert by_word == [ours.encode(text) for text in STRINGS]
     (tmp_path / "corpus.txt").write_text("of the in the of the\n" * 50)
