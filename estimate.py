@@ -8,9 +8,10 @@ import torch
 from losses import CHUNK_LOGITS
 
 
-def memory(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False):
+def memory(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False, keep_gathered=False):
     """Peak bytes of one device by part, for AdamW under autocast. tokens: of one forward on one device (B x T).
-    shards: devices over which weights, gradients and moments are cut (FSDP); 1 where each holds them whole.
+    shards: devices over which weights, gradients and moments are cut (FSDP); 1 where each holds them whole. Then the parts that are
+    whole for a while are `gathered`: embedding, head and two layers (keep_gathered: all layers), and the gradients of one layer.
 
     Activations count what autograd keeps of a block: the two norms (input and output in the residual's dtype, and a cast), q, k, v
     before and after the rotation, the attention's output, and the four (T, F) tensors of SwiGLU.
@@ -26,15 +27,21 @@ def memory(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False)
     if cfg.head == "lm":
         head = min(CHUNK_LOGITS, tokens * cfg.vocab_size) * (4 + 4 + size)
         head += cfg.vocab_size * cfg.dim * (size + 4 * model.head_weight.requires_grad)
+    gathered = 0
+    if shards > 1:
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
+        rest = sum(p.numel() for p in model.parameters()) - sum(layers)
+        grads = sum(p.numel() for p in model.layers[0].parameters() if p.requires_grad)
+        gathered = size * (rest + sum(layers if keep_gathered else layers[:2])) + 4 * grads
     return dict(
         weights=weights / shards, gradients=4 * trained / shards, optimizer=8 * trained / shards,
-        activations=tokens * kept, head=head,
+        activations=tokens * kept, head=head, gathered=gathered,
     )  # fmt: skip
 
 
-def describe(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False):
+def describe(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False, keep_gathered=False):
     """One line for people: the parameters, and the parts of `memory` in GB."""
-    parts = memory(model, tokens, shards, dtype, grad_checkpoint)
+    parts = memory(model, tokens, shards, dtype, grad_checkpoint, keep_gathered)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     listed = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())

@@ -215,7 +215,8 @@ def main(cfg):
     if rt.is_main:
         checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
     logger.text(" ".join(["pretrain:", *config.diff(cfg)]))
-    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, rt.weight_shards, rt.dtype, cfg.grad_checkpoint))
+    spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2"
+    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
     total = steps * cfg.batch_size * cfg.max_length
     peak = log.peak_flops(rt.name)
     time = f", about {log.duration(total * flops / (0.4 * peak * rt.shards))} at 40% of the peak" if peak else ""

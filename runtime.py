@@ -302,7 +302,7 @@ class Runtime:
         """The generators' states as tensors."""
         state = dict(cpu=torch.get_rng_state())
         if self.kind == "xla":
-            state["device"] = torch.tensor(self.xm.get_rng_state())
+            state["device"] = torch.tensor(self.xm.get_rng_state(), dtype=torch.uint64)
         elif self.kind != "cpu":
             state["device"] = torch.get_device_module(self.device).get_rng_state(self.device)
         return state

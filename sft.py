@@ -178,7 +178,8 @@ def main(cfg):
     if rt.is_main:
         checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
     logger.text(" ".join(["sft:", *config.diff(cfg)]))
-    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, rt.weight_shards, rt.dtype, cfg.grad_checkpoint))
+    spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2"
+    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
     logger.text(
         f"{len(train.lengths):,} rows, {train.lengths.sum():,} tokens ({train.dropped} dropped, {train.truncated} truncated); "
         f"{train.steps_per_epoch} steps an epoch, {steps} in all from step {start}; {rt.shards} x {rt.name}, {rt.dtype}"

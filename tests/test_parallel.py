@@ -1,0 +1,228 @@
+"""Every stage on 2 and 4 processes (gloo, CPU): what one process does; state that another number of ranks resumes; ranks that fail."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+from conftest import ROOT
+
+import checkpoint
+import config
+import data
+import runtime
+import tokenizer
+
+# Several runs in one process, for starting one takes as long as a run. A job: [stage, arguments]
+WORKER = """
+import importlib, json, os, signal, sys
+import torch.distributed as dist
+import checkpoint, config, runtime
+
+begin, place, shares = dist.init_process_group, runtime.Runtime.place, {}
+dist.init_process_group = lambda *args: dist.is_initialized() or begin(*args)
+runtime.Runtime.close = lambda self: None
+runtime.Runtime.catch_signals = lambda self: None
+runtime.Runtime.should_stop = lambda self: False
+
+def weigh(self, model, *args):
+    place(self, model, *args)
+    held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters())
+    shares[name] = held / sum(p.numel() for p in model.parameters())
+
+runtime.Runtime.place = weigh
+fault, rank = os.environ.get("FAULT"), int(os.environ["RANK"])
+if fault == "raise" and rank == 1:
+    def broken(*args, **kwargs):
+        raise ValueError("rank 1 cannot go on")
+    import losses
+    losses.cross_entropy = broken
+if fault == "kill in the save" and rank == 0:
+    rename = os.replace
+    def killed(old, new):  # between the two renames that put a new state in the place of the old
+        if str(old).endswith("state.tmp") and checkpoint.read_json(f"{old}/state.json")["meta"]["step"] == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(old, new)
+    os.replace = killed
+for stage, argv in json.loads(sys.argv[1]):
+    name = argv[0].removeprefix("out=")
+    os.environ["LOCAL_WORLD_SIZE"] = "2" if "parallel=hsdp" in argv else os.environ["WORLD_SIZE"]  # as on nodes of two
+    stage = importlib.import_module(stage)
+    stage.main(config.load(stage.Config, argv))
+with open(f"{sys.argv[2]}.{rank}", "w") as f:
+    json.dump(shares, f)
+"""
+
+
+def launch(world, jobs, dir, fault=None):
+    """Runs jobs on `world` processes -> (exit status, output, [shares of the parameters that a rank holds, by run folder])."""
+    (dir / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    command += [str(dir / "worker.py"), json.dumps(jobs), str(dir / "shares")]
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) | (dict(FAULT=fault) if fault else {})
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        output, _ = process.communicate(timeout=170)
+    finally:
+        process.terminate()  # torchrun ends its children
+    if process.returncode:
+        return process.returncode, output, None
+    return 0, output, [json.loads((dir / f"shares.{rank}").read_text()) for rank in range(world)]
+
+
+def alone(jobs):
+    for stage, argv in jobs:
+        stage = importlib.import_module(stage)
+        stage.main(config.load(stage.Config, argv))
+
+
+STEPS = 4
+COMMON = f"device=cpu dtype=float32 schedule=constant resume=auto steps={STEPS}".split()
+TUNE = "batch_size=8 eval_every=2 log_every=1 samples=1 sample_tokens=4 lr=1e-3".split()
+RL = "batch_size=8 micro_batch=2 adam_eps=1e-3 ppo_epochs=2 max_new_tokens=6 log_every=1 sample_every=0 save_every=100".split()
+STAGES = dict(  # name: stage and its settings
+    pretrain=("pretrain", ["data={}/text", "tokenizer={}/model", "size=toy", "batch_size=8", "micro_batch=1", "max_length=32",
+                           "eval_every=2", "log_every=1", "sample_tokens=4", "lr=1e-3"]),
+    sft=("sft", ["model={}/model", "data={}/rows", "micro_batch=2", "max_length=64", *TUNE]),
+    sft_lora=("sft", ["model={}/model", "data={}/rows", "micro_batch=1", "max_length=64", "lora_rank=4", *TUNE, "lr=1e-2"]),
+    sft_frozen=("sft", ["model={}/model", "data={}/rows", "micro_batch=2", "max_length=64", "freeze_layers=1", *TUNE]),
+    reward=("reward", ["model={}/model", "data={}/groups", "micro_batch=1", "max_length=64", "norm_samples=4", "norm_tokens=4",
+                       *[s for s in TUNE if "sample_tokens" not in s]]),
+    dpo=("dpo", ["model={}/model", "data={}/groups", "micro_batch=1", "max_length=64", *TUNE]),
+    ppo=("ppo", ["model={}/model", "reward={}/scorer", "data={}/groups", "lr=1e-4", "value_lr=1e-4", *RL]),
+    ppo_lora=("ppo", ["model={}/model", "reward={}/adapter/last", "data={}/groups", "lora_rank=2", "lr=1e-3", "value_lr=1e-3", *RL]),
+    grpo=("ppo", ["model={}/model", "reward={}/rewards.py:letters", "data={}/groups", "algo=grpo", "group=2", "lr=1e-4", *RL]),
+)  # fmt: skip
+FOUR = [("fsdp", "pretrain"), ("fsdp", "sft_frozen"), ("fsdp", "ppo_lora"), ("hsdp", "sft"), ("hsdp", "ppo_lora"), ("zero2", "reward"),
+        ("ddp", "dpo")]  # fmt: skip
+ON_FOUR = dict(sft="ddp", sft_lora="fsdp", pretrain="fsdp", reward="zero2", ppo_lora="hsdp", ppo="fsdp")  # half done -> by this
+
+
+def job(folder, name, out, *more):
+    stage, settings = STAGES[name]
+    settings = {s.partition("=")[0]: s.format(folder) for s in [f"out={out}", *COMMON, *settings, *more]}
+    return [stage, list(settings.values())]
+
+
+@pytest.fixture(scope="module")
+def quiet():
+    """Training in this process leaves its signal handlers alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime.Runtime, "catch_signals", lambda self: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, quiet):
+    """Models, data, a reward adapter, and in one/ each stage's run on one process."""
+    path = tmp_path_factory.mktemp("parallel")
+    tiny.model_dir(path / "model")
+    tiny.model_dir(path / "scorer", seed=1, head="score")
+    tiny.store(path / "rows", path / "model", n=60)
+    tiny.preferences(path / "groups", path / "model", n=60, val=8)
+    texts = [(ids, [1] * len(ids)) for ids, _ in tiny.rows(60, 3)]
+    meta = dict(vocab_size=264, tokenizer=tokenizer.load(path / "model").fingerprint)
+    data.write_store(path / "text", dict(train=texts, val=texts[:8]), meta)
+    (path / "rewards.py").write_text("def letters(prompt, response, finished):\n    return sum(map(ord, response)) % 7 - 3.0\n")
+    adapter = job(path, "reward", path / "adapter", "lora_rank=2", "norm_samples=0", "lr=1e-2")
+    alone([adapter, *(job(path, name, path / "one" / name) for name in STAGES)])
+    return path
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_curve(out, reference, rtol=1e-5):
+    measured = ("time", "_per_s", "memory", "_s")  # differ from run to run
+    a, b = records(out), records(reference)
+    assert [(r["kind"], r["step"]) for r in a] == [(r["kind"], r["step"]) for r in b]
+    for x, y in zip(a, b, strict=True):
+        keys = [k for k in y if isinstance(y[k], (int, float)) and not k.endswith(measured) and k != "memory_gb"]
+        np.testing.assert_allclose([x[k] for k in keys], [y[k] for k in keys], rtol=rtol, atol=1e-5, err_msg=f"{out} {keys}")
+
+
+def assert_same_weights(a, b):
+    name = "model" if (a / "config.json").exists() else "adapter_model"
+    a, b = checkpoint.read_tensors(a, name), checkpoint.read_tensors(b, name)
+    assert a.keys() == b.keys()
+    for key in b:
+        np.testing.assert_allclose(a[key], b[key], rtol=0, atol=2e-5, err_msg=key)
+
+
+# ------------------------------------------------------------------------------------------ as one process
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """All stages on two processes in two/, and half of their steps in half/."""
+    runs = {f"two/{mode}-{name}": (name, mode, STEPS) for mode in ("ddp", "fsdp") for name in STAGES}
+    runs |= {f"half/{name}": (name, "fsdp" if name in ("sft", "sft_lora", "dpo", "ppo_lora") else "ddp", 2) for name in STAGES}
+    jobs = [job(folder, name, folder / run, f"parallel={mode}", f"steps={n}") for run, (name, mode, n) in runs.items()]
+    status, output, shares = launch(2, jobs, folder)
+    assert status == 0, output[-5000:]
+    return shares
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("mode, parts", [("ddp", 1), ("fsdp", 2)])
+def test_two_processes_do_what_one_does(folder, two, name, mode, parts):
+    out = folder / "two" / f"{mode}-{name}"
+    assert_same_curve(out, folder / "one" / name)
+    assert_same_weights(out / "last", folder / "one" / name / "last")
+    assert all(held[str(out)] <= 1.02 / parts for held in two)  # what does not divide by two makes one rank's share larger
+
+
+def test_four_processes_do_what_one_does_and_go_on_from_two(folder, two, tmp_path):
+    """hsdp: as on two nodes of two processes. What two processes left half done is finished by four, and by one."""
+    runs = {f"{mode}-{name}": (mode, name) for mode, name in FOUR}
+    jobs = [job(folder, name, tmp_path / run, f"parallel={mode}") for run, (mode, name) in runs.items()]
+    for name, mode in ON_FOUR.items():
+        shutil.copytree(folder / "half" / name, tmp_path / name)
+        jobs.append(job(folder, name, tmp_path / name, f"parallel={mode}"))
+    status, output, shares = launch(4, jobs, tmp_path)
+    assert status == 0, output[-5000:]
+    for run, (mode, name) in runs.items():
+        assert_same_curve(tmp_path / run, folder / "one" / name)
+        assert_same_weights(tmp_path / run / "last", folder / "one" / name / "last")
+        assert all(held[str(tmp_path / run)] <= 1.1 / dict(ddp=1, hsdp=2).get(mode, 4) for held in shares), (run, shares)
+    for name in ON_FOUR:
+        assert_same_curve(tmp_path / name, folder / "one" / name)
+        assert_same_weights(tmp_path / name / "last", folder / "one" / name / "last")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_one_process_goes_on_from_two(folder, two, tmp_path, name):
+    shutil.copytree(folder / "half" / name, tmp_path / "out")
+    alone([job(folder, name, tmp_path / "out")])
+    assert_same_curve(tmp_path / "out", folder / "one" / name)
+    assert_same_weights(tmp_path / "out" / "last", folder / "one" / name / "last")
+
+
+# ------------------------------------------------------------------------------------------ ranks that fail
+
+
+def test_a_rank_that_raises_ends_the_job(folder, tmp_path):
+    began = time.time()
+    status, output, _ = launch(2, [job(folder, "sft", tmp_path / "out", "parallel=fsdp")], tmp_path, "raise")
+    assert status == 1 and "ValueError: rank 1 cannot go on" in output and time.time() - began < 90
+    root = output[output.index("Root Cause (first observed failure)") :]
+    assert re.search(r"rank *: 1 \(local_rank: 1\)\s+exitcode *: 1 ", root)
+
+
+def test_a_rank_killed_while_saving_loses_nothing(folder, tmp_path):
+    settings = job(folder, "sft", tmp_path / "out", "save_every=2", "parallel=fsdp")
+    status, output, _ = launch(2, [settings], tmp_path, "kill in the save")
+    assert status == 1 and "Signal 9 (SIGKILL)" in output
+    assert not (tmp_path / "out" / "state").exists()  # it was killed between the two renames
+    assert checkpoint.read_json(tmp_path / "out" / "state.old" / "state.json")["meta"]["step"] == 2
+    alone([settings])
+    assert_same_curve(tmp_path / "out", folder / "one" / "sft")
+    assert_same_weights(tmp_path / "out" / "last", folder / "one" / "sft" / "last")
