@@ -302,7 +302,7 @@ class Runtime:
         """The generators' states as tensors."""
         state = dict(cpu=torch.get_rng_state())
         if self.kind == "xla":
-            state["device"] = torch.tensor(self.xm.get_rng_state(), dtype=torch.uint64)
+            state["device"] = torch.tensor(divmod(self.xm.get_rng_state(), 2**32))  # it has 64 bits and no sign
         elif self.kind != "cpu":
             state["device"] = torch.get_device_module(self.device).get_rng_state(self.device)
         return state
@@ -310,7 +310,8 @@ class Runtime:
     def set_rng_state(self, state):
         torch.set_rng_state(state["cpu"])
         if self.kind == "xla":
-            self.xm.set_rng_state(int(state["device"]))
+            high, low = state["device"].tolist()
+            self.xm.set_rng_state(high * 2**32 + low)
         elif self.kind != "cpu":
             torch.get_device_module(self.device).set_rng_state(state["device"], self.device)
 

@@ -95,8 +95,8 @@ def build(cfg, head):
 
 
 def plan(cfg):
-    """-> dict: memory {part: bytes of one device}, room (bytes it has); of a step: seconds to compute, communicate, generate, tokens,
-    useful (seconds at full peak, without recomputation); parameters, trained."""
+    """-> dict: memory {part: bytes of one device}, room (bytes it has); parameters, trained; of a step its tokens, the seconds to
+    compute, communicate and generate, and those that the work without recomputation takes at the full peak: useful."""
     peak = log.peak_flops(cfg.device)
     name = next((name for name in DEVICES if name.lower() in cfg.device.lower()), None)
     if peak is None or name is None:

@@ -1,4 +1,4 @@
-"""Every stage on 2 and 4 processes (gloo, CPU): what one process does; state that another number of ranks resumes; ranks that fail."""
+"""Every stage on 2 and 4 processes (gloo, CPU): as on one process; resumed by another number of ranks; ranks that fail."""
 
 import importlib
 import json
@@ -97,11 +97,12 @@ STAGES = dict(  # name: stage and its settings
                        *[s for s in TUNE if "sample_tokens" not in s]]),
     dpo=("dpo", ["model={}/model", "data={}/groups", "micro_batch=1", "max_length=64", *TUNE]),
     ppo=("ppo", ["model={}/model", "reward={}/scorer", "data={}/groups", "lr=1e-4", "value_lr=1e-4", *RL]),
-    ppo_lora=("ppo", ["model={}/model", "reward={}/adapter/last", "data={}/groups", "lora_rank=2", "lr=1e-3", "value_lr=1e-3", *RL]),
+    ppo_lora=("ppo", ["model={}/model", "reward={}/adapter/last", "data={}/groups", "lora_rank=2", "lr=1e-3",
+                      "value_lr=1e-3", *RL]),
     grpo=("ppo", ["model={}/model", "reward={}/rewards.py:letters", "data={}/groups", "algo=grpo", "group=2", "lr=1e-4", *RL]),
 )  # fmt: skip
-FOUR = [("fsdp", "pretrain"), ("fsdp", "sft_frozen"), ("fsdp", "ppo_lora"), ("hsdp", "sft"), ("hsdp", "ppo_lora"), ("zero2", "reward"),
-        ("ddp", "dpo")]  # fmt: skip
+FOUR = [("fsdp", "pretrain"), ("fsdp", "sft_frozen"), ("fsdp", "ppo_lora"), ("hsdp", "sft"), ("hsdp", "ppo_lora"),
+        ("zero2", "reward"), ("ddp", "dpo")]  # fmt: skip
 ON_FOUR = dict(sft="ddp", sft_lora="fsdp", pretrain="fsdp", reward="zero2", ppo_lora="hsdp", ppo="fsdp")  # half done -> by this
 
 
