@@ -3,7 +3,7 @@
     python bench/sft_trl.py model=models/smollm2 data=out/bench/alpaca/train.jsonl out=out/bench/trl lora_rank=0
 
 `data` holds one {"messages": [...]} a line. TRL's defaults stay as a user finds them: rows padded to the longest of the batch,
-chunked loss, bf16 autocast over fp32 weights. The result is a Hugging Face directory, to be scored by `sft.py steps=0`.
+chunked loss, bf16 autocast over fp32 weights. The result is a Hugging Face directory, to be scored by `sft.py epochs=0`.
 """
 
 import json
@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # in place of bench/
 import config
 
 
