@@ -272,6 +272,9 @@ def test_the_reference_is_kept_and_a_stale_one_is_not_used(run, folder, monkeypa
     assert computed() >= 2 and not set(files) & set(out.glob("reference.*.bin")) and len(list(out.glob("reference.*.bin"))) == 2
     run(f"model={tmp_path}/other", f"data={folder}/pairs", "resume=false")
     assert computed() == 2
+    run(f"model={tmp_path}/other", f"data={folder}/pairs", "sizes=24", "resume=false")
+    assert computed() == 2
+    run(f"model={tmp_path}/other", f"data={folder}/pairs", "resume=false")
     damaged = next(out.glob("reference.train.*.bin"))
     damaged.write_bytes(damaged.read_bytes()[:-4])
     with pytest.raises(UserError, match="remove it"):
@@ -294,6 +297,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, run, monkeypatch):
     assert a[1] == b[1] and a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
     strip = lambda out: [{k: v for k, v in r.items() if k != "time"} for r in log(out, "eval")]  # noqa: E731
     assert strip(whole) == strip(parts)
+
+
+def test_a_resumed_run_keeps_its_best(run):
+    out = run("steps=1")
+    state, best = out / "state" / "state.json", out / "best" / "config.json"
+    saved = json.loads(state.read_text())
+    state.write_text(json.dumps(saved | {"meta": saved["meta"] | dict(best=-1.0)}))
+    before = best.stat().st_mtime_ns
+    run("steps=2", "eval_every=1")
+    assert best.stat().st_mtime_ns == before
 
 
 def test_mistakes_end_with_a_sentence(run, folder, tmp_path):
