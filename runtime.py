@@ -214,7 +214,8 @@ class Runtime:
         if self.kind == "xla":
             from torch_xla.utils.checkpoint import checkpoint  # given a bound method, it puts the weights behind the barrier too
 
-            return checkpoint(layer.forward, *inputs, use_reentrant=True)
+            x, *rest = inputs  # frozen embeddings: without an input that needs a gradient no adapter would get one
+            return checkpoint(layer.forward, x if x.requires_grad else x.detach().requires_grad_(), *rest, use_reentrant=True)
         return torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False)
 
     # ------------------------------------------------------------------------------------------ step

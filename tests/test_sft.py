@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,25 @@ def test_grad_checkpoint_changes_no_gradient(base, store):
         assert all(torch.equal(a, b) for a, b in zip(*made, strict=True)) and len(made[0]) > 20
 
 
+def test_grad_checkpoint_on_xla_reaches_adapters_over_frozen_embeddings(base, monkeypatch):
+    """Its checkpoint function is torch's reentrant one with barriers, and runs here in its place."""
+    module = types.ModuleType("torch_xla.utils.checkpoint")
+    module.checkpoint = torch.utils.checkpoint.checkpoint
+    monkeypatch.setitem(sys.modules, "torch_xla", types.ModuleType("torch_xla"))
+    monkeypatch.setitem(sys.modules, "torch_xla.utils", types.ModuleType("torch_xla.utils"))
+    monkeypatch.setitem(sys.modules, "torch_xla.utils.checkpoint", module)
+    rt, micro, made = runtime.Runtime("cpu", dtype="float32"), tiny.batch([tiny.rows(2)], 128), []
+    rt.kind = "xla"
+    for function in (None, rt.checkpoint):
+        torch.manual_seed(0)
+        model = checkpoint.load_model(base)
+        lora.apply(model, 4, 8)
+        model.checkpoint = function
+        sft.loss_sum(model, model, micro).backward()
+        made.append([p.grad for p in lora.parameters(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
 def test_the_memory_estimate_is_near_the_truth(base, grad_checkpoint, monkeypatch):
     """Against the bytes that torch holds at most over two micro-batches and a step of AdamW, from the second step on."""
@@ -349,6 +369,18 @@ def test_k_steps_a_stop_and_k_steps_are_2k_steps(base, store, tmp_path, monkeypa
     torch.manual_seed(99)  # another process has other generators
     train(tmp_path / "cut", base, store, **settings)
     assert_same_run(tmp_path / "whole", tmp_path / "cut", adapter=kind != "full")
+
+
+def test_the_best_loss_is_remembered_over_a_stop(base, store, tmp_path, monkeypatch):
+    scores = iter([9.0, 1.0, 3.0, 2.0])
+    monkeypatch.setattr(sft, "evaluate", lambda *args: dict(loss=next(scores), perplexity=1.0, accuracy=0.0))
+    with monkeypatch.context() as patch:
+        stop_before(patch, 3)
+        train(tmp_path / "out", base, store, steps=6, eval_every=2)
+    best = tensors(tmp_path / "out" / "best")
+    log = train(tmp_path / "out", base, store, steps=6, eval_every=2)
+    assert evals(log) == [(0, 9.0, 0.0), (2, 1.0, 0.0), (4, 3.0, 0.0), (6, 2.0, 0.0)]
+    assert all(torch.equal(tensor, best[name]) for name, tensor in tensors(tmp_path / "out" / "best").items())
 
 
 def test_a_crash_loses_the_steps_since_the_last_save_and_no_more(base, store, tmp_path, monkeypatch):
