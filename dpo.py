@@ -179,7 +179,7 @@ def reference_logprobs(rt, net, model, batches, path):
         for step in range(batches.steps_per_epoch):
             for micro in batches.batch(step):
                 with rt.autocast():
-                    part = completion_logprobs(net, model, rt.put(micro)).cpu()
+                    part = rt.host(completion_logprobs(net, model, rt.put(micro)))
                 real = micro["real"] > 0
                 values[micro["number"][real]] = part[real]
         model.train()

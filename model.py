@@ -256,7 +256,7 @@ class Transformer(nn.Module):
             positions = index
             if docs is not None:
                 starts = torch.cat((torch.ones_like(docs[:, :1]), docs.diff(dim=1)), dim=1) != 0
-                positions = index - torch.where(starts, index, 0).cummax(dim=1).values
+                positions = index - torch.where(starts, index, 0).int().cummax(dim=1).values  # XLA: wide rows fail in int64
         windows = self.cfg.windows or (0,) * self.cfg.n_layers
         masks = {}  # None where plain causal attention is right: the fastest kernels have it built in
         for w in set(windows):

@@ -395,8 +395,7 @@ def main(cfg):
     logger.text(f"{len(prompts):,} prompts{left_out}; trained parameters: {counts}; {rt.shards} x {rt.name}, {rt.dtype}")
 
     def save(step):
-        with parking(policy):
-            tensors = rt.full(policy.params if cfg.lora_rank else dict(policy.model.named_parameters()))
+        tensors = rt.full(policy.params if cfg.lora_rank else dict(policy.model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
             lora.save(policy.model, out / "last", "policy", base=base, tensors=tensors)
         elif rt.is_main:
@@ -448,15 +447,15 @@ def main(cfg):
                 if reward_function:
                     scores = judge(reward_function, tok, asked, answers, finished)
                 else:
-                    scores = torch.cat([scorer.scores(b).cpu() for b in micros])
+                    scores = torch.cat([rt.host(scorer.scores(b)) for b in micros])
             with clock("logprobs"), parking(policy), rt.autocast(), torch.set_grad_enabled(cfg.compile):
-                parts = [[x.detach().cpu() for x in policy.logprobs(b, cfg.temperature)] for b in micros]
+                parts = [[rt.host(x) for x in policy.logprobs(b, cfg.temperature)] for b in micros]
                 rollout_logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
             with clock("logprobs"), parking(reference), rt.autocast():
-                ref_logprobs = torch.cat([reference.logprobs(b, cfg.temperature)[0].cpu() for b in micros])
+                ref_logprobs = torch.cat([rt.host(reference.logprobs(b, cfg.temperature)[0]) for b in micros])
             if critic:
                 with clock("values"), parking(critic), rt.autocast():
-                    values = torch.cat([critic.values(b).cpu() for b in micros])
+                    values = torch.cat([rt.host(critic.values(b)) for b in micros])
         log_ratio = rollout_logprobs - ref_logprobs
         if step == 0 and not (cfg.compile or rt.static_shapes) and not log_ratio.abs().max() <= 1e-6:
             raise RuntimeError(f"before the first update log(policy / reference) is {log_ratio.abs().max():.2g}, not 0")

@@ -183,7 +183,7 @@ def score_samples(rt, net, model, samples, micro_batch, max_length):
         packed = [[(i, [(tokens[i, : ends[i]], np.ones(ends[i]))]) for i in pack] for pack in packs[a : a + micro_batch]]
         micro = rankings.collate(packed, micro_batch, max_length, static=rt.static_shapes)
         with rt.autocast():
-            part = score(net, model, rt.put(micro)).cpu()
+            part = rt.host(score(net, model, rt.put(micro)))
         real = micro["real"] > 0
         scores[micro["number"][real]] = part[real]
     model.train()

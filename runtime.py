@@ -316,13 +316,21 @@ class Runtime:
         elif self.kind != "cpu":
             torch.get_device_module(self.device).set_rng_state(state["device"], self.device)
 
+    def host(self, t):
+        """The tensor on the CPU, without a gradient."""
+        t = t.detach()
+        if self.mesh is not None and t.device.type == "xla" and t.is_floating_point() and t.dim():
+            t = t * 1  # gathered in a graph of its shape: by itself XLA compiles the gathering anew each time
+            self.xs.mark_sharding(t, self.mesh, (None,) * t.dim())
+        return t.cpu()
+
     def full(self, tensors):
         """{name: tensor} -> the same on the CPU, whole. A collective under FSDP: every rank calls it, with the same names."""
         out = {}
         for name, t in tensors.items():
             t = t.full_tensor() if hasattr(t, "full_tensor") else t
             if self.is_main:
-                out[name] = t.detach().cpu().contiguous()
+                out[name] = self.host(t).contiguous()
         return out
 
     def peak_memory(self):

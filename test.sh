@@ -2,13 +2,24 @@
 # Runs the style check and the tests on a machine that has Python 3.11 or newer and nothing else.
 #
 #   bash test.sh              bash test.sh tests/test_model.py -k rope
+#   bash test.sh xla          the tests of device=xla, which need another torch: 7 GB, some minutes
 #
-# Installs into .venv-test (NANOINSTRUCT_VENV: another folder) the first time and when a requirement has changed.
+# Installs into .venv-test, or .venv-xla (NANOINSTRUCT_VENV: another folder), the first time and when a requirement has changed.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 torch=torch==2.13.0
 venv=${NANOINSTRUCT_VENV:-.venv-test}
+if [ "${1:-}" = xla ]; then
+    shift
+    venv=${NANOINSTRUCT_VENV:-.venv-xla}
+    if [ "$(cat "$venv/requirements.txt" 2>/dev/null)" != "$(cat requirements-xla.txt requirements.txt)" ]; then
+        "$(command -v python3.11 || command -v python3)" -m venv "$venv"
+        "$venv/bin/python" -m pip install -q -r requirements-xla.txt pytest
+        cat requirements-xla.txt requirements.txt > "$venv/requirements.txt"
+    fi
+    exec "$venv/bin/python" -m pytest -q tests/xla "$@"
+fi
 stamp=$venv/requirements.txt
 wanted=$(echo $torch | cat - requirements.txt requirements-test.txt)
 
