@@ -319,7 +319,7 @@ def test_adapters_that_do_not_fit(base, tmp_path):
 
     refused("another base", dir, base=narrow)
     refused("another base", dir, base=shallow)
-    refused("not a model directory", dir, base=tmp_path / "nowhere")
+    refused("no model directory", dir, base=tmp_path / "nowhere")
     with pytest.raises(UserError, match="whole model"):
         lora.open_model(base, base=base)
 
