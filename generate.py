@@ -162,7 +162,7 @@ class Batch:
         device = model.head_weight.device
         autocast = torch.is_autocast_enabled(device.type)
         self.dtype = torch.get_autocast_dtype(device.type) if autocast else model.head_weight.dtype
-        self.model, self.new, self.sampling, self.device = snapshot(model, self.dtype, pack), new, sampling, device
+        self.model, self.sampling, self.device = snapshot(model, self.dtype, pack), sampling, device
         for layer, window in zip(self.model.layers, model.cfg.windows, strict=False):
             layer.self_attn.window = window
         self.head = FrozenLinear(frozen(model.head_weight, self.dtype), None, pack)
@@ -175,8 +175,8 @@ class Batch:
 
         self.last, self.position, self.count, self.limit = (zeros() for _ in range(4))  # next input, its slot; made, allowed
         self.done = ~zeros(dtype=torch.bool)
-        self.uniform = zeros(new, dtype=torch.float32)
-        self.tokens, self.logprobs = zeros(new + 1), zeros(new + 1, dtype=torch.float32)  # the last column is never read
+        # a row that is done writes on behind its end, where nobody reads: hence one column more than there are tokens
+        self.tokens, self.logprobs, self.uniform = (zeros(new + 1, dtype=t) for t in (torch.int64, torch.float32, torch.float32))
         self.state = [self.last, self.position, self.count, self.limit, self.done, self.uniform, self.tokens, self.logprobs]
 
     @property
@@ -225,9 +225,8 @@ class Batch:
         last, position, count, limit, done, uniform, tokens, logprobs = (t[:rows] for t in self.state)
         cache = [(keys[:rows], values[:rows]) for keys, values in self.cache]
         hidden = self.model(last[:, None], position[:, None], cache=cache)
-        at = count.clamp(max=self.new - 1)[:, None]
+        at = count[:, None]
         token, logprob = choose(self.head(hidden[:, 0]), uniform.gather(1, at)[:, 0], **self.sampling)
-        at = torch.where(done, self.new, count)[:, None]
         tokens.scatter_(1, at, token[:, None])
         logprobs.scatter_(1, at, logprob[:, None])
         last.copy_(token)
@@ -304,9 +303,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
 
     def uniforms(sample):
         if sample is None or temperature == 0:
-            return np.zeros(new, dtype=np.float32)
+            return np.zeros(new + 1, dtype=np.float32)
         entropy = [*(seed if isinstance(seed, (list, tuple)) else (seed,)), sample_ids[sample] if sample_ids else sample]
-        return np.random.default_rng(entropy).random(new, dtype=np.float32)
+        return np.random.default_rng(entropy).random(new + 1, dtype=np.float32)
 
     def round_up(n):
         return -(-n // SPAN) * SPAN

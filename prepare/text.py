@@ -420,14 +420,15 @@ def open_work(cfg, files):
     return work
 
 
-def write_shard(path, parts, chunks, errors):
-    """parts: what convert returned for `chunks` chunks."""
-    names = ("tokens", "lengths", "sizes", "hashes")
-    arrays = {name: np.concatenate(list(column)) for name, column in zip(names, list(zip(*parts, strict=True))[1:5], strict=True)}
-    empty = sum(part[5] for part in parts)
+def write_shard(path, parts):
+    """parts: what convert returned for the chunks of the shard."""
+    _, tokens, lengths, sizes, hashes, empty, bad = zip(*parts, strict=True)
+    bad = [error for errors in bad for error in errors]
+    about = dict(chunks=len(parts), empty=sum(empty), bad=len(bad), first_bad=bad[:20])
     tmp = path.with_suffix(".tmp")
     with open(tmp, "wb") as f:
-        np.savez(f, **arrays, about=np.array(json.dumps(dict(chunks=chunks, empty=empty, errors=errors))))
+        columns = map(np.concatenate, (tokens, lengths, sizes, hashes))
+        np.savez(f, **dict(zip(("tokens", "lengths", "sizes", "hashes"), columns, strict=True)), about=np.array(json.dumps(about)))
         f.flush()
         os.fsync(f.fileno())
     os.replace(tmp, path)
@@ -451,15 +452,15 @@ def fill(cfg, files, work, directory, workers, counts):
     done = 0
     for about in map(read_about, shards):
         done += about["chunks"]
-        check_errors(cfg, about["errors"])
+        check_errors(cfg, about["first_bad"])
     if shards:
         print(f"going on after the {len(shards)} finished shards in {work}")
     total = sum(f.stat().st_size for f in files) if files else None
-    parts, size, errors = [], 0, []
+    parts, size = [], 0
 
     def close():
         path = work / f"{len(shards):05d}.npz"
-        write_shard(path, parts, len(parts), errors)
+        write_shard(path, parts)
         shards.append(path)
 
     with records.progress(total, "B") as bar:
@@ -468,11 +469,10 @@ def fill(cfg, files, work, directory, workers, counts):
             for part in results:
                 check_errors(cfg, part[6])
                 parts.append(part)
-                errors += part[6]
                 size += part[0]
                 if size >= SHARD:
                     close()
-                    parts, size, errors = [], 0, []
+                    parts, size = [], 0
     if parts:
         close()
     return shards
@@ -492,22 +492,22 @@ def assemble(cfg, directory, shards, counts):
     import checkpoint  # here, so that the workers start without torch
 
     abouts = [read_about(path) for path in shards]
-    errors = [error for about in abouts for error in about["errors"]]
+    empty, bad = sum(about["empty"] for about in abouts), sum(about["bad"] for about in abouts)
+    first_bad = [error for about in abouts for error in about["first_bad"]][:20]
     hashes = []
     for path in shards:
         with np.load(path) as shard:
             hashes.append(shard["hashes"])
     hashes = np.concatenate(hashes or [np.zeros(0, np.uint64)])
-    empty = sum(about["empty"] for about in abouts)
     if not len(hashes):
         for path in shards:
             path.unlink()
-        first = "".join(f"; the first: {error}" for error in errors[:1])
-        raise UserError(f"{cfg.source} holds no text ({empty} documents are empty, {len(errors)} bad{first})")
+        first = "".join(f"; the first: {error}" for error in first_bad[:1])
+        raise UserError(f"{cfg.source} holds no text ({empty} documents are empty, {bad} bad{first})")
     tok, held, size = state.tok, held_out(hashes, cfg.val), Counter()
     meta = dict(
         tokenizer=tok.fingerprint, source=cfg.source, seed=cfg.seed, dropped={"empty": empty}, **counts,
-        bad_records=len(errors), first_bad=errors[:20], bytes=size,
+        bad_records=bad, first_bad=first_bad, bytes=size,
     )  # fmt: skip
     with Writer(cfg.out, tok.vocab_size, meta) as writer:
         at = 0

@@ -198,34 +198,48 @@ def test_stops_early_and_reports_why():
     assert made.row_steps == sum(map(len, made.tokens)) < free.row_steps == 180
 
 
-def test_unequal_lengths_cost_their_sum():
-    model, rng = tiny(), np.random.default_rng(0)
+def test_unequal_lengths_cost_their_sum(monkeypatch):
+    model, rng, steps = tiny(), np.random.default_rng(0), []
+    step = G.Batch.step
+    monkeypatch.setattr(G.Batch, "step", lambda self, rows: (steps.append(rows), step(self, rows))[1])
     lengths = np.minimum(rng.geometric(1 / 16, 64), 100).tolist()
     prompts = ragged(64)
     made = generate(model, prompts, lengths, batch_size=16)
     assert [len(t) for t in made.tokens] == lengths
     assert made.row_steps == sum(lengths)  # a CPU wastes no row
     batches = sum(16 * max(lengths[i : i + 16]) for i in range(0, 64, 16))
-    assert made.row_steps < 0.4 * batches
+    assert made.row_steps == sum(steps) < 0.4 * batches
+    assert len(steps) < 0.6 * batches / 16  # rows are refilled before the last of them ends
     made = generate(model, prompts, lengths, batch_size=16, shapes="few", sync_every=8)
     assert [len(t) for t in made.tokens] == lengths and sum(lengths) < made.row_steps < 0.7 * batches
+    made = generate(model, prompts[:16], [100] + [2] * 15, batch_size=16, shapes="few", sync_every=8)
+    assert made.row_steps == 16 * 8 + 92
 
 
-def test_rows_that_are_done_idle_without_harm():
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_that_are_done_idle_without_harm(streaming):
     """With `few` shapes a row that ended stays in the batch: for longer than the cache has slots for it."""
-    lengths = [2, 60, 60, 60, 180]
-    made = generate(tiny(), [[1] * 60] + [[2]] * 4, lengths, batch_size=5, shapes="few", sync_every=8)
+    asked, lengths = [200 if streaming else 2, 60, 180, 180, 180], [2, 60, 180, 180, 180]
+    count = [0] * 5
+
+    def on_token(sample, token):
+        count[sample] += 1
+        return count[sample] == lengths[sample]
+
+    made = generate(tiny(), [[1] * 56] + [[2]] * 4, asked, batch_size=5, shapes="few", sync_every=8,
+                    on_token=on_token if streaming else None)  # fmt: skip
     assert [len(t) for t in made.tokens] == lengths
 
 
 def test_fixed_shapes_run_every_batch_in_one_shape(monkeypatch):
-    model, shapes, hooked = tiny(), [], []
-    step = G.Batch.step
+    model, shapes, placed, hooked = tiny(), [], [], []
+    step, place = G.Batch.step, G.Batch.place
+    monkeypatch.setattr(G.Batch, "place", lambda self, rows, *a: (placed.append(len(rows)), place(self, rows, *a))[1])
     monkeypatch.setattr(G.Batch, "step", lambda self, rows: (shapes.append((rows, self.slots)), step(self, rows))[1])
     lengths = [3, 30, 7, 21, 5, 40, 2]
     made = generate(model, ragged(7), lengths, batch_size=3, shapes="fixed", sync_every=5, step_hook=lambda: hooked.append(1))
     assert [len(t) for t in made.tokens] == lengths
-    assert len(set(shapes)) == 1 and len(hooked) == len(shapes) + 3  # and one prefill a batch
+    assert len(set(shapes)) == 1 and placed == [3, 3, 3] and len(hooked) == len(shapes) + 3  # and one prefill a batch
 
 
 def test_limits_of_the_model():
@@ -318,6 +332,7 @@ def test_sharded_and_compiled_models(tmp_path):
             fully_shard(layer, mesh=mesh)
             layer.compile(backend="eager")
         fully_shard(model, mesh=mesh)
+        assert not any(m._forward_pre_hooks for m in G.snapshot(model, torch.float32, False).modules())
         for pack in (False, True):
             assert generate(model, ragged(3), 20, pack=pack).tokens == expected.tokens
         model(torch.tensor([[1, 2, 3]])).sum().backward()

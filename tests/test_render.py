@@ -316,11 +316,19 @@ def test_templates_that_cannot_be_followed(name, folder):
     assert tokenizer.load(path, template="chatml").render(say("a"))
 
 
-def test_merging_templates(folder):
-    """Consecutive users that a template merges, and system prompts that it moves, are refused, not laid out otherwise."""
-    source = TEMPLATES["chatml"][0].replace("{% for m in messages %}", "{% for m in messages if m.content != 'b' %}")
-    ours = tokenizer.load(folder(chat_template=source))
-    assert ours.template is None or ours.layout.alternate
+def test_templates_that_want_alternation(folder):
+    """Consecutive users that a template would merge, or would not have, are refused: nothing is laid out differently."""
+    merging = (
+        "{% for m in messages %}{% if loop.first or m.role != messages[loop.index0 - 1].role %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% endif %}{{ m.content }}{% if loop.last or m.role != messages[loop.index0 + 1].role %}{{ '<|im_end|>\n' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    for source in (merging, TEMPLATES["llama2"][0], TEMPLATES["mistral"][0]):
+        ours = tokenizer.load(folder(chat_template=source))
+        assert ours.render(say("a", "b", "c"))
+        with pytest.raises(UserError, match="take turns"):
+            ours.render(say("a") * 2)
+    assert tokenizer.load(folder(chat_template=TEMPLATES["zephyr"][0])).render(say("a") * 2)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "spm"])

@@ -305,6 +305,7 @@ def test_words_are_encoded_alone_only_where_that_is_the_same(spm, tmp_path):
     ours = tokenizer.load(spm.parent)
     by_word = [ours.encode(text) for text in STRINGS]
     assert any(text.count(" ") * 10 >= len(text) for text in STRINGS)
+    assert len(ours.model.words) > 500 and max(map(len, ours.model.words)) <= 32  # memory stays bounded
     ours.model.by_word = False
     assert by_word == [ours.encode(text) for text in STRINGS]
     (tmp_path / "corpus.txt").write_text("of the in the of the\n" * 50)

@@ -1,0 +1,566 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import checkpoint
+import config
+import data
+import generate
+import lora
+import losses
+import ppo
+import roles
+import runtime
+import tokenizer
+from config import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = dict(device="cpu", dtype="float32", steps=2, batch_size=8, micro_batch=4, max_new_tokens=6, lr=1e-3, value_lr=1e-3,
+            schedule="constant", sample_every=0)  # fmt: skip
+TIMES = ("time", "tokens_per_s", "memory_gb", "rollout_s", "score_s", "logprobs_s", "values_s", "update_s")
+REWARDS = """
+def last(prompt, response, finished):
+    return sum(c in "stuvwxyz" for c in response) / max(len(response), 1)
+
+def letters(prompt, response, finished):
+    return float(sum(c in prompt for c in response)) + 0.1 * len(response) - 0.5 * finished
+
+def zero(prompt, response, finished):
+    return 0
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """base, store; score: a score model of its own; adapter: one on the base; rewards.py"""
+    path = tmp_path_factory.mktemp("ppo")
+    tiny.model_dir(path / "base")
+    tiny.store(path / "store", path / "base")
+    model, _ = lora.open_model(path / "base", head="score")
+    scale = dict(reward_gain=2.0, reward_bias=-0.5)
+    checkpoint.save_model(model, path / "score", like=path / "base", **scale)
+    lora.apply(model, 2, 4)
+    for p in lora.parameters(model):
+        torch.nn.init.normal_(p, std=0.3)
+    lora.save(model, path / "adapter", base=path / "base")
+    tiny.write(path / "adapter", "score_scale.json", scale)
+    (path / "rewards.py").write_text(REWARDS)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A run takes over the signals of its process."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def arguments(folder, out, settings):
+    settings = BASE | dict(model=folder / "base", data=folder / "store", reward="letters", out=out) | settings
+    if settings["reward"] in ("last", "letters", "zero"):
+        settings["reward"] = f"{folder / 'rewards.py'}:{settings['reward']}"
+    text = {k: str(v).lower() if isinstance(v, bool) else ",".join(v) if isinstance(v, list) else v for k, v in settings.items()}
+    return [f"{key}={value}" for key, value in text.items()]
+
+
+def train(folder, out, **settings):
+    """Runs ppo.py in this process; the records of its log."""
+    ppo.main(config.load(ppo.Config, arguments(folder, out, settings)))
+    return records(out)
+
+
+def records(out):
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def tensors(dir, name="model"):
+    return {key: tensor.clone() for key, tensor in checkpoint.read_tensors(dir, name=name).items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def distance(a, b):
+    assert a.keys() == b.keys()
+    return max((a[key].float() - b[key].float()).abs().max().item() for key in a)
+
+
+def stop_at(monkeypatch, call):
+    """The run is asked to stop at its call-th look: two an iteration, before it and after its rollout."""
+    calls = iter(range(10**6))
+    monkeypatch.setattr(runtime.Runtime, "should_stop", lambda self: next(calls) == call)
+
+
+def spy(monkeypatch, module, name):
+    """Arguments and results of every call of a function from now on."""
+    calls, function = [], getattr(module, name)
+
+    def called(*args, **kwargs):
+        calls.append((args, kwargs, function(*args, **kwargs)))
+        return calls[-1][2]
+
+    monkeypatch.setattr(module, name, called)
+    return calls
+
+
+LAYOUTS = {
+    "full": dict(reward="score"),
+    "lora": dict(reward="adapter", lora_rank=2, lr=1e-2, value_lr=1e-2),
+    "grpo": dict(algo="grpo", group=4),
+    "rloo": dict(algo="rloo", group=2, lora_rank=2),
+    "apart": dict(reward="score", lora_rank=2),  # adapters for policy and critic, a reward model of its own
+}
+
+
+def settings_of(folder, layout):
+    settings = dict(LAYOUTS[layout])
+    if settings.get("reward") in ("score", "adapter"):
+        settings["reward"] = folder / settings["reward"]
+    return settings
+
+
+# ---------------------------------------------------------------------------------------------- what a run begins with
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_before_the_first_update_policy_is_reference(folder, tmp_path, layout, dtype):
+    """KL 0 and ratio 1, exactly: the same numbers through the same kernels."""
+    (record,) = train(folder, tmp_path, **settings_of(folder, layout), dtype=dtype, steps=1)
+    assert record["kl"] == record["kl_k3"] == record["first_ratio_off"] == 0
+    assert record["updates"] == 4 and record["approx_kl"] > 0 and record["policy_grad_norm"] > 0
+    assert ("value_loss" in record) == ("explained_variance" in record) == (layout not in ("grpo", "rloo"))
+
+
+def test_a_merged_adapter_starts_at_its_reference_too(folder, tmp_path):
+    """Policy in fp32 and reference in bf16 are both rounded once, from the same sum of base and adapter."""
+    model, _ = lora.open_model(folder / "base")
+    lora.apply(model, 2, 4)
+    for p in lora.parameters(model):
+        torch.nn.init.normal_(p, std=0.3)
+    lora.save(model, tmp_path / "adapter", base=folder / "base")
+    train(folder, tmp_path / "out", model=tmp_path / "adapter", dtype="bfloat16", steps=1)
+
+
+@pytest.mark.parametrize("layout", ["full", "lora"])
+def test_roles(folder, tmp_path, monkeypatch, layout):
+    """The critic starts as the reward model, in its units; only policy and critic are trained, all else stays to the bit."""
+    built = spy(monkeypatch, roles, "build")
+    train(folder, tmp_path, **settings_of(folder, layout), steps=0)
+    policy, reference, scorer, critic = built[0][2]
+    batch = roles.episode_batch([[5, 6], [7]], [[8, 9, 258], [10, 258]], 4)
+    with torch.no_grad():
+        right = lora.open_model(folder / ("score" if layout == "full" else "adapter"))[0]
+        for i, row in enumerate([[5, 6, 8, 9, 258], [7, 10, 258]]):
+            scores = 2 * right.score(right(torch.tensor([row])))[0] - 0.5
+            torch.testing.assert_close(scorer.scores(batch)[i], scores[-1])
+            n = (2, 1)[i]
+            torch.testing.assert_close(critic.values(batch)[i, : len(row) - n], scores[n - 1 : -1])
+        assert torch.equal(policy.logprobs(batch, 1.0)[0], reference.logprobs(batch, 1.0)[0])
+
+    built.clear()
+    train(folder, tmp_path / "trained", **settings_of(folder, layout))
+    start = built[0][2]  # trained by now
+    policy, reference, scorer, critic = start
+    names = {name for role in (policy, critic) for name in role.params}
+    if layout == "full":
+        base, score = tensors(folder / "base"), tensors(folder / "score")
+        assert same(base, dict(reference.model.named_parameters())) and same(score, dict(scorer.model.named_parameters()))
+        for role, before in ((policy, base), (critic, score)):
+            assert role.params.keys() == before.keys() and not any(torch.equal(p, before[n]) for n, p in role.params.items())
+    else:
+        assert len({id(role.model) for role in start}) == 1
+        everything, read = dict(policy.model.named_parameters()), tensors(folder / "adapter", "adapter_model")
+        base = tensors(folder / "base")
+        assert same(base, {name: everything[name] for name in base})
+        for name, p in everything.items():
+            original = read.get(lora.PREFIX + name.removesuffix(".reward").removesuffix(".value") + ".weight")
+            if name.endswith(".reward") or name.endswith(".value"):
+                assert torch.equal(p, original) == name.endswith(".reward")
+        score = read[lora.PREFIX + "score.weight"]
+        assert torch.equal(everything["reward_head.weight"], score) and not torch.equal(everything["value_head.weight"], score)
+        assert names == {n for n in everything if n.endswith((".policy", ".value"))} | {"value_head.weight"}
+        assert all(p.abs().max() > 0 for n, p in policy.params.items())
+
+
+@pytest.mark.parametrize("train_what, freeze", [("all", 1), ("attention", 0), ("qv", 1)])
+def test_what_is_frozen_stays(folder, tmp_path, monkeypatch, train_what, freeze):
+    built = spy(monkeypatch, roles, "build")
+    train(folder, tmp_path, train=train_what, freeze_layers=freeze)
+    policy, _, _, critic = built[0][2]
+    before = tensors(folder / "base")
+    moved = {n for n, p in policy.model.named_parameters() if not torch.equal(p, before[n])}
+    parts = dict(all=("layers.1", "norm", "lm_head"), attention=("self_attn",), qv=("q_proj", "v_proj"))[train_what]
+    free = {n for n in before if any(part in n for part in parts) and not (freeze and "layers.0" in n)}
+    assert moved == policy.params.keys() == free
+    assert "score.weight" in critic.params and critic.model.score.weight.abs().max() > 0  # its head in full, from zero
+
+
+def test_the_saved_model_is_the_policy(folder, tmp_path, monkeypatch):
+    """A model directory, or an adapter on the base that `peft` and transformers open."""
+    built = spy(monkeypatch, roles, "build")
+    for layout in ("full", "lora"):
+        train(folder, tmp_path / layout, **settings_of(folder, layout))
+        policy = built[-1][2][0]
+        lora.use(policy.model, policy.adapter)
+        model, base = lora.open_model(tmp_path / layout / "last")
+        ids = torch.tensor([[5, 6, 7, 8]])
+        with torch.no_grad():
+            torch.testing.assert_close(model.logits(model(ids)), policy.model.logits(policy.model(ids)))
+        assert tokenizer.load(base).fingerprint == tokenizer.load(folder / "base").fingerprint
+
+
+# ---------------------------------------------------------------------------------------------- learning
+
+
+@pytest.fixture(scope="module")
+def sharp(folder):
+    """A base whose frozen head can still say one thing with certainty, if an adapter asks it to."""
+    model = tiny.model()
+    model.lm_head.weight.data *= 4
+    checkpoint.save_model(model, folder / "sharp", like=folder / "base")
+    return folder / "sharp"
+
+
+FEW = "q_proj,v_proj,down_proj"
+HOWS = [dict(algo="ppo"), dict(algo="grpo", group=8), dict(algo="rloo", group=8, lora_rank=8, lora_targets=FEW)]
+
+
+@pytest.mark.parametrize("how", HOWS, ids=lambda how: how["algo"])
+def test_rewarded_tokens_are_learned(folder, sharp, tmp_path, how):
+    """The share of the last eight letters in a response, from 1 in 33 to nearly all."""
+    log = train(folder, tmp_path, model=sharp, reward="last", steps=12, batch_size=64, micro_batch=64, rollout_batch=64,
+                ppo_epochs=2, max_new_tokens=3, lr=2e-2, value_lr=1e-2, kl_coef=0.0, missing_eos_penalty=0.0, **how)  # fmt: skip
+    rewards = [r["reward"] for r in log]
+    assert rewards[0] < 0.1 and max(rewards) > 0.9, rewards
+
+
+def test_lr_0_leaves_the_policy_to_the_bit(folder, tmp_path):
+    log = train(folder, tmp_path, reward=folder / "score", lr=0, value_lr=0, weight_decay=0.1)
+    assert same(tensors(tmp_path / "last"), tensors(folder / "base"))
+    assert [r["kl"] for r in log] == [0, 0] and log[0]["policy_grad_norm"] > 0
+
+
+def test_value_warmup_leaves_the_policy(folder, tmp_path):
+    log = train(folder, tmp_path / "warm", steps=2, value_warmup=2, kl_control="adaptive", kl_coef=0.1)
+    assert same(tensors(tmp_path / "warm" / "last"), tensors(folder / "base"))
+    assert "policy_loss" not in log[0] and log[1]["kl_coef"] == 0.1 and log[1]["value_loss"] != log[0]["value_loss"]
+    log = train(folder, tmp_path / "then", steps=3, value_warmup=2)
+    assert "policy_loss" in log[2] and not same(tensors(tmp_path / "then" / "last"), tensors(folder / "base"))
+
+
+def rl_gradients(cfg, role, batch):
+    role.model.zero_grad()
+    ppo.rl_gradient(cfg, runtime.Runtime("cpu", "none", "float32"), role, None, [batch], float(batch["mask"].sum()), sync=True)
+    return {n: p.grad.clone() for n, p in role.model.named_parameters()}
+
+
+@pytest.fixture
+def episode(folder):
+    """(policy, a batch of two episodes as the update sees it)"""
+    model = checkpoint.load_model(folder / "base")
+    policy, batch = roles.Role(model, net=model), roles.episode_batch([[5, 6], [7]], [[8, 9, 258], [10, 11]], 4)
+    with torch.no_grad():
+        batch["old_logprobs"] = policy.logprobs(batch, 1.0)[0]
+    return policy, batch | dict(advantages=torch.zeros(2, 4))
+
+
+def test_the_entropy_bonus_raises_the_entropy(episode):
+    policy, batch = episode
+    for coef in (0.5, -0.5):
+        gradients = rl_gradients(ppo.Config(entropy_coef=coef), policy, batch)
+        with torch.no_grad():
+            before = policy.logprobs(batch, 1.0)[1].sum()
+            params = dict(policy.model.named_parameters())
+            for name, p in params.items():
+                p -= 0.1 * gradients[name]
+            after = policy.logprobs(batch, 1.0)[1].sum()
+            for name, p in params.items():
+                p += 0.1 * gradients[name]
+        assert (after - before) * coef > 0.01
+    assert not any(g.any() for g in rl_gradients(ppo.Config(), policy, batch).values())
+
+
+def test_ptx_adds_its_gradient(folder, episode):
+    """ptx_coef times that of the mean next-token loss on other text, to whatever is there."""
+    policy, batch = episode
+    batch["advantages"] = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    cfg, rt = ppo.Config(ptx_coef=3.0), runtime.Runtime("cpu", "none", "float32")
+    rows = data.mix([str(folder / "store")])
+    batches = data.Batches(rows, 8, 2, 64)
+    alone = rl_gradients(cfg, policy, batch)
+    loss = ppo.ptx_gradient(cfg, rt, policy, batches, update=1)
+    both = {n: p.grad.clone() for n, p in policy.model.named_parameters()}
+    policy.model.zero_grad()
+    total = count = 0
+    for pack in batches.plan(0)[1 % batches.steps_per_epoch]:
+        for i in pack:
+            tokens, mask = (torch.from_numpy(np.array(x, dtype=np.int64)) for x in rows.row(batches.index[i]))
+            logprobs = policy.model.logits(policy.model(tokens[None]))[0, :-1].log_softmax(-1)
+            total = total - (logprobs[range(len(tokens) - 1), tokens[1:]] * mask[1:]).sum()
+            count += mask[1:].sum()
+    (3.0 * total / count).backward()
+    torch.testing.assert_close(loss, (total / count).detach())
+    for name, p in policy.model.named_parameters():
+        torch.testing.assert_close(both[name], alone[name] + p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_with_ptx(folder, tmp_path):
+    settings = dict(ptx_data=folder / "store", ptx_coef=5.0, ptx_batch=2, lr=3e-3, steps=4, reward="zero")
+    first, *_, last = train(folder, tmp_path / "ptx", **settings)
+    assert last["ptx_loss"] < first["ptx_loss"] - 0.1
+    assert "ptx_loss" in train(folder, tmp_path / "lora", **settings | dict(steps=1), lora_rank=2)[0]
+
+
+# ---------------------------------------------------------------------------------------------- rewards of a run
+
+
+def test_what_is_scored(folder, tmp_path, monkeypatch):
+    """Of each episode: the reward function's number, clipped, less one penalty for a bad end, which only the response decides: the
+    prompts here hold stop ids too."""
+    tok = tokenizer.load(folder / "base")
+    rows = [([97 + i, 258, 98, 256, 99, 258], [0, 0, 0, 0, 1, 1]) for i in range(8)]
+    data.write_store(tmp_path / "store", dict(train=rows), dict(vocab_size=264, tokenizer=tok.fingerprint))
+    made, shaped = spy(monkeypatch, generate, "generate"), spy(monkeypatch, ppo, "shape_rewards")
+    seen = spy(monkeypatch, ppo, "judge")
+    log = train(folder, tmp_path / "out", data=tmp_path / "store", steps=1, batch_size=128, micro_batch=64, rollout_batch=64,
+                ppo_epochs=1, max_new_tokens=24, missing_eos_penalty=0.25, truncate_at=["a", "b"], truncate_penalty=3.0,
+                score_clip=1.5, gold=f"{folder / 'rewards.py'}:last")  # fmt: skip
+    samples, ((scores, logprobs, ref, mask, coef), _, rewards) = made[0][2], shaped[0]
+    (_, _, prompts, answers, _), _, judged = seen[0]
+    assert all(258 in prompt for prompt in prompts) and judged.max() > 1.5
+    ends = {"stop": 0, "cut": 0, "long": 0}
+    for i, (tokens, answer) in enumerate(zip(samples.tokens, answers, strict=True)):
+        n = next((n for n, t in enumerate(tokens, 1) if t in (97, 98)), None)
+        end = "cut" if n else "stop" if tokens[-1] in tok.stop_ids else "long"
+        ends[end] += 1
+        assert answer == tokens[:n] and int(mask[i].sum()) == len(answer)
+        assert math.isclose(scores[i], min(judged[i], 1.5) - dict(stop=0, cut=3.0, long=0.25)[end], abs_tol=1e-6)
+        last = len(answer) - 1
+        assert math.isclose(rewards[i, last], scores[i] - coef * (logprobs[i, last] - ref[i, last]), abs_tol=1e-6)
+    assert min(ends.values()) > 5, ends
+    assert math.isclose(log[0]["eos_rate"], ends["stop"] / 128) and log[0]["gold"] >= 0
+    assert math.isclose(log[0]["reward"], judged.mean(), rel_tol=1e-5)
+    assert math.isclose(log[0]["length"], np.mean([len(a) for a in answers]), rel_tol=1e-6)
+
+
+def test_the_first_losses_by_hand(folder, tmp_path, monkeypatch):
+    """What reaches the update: log-probabilities at the temperature, the critic's values, GAE whitened over all episodes."""
+    shaped, found = spy(monkeypatch, ppo, "shape_rewards"), spy(monkeypatch, ppo, "rl_gradient")
+    made = spy(monkeypatch, generate, "generate")
+    train(folder, tmp_path, reward=folder / "score", steps=1, temperature=0.7, minibatches=2, micro_batch=2, lam=0.5, gamma=0.9,
+          kl_coef=0.3)  # fmt: skip
+    (_, prompts, *_), kwargs, samples = made[0]
+    assert kwargs["sample_ids"] == list(range(8))
+    batches = [b for (_, _, _, _, micros, _), _, _ in found[:2] for b in micros]
+    assert len(batches) == 4 and sum(args[5] for args, _, _ in found[:2]) == sum(map(len, samples.tokens))
+    model, critic = checkpoint.load_model(folder / "base"), checkpoint.load_model(folder / "score")
+    values, logprobs = torch.zeros(8, 6), torch.zeros(8, 6)
+    with torch.no_grad():
+        for i, (prompt, response) in enumerate(zip(prompts, samples.tokens, strict=True)):
+            ids, n, m = torch.tensor([prompt + response]), len(prompt), len(response)
+            right = (model.logits(model(ids))[0, n - 1 : -1] / 0.7).log_softmax(-1)
+            logprobs[i, :m] = right[range(m), response]
+            torch.testing.assert_close(torch.tensor(samples.logprobs[i]), logprobs[i, :m], atol=1e-4, rtol=0)
+            values[i, :m] = 2 * critic.score(critic(ids))[0, n - 1 : -1] - 0.5
+    (_, rollout, ref, mask, coef), _, rewards = shaped[0]
+    assert coef == 0.3 and torch.equal(rollout, ref)
+    torch.testing.assert_close(rollout, logprobs)
+    advantages, returns = ppo.gae(rewards, values, mask, 0.9, 0.5)
+    order = sorted(range(4), key=lambda i: [j for j in range(4) if torch.equal(batches[i]["mask"], mask[2 * j : 2 * j + 2])])
+    join = {key: torch.cat([batches[i][key] for i in order]) for key in ("old_logprobs", "old_values", "advantages", "returns")}
+    right = dict(old_logprobs=logprobs, old_values=values, advantages=losses.masked_whiten(advantages, mask), returns=returns)
+    for key, x in right.items():
+        torch.testing.assert_close(join[key], x, rtol=1e-4, atol=1e-5)
+
+
+def test_target_kl_ends_the_passes(folder, tmp_path):
+    log = train(folder, tmp_path, target_kl=1e-4, lr=1e-2, ppo_epochs=6, minibatches=2, micro_batch=2)
+    assert log[0]["updates"] in (2, 4)
+    assert train(folder, tmp_path / "off", lr=1e-2, ppo_epochs=6, minibatches=2, micro_batch=2, steps=1)[0]["updates"] == 12
+
+
+# ---------------------------------------------------------------------------------------------- how it is cut, stopped, parked
+
+
+@pytest.mark.parametrize("layout", ["full", "lora", "grpo"])
+def test_an_update_does_not_depend_on_the_micro_batch(folder, tmp_path, layout):
+    runs = {}
+    for micro_batch in (8, 2, 1):
+        out = tmp_path / str(micro_batch)
+        log = train(folder, out, **settings_of(folder, layout), micro_batch=micro_batch, rollout_batch=3 * micro_batch)
+        runs[micro_batch] = log, tensors(out / "state", "state")
+    for log, state in runs.values():
+        assert [r["length"] for r in log] == [r["length"] for r in runs[8][0]]
+        models = [{k: v for k, v in s.items() if k.startswith("model.")} for s in (state, runs[8][1])]
+        assert distance(*models) < 1e-5
+
+
+@pytest.mark.parametrize("at", [4, 5], ids=["between iterations", "in a rollout"])
+@pytest.mark.parametrize("layout", ["full", "lora"])
+def test_a_stopped_run_goes_on_bit_for_bit(folder, tmp_path, layout, at):
+    """Weights, both optimizers, the controller, the prompts' and the other text's order, what was warned of."""
+    settings = settings_of(folder, layout) | dict(
+        steps=4, kl_control="adaptive", kl_target=0.1, kl_horizon=50, schedule="linear", minibatches=2, ptx_data=folder / "store",
+        ptx_coef=0.1, ptx_batch=2, gold=f"{folder / 'rewards.py'}:last",
+    )  # fmt: skip
+    whole = train(folder, tmp_path / "whole", **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, at)
+        train(folder, tmp_path / "cut", **settings)
+    assert checkpoint.load_state(tmp_path / "cut" / "state")[1]["meta"]["step"] == 2
+    cut = train(folder, tmp_path / "cut", **settings)
+    assert cut == whole and len(whole) == 4 and len({r["kl_coef"] for r in whole}) == 4
+    a, b = (checkpoint.load_state(tmp_path / run / "state") for run in ("whole", "cut"))
+    assert same(a[0], b[0]) and a[1] == b[1] and any(key.startswith("value.") for key in a[0])
+    name = "adapter_model" if layout == "lora" else "model"
+    assert same(tensors(tmp_path / "whole" / "last", name), tensors(tmp_path / "cut" / "last", name))
+
+
+def test_a_finished_run_says_so(folder, tmp_path, capsys):
+    train(folder, tmp_path, steps=1)
+    before = tensors(tmp_path / "last")
+    for steps in (1, 0):
+        assert len(train(folder, tmp_path, steps=steps)) == 1 and "was finished at step 1 before" in capsys.readouterr().out
+    assert same(before, tensors(tmp_path / "last"))
+
+
+class Poisoned(roles.Parking):
+    """Parks where nothing can be computed: whoever is used without being fetched makes NaN."""
+
+    kept, fetched = {}, []
+
+    def __init__(self, on, device, things):
+        super().__init__(True, "here", things)
+
+    @classmethod
+    def move(cls, things, device):
+        for thing in things:
+            states = [(s, k) for s in getattr(thing, "state", {}).values() for k in s if torch.is_tensor(s[k])]
+            for x in [*getattr(thing, "parameters", list)(), *(s[k] for s, k in states)]:
+                if device == "cpu":
+                    cls.kept[id(x)] = x.detach().clone()
+                    x.data.fill_(math.nan)
+                elif id(x) in cls.kept:
+                    x.data.copy_(cls.kept.pop(id(x)))
+        if device != "cpu":
+            cls.fetched.append(len(things))
+
+
+def test_parked_models_are_fetched_when_they_work(folder, tmp_path, monkeypatch):
+    settings = dict(reward=folder / "score", batch_size=4, steps=3)
+    whole = train(folder, tmp_path / "whole", **settings)
+    monkeypatch.setattr(roles, "Parking", Poisoned)
+    assert train(folder, tmp_path / "parked", **settings) == whole
+    assert set(Poisoned.fetched) == {1, 4}  # one model at a time; for the update policy, critic and their optimizers
+
+
+def test_sigterm_in_a_rollout_saves_and_the_same_command_goes_on(folder, tmp_path):
+    settings = dict(lora_rank=2, steps=400, max_new_tokens=60, batch_size=16, save_every=1000, kl_control="adaptive", lr=1e-2)
+    command = [sys.executable, "ppo.py", *arguments(folder, tmp_path / "cut", settings)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log, deadline = tmp_path / "cut" / "log.jsonl", time.time() + 90
+    while not (log.exists() and len(log.read_text().splitlines()) >= 2):
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    done = checkpoint.load_state(tmp_path / "cut" / "state")[1]["meta"]["step"]
+    assert process.returncode == 0 and not err and 2 <= done < 400
+    assert "SIGTERM: finishing this step" in out and f"stopped at step {done}: the same command continues" in out
+    for run, steps in (("cut", 1), ("whole", done + 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            stop_at(patch, 2 * steps)
+            train(folder, tmp_path / run, **settings)
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+    a, b = (checkpoint.load_state(tmp_path / run / "state") for run in ("whole", "cut"))
+    assert same(a[0], b[0]) and a[1] == b[1]
+
+
+def environment():
+    return os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+
+
+def test_two_processes_do_what_one_does(folder, tmp_path):
+    """The same episodes whoever rolls them out, and the same gradients, when minibatches and other text are cut over ranks too."""
+    runs = dict(full=dict(reward=folder / "score"), lora=dict(reward=folder / "adapter", lora_rank=2, lr=1e-2))
+    common = dict(batch_size=16, micro_batch=2, minibatches=2, ppo_epochs=2, group=2, whiten_rewards=True, ptx_data=folder / "store",
+                  ptx_coef=0.5, ptx_batch=4, target_kl=1.0)  # fmt: skip
+    script, loop = tmp_path / "runs.py", "for argv in json.loads(sys.argv[1]):\n    ppo.main(config.load(ppo.Config, argv))\n"
+    script.write_text(f"import json, sys, config, ppo\n{loop}")
+    argvs = [arguments(folder, str(tmp_path / name), common | run) for name, run in runs.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, json.dumps(argvs)]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=170)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name, run in runs.items():
+        alone = train(folder, tmp_path / f"{name}-alone", **common | run)
+        both = records(tmp_path / name)
+        for a, b in zip(alone, both, strict=True):
+            assert a.keys() == b.keys()
+            for key, x in a.items():
+                assert x == b[key] or math.isclose(x, b[key], rel_tol=1e-3, abs_tol=1e-5), (name, key, x, b[key])
+        states = [tensors(tmp_path / f"{name}{end}" / "state", "state") for end in ("", "-alone")]
+        assert distance(*({k: v for k, v in s.items() if k.startswith("model.")} for s in states)) < 1e-5
+        kind = "adapter_model" if "lora_rank" in run else "model"
+        assert distance(*(tensors(tmp_path / f"{name}{end}" / "last", kind) for end in ("", "-alone"))) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------- what is shown, what is refused
+
+
+def test_samples_and_warnings(folder, tmp_path, capsys):
+    log = train(folder, tmp_path, steps=4, sample_every=2, samples=2, log_every=3, lr=0.1, kl_coef=0.0, entropy_coef=-1.0)
+    shown = {r["step"]: r["rows"] for r in log if r["kind"] == "samples"}
+    assert list(shown) == [1, 2, 4]
+    assert all(len(rows) == 2 and list(rows[0]) == ["prompt", "response", "reward", "kl"] for rows in shown.values())
+    assert [r["step"] for r in log if r["kind"] == "train"] == [3, 4]
+    assert capsys.readouterr().out.count("the entropy has collapsed") == 1
+    assert any("entropy" in disease for disease in checkpoint.load_state(tmp_path / "state")[1]["meta"]["warned"])
+
+
+def other_tokenizer(folder, name, head="lm"):
+    tiny.model_dir(folder / name, special=["<|end|>", "<|im_start|>", "<|im_end|>"], head=head)
+    return folder / name
+
+
+def test_mistakes_end_in_a_sentence(folder, tmp_path):
+    meta = dict(vocab_size=264, tokenizer=tokenizer.load(folder / "base").fingerprint)
+    data.write_store(tmp_path / "text", dict(train=[([5, 6, 7], None)]), meta)
+    long = tiny.store(tmp_path / "long", folder / "base", low=600, high=700)
+    wrong = {
+        "no model directory": dict(reward=folder / "nothing"),
+        "file.py:function": dict(reward=f"{folder}/nothing.py:f"),
+        "has no function": dict(reward=f"{folder}/rewards.py:f"),
+        "reward=.*/base is a language model": dict(reward=folder / "base"),
+        "reward=.* has another tokenizer": dict(reward=other_tokenizer(folder, "other-score", "score")),
+        "prepared with another tokenizer": dict(model=other_tokenizer(folder, "other")),
+        "no prompt has between 1 and max_prompt=256": dict(data=tmp_path / "text"),
+        "max_prompt=1 ": dict(max_prompt=1),
+        "batch_size=10 must be a multiple": dict(batch_size=10),
+        "algo=grpo compares": dict(algo="grpo"),
+        "is an adapter": dict(model=folder / "adapter", lora_rank=2),
+        "leaves nothing to train": dict(freeze_layers=2, train="qv"),
+        "resume=true": dict(resume="true"),
+        "the model takes 256 in all": dict(max_prompt=1000, data=long),
+    }  # fmt: skip
+    for said, settings in wrong.items():
+        with pytest.raises(UserError, match=said):
+            train(folder, tmp_path / "out", **settings)
+    assert not (tmp_path / "out" / "last").exists()
+    command = [sys.executable, "ppo.py", *arguments(folder, tmp_path / "out", dict(algo="rloo"))]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("error: algo=rloo") and result.stderr.count("\n") == 1
