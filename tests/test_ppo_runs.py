@@ -498,7 +498,8 @@ def environment():
 def test_two_processes_do_what_one_does(folder, tmp_path):
     """The same episodes whoever rolls them out, and the same gradients, when minibatches and other text are cut over ranks too."""
     runs = dict(full=dict(reward=folder / "score"), lora=dict(reward=folder / "adapter", lora_rank=2, lr=1e-2))
-    common = dict(batch_size=16, micro_batch=2, minibatches=2, ppo_epochs=2, group=2, whiten_rewards=True, ptx_data=folder / "store",
+    common = dict(batch_size=16, micro_batch=2, minibatches=2, ppo_epochs=2, group=2, whiten_rewards=True,
+                  ptx_data=folder / "store",
                   ptx_coef=0.5, ptx_batch=4, target_kl=1.0)  # fmt: skip
     script, loop = tmp_path / "runs.py", "for argv in json.loads(sys.argv[1]):\n    ppo.main(config.load(ppo.Config, argv))\n"
     script.write_text(f"import json, sys, config, ppo\n{loop}")
