@@ -9,7 +9,8 @@ ranks, or corpora are mixed by weights=. The loss is a sum over target tokens di
     python pretrain.py size=350m data=[data/web,data/code] weights=[0.7,0.3] optimizer=muon compile=true
     python pretrain.py model=models/smollm2 data=data/books lr=1e-4 min_lr=1e-5                     # continued
     torchrun --nproc_per_node=8 pretrain.py size=1b data=data/web parallel=fsdp grad_checkpoint=true
-    PJRT_DEVICE=TPU python pretrain.py device=xla parallel=fsdp size=1b data=data/web
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py size=7b parallel=hsdp
+    PJRT_DEVICE=TPU python pretrain.py device=xla parallel=fsdp size=1b data=data/web               # a TPU VM
 """
 
 import math
