@@ -256,6 +256,13 @@ def test_the_memory_estimate_is_near_the_truth(base, grad_checkpoint, monkeypatc
     assert 0.75 < sum(parts.values()) / (weights + top) < 1.25
 
 
+@pytest.mark.skipif("SLOW" not in os.environ, reason="half a minute of compiling: set SLOW=1")
+def test_compiled_layers_do_the_same(base, store, tmp_path):
+    runs = [train(tmp_path / str(c), base, store, steps=4, eval_every=2, compile=c) for c in (False, True)]
+    np.testing.assert_allclose(curve(runs[1]), curve(runs[0]), rtol=1e-5)
+    np.testing.assert_allclose(evals(runs[1]), evals(runs[0]), rtol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------- what is trained
 
 
