@@ -1,7 +1,7 @@
+import contextlib
 import sys
 from pathlib import Path
 
-import hypothesis
 import pytest
 import torch
 
@@ -23,5 +23,8 @@ def shared_data():
     return path
 
 
-hypothesis.settings.register_profile("default", deadline=None)  # how long an example takes says nothing on a busy machine
-hypothesis.settings.load_profile("default")
+with contextlib.suppress(ImportError):  # the environment of tests/xla goes without it
+    import hypothesis
+
+    hypothesis.settings.register_profile("patient", deadline=None)  # seconds say nothing on a busy machine
+    hypothesis.settings.load_profile("patient")
