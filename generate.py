@@ -41,14 +41,13 @@ def keep_from(logits, top_k=0, top_p=1.0):
     """The smallest logit that stays in each row, (R, 1): of the top_k likeliest tokens (0: all), the fewest whose probabilities
     add up to top_p (Holtzman et al. 2019, arXiv:1904.09751). What equals it stays too."""
     V = logits.shape[-1]
-    count = min(top_k or V, V)
-    if not top_k and logits.device.type == "cpu":  # sorting a whole vocabulary is slow; 1,024 tokens mostly hold top_p
-        best = logits.topk(min(1024, V)).values
-        if ((best - logits.logsumexp(-1, keepdim=True)).exp().sum(-1) > top_p + 1e-3).all():
-            count = best.shape[-1]
-    best = logits.topk(count).values
-    norm = best if top_k else logits
-    probs = (best - norm.logsumexp(-1, keepdim=True)).exp()
+    # sorting a whole vocabulary is slow on a CPU, and 1,024 tokens mostly hold top_p
+    for count in (top_k,) if top_k else (1024, V) if logits.device.type == "cpu" else (V,):
+        best = logits.topk(min(count, V)).values
+        norm = best if top_k else logits
+        probs = (best - norm.logsumexp(-1, keepdim=True)).exp()
+        if top_k or count >= V or (probs.sum(-1) > top_p + 1e-3).all():
+            break
     return best.masked_fill(probs.cumsum(-1) - probs >= top_p, torch.inf).amin(-1, keepdim=True)
 
 
