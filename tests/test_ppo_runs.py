@@ -496,28 +496,23 @@ def environment():
 
 
 def test_two_processes_do_what_one_does(folder, tmp_path):
-    """The same episodes whoever rolls them out, and the same gradients, when minibatches and other text are cut over ranks too."""
-    runs = dict(full=dict(reward=folder / "score"), lora=dict(reward=folder / "adapter", lora_rank=2, lr=1e-2))
-    common = dict(batch_size=16, micro_batch=2, minibatches=2, ppo_epochs=2, group=2, whiten_rewards=True,
-                  ptx_data=folder / "store",
-                  ptx_coef=0.5, ptx_batch=4, target_kl=1.0)  # fmt: skip
-    script, loop = tmp_path / "runs.py", "for argv in json.loads(sys.argv[1]):\n    ppo.main(config.load(ppo.Config, argv))\n"
-    script.write_text(f"import json, sys, config, ppo\n{loop}")
-    argvs = [arguments(folder, str(tmp_path / name), common | run) for name, run in runs.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, json.dumps(argvs)]
+    """The same episodes whoever rolls them out, and the same gradients, when minibatches, groups and other text are cut over ranks
+    and two nets share a trunk. (tests/test_parallel.py has the plain runs.)"""
+    settings = dict(
+        reward=folder / "adapter", lora_rank=2, lr=1e-2, batch_size=16, micro_batch=2, minibatches=2, ppo_epochs=2, group=2,
+        whiten_rewards=True, target_kl=1.0, ptx_data=folder / "store", ptx_coef=0.5, ptx_batch=4,
+    )  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ppo.py"]
+    command += arguments(folder, tmp_path / "two", settings)
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=170)
     assert result.returncode == 0, result.stderr[-3000:]
-    for name, run in runs.items():
-        alone = train(folder, tmp_path / f"{name}-alone", **common | run)
-        both = records(tmp_path / name)
-        for a, b in zip(alone, both, strict=True):
-            assert a.keys() == b.keys()
-            for key, x in a.items():
-                assert x == b[key] or math.isclose(x, b[key], rel_tol=1e-3, abs_tol=1e-5), (name, key, x, b[key])
-        states = [tensors(tmp_path / f"{name}{end}" / "state", "state") for end in ("", "-alone")]
-        assert distance(*({k: v for k, v in s.items() if k.startswith("model.")} for s in states)) < 1e-5
-        kind = "adapter_model" if "lora_rank" in run else "model"
-        assert distance(*(tensors(tmp_path / f"{name}{end}" / "last", kind) for end in ("", "-alone"))) < 1e-5
+    for a, b in zip(train(folder, tmp_path / "one", **settings), records(tmp_path / "two"), strict=True):
+        assert a.keys() == b.keys()
+        for key, x in a.items():
+            assert x == b[key] or math.isclose(x, b[key], rel_tol=1e-3, abs_tol=1e-5), (key, x, b[key])
+    states = [tensors(tmp_path / run / "state", "state") for run in ("one", "two")]
+    assert distance(*({k: v for k, v in s.items() if k.startswith("model.")} for s in states)) < 1e-5
+    assert distance(*(tensors(tmp_path / run / "last", "adapter_model") for run in ("one", "two"))) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------- what is shown, what is refused
