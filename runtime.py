@@ -205,7 +205,7 @@ class Runtime:
         return tuple("data" if d == cut else None for d in range(p.dim()))
 
     def _mark_batch(self, t):
-        if self.mesh is not None:
+        if self.mesh is not None and t.shape[0] % self.shards == 0:  # XLA fails on some uneven cuts: a few samples stay whole
             self.xs.mark_sharding(t, self.mesh, ("data",) + (None,) * (t.dim() - 1))
         return t
 

@@ -141,13 +141,13 @@ def records(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def assert_same_curve(out, reference, rtol=1e-5):
+def assert_same_curve(out, reference, tolerance=1e-5):
     measured = ("time", "_per_s", "memory", "_s")  # differ from run to run
     a, b = records(out), records(reference)
     assert [(r["kind"], r["step"]) for r in a] == [(r["kind"], r["step"]) for r in b]
     for x, y in zip(a, b, strict=True):
         keys = [k for k in y if isinstance(y[k], (int, float)) and not k.endswith(measured) and k != "memory_gb"]
-        np.testing.assert_allclose([x[k] for k in keys], [y[k] for k in keys], rtol=rtol, atol=1e-5, err_msg=f"{out} {keys}")
+        np.testing.assert_allclose([x[k] for k in keys], [y[k] for k in keys], rtol=tolerance, atol=tolerance, err_msg=f"{out} {keys}")
 
 
 def assert_same_weights(a, b):

@@ -60,7 +60,7 @@ def four(folder):  # noqa: F811
 
 
 def assert_runs_alike(out, reference):
-    assert_same_curve(out, reference, rtol=1e-4)
+    assert_same_curve(out, reference, tolerance=1e-4)
     assert_same_weights(out / "last", reference / "last")
     graphs = [r["graphs"] for r in records(out) if r["kind"] == "train"]
     assert 0 < graphs[0] and len(set(graphs[1:])) == 1  # nothing is compiled after the second step
