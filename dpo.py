@@ -86,7 +86,7 @@ class Config:
     resume: Literal["auto", "true", "false"] = "auto"  # auto: continue when the run folder holds a state
     eval_every: int = 0  # steps; 0: once an epoch. Needs a validation split
     save_every: int = 0  # steps; 0: once an epoch
-    log_every: int = 5
+    log_every: int = 5  # steps; 0: the last step only
     samples: int = 2  # validation prompts answered at every evaluation
     sample_tokens: int = 64
 
@@ -297,6 +297,7 @@ def main(cfg):
     # ------------------------------------------------------------------------------------------ loop
     sums, tokens, seen_best = torch.zeros(6, device=rt.device), 0, 0  # of this rank, since the last line of the log
     model.train()
+    stop = False
     for step in range(start, steps + 1):
         stop = rt.should_stop()
 
@@ -342,7 +343,7 @@ def main(cfg):
         rt.sync()
 
         # log
-        if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
+        if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:
             metrics = summary(rt.all_sum(sums), seen_best)
             seen = dict(tokens=rt.all_sum(tokens), memory=rt.peak_memory(), **rt.compiles())
             logger.step(step + 1, **metrics, grad_norm=norm, lr=lr, **seen)
@@ -353,7 +354,7 @@ def main(cfg):
 
     if stop:
         logger.text(f"stopped at step {step}: the same command continues from here")
-    elif start == steps and resume:
+    elif start >= steps and resume:
         logger.text(f"{out} was finished at step {steps} before: more steps= or epochs= go on, resume=false starts anew")
     logger.close()
     rt.close()

@@ -88,7 +88,7 @@ class Config:
     resume: Literal["auto", "true", "false"] = "auto"  # auto: continue when the run folder holds a state
     eval_every: int = 0  # steps; 0: once an epoch. Needs a validation split
     save_every: int = 0  # steps; 0: once an epoch
-    log_every: int = 10
+    log_every: int = 10  # steps; 0: the last step only
     samples: int = 2  # of the policy's samples, shown with their scores: so many of the best and of the worst
 
 
@@ -280,6 +280,7 @@ def main(cfg):
     # ------------------------------------------------------------------------------------------ loop
     sums, tokens = torch.zeros(7, device=rt.device), 0  # of this rank, since the last line of the log
     model.train()
+    stop = False
     for step in range(start, steps + 1):
         stop = rt.should_stop()
 
@@ -326,14 +327,14 @@ def main(cfg):
         rt.sync()
 
         # log
-        if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
+        if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:
             metrics, seen = summary(rt.all_sum(sums)), dict(tokens=rt.all_sum(tokens), memory=rt.peak_memory(), **rt.compiles())
             logger.step(step + 1, **metrics, grad_norm=norm, lr=lr, **seen)
             sums, tokens = torch.zeros_like(sums), 0
 
     if stop:
         logger.text(f"stopped at step {step}: the same command continues from here")
-    elif start == steps and resume:
+    elif start >= steps and resume:
         logger.text(f"{out} was finished at step {steps} before: more steps= or epochs= go on, resume=false starts anew")
     logger.close()
     rt.close()

