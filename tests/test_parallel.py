@@ -147,7 +147,8 @@ def assert_same_curve(out, reference, tolerance=1e-5):
     assert [(r["kind"], r["step"]) for r in a] == [(r["kind"], r["step"]) for r in b]
     for x, y in zip(a, b, strict=True):
         keys = [k for k in y if isinstance(y[k], (int, float)) and not k.endswith(measured) and k != "memory_gb"]
-        np.testing.assert_allclose([x[k] for k in keys], [y[k] for k in keys], rtol=tolerance, atol=tolerance, err_msg=f"{out} {keys}")
+        values = [[r[k] for k in keys] for r in (x, y)]
+        np.testing.assert_allclose(*values, rtol=tolerance, atol=tolerance, err_msg=f"{out} {keys}")
 
 
 def assert_same_weights(a, b):
