@@ -14,6 +14,12 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def denormals():
+    """A stage that ran in this process has switched them off (runtime.py), and property tests draw them."""
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """The folder of real data sets that may lie beside the repository; the tests that need it are skipped without."""
