@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import tiny
+import torch
 from conftest import ROOT
 
 import checkpoint
@@ -168,6 +169,7 @@ def two(folder):
     runs = {f"two/{mode}-{name}": (name, mode, STEPS) for mode in ("ddp", "fsdp") for name in STAGES}
     runs |= {f"half/{name}": (name, "fsdp" if name in ("sft", "sft_lora", "dpo", "ppo_lora") else "ddp", 2) for name in STAGES}
     jobs = [job(folder, name, folder / run, f"parallel={mode}", f"steps={n}") for run, (name, mode, n) in runs.items()]
+    jobs += [job(folder, name, folder / "bf16" / name, "parallel=fsdp", "dtype=bfloat16") for name in ("sft", "reward", "ppo_lora")]
     status, output, shares = launch(2, jobs, folder)
     assert status == 0, output[-5000:]
     return shares
@@ -180,6 +182,16 @@ def test_two_processes_do_what_one_does(folder, two, name, mode, parts):
     assert_same_curve(out, folder / "one" / name)
     assert_same_weights(out / "last", folder / "one" / name / "last")
     assert all(held[str(out)] <= 1.02 / parts for held in two)  # what does not divide by two makes one rank's share larger
+
+
+def test_weights_are_gathered_in_bf16(folder, two):
+    """As exact as bf16 is; PPO itself checks that policy and reference agree at the start. A score head stays fp32."""
+    for name in ("sft", "reward", "ppo_lora"):
+        lines = ([r for r in records(folder / run / name) if r["kind"] == "train"] for run in ("bf16", "one"))
+        a, b = ([r["reward" if name == "ppo_lora" else "loss"] for r in rs][:2] for rs in lines)  # then samples may differ
+        np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02, err_msg=name)
+    sharp = checkpoint.read_tensors(folder / "bf16" / "reward" / "last")["score.weight"]
+    assert sharp.dtype == torch.float32 and (sharp != sharp.bfloat16()).any()
 
 
 def test_four_processes_do_what_one_does_and_go_on_from_two(folder, two, tmp_path):
