@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The whole path on a machine that has Python 3.11 or newer and nothing else; about 10 minutes on two CPU cores, install included.
+# The whole path on a machine that has Python 3.11 or newer and nothing else.
 #
 #   bash demo.sh                 makes .venv (NANOINSTRUCT_VENV: another folder) and runs everything
-#   bash demo.sh reviews         only the toy language: pretrain, SFT, reward model, PPO, RLOO, DPO (under 3 minutes)
+#   bash demo.sh reviews         only the toy language: pretrain, SFT, reward model, PPO, RLOO, DPO
 #   bash demo.sh smollm2         only the real model: LoRA fine-tuning of SmolLM2-135M-Instruct
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -1,6 +1,6 @@
 """The whole path on the toy language of `prepare.toy task=reviews`, from random weights to PPO, and what each stage is worth.
 
-    python bench/reviews.py                             # one seed, about 2 minutes on two CPU cores
+    python bench/reviews.py                             # one seed
     python bench/reviews.py seeds=[0,1,2,3,4]           # medians over seeds, one after another
 
 Runs the stage scripts as a user would and prints each command. Then samples answers from every stage's model and prints a table:
