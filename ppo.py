@@ -372,7 +372,7 @@ def main(cfg):
 
     own = cfg.batch_size // (rt.world * cfg.minibatches)  # episodes of this rank in one minibatch,
     micro_batch = cfg.micro_batch * rt.shards // rt.world  # and in one micro-batch
-    static_length = cfg.max_prompt + cfg.max_new_tokens if rt.static_shapes or cfg.compile else 0
+    static_length = max(map(len, prompts)) + cfg.max_new_tokens if rt.static_shapes or cfg.compile else 0
     ptx = None
     if cfg.ptx_coef:
         rows, size = data.mix(cfg.ptx_data, None, cfg.seed, tokenizer=tok), min(micro_batch, cfg.ptx_batch // rt.world)
