@@ -301,14 +301,14 @@ def diseases(now, first):
 # ---------------------------------------------------------------------------------------------- gradients
 
 
-def rl_gradient(cfg, rt, policy, critic, micros, count, sync):
+def rl_gradient(cfg, rt, policy, critic, micros, count):
     """Adds the gradient of a minibatch, given as micro-batches: of the policy's loss and the critic's (None: not trained now).
-    count: its actions on all ranks; sync: whether the policy's gradients meet over ranks here. -> this rank's part of the stats."""
+    count: its actions on all ranks. -> this rank's part of the stats."""
     parts = []
     for i, b in enumerate(micros):
         last, part = i == len(micros) - 1, {}
         if policy:
-            rt.accumulate(last and sync, policy.net)
+            rt.accumulate(last, policy.net)
             with rt.autocast():
                 new_logprobs, entropy = policy.logprobs(b, cfg.temperature, training=True)
                 loss, part = policy_loss(new_logprobs, b["old_logprobs"], b["advantages"], b["mask"], cfg.clip, count)
@@ -490,7 +490,7 @@ def main(cfg):
                 for m in torch.randperm(cfg.minibatches, generator=shuffle).tolist():
                     batch = micros[m * own // micro_batch : (m + 1) * own // micro_batch]
                     count = rt.all_sum(float(mask[m * own : (m + 1) * own].sum()))
-                    found = rl_gradient(cfg, rt, active.get("policy"), critic, batch, count, sync=not ptx)
+                    found = rl_gradient(cfg, rt, active.get("policy"), critic, batch, count)
                     if ptx and "policy" in active:
                         found["ptx_loss"] = ptx_gradient(cfg, rt, policy, ptx, updates)
                     if not stats and not found.get("ratio", 0.0) <= 1e-3 and not rt.static_shapes:

@@ -136,7 +136,7 @@ def test_grpo_loss_and_gradient_are_trl_s(peer, loss_type, temperature):
     mask, advantages = torch.cat([b["mask"] for b in micros]), ppo.group_advantages(rewards, 4, "grpo")
     for b, p in zip(micros, (slice(0, 3), slice(3, 8)), strict=True):
         b |= dict(old_logprobs=old[p], advantages=(advantages[:, None] * mask)[p])
-    stats = ppo.rl_gradient(cfg, rt, policy, None, micros, float(mask.sum()), sync=True)
+    stats = ppo.rl_gradient(cfg, rt, policy, None, micros, float(mask.sum()))
 
     # theirs
     trainer = make(loss_type, temperature)

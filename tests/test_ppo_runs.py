@@ -265,7 +265,7 @@ def test_value_warmup_leaves_the_policy(folder, tmp_path):
 
 def rl_gradients(cfg, role, batch):
     role.model.zero_grad()
-    ppo.rl_gradient(cfg, runtime.Runtime("cpu", "none", "float32"), role, None, [batch], float(batch["mask"].sum()), sync=True)
+    ppo.rl_gradient(cfg, runtime.Runtime("cpu", "none", "float32"), role, None, [batch], float(batch["mask"].sum()))
     return {n: p.grad.clone() for n, p in role.model.named_parameters()}
 
 
