@@ -521,7 +521,7 @@ def test_sources_that_are_none(tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     refused(capsys, "no config.json", tmp_path / "empty", out)
     (tmp_path / "empty" / "adapter_config.json").write_text("{}")
-    refused(capsys, "LoRA adapter", tmp_path / "empty", out)
+    refused(capsys, "peft_type None is not supported", tmp_path / "empty", out)
 
     import huggingface_hub
 
