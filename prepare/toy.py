@@ -3,6 +3,7 @@
     python -m prepare.toy task=instructions rows=3000 out=data/toy
     python -m prepare.toy task=reviews out=data/reviews
     python -m prepare.toy task=preferences model=out/reviews/sft/last out=data/reviews
+    python -m prepare.toy task=bullets out=data/bullets
 
 `instructions` writes train.jsonl and test.jsonl, Alpaca records (instruction, input, output) of a dozen one-line tasks
 that a small chat model does not answer to the letter but learns quickly; no input is in both files. `exact_match` scores.
@@ -11,6 +12,9 @@ that a small chat model does not answer to the letter but learns quickly; no inp
 pretrain.jsonl (texts), sft.jsonl (prompt, completion), prompts.jsonl, and tokenizer/, one token a word. A way to try the
 whole path from pretraining to PPO in minutes (reward=prepare/toy.py:gold). `preferences` adds preferences.jsonl: four
 answers of a model to each of 1,000 prompts, ranked by gold plus noise of variance 1, as people would disagree.
+
+`bullets` asks a real chat model for three bullet points in train.jsonl and, on other subjects, test.jsonl. `three_bullets` is the
+reward (reward=prepare/toy.py:three_bullets); the answer that stands in the records only shows the form.
 """
 
 import json
@@ -27,11 +31,11 @@ from config import UserError
 
 @dataclass
 class Config:
-    task: Literal["instructions", "reviews", "preferences"] = "instructions"
+    task: Literal["instructions", "reviews", "preferences", "bullets"] = "instructions"
     out: str = "data/toy"  # folder
     model: str = ""  # preferences: the model whose answers are ranked
-    rows: int = 0  # to train on; 0: 3,000 instructions, 10,000 reviews, 1,000 ranked prompts
-    test: int = 300  # instructions held out, or prompts of reviews
+    rows: int = 0  # to train on; 0: 3,000 instructions, 10,000 reviews, 1,000 ranked prompts, 300 prompts for bullets
+    test: int = 300  # instructions or bullets held out, or prompts of reviews
     seed: int = 0
 
 
@@ -236,8 +240,45 @@ def preferences(model, rows, answers=4, seed=0):
     return [{"prompt": a, "completions": [text for _, text in group]} for a, group in zip(asked, groups, strict=True)]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# bullets
+
+QUESTIONS = [
+    "Tell me about the {}.", "What is the {} known for?", "Why do people like the {}?", "What is difficult about the {}?",
+    "Describe the {} to a child.", "Name some facts about the {}.", "What would a poet say about the {}?", "How did the {} change?",
+    "What is good and what is bad about the {}?", "What should everybody know about the {}?",
+]  # fmt: skip
+
+
+def three_bullets(prompt, response, finished=True):
+    """1 for an answer that ended and is three bullet points and nothing else. Less than half for what comes near: the share of
+    lines that are bullet points, times how close their number is to three."""
+    lines = [line.strip() for line in response.strip().splitlines() if line.strip()]
+    points = sum(line.startswith(("- ", "* ", "\u2022 ")) for line in lines)
+    if finished and points == len(lines) == 3:
+        return 1.0
+    return 0.45 * max(0.0, 1 - abs(points - 3) / 3) * points / max(len(lines), 1)
+
+
+def bullets(rows, test, seed=0):
+    """Message records, `rows` to train on and `test` about subjects that those do not name."""
+    rng = random.Random(seed)
+    subjects = [*ANIMALS, *FOODS, *TOOLS, *PLACES]
+    rng.shuffle(subjects)
+    cut = round(len(subjects) * rows / (rows + test))
+    splits = []
+    for some, count in ((subjects[:cut], rows), (subjects[cut:], test)):
+        asked = [question.format(subject) for question in QUESTIONS for subject in some]
+        if len(asked) < count:
+            raise UserError(f"rows={rows} and test={test} are more than there are prompts: take fewer")
+        asked = [dict(role="user", content=f"{a} Answer in exactly three bullet points.") for a in rng.sample(asked, count)]
+        splits.append([dict(messages=[a, dict(role="assistant", content="- one\n- two\n- three")]) for a in asked])
+    return splits
+
+
 def main(cfg):
-    out, rows = Path(cfg.out), cfg.rows or {"instructions": 3000, "reviews": 10_000, "preferences": 1000}[cfg.task]
+    defaults = {"instructions": 3000, "reviews": 10_000, "preferences": 1000, "bullets": 300}
+    out, rows = Path(cfg.out), cfg.rows or defaults[cfg.task]
     if rows < 1 or cfg.test < 1:
         raise UserError(f"rows={cfg.rows} and test={cfg.test} must be positive")
     if cfg.task == "instructions":
@@ -247,6 +288,8 @@ def main(cfg):
         if not cfg.model:
             raise UserError("task=preferences needs model=, the directory of the model whose answers are ranked")
         files = {"preferences.jsonl": preferences(cfg.model, rows, seed=cfg.seed)}
+    elif cfg.task == "bullets":
+        files = dict(zip(("train.jsonl", "test.jsonl"), bullets(rows, cfg.test, cfg.seed), strict=True))
     else:
         files = reviews(rows, cfg.test, cfg.seed)
     try:

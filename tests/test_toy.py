@@ -101,6 +101,40 @@ def test_gold(response, worth):
     assert toy.gold("<u> rate lamp <a>", response, False) == -2
 
 
+@pytest.mark.parametrize(
+    "response, worth",
+    [
+        ("- a\n- b\n- c", 1),
+        ("* a\n\n* b\n\n\u2022 c\n", 1),
+        ("- a\n- b", 0.3),
+        ("- a", 0.15),
+        ("- a\n- b\n- c\n- d", 0.3),
+        ("- a\n- b\n- c\n- d\n- e\n- f", 0),
+        ("Sure:\n- a\n- b\n- c", 0.45 * 3 / 4),
+        ("- a\nb\n- c\nd", 0.3 * 2 / 4),
+        ("1. a\n2. b\n3. c", 0),
+        ("-a\n-b\n-c", 0),
+        ("", 0),
+    ],
+)
+def test_three_bullets(response, worth):
+    assert toy.three_bullets("", response, True) == pytest.approx(worth)
+    assert toy.three_bullets("", response, False) == pytest.approx(min(worth, 0.45))
+
+
+def test_bullets(tmp_path):
+    toy.main(toy.Config(task="bullets", out=str(tmp_path)))
+    train, test = ([r["messages"] for r in read(tmp_path / f"{n}.jsonl")] for n in ("train", "test"))
+    assert (len(train), len(test)) == (300, 300)
+    known = {*toy.ANIMALS, *toy.FOODS, *toy.TOOLS, *toy.PLACES}
+    subjects = [{w.strip(".?") for m in part for w in m[0]["content"].split() if w.strip(".?") in known} for part in (train, test)]
+    assert subjects[0] and subjects[1] and not subjects[0] & subjects[1]
+    asked = [m[0]["content"] for m in train + test]
+    assert len(set(asked)) == 600 and all(toy.three_bullets("", m[1]["content"]) == 1 for m in train + test)
+    with pytest.raises(UserError, match="take fewer"):
+        toy.main(toy.Config(task="bullets", out=str(tmp_path), rows=700))
+
+
 def test_reviews(tmp_path):
     toy.main(toy.Config(task="reviews", out=str(tmp_path), rows=4000, test=50))
     texts, sft, prompts = (read(tmp_path / f"{n}.jsonl") for n in ("pretrain", "sft", "prompts"))
