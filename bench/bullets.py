@@ -1,0 +1,62 @@
+"""How often a model answers the held-out prompts of `prepare.toy task=bullets` in exactly three bullet points.
+
+    python -m prepare.toy task=bullets out=data/bullets
+    python -m prepare.instructions source=data/bullets/train.jsonl model=models/smollm2 out=data/bullets/store
+    python ppo.py recipes/smollm2-bullets-grpo.cfg out=out/bullets
+    python bench/bullets.py model=models/smollm2
+    python bench/bullets.py model=out/bullets/last
+
+The answers are sampled as in training (temperature 1), or greedy with temperature=0.
+"""
+
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import config
+
+
+@dataclass
+class Config:
+    model: str = "models/smollm2"  # model or adapter directory
+    data: str = "data/bullets/test.jsonl"
+    rows: int = 100  # the first ones; 0: all
+    temperature: float = 1.0
+    max_new_tokens: int = 96
+    device: str = "auto"
+    dtype: str = "auto"
+    parallel: str = "none"
+    seed: int = 0
+
+
+def main(cfg):
+    import generate
+    import lora
+    import runtime
+    import tokenizer
+    from prepare.toy import three_bullets
+
+    try:
+        asked = [json.loads(line)["messages"][:1] for line in open(cfg.data, encoding="utf-8")][: cfg.rows or None]
+    except FileNotFoundError:
+        raise config.UserError(f"there is no file {cfg.data}: python -m prepare.toy task=bullets writes one") from None
+    rt = runtime.start(cfg)
+    model, base = lora.open_model(cfg.model, dtype=rt.dtype)
+    rt.place(model)
+    tok = tokenizer.load(base)
+    prompts = [tok.render(messages, add_generation_prompt=True)[0] for messages in asked]
+    with rt.autocast():
+        made = generate.generate(model, prompts, cfg.max_new_tokens, cfg.temperature, stop_ids=tok.stop_ids, seed=cfg.seed)
+    answers = [tok.decode(ids) for ids in made.tokens]
+    rewards = [three_bullets("", answer, ended) for answer, ended in zip(answers, made.finished, strict=True)]
+    for messages, answer, reward in list(zip(asked, answers, rewards, strict=True))[:3]:
+        print(f"{messages[0]['content']}\n{answer}\n-> {reward:.2f}\n")
+    print(f"{cfg.model}: reward {statistics.mean(rewards):.3f}, three bullet points {sum(r == 1 for r in rewards) / len(rewards):.1%}, "
+          f"ended {sum(made.finished) / len(rewards):.1%}, {statistics.mean(map(len, made.tokens)):.0f} tokens; {len(rewards)} prompts")  # fmt: skip
+
+
+if __name__ == "__main__":
+    config.run(main, Config)
