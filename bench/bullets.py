@@ -54,8 +54,9 @@ def main(cfg):
     rewards = [three_bullets("", answer, ended) for answer, ended in zip(answers, made.finished, strict=True)]
     for messages, answer, reward in list(zip(asked, answers, rewards, strict=True))[:3]:
         print(f"{messages[0]['content']}\n{answer}\n-> {reward:.2f}\n")
-    print(f"{cfg.model}: reward {statistics.mean(rewards):.3f}, three bullet points {sum(r == 1 for r in rewards) / len(rewards):.1%}, "
-          f"ended {sum(made.finished) / len(rewards):.1%}, {statistics.mean(map(len, made.tokens)):.0f} tokens; {len(rewards)} prompts")  # fmt: skip
+    reward, hit = statistics.mean(rewards), sum(r == 1 for r in rewards) / len(rewards)
+    ended, length = sum(made.finished) / len(rewards), statistics.mean(map(len, made.tokens))
+    print(f"{cfg.model}: {len(rewards)} prompts, reward {reward:.3f}, exact {hit:.1%}, ended {ended:.1%}, {length:.0f} tokens")
 
 
 if __name__ == "__main__":
