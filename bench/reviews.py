@@ -51,7 +51,8 @@ def commands(root, seed):
     start = [f"model={sft}", f"data={data}/preferences", f"seed={seed}"]
     yield "reward", ["reward.py", "recipes/reviews/reward.cfg", *start, f"out={root}/reward"]
     yield "ppo", ["ppo.py", "recipes/reviews/ppo.cfg", *rl, f"out={root}/ppo"]
-    yield "ppo, no KL", ["ppo.py", "recipes/reviews/ppo.cfg", *rl, "kl_coef=0", "schedule=constant", "steps=80", f"out={root}/ppo-no-kl"]
+    control = ["kl_coef=0", "schedule=constant", "steps=80", f"out={root}/ppo-no-kl"]
+    yield "ppo, no KL", ["ppo.py", "recipes/reviews/ppo.cfg", *rl, *control]
     yield "rloo", ["ppo.py", "recipes/reviews/rloo.cfg", *rl, f"out={root}/rloo"]
     yield "dpo", ["dpo.py", "recipes/reviews/dpo.cfg", *start, f"out={root}/dpo"]
 
