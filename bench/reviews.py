@@ -10,11 +10,13 @@ The row "ppo, no KL" is the negative control: with kl_coef=0 the reward model's 
 """
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,29 +34,30 @@ class Config:
     seeds: tuple[int, ...] = (0,)
     samples: int = 512  # answers per model
     threads: int = 1  # a model this small is fastest on one
+    jobs: int = 2  # of PPO, its control, RLOO and DPO, how many run at a time
 
 
 def commands(root, seed):
-    """(what it is, arguments of python) in order."""
+    """Arguments of python, in order; the last four do not depend on each other."""
     data, sft = f"{root}/data", f"{root}/sft/last"
     rl = [f"model={sft}", f"reward={root}/reward/last", f"data={data}/sft", f"seed={seed}"]
-    yield "data", ["-m", "prepare.toy", "task=reviews", f"out={data}", f"seed={seed}"]
-    yield "data", ["-m", "prepare.text", f"source={data}/pretrain.jsonl", f"tokenizer={data}/tokenizer", f"out={data}/text"]
-    yield "pretrain", ["pretrain.py", "recipes/reviews/pretrain.cfg", f"data={data}/text", f"out={root}/pretrain", f"seed={seed}"]
+    yield ["-m", "prepare.toy", "task=reviews", f"out={data}", f"seed={seed}"]
+    yield ["-m", "prepare.text", f"source={data}/pretrain.jsonl", f"tokenizer={data}/tokenizer", f"out={data}/text"]
+    yield ["pretrain.py", "recipes/reviews/pretrain.cfg", f"data={data}/text", f"out={root}/pretrain", f"seed={seed}"]
     source = [f"source={data}/sft.jsonl", f"model={root}/pretrain/last", "template=plain", "max_length=32", "val=200"]
-    yield "data", ["-m", "prepare.instructions", *source, f"out={data}/sft"]
+    yield ["-m", "prepare.instructions", *source, f"out={data}/sft"]
     start = [f"model={root}/pretrain/last", f"data={data}/sft", f"out={root}/sft", f"seed={seed}"]
-    yield "sft", ["sft.py", "recipes/reviews/sft.cfg", *start]
-    yield "data", ["-m", "prepare.toy", "task=preferences", f"model={sft}", f"out={data}", f"seed={seed}"]
+    yield ["sft.py", "recipes/reviews/sft.cfg", *start]
+    yield ["-m", "prepare.toy", "task=preferences", f"model={sft}", f"out={data}", f"seed={seed}"]
     source = [f"source={data}/preferences.jsonl", f"model={sft}", "template=plain", "max_length=32"]
-    yield "data", ["-m", "prepare.preferences", *source, f"out={data}/preferences"]
+    yield ["-m", "prepare.preferences", *source, f"out={data}/preferences"]
     start = [f"model={sft}", f"data={data}/preferences", f"seed={seed}"]
-    yield "reward", ["reward.py", "recipes/reviews/reward.cfg", *start, f"out={root}/reward"]
-    yield "ppo", ["ppo.py", "recipes/reviews/ppo.cfg", *rl, f"out={root}/ppo"]
+    yield ["reward.py", "recipes/reviews/reward.cfg", *start, f"out={root}/reward"]
+    yield ["ppo.py", "recipes/reviews/ppo.cfg", *rl, f"out={root}/ppo"]
     control = ["kl_coef=0", "schedule=constant", "steps=80", f"out={root}/ppo-no-kl"]
-    yield "ppo, no KL", ["ppo.py", "recipes/reviews/ppo.cfg", *rl, *control]
-    yield "rloo", ["ppo.py", "recipes/reviews/rloo.cfg", *rl, f"out={root}/rloo"]
-    yield "dpo", ["dpo.py", "recipes/reviews/dpo.cfg", *start, f"out={root}/dpo"]
+    yield ["ppo.py", "recipes/reviews/ppo.cfg", *rl, *control]
+    yield ["ppo.py", "recipes/reviews/rloo.cfg", *rl, f"out={root}/rloo"]
+    yield ["dpo.py", "recipes/reviews/dpo.cfg", *start, f"out={root}/dpo"]
 
 
 def measure(root, samples):
@@ -119,18 +122,31 @@ def curves(root, path, width=720, height=260):
     Path(path).write_text("\n".join([svg, *parts, "</svg>", ""]), encoding="utf-8")
 
 
-def main(cfg):
-    import os
+def run(arguments, env, show):
+    """One command, as a user would give it. -> its output, unless that was shown while it ran."""
+    pipe = {} if show else dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, **pipe)
+    if done.returncode:
+        print(done.stdout or "")
+        raise config.UserError(f"the command failed: python {' '.join(arguments)}")
+    return done.stdout
 
+
+def main(cfg):
+    env = os.environ | {"OMP_NUM_THREADS": str(cfg.threads)}
     tables, seconds = [], []
     for seed in cfg.seeds:
         root, began = f"{cfg.out}/seed{seed}", time.perf_counter()
         shutil.rmtree(root, ignore_errors=True)
-        env = os.environ | {"OMP_NUM_THREADS": str(cfg.threads)}
-        for _, arguments in commands(root, seed):
+        *first, ppo, control, rloo, dpo = commands(root, seed)
+        for arguments in first:
             print("\n$ python", *arguments, flush=True)
-            if subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env).returncode:
-                raise config.UserError(f"the command failed: python {' '.join(arguments)}")
+            run(arguments, env, show=True)
+        with ThreadPoolExecutor(cfg.jobs) as pool:  # these do not depend on each other
+            last = (ppo, control, rloo, dpo)
+            for arguments, output in zip(last, pool.map(lambda a: run(a, env, show=False), last), strict=True):
+                print("\n$ python", *arguments)
+                print(output, flush=True)
         seconds.append(time.perf_counter() - began)
         tables.append(measure(root, cfg.samples))
         curves(root, f"{cfg.out}/curves.svg")
