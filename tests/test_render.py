@@ -10,6 +10,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+import chat
 import tokenizer
 from config import UserError
 
@@ -332,7 +333,7 @@ def test_templates_that_want_alternation(folder):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "spm"])
-@pytest.mark.parametrize("template", tokenizer.TEMPLATES)
+@pytest.mark.parametrize("template", chat.TEMPLATES)
 def test_no_control_tokens_from_contents(template, kind, folder):
     """Names of control tokens in what people write stay text, in every template."""
     ours = tokenizer.load(folder(kind), template=template)
@@ -363,7 +364,7 @@ def test_tokens_of_a_template_are_control_even_when_not_special(folder):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "spm"])
-@pytest.mark.parametrize("template", tokenizer.TEMPLATES)
+@pytest.mark.parametrize("template", chat.TEMPLATES)
 def test_prompt_is_a_prefix(template, kind, folder):
     """What a model is asked with is what it was trained on, whatever the answer begins with."""
     ours = tokenizer.load(folder(kind), template=template)
