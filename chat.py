@@ -1,7 +1,8 @@
 """Chat templates: how a conversation is laid out as text, and what of it the assistant has to produce.
 
 A template is a key of TEMPLATES or the model's own, in Jinja, from which `learn` reads its turns; `choose` finds the one that is
-meant. Which ids the text becomes is tokenizer.py's part: Tokenizer.render lays out a conversation and encodes it.
+meant. A model that is taught a key's template gets it in Jinja too (`in_jinja`), as other programs read it. Which ids the text
+becomes is tokenizer.py's part: Tokenizer.render lays out a conversation and encodes it.
 """
 
 import json
@@ -59,6 +60,29 @@ class Turns:
             parts += [(self.tail, True, None)] * (role == "assistant")
         return parts + [(self.generation, True, None)] * generation
 
+    def jinja(self):
+        """The same as a Jinja template, in which {bos} and {eos} are left to fill in."""
+
+        def turn(role, form, strip="strip"):
+            before, _, after = form.partition("{}")
+            content = "message['content']" + f".{strip}()" * (role in self.strip)
+            return f"{{{{- {before!r} + {content} + {after!r} }}}}"
+
+        roles = {"system": self.system, "user": self.user, "assistant": self.assistant + self.tail, "tool": self.tool}
+        turns = [(f"message['role'] == '{role}'", turn(role, form)) for role, form in roles.items() if form is not None]
+        if self.opened is not None:
+            turns.insert(0, ("message['role'] == 'user' and loop.index0 == 1 and system", turn("user", self.opened, "rstrip")))
+        if self.alternate:
+            wrong = "loop.index0 >= system and (message['role'] == 'user') != (loop.index0 % 2 == system)"
+            turns.insert(0, (wrong, "{{- raise_exception('users and assistants have to take turns, the user first') }}"))
+        lines = ["{%- set system = 1 if messages[0]['role'] == 'system' else 0 %}"]
+        lines += [f"{{%- if not system %}}{{{{- {self.start!r} }}}}{{%- endif %}}"] if self.start else []
+        lines += ["{%- for message in messages %}"]
+        lines += [f"    {{%- {'elif' if i else 'if'} {when} %}}{say}" for i, (when, say) in enumerate(turns)]
+        lines += ["    {%- else %}{{- raise_exception('no turns of role ' + message['role']) }}", "    {%- endif %}"]
+        lines += ["{%- endfor %}", f"{{%- if add_generation_prompt %}}{{{{- {self.generation!r} }}}}{{%- endif %}}"]
+        return "\n".join(lines)
+
 
 def full(message):
     """A message's content, and the input of an Alpaca record a blank line below."""
@@ -84,6 +108,23 @@ def alpaca(messages, generation):
         else:
             raise UserError(f"message {n + 1}: the template alpaca has no {message['role']} turns")
     return parts + [answer] * generation
+
+
+ALPACA = """
+{%- for message in messages %}
+    {%- if message['role'] == 'assistant' %}{{- '\\n\\n### Response:' + message['content'] + '{eos}' }}
+    {%- elif message['role'] == 'system' %}{{- message['content'] }}
+    {%- elif message['role'] == 'user' %}
+        {%- if loop.first %}{{- 'Below is an instruction that describes a task' }}
+            {%- if message['input'] %}{{- ', paired with an input that provides further context' }}{%- endif %}
+            {{- '. Write a response that appropriately completes the request.' }}
+        {%- endif %}
+        {{- '\\n\\n### Instruction:\\n' + message['content'] }}
+        {%- if message['input'] %}{{- '\\n\\n### Input:\\n' + message['input'] }}{%- endif %}
+    {%- else %}{{- raise_exception('no turns of role ' + message['role']) }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '\\n\\n### Response:' }}{%- endif %}"""
 
 
 SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "tool"}
@@ -177,24 +218,45 @@ def check(messages):
             raise UserError(f"message {n} needs text as its content (and input, and columns of [name, text]): {message!r:.100}")
 
 
-def choose(key, source, marks, added):
-    """(name, layout) of the template `key`, or of the directory's own (`source`, in Jinja); (None, None) for neither.
+def in_jinja(name, marks):
+    """The template `name` of TEMPLATES in Jinja; None for those that chat in plain messages cannot tell: plain text has no turns,
+    and columns need names."""
+    layout = TEMPLATES[name]
+    if name in ("plain", "columns"):
+        return None
+    first = "{{- '{first}' }}" if marks["first"] and getattr(layout, "bos", True) else ""
+    source = first + (ALPACA.strip() if name == "alpaca" else layout.jinja())
+    for mark, text in marks.items():
+        source = source.replace(f"{{{mark}}}", text)
+    return source
 
-    marks: {"bos", "eos"} -> the texts of these tokens. added: a regex that finds the added tokens, or None where there are none.
+
+def choose(key, own, marks, added):
+    """(name, layout, Jinja) of the template `key`, a name or Jinja itself, or of the directory's own (`own`, in Jinja); a part is
+    None where there is none.
+
+    marks: {"bos", "eos", "first"} -> the texts of these tokens, first: of the BOS that comes before all texts. added: a regex that
+    finds the added tokens, or None where there are none.
     """
-    own, name = learn(source, marks, added) if source and added else None, None
-    if own:
+
+    def lacking(name):
+        needs = getattr(TEMPLATES[name], "needs", ())
+        return [t for t in needs if not (added and added.fullmatch(t))] or ["EOS"] * (not marks["eos"])
+
+    key, source = (None, key) if key and "{" in key else (key, own)
+    name = next((t for t in TEMPLATES if source and source == in_jinja(t, marks) and not lacking(t)), None)
+    layout = TEMPLATES[name] if name else learn(source, marks, added) if source and added else None
+    if layout and not name:
         users = {t: getattr(turns, "user", "") for t, turns in TEMPLATES.items()}
         users = {t: user.replace("{bos}", marks["bos"]).replace("{eos}", marks["eos"]) for t, user in users.items()}
-        name = next((t for t, user in users.items() if user == own.user), "mistral" if "[INST]" in own.user else "model")
+        name = next((t for t, user in users.items() if user == layout.user), "mistral" if "[INST]" in layout.user else "model")
     if key not in (None, name, *TEMPLATES):
         raise UserError(f"unknown template '{key}': there are {', '.join(TEMPLATES)}")
     if key in (None, name):
-        return name, own
-    lacks = [t for t in getattr(TEMPLATES[key], "needs", ()) if not (added and added.fullmatch(t))] or ["EOS"] * (not marks["eos"])
-    if lacks:
-        raise UserError(f"template={key} needs {', '.join(lacks)}, which this tokenizer does not have")
-    return key, TEMPLATES[key]
+        return name, layout, source
+    if lacking(key):
+        raise UserError(f"template={key} needs {', '.join(lacking(key))}, which this tokenizer does not have")
+    return key, TEMPLATES[key], in_jinja(key, marks)
 
 
 def learn(source, marks, added):

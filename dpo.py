@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import config
+import data
 import estimate
 import generate
 import log
@@ -232,7 +233,7 @@ def main(cfg):
     dtype = rt.dtype if cfg.lora_rank else torch.float32  # frozen weights in bf16, trained ones are fp32 masters
     model, base = lora.open_model(cfg.model, dtype=dtype, as_base=cfg.lora_rank > 0)
     lora.merge(model)
-    tok = tokenizer.load(base)
+    tok = tokenizer.load(base, data.chat_template(cfg.data) or lora.chat_template(cfg.model))
     rows = rankings.load(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
     val_rows = rankings.load(cfg.data, split="val", tokenizer=tok)
     cut = dict(
@@ -290,9 +291,9 @@ def main(cfg):
     def save(dir):
         tensors = rt.full(dict(model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
-            lora.save(model, dir, base=base, tensors=tensors)
+            lora.save(model, dir, base=base, tensors=tensors, tok=tok)
         elif rt.is_main:
-            checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors)
+            checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors, tok=tok)
 
     # ------------------------------------------------------------------------------------------ loop
     sums, tokens, seen_best = torch.zeros(6, device=rt.device), 0, 0  # of this rank, since the last line of the log

@@ -357,7 +357,7 @@ def main(cfg):
 
     # ------------------------------------------------------------------------------------------ models, data, optimizers
     base = lora.base_of(cfg.model)
-    tok = tokenizer.load(base)
+    tok = tokenizer.load(base, data.chat_template(cfg.data) or lora.chat_template(cfg.model))
     prompts, too_long = prompts_of(cfg, tok)
     if cfg.compile:  # round to bf16 where eager code does: or else graphs with and without gradients differ by tenths of a nat
         torch._inductor.config.emulate_precision_casts = True
@@ -397,9 +397,9 @@ def main(cfg):
     def save(step):
         tensors = rt.full(policy.params if cfg.lora_rank else dict(policy.model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
-            lora.save(policy.model, out / "last", "policy", base=base, tensors=tensors)
+            lora.save(policy.model, out / "last", "policy", base=base, tensors=tensors, tok=tok)
         elif rt.is_main:
-            checkpoint.save_model(policy.model, out / "last", rt.dtype, like=base, tensors=tensors)
+            checkpoint.save_model(policy.model, out / "last", rt.dtype, like=base, tensors=tensors, tok=tok)
         meta = dict(step=step, updates=updates, first=first, warned=warned, kl_coef=controller.coef)
         checkpoint.save_training(out / "state", rt, trained, optimizers, **meta)
 

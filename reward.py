@@ -224,7 +224,7 @@ def main(cfg):
     else:
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
     model.score.requires_grad_(True)  # the head is trained in full whatever else is
-    tok = tokenizer.load(base)
+    tok = tokenizer.load(base, data.chat_template(cfg.data) or lora.chat_template(cfg.model))
     # transformers reads the score at the last token that is not padding: no completion may end in the id that says so
     pad_id = next(i for i in (tok.pad_id, tok.bos_id, *range(tok.vocab_size)) if i is not None and i not in tok.stop_ids)
 
@@ -272,10 +272,10 @@ def main(cfg):
         tensors = rt.full(dict(model.named_parameters()))
         scale = dict(zip(("reward_gain", "reward_bias"), normaliser(scores) if samples else (1.0, 0.0), strict=True))
         if rt.is_main and cfg.lora_rank:
-            lora.save(model, dir, base=base, tensors=tensors)
+            lora.save(model, dir, base=base, tensors=tensors, tok=tok)
             checkpoint.write_text(dir / "score_scale.json", json.dumps(dict(pad_token_id=pad_id, **scale)) + "\n")
         elif rt.is_main:
-            checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors, pad_token_id=pad_id, **scale)
+            checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors, tok=tok, pad_token_id=pad_id, **scale)
 
     # ------------------------------------------------------------------------------------------ loop
     sums, tokens = torch.zeros(7, device=rt.device), 0  # of this rank, since the last line of the log

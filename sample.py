@@ -63,7 +63,7 @@ class Sampler:
         self.model, base = lora.open_model(cfg.model, base=cfg.base, device=self.rt.device, dtype=self.rt.dtype)
         if self.model.cfg.head != "lm":
             raise UserError(f"{cfg.model} is a score model: it cannot write text")
-        self.tok = tokenizer.load(base, template=cfg.template)
+        self.tok = tokenizer.load(base, template=cfg.template or lora.chat_template(cfg.model))
         self.chats = self.tok.template not in (None, "plain")
         if self.tok.template is None:
             self.tok = tokenizer.load(base, template="plain")

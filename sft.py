@@ -148,7 +148,7 @@ def main(cfg):
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"freeze_layers={cfg.freeze_layers} of {model.cfg.n_layers} with train={cfg.train} leaves nothing to train")
-    tok = tokenizer.load(base)
+    tok = tokenizer.load(base, data.chat_template(cfg.data) or lora.chat_template(cfg.model))
 
     # ------------------------------------------------------------------------------------------ data
     rows = data.mix(cfg.data, cfg.sizes or None, cfg.seed, tokenizer=tok)
@@ -188,9 +188,9 @@ def main(cfg):
     def save(dir):
         tensors = rt.full(dict(model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
-            lora.save(model, dir, base=base, tensors=tensors)
+            lora.save(model, dir, base=base, tensors=tensors, tok=tok)
         elif rt.is_main:
-            checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors)
+            checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors, tok=tok)
 
     # ------------------------------------------------------------------------------------------ loop
     tokens = targets = 0  # of this rank, since the last line of the log

@@ -395,9 +395,9 @@ def read_vocabulary(folder, spec, config, added, names):
 def load(path, template=None):
     """The Tokenizer of a model directory.
 
-    template: a key of chat.TEMPLATES; None: the directory's own chat template, where it has one. A key that names the
-    directory's own template means that one, with its default system prompt. UserError for files that are missing,
-    damaged, or of a kind whose ids would not come out exactly, and for a template whose tokens are not there.
+    template: a key of chat.TEMPLATES, or a chat template in Jinja; None: the directory's own chat template, where it has one. A
+    key that names the directory's own template means that one, with its default system prompt. UserError for files that are
+    missing, damaged, or of a kind whose ids would not come out exactly, and for a template whose tokens are not there.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -430,9 +430,12 @@ def load(path, template=None):
         source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     texts = {entry["id"]: name for name, entry in added.items()}
     marks = {key: texts.get(ends.get(key), "") for key in ("bos", "eos")}
-    name, layout = chat.choose(template, source, marks, alternation(added.values()))
+    marks["first"] = marks["bos"] if add_bos else ""
+    name, layout, jinja = chat.choose(template, source, marks, alternation(added.values()))
     stops = as_list(generation.get("eos_token_id"))
-    return Tokenizer(back, added, ends, add_bos, digest.hexdigest(), name, layout, marks, stops)
+    tok = Tokenizer(back, added, ends, add_bos, digest.hexdigest(), name, layout, marks, stops)
+    tok.chat_template, tok.adopted = jinja, bool(jinja) and jinja != source
+    return tok
 
 
 def as_list(value):
@@ -459,6 +462,7 @@ class Tokenizer:
     .vocab_size                 the tokenizer's own: its highest id + 1 (a model's embedding may be larger)
     .stop_ids                   tuple: EOS, the template's end of turn, the EOS ids of generation_config.json
     .template                   name of the chat template ("model": the directory's own, of no other name), or None
+    .chat_template              the same in Jinja, or None; .adopted: it is not the directory's own
     .fingerprint                sha256 in hex over the vocabulary files and the special tokens
     """
 
