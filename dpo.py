@@ -222,8 +222,8 @@ def answer(rt, model, tok, rows, cfg):
 
 def main(cfg):
     # ------------------------------------------------------------------------------------------ setup
-    if not (cfg.beta > 0 and 0 <= cfg.label_smoothing < 0.5) or cfg.loss == "ipo" and cfg.label_smoothing:
-        raise UserError("beta= must be over 0 and label_smoothing= in [0, 0.5), and 0 with loss=ipo")
+    if not 0 <= cfg.label_smoothing < 0.5 or cfg.loss == "ipo" and cfg.label_smoothing:
+        raise UserError(f"label_smoothing={cfg.label_smoothing} must be in [0, 0.5), and 0 with loss=ipo")
     rt = runtime.start(cfg)
     rt.catch_signals()
     out = Path(cfg.out)
@@ -276,10 +276,9 @@ def main(cfg):
     flops = model.flops_per_token(cfg.max_length, "adapter" if cfg.lora_rank else "all")
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.shards)
     if rt.is_main:
-        checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
         for old in set(out.glob("reference.*.bin")) - {*files.values()}:  # of another model or other data
             old.unlink()
-    logger.text(" ".join(["dpo:", *config.diff(cfg)]))
+    logger.settings("dpo", cfg, resume)
     spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2"
     logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
     logger.text(

@@ -213,9 +213,7 @@ def main(cfg):
 
     flops = model.flops_per_token(cfg.max_length)
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.shards)
-    if rt.is_main:
-        checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
-    logger.text(" ".join(["pretrain:", *config.diff(cfg)]))
+    logger.settings("pretrain", cfg, resume)
     spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2"
     logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
     total = steps * cfg.batch_size * cfg.max_length

@@ -255,9 +255,7 @@ def main(cfg):
 
     flops = model.flops_per_token(cfg.max_length, "adapter" if cfg.lora_rank else "all")
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.shards)
-    if rt.is_main:
-        checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
-    logger.text(" ".join(["reward:", *config.diff(cfg)]))
+    logger.settings("reward", cfg, resume)
     spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2"
     logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
     logger.text(

@@ -238,8 +238,6 @@ def preferences(model, rows, answers=4, seed=0):
 
 def main(cfg):
     out, rows = Path(cfg.out), cfg.rows or {"instructions": 3000, "reviews": 10_000, "preferences": 1000}[cfg.task]
-    if rows < 1 or cfg.test < 1:
-        raise UserError(f"rows={cfg.rows} and test={cfg.test} must be positive")
     if cfg.task == "instructions":
         records = instructions(rows + cfg.test, cfg.seed)
         files = {"train.jsonl": records[:rows], "test.jsonl": records[rows:]}
