@@ -89,7 +89,7 @@ class Config:
     save_every: int = 0  # steps; 0: once an epoch
     log_every: int = 5  # steps; 0: the last step only
     samples: int = 2  # validation prompts answered at every evaluation
-    sample_tokens: int = 64
+    sample_tokens: int = 64  # 0: no samples
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss="sigmoid", label_smoothing=0.0):
@@ -211,7 +211,7 @@ def look_up(reference, micro):
 
 def answer(rt, model, tok, rows, cfg):
     """Greedy answers to the prompts of the first validation groups, beside the best completion in the data."""
-    picks = range(min(cfg.samples, len(rows)))
+    picks = [g for g in range(min(cfg.samples, len(rows))) if 0 < len(rows.prompt(g)) < model.cfg.max_positions]
     prompts = [rows.prompt(g) for g in picks]
     with rt.autocast():
         made = generate.generate(model, prompts, cfg.sample_tokens, temperature=0.0, stop_ids=tok.stop_ids)
@@ -242,7 +242,7 @@ def main(cfg):
     )  # fmt: skip
     train = rankings.Batches(rows, cfg.batch_size, **cut)
     val = rankings.Batches(val_rows, cfg.batch_size, **cut) if val_rows else None
-    steps = cfg.steps or round(cfg.epochs * train.steps_per_epoch)
+    steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
     eval_every, save_every = cfg.eval_every or train.steps_per_epoch, cfg.save_every or train.steps_per_epoch
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 
@@ -307,7 +307,7 @@ def main(cfg):
             if evaluated:
                 metrics = evaluate(rt, net, model, val, val_reference, cfg)
                 logger.eval(step, **metrics)
-                if cfg.samples:
+                if cfg.samples and cfg.sample_tokens:
                     logger.samples(step, answer(rt, model, tok, val_rows, cfg))
                 if step and metrics["loss"] < best:
                     best = metrics["loss"]
@@ -355,7 +355,7 @@ def main(cfg):
     if stop:
         logger.text(f"stopped at step {step}: the same command continues from here")
     elif start >= steps and resume:
-        logger.text(f"{out} was finished at step {steps} before: more steps= or epochs= go on, resume=false starts anew")
+        logger.text(f"{out} was finished at step {start} before: more steps= or epochs= go on, resume=false starts anew")
     logger.close()
     rt.close()
 

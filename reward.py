@@ -158,13 +158,13 @@ def draw_samples(rt, cfg, rows, tok):
     for g in np.random.default_rng([cfg.seed, 1]).permutation(len(rows)):
         if len(prompts) == cfg.norm_samples:
             break
-        prompts += [p for p in [rows.prompt(g)] if len(p) <= room]
+        prompts += [p for p in [rows.prompt(g)] if 0 < len(p) <= room]
     if not prompts:
         raise UserError(f"no prompt leaves room for norm_tokens={cfg.norm_tokens}: lower it")
     mine = range(rt.rank, cfg.norm_samples, rt.world)
     asked = [prompts[i % len(prompts)] for i in mine]
     with rt.autocast():
-        made = generate.generate(policy, asked, cfg.norm_tokens, stop_ids=tok.stop_ids, seed=(cfg.seed, rt.rank))
+        made = generate.generate(policy, asked, cfg.norm_tokens, stop_ids=tok.stop_ids, seed=cfg.seed, sample_ids=mine)
     tokens = torch.zeros(cfg.norm_samples, max(map(len, prompts)) + cfg.norm_tokens, dtype=torch.int64)
     spans = torch.zeros(cfg.norm_samples, 2, dtype=torch.int64)
     for i, prompt, response in zip(mine, asked, made.tokens, strict=True):
@@ -237,7 +237,7 @@ def main(cfg):
     )  # fmt: skip
     train = rankings.Batches(rows, cfg.batch_size, **cut)
     val = rankings.Batches(val_rows, cfg.batch_size, **cut) if val_rows else None
-    steps = cfg.steps or round(cfg.epochs * train.steps_per_epoch)
+    steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
     eval_every, save_every = cfg.eval_every or train.steps_per_epoch, cfg.save_every or train.steps_per_epoch
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
     samples = draw_samples(rt, cfg, rows, tok) if cfg.norm_samples and not resume else None  # before the optimizer takes its memory
@@ -333,7 +333,7 @@ def main(cfg):
     if stop:
         logger.text(f"stopped at step {step}: the same command continues from here")
     elif start >= steps and resume:
-        logger.text(f"{out} was finished at step {steps} before: more steps= or epochs= go on, resume=false starts anew")
+        logger.text(f"{out} was finished at step {start} before: more steps= or epochs= go on, resume=false starts anew")
     logger.close()
     rt.close()
 

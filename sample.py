@@ -41,7 +41,7 @@ class Config:
     echo: bool = False  # outputs repeat the prompt in front
     # how it is laid out
     template: str | None = None  # chat template: none: the model's own; plain: text completion
-    system: str | None = None  # system message
+    system: str | None = None  # system message; the conversations of prompts= bring their own
     # how it is sampled
     max_new_tokens: int = 256
     temperature: float = 0.7  # 0: always the likeliest token

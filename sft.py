@@ -81,7 +81,7 @@ class Config:
     log_every: int = 10  # steps; 0: the last step only
     sample_every: int = 0  # steps; 0: with every evaluation
     samples: int = 2  # validation prompts answered each time
-    sample_tokens: int = 64
+    sample_tokens: int = 64  # 0: no samples
 
 
 def loss_sum(net, model, batch):
@@ -159,7 +159,7 @@ def main(cfg):
     )  # fmt: skip
     train = data.Batches(rows, cfg.batch_size, seed=cfg.seed, prompt_weight=cfg.prompt_loss_weight, **cut)
     val = data.Batches(val_rows, cut["micro_batch"] * rt.world, **cut) if val_rows else None
-    steps = cfg.steps or round(cfg.epochs * train.steps_per_epoch)
+    steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
     eval_every, save_every = cfg.eval_every or train.steps_per_epoch, cfg.save_every or train.steps_per_epoch
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 
@@ -192,6 +192,7 @@ def main(cfg):
 
     # ------------------------------------------------------------------------------------------ loop
     tokens = targets = 0  # of this rank, since the last line of the log
+    answers = val and cfg.samples and cfg.sample_tokens
     stop = False
     model.train()
     for step in range(start, steps + 1):
@@ -206,7 +207,7 @@ def main(cfg):
                 if step and metrics["loss"] < best:
                     best = metrics["loss"]
                     save(out / "best")
-            if val and cfg.samples and not stop and (step % cfg.sample_every == 0 if cfg.sample_every else evaluated):
+            if answers and not stop and (step % cfg.sample_every == 0 if cfg.sample_every else evaluated):
                 logger.samples(step, answer(rt, model, tok, val_rows, cfg))
             if step > start and (stop or step == steps or step % save_every == 0):
                 save(out / "last")
