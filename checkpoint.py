@@ -456,11 +456,12 @@ def check_tensors(where, wanted, found):
         raise UserError(f"the tensors in {where} do not fit its config.json - {said}")
 
 
-def save_model(model, dir, dtype=None, like=None, tensors=None, shard_bytes=5e9, **extra):
+def save_model(model, dir, dtype=None, like=None, tensors=None, shard_bytes=5e9, tok=None, **extra):
     """Transformer -> a model directory. dtype: of the file (None: as the model holds it; a score head stays fp32).
 
     like: the directory that the model came from: its tokenizer files and generation_config.json are copied byte for
-    byte, and what its config.json says beyond the architecture is kept. tensors {name: tensor}: the weights, where the
+    byte, and what its config.json says beyond the architecture is kept. tok: the Tokenizer that the model was trained with, whose
+    chat template may be another than the directory's. tensors {name: tensor}: the weights, where the
     model does not hold them whole (sharded over ranks). extra: keys of config.json to set. config.json comes last:
     without it there is no model."""
     dir, cfg = Path(dir), model.cfg
@@ -471,14 +472,33 @@ def save_model(model, dir, dtype=None, like=None, tensors=None, shard_bytes=5e9,
     casts = ((name, t.detach() if name in kept else t.detach().to(dtype)) for name, t in tensors.items())
     write_tensors(casts, dir, shard_bytes=shard_bytes)
     copy_tokenizer(like, dir)
+    if tok and tok.adopted:
+        write_template(tok, dir, config)
     write_text(dir / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def copy_tokenizer(source, dir):
-    """Copies tokenizer files and generation_config.json, byte for byte, to `dir` if that is not the source itself."""
+    """Copies tokenizer files and generation_config.json, byte for byte, to `dir` if that is not the source itself. Such files of
+    another model that lie there are removed."""
     if source and Path(source).resolve() != Path(dir).resolve():
-        for path in sorted(path for pattern in TOKENIZER_FILES for path in Path(source).glob(pattern)):
-            write_bytes(Path(dir) / path.name, path.read_bytes())
+        new, old = ({p.name: p for pattern in TOKENIZER_FILES for p in Path(d).glob(pattern)} for d in (source, dir))
+        for name in old.keys() - new.keys():
+            old[name].unlink()
+        for name, path in sorted(new.items()):
+            write_bytes(Path(dir) / name, path.read_bytes())
+
+
+def write_template(tok, dir, config):
+    """Makes the chat template of `tok` that of the model directory, and the tokens that end its turns stop what others generate.
+    config: the model's config.json, for the token ids that no generation_config.json says."""
+    write_text(dir / "chat_template.jinja", tok.chat_template)
+    settings, generation = dir / "tokenizer_config.json", dir / "generation_config.json"
+    if settings.exists() and "chat_template" in (said := read_json(settings)):  # not every program looks for the .jinja first
+        del said["chat_template"]
+        write_text(settings, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
+    said = read_json(generation) if generation.exists() else {key: config.get(key) for key in ("bos_token_id", "pad_token_id")}
+    ends = sorted(tok.stop_ids, key=lambda id: id != tok.eos_id)  # EOS first
+    write_text(generation, json.dumps(said | {"eos_token_id": ends}, indent=2) + "\n")
 
 
 def read_score_scale(dir):

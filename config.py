@@ -27,6 +27,25 @@ from pathlib import Path
 QUOTED = r'"(?:[^"\\]|\\.)*"'
 COMMENT = re.compile(rf"(?<=[=,\[])\s*{QUOTED}|((?:^|\s)#.*)")  # a quoted value is stepped over, '#' and all
 ELEMENT = re.compile(rf"\s*({QUOTED}|[^,]*?)\s*(?:,|$)")
+# what numbers may be, by their keys, which mean the same in every script
+RANGES = {
+    "0 or more": (
+        lambda x: x >= 0,
+        "steps epochs warmup_steps lr value_lr min_lr weight_decay grad_clip adam_eps freeze_layers lora_rank prompt_loss_weight "
+        "nll_weight centring n_layers dim n_heads n_kv_heads ffn_dim eval_every eval_windows save_every log_every sample_every "
+        "samples sample_tokens norm_samples temperature top_k seed kl_coef clip value_clip score_clip target_kl value_warmup "
+        "ptx_coef workers show max_mb rows",
+    ),
+    "1 or more": (
+        lambda x: x >= 1,
+        "batch_size micro_batch max_length max_new_tokens max_prompt norm_tokens group rollout_batch minibatches ppo_epochs "
+        "ptx_batch kl_horizon train_mb test",
+    ),
+    "above 0": (lambda x: x > 0, "beta lora_alpha rope_theta kl_target"),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, "warmup_ratio gamma lam"),
+    "0 or more and below 1": (lambda x: 0 <= x < 1, "beta1 beta2 lora_dropout"),
+    "above 0 and at most 1": (lambda x: 0 < x <= 1, "top_p"),
+}
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -197,6 +216,17 @@ def load(Config, argv=None):
         fail(e)
 
 
+def check(cfg):
+    """UserError for a number out of its range."""
+    for words, (holds, keys) in RANGES.items():
+        for key in keys.split():
+            if isinstance(value := getattr(cfg, key, None), (int, float)) and not holds(value):
+                raise UserError(f"{key}={value}: must be {words}")
+    lr, min_lr = getattr(cfg, "lr", 0), getattr(cfg, "min_lr", 0)
+    if min_lr > lr and cfg.schedule != "constant":
+        raise UserError(f"min_lr={min_lr} is above lr={lr}, from which it is to fall: lower it too")
+
+
 def default(f):
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
@@ -238,6 +268,12 @@ def to_cfg(cfg):
     return "".join(f"{f.name}={show(kinds[f.name], getattr(cfg, f.name))}\n" for f in dataclasses.fields(cfg))
 
 
+def changes(cfg, old):
+    """["key old -> new"] of what has another value in `old`, a text that to_cfg made. resume= is no setting of the run itself."""
+    new, old = (dict(line.split("=", 1) for line in text.splitlines()) for text in (to_cfg(cfg), old))
+    return [f"{key} {old[key]} -> {new[key]}" for key in new if key != "resume" and old.get(key, new[key]) != new[key]]
+
+
 def fail(message):
     rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     print(f"{rank}error: {message}", file=sys.stderr)
@@ -245,9 +281,11 @@ def fail(message):
 
 
 def run(main, Config):
-    """`main(load(Config))`; a user's mistake, a full disk and Ctrl-C end in a sentence, all else in a traceback."""
+    """`main(load(Config))`, numbers checked; a mistake, a full disk and Ctrl-C end in a sentence, all else in a traceback."""
     try:
-        main(load(Config))
+        cfg = load(Config)
+        check(cfg)
+        main(cfg)
         sys.stdout.flush()
     except UserError as e:
         fail(e)

@@ -293,6 +293,14 @@ def has_split(dirs, split):
     return any(split in read_meta(dir)["splits"] for dir in dirs)
 
 
+def chat_template(dirs):
+    """The chat template, in Jinja, by which the rows of the data folders are laid out; None: the model's own, or no chat at all."""
+    found = {template: dir for dir in dirs if (template := read_meta(dir).get("chat_template"))}
+    if len(found) > 1:
+        raise UserError(f"{' and '.join(map(str, found.values()))} were prepared with different chat templates: use one template=")
+    return next(iter(found), None)
+
+
 def mix(dirs, sizes=None, seed=0, split="train", tokenizer=None):
     """Rows of several data folders: each is shuffled by `seed`, then all of it, K rows or P% are taken.
 

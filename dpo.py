@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import config
+import data
 import estimate
 import generate
 import log
@@ -88,7 +89,7 @@ class Config:
     save_every: int = 0  # steps; 0: once an epoch
     log_every: int = 5  # steps; 0: the last step only
     samples: int = 2  # validation prompts answered at every evaluation
-    sample_tokens: int = 64
+    sample_tokens: int = 64  # 0: no samples
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss="sigmoid", label_smoothing=0.0):
@@ -210,7 +211,7 @@ def look_up(reference, micro):
 
 def answer(rt, model, tok, rows, cfg):
     """Greedy answers to the prompts of the first validation groups, beside the best completion in the data."""
-    picks = range(min(cfg.samples, len(rows)))
+    picks = [g for g in range(min(cfg.samples, len(rows))) if 0 < len(rows.prompt(g)) < model.cfg.max_positions]
     prompts = [rows.prompt(g) for g in picks]
     with rt.autocast():
         made = generate.generate(model, prompts, cfg.sample_tokens, temperature=0.0, stop_ids=tok.stop_ids)
@@ -221,8 +222,8 @@ def answer(rt, model, tok, rows, cfg):
 
 def main(cfg):
     # ------------------------------------------------------------------------------------------ setup
-    if not (cfg.beta > 0 and 0 <= cfg.label_smoothing < 0.5) or cfg.loss == "ipo" and cfg.label_smoothing:
-        raise UserError("beta= must be over 0 and label_smoothing= in [0, 0.5), and 0 with loss=ipo")
+    if not 0 <= cfg.label_smoothing < 0.5 or cfg.loss == "ipo" and cfg.label_smoothing:
+        raise UserError(f"label_smoothing={cfg.label_smoothing} must be in [0, 0.5), and 0 with loss=ipo")
     rt = runtime.start(cfg)
     rt.catch_signals()
     out = Path(cfg.out)
@@ -232,7 +233,7 @@ def main(cfg):
     dtype = rt.dtype if cfg.lora_rank else torch.float32  # frozen weights in bf16, trained ones are fp32 masters
     model, base = lora.open_model(cfg.model, dtype=dtype, as_base=cfg.lora_rank > 0)
     lora.merge(model)
-    tok = tokenizer.load(base)
+    tok = tokenizer.load(base, data.chat_template(cfg.data) or lora.chat_template(cfg.model))
     rows = rankings.load(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
     val_rows = rankings.load(cfg.data, split="val", tokenizer=tok)
     cut = dict(
@@ -241,7 +242,7 @@ def main(cfg):
     )  # fmt: skip
     train = rankings.Batches(rows, cfg.batch_size, **cut)
     val = rankings.Batches(val_rows, cfg.batch_size, **cut) if val_rows else None
-    steps = cfg.steps or round(cfg.epochs * train.steps_per_epoch)
+    steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
     eval_every, save_every = cfg.eval_every or train.steps_per_epoch, cfg.save_every or train.steps_per_epoch
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 
@@ -275,10 +276,9 @@ def main(cfg):
     flops = model.flops_per_token(cfg.max_length, "adapter" if cfg.lora_rank else "all")
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.shards)
     if rt.is_main:
-        checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
         for old in set(out.glob("reference.*.bin")) - {*files.values()}:  # of another model or other data
             old.unlink()
-    logger.text(" ".join(["dpo:", *config.diff(cfg)]))
+    logger.settings("dpo", cfg, resume)
     spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2"
     logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
     logger.text(
@@ -290,9 +290,9 @@ def main(cfg):
     def save(dir):
         tensors = rt.full(dict(model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
-            lora.save(model, dir, base=base, tensors=tensors)
+            lora.save(model, dir, base=base, tensors=tensors, tok=tok)
         elif rt.is_main:
-            checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors)
+            checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors, tok=tok)
 
     # ------------------------------------------------------------------------------------------ loop
     sums, tokens, seen_best = torch.zeros(6, device=rt.device), 0, 0  # of this rank, since the last line of the log
@@ -307,7 +307,7 @@ def main(cfg):
             if evaluated:
                 metrics = evaluate(rt, net, model, val, val_reference, cfg)
                 logger.eval(step, **metrics)
-                if cfg.samples:
+                if cfg.samples and cfg.sample_tokens:
                     logger.samples(step, answer(rt, model, tok, val_rows, cfg))
                 if step and metrics["loss"] < best:
                     best = metrics["loss"]
@@ -355,7 +355,7 @@ def main(cfg):
     if stop:
         logger.text(f"stopped at step {step}: the same command continues from here")
     elif start >= steps and resume:
-        logger.text(f"{out} was finished at step {steps} before: more steps= or epochs= go on, resume=false starts anew")
+        logger.text(f"{out} was finished at step {start} before: more steps= or epochs= go on, resume=false starts anew")
     logger.close()
     rt.close()
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from config import UserError
 from lora import LoRALinear
-from model import Attention, rotate
+from model import Attention
 
 SPAN = 64  # the cache grows by this many slots: short sequences stay cheap, and few shapes occur
 PREFILL = 8192  # tokens of prompt that one forward takes
@@ -106,14 +106,8 @@ class DecodeAttention(Attention):
 
     def forward(self, x, rope, mask, positions, cache):
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)
-        cos, sin = (r.to(v.dtype) for r in rope)
-        q, k = rotate(q.to(v.dtype), cos, sin), rotate(k.to(v.dtype), cos, sin)
-        keys, values = cache  # (B, K, S, D)
-        rows = torch.arange(B, device=x.device)[:, None]
-        keys[rows, :, positions], values[rows, :, positions] = k.to(keys.dtype), v.to(values.dtype)
+        q, k, v = self.project(x, rope, positions, cache)
+        keys, values = cache
         K, S, D = keys.shape[1:]
         if T > 1:
             causal = not 0 < self.window < T  # then no mask is needed, which lets the fastest kernels in

@@ -1,6 +1,7 @@
 """One log for every stage: a console line, `log.jsonl`, TensorBoard events, tables of samples.
 
     log = Log(out, rt.is_main, total_steps, start_step, flops_per_token=..., device=rt.name, devices=rt.shards)
+    log.settings("sft", cfg, resumed=False)
     log.step(step, tokens=n, targets=m, memory=rt.peak_memory(), loss=loss, lr=lr)
     with log.paused():
         log.eval(step, loss=val_loss, accuracy=accuracy)
@@ -19,6 +20,9 @@ import shutil
 import textwrap
 import time
 from pathlib import Path
+
+import checkpoint
+import config
 
 # Peak dense bf16 FLOP/s (fp32 accumulation) from the makers' data sheets; V100: fp16, by words of the device's name.
 PEAK_FLOPS = {
@@ -41,7 +45,7 @@ class Log:
     """
 
     def __init__(self, dir, is_main, total_steps, start_step=0, flops_per_token=0.0, device="cpu", devices=1):
-        self.is_main, self.total_steps, self.start_step = is_main, total_steps, start_step
+        self.dir, self.is_main, self.total_steps, self.start_step = Path(dir), is_main, total_steps, start_step
         self.flops, self.peak = flops_per_token, (peak_flops(device) or 0.0) * devices
         self.began = self.mark = time.perf_counter()  # mark: when the tokens of the next line began to be counted
         if not is_main:
@@ -58,6 +62,16 @@ class Log:
         os.replace(temporary, path)
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # line by line: `tail -f` works
         self.board = SummaryWriter(str(dir), purge_step=start_step + 1 if start_step else None)
+
+    def settings(self, stage, cfg, resumed):
+        """Says what differs from the defaults and, when the run goes on, from its config.cfg; keeps `cfg` as this."""
+        path = self.dir / "config.cfg"
+        old = path.read_text(encoding="utf-8") if resumed and path.exists() else ""
+        if self.is_main:
+            checkpoint.write_text(path, config.to_cfg(cfg))
+        self.text(" ".join([f"{stage}:", *config.diff(cfg)]))
+        if changed := config.changes(cfg, old):
+            self.text(f"note: the run goes on with other settings: {', '.join(changed)}")
 
     def step(self, step, tokens=0, targets=0, memory=0, **metrics):
         """The line of a training step. tokens, targets: of all ranks since the last line; memory: peak bytes."""

@@ -146,10 +146,11 @@ def merge(model):
 PREFIX = "base_model.model."
 
 
-def save(model, dir, name="default", base="", tensors=None):
+def save(model, dir, name="default", base="", tensors=None, tok=None):
     """Writes the adapter as a PEFT directory. A trained head (`score`) goes along in full, as modules_to_save.
     base: the model directory it belongs to, kept in adapter_config.json. tensors: the model's tensors where they are gathered
-    already (sharded training); default: its own."""
+    already (sharded training); default: its own. tok: the Tokenizer trained with; a chat template that is not the base's own goes
+    along."""
     layers = [(n, m) for n, m in adapted(model) if name in m.scales]
     if not layers:
         raise KeyError(f"there is no adapter {name!r} on this model")
@@ -173,6 +174,10 @@ def save(model, dir, name="default", base="", tensors=None):
         rank_pattern={}, alpha_pattern={}, layers_to_transform=None,
     )  # fmt: skip
     checkpoint.write_tensors(out.items(), dir, name="adapter_model")
+    if tok and tok.adopted:
+        checkpoint.write_text(Path(dir) / "chat_template.jinja", tok.chat_template)
+    else:
+        Path(dir, "chat_template.jinja").unlink(missing_ok=True)
     checkpoint.write_text(Path(dir) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -241,6 +246,12 @@ def load_scorer(model, dir, name):
 
 def is_adapter(dir):
     return (Path(dir) / "adapter_config.json").exists()
+
+
+def chat_template(dir):
+    """The chat template, in Jinja, that an adapter directory brings for the tokenizer of its base; None: the base's own serves."""
+    path = Path(dir, "chat_template.jinja")
+    return path.read_text(encoding="utf-8") if is_adapter(dir) and path.exists() else None
 
 
 def base_of(dir, base=None):

@@ -131,7 +131,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, mask, positions, cache):
+    def project(self, x, rope, positions, cache):
+        """q (B, T, H, D), k and v (B, T, K, D), rotated; k and v are written to the cache too, if there is one."""
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, D)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, K, D)
@@ -142,7 +143,13 @@ class Attention(nn.Module):
             keys, values = cache  # (B, K, S, D)
             rows = torch.arange(B, device=x.device)[:, None]
             keys[rows, :, positions], values[rows, :, positions] = k.to(keys.dtype), v.to(values.dtype)
-            k, v = keys.to(q.dtype), values.to(q.dtype)
+        return q, k, v
+
+    def forward(self, x, rope, mask, positions, cache):
+        B, T, _ = x.shape
+        q, k, v = self.project(x, rope, positions, cache)
+        if cache is not None:
+            k, v = (t.to(q.dtype) for t in cache)  # (B, K, S, D)
         else:
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         q = q.transpose(1, 2)

@@ -15,6 +15,8 @@ from itertools import islice
 import torch
 from torch import nn
 
+from config import UserError
+
 FUSED = ("cpu", "cuda", "mps", "xpu")  # device types with a fused AdamW kernel; XLA raises on it
 
 
@@ -23,6 +25,8 @@ def choose_trained(model, train, freeze_layers):
     parts = dict(all=("",), attention=(".self_attn.",), qv=(".q_proj.", ".v_proj."))[train]
     for name, p in model.named_parameters():
         p.requires_grad = any(part in name for part in parts)
+    if freeze_layers > len(model.layers):
+        raise UserError(f"freeze_layers={freeze_layers}: the model has {len(model.layers)} layers")
     if freeze_layers:
         for module in (model.model["embed_tokens"], *model.layers[:freeze_layers]):
             module.requires_grad_(False)

@@ -204,9 +204,6 @@ def whiten(x, mask, rt, shift_mean=True):
 
 def check(cfg, rt):
     """UserError for settings that do not go together."""
-    for key in ("batch_size", "group", "rollout_batch", "minibatches", "micro_batch", "ppo_epochs"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key}={getattr(cfg, key)}: must be 1 or more")
     own = cfg.batch_size // (rt.world * cfg.minibatches)
     if cfg.batch_size % (cfg.minibatches * cfg.micro_batch * rt.shards) or own % cfg.group:
         raise UserError(
@@ -357,7 +354,7 @@ def main(cfg):
 
     # ------------------------------------------------------------------------------------------ models, data, optimizers
     base = lora.base_of(cfg.model)
-    tok = tokenizer.load(base)
+    tok = tokenizer.load(base, data.chat_template(cfg.data) or lora.chat_template(cfg.model))
     prompts, too_long = prompts_of(cfg, tok)
     if cfg.compile:  # round to bf16 where eager code does: or else graphs with and without gradients differ by tenths of a nat
         torch._inductor.config.emulate_precision_casts = True
@@ -387,9 +384,7 @@ def main(cfg):
         start, updates, first, warned = meta["step"], meta["updates"], meta["first"], meta["warned"]
         controller.coef = meta["kl_coef"]
     logger = log.Log(out, rt.is_main, cfg.steps, start, device=rt.name, devices=rt.shards)
-    if rt.is_main:
-        checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
-    logger.text(" ".join(["ppo:", *config.diff(cfg)]))
+    logger.settings("ppo", cfg, resume)
     counts = ", ".join(f"{name} {sum(p.numel() for p in role.params.values()):,}" for name, role in learners.items())
     left_out = f" ({too_long:,} over max_prompt left out)" if too_long else ""
     logger.text(f"{len(prompts):,} prompts{left_out}; trained parameters: {counts}; {rt.shards} x {rt.name}, {rt.dtype}")
@@ -397,9 +392,9 @@ def main(cfg):
     def save(step):
         tensors = rt.full(policy.params if cfg.lora_rank else dict(policy.model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
-            lora.save(policy.model, out / "last", "policy", base=base, tensors=tensors)
+            lora.save(policy.model, out / "last", "policy", base=base, tensors=tensors, tok=tok)
         elif rt.is_main:
-            checkpoint.save_model(policy.model, out / "last", rt.dtype, like=base, tensors=tensors)
+            checkpoint.save_model(policy.model, out / "last", rt.dtype, like=base, tensors=tensors, tok=tok)
         meta = dict(step=step, updates=updates, first=first, warned=warned, kl_coef=controller.coef)
         checkpoint.save_training(out / "state", rt, trained, optimizers, **meta)
 

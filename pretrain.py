@@ -172,10 +172,16 @@ def main(cfg):
     rt.catch_signals()
     out = Path(cfg.out)
     resume = checkpoint.resumable(out / "state", cfg.resume)
+    own = {"tokenizer", "size", "n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "rope_theta"}
+    ignored = [pair for pair in config.diff(cfg) if pair.split("=")[0] in own]
+    if cfg.model and ignored:
+        raise UserError(f"model={cfg.model} has a shape and a tokenizer of its own: leave out {', '.join(ignored)}")
 
     # ------------------------------------------------------------------------------------------ data
     metas = [data.read_meta(dir) for dir in cfg.data]
     base = cfg.model or cfg.tokenizer or Path(cfg.data[0]) / "tokenizer"
+    if not Path(base).is_dir() and not cfg.model and not cfg.tokenizer:
+        raise UserError(f"there is no {base}: name the tokenizer that the data was prepared with by tokenizer= or model=")
     tok = tokenizer.load(base, template="plain")
     stores = [data.Store(dir, "train", tok) for dir in cfg.data]
     held = [data.Store(dir, "val", tok) for dir, meta in zip(cfg.data, metas, strict=True) if "val" in meta["splits"]]
@@ -213,9 +219,7 @@ def main(cfg):
 
     flops = model.flops_per_token(cfg.max_length)
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.shards)
-    if rt.is_main:
-        checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
-    logger.text(" ".join(["pretrain:", *config.diff(cfg)]))
+    logger.settings("pretrain", cfg, resume)
     spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2"
     logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
     total = steps * cfg.batch_size * cfg.max_length

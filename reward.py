@@ -158,13 +158,13 @@ def draw_samples(rt, cfg, rows, tok):
     for g in np.random.default_rng([cfg.seed, 1]).permutation(len(rows)):
         if len(prompts) == cfg.norm_samples:
             break
-        prompts += [p for p in [rows.prompt(g)] if len(p) <= room]
+        prompts += [p for p in [rows.prompt(g)] if 0 < len(p) <= room]
     if not prompts:
         raise UserError(f"no prompt leaves room for norm_tokens={cfg.norm_tokens}: lower it")
     mine = range(rt.rank, cfg.norm_samples, rt.world)
     asked = [prompts[i % len(prompts)] for i in mine]
     with rt.autocast():
-        made = generate.generate(policy, asked, cfg.norm_tokens, stop_ids=tok.stop_ids, seed=(cfg.seed, rt.rank))
+        made = generate.generate(policy, asked, cfg.norm_tokens, stop_ids=tok.stop_ids, seed=cfg.seed, sample_ids=mine)
     tokens = torch.zeros(cfg.norm_samples, max(map(len, prompts)) + cfg.norm_tokens, dtype=torch.int64)
     spans = torch.zeros(cfg.norm_samples, 2, dtype=torch.int64)
     for i, prompt, response in zip(mine, asked, made.tokens, strict=True):
@@ -224,7 +224,7 @@ def main(cfg):
     else:
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
     model.score.requires_grad_(True)  # the head is trained in full whatever else is
-    tok = tokenizer.load(base)
+    tok = tokenizer.load(base, data.chat_template(cfg.data) or lora.chat_template(cfg.model))
     # transformers reads the score at the last token that is not padding: no completion may end in the id that says so
     pad_id = next(i for i in (tok.pad_id, tok.bos_id, *range(tok.vocab_size)) if i is not None and i not in tok.stop_ids)
 
@@ -237,7 +237,7 @@ def main(cfg):
     )  # fmt: skip
     train = rankings.Batches(rows, cfg.batch_size, **cut)
     val = rankings.Batches(val_rows, cfg.batch_size, **cut) if val_rows else None
-    steps = cfg.steps or round(cfg.epochs * train.steps_per_epoch)
+    steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
     eval_every, save_every = cfg.eval_every or train.steps_per_epoch, cfg.save_every or train.steps_per_epoch
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
     samples = draw_samples(rt, cfg, rows, tok) if cfg.norm_samples and not resume else None  # before the optimizer takes its memory
@@ -255,9 +255,7 @@ def main(cfg):
 
     flops = model.flops_per_token(cfg.max_length, "adapter" if cfg.lora_rank else "all")
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.shards)
-    if rt.is_main:
-        checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
-    logger.text(" ".join(["reward:", *config.diff(cfg)]))
+    logger.settings("reward", cfg, resume)
     spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2"
     logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
     logger.text(
@@ -272,10 +270,10 @@ def main(cfg):
         tensors = rt.full(dict(model.named_parameters()))
         scale = dict(zip(("reward_gain", "reward_bias"), normaliser(scores) if samples else (1.0, 0.0), strict=True))
         if rt.is_main and cfg.lora_rank:
-            lora.save(model, dir, base=base, tensors=tensors)
+            lora.save(model, dir, base=base, tensors=tensors, tok=tok)
             checkpoint.write_text(dir / "score_scale.json", json.dumps(dict(pad_token_id=pad_id, **scale)) + "\n")
         elif rt.is_main:
-            checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors, pad_token_id=pad_id, **scale)
+            checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors, tok=tok, pad_token_id=pad_id, **scale)
 
     # ------------------------------------------------------------------------------------------ loop
     sums, tokens = torch.zeros(7, device=rt.device), 0  # of this rank, since the last line of the log
@@ -335,7 +333,7 @@ def main(cfg):
     if stop:
         logger.text(f"stopped at step {step}: the same command continues from here")
     elif start >= steps and resume:
-        logger.text(f"{out} was finished at step {steps} before: more steps= or epochs= go on, resume=false starts anew")
+        logger.text(f"{out} was finished at step {start} before: more steps= or epochs= go on, resume=false starts anew")
     logger.close()
     rt.close()
 

@@ -41,7 +41,7 @@ class Config:
     echo: bool = False  # outputs repeat the prompt in front
     # how it is laid out
     template: str | None = None  # chat template: none: the model's own; plain: text completion
-    system: str | None = None  # system message
+    system: str | None = None  # system message; the conversations of prompts= bring their own
     # how it is sampled
     max_new_tokens: int = 256
     temperature: float = 0.7  # 0: always the likeliest token
@@ -63,7 +63,7 @@ class Sampler:
         self.model, base = lora.open_model(cfg.model, base=cfg.base, device=self.rt.device, dtype=self.rt.dtype)
         if self.model.cfg.head != "lm":
             raise UserError(f"{cfg.model} is a score model: it cannot write text")
-        self.tok = tokenizer.load(base, template=cfg.template)
+        self.tok = tokenizer.load(base, template=cfg.template or lora.chat_template(cfg.model))
         self.chats = self.tok.template not in (None, "plain")
         if self.tok.template is None:
             self.tok = tokenizer.load(base, template="plain")

@@ -81,7 +81,7 @@ class Config:
     log_every: int = 10  # steps; 0: the last step only
     sample_every: int = 0  # steps; 0: with every evaluation
     samples: int = 2  # validation prompts answered each time
-    sample_tokens: int = 64
+    sample_tokens: int = 64  # 0: no samples
 
 
 def loss_sum(net, model, batch):
@@ -148,7 +148,7 @@ def main(cfg):
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"freeze_layers={cfg.freeze_layers} of {model.cfg.n_layers} with train={cfg.train} leaves nothing to train")
-    tok = tokenizer.load(base)
+    tok = tokenizer.load(base, data.chat_template(cfg.data) or lora.chat_template(cfg.model))
 
     # ------------------------------------------------------------------------------------------ data
     rows = data.mix(cfg.data, cfg.sizes or None, cfg.seed, tokenizer=tok)
@@ -159,7 +159,7 @@ def main(cfg):
     )  # fmt: skip
     train = data.Batches(rows, cfg.batch_size, seed=cfg.seed, prompt_weight=cfg.prompt_loss_weight, **cut)
     val = data.Batches(val_rows, cut["micro_batch"] * rt.world, **cut) if val_rows else None
-    steps = cfg.steps or round(cfg.epochs * train.steps_per_epoch)
+    steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
     eval_every, save_every = cfg.eval_every or train.steps_per_epoch, cfg.save_every or train.steps_per_epoch
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 
@@ -175,9 +175,7 @@ def main(cfg):
 
     flops = model.flops_per_token(cfg.max_length, "adapter" if cfg.lora_rank else "all")
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.shards)
-    if rt.is_main:
-        checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
-    logger.text(" ".join(["sft:", *config.diff(cfg)]))
+    logger.settings("sft", cfg, resume)
     spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2"
     logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
     logger.text(
@@ -188,12 +186,13 @@ def main(cfg):
     def save(dir):
         tensors = rt.full(dict(model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
-            lora.save(model, dir, base=base, tensors=tensors)
+            lora.save(model, dir, base=base, tensors=tensors, tok=tok)
         elif rt.is_main:
-            checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors)
+            checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors, tok=tok)
 
     # ------------------------------------------------------------------------------------------ loop
     tokens = targets = 0  # of this rank, since the last line of the log
+    answers = val and cfg.samples and cfg.sample_tokens
     stop = False
     model.train()
     for step in range(start, steps + 1):
@@ -208,7 +207,7 @@ def main(cfg):
                 if step and metrics["loss"] < best:
                     best = metrics["loss"]
                     save(out / "best")
-            if val and cfg.samples and not stop and (step % cfg.sample_every == 0 if cfg.sample_every else evaluated):
+            if answers and not stop and (step % cfg.sample_every == 0 if cfg.sample_every else evaluated):
                 logger.samples(step, answer(rt, model, tok, val_rows, cfg))
             if step > start and (stop or step == steps or step % save_every == 0):
                 save(out / "last")

@@ -353,7 +353,8 @@ def main(cfg):
     setup(cfg)
     tok = work.tok
     tok.render([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])  # says so if there is no template
-    meta = dict(tokenizer=tok.fingerprint, template=tok.template, source=cfg.source, model=cfg.model, seed=cfg.seed)
+    meta = dict(tokenizer=tok.fingerprint, template=tok.template, chat_template=tok.chat_template)
+    meta |= dict(source=cfg.source, model=cfg.model, seed=cfg.seed)
     with Writer(cfg.out, tok.vocab_size, meta) as writer:
         if cfg.val == "0":
             hashes, truncated, dropped, bad = fill(cfg, tok, writer, "train")

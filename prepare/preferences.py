@@ -314,7 +314,8 @@ def main(cfg):
     check_target(cfg.out)
     setup(cfg)
     tok = work.tok
-    meta = dict(tokenizer=tok.fingerprint, template=tok.template, source=cfg.source, model=cfg.model, seed=cfg.seed)
+    meta = dict(tokenizer=tok.fingerprint, template=tok.template, chat_template=tok.chat_template)
+    meta |= dict(source=cfg.source, model=cfg.model, seed=cfg.seed)
     with Writer(cfg.out, tok.vocab_size, meta) as writer:
         with Writer(writer.tmp / "all", tok.vocab_size) as every:  # the groups to hold out are known when all hashes are
             hashes, lost, dropped, bad = fill(cfg, every)

@@ -30,6 +30,7 @@ import torch
 import checkpoint
 import config
 import lora
+import tokenizer
 from config import UserError
 from model import ModelConfig, rope_frequencies
 from prepare.gguf import Gguf
@@ -337,8 +338,8 @@ def convert_meta(source, out, dtype):
     params = checkpoint.read_json(source / "params.json")
     files = sorted(source.glob("consolidated.*.pth"))
     parts = [load_pickle(path) for path in files]
-    tokenizer = next((p for d in (source, source.parent) if (p := d / "tokenizer.model").exists()), None)
-    if not tokenizer:
+    vocabulary = next((p for d in (source, source.parent) if (p := d / "tokenizer.model").exists()), None)
+    if not vocabulary:
         raise UserError(f"neither {source} nor its parent holds the tokenizer.model that belongs to {files[0].name}")
     first = parts[0]
     needed = {"tok_embeddings.weight", "layers.0.feed_forward.w1.weight"}
@@ -401,10 +402,8 @@ def convert_meta(source, out, dtype):
             yield target, w
 
     checkpoint.write_tensors(tensors(), out)
-    checkpoint.write_bytes(out / "tokenizer.model", tokenizer.read_bytes())
-    import tokenizer as tokenizers
-
-    t = tokenizers.load(out)
+    checkpoint.write_bytes(out / "tokenizer.model", vocabulary.read_bytes())
+    t = tokenizer.load(out)
     write_configs(out, cfg, dtype, bos_token_id=t.bos_id, eos_token_id=t.eos_id, pad_token_id=t.pad_id)
 
 
@@ -418,7 +417,9 @@ def convert_adapter(source, out, dtype):
     extra = {}
     if model.cfg.head == "score":
         extra["reward_gain"], extra["reward_bias"] = checkpoint.read_score_scale(source)
-    checkpoint.save_model(lora.merge(model), out, dtype=dtype, like=base, **extra)
+    template = lora.chat_template(source)
+    tok = tokenizer.load(base, template=template) if template else None
+    checkpoint.save_model(lora.merge(model), out, dtype=dtype, like=base, tok=tok, **extra)
 
 
 def convert_hf(source, out, dtype):

@@ -12,6 +12,7 @@ from conftest import ROOT
 
 import checkpoint
 import config
+import data
 import dpo
 import lora
 import rankings
@@ -313,7 +314,7 @@ def test_mistakes_end_with_a_sentence(run, folder, tmp_path):
     other = tiny.model_dir(tmp_path / "other", special=["<a>", "<b>", "<c>"])
     tiny.store(tmp_path / "plain", folder / "model")
     for settings, words in [
-        (["beta=0"], "beta="),
+        (["freeze_layers=3"], "the model has 2 layers"),
         (["label_smoothing=0.5"], "label_smoothing="),
         (["loss=ipo", "label_smoothing=0.1"], "label_smoothing="),
         ([f"model={other}"], "another tokenizer"),
@@ -323,6 +324,14 @@ def test_mistakes_end_with_a_sentence(run, folder, tmp_path):
         with pytest.raises(UserError, match=words):
             run(*settings)
     assert not (tmp_path / "out" / "last").exists()
+
+
+def test_prompts_that_leave_no_room_are_not_answered(run, folder, tmp_path):
+    group = [([97] * 256 + [98 + i, 258], [0] * 256 + [1, 1]) for i in range(2)]
+    meta = dict(vocab_size=264, tokenizer=tokenizer.load(folder / "model").fingerprint)
+    data.write_store(tmp_path / "long", dict(train=[group] * 2, val=[group, tiny.ranked(1)[0]]), meta)
+    out = run("steps=1", f"data={tmp_path / 'long'}", "max_length=1024", "samples=2")
+    assert len(log(out, "samples")[0]["rows"]) == 1
 
 
 def test_every_setting_is_read():

@@ -263,7 +263,6 @@ def test_settings_that_do_not_go_together():
     wrong = {
         "batch_size=24 must be a multiple of": dict(batch_size=24),
         "share of a minibatch .16. one of group=5": dict(batch_size=64, minibatches=2, group=5, micro_batch=1),
-        "group=0: must be 1": dict(group=0), "micro_batch=0": dict(micro_batch=0), "ppo_epochs=0": dict(ppo_epochs=0),
         "needs group=2": dict(algo="grpo"), "value_warmup=3 trains": dict(algo="rloo", group=2, value_warmup=3),
         "temperature=0": dict(temperature=0.0), "ptx_data= and ptx_coef=": dict(ptx_coef=1.0),
         "lora_targets=": dict(lora_rank=4, train="qv"), "offload=true parks": dict(offload=True),

@@ -10,6 +10,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+import chat
 import tokenizer
 from config import UserError
 
@@ -294,6 +295,43 @@ def test_template_files(folder):
     assert tokenizer.load(path).template == "llama3"
 
 
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("name", ["chatml", "llama2", "llama3", "mistral", "zephyr", "alpaca"])
+def test_named_templates_in_jinja(name, first, folder):
+    """Token for token what we lay out; and the directory that gets it is known by its name again, with the same layout."""
+    path = folder(add_bos_token=first, chat_template=TEMPLATES["model"][0])
+    ours = tokenizer.load(path, template=name)
+    assert ours.adopted and ours.bos_first == (first and name not in ("llama2", "mistral"))
+    talks = [*conversations(True)]
+    if name in ("chatml", "llama3", "zephyr"):
+        talks.append([*say("a", "b"), {"role": "tool", "content": " t\n"}, {"role": "assistant", "content": "c"}])
+    if name == "alpaca":
+        talks += [[{"role": "user", "content": "a", "input": "i"}, *talk] for talk in (say("a", "b")[1:], say("a", "b", "c")[1:])]
+    for messages in talks:
+        for ask in (False, True) if messages[-1]["role"] == "user" else (False,):
+            assert ours.render(messages, add_generation_prompt=ask)[0] == theirs(path, ours.chat_template, messages, ask), messages
+    bad = [{"role": "critic", "content": "a"}] if name != "mistral" else say("a", "b") + say("a", "b")[1:]
+    with pytest.raises(Exception, match="turns"):
+        theirs(path, ours.chat_template, bad, False)
+    (path / "chat_template.jinja").write_text(ours.chat_template)
+    again = tokenizer.load(path)
+    assert again.template == name and again.layout is ours.layout and not again.adopted and again.stop_ids == ours.stop_ids
+    (path / "chat_template.jinja").unlink()
+    by_text = tokenizer.load(path, template=ours.chat_template)
+    assert by_text.template == name and by_text.adopted
+
+
+def test_a_template_in_jinja_that_is_no_named_one(folder):
+    """As the meta.json of prepared data tells it: a system prompt of its own, on a directory without a template."""
+    source = TEMPLATES["chatml"][0]
+    taught, own = tokenizer.load(folder(), template=source), tokenizer.load(folder(chat_template=source))
+    assert taught.render(say("a")) == own.render(say("a")) != tokenizer.load(folder(), template="chatml").render(say("a"))
+    assert taught.adopted and not own.adopted and taught.chat_template == own.chat_template == source
+    for name in ("plain", "columns"):
+        tok = tokenizer.load(folder(), template=name)
+        assert tok.chat_template is None and not tok.adopted
+
+
 STRANGE = {
     "no end of turn": "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}",
     "syntax error": "{% for m in messages %}",
@@ -332,7 +370,7 @@ def test_templates_that_want_alternation(folder):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "spm"])
-@pytest.mark.parametrize("template", tokenizer.TEMPLATES)
+@pytest.mark.parametrize("template", chat.TEMPLATES)
 def test_no_control_tokens_from_contents(template, kind, folder):
     """Names of control tokens in what people write stay text, in every template."""
     ours = tokenizer.load(folder(kind), template=template)
@@ -363,7 +401,7 @@ def test_tokens_of_a_template_are_control_even_when_not_special(folder):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "spm"])
-@pytest.mark.parametrize("template", tokenizer.TEMPLATES)
+@pytest.mark.parametrize("template", chat.TEMPLATES)
 def test_prompt_is_a_prefix(template, kind, folder):
     """What a model is asked with is what it was trained on, whatever the answer begins with."""
     ours = tokenizer.load(folder(kind), template=template)

@@ -1,8 +1,10 @@
 """reward.py: the ranking loss by hand, the place where a score is read, what is trained, saved and resumed; and rankings.py."""
 
+import contextlib
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -218,6 +220,19 @@ def test_the_policys_fresh_samples_have_mean_0_and_variance_1(trained, folder):
     start, end = samples[1][i].tolist()
     assert scores[i] == pytest.approx(model.score(model(samples[0][i : i + 1, :end]))[0, -1].item(), abs=1e-5)
     assert end - start == 8 or samples[0][i, end - 1] == 258
+
+
+def test_the_policys_samples_do_not_depend_on_the_number_of_ranks(folder):
+    cfg = reward.Config(model=str(folder / "model"), norm_samples=5, norm_tokens=8, max_length=128)
+    rows, tok = open_rows(folder, name="many"), tokenizer.load(folder / "model")
+
+    def draw(rank, world):
+        rt = SimpleNamespace(rank=rank, world=world, device="cpu", dtype=torch.float32, all_sum=lambda x: x)
+        rt.autocast = contextlib.nullcontext
+        return reward.draw_samples(rt, cfg, rows, tok)
+
+    alone, first, second = draw(0, 1), draw(0, 2), draw(1, 2)
+    assert all(torch.equal(a, b + c) for a, b, c in zip(alone, first, second, strict=True))
 
 
 def test_gain_and_bias_by_hand():

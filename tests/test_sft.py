@@ -173,6 +173,8 @@ def test_evaluation_by_hand(base, store, tmp_path, packing):
     assert math.isclose(record["loss"], token_losses.mean(), rel_tol=1e-5)
     assert math.isclose(record["perplexity"], token_losses.mean().exp(), rel_tol=1e-4)
     assert math.isclose(record["accuracy"], torch.cat(hits).float().mean(), rel_tol=1e-6)
+    log = train(tmp_path / "bit", base, store, epochs=0.01, packing=packing, sample_tokens=0)  # a part of a step is one
+    assert [r["kind"] for r in log] == ["eval", "train", "eval"] and (tmp_path / "bit" / "last" / "config.json").exists()
     assert not (tmp_path / "out" / "last").exists() and not (tmp_path / "out" / "state").exists()
 
 
