@@ -254,7 +254,10 @@ class Runtime:
     def sync(self):
         """XLA runs what was recorded so far; elsewhere nothing waits."""
         if self.kind == "xla":
+            state = self.xm.get_rng_state()
             self.xla.sync()
+            if not torch.is_grad_enabled():  # each sync moves XLA's generator: but an evaluation, which a resume repeats, must not
+                self.xm.set_rng_state(state)
 
     def wait(self):
         """Until the device has done everything: for timing."""
@@ -277,8 +280,8 @@ class Runtime:
                     moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
                     optimizer.state[p] = dict(step=torch.tensor(0.0), **moments)
                 if self.mesh is not None and self.parallel == "fsdp":
-                    for key in ("exp_avg", "exp_avg_sq"):
-                        self.xs.mark_sharding(optimizer.state[p][key], self.mesh, self._shard_spec(p))
+                    for t in (p, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]):  # what a state was loaded into
+                        self.xs.mark_sharding(t, self.mesh, self._shard_spec(p))
         self.sync()
 
     def compiles(self):
