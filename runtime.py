@@ -54,7 +54,8 @@ class Runtime:
         self.dtype = self._matrix_dtype(dtype)
         if kind == "cpu":
             _tune_cpu()
-        self._stop, self._stop_group = False, None
+        self._stop, self._stop_group, self._saving_group = False, None, None
+        self.saving = None  # waits for the training state that is being written in the background
         self.seed(seed)
 
     # ------------------------------------------------------------------------------------------ start
@@ -303,15 +304,22 @@ class Runtime:
             self.xla.manual_seed(seed)
 
     def rng_state(self):
-        """The generators' states as tensors."""
+        """The generators' states as tensors, a row for each rank: dropout leaves them different. A collective."""
         state = dict(cpu=torch.get_rng_state())
         if self.kind == "xla":
             state["device"] = torch.tensor(divmod(self.xm.get_rng_state(), 2**32))  # it has 64 bits and no sign
         elif self.kind != "cpu":
             state["device"] = torch.get_device_module(self.device).get_rng_state(self.device)
-        return state
+        if self.world == 1:
+            return {name: t[None] for name, t in state.items()}
+        rows = {name: [torch.empty_like(t) for _ in range(self.world)] for name, t in state.items()}
+        for name, t in state.items():
+            dist.all_gather(rows[name], t)
+        return {name: torch.stack(ts) for name, ts in rows.items()}
 
     def set_rng_state(self, state):
+        """To what rng_state gave. On another number of ranks than then, which draw other numbers anyway, to rank 0's."""
+        state = {name: t[self.rank if len(t) == self.world else 0].clone() for name, t in state.items()}
         torch.set_rng_state(state["cpu"])
         if self.kind == "xla":
             high, low = state["device"].tolist()
@@ -335,6 +343,17 @@ class Runtime:
             if self.is_main:
                 out[name] = self.host(t).contiguous()
         return out
+
+    def saving_group(self):
+        """The ranks as a group of their own for what saves and loads: it may be at work while the training goes on."""
+        if self.world > 1 and self._saving_group is None:
+            self._saving_group = dist.new_group(backend="gloo")
+        return self._saving_group
+
+    def finish_saving(self):
+        if self.saving:
+            self.saving()
+        self.saving = None
 
     def peak_memory(self):
         """Peak bytes: of the device on CUDA, of the process elsewhere."""
@@ -367,6 +386,7 @@ class Runtime:
         return bool(flag)
 
     def close(self):
+        self.finish_saving()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -20,21 +20,24 @@ import config
 import data
 import runtime
 import tokenizer
+from config import UserError
 
 # Several runs in one process, for starting one takes as long as a run. A job: [stage, arguments]
 WORKER = """
 import importlib, json, os, signal, sys
+import torch
 import torch.distributed as dist
 import checkpoint, config, runtime
 
 begin, place, shares = dist.init_process_group, runtime.Runtime.place, {}
 dist.init_process_group = lambda *args: dist.is_initialized() or begin(*args)
-runtime.Runtime.close = lambda self: None
+runtime.Runtime.close = runtime.Runtime.finish_saving
 runtime.Runtime.catch_signals = lambda self: None
 runtime.Runtime.should_stop = lambda self: False
 
 def weigh(self, model, *args):
     place(self, model, *args)
+    torch.rand(rank)  # rows of other lengths would leave the ranks' generators in other states too
     held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters())
     shares[name] = held / sum(p.numel() for p in model.parameters())
 
@@ -52,6 +55,15 @@ if fault == "kill in the save" and rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         rename(old, new)
     os.replace = killed
+if fault == "kill in its part" and rank == 1:
+    fsync, calls = os.fsync, []
+    def killed(file):  # when its part of the second state is written, but not yet known to be on the disk
+        calls.append(file)
+        if len(calls) == 2:
+            os.ftruncate(file, 1000)
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(file)
+    os.fsync = killed
 for stage, argv in json.loads(sys.argv[1]):
     name = argv[0].removeprefix("out=")
     os.environ["LOCAL_WORLD_SIZE"] = "2" if "parallel=hsdp" in argv else os.environ["WORLD_SIZE"]  # as on nodes of two
@@ -170,6 +182,9 @@ def two(folder):
     runs |= {f"half/{name}": (name, "fsdp" if name in ("sft", "sft_lora", "dpo", "ppo_lora") else "ddp", 2) for name in STAGES}
     jobs = [job(folder, name, folder / run, f"parallel={mode}", f"steps={n}") for run, (name, mode, n) in runs.items()]
     jobs += [job(folder, name, folder / "bf16" / name, "parallel=fsdp", "dtype=bfloat16") for name in ("sft", "reward", "ppo_lora")]
+    drop = ["parallel=fsdp", "lora_dropout=0.1", "eval_every=100", "save_every=100"]
+    for run, *more in (["whole"], ["cut", "steps=2"], ["cut"]):
+        jobs.append(job(folder, "sft_lora", folder / "dropout" / run, *drop, *more))
     status, output, shares = launch(2, jobs, folder)
     assert status == 0, output[-5000:]
     return shares
@@ -220,6 +235,41 @@ def test_one_process_goes_on_from_two(folder, two, tmp_path, name):
     assert_same_weights(tmp_path / "out" / "last", folder / "one" / name / "last")
 
 
+# ------------------------------------------------------------------------------------------ training state
+
+
+def test_each_rank_writes_its_part_of_the_state(folder, two):
+    one, shards = (checkpoint.read_json(folder / run / "state" / "state.json") for run in ("one/sft", "half/sft"))
+    assert "files" not in one and len(shards["files"]) == 2
+    whole = (folder / "one" / "sft" / "state" / "state.safetensors").stat().st_size
+    sizes = [(folder / "half" / "sft" / "state" / file).stat().st_size for file in shards["files"]]
+    assert max(sizes) < 0.55 * whole
+
+
+def test_a_resume_with_as_many_ranks_is_exact(folder, two):
+    """With dropout, and generators that differ from rank to rank."""
+    whole, cut = folder / "dropout" / "whole", folder / "dropout" / "cut"
+    states = [f["rng.cpu"] for f in map(checkpoint.read_tensors, (cut / "state").glob("*.safetensors")) if "rng.cpu" in f]
+    assert len(states) == 1 and (states[0][0] != states[0][1]).any()
+    a, b = (checkpoint.read_tensors(out / "last", "adapter_model") for out in (whole, cut))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    a, b = ([r["loss"] for r in records(out) if r["kind"] == "train"] for out in (whole, cut))
+    assert a == b and len(a) == STEPS
+
+
+def test_a_state_with_a_part_missing_is_refused(folder, two, tmp_path):
+    """Nor is a pickle, which torch's own format of sharded states needs, ever opened."""
+    shutil.copytree(folder / "half" / "sft", tmp_path / "out")
+    state = tmp_path / "out" / "state"
+    (state / ".metadata").write_bytes(b"cos\n_exit\n(I1\ntR.")  # unpickled, it ends this process
+    lost = state / checkpoint.read_json(state / "state.json")["files"][0]
+    lost.rename(tmp_path / "lost")
+    with pytest.raises(UserError, match=f"{lost.name} is missing"):
+        alone([job(folder, "sft", tmp_path / "out")])
+    (tmp_path / "lost").rename(lost)
+    alone([job(folder, "sft", tmp_path / "out")])
+
+
 # ------------------------------------------------------------------------------------------ ranks that fail
 
 
@@ -231,12 +281,18 @@ def test_a_rank_that_raises_ends_the_job(folder, tmp_path):
     assert re.search(r"rank *: 1 \(local_rank: 1\)\s+exitcode *: 1 ", root)
 
 
-def test_a_rank_killed_while_saving_loses_nothing(folder, tmp_path):
-    settings = job(folder, "sft", tmp_path / "out", "save_every=2", "parallel=fsdp")
-    status, output, _ = launch(2, [settings], tmp_path, "kill in the save")
+@pytest.mark.parametrize("fault", ["kill in the save", "kill in its part"])
+def test_a_rank_killed_while_saving_loses_nothing(folder, tmp_path, fault):
+    settings, state = job(folder, "sft", tmp_path / "out", "save_every=2", "parallel=fsdp"), tmp_path / "out" / "state"
+    status, output, _ = launch(2, [settings], tmp_path, fault)
     assert status == 1 and "Signal 9 (SIGKILL)" in output
-    assert not (tmp_path / "out" / "state").exists()  # it was killed between the two renames
-    assert checkpoint.read_json(tmp_path / "out" / "state.old" / "state.json")["meta"]["step"] == 2
+    if fault == "kill in the save":  # between the two renames
+        assert not state.exists()
+        state = state.with_name("state.old")
+    else:
+        assert sorted(path.stat().st_size for path in state.with_name("state.tmp").glob("*.safetensors"))[0] == 1000
+    assert checkpoint.read_json(state / "state.json")["meta"]["step"] == 2
     alone([settings])
     assert_same_curve(tmp_path / "out", folder / "one" / "sft")
     assert_same_weights(tmp_path / "out" / "last", folder / "one" / "sft" / "last")
+    assert not list((tmp_path / "out").glob("state.*"))
