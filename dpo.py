@@ -81,6 +81,7 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work; trained weights are always fp32
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
+    offload: bool = False  # with fsdp, zero2, hsdp: weights and optimizer wait in CPU memory; for models that fit no other way
     # bookkeeping
     seed: int = 0
     resume: Literal["auto", "true", "false"] = "auto"  # auto: continue when the run folder holds a state
@@ -279,7 +280,7 @@ def main(cfg):
         for old in set(out.glob("reference.*.bin")) - {*files.values()}:  # of another model or other data
             old.unlink()
     logger.text(" ".join(["dpo:", *config.diff(cfg)]))
-    spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2"
+    spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", cfg.offload
     logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
     logger.text(
         f"{len(train.index):,} groups of {rows.first[-1] / len(rows):.1f} completions, {rows.lengths[train.index].sum():,} tokens "

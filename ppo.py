@@ -102,7 +102,7 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     compile: bool = False
     grad_checkpoint: bool = False
-    offload: bool = False  # full models only: those that are not at work wait in CPU memory
+    offload: bool = False  # full models that are not at work wait in CPU memory; with fsdp, zero2, hsdp: weights and optimizers
     # bookkeeping
     seed: int = 0
     resume: Literal["auto", "true", "false"] = "auto"
@@ -223,8 +223,8 @@ def check(cfg, rt):
         raise UserError("ptx_data= and ptx_coef= go together: give both or neither")
     if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
         raise UserError("train= and freeze_layers= choose among the model's own weights: with lora_rank= use lora_targets=")
-    if cfg.offload and (cfg.lora_rank or rt.mesh or rt.weight_shards > 1):
-        raise UserError("offload=true parks full models that a device holds whole: leave it out with lora_rank=, fsdp or xla")
+    if cfg.offload and (rt.mesh or cfg.lora_rank and rt.weight_shards == 1):
+        raise UserError("offload=true parks full models, or what fsdp cuts: leave it out with lora_rank= on its own, and on xla")
 
 
 def load_function(spec):
@@ -367,7 +367,7 @@ def main(cfg):
         rt.place(model, cfg.compile, cfg.grad_checkpoint)
     learners = {"policy": policy} | ({"value": critic} if critic else {})
     optimizers = {name: role.learn(rt, cfg.weight_decay, cfg.adam_eps) for name, role in learners.items()}
-    parking = roles.Parking(cfg.offload and rt.kind != "cpu", rt.device, [*models, *optimizers.values()])
+    parking = roles.Parking(cfg.offload and rt.weight_shards == 1 and rt.kind != "cpu", rt.device, [*models, *optimizers.values()])
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
 
     own = cfg.batch_size // (rt.world * cfg.minibatches)  # episodes of this rank in one minibatch,

@@ -1,6 +1,6 @@
 """Devices and ranks: everything that differs between a CPU, one GPU, many GPUs and TPUs stands in this file.
 
-    rt = runtime.start(cfg)                   # reads cfg.device, cfg.parallel, cfg.dtype, cfg.seed and torchrun's variables
+    rt = runtime.start(cfg)                   # reads cfg.device, .parallel, .offload, .dtype, .seed and torchrun's variables
     net = rt.wrap(model)                      # DDP, FSDP2, XLA SPMD, or the model itself; parameter names stay the same
     batch = rt.put(batch)                     # CPU tensors -> this device
     with rt.autocast(): ...
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
@@ -35,12 +35,12 @@ from model import ScoreHead
 class Runtime:
     """One per process. kind: cpu | cuda | xla | tpu; rank, world: of processes; shards: devices that the batch is cut into."""
 
-    def __init__(self, device="auto", parallel="ddp", dtype="auto", seed=0):
+    def __init__(self, device="auto", parallel="ddp", dtype="auto", seed=0, offload=False):
         kind = device
         if device == "auto":
             accelerator = torch.accelerator.current_accelerator(check_available=True)
             kind = accelerator.type if accelerator is not None else "cpu"
-        self.kind, self.parallel, self.mesh, self.net = kind, parallel, None, None
+        self.kind, self.parallel, self.offload, self.mesh, self.net = kind, parallel, offload, None, None
         self.rank = self.local_rank = 0
         self.world = self.shards = 1
         self.local_world = 1  # processes of this node
@@ -131,6 +131,8 @@ class Runtime:
 
     def wrap(self, model, compile=False, grad_checkpoint=False):
         """Moves the model to the device and makes it parallel. Returns what to call; `model` stays the owner of the weights."""
+        if self.offload and (self.weight_shards == 1 or self.kind == "xla"):
+            raise UserError("offload=true keeps in CPU memory what fsdp, zero2 or hsdp cuts: set parallel= to one of them")
         self.place(model, compile, grad_checkpoint)
         return self.replicate(model)
 
@@ -154,11 +156,13 @@ class Runtime:
     def _shard(self, model):
         """FSDP2, a unit for each layer and one for the rest: weights are gathered in the dtype of the matrix work, gradients are
         summed in fp32. fsdp gathers a layer when it is needed, zero2 keeps what the forward gathered for the backward, hsdp is
-        fsdp within a node and copies over nodes. A layer comes to the device when it is cut, never the model as a whole."""
+        fsdp within a node and copies over nodes. A layer comes to the device when it is cut, never the model as a whole.
+        With offload a device's part of weights, gradients and moments stays in CPU memory, where the optimizer works on it."""
         shape = (self.world // self.local_world, self.local_world) if self.parallel == "hsdp" else (self.world,)
         common = dict(
             mesh=init_device_mesh(self.kind, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]),
             reshard_after_forward=self.parallel != "zero2",
+            offload_policy=CPUOffloadPolicy(pin_memory=self.kind != "cpu") if self.offload else OffloadPolicy(),
         )
         half = MixedPrecisionPolicy() if self.dtype == torch.float32 else MixedPrecisionPolicy(self.dtype, torch.float32)
         for layer in model.layers:
@@ -403,8 +407,8 @@ def _tune_cpu():
 
 
 def start(cfg):
-    """The process's Runtime, from the keys device=, parallel=, dtype= and seed=."""
-    return Runtime(cfg.device, cfg.parallel, cfg.dtype, cfg.seed)
+    """The process's Runtime, from the keys device=, parallel=, dtype=, seed= and offload=."""
+    return Runtime(cfg.device, cfg.parallel, cfg.dtype, cfg.seed, cfg.offload)
 
 
 class Clock:

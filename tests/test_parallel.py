@@ -182,6 +182,7 @@ def two(folder):
     runs |= {f"half/{name}": (name, "fsdp" if name in ("sft", "sft_lora", "dpo", "ppo_lora") else "ddp", 2) for name in STAGES}
     jobs = [job(folder, name, folder / run, f"parallel={mode}", f"steps={n}") for run, (name, mode, n) in runs.items()]
     jobs += [job(folder, name, folder / "bf16" / name, "parallel=fsdp", "dtype=bfloat16") for name in ("sft", "reward", "ppo_lora")]
+    jobs += [job(folder, name, folder / "offload" / name, "parallel=fsdp", "offload=true") for name in ("sft", "ppo_lora")]
     drop = ["parallel=fsdp", "lora_dropout=0.1", "eval_every=100", "save_every=100"]
     for run, *more in (["whole"], ["cut", "steps=2"], ["cut"]):
         jobs.append(job(folder, "sft_lora", folder / "dropout" / run, *drop, *more))
@@ -197,6 +198,13 @@ def test_two_processes_do_what_one_does(folder, two, name, mode, parts):
     assert_same_curve(out, folder / "one" / name)
     assert_same_weights(out / "last", folder / "one" / name / "last")
     assert all(held[str(out)] <= 1.02 / parts for held in two)  # what does not divide by two makes one rank's share larger
+
+
+def test_offloaded_shards(folder, two):
+    """On a CPU this runs what a GPU does, but moves nothing."""
+    for name in ("sft", "ppo_lora"):
+        assert_same_curve(folder / "offload" / name, folder / "one" / name)
+        assert_same_weights(folder / "offload" / name / "last", folder / "one" / name / "last")
 
 
 def test_weights_are_gathered_in_bf16(folder, two):

@@ -74,6 +74,12 @@ def test_several_processes_must_say_how(rt):
         rt.place(tiny.model())
 
 
+def test_offload_needs_shards(rt):
+    rt.offload = True
+    with pytest.raises(UserError, match="offload=true keeps in CPU memory what fsdp"):
+        rt.wrap(tiny.model())
+
+
 def test_over_how_many_devices_weights_are_cut(rt):
     rt.world = rt.shards = 16
     rt.local_world = 8

@@ -84,5 +84,5 @@ def same(a, b, name):
 def test_a_resume_is_exact(one, four):
     for whole, cut, name in ((one / "whole", one / "cut", "adapter_model"), (four / "fsdp-sft", four / "cut", "model")):
         assert same(whole / "last", cut / "last", name)
-        losses = [[r["loss"] for r in records(out)] for out in (whole, cut)]
+        losses = [[r["loss"] for r in records(out) if "loss" in r] for out in (whole, cut)]
         assert losses[0] == losses[1]
