@@ -153,7 +153,7 @@ def snapshot(module, dtype, pack):
     kind = type(module).__mro__[2 * sharded]
     new = kind.__new__(DecodeAttention if kind is Attention else kind)
     new.__dict__.update(module.__dict__, training=False, _compiled_call_impl=None)
-    if sharded:
+    if sharded or any(hasattr(p, "full_tensor") for p in module._parameters.values()):
         new.__dict__.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
     new._parameters = {name: frozen(p, dtype) for name, p in module._parameters.items()}
     new._modules = {name: snapshot(child, dtype, pack) for name, child in module._modules.items()}

@@ -99,6 +99,7 @@ class Config:
     # device
     device: str = "auto"
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # over torchrun's processes; XLA: ddp, fsdp, none
+    tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     compile: bool = False
     grad_checkpoint: bool = False
@@ -386,13 +387,13 @@ def main(cfg):
         meta, _ = checkpoint.load_training(out / "state", rt, trained, optimizers)
         start, updates, first, warned = meta["step"], meta["updates"], meta["first"], meta["warned"]
         controller.coef = meta["kl_coef"]
-    logger = log.Log(out, rt.is_main, cfg.steps, start, device=rt.name, devices=rt.shards)
+    logger = log.Log(out, rt.is_main, cfg.steps, start, device=rt.name, devices=rt.devices)
     if rt.is_main:
         checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
     logger.text(" ".join(["ppo:", *config.diff(cfg)]))
     counts = ", ".join(f"{name} {sum(p.numel() for p in role.params.values()):,}" for name, role in learners.items())
     left_out = f" ({too_long:,} over max_prompt left out)" if too_long else ""
-    logger.text(f"{len(prompts):,} prompts{left_out}; trained parameters: {counts}; {rt.shards} x {rt.name}, {rt.dtype}")
+    logger.text(f"{len(prompts):,} prompts{left_out}; trained parameters: {counts}; {rt.devices} x {rt.name}, {rt.dtype}")
 
     def save(step):
         tensors = rt.full(policy.params if cfg.lora_rank else dict(policy.model.named_parameters()))

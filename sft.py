@@ -70,6 +70,7 @@ class Config:
     # device
     device: str = "auto"  # cpu, cuda, xla, tpu
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # over torchrun's processes; XLA: ddp, fsdp, none
+    tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work; trained weights are always fp32
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
@@ -175,7 +176,7 @@ def main(cfg):
         start, best = meta["step"], meta["best"]
 
     flops = model.flops_per_token(cfg.max_length, "adapter" if cfg.lora_rank else "all")
-    logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.shards)
+    logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     if rt.is_main:
         checkpoint.write_text(out / "config.cfg", config.to_cfg(cfg))
     logger.text(" ".join(["sft:", *config.diff(cfg)]))
@@ -183,7 +184,7 @@ def main(cfg):
     logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
     logger.text(
         f"{len(train.lengths):,} rows, {train.lengths.sum():,} tokens ({train.dropped} dropped, {train.truncated} truncated); "
-        f"{train.steps_per_epoch} steps an epoch, {steps} in all from step {start}; {rt.shards} x {rt.name}, {rt.dtype}"
+        f"{train.steps_per_epoch} steps an epoch, {steps} in all from step {start}; {rt.devices} x {rt.name}, {rt.dtype}"
     )
 
     def save(dir):
