@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 
 import checkpoint
 import data
@@ -82,6 +83,15 @@ def preferences(path, model, n=48, val=16, **settings):
 def batch(packs, length, **settings):
     """Packs of rows as the micro-batch that sft.loss_sum takes."""
     return data.target_index(data.collate(packs, length, **settings))
+
+
+def first_moments(out):
+    """exp_avg, whole, in the training state of a run folder, one file or one a rank. After one step: (1 - beta1) x the gradient."""
+    reader = dcp.HuggingFaceStorageReader(out / "state")
+    found = {k: v for k, v in reader.read_metadata().state_dict_metadata.items() if k.endswith("exp_avg")}
+    tensors = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in found.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 RUNS = """
