@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -564,19 +565,10 @@ def restore_optimizer(optimizer, tensors, meta, prefix="optimizer."):
             group[key] = tuple(value) if isinstance(value, list) else value
         else:
             group, p = params[int(place)]
-            if isinstance(value, torch.Tensor):  # not by load_state_dict, which casts to the parameter's dtype
-                on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
-                value = value.clone() if on_host else place_like(value, p)
+            on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
+            if isinstance(value, torch.Tensor) and not on_host:  # not by load_state_dict, which casts to the parameter's dtype
+                value = value.to(p.device)
             optimizer.state[p][key] = value
-
-
-def place_like(value, p):
-    """A copy of `value` on the device of parameter `p`; sharded over ranks as it is, where the shapes are equal."""
-    if hasattr(p, "placements") and value.shape == p.shape:
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-    return value.to(p.device, copy=True)
 
 
 def resumable(dir, resume):
@@ -593,33 +585,96 @@ def resumable(dir, resume):
 
 def save_training(dir, rt, trained, optimizers, extra=None, **meta):
     """Everything that a resume bit for bit needs: the trained parameters {name: p}, the optimizers {name: optimizer},
-    the generators of `rt` (a Runtime), more tensors {name: tensor}, and JSON values. Every rank calls it; one writes.
+    the generators of `rt` (a Runtime), more tensors {name: tensor}, and JSON values. Every rank calls it; one writes, or
+    each its own part where the parameters are sharded over ranks (save_shards).
 
     The parameters are here because the model directory beside it is written at another instant, in another dtype."""
-    tensors = {f"model.{name}": p for name, p in trained.items()}
+    tensors = {f"model.{name}": p.detach() for name, p in trained.items()}
     tensors |= {f"extra.{name}": t for name, t in (extra or {}).items()}
     tensors |= {f"rng.{name}": t for name, t in rt.rng_state().items()}
     settings = {}
     for name, optimizer in optimizers.items():
         flat, settings[name] = flatten_optimizer(optimizer, f"{name}.")
         tensors |= flat
-    tensors = rt.full(tensors)
-    if rt.is_main:
-        save_state(dir, tensors, {"meta": meta, "optimizers": settings})
+    saved = {"meta": meta, "optimizers": settings}
+    if any(hasattr(p, "placements") for p in trained.values()):
+        rt.finish_saving()
+        rt.saving = save_shards(dir, tensors, saved, rt.saving_group())
+    else:
+        tensors = rt.full(tensors)
+        if rt.is_main:
+            save_state(dir, tensors, saved)
+
+
+def save_shards(dir, tensors, meta, group):
+    """Each rank writes its shards of `tensors` to a safetensors file of its own, in the background, from a copy in CPU memory;
+    when all have, rank 0 puts the folder in place. `dir` must be on a file system that all ranks see. group: gloo, for this
+    alone. Returns a function that waits until the state is on the disk. torch.distributed.checkpoint's own format would
+    need pickle to be read; it speaks safetensors too."""
+    import torch.distributed.checkpoint as dcp  # a second that others need not wait
+
+    dir = Path(dir)
+    tmp = dir.with_name(dir.name + ".tmp")
+
+    class Writer(dcp.HuggingFaceStorageWriter):
+        def set_up_storage_writer(self, is_coordinator, *args, **kwargs):
+            if is_coordinator:
+                shutil.rmtree(tmp, ignore_errors=True)  # what a killed save left
+            super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+
+        def finish(self, metadata, results):  # on rank 0, when all ranks have written
+            files = sorted(path.name for path in tmp.glob("*.safetensors"))
+            write_text(tmp / "state.json", json.dumps(meta | {"files": files}) + "\n")
+            replace_dir(tmp, dir)
+
+    saving = dcp.async_save(tensors, storage_writer=Writer(tmp, save_distributed=True), process_group=group)
+
+    def wait():
+        try:
+            saving.result()
+        except dcp.api.CheckpointException as e:
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise next(iter(e.failures.values()))[0] from None
+
+    return wait
 
 
 @torch.no_grad()
 def load_training(dir, rt, trained, optimizers):
-    """Puts back what save_training saved -> (meta, extra). UserError when the run's parameters are others."""
-    tensors, saved = load_state(dir)
-    wanted = {name: p.shape for name, p in trained.items()}
-    found = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    if {name: t.shape for name, t in found.items()} != wanted or saved["optimizers"].keys() != optimizers.keys():
+    """Puts back what save_training saved, on any number of ranks -> (meta, extra). Each rank reads what it holds of the
+    parameters and moments, whichever way they were cut. UserError when the run's parameters are others."""
+    import torch.distributed.checkpoint as dcp
+
+    recover_dir(dir)
+    saved = read_json(Path(dir) / "state.json")
+    for file in saved.get("files", ["state.safetensors"]):
+        with damaged(Path(dir) / file), safe_open(Path(dir) / file, framework="pt"):
+            pass
+    reader = dcp.HuggingFaceStorageReader(dir)
+    found = reader.read_metadata().state_dict_metadata  # name -> size, properties.dtype
+    wanted = {f"model.{name}": p for name, p in trained.items()}
+    sizes = {name: value.size for name, value in found.items() if name.startswith("model.")}
+    if sizes != {name: p.shape for name, p in wanted.items()} or saved["optimizers"].keys() != optimizers.keys():
         raise UserError(f"{dir} is the state of a run that trains other parameters: give its settings, or resume=false")
-    for name, p in trained.items():
-        p.copy_(place_like(found[name], p))
+    owners = dict(wanted)  # of the moments, by the numbers that flatten_optimizer gives the parameters
+    for name, optimizer in optimizers.items():
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        owners |= {f"{name}.{i}": p for i, p in enumerate(params)}
+    tensors = {}
+    for name, value in found.items():
+        p, dtype = owners.get(name, owners.get(name.rpartition(".")[0])), value.properties.dtype
+        if p is None or p.shape != value.size or p.device.type == "xla":
+            tensors[name] = torch.empty(value.size, dtype=dtype)
+        else:  # where it belongs, and cut as its parameter is
+            tensors[name] = p if name in wanted else torch.empty_like(p, dtype=dtype, requires_grad=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")  # ... not in use: it says so to every single process
+        dcp.load(tensors, storage_reader=reader, process_group=rt.saving_group())
+    for name, p in wanted.items():
+        if p.device.type == "xla":
+            p.copy_(tensors[name])
     for name, optimizer in optimizers.items():
         restore_optimizer(optimizer, tensors, saved["optimizers"][name], f"{name}.")
         rt.prime(optimizer)
-    rt.set_rng_state({name.removeprefix("rng."): t.clone() for name, t in tensors.items() if name.startswith("rng.")})
-    return saved["meta"], {k.removeprefix("extra."): t.clone() for k, t in tensors.items() if k.startswith("extra.")}
+    rt.set_rng_state({name.removeprefix("rng."): t for name, t in tensors.items() if name.startswith("rng.")})
+    return saved["meta"], {k.removeprefix("extra."): t for k, t in tensors.items() if k.startswith("extra.")}

@@ -39,13 +39,15 @@ def memory(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False,
     )  # fmt: skip
 
 
-def describe(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False, keep_gathered=False):
-    """One line for people: the parameters, and the parts of `memory` in GB."""
+def describe(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False, keep_gathered=False, offload=False):
+    """One line for people: the parameters, and the parts of `memory` in GB. offload: what is cut waits in CPU memory."""
     parts = memory(model, tokens, shards, dtype, grad_checkpoint, keep_gathered)
+    host = sum(parts.pop(name) for name in ("weights", "gradients", "optimizer")) if offload else 0
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     listed = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     return (
         f"{total:,} parameters, {trained:,} trained ({100 * trained / total:.1f}%); "
         f"estimated peak memory per device {sum(parts.values()) / 1e9:.1f} GB = {listed}"
+        + (f"; {host / 1e9:.1f} GB for each in CPU memory" if offload else "")
     )

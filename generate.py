@@ -125,7 +125,14 @@ class DecodeAttention(Attention):
 
 def frozen(p, dtype):
     """A parameter in `dtype`. Where it is sharded (FSDP) it is gathered: all ranks must then generate together."""
-    return None if p is None else (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().to(dtype)
+    if hasattr(p, "full_tensor"):
+        p = p.to(device_of(p)).full_tensor()
+    return None if p is None else p.detach().to(dtype)
+
+
+def device_of(p):
+    """Where a parameter is used: not always where it waits (FSDP with offload)."""
+    return torch.device(p.device_mesh.device_type) if hasattr(p, "device_mesh") else p.device
 
 
 def snapshot(module, dtype, pack):
@@ -140,7 +147,7 @@ def snapshot(module, dtype, pack):
     kind = type(module).__mro__[2 * sharded]
     new = kind.__new__(DecodeAttention if kind is Attention else kind)
     new.__dict__.update(module.__dict__, training=False, _compiled_call_impl=None)
-    if sharded:
+    if sharded or any(hasattr(p, "full_tensor") for p in module._parameters.values()):
         new.__dict__.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
     new._parameters = {name: frozen(p, dtype) for name, p in module._parameters.items()}
     new._modules = {name: snapshot(child, dtype, pack) for name, child in module._modules.items()}
@@ -152,7 +159,7 @@ class Batch:
     nothing in it waits for the device, and CUDA can replay it as one graph."""
 
     def __init__(self, model, rows, new, stop_ids, sampling, pack, graphs):
-        device = model.head_weight.device
+        device = device_of(model.head_weight)
         autocast = torch.is_autocast_enabled(device.type)
         self.dtype = torch.get_autocast_dtype(device.type) if autocast else model.head_weight.dtype
         self.model, self.sampling, self.device = snapshot(model, self.dtype, pack), sampling, device
@@ -260,7 +267,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     memory as the weights. graphs: replay steps as CUDA graphs (default: on CUDA).
     Raises UserError for an empty or too long prompt, and for settings out of range.
     """
-    device, V, longest = model.head_weight.device, model.cfg.vocab_size, model.cfg.max_positions
+    device, V, longest = device_of(model.head_weight), model.cfg.vocab_size, model.cfg.max_positions
     if not (temperature >= 0 and 0 < top_p <= 1 and top_k >= 0 and group >= 1 and batch_size >= 1):
         raise UserError(
             f"temperature={temperature} top_k={top_k} top_p={top_p} group={group} batch_size={batch_size}: temperature and "

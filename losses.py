@@ -10,6 +10,11 @@ import torch
 CHUNK_LOGITS = 2**25  # logits of one chunk: 128 MB in fp32
 
 
+def _whole(head_weight):
+    """The output matrix, gathered where a tensor group shares it."""
+    return head_weight.full_tensor() if hasattr(head_weight, "full_tensor") else head_weight
+
+
 def _compute_dtype(hidden):
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -66,6 +71,7 @@ def cross_entropy(hidden, head_weight, targets, weights):
 
     Returns sum_n weights_n * -log softmax(hidden_n @ head_weight^T)[targets_n] in fp32: divide by the global token count yourself.
     """
+    head_weight = _whole(head_weight)
     if not torch.is_grad_enabled():  # needs_input_grad does not know of no_grad
         hidden, head_weight = hidden.detach(), head_weight.detach()
     return _CrossEntropy.apply(hidden, head_weight, targets, weights.float(), _compute_dtype(hidden))
@@ -113,14 +119,14 @@ def token_logprobs(hidden, head_weight, targets, temperature=1.0, entropy=False)
 
     Differentiable and chunked. With entropy=True returns (logprobs, entropy of the whole distribution), both (N,).
     """
-    out = _TokenLogprobs.apply(hidden, head_weight, targets, temperature, _compute_dtype(hidden))
+    out = _TokenLogprobs.apply(hidden, _whole(head_weight), targets, temperature, _compute_dtype(hidden))
     return out if entropy else out[0]
 
 
 @torch.no_grad()
 def evaluate_tokens(hidden, head_weight, targets):
     """For validation: (loss (N,) fp32, hit (N,) bool: the likeliest token is the target) of each row."""
-    dtype = _compute_dtype(hidden)
+    dtype, head_weight = _compute_dtype(hidden), _whole(head_weight)
     loss = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     hit = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
     for rows, _, logprobs in _chunks(hidden.to(dtype), head_weight.to(dtype), targets, 1.0):

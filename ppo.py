@@ -99,10 +99,11 @@ class Config:
     # device
     device: str = "auto"
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # over torchrun's processes; XLA: ddp, fsdp, none
+    tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     compile: bool = False
     grad_checkpoint: bool = False
-    offload: bool = False  # full models only: those that are not at work wait in CPU memory
+    offload: bool = False  # full models that are not at work wait in CPU memory; with fsdp, zero2, hsdp: weights and optimizers
     # bookkeeping
     seed: int = 0
     resume: Literal["auto", "true", "false"] = "auto"
@@ -220,8 +221,8 @@ def check(cfg, rt):
         raise UserError("ptx_data= and ptx_coef= go together: give both or neither")
     if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
         raise UserError("train= and freeze_layers= choose among the model's own weights: with lora_rank= use lora_targets=")
-    if cfg.offload and (cfg.lora_rank or rt.mesh or rt.weight_shards > 1):
-        raise UserError("offload=true parks full models that a device holds whole: leave it out with lora_rank=, fsdp or xla")
+    if cfg.offload and (rt.mesh or cfg.lora_rank and rt.weight_shards == 1):
+        raise UserError("offload=true parks full models, or what fsdp cuts: leave it out with lora_rank= on its own, and on xla")
 
 
 def load_function(spec):
@@ -364,7 +365,7 @@ def main(cfg):
         rt.place(model, cfg.compile, cfg.grad_checkpoint)
     learners = {"policy": policy} | ({"value": critic} if critic else {})
     optimizers = {name: role.learn(rt, cfg.weight_decay, cfg.adam_eps) for name, role in learners.items()}
-    parking = roles.Parking(cfg.offload and rt.kind != "cpu", rt.device, [*models, *optimizers.values()])
+    parking = roles.Parking(cfg.offload and rt.weight_shards == 1 and rt.kind != "cpu", rt.device, [*models, *optimizers.values()])
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
 
     own = cfg.batch_size // (rt.world * cfg.minibatches)  # episodes of this rank in one minibatch,
@@ -383,11 +384,11 @@ def main(cfg):
         meta, _ = checkpoint.load_training(out / "state", rt, trained, optimizers)
         start, updates, first, warned = meta["step"], meta["updates"], meta["first"], meta["warned"]
         controller.coef = meta["kl_coef"]
-    logger = log.Log(out, rt.is_main, cfg.steps, start, device=rt.name, devices=rt.shards)
+    logger = log.Log(out, rt.is_main, cfg.steps, start, device=rt.name, devices=rt.devices)
     logger.settings("ppo", cfg, resume)
     counts = ", ".join(f"{name} {sum(p.numel() for p in role.params.values()):,}" for name, role in learners.items())
     left_out = f" ({too_long:,} over max_prompt left out)" if too_long else ""
-    logger.text(f"{len(prompts):,} prompts{left_out}; trained parameters: {counts}; {rt.shards} x {rt.name}, {rt.dtype}")
+    logger.text(f"{len(prompts):,} prompts{left_out}; trained parameters: {counts}; {rt.devices} x {rt.name}, {rt.dtype}")
 
     def save(step):
         tensors = rt.full(policy.params if cfg.lora_rank else dict(policy.model.named_parameters()))

@@ -9,6 +9,7 @@ ranks, or corpora are mixed by weights=. The loss is a sum over target tokens di
     python pretrain.py size=350m data=[data/web,data/code] weights=[0.7,0.3] optimizer=muon compile=true
     python pretrain.py model=models/smollm2 data=data/books lr=1e-4 min_lr=1e-5                     # continued
     torchrun --nproc_per_node=8 pretrain.py size=1b data=data/web parallel=fsdp grad_checkpoint=true
+    torchrun --nproc_per_node=8 pretrain.py size=7b data=data/web parallel=fsdp tensor=2            # pairs share each layer
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py size=7b parallel=hsdp
     PJRT_DEVICE=TPU python pretrain.py device=xla parallel=fsdp size=1b data=data/web               # a TPU VM
 """
@@ -71,9 +72,11 @@ class Config:
     # device
     device: str = "auto"  # cpu, cuda, xla, tpu
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # over torchrun's processes; XLA: ddp, fsdp, none
+    tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work; trained weights are always fp32
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
+    offload: bool = False  # with fsdp, zero2, hsdp: weights and optimizer wait in CPU memory; for models that fit no other way
     # bookkeeping
     seed: int = 0
     resume: Literal["auto", "true", "false"] = "auto"  # auto: continue when the run folder holds a state
@@ -218,16 +221,16 @@ def main(cfg):
         start, best = meta["step"], meta["best"]
 
     flops = model.flops_per_token(cfg.max_length)
-    logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.shards)
+    logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     logger.settings("pretrain", cfg, resume)
-    spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2"
+    spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", cfg.offload
     logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
     total = steps * cfg.batch_size * cfg.max_length
     peak = log.peak_flops(rt.name)
-    time = f", about {log.duration(total * flops / (0.4 * peak * rt.shards))} at 40% of the peak" if peak else ""
+    time = f", about {log.duration(total * flops / (0.4 * peak * rt.devices))} at 40% of the peak" if peak else ""
     logger.text(
         f"{sum(len(s.tokens) for s in stores):,} tokens in {len(stores)} folders: {train.steps_per_epoch} steps an epoch, {steps} "
-        f"in all from step {start}; {total:,} tokens, {total * flops:.2e} FLOPs{time}; {rt.shards} x {rt.name}, {rt.dtype}"
+        f"in all from step {start}; {total:,} tokens, {total * flops:.2e} FLOPs{time}; {rt.devices} x {rt.name}, {rt.dtype}"
     )
 
     def save(dir):

@@ -80,9 +80,11 @@ class Config:
     # device
     device: str = "auto"  # cpu, cuda, xla, tpu
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # over torchrun's processes; XLA: ddp, fsdp, none
+    tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work; trained weights and the head are always fp32
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
+    offload: bool = False  # with fsdp, zero2, hsdp: weights and optimizer wait in CPU memory; for models that fit no other way
     # bookkeeping
     seed: int = 0
     resume: Literal["auto", "true", "false"] = "auto"  # auto: continue when the run folder holds a state
@@ -254,14 +256,14 @@ def main(cfg):
         samples = (extra["samples"], extra["spans"]) if "samples" in extra else None
 
     flops = model.flops_per_token(cfg.max_length, "adapter" if cfg.lora_rank else "all")
-    logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.shards)
+    logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     logger.settings("reward", cfg, resume)
-    spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2"
+    spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", cfg.offload
     logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
     logger.text(
         f"{len(train.index):,} groups of {rows.first[-1] / len(rows):.1f} completions, {rows.lengths[train.index].sum():,} tokens "
         f"({train.dropped} over max_length dropped); {train.steps_per_epoch} steps an epoch, {steps} in all from step {start}; "
-        f"{rt.shards} x {rt.name}, {rt.dtype}"
+        f"{rt.devices} x {rt.name}, {rt.dtype}"
     )
     if pad_id != tok.pad_id:
         logger.text(f"saved with pad_token_id={pad_id}: pad with it and not with {tok.pad_id}, which may end a completion")

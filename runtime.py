@@ -1,18 +1,20 @@
 """Devices and ranks: everything that differs between a CPU, one GPU, many GPUs and TPUs stands in this file.
 
-    rt = runtime.start(cfg)                   # reads cfg.device, cfg.parallel, cfg.dtype, cfg.seed and torchrun's variables
+    rt = runtime.start(cfg)                   # reads cfg.device, .parallel, .tensor, .offload, .dtype, .seed, and torchrun's
     net = rt.wrap(model)                      # DDP, FSDP2, XLA SPMD, or the model itself; parameter names stay the same
     batch = rt.put(batch)                     # CPU tensors -> this device
     with rt.autocast(): ...
     rt.accumulate(last, net); ...; rt.backward(loss)     # gradients are summed over ranks in the last micro-batch's backward
     n = rt.all_sum(n)                         # a sum over all ranks
 
-CPU and CUDA run one process per device (gloo, nccl). XLA runs one process per host that sees all chips as one (SPMD): there the
-batch is global, `world` is 1, and what is a collective elsewhere is the identity.
+CPU and CUDA run one process per device (gloo, nccl). With tensor=N, N neighbouring devices share each layer and see the same rows:
+`rank` and `world` count such groups, and sums over ranks count a group once. XLA runs one process per host that sees all chips as
+one (SPMD): there the batch is global, `world` is 1, and what is a collective elsewhere is the identity.
 """
 
 import contextlib
 import ctypes
+import functools
 import os
 import random
 import resource
@@ -23,38 +25,52 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.utils.checkpoint
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
 from model import ScoreHead
 
+SHARDED = ("fsdp", "zero2", "hsdp")
+COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # each device computes some heads, or some of the ffn's units,
+ROW = ("o_proj", "down_proj")  # and a summand of the result
+VOCABULARY = ("embed_tokens", "lm_head")
+PER_HEAD = ("q_norm", "k_norm")
+
 
 class Runtime:
-    """One per process. kind: cpu | cuda | xla | tpu; rank, world: of processes; shards: devices that the batch is cut into."""
+    """One per process. kind: cpu | cuda | xla | tpu; rank, world: of processes that see rows of their own; process, processes: of
+    all; shards: parts that the batch is cut into; tensor: devices that share a layer; devices: all of them."""
 
-    def __init__(self, device="auto", parallel="ddp", dtype="auto", seed=0):
+    def __init__(self, device="auto", parallel="ddp", dtype="auto", seed=0, offload=False, tensor=1):
         kind = device
         if device == "auto":
             accelerator = torch.accelerator.current_accelerator(check_available=True)
             kind = accelerator.type if accelerator is not None else "cpu"
-        self.kind, self.parallel, self.mesh, self.net = kind, parallel, None, None
-        self.rank = self.local_rank = 0
-        self.world = self.shards = 1
+        self.kind, self.parallel, self.offload, self.mesh, self.net = kind, parallel, offload, None, None
+        self.rank = self.process = self.local_rank = 0
+        self.world = self.processes = self.shards = 1
         self.local_world = 1  # processes of this node
+        self.tensor, self.grid, self.group = tensor, None, None
+        if tensor < 1 or tensor > 1 and offload:
+            raise UserError(f"tensor={tensor} must be 1 or more" + ", and 1 with offload=true" * offload)
         if kind == "xla":
             self._start_xla()
         elif kind in ("cpu", "cuda", "tpu"):
             self._start_processes()
         else:
             raise UserError(f"device={device}: use auto, cpu, cuda, xla or tpu")
-        self.is_main = self.rank == 0
+        self.is_main = self.process == 0
         self.dtype = self._matrix_dtype(dtype)
         if kind == "cpu":
             _tune_cpu()
-        self._stop, self._stop_group = False, None
+        self._stop, self._stop_group, self._saving_group = False, None, None
+        self.specs = {}  # on XLA: id of a parameter -> the mesh axis that cuts each of its dimensions
+        self.saving = None  # waits for the training state that is being written in the background
         self.seed(seed)
 
     # ------------------------------------------------------------------------------------------ start
@@ -63,15 +79,25 @@ class Runtime:
         if self.kind != "cpu" and not torch.accelerator.is_available():
             raise UserError(f"device={self.kind}: this torch ({torch.__version__}) finds no such device")
         if "RANK" in os.environ:
-            self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            self.process, self.processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             self.local_rank, self.local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
             backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "tpu": "cpu:gloo,tpu:tpu_dist"}[self.kind]
             dist.init_process_group(backend)
+        if self.local_world % self.tensor:
+            raise UserError(f"tensor={self.tensor} must divide the number of processes of a node, {self.local_world}")
+        self.rank, self.world = self.process // self.tensor, self.processes // self.tensor
         self.shards = self.world
         self.device = torch.device("cpu")
         if self.kind != "cpu":  # device=tpu is TorchTPU's process-per-device path: written after its documentation, never run
             self.device = torch.device(self.kind, self.local_rank)
             torch.accelerator.set_device_index(self.local_rank)
+        if self.processes > 1 and (self.tensor > 1 or self.parallel in SHARDED):
+            copies = dict(ddp=self.world, hsdp=self.processes // self.local_world).get(self.parallel, 1)
+            shape = (copies, self.world // copies, self.tensor)
+            self.grid = init_device_mesh(self.kind, shape, mesh_dim_names=("replicate", "shard", "tensor"))
+        if self.tensor > 1:  # sums go over one process of each tensor group
+            groups = [dist.new_group(range(i, self.processes, self.tensor)) for i in range(self.tensor)]
+            self.group = groups[self.process % self.tensor]
 
     def _start_xla(self):
         try:
@@ -82,8 +108,8 @@ class Runtime:
         except ImportError as e:
             raise UserError(f"device=xla needs torch_xla (see requirements-xla.txt): {e}") from None
         self.xla, self.xm, self.xs = torch_xla, xm, xs
-        if self.parallel not in ("ddp", "fsdp", "none"):
-            raise UserError(f"parallel={self.parallel}: on device=xla use ddp, fsdp or none")
+        if self.parallel not in ("ddp", "fsdp", "none") or self.parallel == "none" and self.tensor > 1:
+            raise UserError(f"parallel={self.parallel}: on device=xla use ddp, fsdp or none, with tensor= ddp or fsdp")
         if self.parallel != "none":
             xr.use_spmd()  # before the first XLA tensor
         self.device = torch_xla.device()
@@ -91,8 +117,11 @@ class Runtime:
         if xr.process_count() > 1:
             raise UserError("device=xla runs on the chips of one host; a pod slice of several hosts is not supported")
         if self.parallel != "none":
-            self.shards = xr.global_runtime_device_count()
-            self.mesh = xs.Mesh(np.arange(self.shards), (self.shards,), ("data",))
+            count = xr.global_runtime_device_count()
+            if count % self.tensor:
+                raise UserError(f"tensor={self.tensor} must divide the number of devices, {count}")
+            self.shards = count // self.tensor
+            self.mesh = xs.Mesh(np.arange(count), (self.shards, self.tensor), ("data", "tensor"))
             xs.set_global_mesh(self.mesh)
 
     def _matrix_dtype(self, name):
@@ -120,16 +149,22 @@ class Runtime:
         return self.kind == "xla"
 
     @property
+    def devices(self):
+        return self.shards * self.tensor
+
+    @property
     def weight_shards(self):
         """Devices over which weights, gradients and moments are cut; 1 where each holds them whole."""
         if self.parallel == "hsdp":
             return self.local_world
-        return self.shards if self.parallel in ("fsdp", "zero2") else 1
+        return self.devices if self.parallel in ("fsdp", "zero2") else self.tensor
 
     # ------------------------------------------------------------------------------------------ model
 
     def wrap(self, model, compile=False, grad_checkpoint=False):
         """Moves the model to the device and makes it parallel. Returns what to call; `model` stays the owner of the weights."""
+        if self.offload and (self.weight_shards == 1 or self.kind == "xla"):
+            raise UserError("offload=true keeps in CPU memory what fsdp, zero2 or hsdp cuts: set parallel= to one of them")
         self.place(model, compile, grad_checkpoint)
         return self.replicate(model)
 
@@ -143,21 +178,48 @@ class Runtime:
             model.split_documents = False
             for layer in model.layers:
                 layer.compile()
-        if self.world > 1 and self.parallel in ("fsdp", "zero2", "hsdp"):
+        cfg = model.cfg
+        if any(n % self.tensor for n in (cfg.n_heads, cfg.n_kv_heads, cfg.ffn_dim)):
+            sizes = f"{cfg.n_heads} heads, {cfg.n_kv_heads} key/value heads and {cfg.ffn_dim} units of its MLP"
+            raise UserError(f"tensor={self.tensor} must divide the model's {sizes}")
+        if self.tensor > 1 and self.kind != "xla":
+            self._cut(model)
+        if self.world > 1 and (self.tensor > 1 or self.parallel in SHARDED):
             self._shard(model)
         else:
             model.to(self.device)
         if self.kind == "xla":
             self._shard_xla(model)
 
+    def _cut(self, model):
+        """Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): parameters become DTensors over the tensor group, and each
+        layer takes and gives plain tensors, of which this device has its heads or units, or all. All parameters are DTensors,
+        for an optimizer's kernels take no mixture. Not by torch's parallelize_module, which knows no layers with adapters."""
+        mesh = self.grid["tensor"]
+        for name, p in list(model.named_parameters()):
+            owner, _, key = name.rpartition(".")
+            dim = tensor_dim(name)
+            place = Replicate() if dim is None or p.shape[dim] % self.tensor else Shard(dim)
+            cut = distribute_tensor(p.detach(), mesh, [place], src_data_rank=None)  # each rank has read the whole
+            model.get_submodule(owner).register_parameter(key, nn.Parameter(cut, requires_grad=p.requires_grad))
+        for name, module in model.named_modules():
+            if module._parameters and not isinstance(module, nn.ParameterDict):  # a dict of adapters goes with its layer
+                layer = name.rpartition(".")[2]
+                per_head = Shard(2) if layer in PER_HEAD else Replicate()
+                inside, outside = Shard(-1) if layer in ROW else per_head, Shard(-1) if layer in COLUMN else per_head
+                module.register_forward_pre_hook(functools.partial(_enter, mesh, inside))
+                module.register_forward_hook(functools.partial(_leave, outside))
+
     def _shard(self, model):
         """FSDP2, a unit for each layer and one for the rest: weights are gathered in the dtype of the matrix work, gradients are
         summed in fp32. fsdp gathers a layer when it is needed, zero2 keeps what the forward gathered for the backward, hsdp is
-        fsdp within a node and copies over nodes. A layer comes to the device when it is cut, never the model as a whole."""
-        shape = (self.world // self.local_world, self.local_world) if self.parallel == "hsdp" else (self.world,)
+        fsdp within a node and copies over nodes; ddp with tensor= is copies alone. A layer comes to the device when it is cut,
+        never the model as a whole. With offload a device's part of weights, gradients and moments stays in CPU memory, where
+        the optimizer works on it."""
         common = dict(
-            mesh=init_device_mesh(self.kind, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]),
+            mesh=self.grid["replicate", "shard"] if self.parallel in ("hsdp", "ddp") else self.grid["shard"],
             reshard_after_forward=self.parallel != "zero2",
+            offload_policy=CPUOffloadPolicy(pin_memory=self.kind != "cpu") if self.offload else OffloadPolicy(),
         )
         half = MixedPrecisionPolicy() if self.dtype == torch.float32 else MixedPrecisionPolicy(self.dtype, torch.float32)
         for layer in model.layers:
@@ -171,7 +233,7 @@ class Runtime:
     def replicate(self, model, params=None):
         """The part of `wrap` that ties gradients together: what to call for a forward whose backward meets over ranks.
         params {name: p}: those that this net trains, where several nets share one model's trunk (None: all trainable ones)."""
-        if self.world == 1 or self.parallel != "ddp":
+        if self.world == 1 or self.parallel != "ddp" or self.tensor > 1:
             return model
         trainable = [p for p in model.parameters() if p.requires_grad]
         mine = {id(p) for p in (trainable if params is None else params.values())}
@@ -191,18 +253,24 @@ class Runtime:
 
     def _shard_xla(self, model):
         if self.mesh is not None:
-            if self.parallel == "fsdp":
-                for p in model.parameters():
-                    self.xs.mark_sharding(p, self.mesh, self._shard_spec(p))
+            for name, p in model.named_parameters():
+                if self.parallel == "fsdp" or self.tensor > 1:
+                    self.specs[id(p)] = self._shard_spec(name, p)
+                    self.xs.mark_sharding(p, self.mesh, self.specs[id(p)])
             for layer in model.layers:  # keeps the activations cut along the batch
                 layer.register_forward_hook(lambda module, args, out: (self._mark_batch(out), None)[1])
         self.sync()
 
-    def _shard_spec(self, p):
-        """The largest dimension that the devices divide, of matrices; vectors stay whole."""
-        dims = [d for d in range(p.dim()) if p.shape[d] % self.shards == 0] if p.dim() > 1 else []
-        cut = max(dims, key=lambda d: p.shape[d], default=None)
-        return tuple("data" if d == cut else None for d in range(p.dim()))
+    def _shard_spec(self, name, p):
+        """By axis: tensor as tensor_dim says, but for the vocabulary, or else sampled tokens come in parts, and to fetch these is
+        compiled anew each time; fsdp the largest dimension left that the devices divide, of matrices."""
+        spec, cut = [None] * p.dim(), None if name.split(".")[-2] in VOCABULARY else tensor_dim(name)
+        if cut is not None and self.tensor > 1 and p.shape[cut] % self.tensor == 0:
+            spec[cut] = "tensor"
+        dims = [d for d in range(p.dim()) if spec[d] is None and p.shape[d] % self.shards == 0] if p.dim() > 1 else []
+        if dims and self.parallel == "fsdp":
+            spec[max(dims, key=lambda d: p.shape[d])] = "data"
+        return tuple(spec)
 
     def _mark_batch(self, t):
         if self.mesh is not None and t.shape[0] % self.shards == 0:  # XLA fails on some uneven cuts: a few samples stay whole
@@ -244,17 +312,20 @@ class Runtime:
         self.sync()
 
     def all_sum(self, x):
-        """Sum of a tensor, or of a number, over all ranks."""
+        """Sum of a tensor, or of a number, over all ranks (of which a tensor group is one)."""
         if self.world == 1:
             return x
         t = x.clone() if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
-        dist.all_reduce(t)
+        dist.all_reduce(t, group=self.group)
         return t if torch.is_tensor(x) else t.item()
 
     def sync(self):
         """XLA runs what was recorded so far; elsewhere nothing waits."""
         if self.kind == "xla":
+            state = self.xm.get_rng_state()
             self.xla.sync()
+            if not torch.is_grad_enabled():  # each sync moves XLA's generator: but an evaluation, which a resume repeats, must not
+                self.xm.set_rng_state(state)
 
     def wait(self):
         """Until the device has done everything: for timing."""
@@ -264,7 +335,7 @@ class Runtime:
             torch.accelerator.synchronize()
 
     def barrier(self):
-        if self.world > 1:
+        if self.processes > 1:
             dist.barrier()
 
     def prime(self, optimizer):
@@ -276,9 +347,9 @@ class Runtime:
                 if not optimizer.state[p]:
                     moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
                     optimizer.state[p] = dict(step=torch.tensor(0.0), **moments)
-                if self.mesh is not None and self.parallel == "fsdp":
-                    for key in ("exp_avg", "exp_avg_sq"):
-                        self.xs.mark_sharding(optimizer.state[p][key], self.mesh, self._shard_spec(p))
+                if id(p) in self.specs:
+                    for t in (p, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]):  # what a state was loaded into
+                        self.xs.mark_sharding(t, self.mesh, self.specs[id(p)])
         self.sync()
 
     def compiles(self):
@@ -300,15 +371,22 @@ class Runtime:
             self.xla.manual_seed(seed)
 
     def rng_state(self):
-        """The generators' states as tensors."""
+        """The generators' states as tensors, a row for each process: dropout leaves them different. A collective."""
         state = dict(cpu=torch.get_rng_state())
         if self.kind == "xla":
             state["device"] = torch.tensor(divmod(self.xm.get_rng_state(), 2**32))  # it has 64 bits and no sign
         elif self.kind != "cpu":
             state["device"] = torch.get_device_module(self.device).get_rng_state(self.device)
-        return state
+        if self.processes == 1:
+            return {name: t[None] for name, t in state.items()}
+        rows = {name: [torch.empty_like(t) for _ in range(self.processes)] for name, t in state.items()}
+        for name, t in state.items():
+            dist.all_gather(rows[name], t)
+        return {name: torch.stack(ts) for name, ts in rows.items()}
 
     def set_rng_state(self, state):
+        """To what rng_state gave. On another number of processes than then, which draw other numbers anyway, to the first one's."""
+        state = {name: t[self.process if len(t) == self.processes else 0].clone() for name, t in state.items()}
         torch.set_rng_state(state["cpu"])
         if self.kind == "xla":
             high, low = state["device"].tolist()
@@ -333,6 +411,17 @@ class Runtime:
                 out[name] = self.host(t).contiguous()
         return out
 
+    def saving_group(self):
+        """All processes as a group of their own for what saves and loads: it may be at work while the training goes on."""
+        if self.processes > 1 and self._saving_group is None:
+            self._saving_group = dist.new_group(backend="gloo")
+        return self._saving_group
+
+    def finish_saving(self):
+        if self.saving:
+            self.saving()
+        self.saving = None
+
     def peak_memory(self):
         """Peak bytes: of the device on CUDA, of the process elsewhere."""
         if self.kind == "cuda":
@@ -352,20 +441,40 @@ class Runtime:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, handler)
-        if self.world > 1 and self._stop_group is None:
+        if self.processes > 1 and self._stop_group is None:
             self._stop_group = dist.new_group(backend="gloo")  # a flag on the CPU: asking costs no device sync
 
     def should_stop(self):
         """True on every rank as soon as one was asked to stop."""
-        if self.world == 1:
+        if self.processes == 1:
             return self._stop
         flag = torch.tensor(int(self._stop))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._stop_group)
         return bool(flag)
 
     def close(self):
+        self.finish_saving()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _enter(mesh, place, module, inputs):
+    return tuple(DTensor.from_local(x, mesh, [place], run_check=False) for x in inputs)
+
+
+def _leave(place, module, inputs, output):
+    return output.redistribute(placements=[place]).to_local()
+
+
+def tensor_dim(name):
+    """The dimension along which the devices of a tensor group cut the parameter of this name; None: each has it whole."""
+    words = name.split(".")
+    layer, kind = words[-3:-1] if words[-2].startswith("lora_") else words[-2:]  # an adapter's name comes last
+    if layer in COLUMN:
+        return None if kind == "lora_A" else 0
+    if layer in ROW:
+        return 1 if kind in ("weight", "lora_A") else None
+    return 0 if layer in VOCABULARY else None
 
 
 def _tune_cpu():
@@ -380,8 +489,8 @@ def _tune_cpu():
 
 
 def start(cfg):
-    """The process's Runtime, from the keys device=, parallel=, dtype= and seed=."""
-    return Runtime(cfg.device, cfg.parallel, cfg.dtype, cfg.seed)
+    """The process's Runtime, from the keys device=, parallel=, tensor=, offload=, dtype= and seed=."""
+    return Runtime(cfg.device, cfg.parallel, cfg.dtype, cfg.seed, cfg.offload, cfg.tensor)
 
 
 class Clock:

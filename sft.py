@@ -70,9 +70,11 @@ class Config:
     # device
     device: str = "auto"  # cpu, cuda, xla, tpu
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # over torchrun's processes; XLA: ddp, fsdp, none
+    tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work; trained weights are always fp32
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
+    offload: bool = False  # with fsdp, zero2, hsdp: weights and optimizer wait in CPU memory; for models that fit no other way
     # bookkeeping
     seed: int = 0
     resume: Literal["auto", "true", "false"] = "auto"  # auto: continue when the run folder holds a state
@@ -174,13 +176,13 @@ def main(cfg):
         start, best = meta["step"], meta["best"]
 
     flops = model.flops_per_token(cfg.max_length, "adapter" if cfg.lora_rank else "all")
-    logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.shards)
+    logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     logger.settings("sft", cfg, resume)
-    spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2"
+    spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", cfg.offload
     logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
     logger.text(
         f"{len(train.lengths):,} rows, {train.lengths.sum():,} tokens ({train.dropped} dropped, {train.truncated} truncated); "
-        f"{train.steps_per_epoch} steps an epoch, {steps} in all from step {start}; {rt.shards} x {rt.name}, {rt.dtype}"
+        f"{train.steps_per_epoch} steps an epoch, {steps} in all from step {start}; {rt.devices} x {rt.name}, {rt.dtype}"
     )
 
     def save(dir):

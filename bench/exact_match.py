@@ -41,7 +41,7 @@ def main(cfg):
         records = [json.loads(line) for line in open(cfg.data, encoding="utf-8")][: cfg.rows or None]
     except FileNotFoundError:
         raise config.UserError(f"there is no file {cfg.data}: python -m prepare.toy out=data/toy writes one") from None
-    rt = runtime.start(cfg)
+    rt = runtime.Runtime(cfg.device, cfg.parallel, cfg.dtype, cfg.seed)
     model, base = lora.open_model(cfg.model, dtype=rt.dtype)
     rt.place(model)
     tok = tokenizer.load(base)

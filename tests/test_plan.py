@@ -9,6 +9,7 @@ from conftest import ROOT
 
 import estimate
 from config import UserError
+from model import ModelConfig, Transformer
 
 spec = importlib.util.spec_from_file_location("bench_plan", ROOT / "bench" / "plan.py")
 bench = importlib.util.module_from_spec(spec)
@@ -81,3 +82,12 @@ def test_the_text(capsys):
     bench.main(bench.Config(size="70b", devices=64, device="TPU v5p"))
     out = capsys.readouterr().out
     assert "of 95: fits" in out and "slices of several hosts can be planned, but not run" in out
+
+
+def test_what_is_offloaded_takes_no_memory_of_the_device():
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(dim=2048))
+    said = estimate.describe(model, 4096, 2, offload=True)
+    parts = estimate.memory(model, 4096, 2)
+    host = sum(parts.pop(name) for name in ("weights", "gradients", "optimizer")) / 1e9
+    assert f"device {sum(parts.values()) / 1e9:.1f} GB" in said and f"; {host:.1f} GB for each in CPU memory" in said and host > 1

@@ -258,14 +258,14 @@ def test_diseases():
 
 
 def test_settings_that_do_not_go_together():
-    rt = SimpleNamespace(world=2, shards=2, mesh=None, weight_shards=2)
+    rt = SimpleNamespace(world=2, shards=2, mesh=None, weight_shards=1)
     ppo.check(ppo.Config(batch_size=64, minibatches=2, micro_batch=8, group=4), rt)
     wrong = {
         "batch_size=24 must be a multiple of": dict(batch_size=24),
         "share of a minibatch .16. one of group=5": dict(batch_size=64, minibatches=2, group=5, micro_batch=1),
         "needs group=2": dict(algo="grpo"), "value_warmup=3 trains": dict(algo="rloo", group=2, value_warmup=3),
         "temperature=0": dict(temperature=0.0), "ptx_data= and ptx_coef=": dict(ptx_coef=1.0),
-        "lora_targets=": dict(lora_rank=4, train="qv"), "offload=true parks": dict(offload=True),
+        "lora_targets=": dict(lora_rank=4, train="qv"), "offload=true parks": dict(offload=True, lora_rank=4),
     }  # fmt: skip
     for said, settings in wrong.items():
         with pytest.raises(UserError, match=said):

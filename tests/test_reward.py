@@ -287,16 +287,11 @@ def test_frozen_parts_stay_bit_for_bit(run, folder):
     assert not any("embed_tokens" in name or "layers.0." in name for name in checkpoint.load_state(out / "state")[0])
 
 
-def first_moments(out):
-    """exp_avg after one step: (1 - beta1) times the gradient."""
-    return {k: t for k, t in checkpoint.load_state(out / "state")[0].items() if k.endswith("exp_avg")}
-
-
 def test_the_gradient_does_not_depend_on_the_cut(run):
     base = ["steps=1", "batch_size=16", "grad_clip=0", "norm_samples=0", "centring=0.01", "margin=0.1"]
-    one = first_moments(run(*base, "micro_batch=16", out="a"))
+    one = tiny.first_moments(run(*base, "micro_batch=16", out="a"))
     for cut in (["micro_batch=1"], ["micro_batch=1", "max_length=64"]):
-        other = first_moments(run(*base, *cut, "resume=false", out="b"))
+        other = tiny.first_moments(run(*base, *cut, "resume=false", out="b"))
         assert all((one[k] - other[k]).abs().max() < 1e-6 for k in one) and max(t.abs().max() for t in one.values()) > 1e-3
 
 
@@ -308,7 +303,7 @@ def test_two_processes_do_what_one_does(run, folder, tmp_path):
     tiny.two_processes(tmp_path, "reward", [[*base, *more, f"out={tmp_path / name}"] for name, more in runs.items()])
     for name, more in runs.items():
         one, two = run(*settings, *more, out="one-" + name), tmp_path / name
-        a, b = first_moments(one), first_moments(two)
+        a, b = tiny.first_moments(one), tiny.first_moments(two)
         assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() < 1e-6 for k in a)
         for x, y in zip(log(one, "eval"), log(two, "eval"), strict=True):
             assert all(x[k] == pytest.approx(y[k], abs=1e-4) for k in ("loss", "accuracy", "gap", "score_mean", "score_std"))

@@ -12,7 +12,6 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT
-from torch import nn
 
 import runtime
 from config import UserError
@@ -74,6 +73,12 @@ def test_several_processes_must_say_how(rt):
         rt.place(tiny.model())
 
 
+def test_offload_needs_shards(rt):
+    rt.offload = True
+    with pytest.raises(UserError, match="offload=true keeps in CPU memory what fsdp"):
+        rt.wrap(tiny.model())
+
+
 def test_over_how_many_devices_weights_are_cut(rt):
     rt.world = rt.shards = 16
     rt.local_world = 8
@@ -84,11 +89,29 @@ def test_over_how_many_devices_weights_are_cut(rt):
 
 
 def test_what_xla_cuts(rt):
-    rt.shards = 4
-    spec = lambda *shape: rt._shard_spec(nn.Parameter(torch.empty(*shape)))  # noqa: E731
+    rt.shards, rt.parallel = 4, "fsdp"
+    spec = lambda *shape, name="norm.weight": rt._shard_spec(name, torch.empty(*shape))  # noqa: E731
     assert spec(8, 16) == (None, "data") and spec(16, 8) == ("data", None)
     assert spec(8, 18) == ("data", None)  # the larger one does not divide
     assert spec(6, 10) == (None, None) and spec(16) == (None,)
+    rt.shards = rt.tensor = 2
+    layer = "model.layers.0.self_attn."
+    assert spec(8, 16, name=layer + "q_proj.weight") == ("tensor", "data")
+    assert spec(8, 16, name="lm_head.weight") == (None, "data")
+    assert spec(16, 8, name=layer + "o_proj.weight") == ("data", "tensor") and spec(8, name=layer + "q_proj.bias") == ("tensor",)
+    assert spec(8, 4, name=layer + "q_proj.lora_B.default") == ("tensor", "data")
+    assert spec(3, 8, name=layer + "q_proj.lora_A.default") == (None, "data")
+    assert spec(3, 8, name=layer + "o_proj.lora_A.default") == (None, "tensor")
+
+
+def test_what_a_tensor_group_does_not_share(rt, monkeypatch):
+    rt.tensor = 3
+    with pytest.raises(UserError, match="tensor=3 must divide the model's 4 heads, 2 key/value heads and 48 units"):
+        rt.place(tiny.model())
+    with pytest.raises(UserError, match="tensor=2 must divide the number of processes of a node, 1"):
+        runtime.Runtime("cpu", tensor=2)
+    with pytest.raises(UserError, match="tensor=2 must be 1 or more, and 1 with offload=true"):
+        runtime.Runtime("cpu", "fsdp", tensor=2, offload=True)
 
 
 def test_random_states_come_back(rt):

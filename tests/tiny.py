@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 
 import checkpoint
 import data
@@ -84,6 +85,15 @@ def batch(packs, length, **settings):
     return data.target_index(data.collate(packs, length, **settings))
 
 
+def first_moments(out):
+    """exp_avg, whole, in the training state of a run folder, one file or one a rank. After one step: (1 - beta1) x the gradient."""
+    reader = dcp.HuggingFaceStorageReader(out / "state")
+    found = {k: v for k, v in reader.read_metadata().state_dict_metadata.items() if k.endswith("exp_avg")}
+    tensors = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in found.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
 RUNS = """
 import importlib, json, sys
 import torch.distributed as dist
@@ -91,7 +101,7 @@ import config, runtime
 
 begin = dist.init_process_group  # several runs in one process: one start is slow enough
 dist.init_process_group = lambda *args: dist.is_initialized() or begin(*args)
-runtime.Runtime.close = lambda self: None
+runtime.Runtime.close = runtime.Runtime.finish_saving
 stage = importlib.import_module(sys.argv[1])
 for argv in json.loads(sys.argv[2]):
     stage.main(config.load(stage.Config, argv))

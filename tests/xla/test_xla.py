@@ -26,7 +26,9 @@ for stage, argv in json.loads(sys.argv[1]):
     stage = importlib.import_module(stage)
     stage.main(config.load(stage.Config, argv))
 """
+ONE = [name for name in STAGES if name not in ("sft_frozen", "sft_qwen")]
 SPMD = dict(ddp=["sft", "reward"], fsdp=["pretrain", "sft", "sft_lora", "reward", "dpo", "ppo"])
+SPMD |= {"ddp tensor=2": ["sft"], "fsdp tensor=2": ["pretrain", "ppo_lora"]}
 
 
 def launch(devices, jobs):
@@ -45,14 +47,14 @@ def one(folder):  # noqa: F811
 
     drop = "lora_dropout=0.1"
     whole, half, rest = run("sft_lora", "whole", drop), run("sft_lora", "cut", drop, "steps=2"), run("sft_lora", "cut", drop)
-    launch(1, [*(run(name, name) for name in STAGES if name != "sft_frozen"), whole, half, rest])
+    launch(1, [*(run(name, name) for name in ONE), whole, half, rest])
     return folder / "xla"
 
 
 @pytest.fixture(scope="module")
 def four(folder):  # noqa: F811
     def run(name, mode, out, *more):
-        return job(folder, name, folder / "spmd" / out, "device=xla", f"parallel={mode}", *more)
+        return job(folder, name, folder / "spmd" / out, "device=xla", *f"parallel={mode}".split(), *more)
 
     jobs = [run(name, mode, f"{mode}-{name}") for mode, names in SPMD.items() for name in names]
     launch(4, [*jobs, run("sft", "fsdp", "cut", "steps=2"), run("sft", "fsdp", "cut")])
@@ -63,10 +65,10 @@ def assert_runs_alike(out, reference):
     assert_same_curve(out, reference, tolerance=1e-4)
     assert_same_weights(out / "last", reference / "last")
     graphs = [r["graphs"] for r in records(out) if r["kind"] == "train"]
-    assert 0 < graphs[0] and len(set(graphs[1:])) == 1  # nothing is compiled after the second step
+    assert 0 < graphs[0] and len(set(graphs[2:])) == 1  # nothing is compiled after the first save, which follows the second step
 
 
-@pytest.mark.parametrize("name", [name for name in STAGES if name != "sft_frozen"])
+@pytest.mark.parametrize("name", ONE)
 def test_one_device_does_what_eager_torch_does(folder, one, name):  # noqa: F811
     assert_runs_alike(one / name, folder / "one" / name)
 
@@ -84,5 +86,5 @@ def same(a, b, name):
 def test_a_resume_is_exact(one, four):
     for whole, cut, name in ((one / "whole", one / "cut", "adapter_model"), (four / "fsdp-sft", four / "cut", "model")):
         assert same(whole / "last", cut / "last", name)
-        losses = [[r["loss"] for r in records(out)] for out in (whole, cut)]
+        losses = [[r["loss"] for r in records(out) if "loss" in r] for out in (whole, cut)]
         assert losses[0] == losses[1]
