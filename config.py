@@ -38,7 +38,7 @@ RANGES = {
     ),
     "1 or more": (
         lambda x: x >= 1,
-        "batch_size micro_batch max_length max_new_tokens max_prompt norm_tokens group rollout_batch minibatches ppo_epochs "
+        "batch_size micro_batch tensor max_length max_new_tokens max_prompt norm_tokens group rollout_batch minibatches ppo_epochs "
         "ptx_batch kl_horizon train_mb test",
     ),
     "above 0": (lambda x: x > 0, "beta lora_alpha rope_theta kl_target"),
