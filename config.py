@@ -38,8 +38,8 @@ RANGES = {
     ),
     "1 or more": (
         lambda x: x >= 1,
-        "batch_size micro_batch tensor max_length max_new_tokens max_prompt norm_tokens group rollout_batch minibatches ppo_epochs "
-        "ptx_batch kl_horizon train_mb test",
+        "batch_size micro_batch tensor max_length max_new_tokens max_prompt norm_tokens group rollout_batch minibatches "
+        "ppo_epochs ptx_batch kl_horizon train_mb test",
     ),
     "above 0": (lambda x: x > 0, "beta lora_alpha rope_theta kl_target"),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "warmup_ratio gamma lam"),
