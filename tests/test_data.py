@@ -264,18 +264,6 @@ def best_fit(lengths, max_length):
     return sorted(max_length - r for r in rooms)
 
 
-def first_fit(lengths, max_length):
-    packs = []
-    for n in lengths:
-        for p in packs:
-            if sum(p) + n <= max_length:
-                p.append(n)
-                break
-        else:
-            packs.append([n])
-    return len(packs)
-
-
 @settings(deadline=None, max_examples=300)
 @given(st.lists(st.integers(1, 40), max_size=80), st.integers(0, 20), st.integers(0, 9))
 def test_pack_is_best_fit_decreasing(lengths, more, seed):
@@ -285,7 +273,6 @@ def test_pack_is_best_fit_decreasing(lengths, more, seed):
     fills = sorted(sum(lengths[i] for i in p) for p in packs)
     assert all(f <= max_length for f in fills)
     assert fills == best_fit(lengths, max_length)
-    assert len(packs) <= first_fit(sorted(lengths, reverse=True), max_length)
 
 
 def test_pack_by_hand():
