@@ -28,7 +28,6 @@ class Config:
     max_new_tokens: int = 96
     device: str = "auto"
     dtype: str = "auto"
-    parallel: str = "none"
     seed: int = 0
 
 
@@ -43,7 +42,7 @@ def main(cfg):
         asked = [json.loads(line)["messages"][:1] for line in open(cfg.data, encoding="utf-8")][: cfg.rows or None]
     except FileNotFoundError:
         raise config.UserError(f"there is no file {cfg.data}: python -m prepare.toy task=bullets writes one") from None
-    rt = runtime.start(cfg)
+    rt = runtime.Runtime(cfg.device, "none", cfg.dtype, cfg.seed)
     model, base = lora.open_model(cfg.model, dtype=rt.dtype)
     rt.place(model)
     tok = tokenizer.load(base)
