@@ -28,8 +28,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.utils.checkpoint
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
@@ -195,6 +193,8 @@ class Runtime:
         """Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): parameters become DTensors over the tensor group, and each
         layer takes and gives plain tensors, of which this device has its heads or units, or all. All parameters are DTensors,
         for an optimizer's kernels take no mixture. Not by torch's parallelize_module, which knows no layers with adapters."""
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor  # a second that others need not wait
+
         mesh = self.grid["tensor"]
         for name, p in list(model.named_parameters()):
             owner, _, key = name.rpartition(".")
@@ -216,6 +216,8 @@ class Runtime:
         fsdp within a node and copies over nodes; ddp with tensor= is copies alone. A layer comes to the device when it is cut,
         never the model as a whole. With offload a device's part of weights, gradients and moments stays in CPU memory, where
         the optimizer works on it."""
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
         common = dict(
             mesh=self.grid["replicate", "shard"] if self.parallel in ("hsdp", "ddp") else self.grid["shard"],
             reshard_after_forward=self.parallel != "zero2",
@@ -248,7 +250,7 @@ class Runtime:
     def reshard(self, net):
         """FSDP keeps the embedding and the head whole after a forward, until a backward has used them, and named_parameters() then
         gives these copies: to be called after a forward without one, before an optimizer is built or a state is loaded."""
-        if isinstance(net, FSDPModule):
+        if hasattr(net, "reshard"):
             net.reshard()
 
     def _shard_xla(self, model):
@@ -459,6 +461,8 @@ class Runtime:
 
 
 def _enter(mesh, place, module, inputs):
+    from torch.distributed.tensor import DTensor
+
     return tuple(DTensor.from_local(x, mesh, [place], run_check=False) for x in inputs)
 
 
