@@ -7,7 +7,7 @@ adapter, a value adapter and a reward adapter, whose reference is the trunk with
 
     python ppo.py model=out/sft/last reward=out/reward/last data=data/preferences                    # a CPU or one GPU
     python ppo.py model=out/sft/last reward=out/reward/last lora_rank=16 lr=1e-4 data=data/preferences
-    python ppo.py model=models/smollm2 reward=rewards.py:three_bullets algo=grpo group=8 data=data/prompts
+    python ppo.py model=models/smollm2 reward=prepare/toy.py:three_bullets algo=grpo group=8 data=data/bullets/store
     torchrun --nproc_per_node=8 ppo.py model=out/sft/last reward=out/reward/last data=data/preferences
     PJRT_DEVICE=TPU python ppo.py device=xla parallel=fsdp model=out/sft/last reward=out/reward/last data=data/preferences
 
