@@ -42,6 +42,8 @@ def main(cfg):
         asked = [json.loads(line)["messages"][:1] for line in open(cfg.data, encoding="utf-8")][: cfg.rows or None]
     except FileNotFoundError:
         raise config.UserError(f"there is no file {cfg.data}: python -m prepare.toy task=bullets writes one") from None
+    except (ValueError, KeyError, TypeError):
+        raise config.UserError(f"{cfg.data}: each line must be a JSON record with messages, as prepare.toy writes them") from None
     rt = runtime.Runtime(cfg.device, "none", cfg.dtype, cfg.seed)
     model, base = lora.open_model(cfg.model, dtype=rt.dtype)
     rt.place(model)
