@@ -418,8 +418,9 @@ def load_model(dir, device="cpu", dtype=None, head=None):
         del wanted["score.weight"]
     elif cfg.tie_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= names:
         names.remove("lm_head.weight")
-        pairs = zip(tensors.stretches("lm_head.weight"), tensors.stretches("model.embed_tokens.weight"), strict=False)
-        if not all(torch.equal(a, b) for (_, a), (_, b) in pairs):
+        head, embedding = (tensors[name].shape for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        pairs = zip(tensors.stretches("lm_head.weight"), tensors.stretches("model.embed_tokens.weight"), strict=True)
+        if head != embedding or not all(torch.equal(a, b) for (_, a), (_, b) in pairs):
             raise UserError(
                 f"{dir}: config.json ties the output matrix to the embedding, but lm_head.weight differs from it; "
                 'set "tie_word_embeddings" to false if lm_head.weight is meant'
