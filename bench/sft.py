@@ -36,7 +36,6 @@ class Config:
     out: str = "out/bench/sft"  # scratch folder
     methods: tuple[Literal["full", "lora"], ...] = ("full", "lora")
     sides: tuple[Literal["ours", "compiled", "trl", "trl-packed"], ...] = ("ours", "trl", "trl-packed")
-    rows: int = 400  # of the data; 0: all
     steps: int = 8  # optimizer steps of a run
     repeats: int = 3
     micro_batch: int = 4  # rows of one forward
@@ -47,18 +46,8 @@ class Config:
 
 
 def prepare(cfg):
-    """The same rows for both: messages for TRL, and from them a prepared folder."""
-    from prepare.instructions import recognise
-
-    folder = Path(cfg.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = Path(cfg.data).read_text(encoding="utf-8")
-    records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
-    with open(folder / "rows.jsonl", "w", encoding="utf-8") as f:
-        for record in records[: cfg.rows or None]:
-            turns = [(m["role"], "\n\n".join(filter(None, (m["content"], m.get("input"))))) for m in recognise(record)]
-            f.write(json.dumps(dict(messages=[dict(role=role, content=content) for role, content in turns])) + "\n")
-    keys = [f"source={folder / 'rows.jsonl'}", f"model={cfg.model}", f"out={folder / 'data'}", f"max_length={cfg.max_length}"]
+    """The same rows for both: a prepared folder."""
+    keys = [f"source={cfg.data}", f"model={cfg.model}", f"out={cfg.out}/data", f"max_length={cfg.max_length}"]
     subprocess.run([sys.executable, "-m", "prepare.instructions", *keys, "over_length=truncate"], cwd=ROOT, check=True)
 
 
@@ -68,7 +57,7 @@ def command(cfg, side, method):
                   lora_rank=cfg.lora_rank if method == "lora" else 0, lora_alpha=32)  # fmt: skip
     if side.startswith("trl"):
         script = "bench/sft_trl.py"
-        keys = dict(data=f"{cfg.out}/rows.jsonl", accumulate=cfg.accumulate, packing=side == "trl-packed", threads=cfg.threads)
+        keys = dict(data=f"{cfg.out}/data", accumulate=cfg.accumulate, packing=side == "trl-packed", threads=cfg.threads)
     else:
         script = "sft.py"
         keys = dict(data=f"{cfg.out}/data", batch_size=cfg.micro_batch * cfg.accumulate, compile=side == "compiled", device="cpu",

@@ -1,9 +1,10 @@
 """The peer's half of the fine-tuning comparison: TRL's SFTTrainer on the rows, learning rate, batch and epochs of `sft.py`.
 
-    python bench/sft_trl.py model=models/smollm2 data=out/bench/alpaca/train.jsonl out=out/bench/trl lora_rank=0
+    python bench/sft_trl.py model=models/smollm2 data=data/alpaca out=out/bench/trl lora_rank=0
 
-`data` holds one {"messages": [...]} a line. TRL's defaults stay as a user finds them: rows padded to the longest of the batch,
-chunked loss, bf16 autocast over fp32 weights. The result is a Hugging Face directory, to be scored by `sft.py epochs=0`.
+`data` is a prepared folder, whose tokens and masks TRL takes as they are. Its defaults stay as a user finds them: rows padded to
+the longest of the batch, chunked loss, bf16 autocast over fp32 weights. The result is a Hugging Face directory, to be scored by
+`sft.py epochs=0`.
 """
 
 import json
@@ -15,12 +16,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # in place of bench/
 import config
+import data
 
 
 @dataclass
 class Config:
     model: str = "models/smollm2"
-    data: str = "out/bench/alpaca/train.jsonl"
+    data: str = "data/alpaca"
     out: str = "out/bench/trl"
     epochs: float = 3.0
     steps: int = -1  # stop earlier; -1: after `epochs`
@@ -47,10 +49,8 @@ def main(cfg):
     from trl import SFTConfig, SFTTrainer
 
     torch.set_num_threads(cfg.threads)
-    rows = []
-    for line in open(cfg.data, encoding="utf-8"):
-        messages = json.loads(line)["messages"]
-        rows.append(dict(prompt=messages[:-1], completion=messages[-1:]))
+    store = data.Store(cfg.data, "train")
+    rows = [dict(input_ids=ids.tolist(), completion_mask=mask.tolist()) for ids, mask in map(store.row, range(len(store)))]
     steps = []
 
     class Clock(TrainerCallback):
@@ -62,7 +62,7 @@ def main(cfg):
 
     args = SFTConfig(
         output_dir=cfg.out, per_device_train_batch_size=cfg.micro_batch, gradient_accumulation_steps=cfg.accumulate,
-        max_length=cfg.max_length, packing=cfg.packing, num_train_epochs=cfg.epochs, max_steps=cfg.steps,
+        max_length=cfg.max_length, packing=cfg.packing, completion_only_loss=True, num_train_epochs=cfg.epochs, max_steps=cfg.steps,
         learning_rate=cfg.lr, lr_scheduler_type="cosine", warmup_steps=0.03, weight_decay=0.0, bf16=True,
         use_cpu=not torch.cuda.is_available(), optim="adamw_torch_fused", gradient_checkpointing=False, logging_steps=5,
         save_strategy="no", report_to=[], disable_tqdm=True, seed=cfg.seed,
