@@ -25,7 +25,7 @@ class Config:
     data: str = "data/alpaca"
     out: str = "out/bench/trl"
     epochs: float = 3.0
-    steps: int = -1  # stop earlier; -1: after `epochs`
+    steps: int = 0  # stop earlier; 0: after `epochs`
     micro_batch: int = 4  # rows of one forward
     accumulate: int = 4  # forwards of one optimizer step
     max_length: int = 512
@@ -62,9 +62,9 @@ def main(cfg):
 
     args = SFTConfig(
         output_dir=cfg.out, per_device_train_batch_size=cfg.micro_batch, gradient_accumulation_steps=cfg.accumulate,
-        max_length=cfg.max_length, packing=cfg.packing, completion_only_loss=True, num_train_epochs=cfg.epochs, max_steps=cfg.steps,
-        learning_rate=cfg.lr, lr_scheduler_type="cosine", warmup_steps=0.03, weight_decay=0.0, bf16=True,
-        use_cpu=not torch.cuda.is_available(), optim="adamw_torch_fused", gradient_checkpointing=False, logging_steps=5,
+        max_length=cfg.max_length, packing=cfg.packing, completion_only_loss=True, num_train_epochs=cfg.epochs,
+        max_steps=cfg.steps or -1, learning_rate=cfg.lr, lr_scheduler_type="cosine", warmup_steps=0.03, weight_decay=0.0,
+        bf16=True, use_cpu=not torch.cuda.is_available(), optim="adamw_torch_fused", gradient_checkpointing=False, logging_steps=5,
         save_strategy="no", report_to=[], disable_tqdm=True, seed=cfg.seed,
     )  # fmt: skip
     lora = None

@@ -2,18 +2,14 @@
 
 import importlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import ROOT
 
 import checkpoint
 import config
@@ -22,26 +18,27 @@ import runtime
 import tokenizer
 from config import UserError
 
-# Several runs in one process, for starting one takes as long as a run. A job: [stage, arguments]
-WORKER = """
-import importlib, json, os, signal, sys
+# Around the runs of a process: the share of its parameters that it holds is noted, and a fault befalls it
+BEFORE = """
+import os, signal
 import torch
-import torch.distributed as dist
-import checkpoint, config, runtime
+import checkpoint
 
-begin, place, shares = dist.init_process_group, runtime.Runtime.place, {}
-dist.init_process_group = lambda *args: dist.is_initialized() or begin(*args)
-runtime.Runtime.close = runtime.Runtime.finish_saving
+place, start, shares = runtime.Runtime.place, runtime.start, {}
 runtime.Runtime.catch_signals = lambda self: None
 runtime.Runtime.should_stop = lambda self: False
+
+def start_on_nodes(cfg):
+    os.environ["LOCAL_WORLD_SIZE"] = "2" if cfg.parallel == "hsdp" else os.environ["WORLD_SIZE"]
+    return start(cfg)
 
 def weigh(self, model, *args):
     place(self, model, *args)
     torch.rand(rank)  # rows of other lengths would leave the ranks' generators in other states too
     held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters())
-    shares[name] = held / sum(p.numel() for p in model.parameters())
+    shares[argv[0].removeprefix("out=")] = held / sum(p.numel() for p in model.parameters())
 
-runtime.Runtime.place = weigh
+runtime.Runtime.place, runtime.start = weigh, start_on_nodes
 fault, rank = os.environ.get("FAULT"), int(os.environ["RANK"])
 if fault == "raise" and rank == 1:
     def broken(*args, **kwargs):
@@ -64,30 +61,18 @@ if fault == "kill in its part" and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         fsync(file)
     os.fsync = killed
-for stage, argv in json.loads(sys.argv[1]):
-    name = argv[0].removeprefix("out=")
-    os.environ["LOCAL_WORLD_SIZE"] = "2" if "parallel=hsdp" in argv else os.environ["WORLD_SIZE"]  # as on nodes of two
-    stage = importlib.import_module(stage)
-    stage.main(config.load(stage.Config, argv))
-with open(f"{sys.argv[2]}.{rank}", "w") as f:
+"""
+AFTER = """
+with open(os.environ["SHARES"] + str(rank), "w") as f:
     json.dump(shares, f)
 """
 
 
-def launch(world, jobs, dir, fault=None):
+def launch(world, jobs, dir, **environment):
     """Runs jobs on `world` processes -> (exit status, output, [shares of the parameters that a rank holds, by run folder])."""
-    (dir / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    command += [str(dir / "worker.py"), json.dumps(jobs), str(dir / "shares")]
-    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) | (dict(FAULT=fault) if fault else {})
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        output, _ = process.communicate(timeout=300)
-    finally:
-        process.terminate()  # torchrun ends its children
-    if process.returncode:
-        return process.returncode, output, None
-    return 0, output, [json.loads((dir / f"shares.{rank}").read_text()) for rank in range(world)]
+    shares = f"{dir / 'shares.'}"
+    status, output = tiny.processes(dir, jobs, world, BEFORE, AFTER, timeout=300, SHARES=shares, **environment)
+    return status, output, None if status else [json.loads(open(f"{shares}{rank}").read()) for rank in range(world)]
 
 
 def alone(jobs):
@@ -303,7 +288,7 @@ def test_a_state_with_a_part_missing_is_refused(folder, two, tmp_path):
 
 def test_a_rank_that_raises_ends_the_job(folder, tmp_path):
     began = time.time()
-    status, output, _ = launch(2, [job(folder, "sft", tmp_path / "out", "parallel=fsdp")], tmp_path, "raise")
+    status, output, _ = launch(2, [job(folder, "sft", tmp_path / "out", "parallel=fsdp")], tmp_path, FAULT="raise")
     assert status == 1 and "ValueError: rank 1 cannot go on" in output and time.time() - began < 90
     root = output[output.index("Root Cause (first observed failure)") :]
     assert re.search(r"rank *: 1 \(local_rank: 1\)\s+exitcode *: 1 ", root)
@@ -312,7 +297,7 @@ def test_a_rank_that_raises_ends_the_job(folder, tmp_path):
 @pytest.mark.parametrize("fault", ["kill in the save", "kill in its part"])
 def test_a_rank_killed_while_saving_loses_nothing(folder, tmp_path, fault):
     settings, state = job(folder, "sft", tmp_path / "out", "save_every=2", "parallel=fsdp"), tmp_path / "out" / "state"
-    status, output, _ = launch(2, [settings], tmp_path, fault)
+    status, output, _ = launch(2, [settings], tmp_path, FAULT=fault)
     assert status == 1 and "Signal 9 (SIGKILL)" in output
     if fault == "kill in the save":  # between the two renames
         assert not state.exists()

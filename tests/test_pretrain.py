@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -343,19 +341,6 @@ def test_sizes():
 
 # ---------------------------------------------------------------------------------------------------- processes
 
-RUNS = """
-import json, sys
-import torch.distributed as dist
-import config, pretrain, runtime
-
-begin = dist.init_process_group  # several runs in one process: one start is slow enough
-dist.init_process_group = lambda *args: dist.is_initialized() or begin(*args)
-runtime.Runtime.close = lambda self: None
-for argv in json.loads(sys.argv[1]):
-    pretrain.main(config.load(pretrain.Config, argv))
-"""
-
-
 def test_two_processes_do_what_one_does(base, store, tmp_path):
     other = text_store(tmp_path / "other", base, n=10, val=0, seed=5)
     runs = dict(
@@ -363,17 +348,7 @@ def test_two_processes_do_what_one_does(base, store, tmp_path):
         fsdp=dict(data=f"{store},{other}", weights=[0.5, 0.5], isolate=False, parallel="fsdp"),
     )
     common = BASE | SMALL | dict(batch_size=8, eval_every=2, steps=3)
-    script = tmp_path / "runs.py"
-    script.write_text(RUNS)
-    argvs = [arguments(common | run | dict(out=tmp_path / name)) for name, run in runs.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, json.dumps(argvs)]
-    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        output, _ = process.communicate(timeout=100)
-    finally:
-        process.terminate()  # torchrun ends its children
-    assert process.returncode == 0, output[-3000:]
+    tiny.two_processes(tmp_path, "pretrain", [arguments(common | run | dict(out=tmp_path / name)) for name, run in runs.items()])
     for name, run in runs.items():
         alone = train(tmp_path / f"{name}-alone", **dict(batch_size=8, eval_every=2, steps=3) | run | dict(parallel="ddp"))
         both = records(tmp_path / name)

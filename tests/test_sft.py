@@ -482,33 +482,11 @@ def test_sigterm_saves_and_the_same_command_goes_on(base, store, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "cut", adapter=True)
 
 
-RUNS = """
-import json, sys
-import torch.distributed as dist
-import config, runtime, sft
-
-begin = dist.init_process_group  # several runs in one process: one start is slow enough
-dist.init_process_group = lambda *args: dist.is_initialized() or begin(*args)
-runtime.Runtime.close = lambda self: None
-for argv in json.loads(sys.argv[1]):
-    sft.main(config.load(sft.Config, argv))
-"""
-
-
 def test_two_processes_do_what_one_does(base, store, tmp_path):
     """DDP, full and LoRA, and FSDP: gradients meet over ranks after the last micro-batch; padding evens out a short last step."""
-    common = dict(model=base, data=store, batch_size=8, micro_batch=2, eval_every=3, steps=5)
+    common = BASE | dict(model=base, data=store, batch_size=8, micro_batch=2, eval_every=3, steps=5)
     runs = dict(ddp=dict(), lora=dict(lora_rank=4, lr=1e-2), fsdp=dict(parallel="fsdp"))
-    script = tmp_path / "runs.py"
-    script.write_text(RUNS)
-    argvs = [arguments(BASE | common | run | dict(out=str(tmp_path / name))) for name, run in runs.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, json.dumps(argvs)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        output, _ = process.communicate(timeout=100)
-    finally:
-        process.terminate()  # torchrun ends its children
-    assert process.returncode == 0, output[-3000:]
+    tiny.two_processes(tmp_path, "sft", [arguments(common | run | dict(out=tmp_path / name)) for name, run in runs.items()])
     for name, run in runs.items():
         alone = train(tmp_path / f"{name}-alone", **common | run)
         both = records(tmp_path / name)

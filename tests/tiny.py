@@ -94,7 +94,7 @@ def first_moments(out):
     return tensors
 
 
-RUNS = """
+WORKER = """
 import importlib, json, sys
 import torch.distributed as dist
 import config, runtime
@@ -102,22 +102,30 @@ import config, runtime
 begin = dist.init_process_group  # several runs in one process: one start is slow enough
 dist.init_process_group = lambda *args: dist.is_initialized() or begin(*args)
 runtime.Runtime.close = runtime.Runtime.finish_saving
-stage = importlib.import_module(sys.argv[1])
-for argv in json.loads(sys.argv[2]):
+{before}
+for stage, argv in json.loads(sys.argv[1]):
+    stage = importlib.import_module(stage)
     stage.main(config.load(stage.Config, argv))
+{after}
+dist.destroy_process_group()  # its threads must not outlive the interpreter
 """
+
+
+def processes(dir, jobs, world=2, before="", after="", timeout=100, **environment):
+    """Runs jobs, each a stage and its arguments, on `world` processes -> (exit status, output). before, after: code around them."""
+    root, script = Path(__file__).resolve().parent.parent, Path(dir) / "worker.py"
+    script.write_text(WORKER.format(before=before, after=after))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", script, json.dumps(jobs)]
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(root)) | environment
+    process = subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        process.terminate()  # torchrun ends its children
+    return process.returncode, output
 
 
 def two_processes(dir, stage, argvs):
     """Runs of a stage, each with its arguments, on two processes."""
-    root, script = Path(__file__).resolve().parent.parent, Path(dir) / "runs.py"
-    script.write_text(RUNS)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    settings = dict(cwd=root, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(root)), text=True)
-    settings |= dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    process = subprocess.Popen([*launch, script, stage, json.dumps(argvs)], **settings)
-    try:
-        output, _ = process.communicate(timeout=100)
-    finally:
-        process.terminate()  # torchrun ends its children
-    assert process.returncode == 0, output[-3000:]
+    status, output = processes(dir, [(stage, argv) for argv in argvs])
+    assert status == 0, output[-3000:]
