@@ -232,9 +232,7 @@ def main(cfg):
     resume = checkpoint.resumable(out / "state", cfg.resume)
 
     # ------------------------------------------------------------------------------------------ model, data
-    dtype = rt.dtype if cfg.lora_rank else torch.float32  # frozen weights in bf16, trained ones are fp32 masters
-    model, base = lora.open_model(cfg.model, dtype=dtype, as_base=cfg.lora_rank > 0)
-    lora.merge(model)
+    model, base = lora.open_whole(cfg.model, as_base=cfg.lora_rank > 0)
     tok = tokenizer.load(base, data.chat_template(cfg.data) or lora.chat_template(cfg.model))
     rows = rankings.load(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
     val_rows = rankings.load(cfg.data, split="val", tokenizer=tok)

@@ -281,3 +281,10 @@ def open_model(dir, base=None, device="cpu", dtype=None, head=None, as_base=Fals
     if is_adapter(dir):
         load(model, dir)
     return model, found
+
+
+def open_whole(dir, head=None, as_base=False):
+    """open_model for training: an adapter is merged into its base, in fp32; a model is its file, memory-mapped, until runtime.place
+    gives its parameters their dtypes and devices."""
+    model, found = open_model(dir, dtype=torch.float32 if is_adapter(dir) else None, head=head, as_base=as_base)
+    return merge(model), found

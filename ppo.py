@@ -359,7 +359,7 @@ def main(cfg):
     prompts, too_long = prompts_of(cfg, tok)
     if cfg.compile:  # round to bf16 where eager code does: or else graphs with and without gradients differ by tenths of a nat
         torch._inductor.config.emulate_precision_casts = True
-    policy, reference, scorer, critic = roles.build(cfg, rt, tok)
+    policy, reference, scorer, critic = roles.build(cfg, tok)
     models = {id(role.model): role.model for role in (policy, reference, scorer, critic) if role}.values()
     for model in models:
         rt.place(model, cfg.compile, cfg.grad_checkpoint)

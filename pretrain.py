@@ -15,6 +15,7 @@ ranks, or corpora are mixed by weights=. The loss is a sum over target tokens di
 """
 
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -116,6 +117,16 @@ def model_config(cfg, vocab_size):
     )  # fmt: skip
 
 
+def fresh(rt, shape, dir):
+    """A model of random weights. Where it is to be cut, one process makes it and all map its file `dir`: no other ever holds it."""
+    if rt.processes == 1 or rt.weight_shards == 1:
+        return Transformer(shape).init_weights()
+    if rt.is_main:
+        checkpoint.save_model(Transformer(shape).init_weights(), dir)
+    rt.barrier()
+    return checkpoint.load_model(dir)
+
+
 def forward(net, batch, isolate):
     """hidden (B, T, C). One stretch of text needs no document ids: plain causal attention has the fastest kernels."""
     return net(batch["tokens"], batch["positions"], batch["docs"]) if isolate else net(batch["tokens"])
@@ -204,14 +215,17 @@ def main(cfg):
 
     # ------------------------------------------------------------------------------------------ model
     if cfg.model:
-        model = checkpoint.load_model(cfg.model, dtype=torch.float32)
+        model = checkpoint.load_model(cfg.model)
         if tok.vocab_size > model.cfg.vocab_size:
             raise UserError(f"{cfg.model} has {model.cfg.vocab_size} embeddings, its tokenizer {tok.vocab_size} tokens")
     else:
-        model = Transformer(model_config(cfg, tok.vocab_size)).init_weights()
+        model = fresh(rt, model_config(cfg, tok.vocab_size), out / "init")
 
     # ------------------------------------------------------------------------------------------ optimizer, resume
     net = rt.wrap(model, cfg.compile, cfg.grad_checkpoint)
+    rt.barrier()
+    if rt.is_main:
+        shutil.rmtree(out / "init", ignore_errors=True)
     trained = dict(model.named_parameters())
     optimizer = optim.build(model, cfg.optimizer, cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
     rt.prime(optimizer)

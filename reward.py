@@ -218,9 +218,7 @@ def main(cfg):
     resume = checkpoint.resumable(out / "state", cfg.resume)
 
     # ------------------------------------------------------------------------------------------ model
-    dtype = rt.dtype if cfg.lora_rank else torch.float32  # frozen weights in bf16, trained ones are fp32 masters
-    model, base = lora.open_model(cfg.model, dtype=dtype, head="score", as_base=cfg.lora_rank > 0)
-    lora.merge(model)
+    model, base = lora.open_whole(cfg.model, head="score", as_base=cfg.lora_rank > 0)
     if cfg.lora_rank:
         lora.apply(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, rslora=cfg.lora_rslora)
     else:

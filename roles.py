@@ -1,6 +1,6 @@
 """The four models of RLHF - policy, reference, reward model ("scorer") and critic - and what each says of a batch of episodes.
 
-    policy, reference, scorer, critic = roles.build(cfg, rt, tok)     # Roles; None where there is no such model
+    policy, reference, scorer, critic = roles.build(cfg, tok)         # Roles; None where there is no such model
     batch = rt.put(roles.episode_batch(prompts, responses, response_length))
     logprobs, entropy = policy.logprobs(batch, temperature)           # b episodes of R response tokens: all are (b, R),
     values, scores = critic.values(batch), scorer.scores(batch)       # right-padded with zeros; scores (b,)
@@ -108,12 +108,13 @@ def spread(x, batch):
 # ---------------------------------------------------------------------------------------------- layouts
 
 
-def build(cfg, rt, tok):
-    """The roles by cfg.lora_rank, on the CPU. A cfg.reward that is file.py:function needs no scorer, other than ppo no critic."""
+def build(cfg, tok):
+    """The roles by cfg.lora_rank, before runtime.place. A cfg.reward that is file.py:function needs no scorer, other than ppo no
+    critic."""
     judged = ".py:" in cfg.reward
     if not judged:
         check_scorer(cfg.reward, tok)
-    return (one_trunk if cfg.lora_rank else full_models)(cfg, rt, judged)
+    return (one_trunk if cfg.lora_rank else full_models)(cfg, judged)
 
 
 def check_scorer(dir, tok):
@@ -125,23 +126,15 @@ def check_scorer(dir, tok):
         raise UserError(f"reward={dir} has another tokenizer than the policy: its tokens would mean something else there")
 
 
-def open_whole(dir, dtype, head=None):
-    """A model, or an adapter merged into its base, in `dtype`. The merge is done in fp32, so that what is held in bf16 is what
-    autocast makes of the same weights in fp32: policy and reference start equal to the bit."""
-    model = lora.merge(lora.open_model(dir, dtype=torch.float32 if lora.is_adapter(dir) else dtype, head=head)[0])
-    for name, p in model.named_parameters():
-        p.data = p.data if name == "score.weight" else p.data.to(dtype)
-    return model
-
-
-def full_models(cfg, rt, judged):
-    """Layout (a): each role has a model of its own."""
+def full_models(cfg, judged):
+    """Layout (a): each role has a model of its own. What a frozen one holds in bf16 is what autocast makes of the same weights in
+    fp32: policy and reference start equal to the bit."""
 
     def frozen(dir, head=None):
-        return open_whole(dir, rt.dtype, head).requires_grad_(False)
+        return lora.open_whole(dir, head)[0].requires_grad_(False)
 
     def trainable(dir, head=None):
-        model = open_whole(dir, torch.float32, head)
+        model, _ = lora.open_whole(dir, head)
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
         return model
 
@@ -160,10 +153,10 @@ def full_models(cfg, rt, judged):
     return policy, reference, scorer, critic
 
 
-def one_trunk(cfg, rt, judged):
+def one_trunk(cfg, judged):
     """Layout (b): the roles are one frozen trunk under different adapters; the reference is the trunk alone. The reward model
     joins them when it is an adapter on the same trunk; otherwise it is a frozen model of its own."""
-    model, base = lora.open_model(cfg.model, dtype=rt.dtype, as_base=True)
+    model, base = lora.open_whole(cfg.model, as_base=True)
     adapter = dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, targets=cfg.lora_targets)
     lora.apply(model, name="policy", **adapter)
     policy, reference, scorer, critic = Role(model, "policy"), Role(model), None, None
@@ -173,7 +166,7 @@ def one_trunk(cfg, rt, judged):
         model.reward_head = lora.load_scorer(model, cfg.reward, "reward")
         scorer = Role(model, "reward", model.reward_head, scale)
     elif not judged:
-        other = open_whole(cfg.reward, rt.dtype, "score").requires_grad_(False)
+        other = lora.open_whole(cfg.reward, "score")[0].requires_grad_(False)
         scorer = Role(other, head=other.score, scale=scale)
     if cfg.algo == "ppo" and joined:  # the critic starts as a copy of the reward adapter and its head
         model.value_head = lora.load_scorer(model, cfg.reward, "value")

@@ -167,7 +167,7 @@ class Runtime:
         return self.replicate(model)
 
     def place(self, model, compile=False, grad_checkpoint=False):
-        """The part of `wrap` that is done once for a model, trained or not: device, compilation, FSDP or SPMD sharding."""
+        """The part of `wrap` that is done once for a model, trained or not: device, dtypes, compilation, FSDP or SPMD sharding."""
         if self.world > 1 and self.parallel == "none":
             raise UserError(f"{self.world} processes need parallel=ddp or parallel=fsdp")
         if grad_checkpoint:
@@ -185,9 +185,24 @@ class Runtime:
         if self.world > 1 and (self.tensor > 1 or self.parallel in SHARDED):
             self._shard(model)
         else:
-            model.to(self.device)
+            for module in (*model.layers, model):
+                self._hold(module)
+                module.to(self.device)
         if self.kind == "xla":
             self._shard_xla(model)
+
+    def _held_in(self, module, p):
+        """The dtype of a parameter: fp32 for what is trained, for adapters and score heads; the matrix work's for the rest."""
+        exact = p.requires_grad or isinstance(module, (ScoreHead, nn.ParameterDict))
+        return torch.float32 if exact else self.dtype
+
+    def _hold(self, part):
+        """Gives the parameters of a part of a model their dtype. Until then they may be the model's file, memory-mapped, which the
+        processes of a node share; and where each part is cut at once, no process ever holds the model."""
+        for module in part.modules():
+            for p in module._parameters.values():
+                if p is not None and p.dtype != (dtype := self._held_in(module, p)):
+                    p.data = p.data.to(dtype)
 
     def _cut(self, model):
         """Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): parameters become DTensors over the tensor group, and each
@@ -200,8 +215,10 @@ class Runtime:
             owner, _, key = name.rpartition(".")
             dim = tensor_dim(name)
             place = Replicate() if dim is None or p.shape[dim] % self.tensor else Shard(dim)
-            cut = distribute_tensor(p.detach(), mesh, [place], src_data_rank=None)  # each rank has read the whole
-            model.get_submodule(owner).register_parameter(key, nn.Parameter(cut, requires_grad=p.requires_grad))
+            owner = model.get_submodule(owner)
+            whole = p.detach().to(self._held_in(owner, p))
+            cut = distribute_tensor(whole, mesh, [place], src_data_rank=None)  # each rank has read the whole
+            owner.register_parameter(key, nn.Parameter(cut, requires_grad=p.requires_grad))
         for name, module in model.named_modules():
             if module._parameters and not isinstance(module, nn.ParameterDict):  # a dict of adapters goes with its layer
                 layer = name.rpartition(".")[2]
@@ -225,7 +242,9 @@ class Runtime:
         )
         half = MixedPrecisionPolicy() if self.dtype == torch.float32 else MixedPrecisionPolicy(self.dtype, torch.float32)
         for layer in model.layers:
+            self._hold(layer)
             fully_shard(layer, mp_policy=half, **common)
+        self._hold(model)
         for module in model.modules():
             if isinstance(module, ScoreHead):  # stays fp32
                 fully_shard(module, **common)

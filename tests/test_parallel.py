@@ -106,6 +106,7 @@ FOUR = [("fsdp", "pretrain"), ("fsdp", "sft_frozen"), ("fsdp", "ppo_lora"), ("hs
 PARTS = {"ddp": 1, "ddp tensor=2": 2, "hsdp": 2, "hsdp tensor=2": 2}  # of the weights; else 4
 ON_FOUR = {"sft": "ddp", "sft_lora": "fsdp", "pretrain": "fsdp", "reward": "zero2", "ppo_lora": "hsdp", "ppo": "fsdp",
            "dpo": "fsdp tensor=2"}  # half done -> by this
+BF16 = ["sft", "sft_frozen", "sft_lora", "reward", "ppo_lora"]
 TENSOR = ["pretrain", "sft", "sft_lora", "sft_qwen", "ppo_lora"]
 
 
@@ -174,7 +175,7 @@ def two(folder):
     runs = {f"two/{mode}-{name}": (name, mode, STEPS) for mode in ("ddp", "fsdp") for name in STAGES}
     runs |= {f"half/{name}": (name, "fsdp" if name in ("sft", "sft_lora", "dpo", "ppo_lora") else "ddp", 2) for name in STAGES}
     jobs = [job(folder, name, folder / run, f"parallel={mode}", f"steps={n}") for run, (name, mode, n) in runs.items()]
-    jobs += [job(folder, name, folder / "bf16" / name, "parallel=fsdp", "dtype=bfloat16") for name in ("sft", "reward", "ppo_lora")]
+    jobs += [job(folder, name, folder / "bf16" / name, "parallel=fsdp", "dtype=bfloat16") for name in BF16]
     jobs += [job(folder, name, folder / "offload" / name, "parallel=fsdp", "offload=true") for name in ("sft", "ppo_lora")]
     jobs += [job(folder, name, folder / "tensor" / name, "parallel=none", "tensor=2") for name in TENSOR]
     jobs.append(job(folder, "sft", folder / "tensor" / "half", "parallel=none", "tensor=2", "steps=2"))
@@ -211,9 +212,43 @@ def test_offloaded_shards(folder, two):
         assert_same_weights(folder / "offload" / name / "last", folder / "one" / name / "last")
 
 
+WATCH = """
+place, hold, whole = runtime.Runtime.place, runtime.Runtime._hold, []
+
+def watch_placing(self, model, *args):
+    global placed
+    placed = model
+    place(self, model, *args)
+
+def watch_holding(self, part):
+    hold(self, part)
+    full = [p.dtype == torch.float32 and not hasattr(p, "placements") for p in placed.parameters()]
+    whole.append(sum(p.numel() for p, f in zip(placed.parameters(), full) if f) / sum(p.numel() for p in placed.parameters()))
+
+import json, os, torch
+runtime.Runtime.place, runtime.Runtime._hold = watch_placing, watch_holding
+"""
+WHOLE = """
+with open(os.environ["WHOLE"] + os.environ["RANK"], "w") as f:
+    json.dump(whole, f)
+"""
+
+
+def test_no_process_ever_holds_a_model_that_is_cut(folder, tmp_path):
+    """A model that is stored in bf16 is its file until its layers become fp32 and are cut, one after the other."""
+    model = tiny.model(vocab_size=264, n_layers=8)
+    checkpoint.save_model(model, tmp_path / "model", torch.bfloat16, like=folder / "model")
+    run = job(folder, "sft", tmp_path / "out", "parallel=fsdp", f"model={tmp_path / 'model'}", "steps=1")
+    status, output = tiny.processes(tmp_path, [run], before=WATCH, after=WHOLE, WHOLE=f"{tmp_path / 'whole.'}")
+    assert status == 0, output[-3000:]
+    for rank in range(2):
+        whole = json.loads((tmp_path / f"whole.{rank}").read_text())
+        assert len(whole) == 9 and max(whole) < 0.25
+
+
 def test_weights_are_gathered_in_bf16(folder, two):
     """As exact as bf16 is; PPO itself checks that policy and reference agree at the start. A score head stays fp32."""
-    for name in ("sft", "reward", "ppo_lora"):
+    for name in BF16:
         lines = ([r for r in records(folder / run / name) if r["kind"] == "train"] for run in ("bf16", "one"))
         a, b = ([r["reward" if name == "ppo_lora" else "loss"] for r in rs][:2] for rs in lines)  # then samples may differ
         np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02, err_msg=name)
