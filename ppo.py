@@ -101,6 +101,7 @@ class Config:
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # over torchrun's processes; XLA: ddp, fsdp, none
     tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of the gradients that are summed over devices
     compile: bool = False
     grad_checkpoint: bool = False
     offload: bool = False  # full models that are not at work wait in CPU memory; with fsdp, zero2, hsdp: weights and optimizers

@@ -1,6 +1,6 @@
 """Devices and ranks: everything that differs between a CPU, one GPU, many GPUs and TPUs stands in this file.
 
-    rt = runtime.start(cfg)                   # reads cfg.device, .parallel, .tensor, .offload, .dtype, .seed, and torchrun's
+    rt = runtime.start(cfg)                   # reads cfg.device, .parallel, .tensor, .offload, .dtype, .reduce_dtype, .seed
     net = rt.wrap(model)                      # DDP, FSDP2, XLA SPMD, or the model itself; parameter names stay the same
     batch = rt.put(batch)                     # CPU tensors -> this device
     with rt.autocast(): ...
@@ -44,7 +44,7 @@ class Runtime:
     """One per process. kind: cpu | cuda | xla | tpu; rank, world: of processes that see rows of their own; process, processes: of
     all; shards: parts that the batch is cut into; tensor: devices that share a layer; devices: all of them."""
 
-    def __init__(self, device="auto", parallel="ddp", dtype="auto", seed=0, offload=False, tensor=1):
+    def __init__(self, device="auto", parallel="ddp", dtype="auto", seed=0, offload=False, tensor=1, reduce_dtype="float32"):
         kind = device
         if device == "auto":
             accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -63,7 +63,9 @@ class Runtime:
         else:
             raise UserError(f"device={device}: use auto, cpu, cuda, xla or tpu")
         self.is_main = self.process == 0
-        self.dtype = self._matrix_dtype(dtype)
+        self.dtype, self.reduce_dtype = self._matrix_dtype(dtype), getattr(torch, reduce_dtype)
+        if kind == "xla" and self.reduce_dtype != torch.float32:
+            raise UserError(f"reduce_dtype={reduce_dtype}: on device=xla gradients are summed in float32")
         if kind == "cpu":
             _tune_cpu()
         self._stop, self._stop_group, self._saving_group = False, None, None
@@ -229,9 +231,9 @@ class Runtime:
 
     def _shard(self, model):
         """FSDP2, a unit for each layer and one for the rest: weights are gathered in the dtype of the matrix work, gradients are
-        summed in fp32. fsdp gathers a layer when it is needed, zero2 keeps what the forward gathered for the backward, hsdp is
-        fsdp within a node and copies over nodes; ddp with tensor= is copies alone. A layer comes to the device when it is cut,
-        never the model as a whole. With offload a device's part of weights, gradients and moments stays in CPU memory, where
+        summed in `reduce_dtype`. fsdp gathers a layer when it is needed, zero2 keeps what the forward gathered for the backward,
+        hsdp is fsdp within a node and copies over nodes; ddp with tensor= is copies alone. A layer comes to the device when it is
+        cut, never the model as a whole. With offload a device's part of weights, gradients and moments stays in CPU memory, where
         the optimizer works on it."""
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -240,7 +242,7 @@ class Runtime:
             reshard_after_forward=self.parallel != "zero2",
             offload_policy=CPUOffloadPolicy(pin_memory=self.kind != "cpu") if self.offload else OffloadPolicy(),
         )
-        half = MixedPrecisionPolicy() if self.dtype == torch.float32 else MixedPrecisionPolicy(self.dtype, torch.float32)
+        half = MixedPrecisionPolicy(self.dtype, self.reduce_dtype)
         for layer in model.layers:
             self._hold(layer)
             fully_shard(layer, mp_policy=half, **common)
@@ -262,6 +264,8 @@ class Runtime:
             p.requires_grad = id(p) in mine
         ids = [self.local_rank] if self.kind == "cuda" else None
         net = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        if self.reduce_dtype == torch.bfloat16:
+            net.register_comm_hook(None, _mean_in_bf16)
         for p in trainable:
             p.requires_grad = True
         return net
@@ -512,8 +516,15 @@ def _tune_cpu():
 
 
 def start(cfg):
-    """The process's Runtime, from the keys device=, parallel=, tensor=, offload=, dtype= and seed=."""
-    return Runtime(cfg.device, cfg.parallel, cfg.dtype, cfg.seed, cfg.offload, cfg.tensor)
+    """The process's Runtime, from the keys device=, parallel=, tensor=, offload=, dtype=, reduce_dtype= and seed=."""
+    return Runtime(cfg.device, cfg.parallel, cfg.dtype, cfg.seed, cfg.offload, cfg.tensor, cfg.reduce_dtype)
+
+
+def _mean_in_bf16(_, bucket):
+    """DDP's mean of a bucket of gradients, sent as bf16. torch's own hook of this kind is for nccl alone."""
+    small = (bucket.buffer() / dist.get_world_size()).bfloat16()
+    sent = dist.all_reduce(small, async_op=True).get_future()
+    return sent.then(lambda done: bucket.buffer().copy_(done.value()[0]))
 
 
 class Clock:

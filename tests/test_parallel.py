@@ -176,6 +176,8 @@ def two(folder):
     runs |= {f"half/{name}": (name, "fsdp" if name in ("sft", "sft_lora", "dpo", "ppo_lora") else "ddp", 2) for name in STAGES}
     jobs = [job(folder, name, folder / run, f"parallel={mode}", f"steps={n}") for run, (name, mode, n) in runs.items()]
     jobs += [job(folder, name, folder / "bf16" / name, "parallel=fsdp", "dtype=bfloat16") for name in BF16]
+    for mode in ("ddp", "fsdp"):
+        jobs.append(job(folder, "sft", folder / "reduced" / mode, f"parallel={mode}", "reduce_dtype=bfloat16"))
     jobs += [job(folder, name, folder / "offload" / name, "parallel=fsdp", "offload=true") for name in ("sft", "ppo_lora")]
     jobs += [job(folder, name, folder / "tensor" / name, "parallel=none", "tensor=2") for name in TENSOR]
     jobs.append(job(folder, "sft", folder / "tensor" / "half", "parallel=none", "tensor=2", "steps=2"))
@@ -254,6 +256,14 @@ def test_weights_are_gathered_in_bf16(folder, two):
         np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02, err_msg=name)
     sharp = checkpoint.read_tensors(folder / "bf16" / "reward" / "last")["score.weight"]
     assert sharp.dtype == torch.float32 and (sharp != sharp.bfloat16()).any()
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_gradients_are_summed_in_bf16(folder, two, mode):
+    """A bf16 has 8 bits: the norm of such gradients is not that of fp32, and near it; the loss before the first step is the same."""
+    (a, *_), (b, *_) = ([r for r in records(folder / run) if r["kind"] == "train"] for run in (f"reduced/{mode}", "one/sft"))
+    assert abs(a["loss"] - b["loss"]) < 1e-5
+    assert 1e-5 < abs(a["grad_norm"] / b["grad_norm"] - 1) < 2**-8
 
 
 def test_four_processes_do_what_one_does_and_go_on_from_two(folder, two, tmp_path):
