@@ -215,7 +215,7 @@ def main(cfg):
     rt = runtime.start(cfg)
     rt.catch_signals()
     out = Path(cfg.out)
-    resume = checkpoint.resumable(out / "state", cfg.resume)
+    resume = rt.once(checkpoint.resumable, out / "state", cfg.resume)
 
     # ------------------------------------------------------------------------------------------ model
     dtype = rt.dtype if cfg.lora_rank else torch.float32  # frozen weights in bf16, trained ones are fp32 masters
