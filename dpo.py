@@ -175,7 +175,7 @@ def reference_logprobs(rt, net, model, batches, path):
     """`completion_logprobs` of all completions, (N,) float32, under the model as it stands, memory-mapped from `path`; computed and
     written first where that does not exist. The ranks share the work. Groups over max_length have no values."""
     count = int(batches.rows.first[-1])
-    if not path.exists():
+    if not rt.once(path.exists):
         if rt.is_main:
             print(f"computing the reference log-probabilities of {count:,} completions", flush=True)
         model.eval()
@@ -230,7 +230,7 @@ def main(cfg):
     rt = runtime.start(cfg)
     rt.catch_signals()
     out = Path(cfg.out)
-    resume = checkpoint.resumable(out / "state", cfg.resume)
+    resume = rt.once(checkpoint.resumable, out / "state", cfg.resume)
 
     # ------------------------------------------------------------------------------------------ model, data
     model, base = lora.open_whole(cfg.model, as_base=cfg.lora_rank > 0)

@@ -350,7 +350,7 @@ def main(cfg):
     rt.catch_signals()
     check(cfg, rt)
     out = Path(cfg.out)
-    resume = checkpoint.resumable(out / "state", cfg.resume)
+    resume = rt.once(checkpoint.resumable, out / "state", cfg.resume)
     reward_function = load_function(cfg.reward) if ".py:" in cfg.reward else None
     gold_function = load_function(cfg.gold) if cfg.gold else None
 
@@ -442,7 +442,7 @@ def main(cfg):
         with torch.no_grad():
             with clock("score"), parking(scorer), rt.autocast():
                 if reward_function:
-                    scores = judge(reward_function, tok, asked, answers, finished)
+                    scores = rt.once(judge, reward_function, tok, asked, answers, finished)
                 else:
                     scores = torch.cat([rt.host(scorer.scores(b)) for b in micros])
             with clock("logprobs"), parking(policy), rt.autocast(), torch.set_grad_enabled(cfg.compile):
@@ -507,7 +507,7 @@ def main(cfg):
         length = mask.sum(1)
         metrics = dict(reward=mean(scores))
         if gold_function:
-            metrics["gold"] = mean(judge(gold_function, tok, asked, answers, finished))
+            metrics["gold"] = mean(rt.once(judge, gold_function, tok, asked, answers, finished))
         metrics |= dict(
             kl=mean(log_ratio), kl_k3=mean((-log_ratio).exp() - 1 + log_ratio), kl_coef=controller.coef,
             entropy=mean(entropy) / mean(mask), length=mean(length), eos_rate=mean(finished),

@@ -12,6 +12,7 @@ ranks, or corpora are mixed by weights=. The loss is a sum over target tokens di
     torchrun --nproc_per_node=8 pretrain.py size=7b data=data/web parallel=fsdp tensor=2            # pairs share each layer
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py size=7b parallel=hsdp
     PJRT_DEVICE=TPU python pretrain.py device=xla parallel=fsdp size=1b data=data/web               # a TPU VM
+    gcloud compute tpus tpu-vm ssh NAME --worker=all --command="cd REPO; PJRT_DEVICE=TPU python pretrain.py device=xla ..."  # slice
 """
 
 import math
@@ -186,7 +187,7 @@ def main(cfg):
     rt = runtime.start(cfg)
     rt.catch_signals()
     out = Path(cfg.out)
-    resume = checkpoint.resumable(out / "state", cfg.resume)
+    resume = rt.once(checkpoint.resumable, out / "state", cfg.resume)
     own = {"tokenizer", "size", "n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "rope_theta"}
     ignored = [pair for pair in config.diff(cfg) if pair.split("=")[0] in own]
     if cfg.model and ignored:

@@ -216,7 +216,7 @@ def main(cfg):
     rt = runtime.start(cfg)
     rt.catch_signals()
     out = Path(cfg.out)
-    resume = checkpoint.resumable(out / "state", cfg.resume)
+    resume = rt.once(checkpoint.resumable, out / "state", cfg.resume)
 
     # ------------------------------------------------------------------------------------------ model
     model, base = lora.open_whole(cfg.model, head="score", as_base=cfg.lora_rank > 0)

@@ -10,6 +10,9 @@
 CPU and CUDA run one process per device (gloo, nccl). With tensor=N, N neighbouring devices share each layer and see the same rows:
 `rank` and `world` count such groups, and sums over ranks count a group once. XLA runs one process per host that sees all chips as
 one (SPMD): there the batch is global, `world` is 1, and what is a collective elsewhere is the identity.
+The hosts of a pod slice all run the same program on the same global batch, of which each uploads what belongs on its chips, and
+every number that one reads is that of all. So they must run the same graphs and fetch the same tensors, in the same order; only
+writing and printing is for one.
 """
 
 import contextlib
@@ -114,8 +117,13 @@ class Runtime:
             xr.use_spmd()  # before the first XLA tensor
         self.device = torch_xla.device()
         torch.zeros(1, device=self.device).cpu()  # starts the client: a CPU backward before it would break every later XLA one
-        if xr.process_count() > 1:
-            raise UserError("device=xla runs on the chips of one host; a pod slice of several hosts is not supported")
+        self.process, self.processes = xr.process_index(), xr.process_count()
+        if self.processes > 1:  # hosts of a pod slice
+            if self.parallel == "none":
+                raise UserError(f"parallel=none uses one chip, but this slice has {self.processes} hosts: use ddp or fsdp")
+            import torch_xla.distributed.xla_backend  # noqa: F401  makes xla:// known, which finds the hosts' addresses
+
+            dist.init_process_group("gloo", init_method="xla://")
         if self.parallel != "none":
             count = xr.global_runtime_device_count()
             if count % self.tensor:
@@ -359,6 +367,15 @@ class Runtime:
         elif self.kind != "cpu":
             torch.accelerator.synchronize()
 
+    def once(self, f, *args):
+        """f(*args); on a pod slice that of its first host for all: for what the state of the run does not decide, such as which
+        files there are or what a user's function says. Hosts that go different ways wait for each other for ever."""
+        if self.kind != "xla" or self.processes == 1:
+            return f(*args)
+        box = [f(*args) if self.is_main else None]
+        dist.broadcast_object_list(box)
+        return box[0]
+
     def barrier(self):
         if self.processes > 1:
             dist.barrier()
@@ -428,12 +445,15 @@ class Runtime:
         return t.cpu()
 
     def full(self, tensors):
-        """{name: tensor} -> the same on the CPU, whole. A collective under FSDP: every rank calls it, with the same names."""
+        """{name: tensor} -> the same on the CPU, whole, for the main process. A collective under FSDP and SPMD: every process calls
+        it, with the same names."""
         out = {}
         for name, t in tensors.items():
             t = t.full_tensor() if hasattr(t, "full_tensor") else t
+            if self.is_main or self.mesh is not None:
+                t = self.host(t).contiguous()
             if self.is_main:
-                out[name] = self.host(t).contiguous()
+                out[name] = t
         return out
 
     def saving_group(self):

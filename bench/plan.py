@@ -179,8 +179,6 @@ def main(cfg):
     print(f"a step of {p['tokens']:,} tokens: {best:.2f} to {worst:.2f} s = {', '.join(parts)}")
     speed = f"{p['tokens'] / worst:,.0f} to {p['tokens'] / best:,.0f} tokens/s"
     print(f"{speed}, mfu {p['useful'] / worst:.0%} to {p['useful'] / best:.0%}")
-    if "TPU" in cfg.device and cfg.devices > 8:
-        print("note: runtime.py runs on the chips of one host, 8 at most; slices of several hosts can be planned, but not run")
 
 
 if __name__ == "__main__":

@@ -80,8 +80,7 @@ def test_the_text(capsys):
     bench.main(bench.Config(size="70b", devices=8))
     assert "DOES NOT FIT" in capsys.readouterr().out
     bench.main(bench.Config(size="70b", devices=64, device="TPU v5p"))
-    out = capsys.readouterr().out
-    assert "of 95: fits" in out and "slices of several hosts can be planned, but not run" in out
+    assert "of 95: fits" in capsys.readouterr().out
 
 
 def test_what_is_offloaded_takes_no_memory_of_the_device():

@@ -1,11 +1,13 @@
 """Every stage on XLA, compiled for the CPU: one device, and four virtual ones (SPMD). Run by `bash test.sh xla`.
 
-What torch_xla sets up holds for a process, so the runs on one device share a process, and those on four another one.
+What torch_xla sets up holds for a process, so the runs on one device share a process, and those on four another one. The CPU's
+devices cannot be of several hosts: of a pod slice, two processes test what its hosts must do alike, each on two devices of its own.
 """
 
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -26,18 +28,75 @@ for stage, argv in json.loads(sys.argv[1]):
     stage = importlib.import_module(stage)
     stage.main(config.load(stage.Config, argv))
 """
+# A host of a slice of two. Only the first may change files; each runs to the end only if the other does.
+HOST = """
+import importlib, json, os, signal, sys
+import torch.distributed as dist
+import torch_xla.debug.metrics as metrics
+import torch_xla.runtime as xr
+import config, optim, ppo, runtime
+
+host, out = int(sys.argv[2]), sys.argv[3]
+xr.process_index, xr.process_count = lambda: host, lambda: 2
+begin, lr_at = dist.init_process_group, optim.lr_at
+dist.init_process_group = lambda *args, **settings: dist.is_initialized() or begin(*args, **settings)
+runtime.Runtime.close = lambda self: None
+
+def only_reads(event, args):
+    changes = event in ("os.mkdir", "os.rename", "os.remove") or event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+    if changes and str(args[0]).startswith(out):
+        raise PermissionError(f"{event} {args}")
+
+def asked_to_stop(step, *args):
+    if step == 1 and not os.path.exists(out + "/cut/state"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return lr_at(step, *args)
+
+if host == 1:
+    sys.addaudithook(only_reads)
+    optim.lr_at = asked_to_stop
+    ppo.judge = None
+for stage, argv in json.loads(sys.argv[1]):
+    stage = importlib.import_module(stage)
+    stage.main(config.load(stage.Config, argv))
+print("fetched", metrics.metric_data("TransferFromDeviceTime")[0])
+"""
 ONE = [name for name in STAGES if name not in ("sft_frozen", "sft_qwen")]
 SPMD = dict(ddp=["sft", "reward"], fsdp=["pretrain", "sft", "sft_lora", "reward", "dpo", "ppo"])
 SPMD |= {"ddp tensor=2": ["sft"], "fsdp tensor=2": ["pretrain", "ppo_lora"]}
 
 
-def launch(devices, jobs):
+def process(devices, script, *args, **env):
     flags = "--xla_backend_optimization_level=0"  # compiles in half the time
-    env = os.environ | dict(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(devices), TF_CPP_MIN_LOG_LEVEL="2", XLA_FLAGS=flags)
+    env |= dict(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(devices), TF_CPP_MIN_LOG_LEVEL="2", XLA_FLAGS=flags)
     env |= dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    command = [sys.executable, "-c", WORKER, json.dumps(jobs)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, "-c", script, *args], cwd=ROOT, env=os.environ | env, **pipes)
+
+
+def launch(devices, jobs):
+    worker = process(devices, WORKER, json.dumps(jobs))
+    output, _ = worker.communicate(timeout=1200)
+    assert worker.returncode == 0, output[-7000:]
+
+
+def launch_hosts(jobs, dir):
+    """Runs jobs on two hosts of two devices -> of each (exit status, output, the hash of every graph that it ran)."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = dict(MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]))
+    graphs, found = [dir / f"graphs.{host}" for host in (0, 1)], []
+    hosts = [process(2, HOST, json.dumps(jobs[host]), str(host), str(dir), XLA_SAVE_TENSORS_FILE=str(graphs[host]), **address)
+             for host in (0, 1)]  # fmt: skip
+    try:
+        outputs = [host.communicate(timeout=600)[0] for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    for host, output, path in zip(hosts, outputs, graphs, strict=True):
+        lines = [line for path in dir.glob(path.name + "*") for line in path.read_text().splitlines()]
+        found.append((host.returncode, output, [line for line in lines if line.startswith("Graph Hash")]))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +147,27 @@ def test_a_resume_is_exact(one, four):
         assert same(whole / "last", cut / "last", name)
         losses = [[r["loss"] for r in records(out) if "loss" in r] for out in (whole, cut)]
         assert losses[0] == losses[1]
+
+
+def test_hosts_of_a_slice_do_the_same(folder, tmp_path):  # noqa: F811
+    """SIGTERM reaches the second one alone, in the second step of `cut`."""
+
+    def run(name, mode, out):
+        return job(folder, name, tmp_path / out, "device=xla", f"parallel={mode}")
+
+    jobs = [run("sft", "fsdp", "cut"), run("sft", "fsdp", "cut"), run("dpo", "ddp", "dpo"), run("grpo", "fsdp", "grpo")]
+    (status, output, graphs), (other_status, other_output, other_graphs) = launch_hosts([jobs, jobs], tmp_path)
+    assert status == other_status == 0, output[-5000:] + other_output[-5000:]
+    assert "stopped at step 2" in output and "step" not in other_output
+    assert graphs == other_graphs and len(graphs) > 100
+    assert output.splitlines()[-1] == other_output.splitlines()[-1]  # how many tensors it fetched
+    for name in ("sft", "dpo", "grpo"):
+        assert_runs_alike(tmp_path / name.replace("sft", "cut"), folder / "one" / name)
+
+
+def test_a_host_that_fails_ends_the_job(folder, tmp_path):  # noqa: F811
+    jobs = [[job(folder, "sft", tmp_path / "out", "device=xla", "parallel=fsdp", f"model={model}")]
+            for model in (folder / "model", tmp_path / "lost")]  # fmt: skip
+    (status, output, _), (other_status, other_output, _) = launch_hosts(jobs, tmp_path)
+    assert other_status == 1 and f"there is no model directory {tmp_path}/lost" in other_output
+    assert status == 1 and "gloo" in output.lower()
