@@ -6,42 +6,54 @@
 import torch
 
 from losses import CHUNK_LOGITS
+from runtime import tensor_dim
 
 
-def memory(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False, keep_gathered=False):
+def memory(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False, keep_gathered=False, tensor=1):
     """Peak bytes of one device by part, for AdamW under autocast. tokens: of one forward on one device (B x T).
-    shards: devices over which weights, gradients and moments are cut (FSDP); 1 where each holds them whole. Then the parts that are
-    whole for a while are `gathered`: embedding, head and two layers (keep_gathered: all layers), and the gradients of one layer.
+    shards: devices over which weights, gradients and moments are cut; 1 where each holds them whole. `tensor` of these share each
+    layer: its projections, heads and units, and the vocabulary, but not norms and residual stream; and the loss gathers the head.
+    The rest is FSDP's, and what it makes whole for a while is `gathered`: embedding, head and two layers (keep_gathered: all
+    layers), and the gradients of one layer.
 
     Activations count what autograd keeps of a block: the two norms (input and output in the residual's dtype, and a cast), q, k, v
     before and after the rotation, the attention's output, and the four (T, F) tensors of SwiGLU.
     """
     cfg, size = model.cfg, dtype.itemsize
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = sum(p.numel() * p.itemsize for p in model.parameters())
+    own = {p: p.numel() / tensor_parts(name, p, tensor) for name, p in model.named_parameters()}  # numbers before FSDP cuts them
+    fsdp = shards / tensor
+    trained = sum(n for p, n in own.items() if p.requires_grad) / fsdp
+    weights = sum(n * p.itemsize for p, n in own.items()) / fsdp
     residual = max(model.model["embed_tokens"].weight.itemsize, size)
     heads = (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim
-    block = cfg.dim * (4 * residual + 2 * size) + size * (2 * heads + 2 * cfg.n_heads * cfg.head_dim + 4 * cfg.ffn_dim)
+    block = cfg.dim * (4 * residual + 2 * size) + size * (2 * heads + 2 * cfg.n_heads * cfg.head_dim + 4 * cfg.ffn_dim) / tensor
     kept = cfg.n_layers * residual * cfg.dim + block if grad_checkpoint else cfg.n_layers * block
     head = 0
     if cfg.head == "lm":
         head = min(CHUNK_LOGITS, tokens * cfg.vocab_size) * (4 + 4 + size)
         head += cfg.vocab_size * cfg.dim * (size + 4 * model.head_weight.requires_grad)
+        if tensor > 1:
+            head += cfg.vocab_size * cfg.dim * (size if fsdp > 1 else model.head_weight.itemsize)
     gathered = 0
-    if shards > 1:
-        layers = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
-        rest = sum(p.numel() for p in model.parameters()) - sum(layers)
-        grads = sum(p.numel() for p in model.layers[0].parameters() if p.requires_grad)
+    if fsdp > 1:
+        layers = [sum(own[p] for p in layer.parameters()) for layer in model.layers]
+        rest = sum(own.values()) - sum(layers)
+        grads = sum(own[p] for p in model.layers[0].parameters() if p.requires_grad)
         gathered = size * (rest + sum(layers if keep_gathered else layers[:2])) + 4 * grads
     return dict(
-        weights=weights / shards, gradients=4 * trained / shards, optimizer=8 * trained / shards,
-        activations=tokens * kept, head=head, gathered=gathered,
+        weights=weights, gradients=4 * trained, optimizer=8 * trained, activations=tokens * kept, head=head, gathered=gathered,
     )  # fmt: skip
 
 
-def describe(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False, keep_gathered=False, offload=False):
+def tensor_parts(name, p, tensor):
+    """Into how many parts the devices of a tensor group cut this parameter."""
+    dim = tensor_dim(name)
+    return 1 if dim is None or p.shape[dim] % tensor else tensor
+
+
+def describe(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False, keep_gathered=False, offload=False, tensor=1):
     """One line for people: the parameters, and the parts of `memory` in GB. offload: what is cut waits in CPU memory."""
-    parts = memory(model, tokens, shards, dtype, grad_checkpoint, keep_gathered)
+    parts = memory(model, tokens, shards, dtype, grad_checkpoint, keep_gathered, tensor)
     host = sum(parts.pop(name) for name in ("weights", "gradients", "optimizer")) if offload else 0
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

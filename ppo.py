@@ -222,8 +222,8 @@ def check(cfg, rt):
         raise UserError("ptx_data= and ptx_coef= go together: give both or neither")
     if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
         raise UserError("train= and freeze_layers= choose among the model's own weights: with lora_rank= use lora_targets=")
-    if cfg.offload and (rt.mesh or cfg.lora_rank and rt.weight_shards == 1):
-        raise UserError("offload=true parks full models, or what fsdp cuts: leave it out with lora_rank= on its own, and on xla")
+    if cfg.offload and cfg.lora_rank and rt.weight_shards == 1:
+        raise UserError("offload=true parks full models, or what fsdp cuts: leave it out with lora_rank= on its own")
 
 
 def load_function(spec):

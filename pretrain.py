@@ -239,7 +239,7 @@ def main(cfg):
     flops = model.flops_per_token(cfg.max_length)
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     logger.settings("pretrain", cfg, resume)
-    spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", cfg.offload
+    spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", cfg.offload, rt.tensor
     logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
     total = steps * cfg.batch_size * cfg.max_length
     peak = log.peak_flops(rt.name)

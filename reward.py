@@ -257,7 +257,7 @@ def main(cfg):
     flops = model.flops_per_token(cfg.max_length, "adapter" if cfg.lora_rank else "all")
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     logger.settings("reward", cfg, resume)
-    spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", cfg.offload
+    spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", cfg.offload, rt.tensor
     logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
     logger.text(
         f"{len(train.index):,} groups of {rows.first[-1] / len(rows):.1f} completions, {rows.lengths[train.index].sum():,} tokens "

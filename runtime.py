@@ -60,6 +60,8 @@ class Runtime:
         if tensor < 1 or tensor > 1 and offload:
             raise UserError(f"tensor={tensor} must be 1 or more" + ", and 1 with offload=true" * offload)
         if kind == "xla":
+            if offload or reduce_dtype != "float32":
+                raise UserError("device=xla keeps everything on the chips and sums gradients in float32: no offload=, no reduce_dtype=")
             self._start_xla()
         elif kind in ("cpu", "cuda", "tpu"):
             self._start_processes()
@@ -67,8 +69,6 @@ class Runtime:
             raise UserError(f"device={device}: use auto, cpu, cuda, xla or tpu")
         self.is_main = self.process == 0
         self.dtype, self.reduce_dtype = self._matrix_dtype(dtype), getattr(torch, reduce_dtype)
-        if kind == "xla" and self.reduce_dtype != torch.float32:
-            raise UserError(f"reduce_dtype={reduce_dtype}: on device=xla gradients are summed in float32")
         if kind == "cpu":
             _tune_cpu()
         self._stop, self._stop_group, self._saving_group = False, None, None
@@ -171,7 +171,7 @@ class Runtime:
 
     def wrap(self, model, compile=False, grad_checkpoint=False):
         """Moves the model to the device and makes it parallel. Returns what to call; `model` stays the owner of the weights."""
-        if self.offload and (self.weight_shards == 1 or self.kind == "xla"):
+        if self.offload and self.weight_shards == 1:
             raise UserError("offload=true keeps in CPU memory what fsdp, zero2 or hsdp cuts: set parallel= to one of them")
         self.place(model, compile, grad_checkpoint)
         return self.replicate(model)

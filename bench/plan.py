@@ -4,10 +4,15 @@
     python bench/plan.py model=models/llama-8b device="RTX 4090" devices=1 stage=dpo lora_rank=16
     python bench/plan.py size=8b device="TPU v5p" devices=64 stage=pretrain             # v5p-128: it counts two cores a chip
     python bench/plan.py size=1b device=H200 devices=8 stage=ppo parallel=ddp
+    python bench/plan.py size=70b device=H100 devices=64 tensor=8                       # a node's devices share each layer
+    python bench/plan.py size=8b device="RTX 4090" devices=8 node=8 offload=true        # weights and moments in CPU memory
 
 Memory is that of estimate.py, with what the stage adds to it. Time is counted, not measured: floating-point operations at
-`utilisation` of the data sheet's peak, and the bytes that ring collectives send at `link_utilisation` of the link's; the truth lies
-between the longer of the two (all communication hidden behind the work) and their sum.
+`utilisation` of the data sheet's peak, and the bytes that ring collectives and offloading send at `link_utilisation` of the link's;
+the truth lies between the longest of these (everything else hidden behind it) and their sum. AdamW on the CPU hides nowhere.
+
+Memory against the peaks of torch's allocator on CPU processes, 8M random weights: 1 and 2 processes, none and fsdp: -6% to +6%;
+tensor=2 on 2 and 4, alone, with ddp, fsdp and zero2: -11% to 0%; bfloat16 and float32, with and without recomputation.
 """
 
 import sys
@@ -28,14 +33,15 @@ import pretrain
 from config import UserError
 from model import ModelConfig, Transformer
 
-# From the makers' data sheets: memory GB, its bandwidth GB/s, GB/s that a device sends within its node; and, assumed, to other
-# nodes: an adapter of 400 Gbit/s a device, 200 for A100, 100 for cards. TPUs: all links of a chip together.
+# From the makers' data sheets: memory GB, its bandwidth GB/s, GB/s that a device sends within its node; assumed, to other nodes: an
+# adapter of 400 Gbit/s a device, 200 for A100, 100 for cards; and to the CPU: PCIe 5 or 4. TPUs: all links of a chip together.
 DEVICES = {
-    "B200": (180, 8000, 900, 50), "H200": (141, 4800, 450, 50), "H100 PCIe": (80, 2000, 64, 50), "H100": (80, 3350, 450, 50),
-    "A100": (80, 2039, 300, 25), "MI300X": (192, 5300, 448, 50), "L40S": (48, 864, 32, 12), "L4": (24, 300, 32, 12),
-    "RTX 4090": (24, 1008, 32, 12), "RTX 3090": (24, 936, 32, 12),
-    "TPU v4": (32, 1228, 300, 300), "TPU v5e": (16, 819, 200, 200), "TPU v5p": (95, 2765, 600, 600),
-    "TPU v6e": (32, 1640, 448, 448),
+    "B200": (180, 8000, 900, 50, 64), "H200": (141, 4800, 450, 50, 64), "H100 PCIe": (80, 2000, 64, 50, 64),
+    "H100": (80, 3350, 450, 50, 64), "A100": (80, 2039, 300, 25, 32), "MI300X": (192, 5300, 448, 50, 64),
+    "L40S": (48, 864, 32, 12, 32), "L4": (24, 300, 32, 12, 32),
+    "RTX 4090": (24, 1008, 32, 12, 32), "RTX 3090": (24, 936, 32, 12, 32),
+    "TPU v4": (32, 1228, 300, 300, 0), "TPU v5e": (16, 819, 200, 200, 0), "TPU v5p": (95, 2765, 600, 600, 0),
+    "TPU v6e": (32, 1640, 448, 448, 0),
 }  # fmt: skip
 
 # Shapes beyond those of pretrain.py (layers, dim, heads, key/value heads, ffn, tied): Llama 3's
@@ -60,6 +66,9 @@ class Config:
     node: int = 8  # devices of one node
     memory: float = 0.0  # GB of a device; 0: the data sheet's
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp"] = "fsdp"
+    tensor: int = 1  # neighbouring devices of a node that share each layer
+    offload: bool = False  # weights, gradients and moments in CPU memory
+    host_bandwidth: float = 200.0  # GB/s of a node's CPU memory, which AdamW reads and writes then
     utilisation: float = 0.4  # of the peak FLOP/s, recomputation included
     link_utilisation: float = 0.7
     # how
@@ -67,6 +76,7 @@ class Config:
     micro_batch: int = 1  # rows of one forward on one device
     max_length: int = 4096  # tokens of a row (ppo: of prompt and response)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     grad_checkpoint: bool = True
     # ppo
     max_new_tokens: int = 512
@@ -94,42 +104,77 @@ def build(cfg, head):
     return model
 
 
+def check(cfg, shape):
+    """What runtime.py and ppo.py refuse, for the same reasons."""
+    for key in ("devices", "node", "batch_size", "micro_batch", "max_length"):
+        if getattr(cfg, key) < 1:
+            raise UserError(f"{key}={getattr(cfg, key)} must be 1 or more")
+    local = min(cfg.node, cfg.devices)
+    if cfg.tensor < 1 or cfg.tensor > 1 and cfg.offload:
+        raise UserError(f"tensor={cfg.tensor} must be 1 or more" + ", and 1 with offload=true" * cfg.offload)
+    if local % cfg.tensor or cfg.devices % cfg.tensor:
+        raise UserError(f"tensor={cfg.tensor} must divide the number of devices of a node, {local}")
+    if any(n % cfg.tensor for n in (shape.n_heads, shape.n_kv_heads, shape.ffn_dim)):
+        sizes = f"{shape.n_heads} heads, {shape.n_kv_heads} key/value heads and {shape.ffn_dim} units of its MLP"
+        raise UserError(f"tensor={cfg.tensor} must divide the model's {sizes}")
+    if cfg.batch_size % (cfg.devices // cfg.tensor * cfg.micro_batch):
+        devices = f"{cfg.devices} devices" + f" / tensor={cfg.tensor}" * (cfg.tensor > 1)
+        raise UserError(f"batch_size={cfg.batch_size} is no multiple of micro_batch={cfg.micro_batch} x {devices}")
+    if cfg.offload and "TPU" in cfg.device:
+        raise UserError("offload=true is not for TPUs: device=xla keeps everything on the chips")
+    if cfg.offload and (cfg.parallel == "ddp" or cfg.devices == 1) and (cfg.stage != "ppo" or cfg.lora_rank):
+        raise UserError("offload=true keeps in CPU memory what fsdp, zero2 or hsdp cuts: set parallel= to one of them")
+
+
 def plan(cfg):
-    """-> dict: memory {part: bytes of one device}, room (bytes it has); parameters, trained; of a step its tokens, the seconds to
-    compute, communicate and generate, and those that the work without recomputation takes at the full peak: useful."""
+    """-> dict: memory {part: bytes of one device}, room (bytes it has), host (bytes of CPU memory for it); parameters, trained; of
+    a step its tokens, the seconds to compute, communicate, transfer (to and from CPU memory), update (there) and generate, and
+    those that the work without recomputation takes at the full peak: useful."""
     peak = log.peak_flops(cfg.device)
     name = next((name for name in DEVICES if name.lower() in cfg.device.lower()), None)
     if peak is None or name is None:
         raise UserError(f"device={cfg.device}: use {', '.join(DEVICES)}")
-    room, bandwidth, near, far = (1e9 * x for x in DEVICES[name])
-    across = cfg.devices > cfg.node  # then every ring goes over the network, and is as fast as that
-    link = (far if across else near) * cfg.link_utilisation
-    if cfg.batch_size % (cfg.devices * cfg.micro_batch):
-        raise UserError(f"batch_size={cfg.batch_size} is no multiple of micro_batch={cfg.micro_batch} x {cfg.devices} devices")
-    dtype = getattr(torch, cfg.dtype)
-    shards = dict(ddp=1, hsdp=min(cfg.node, cfg.devices)).get(cfg.parallel, cfg.devices)
+    room, bandwidth = (1e9 * x for x in DEVICES[name][:2])
+    near, far, bus = (1e9 * x * cfg.link_utilisation for x in DEVICES[name][2:])
+    local = min(cfg.node, cfg.devices)
+    link = far if cfg.devices > cfg.node else near  # a ring that leaves the node is as fast as the network
+    dtype, tensor = getattr(torch, cfg.dtype), cfg.tensor
     model = build(cfg, "score" if cfg.stage == "reward" else "lm")
+    check(cfg, model.cfg)
+    shards = dict(ddp=tensor, hsdp=local).get(cfg.parallel, cfg.devices)
+    fsdp, groups = shards // tensor, cfg.devices // tensor  # parts that FSDP cuts; groups that see rows of their own
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     # memory; ppo holds a critic of the policy's kind, and two more models that are only read, or one trunk for all four with LoRA
-    memory = estimate.memory(model, cfg.micro_batch * cfg.max_length, shards, dtype, cfg.grad_checkpoint, cfg.parallel == "zero2")
+    rows = cfg.micro_batch * cfg.max_length  # tokens of one forward
+    memory = estimate.memory(model, rows, shards, dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", tensor)
     if cfg.stage == "ppo":
         extra = memory["gradients"] + memory["optimizer"]
         memory["critic"] = extra + (0 if cfg.lora_rank else memory["weights"])
         memory["reference, reward"] = 0 if cfg.lora_rank else 2 * dtype.itemsize * total / shards
-        slots = min(cfg.rollout_batch, cfg.batch_size // cfg.devices) * cfg.max_length
+        slots = min(cfg.rollout_batch, cfg.batch_size // groups) * cfg.max_length
         cache = 2 * model.cfg.n_layers * model.cfg.n_kv_heads * model.cfg.head_dim * dtype.itemsize * slots
         copy = dtype.itemsize * total if shards > 1 or not cfg.lora_rank else 0  # decoding reads a whole copy in the matrix dtype
         memory["rollout"] = max(0, cache + copy - memory["activations"] - memory["head"])  # which are not there at that time
+    host = 0
+    if cfg.offload and shards == 1:  # ppo parks the models that are not at work: policy and critic meet in the update alone
+        host = sum(memory[part] for part in ("weights", "optimizer", "critic", "reference, reward"))
+        moved = 2 * (5 * memory["weights"] + 2 * memory["optimizer"] + memory.pop("reference, reward"))  # there and back
+        memory.pop("rollout")
+    elif cfg.offload:
+        host = sum(memory.pop(part, 0) for part in ("weights", "gradients", "optimizer", "critic", "reference, reward"))
 
     # floating-point operations; a forward is a third of a step that trains all weights
     forward = model.flops_per_token(cfg.max_length) / 3
     train = model.flops_per_token(cfg.max_length, "adapter" if cfg.lora_rank else "all")
-    passes = train + (forward if cfg.grad_checkpoint else 0)
+    head = model.head_weight.numel() if model.cfg.head == "lm" else 0
+    again = (tensor - 1) * head  # each device of a tensor group does the whole head
+    passes = train + (4 if cfg.lora_rank else 6) * again + (forward if cfg.grad_checkpoint else 0)
     tokens = cfg.batch_size * cfg.max_length
     if cfg.stage == "ppo":  # log-probabilities of policy and reference, score and value once; then policy and critic in each pass
-        passes, useful = 4 * forward + 2 * cfg.ppo_epochs * passes, 4 * forward + 2 * cfg.ppo_epochs * train
+        passes = 4 * forward + 2 * 2 * again + 2 * cfg.ppo_epochs * passes
+        useful = 4 * forward + 2 * cfg.ppo_epochs * train
     else:
         useful = train
     compute = tokens * passes / (cfg.devices * peak * cfg.utilisation)
@@ -138,28 +183,46 @@ def plan(cfg):
         """Bytes that each of n ranks sends in an all-gather or a reduce-scatter of `size` bytes; an all-reduce is both."""
         return size * (n - 1) / n
 
-    micros = cfg.batch_size // (cfg.devices * cfg.micro_batch)
-    gradients, weights = 4 * trained, dtype.itemsize * total
+    micros = cfg.batch_size // (groups * cfg.micro_batch)
+    gradients = getattr(torch, cfg.reduce_dtype).itemsize * trained / tensor
+    weights = dtype.itemsize * total / tensor
     gathers = 1 if cfg.parallel == "zero2" else 2  # forward and backward
     rounds = micros * (cfg.ppo_epochs * 2 if cfg.stage == "ppo" else 1)
-    if cfg.parallel == "ddp":
-        communicate = 2 * ring(gradients, cfg.devices) * (rounds / micros) / link
+    alone = micros * 4 if cfg.stage == "ppo" else 0  # forwards without a backward
+    if cfg.parallel == "ddp":  # with tensor=, gradients meet in each micro-batch
+        communicate = 2 * ring(gradients, groups) * (rounds if tensor > 1 else rounds / micros) / link
     elif cfg.parallel == "hsdp":
         nodes = -(-cfg.devices // cfg.node)
-        communicate = rounds * (gathers * ring(weights, shards) + ring(gradients, shards)) / (near * cfg.link_utilisation)
-        communicate += rounds * 2 * ring(gradients / shards, nodes) / (far * cfg.link_utilisation)
+        communicate = rounds * (gathers * ring(weights, fsdp) + ring(gradients, fsdp)) / near
+        communicate += rounds * 2 * ring(gradients / fsdp, nodes) / far
     else:
-        communicate = rounds * (gathers * ring(weights, shards) + ring(gradients, shards)) / link
+        communicate = rounds * (gathers * ring(weights, fsdp) + ring(gradients, fsdp)) / link
+    if fsdp > 1:
+        communicate += alone * ring(weights, fsdp) / link
     if cfg.stage == "ppo" and shards > 1:
-        communicate += (micros * 4 + 1) * ring(weights, shards) / link  # the four forwards, and the copy for decoding
+        communicate += ring(weights * tensor, shards) / link  # the copy for decoding
+    if tensor > 1:  # sums of (tokens, dim): forward two a layer and one of embeddings; backward q, k, v, gate and up each, and one
+        summed = 2 * ring(dtype.itemsize * rows * model.cfg.dim, tensor)  # that recomputation repeats; and the head is gathered
+        once = (2 * model.cfg.n_layers + 1) * summed + ring(dtype.itemsize * head, tensor)
+        communicate += ((rounds + alone) * once + rounds * (5 + cfg.grad_checkpoint) * model.cfg.n_layers * summed) / near
+
+    # offload: FSDP copies its part as it is held, before the cast, at each gathering, and the gradient back; AdamW reads four
+    transfer = update = 0.0  # numbers and writes three, after clipping has read one twice and written it
+    if cfg.offload and shards == 1:
+        transfer = moved / bus
+    elif cfg.offload:
+        held = sum(p.numel() * p.itemsize for p in model.parameters())
+        transfer = ((rounds * gathers + alone) * held + rounds * 4 * trained) / shards / bus
+        updates = 2 * cfg.ppo_epochs if cfg.stage == "ppo" else 1
+        update = updates * (28 + 12) * trained / shards * local / (1e9 * cfg.host_bandwidth)
 
     generate = 0.0
     if cfg.stage == "ppo":  # a decoding step reads the weights and, on average, half of the cache
-        turns = -(-(cfg.batch_size // cfg.devices) // cfg.rollout_batch)
+        turns = -(-(cfg.batch_size // groups) // cfg.rollout_batch)
         generate = turns * cfg.max_new_tokens * (dtype.itemsize * total + cache / 2) / (bandwidth * 0.6)
     return dict(
-        memory=memory, room=1e9 * cfg.memory or room, compute=compute, communicate=communicate, generate=generate, tokens=tokens,
-        parameters=total, trained=trained, useful=tokens * useful / (cfg.devices * peak),
+        memory=memory, room=1e9 * cfg.memory or room, host=host, parameters=total, trained=trained, tokens=tokens, compute=compute,
+        communicate=communicate, transfer=transfer, update=update, generate=generate, useful=tokens * useful / (cfg.devices * peak),
     )  # fmt: skip
 
 
@@ -167,15 +230,18 @@ def main(cfg):
     p = plan(cfg)
     used = sum(p["memory"].values())
     print(" ".join(["plan:", *config.diff(cfg)]))
-    print(f"{p['parameters']:,} parameters, {p['trained']:,} trained; {cfg.devices} x {cfg.device}, parallel={cfg.parallel}")
+    cut = f"parallel={cfg.parallel}" + f" tensor={cfg.tensor}" * (cfg.tensor > 1)
+    print(f"{p['parameters']:,} parameters, {p['trained']:,} trained; {cfg.devices} x {cfg.device}, {cut}")
     for part, size in p["memory"].items():
         print(f"  {part:20} {size / 1e9:9.2f} GB")
     verdict = "fits" if used < 0.92 * p["room"] else "is tight" if used < p["room"] else "DOES NOT FIT"
     print(f"  {'a device needs':20} {used / 1e9:9.2f} GB of {p['room'] / 1e9:.0f}: {verdict}")
-    best = p["generate"] + max(p["compute"], p["communicate"])
-    worst = p["generate"] + p["compute"] + p["communicate"]
-    parts = [f"work {p['compute']:.2f} s", f"communication {p['communicate']:.2f} s"]
-    parts += [f"generation {p['generate']:.2f} s"] if p["generate"] else []
+    if p["host"]:
+        print(f"  {'in CPU memory':20} {p['host'] / 1e9:9.2f} GB, {p['host'] * min(cfg.node, cfg.devices) / 1e9:.0f} of a node")
+    at_once = [p["compute"], p["communicate"], p["transfer"]]
+    best, worst = (p["generate"] + p["update"] + f(at_once) for f in (max, sum))
+    names = dict(compute="work", communicate="communication", transfer="transfers", update="AdamW", generate="generation")
+    parts = [f"{name} {p[part]:.2f} s" for part, name in names.items() if p[part] or part in ("compute", "communicate")]
     print(f"a step of {p['tokens']:,} tokens: {best:.2f} to {worst:.2f} s = {', '.join(parts)}")
     speed = f"{p['tokens'] / worst:,.0f} to {p['tokens'] / best:,.0f} tokens/s"
     print(f"{speed}, mfu {p['useful'] / worst:.0%} to {p['useful'] / best:.0%}")

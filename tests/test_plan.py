@@ -1,6 +1,10 @@
 """bench/plan.py against numbers worked by hand, and against estimate.py."""
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -44,6 +48,8 @@ def test_what_parallel_changes():
     assert fsdp["communicate"] == pytest.approx(2 * 15 / 16 * 8 * P / far)
     assert zero2["communicate"] == pytest.approx(2 * 15 / 16 * 6 * P / far)
     assert hsdp["communicate"] == pytest.approx(2 * (7 / 8 * 8 * P / near + 2 * 1 / 2 * 4 * P / 8 / far))
+    small = plan(**common, parallel="ddp", reduce_dtype="bfloat16")
+    assert small["communicate"] == pytest.approx(ddp["communicate"] / 2) and small["memory"] == ddp["memory"]
     weights = [p["memory"]["weights"] / (4 * P) for p in (ddp, fsdp, zero2, hsdp)]
     assert weights == [1, 1 / 16, 1 / 16, 1 / 8]
     assert ddp["memory"]["gathered"] == 0 and zero2["memory"]["gathered"] > 2 * P > fsdp["memory"]["gathered"]
@@ -70,10 +76,136 @@ def test_ppo_by_hand():
     assert adapters["memory"]["reference, reward"] == 0 and adapters["memory"]["critic"] < 1e9
 
 
-@pytest.mark.parametrize("settings", [dict(device="abacus"), dict(size="9b"), dict(batch_size=7)])
-def test_mistakes(settings):
-    with pytest.raises(UserError, match=str(*settings.values())):
+def test_tensor_by_hand():
+    common = dict(size="8b", device="H100", devices=16, batch_size=16, micro_batch=1, max_length=4096, tensor=4)
+    P, V, C, L, near, far = 8_030_261_248, 128_256, 4096, 32, 450e9 * 0.7, 50e9 * 0.7
+    norms = (2 * L + 1) * C  # each device of a group has them whole
+    fsdp, ddp, hsdp = (plan(**common, parallel=mode) for mode in ("fsdp", "ddp", "hsdp"))
+    for p, rest in ((fsdp, 4), (ddp, 1), (hsdp, 2)):  # parts of a quarter
+        assert p["memory"]["weights"] == p["memory"]["gradients"] == 4 * ((P - norms) / 4 + norms) / rest
+        assert p["memory"]["optimizer"] == 2 * p["memory"]["weights"]
+    alone = plan(**common | dict(tensor=1))
+    cut = 2 * (4096 + 2 * 1024) + 2 * 4096 + 4 * 14336  # q, k, v before and after rotation, attention, SwiGLU: of a block in bf16
+    assert alone["memory"]["activations"] - fsdp["memory"]["activations"] == 4096 * 2 * cut * 3 / 4
+    assert fsdp["memory"]["head"] - alone["memory"]["head"] == 2 * V * C  # gathered whole for the loss
+    layer = 4096 * (4096 + 2 * 1024 + 4096 + 3 * 14336)
+    assert fsdp["memory"]["gathered"] == 2 * (2 * V * C / 4 + C + 2 * (layer / 4 + 2 * C)) + 4 * (layer / 4 + 2 * C)
+    assert ddp["memory"]["gathered"] == 0
+    # four micro-batches of a row: (row, C) summed twice a layer and once for embeddings, five times backward, once in recomputation
+    rounds, row = 4, 2 * 3 / 4 * 2 * 4096 * C
+    shared = rounds * (row * (L * (2 + 5 + 1) + 1) + 3 / 4 * 2 * V * C) / near
+    assert fsdp["communicate"] == pytest.approx(shared + rounds * 3 / 4 * 8 * P / 4 / far)
+    assert ddp["communicate"] == pytest.approx(shared + rounds * 2 * 3 / 4 * 4 * P / 4 / far)  # in every micro-batch
+    assert hsdp["communicate"] == pytest.approx(shared + rounds * (1 / 2 * 8 * P / 4 / near + 2 * 1 / 2 * 4 * P / 8 / far))
+    head = 16 * 4096 * 6 * V * C / (16 * 990e12 * 0.4)
+    assert fsdp["compute"] == pytest.approx(alone["compute"] + 3 * head) and fsdp["useful"] == alone["useful"]
+
+
+def test_a_vocabulary_that_tensor_does_not_divide_stays_whole():
+    with torch.device("meta"):
+        models = [Transformer(ModelConfig(vocab_size=size)) for size in (32000, 32001)]
+    even, odd = (estimate.memory(model, 64, 2, tensor=2)["weights"] for model in models)
+    assert odd - even == 2 * 4 * 512 * (32001 - 32000 / 2)
+
+
+def test_offload_by_hand():
+    common = dict(size="8b", device="RTX 4090", devices=16, batch_size=32, micro_batch=1, host_bandwidth=100.0)
+    P, bus = 8_030_261_248, 32e9 * 0.7
+    p, kept = plan(**common, offload=True), plan(**common)
+    waits = {"weights", "gradients", "optimizer"}
+    assert p["memory"] == {part: size for part, size in kept["memory"].items() if part not in waits}
+    assert p["host"] == 16 * P / 16 and kept["host"] == kept["transfer"] == kept["update"] == 0
+    assert p["transfer"] == pytest.approx(2 * (2 * 4 + 4) * P / 16 / bus)  # two micro-batches; fp32 there twice, the gradient back
+    assert p["update"] == pytest.approx(40 * P / 16 * 8 / 100e9)  # the eight devices of a node share its memory
+    assert (p["compute"], p["communicate"]) == (kept["compute"], kept["communicate"])
+    assert plan(**common, offload=True, parallel="zero2")["transfer"] == pytest.approx(2 * (4 + 4) * P / 16 / bus)
+    adapters = plan(**common, offload=True, lora_rank=8)
+    assert adapters["host"] == pytest.approx((2 * P + 16 * adapters["trained"]) / 16, rel=0.01)
+    assert adapters["update"] < 0.01 * p["update"]
+
+
+def test_ppo_parks_what_is_not_at_work():
+    common = dict(size="8b", device="H200", batch_size=64, max_length=1024, stage="ppo", parallel="ddp")
+    p, kept, P = plan(**common, offload=True), plan(**common), 8_030_261_248
+    assert kept["memory"].keys() - p["memory"].keys() == {"reference, reward", "rollout"}
+    assert p["host"] == (12 + 16 + 4) * P and p["update"] == 0
+    assert p["transfer"] == pytest.approx(2 * (5 * 4 + 2 * 8 + 2 * 2) * P / (64e9 * 0.7))
+    sharded = plan(**common | dict(parallel="fsdp"), offload=True)
+    assert sharded["memory"].keys() == {"activations", "head", "gathered", "rollout"}
+
+
+@pytest.mark.parametrize("settings, text", [
+    (dict(device="abacus"), "device=abacus: use B200, "),
+    (dict(size="9b"), "size=9b: use toy, "),
+    (dict(batch_size=7), "batch_size=7 is no multiple of micro_batch=1 x 8 devices"),
+    (dict(devices=0), "devices=0 must be 1 or more"),
+    (dict(tensor=0), "tensor=0 must be 1 or more"),
+    (dict(tensor=3), "tensor=3 must divide the number of devices of a node, 8"),
+    (dict(tensor=8, node=4), "tensor=8 must divide the number of devices of a node, 4"),
+    (dict(tensor=16, node=16, devices=16), "tensor=16 must divide the model's 32 heads, 8 key/value heads and 14336 units of"),
+    (dict(tensor=2, batch_size=6), "batch_size=6 is no multiple of micro_batch=1 x 8 devices / tensor=2"),
+    (dict(tensor=2, offload=True), "tensor=2 must be 1 or more, and 1 with offload=true"),
+    (dict(offload=True, parallel="ddp"), "offload=true keeps in CPU memory what fsdp, zero2 or hsdp cuts"),
+    (dict(offload=True, devices=1), "offload=true keeps in CPU memory what fsdp, zero2 or hsdp cuts"),
+    (dict(offload=True, parallel="ddp", stage="ppo", lora_rank=8), "offload=true keeps in CPU memory what fsdp"),
+    (dict(offload=True, device="TPU v5p"), "offload=true is not for TPUs"),
+])  # fmt: skip
+def test_mistakes(settings, text):
+    with pytest.raises(UserError, match=text):
         plan(**settings)
+
+
+PEAK = """
+import json, sys
+import torch
+import torch.distributed as dist
+import estimate, losses, optim, runtime, sft, tiny
+
+begin = dist.init_process_group
+dist.init_process_group = lambda *args: dist.is_initialized() or begin(*args)
+losses.CHUNK_LOGITS = estimate.CHUNK_LOGITS = 2**16
+found = []
+for parallel, tensor in ("fsdp", 1), ("none", 2):
+    rt = runtime.Runtime("cpu", parallel, "bfloat16", tensor=tensor)
+    model = tiny.model(n_layers=6, dim=128, n_heads=8, n_kv_heads=4, head_dim=16, ffn_dim=352, vocab_size=2048)
+    net = rt.wrap(model)
+    optimizer = optim.build(model)
+    micro = tiny.batch([tiny.rows(4, low=25, high=32) for _ in range(8)], 128)
+
+    def step():
+        for _ in range(2):
+            with rt.autocast():
+                loss = sft.loss_sum(net, model, micro)
+            rt.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+        step()
+    held = top = 0
+    for event in prof.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            top = max(top, held)
+    rt.reshard(net)
+    weights = 3 * sum(p.to_local().nbytes for p in model.parameters())  # and two moments
+    parts = estimate.memory(model, 8 * 128, rt.weight_shards, rt.dtype, tensor=tensor)
+    found.append([sum(parts.values()), weights + top, parts["weights"] + parts["optimizer"], weights])
+if rt.is_main:
+    open(sys.argv[1], "w").write(json.dumps(found))
+"""
+
+
+def test_memory_is_near_the_peak_of_two_processes(tmp_path):
+    """fsdp, and tensor=2: as in test_sft.py, what torch holds at most from the second step on."""
+    (tmp_path / "peak.py").write_text(PEAK)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "peak.py"]
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    done = subprocess.run([*launch, tmp_path / "found"], env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for estimated, measured, whole, held in json.loads((tmp_path / "found").read_text()):
+        assert 0.8 < estimated / measured < 1.2 and whole == pytest.approx(held, rel=0.001)
 
 
 def test_the_text(capsys):
@@ -81,6 +213,11 @@ def test_the_text(capsys):
     assert "DOES NOT FIT" in capsys.readouterr().out
     bench.main(bench.Config(size="70b", devices=64, device="TPU v5p"))
     assert "of 95: fits" in capsys.readouterr().out
+    bench.main(bench.Config(device="RTX 4090", offload=True))
+    out = capsys.readouterr().out
+    assert "in CPU memory            16.06 GB, 128 of a node" in out and "transfers 4.30 s, AdamW 1.61 s" in out
+    bench.main(bench.Config(tensor=2))
+    assert "8 x H100, parallel=fsdp tensor=2" in capsys.readouterr().out
 
 
 def test_what_is_offloaded_takes_no_memory_of_the_device():
@@ -90,3 +227,12 @@ def test_what_is_offloaded_takes_no_memory_of_the_device():
     parts = estimate.memory(model, 4096, 2)
     host = sum(parts.pop(name) for name in ("weights", "gradients", "optimizer")) / 1e9
     assert f"device {sum(parts.values()) / 1e9:.1f} GB" in said and f"; {host:.1f} GB for each in CPU memory" in said and host > 1
+
+
+def test_what_is_said_at_the_start_counts_tensor():
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(dim=2048))
+    parts = estimate.memory(model, 4096, 2, tensor=2)
+    said = estimate.describe(model, 4096, 2, tensor=2)
+    whole = estimate.memory(model, 4096)["activations"]
+    assert f"activations {parts['activations'] / 1e9:.2f}" in said and parts["activations"] < whole
