@@ -260,7 +260,7 @@ def test_weights_are_gathered_in_bf16(folder, two):
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_gradients_are_summed_in_bf16(folder, two, mode):
-    """A bf16 has 8 bits: the norm of such gradients is not that of fp32, and near it; the loss before the first step is the same."""
+    """A bf16 has 8 bits: the norm of such gradients is near that of fp32, but not it. The loss before a step is the same."""
     (a, *_), (b, *_) = ([r for r in records(folder / run) if r["kind"] == "train"] for run in (f"reduced/{mode}", "one/sft"))
     assert abs(a["loss"] - b["loss"]) < 1e-5
     assert 1e-5 < abs(a["grad_norm"] / b["grad_norm"] - 1) < 2**-8
