@@ -61,7 +61,7 @@ class Runtime:
             raise UserError(f"tensor={tensor} must be 1 or more" + ", and 1 with offload=true" * offload)
         if kind == "xla":
             if offload or reduce_dtype != "float32":
-                raise UserError("device=xla has no offload= and no reduce_dtype=: all stays on the chips, gradients are summed in float32")
+                raise UserError("device=xla has no offload=, and no reduce_dtype=: its gradients are summed in float32")
             self._start_xla()
         elif kind in ("cpu", "cuda", "tpu"):
             self._start_processes()
