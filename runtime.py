@@ -41,6 +41,7 @@ COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # each device c
 ROW = ("o_proj", "down_proj")  # and a summand of the result
 VOCABULARY = ("embed_tokens", "lm_head")
 PER_HEAD = ("q_norm", "k_norm")
+TRIM = 5.0  # seconds
 
 
 class Runtime:
@@ -69,8 +70,7 @@ class Runtime:
             raise UserError(f"device={device}: use auto, cpu, cuda, xla or tpu")
         self.is_main = self.process == 0
         self.dtype, self.reduce_dtype = self._matrix_dtype(dtype), getattr(torch, reduce_dtype)
-        if kind == "cpu":
-            _tune_cpu()
+        self._libc, self._trimmed = _tune_cpu() if kind == "cpu" else None, time.monotonic()
         self._stop, self._stop_group, self._saving_group = False, None, None
         self.specs = {}  # on XLA: id of a parameter -> the mesh axis that cuts each of its dimensions
         self.saving = None  # waits for the training state that is being written in the background
@@ -353,12 +353,16 @@ class Runtime:
         return t if torch.is_tensor(x) else t.item()
 
     def sync(self):
-        """XLA runs what was recorded so far; elsewhere nothing waits."""
+        """After each step: XLA runs what was recorded so far. On a CPU the kernel gets back, every few seconds, what lies free
+        between blocks: rows whose lengths change leave gaps there, and memory would grow by 1% a step."""
         if self.kind == "xla":
             state = self.xm.get_rng_state()
             self.xla.sync()
             if not torch.is_grad_enabled():  # each sync moves XLA's generator: but an evaluation, which a resume repeats, must not
                 self.xm.set_rng_state(state)
+        elif self._libc and time.monotonic() - self._trimmed > TRIM:
+            self._libc.malloc_trim(0)
+            self._trimmed = time.monotonic()
 
     def wait(self):
         """Until the device has done everything: for timing."""
@@ -525,14 +529,15 @@ def tensor_dim(name):
 
 
 def _tune_cpu():
-    """glibc gives every large tensor back to the kernel and faults it in again; keeping it is 1.1-1.3x faster. Denormals off:
-    logsumexp over wide logits and Adam moments of unseen tokens run up to 13x slower with them."""
+    """glibc gives every large tensor back to the kernel and faults it in again; keeping it is 1.1-1.3x faster; `sync` trims it. Denormals
+    off: logsumexp over wide logits and Adam moments of unseen tokens run up to 13x slower with them. -> glibc, if this is it."""
     torch.set_flush_denormal(True)
     if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another libc
+        with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
             for option, value in ((-4, 0), (-1, -1), (-2, 256 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
                 libc.mallopt(option, value)
+            return libc
 
 
 def start(cfg):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -48,6 +49,19 @@ def test_xla_without_torch_xla():
         patch.setitem(sys.modules, "torch_xla", None)  # an import of it then fails
         with pytest.raises(UserError, match="device=xla needs torch_xla"):
             runtime.Runtime("xla")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_gaps_between_tensors_go_back_to_the_kernel(rt, monkeypatch):
+    def resident():
+        return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+    kept = [torch.ones(1 << 18) for _ in range(200)]  # 1 MB each
+    del kept[::2]
+    monkeypatch.setattr(runtime, "TRIM", -1.0)
+    before = resident()
+    rt.sync()
+    assert before - resident() > 80e6
 
 
 def test_the_matrix_dtype_is_bf16_where_the_cpu_has_it(monkeypatch):
