@@ -529,8 +529,8 @@ def tensor_dim(name):
 
 
 def _tune_cpu():
-    """glibc gives every large tensor back to the kernel and faults it in again; keeping it is 1.1-1.3x faster; `sync` trims it. Denormals
-    off: logsumexp over wide logits and Adam moments of unseen tokens run up to 13x slower with them. -> glibc, if this is it."""
+    """glibc gives every large tensor back to the kernel and faults it in again; keeping it is 1.1-1.3x faster (`sync` trims it).
+    Denormals off: logsumexp of wide logits and Adam moments of unseen tokens run up to 13x slower with them. -> glibc or None."""
     torch.set_flush_denormal(True)
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
