@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # in place of bench/
+import checkpoint
 import config
 import data
 
@@ -86,7 +87,7 @@ def main(cfg):
     trainer.train()
     model = trainer.model.merge_and_unload() if cfg.lora_rank else trainer.model
     model.save_pretrained(cfg.out)
-    tokenizer.save_pretrained(cfg.out)
+    checkpoint.copy_tokenizer(cfg.model, cfg.out)  # as it was: save_pretrained writes it anew, and sft.py would take it for another
     timed = steps[1:]  # the first step warms up
     seconds = sum(end - began for began, end in timed)
     real = sum(counts[cfg.accumulate : len(steps) * cfg.accumulate])
