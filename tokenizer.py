@@ -24,6 +24,11 @@ import tiktoken
 import chat
 from config import UserError
 
+FILES = [  # of a model directory: what its tokenizer is made of
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "*.tiktoken", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+]
+
 # ----------------------------------------------------------------------------------------------- pre-tokenizers
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -507,7 +512,9 @@ class Tokenizer:
             position = AFTER
         if eos and self.eos_id is None:
             raise UserError("this tokenizer has no EOS token: name one as eos_token in its tokenizer_config.json")
-        return ids + [self.eos_id] if eos else ids
+        if eos:
+            ids.append(self.eos_id)
+        return ids
 
     def bytes_of(self, ids):
         """The bytes of ids, for streaming: a character may be spread over several ids."""
