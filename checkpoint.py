@@ -25,16 +25,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import tokenizer
 from config import UserError
 from model import ModelConfig, ScoreHead, Transformer
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type: name in the class
 HEADS = {"lm": "ForCausalLM", "score": "ForSequenceClassification"}
 ARCHITECTURES = {name + suffix: (family, head) for family, name in FAMILIES.items() for head, suffix in HEADS.items()}
-TOKENIZER_FILES = [
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "*.tiktoken", "chat_template.jinja", "chat_template.json", "generation_config.json"),
-]
 STRETCH = 1 << 24  # bytes of a tensor that are converted at a time
 
 
@@ -483,7 +480,7 @@ def copy_tokenizer(source, dir):
     """Copies tokenizer files and generation_config.json, byte for byte, to `dir` if that is not the source itself. Such files of
     another model that lie there are removed."""
     if source and Path(source).resolve() != Path(dir).resolve():
-        new, old = ({p.name: p for pattern in TOKENIZER_FILES for p in Path(d).glob(pattern)} for d in (source, dir))
+        new, old = ({p.name: p for pattern in tokenizer.FILES for p in Path(d).glob(pattern)} for d in (source, dir))
         for name in old.keys() - new.keys():
             old[name].unlink()
         for name, path in sorted(new.items()):

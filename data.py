@@ -116,10 +116,10 @@ class Writer:
         s = self.splits.get(split) or self.start(split, ["tokens", "rows"] + ["mask"] * (mask is not None))
         if ("mask" in s.files) != (mask is not None):
             raise ValueError("a split has a mask for all of its rows or for none")
-        s.files["tokens"].write(tokens.astype(self.dtype).tobytes())
+        s.files["tokens"].write(np.ascontiguousarray(tokens, self.dtype))
         s.files["rows"].write((s.tokens + np.cumsum(lengths)).tobytes())
         if mask is not None:
-            s.files["mask"].write(mask.tobytes())
+            s.files["mask"].write(np.ascontiguousarray(mask))
         s.rows += len(lengths)
         s.tokens += len(tokens)
         s.target_tokens += len(tokens) if mask is None else int(mask.sum())

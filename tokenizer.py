@@ -24,6 +24,11 @@ import tiktoken
 import chat
 from config import UserError
 
+FILES = [  # of a model directory: what its tokenizer is made of
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "*.tiktoken", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+]
+
 # ----------------------------------------------------------------------------------------------- pre-tokenizers
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -69,6 +74,17 @@ def one_regex(steps):
         if how == ("Isolated", False):  # keeps what lies between matches, which tiktoken alone would drop
             return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
     return None
+
+
+def grouped(pattern):
+    """The same regex with the alternatives before the usual lookahead in a group. A group without lookaround is one automaton to
+    tiktoken's engine; alternatives beside a lookahead are tried one after another, which takes half as long again."""
+    head, mark, tail = pattern.partition(r"|\s+(?!")
+    try:
+        regex.compile(head, regex.V1)
+    except regex.error:  # the lookahead stands inside a group
+        return pattern
+    return rf"(?:{head}){mark}{tail}"
 
 
 def splitter(steps):
@@ -152,7 +168,7 @@ class BytePairs:
     """Byte-level BPE on tiktoken. ranks: bytes -> merge order; ids: rank -> id, None where they are the same."""
 
     def __init__(self, ranks, pattern, ids=None, bytes_of=None, split=None, normal=None, holes=b"", prefix="never"):
-        self.core = tiktoken.Encoding("bpe", pat_str=pattern or r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
+        self.core = tiktoken.Encoding("bpe", pat_str=grouped(pattern or r"[\s\S]+"), mergeable_ranks=ranks, special_tokens={})
         self.bytes = bytes_of or {rank: token for token, rank in ranks.items()}
         self.fast, self.ids, self.normal, self.holes, self.prefix = pattern is not None, ids, normal, holes, prefix
         self.split, self.pieces = split, Cache(self._piece)
@@ -496,7 +512,9 @@ class Tokenizer:
             position = AFTER
         if eos and self.eos_id is None:
             raise UserError("this tokenizer has no EOS token: name one as eos_token in its tokenizer_config.json")
-        return ids + [self.eos_id] if eos else ids
+        if eos:
+            ids.append(self.eos_id)
+        return ids
 
     def bytes_of(self, ids):
         """The bytes of ids, for streaming: a character may be spread over several ids."""

@@ -39,7 +39,7 @@ import sentencepiece
 import config
 import tokenizer
 from config import UserError
-from data import Writer, check_target, parse_share, read_meta
+from data import Writer, check_target, parse_share, read_meta, sync
 from prepare import records
 from prepare.records import BadRecord
 
@@ -489,8 +489,6 @@ def held_out(hashes, val):
 
 def assemble(cfg, directory, shards, counts):
     """The shards into the store: documents in order, those to hold out chosen by the hash of their content."""
-    import checkpoint  # here, so that the workers start without torch
-
     abouts = [read_about(path) for path in shards]
     empty, bad = sum(about["empty"] for about in abouts), sum(about["bad"] for about in abouts)
     first_bad = [error for about in abouts for error in about["first_bad"]][:20]
@@ -516,12 +514,15 @@ def assemble(cfg, directory, shards, counts):
                 tokens, lengths, sizes = shard["tokens"], shard["lengths"], shard["sizes"]
             pick = held[at : at + len(lengths)]
             at += len(lengths)
-            for split, rows in (("train", ~pick), ("val", pick)):
-                writer.extend(split, tokens[np.repeat(rows, lengths)], None, lengths[rows])
+            inside = np.repeat(pick, lengths)  # the held-out documents' tokens
+            for split, rows, of_rows in (("train", ~pick, ~inside), ("val", pick, inside)):
+                writer.extend(split, tokens[of_rows], None, lengths[rows])
                 size[split] += int(sizes[rows].sum())
         size += Counter()  # drops a split without bytes
-        (writer.tmp / "tokenizer").mkdir()
-        checkpoint.copy_tokenizer(directory, writer.tmp / "tokenizer")
+        (own := writer.tmp / "tokenizer").mkdir()
+        for path in [path for pattern in tokenizer.FILES for path in directory.glob(pattern)]:
+            shutil.copyfile(path, own / path.name)
+            sync(own / path.name)
 
 
 def main(cfg):

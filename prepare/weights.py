@@ -448,7 +448,7 @@ def download(repo):
         from huggingface_hub import snapshot_download
     except ImportError:
         raise UserError(f"source={repo} needs the package huggingface_hub, which `pip install datasets` brings") from None
-    files = ["*.safetensors", "*.safetensors.index.json", "config.json", *checkpoint.TOKENIZER_FILES]
+    files = ["*.safetensors", "*.safetensors.index.json", "config.json", *tokenizer.FILES]
     try:
         path = Path(snapshot_download(repo, allow_patterns=files, ignore_patterns=["*/*"]))
         if not any(path.glob("*.safetensors")):
@@ -517,7 +517,7 @@ def check_target(source, out):
     """Only a model directory is ever replaced, and never the source."""
     if Path(source).exists() and Path(source).resolve() in (out, *out.parents):
         raise UserError(f"out={out} lies in the source: give another directory")
-    ours = ["config.json", "*.safetensors", "*.safetensors.index.json", *checkpoint.TOKENIZER_FILES]
+    ours = ["config.json", "*.safetensors", "*.safetensors.index.json", *tokenizer.FILES]
     there = {p.name for p in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
     others = sorted(there - {p.name for pattern in ours for p in out.glob(pattern)})
     if others:
