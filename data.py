@@ -319,6 +319,8 @@ def mix(dirs, sizes=None, seed=0, split="train", tokenizer=None):
         except UserError as e:
             raise UserError(f"{dirs[i]}: {e}") from None
         picks.append(np.sort(np.random.default_rng([seed, i]).permutation(len(store))[:count]))
+    if not any(map(len, picks)):
+        raise UserError(f"sizes={','.join(sizes)} takes no row of {', '.join(map(str, dirs))}: ask for more")
     return Mix(stores, picks)
 
 

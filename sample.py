@@ -6,8 +6,8 @@
     python sample.py model=models/base template=plain prompt="Once upon a time"    # text completion, no chat
 
 A prompt is laid out by the model's chat template, or by template=; without either it is completed as plain text. prompts= names a
-file with a prompt a line, or a .json list of strings and conversations ([{"role": ..., "content": ...}, ...]); the result is a
-JSON list of {"input", "output"}.
+file with a prompt a line, or a .json list or .jsonl lines of strings and conversations ([{"role": ..., "content": ...}, ...]); the
+result is a JSON list of {"input", "output"}.
 """
 
 import json
@@ -120,15 +120,13 @@ def read_prompts(path):
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"prompts={path} cannot be read as UTF-8 text: {e}") from None
-    if path.suffix == ".json":
-        try:
-            entries = json.loads(text)
-        except ValueError as e:
-            raise UserError(f"{path} is no JSON: {e}") from None
-        if not isinstance(entries, list):
-            raise UserError(f"{path} must hold a JSON list of strings or conversations")
-    else:
-        entries = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    try:
+        entries = json.loads(text) if path.suffix == ".json" else list(map(json.loads, lines)) if path.suffix == ".jsonl" else lines
+    except ValueError as e:
+        raise UserError(f"{path} is no JSON: {e}") from None
+    if not isinstance(entries, list) or not all(isinstance(entry, (str, list)) for entry in entries):
+        raise UserError(f"{path} must hold strings and conversations (lists of messages), and nothing else")
     if not entries:
         raise UserError(f"{path} holds no prompt")
     return entries

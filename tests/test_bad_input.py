@@ -92,6 +92,7 @@ def test_keys_and_values(run, tmp_path, more, words):
     (dict(model="{data}"), ["no config.json", "prepare.weights"]),
     (dict(sizes="[all,10]"), ["1 folders", "2 sizes"]),
     (dict(sizes="1000"), ["1000", "24"]),
+    (dict(sizes="0%"), ["sizes=0%", "no row"]),
     (dict(sizes="half"), ["half", "10%"]),
     (dict(batch_size=3), ["batch_size=3", "micro_batch=2"]),
     (dict(batch_size=0), ["batch_size=0"]),

@@ -77,6 +77,9 @@ def test_a_json_file_holds_conversations(model, tmp_path, monkeypatch, capsys):
     assert first["output"] == answer(model, "x\ny", 5, "chatml")
     assert second["output"] == answer(model, None, 5, "chatml", messages=talk)
     assert first["output"] != answer(model, "x\ny", 5, "plain")
+    (tmp_path / "prompts.jsonl").write_text(f"{json.dumps('x' + chr(10) + 'y')}\n{json.dumps(talk)}\n")
+    lines = [s.replace("prompts.json", "prompts.jsonl") for s in settings]
+    assert run(monkeypatch, capsys, *lines)[1] == out
     status, out, err = run(monkeypatch, capsys, *settings, "echo=true")
     assert [r["output"] for r in json.loads(out)] == ["x\ny" + first["output"], "c\nd" + second["output"]]
 
@@ -187,7 +190,8 @@ BAD = {
     "empty prompts file": (["prompts={dir}/empty.txt"], "holds no prompt"),
     "prompts that are not UTF-8": (["prompts={dir}/latin.txt"], "UTF-8"),
     "broken JSON": (["prompts={dir}/broken.json"], "no JSON"),
-    "JSON of another kind": (["prompts={dir}/object.json"], "JSON list"),
+    "JSON of another kind": (["prompts={dir}/object.json"], "and nothing else"),
+    "records": (["prompts={dir}/records.jsonl"], "and nothing else"),
     "a conversation without roles": (["prompts={dir}/roles.json"], "prompt 2"),
     "out in no folder": (["prompts={dir}/good.txt", "out={dir}/no/out.json"], "a folder that exists"),
     "out is a folder": (["prompts={dir}/good.txt", "out={dir}"], "must be a file"),
@@ -212,6 +216,7 @@ def shelf(model, tmp_path_factory):
     (dir / "latin.txt").write_bytes("ärger\n".encode("latin-1"))
     (dir / "broken.json").write_text('["a", ')
     (dir / "object.json").write_text("{}")
+    (dir / "records.jsonl").write_text('"a"\n{"prompt": "b"}\n')
     (dir / "roles.json").write_text('["a", [{"content": "b"}]]')
     adapted = checkpoint.load_model(model)
     lora.apply(adapted, rank=2, alpha=4)
