@@ -270,7 +270,7 @@ def to_cfg(cfg):
 
 def changes(cfg, old):
     """["key old -> new"] of what has another value in `old`, a text that to_cfg made. resume= is no setting of the run itself."""
-    new, old = (dict(line.split("=", 1) for line in text.splitlines()) for text in (to_cfg(cfg), old))
+    new, old = (dict(line.split("=", 1) for line in text.splitlines() if "=" in line) for text in (to_cfg(cfg), old))
     return [f"{key} {old[key]} -> {new[key]}" for key in new if key != "resume" and old.get(key, new[key]) != new[key]]
 
 
