@@ -102,6 +102,13 @@ def test_tensor_by_hand():
 
 
 def test_a_vocabulary_that_tensor_does_not_divide_stays_whole():
+def test_what_recomputation_keeps_between_layers_is_in_the_matrix_dtype():
+    with torch.device("meta"):
+        models = [Transformer(ModelConfig(n_layers=n)) for n in (4, 8)]
+    few, many = (estimate.memory(model, 64, grad_checkpoint=True)["activations"] for model in models)
+    assert many - few == 4 * 64 * models[0].cfg.dim * 2
+
+
     with torch.device("meta"):
         models = [Transformer(ModelConfig(vocab_size=size)) for size in (32000, 32001)]
     even, odd = (estimate.memory(model, 64, 2, tensor=2)["weights"] for model in models)
