@@ -281,7 +281,8 @@ def fail(message):
 
 
 def run(main, Config):
-    """`main(load(Config))`, numbers checked; a mistake, a full disk and Ctrl-C end in a sentence, all else in a traceback."""
+    """`main(load(Config))`, numbers checked; a mistake, what may not be written, a full disk and Ctrl-C end in a sentence, all
+    else in a traceback."""
     try:
         cfg = load(Config)
         check(cfg)
@@ -299,4 +300,6 @@ def run(main, Config):
         # safetensors and torch report a full disk in their own exception types, by text
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(e):
             fail(f"the disk is full ({e}): free some space, then run the same command again")
+        if getattr(e, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and e.filename:
+            fail(f"{e.filename}: {e.strerror}")
         raise
