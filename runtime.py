@@ -376,7 +376,12 @@ class Runtime:
         files there are or what a user's function says. Hosts that go different ways wait for each other for ever."""
         if self.kind != "xla" or self.processes == 1:
             return f(*args)
-        box = [f(*args) if self.is_main else None]
+        box = [None, None]
+        if self.is_main:
+            try:
+                box[0] = f(*args)
+            except UserError as e:  # ends all of them
+                box[1] = e
         dist.broadcast_object_list(box)
         return box[0]
 
