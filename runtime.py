@@ -353,8 +353,8 @@ class Runtime:
         return t if torch.is_tensor(x) else t.item()
 
     def sync(self):
-        """After each step: XLA runs what was recorded so far. On a CPU the kernel gets back, every few seconds, what lies free
-        between blocks: rows whose lengths change leave gaps there, and memory would grow by 1% a step."""
+        """After each backward and step: XLA runs what was recorded so far. On a CPU the kernel gets back, every few seconds, what
+        lies free between blocks: rows whose lengths change leave gaps there, and memory would grow by 1% a step."""
         if self.kind == "xla":
             state = self.xm.get_rng_state()
             self.xla.sync()
@@ -383,6 +383,8 @@ class Runtime:
             except UserError as e:  # ends all of them
                 box[1] = e
         dist.broadcast_object_list(box)
+        if box[1]:
+            raise box[1]
         return box[0]
 
     def barrier(self):
