@@ -72,6 +72,9 @@ def parse_config(c, where):
             refuse(f"{key} is {value!r}, not a positive whole number")
         return value
 
+    eps = c.get("rms_norm_eps", 1e-6)
+    if type(eps) not in (int, float):
+        refuse(f"rms_norm_eps is {eps!r}, not a number")
     architecture = (c.get("architectures") or [FAMILIES.get(c.get("model_type"), "none") + "ForCausalLM"])[0]
     if architecture not in ARCHITECTURES:
         refuse(f"architecture {architecture} is not supported; these are: {', '.join(ARCHITECTURES)}")
@@ -112,7 +115,7 @@ def parse_config(c, where):
         n_kv_heads=kv_heads,
         head_dim=head_dim,
         ffn_dim=size("intermediate_size"),
-        norm_eps=c.get("rms_norm_eps", 1e-6),
+        norm_eps=eps,
         rope_theta=theta,
         rope_scaling=scaling,
         max_positions=size("max_position_embeddings", {"llama": 2048, "mistral": 131072}.get(family, 32768)),
@@ -130,7 +133,11 @@ def parse_config(c, where):
 def parse_rope(c, refuse):
     """(theta, scaling): from rope_theta and rope_scaling (transformers 4) or the one dict rope_parameters (5)."""
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        refuse(f"rope scaling {rope!r} is not supported")
     theta = rope.get("rope_theta") or c.get("rope_theta") or 10000.0
+    if type(theta) not in (int, float):
+        refuse(f"rope_theta is {theta!r}, not a number")
     if any(isinstance(value, dict) for value in rope.values()):
         refuse("rope_parameters that differ by layer are not supported")
     if (rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0) != 1.0:
@@ -645,6 +652,8 @@ def load_training(dir, rt, trained, optimizers):
 
     recover_dir(dir)
     saved = read_json(Path(dir) / "state.json")
+    if not {"meta", "optimizers"} <= saved.keys():
+        raise UserError(f"{dir}/state.json is damaged: restore the folder, or start anew with resume=false")
     for file in saved.get("files", ["state.safetensors"]):
         with damaged(Path(dir) / file), safe_open(Path(dir) / file, framework="pt"):
             pass

@@ -34,14 +34,14 @@ RANGES = {
         "steps epochs warmup_steps lr value_lr min_lr weight_decay grad_clip adam_eps freeze_layers lora_rank prompt_loss_weight "
         "nll_weight centring n_layers dim n_heads n_kv_heads ffn_dim eval_every eval_windows save_every log_every sample_every "
         "samples sample_tokens norm_samples temperature top_k seed kl_coef clip value_clip score_clip target_kl value_warmup "
-        "ptx_coef workers show max_mb rows",
+        "ptx_coef workers show max_mb rows memory",
     ),
     "1 or more": (
         lambda x: x >= 1,
         "batch_size micro_batch tensor max_length max_new_tokens max_prompt norm_tokens group rollout_batch minibatches "
-        "ppo_epochs ptx_batch kl_horizon train_mb test",
+        "ppo_epochs ptx_batch kl_horizon train_mb test devices node vocab_size",
     ),
-    "above 0": (lambda x: x > 0, "beta lora_alpha rope_theta kl_target"),
+    "above 0": (lambda x: x > 0, "beta lora_alpha rope_theta kl_target utilisation link_utilisation host_bandwidth"),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "warmup_ratio gamma lam"),
     "0 or more and below 1": (lambda x: 0 <= x < 1, "beta1 beta2 lora_dropout"),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "top_p"),
@@ -270,7 +270,7 @@ def to_cfg(cfg):
 
 def changes(cfg, old):
     """["key old -> new"] of what has another value in `old`, a text that to_cfg made. resume= is no setting of the run itself."""
-    new, old = (dict(line.split("=", 1) for line in text.splitlines()) for text in (to_cfg(cfg), old))
+    new, old = (dict(line.split("=", 1) for line in text.splitlines() if "=" in line) for text in (to_cfg(cfg), old))
     return [f"{key} {old[key]} -> {new[key]}" for key in new if key != "resume" and old.get(key, new[key]) != new[key]]
 
 
@@ -281,7 +281,8 @@ def fail(message):
 
 
 def run(main, Config):
-    """`main(load(Config))`, numbers checked; a mistake, a full disk and Ctrl-C end in a sentence, all else in a traceback."""
+    """`main(load(Config))`, numbers checked; a mistake, what may not be written, a full disk and Ctrl-C end in a sentence, all
+    else in a traceback."""
     try:
         cfg = load(Config)
         check(cfg)
@@ -299,4 +300,6 @@ def run(main, Config):
         # safetensors and torch report a full disk in their own exception types, by text
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(e):
             fail(f"the disk is full ({e}): free some space, then run the same command again")
+        if getattr(e, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and e.filename:
+            fail(f"{e.filename}: {e.strerror}")
         raise

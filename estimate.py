@@ -27,7 +27,7 @@ def memory(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False,
     residual = max(model.model["embed_tokens"].weight.itemsize, size)
     heads = (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim
     block = cfg.dim * (4 * residual + 2 * size) + size * (2 * heads + 2 * cfg.n_heads * cfg.head_dim + 4 * cfg.ffn_dim) / tensor
-    kept = cfg.n_layers * residual * cfg.dim + block if grad_checkpoint else cfg.n_layers * block
+    kept = cfg.n_layers * size * cfg.dim + block if grad_checkpoint else cfg.n_layers * block
     head = 0
     if cfg.head == "lm":
         head = min(CHUNK_LOGITS, tokens * cfg.vocab_size) * (4 + 4 + size)

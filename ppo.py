@@ -17,7 +17,9 @@ Huang et al. 2024 (arXiv:2403.17031); RLOO: Ahmadian et al. 2024 (arXiv:2402.147
 
 import functools
 import importlib.util
+import math
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -233,16 +235,28 @@ def load_function(spec):
         raise UserError(f"{spec}: give it as file.py:function; there is no such file here")
     found = importlib.util.spec_from_file_location(path, path)
     sys.modules[path] = module = importlib.util.module_from_spec(found)  # where dataclasses and pickle look it up
-    found.loader.exec_module(module)
+    try:
+        found.loader.exec_module(module)
+    except Exception as e:
+        raise UserError(f"{spec}: {path} does not run: {type(e).__name__}: {e}") from None
     if not callable(getattr(module, name, None)):
         raise UserError(f"{spec}: {path} has no function {name}")
     return getattr(module, name)
 
 
 def judge(function, tok, prompts, responses, finished):
-    """What a Python function gives each response, (n,) fp32."""
-    rows = zip(prompts, responses, finished.tolist(), strict=True)
-    return torch.tensor([float(function(tok.decode(prompt), tok.decode(response), f > 0)) for prompt, response, f in rows])
+    """What a Python function gives each response, (n,) fp32. UserError where it fails, or gives no finite number: that would make
+    every weight NaN."""
+    name, scores = getattr(function, "__name__", function), []
+    for prompt, response, f in zip(prompts, responses, finished.tolist(), strict=True):
+        try:
+            scores.append(float(function(tok.decode(prompt), tok.decode(response), f > 0)))
+        except Exception as e:
+            at = traceback.extract_tb(e.__traceback__)[-1]
+            raise UserError(f"the function {name} failed in {at.filename}:{at.lineno}: {type(e).__name__}: {e}") from None
+        if not math.isfinite(scores[-1]):
+            raise UserError(f"the function {name} gave {scores[-1]} for the response {tok.decode(response)!r}")
+    return torch.tensor(scores)
 
 
 def prompts_of(cfg, tok):

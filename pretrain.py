@@ -221,13 +221,13 @@ def main(cfg):
         if tok.vocab_size > model.cfg.vocab_size:
             raise UserError(f"{cfg.model} has {model.cfg.vocab_size} embeddings, its tokenizer {tok.vocab_size} tokens")
     else:
-        model = fresh(rt, model_config(cfg, tok.vocab_size), out / "init")
+        model = fresh(rt, model_config(cfg, tok.vocab_size), out / "init.tmp")
 
     # ------------------------------------------------------------------------------------------ optimizer, resume
     net = rt.wrap(model, cfg.compile, cfg.grad_checkpoint)
     rt.barrier()
     if rt.is_main:
-        shutil.rmtree(out / "init", ignore_errors=True)
+        shutil.rmtree(out / "init.tmp", ignore_errors=True)
     trained = dict(model.named_parameters())
     optimizer = optim.build(model, cfg.optimizer, cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
     rt.prime(optimizer)

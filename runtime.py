@@ -353,8 +353,8 @@ class Runtime:
         return t if torch.is_tensor(x) else t.item()
 
     def sync(self):
-        """After each step: XLA runs what was recorded so far. On a CPU the kernel gets back, every few seconds, what lies free
-        between blocks: rows whose lengths change leave gaps there, and memory would grow by 1% a step."""
+        """After each backward and step: XLA runs what was recorded so far. On a CPU the kernel gets back, every few seconds, what
+        lies free between blocks: rows whose lengths change leave gaps there, and memory would grow by 1% a step."""
         if self.kind == "xla":
             state = self.xm.get_rng_state()
             self.xla.sync()
@@ -376,8 +376,15 @@ class Runtime:
         files there are or what a user's function says. Hosts that go different ways wait for each other for ever."""
         if self.kind != "xla" or self.processes == 1:
             return f(*args)
-        box = [f(*args) if self.is_main else None]
+        box = [None, None]
+        if self.is_main:
+            try:
+                box[0] = f(*args)
+            except UserError as e:  # ends all of them
+                box[1] = e
         dist.broadcast_object_list(box)
+        if box[1]:
+            raise box[1]
         return box[0]
 
     def barrier(self):

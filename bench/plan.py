@@ -106,13 +106,13 @@ def build(cfg, head):
 
 def check(cfg, shape):
     """What runtime.py and ppo.py refuse, for the same reasons."""
-    for key in ("devices", "node", "batch_size", "micro_batch", "max_length"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key}={getattr(cfg, key)} must be 1 or more")
+    config.check(cfg)
     local = min(cfg.node, cfg.devices)
-    if cfg.tensor < 1 or cfg.tensor > 1 and cfg.offload:
-        raise UserError(f"tensor={cfg.tensor} must be 1 or more" + ", and 1 with offload=true" * cfg.offload)
-    if local % cfg.tensor or cfg.devices % cfg.tensor:
+    if cfg.devices % local:
+        raise UserError(f"devices={cfg.devices} are no whole nodes of node={cfg.node}")
+    if cfg.tensor > 1 and cfg.offload:
+        raise UserError(f"tensor={cfg.tensor} must be 1 with offload=true")
+    if local % cfg.tensor:
         raise UserError(f"tensor={cfg.tensor} must divide the number of devices of a node, {local}")
     if any(n % cfg.tensor for n in (shape.n_heads, shape.n_kv_heads, shape.ffn_dim)):
         sizes = f"{shape.n_heads} heads, {shape.n_kv_heads} key/value heads and {shape.ffn_dim} units of its MLP"
@@ -120,9 +120,13 @@ def check(cfg, shape):
     if cfg.batch_size % (cfg.devices // cfg.tensor * cfg.micro_batch):
         devices = f"{cfg.devices} devices" + f" / tensor={cfg.tensor}" * (cfg.tensor > 1)
         raise UserError(f"batch_size={cfg.batch_size} is no multiple of micro_batch={cfg.micro_batch} x {devices}")
-    if cfg.offload and "TPU" in cfg.device:
-        raise UserError("offload=true is not for TPUs: device=xla keeps everything on the chips")
-    if cfg.offload and (cfg.parallel == "ddp" or cfg.devices == 1) and (cfg.stage != "ppo" or cfg.lora_rank):
+    if "tpu" in cfg.device.lower():
+        if cfg.offload or cfg.reduce_dtype != "float32":
+            raise UserError("device=xla, for TPUs, has no offload=, and no reduce_dtype=: its gradients are summed in float32")
+        if cfg.parallel not in ("ddp", "fsdp"):
+            raise UserError(f"parallel={cfg.parallel}: on TPUs use ddp or fsdp")
+    shards = dict(ddp=1, hsdp=local).get(cfg.parallel, cfg.devices)
+    if cfg.offload and shards == 1 and (cfg.stage != "ppo" or cfg.lora_rank):
         raise UserError("offload=true keeps in CPU memory what fsdp, zero2 or hsdp cuts: set parallel= to one of them")
 
 
@@ -137,7 +141,8 @@ def plan(cfg):
     room, bandwidth = (1e9 * x for x in DEVICES[name][:2])
     near, far, bus = (1e9 * x * cfg.link_utilisation for x in DEVICES[name][2:])
     local = min(cfg.node, cfg.devices)
-    link = far if cfg.devices > cfg.node else near  # a ring that leaves the node is as fast as the network
+    # a ring that leaves the node runs in as many strands as it has adapters there: those of the devices, shared by tensor groups
+    link = min(near, far * local / cfg.tensor) if cfg.devices > cfg.node else near
     dtype, tensor = getattr(torch, cfg.dtype), cfg.tensor
     model = build(cfg, "score" if cfg.stage == "reward" else "lm")
     check(cfg, model.cfg)

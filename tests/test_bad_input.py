@@ -154,6 +154,9 @@ def damage_model(dir, how):
     ("config is no JSON", ["config.json", "JSON"]),
     (dict(hidden_size=64), ["another shape", "model.embed_tokens.weight (264, 32) for (264, 64)"]),
     (dict(num_hidden_layers=1), ["unexpected", "model.layers.1"]),
+    (dict(rms_norm_eps="x"), ["config.json", "rms_norm_eps is 'x', not a number"]),
+    (dict(rope_theta="x"), ["config.json", "rope_theta is 'x', not a number"]),
+    (dict(rope_scaling="linear"), ["config.json", "rope scaling 'linear' is not supported"]),
     (dict(architectures=["BertModel"]), ["BertModel", "not supported", "LlamaForCausalLM"]),
     (dict(num_attention_heads="four"), ["num_attention_heads", "'four'"]),
 ], ids=str)  # fmt: skip
@@ -246,6 +249,20 @@ def test_a_damaged_state(run, tmp_path):
     before = contents(tmp_path)
     refused(run(steps=4), "state.safetensors", "damaged or incomplete")
     assert contents(tmp_path) == before
+
+
+def test_a_state_json_without_its_keys(run, tmp_path):
+    assert run()[1] == 0
+    (tmp_path / "out" / "state" / "state.json").write_text("{}")
+    before = contents(tmp_path)
+    refused(run(steps=4), "state.json is damaged")
+    assert contents(tmp_path) == before
+
+
+def test_a_config_cfg_that_says_nothing(run, tmp_path):
+    assert run()[1] == 0
+    (tmp_path / "out" / "config.cfg").write_text("zzz\n")
+    assert run(steps=4)[1] == 0 and "steps=4" in (tmp_path / "out" / "config.cfg").read_text()
 
 
 @pytest.mark.parametrize("call, what", [(3, "best"), (4, "last"), (5, "state")])

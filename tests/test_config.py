@@ -246,6 +246,8 @@ def main(cfg):
         raise config.UserError("data/train.json:3: no field 'output'; name it with fields=")
     if cfg.way == "disk":
         raise OSError(28, "No space left on device", "out/model.safetensors")
+    if cfg.way == "denied":
+        raise PermissionError(13, "Permission denied", "out/model.safetensors")
     if cfg.way == "wrapped":
         raise RuntimeError("I/O error: No space left on device (os error 28)")
     if cfg.way == "interrupt":
@@ -273,6 +275,7 @@ def script(tmp_path_factory):
         ("wya=end", 2, "", "error: unknown key 'wya'; did you mean 'way'?\n"),
         ("way=user", 2, "", "error: data/train.json:3: no field 'output'; name it with fields=\n"),
         ("way=disk", 2, "", "error: the disk is full ("),
+        ("way=denied", 2, "", "error: out/model.safetensors: Permission denied\n"),
         ("way=wrapped", 2, "", "error: the disk is full ("),
         ("way=interrupt", 130, "", "interrupted\n"),
     ],

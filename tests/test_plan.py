@@ -44,9 +44,10 @@ def test_what_parallel_changes():
     common = dict(size="8b", device="H100", devices=16, batch_size=32, micro_batch=1)
     P, near, far = 8_030_261_248, 450e9 * 0.7, 50e9 * 0.7
     ddp, fsdp, zero2, hsdp = (plan(**common, parallel=mode) for mode in ("ddp", "fsdp", "zero2", "hsdp"))
-    assert ddp["communicate"] == pytest.approx(2 * 15 / 16 * 4 * P / far)  # once a step, however many micro-batches
-    assert fsdp["communicate"] == pytest.approx(2 * 15 / 16 * 8 * P / far)
-    assert zero2["communicate"] == pytest.approx(2 * 15 / 16 * 6 * P / far)
+    ring = 8 * far  # the adapters of a node together
+    assert ddp["communicate"] == pytest.approx(2 * 15 / 16 * 4 * P / ring)  # once a step, however many micro-batches
+    assert fsdp["communicate"] == pytest.approx(2 * 15 / 16 * 8 * P / ring)
+    assert zero2["communicate"] == pytest.approx(2 * 15 / 16 * 6 * P / ring)
     assert hsdp["communicate"] == pytest.approx(2 * (7 / 8 * 8 * P / near + 2 * 1 / 2 * 4 * P / 8 / far))
     small = plan(**common, parallel="ddp", reduce_dtype="bfloat16")
     assert small["communicate"] == pytest.approx(ddp["communicate"] / 2) and small["memory"] == ddp["memory"]
@@ -94,11 +95,18 @@ def test_tensor_by_hand():
     # four micro-batches of a row: (row, C) summed twice a layer and once for embeddings, five times backward, once in recomputation
     rounds, row = 4, 2 * 3 / 4 * 2 * 4096 * C
     shared = rounds * (row * (L * (2 + 5 + 1) + 1) + 3 / 4 * 2 * V * C) / near
-    assert fsdp["communicate"] == pytest.approx(shared + rounds * 3 / 4 * 8 * P / 4 / far)
-    assert ddp["communicate"] == pytest.approx(shared + rounds * 2 * 3 / 4 * 4 * P / 4 / far)  # in every micro-batch
+    assert fsdp["communicate"] == pytest.approx(shared + rounds * 3 / 4 * 8 * P / 4 / (2 * far))
+    assert ddp["communicate"] == pytest.approx(shared + rounds * 2 * 3 / 4 * 4 * P / 4 / (2 * far))  # in every micro-batch
     assert hsdp["communicate"] == pytest.approx(shared + rounds * (1 / 2 * 8 * P / 4 / near + 2 * 1 / 2 * 4 * P / 8 / far))
     head = 16 * 4096 * 6 * V * C / (16 * 990e12 * 0.4)
     assert fsdp["compute"] == pytest.approx(alone["compute"] + 3 * head) and fsdp["useful"] == alone["useful"]
+
+
+def test_what_recomputation_keeps_between_layers_is_in_the_matrix_dtype():
+    with torch.device("meta"):
+        models = [Transformer(ModelConfig(n_layers=n)) for n in (4, 8)]
+    few, many = (estimate.memory(model, 64, grad_checkpoint=True)["activations"] for model in models)
+    assert many - few == 4 * 64 * models[0].cfg.dim * 2
 
 
 def test_a_vocabulary_that_tensor_does_not_divide_stays_whole():
@@ -138,17 +146,24 @@ def test_ppo_parks_what_is_not_at_work():
     (dict(device="abacus"), "device=abacus: use B200, "),
     (dict(size="9b"), "size=9b: use toy, "),
     (dict(batch_size=7), "batch_size=7 is no multiple of micro_batch=1 x 8 devices"),
-    (dict(devices=0), "devices=0 must be 1 or more"),
-    (dict(tensor=0), "tensor=0 must be 1 or more"),
+    (dict(devices=0), "devices=0: must be 1 or more"),
+    (dict(devices=12), "devices=12 are no whole nodes of node=8"),
+    (dict(tensor=0), "tensor=0: must be 1 or more"),
+    (dict(utilisation=0.0), "utilisation=0.0: must be above 0"),
+    (dict(link_utilisation=0.0), "link_utilisation=0.0: must be above 0"),
+    (dict(host_bandwidth=0.0), "host_bandwidth=0.0: must be above 0"),
     (dict(tensor=3), "tensor=3 must divide the number of devices of a node, 8"),
     (dict(tensor=8, node=4), "tensor=8 must divide the number of devices of a node, 4"),
     (dict(tensor=16, node=16, devices=16), "tensor=16 must divide the model's 32 heads, 8 key/value heads and 14336 units of"),
     (dict(tensor=2, batch_size=6), "batch_size=6 is no multiple of micro_batch=1 x 8 devices / tensor=2"),
-    (dict(tensor=2, offload=True), "tensor=2 must be 1 or more, and 1 with offload=true"),
+    (dict(tensor=2, offload=True), "tensor=2 must be 1 with offload=true"),
     (dict(offload=True, parallel="ddp"), "offload=true keeps in CPU memory what fsdp, zero2 or hsdp cuts"),
     (dict(offload=True, devices=1), "offload=true keeps in CPU memory what fsdp, zero2 or hsdp cuts"),
     (dict(offload=True, parallel="ddp", stage="ppo", lora_rank=8), "offload=true keeps in CPU memory what fsdp"),
-    (dict(offload=True, device="TPU v5p"), "offload=true is not for TPUs"),
+    (dict(offload=True, parallel="hsdp", node=1), "offload=true keeps in CPU memory what fsdp, zero2 or hsdp cuts"),
+    (dict(offload=True, device="TPU v5p"), "device=xla, for TPUs, has no offload="),
+    (dict(reduce_dtype="bfloat16", device="TPU v5p"), "and no reduce_dtype="),
+    (dict(parallel="zero2", device="TPU v5p"), "parallel=zero2: on TPUs use ddp or fsdp"),
 ])  # fmt: skip
 def test_mistakes(settings, text):
     with pytest.raises(UserError, match=text):

@@ -240,6 +240,25 @@ def test_reward_functions(base, tmp_path):
             ppo.load_function(spec)
 
 
+@pytest.mark.parametrize("body, said", [
+    ("def f(prompt, response, finished): raise KeyError('k')", r"function f failed in .*r.py:1: KeyError: 'k'"),
+    ("def f(prompt): return 1.0", r"function f failed in .*: TypeError: f\(\) takes 1 positional argument"),
+    ("def f(*args): return 'good'", "function f failed in .*: ValueError: could not convert"),
+    ("def f(*args): return float('nan')", "function f gave nan for the response 'x'"),
+])  # fmt: skip
+def test_reward_functions_that_fail(base, tmp_path, body, said):
+    (tmp_path / "r.py").write_text(body)
+    with pytest.raises(UserError, match=said):
+        ppo.judge(ppo.load_function(f"{tmp_path}/r.py:f"), tokenizer.load(base), [[*b"a"]], [[*b"x"]], torch.tensor([1.0]))
+
+
+@pytest.mark.parametrize("body, said", [("import nothing_here", "ModuleNotFoundError"), ("def f(:", "SyntaxError")])
+def test_reward_files_that_do_not_run(tmp_path, body, said):
+    (tmp_path / "r.py").write_text(body)
+    with pytest.raises(UserError, match=f"r.py does not run: {said}"):
+        ppo.load_function(f"{tmp_path}/r.py:f")
+
+
 def test_correlation():
     x, y = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.3, 0.1, 0.2, -3.0])
     mean = lambda x: x.sum() / 4  # noqa: E731

@@ -318,6 +318,12 @@ def test_samples_go_on_from_prompts_or_documents(store, tmp_path, capsys):
     assert "samples at step 1" in capsys.readouterr().out
 
 
+def test_other_folders_in_out_stay(store, tmp_path):
+    (tmp_path / "out" / "init").mkdir(parents=True)
+    train(tmp_path / "out", store, steps=1)
+    assert (tmp_path / "out" / "init").is_dir() and not (tmp_path / "out" / "init.tmp").exists()
+
+
 def test_the_cost_is_told_first(store, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runtime.Runtime, "name", "NVIDIA A100-SXM4-80GB")
     train(tmp_path / "out", store, steps=1)

@@ -52,6 +52,24 @@ def test_xla_without_torch_xla():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_hosts_of_a_slice_share_results_and_mistakes(rt, monkeypatch):
+    sent = []
+
+    def host(main, f):
+        rt.kind, rt.processes, rt.is_main = "xla", 2, main
+        monkeypatch.setattr(runtime.dist, "broadcast_object_list", lambda box: sent.append([*box]) if main else box.__setitem__(
+            slice(None), sent[-1]))  # fmt: skip
+        return rt.once(f)
+
+    def mistake():
+        raise UserError("no state")
+
+    assert host(True, lambda: 3) == host(False, lambda: 4) == 3
+    for main in (True, False):
+        with pytest.raises(UserError, match="no state"):
+            host(main, mistake if main else lambda: 4)
+
+
 def test_gaps_between_tensors_go_back_to_the_kernel(rt, monkeypatch):
     def resident():
         return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
