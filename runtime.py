@@ -41,7 +41,7 @@ COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # each device c
 ROW = ("o_proj", "down_proj")  # and a summand of the result
 VOCABULARY = ("embed_tokens", "lm_head")
 PER_HEAD = ("q_norm", "k_norm")
-TRIM = 5.0  # seconds
+TRIM = 30.0  # seconds between two trims, after which a step takes a second longer
 
 
 class Runtime:
@@ -353,7 +353,7 @@ class Runtime:
         return t if torch.is_tensor(x) else t.item()
 
     def sync(self):
-        """After each backward and step: XLA runs what was recorded so far. On a CPU the kernel gets back, every few seconds, what
+        """After each backward and step: XLA runs what was recorded so far. On a CPU the kernel gets back, twice a minute, what
         lies free between blocks: rows whose lengths change leave gaps there, and memory would grow by 1% a step."""
         if self.kind == "xla":
             state = self.xm.get_rng_state()
