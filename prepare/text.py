@@ -27,7 +27,7 @@ import zlib
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -328,10 +328,12 @@ def sentencepiece_bpe(texts, size):
     """{file name: content} of a sentencepiece BPE of `size` tokens in Llama 2's manner: every other character is its bytes,
     digits stand alone, text is left as it is."""
     lines = (line[a : a + SENTENCE] for text in texts for line in text.split("\n") for a in range(0, len(line), SENTENCE))
+    if (first := next(lines, None)) is None:
+        raise UserError("there is no text to train a tokenizer on")
     model, specials = io.BytesIO(), ["<pad>", "<|im_start|>", "<|im_end|>"]
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, vocab_size=size, model_type="bpe", byte_fallback=True,
+            sentence_iterator=chain([first], lines), model_writer=model, vocab_size=size, model_type="bpe", byte_fallback=True,
             character_coverage=0.9995, split_digits=True, allow_whitespace_only_pieces=True, normalization_rule_name="identity",
             remove_extra_whitespaces=False, max_sentence_length=8 * SENTENCE, control_symbols=specials,
             num_threads=records.cores(), minloglevel=2,

@@ -406,6 +406,7 @@ def test_wrong_settings(model, tmp_path):
     assert "leaves none of the 2 documents" in bad(tmp_path, model, content, val="2")
     shutil.rmtree(tmp_path / "out.work")  # what was done serves a run with another val=
     assert "need 300 or more" in bad(tmp_path, "train:100", content)
+    assert "there is no text to train a tokenizer on" in bad(tmp_path, "train:400", b'{"text": ""}\n')
     for kind in ("bpe", "sentencepiece"):
         assert "no more than" in bad(tmp_path, "train:5000", content, kind=kind)
     assert "no model directory" in bad(tmp_path, tmp_path / "none", content)
