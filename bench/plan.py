@@ -109,7 +109,7 @@ def check(cfg, shape):
     config.check(cfg)
     local = min(cfg.node, cfg.devices)
     if cfg.devices % local:
-        raise UserError(f"devices={cfg.devices} are no whole nodes of node={cfg.node}")
+        raise UserError(f"devices={cfg.devices} is no multiple of node={cfg.node}")
     if cfg.tensor > 1 and cfg.offload:
         raise UserError(f"tensor={cfg.tensor} must be 1 with offload=true")
     if local % cfg.tensor:

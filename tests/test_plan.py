@@ -147,7 +147,7 @@ def test_ppo_parks_what_is_not_at_work():
     (dict(size="9b"), "size=9b: use toy, "),
     (dict(batch_size=7), "batch_size=7 is no multiple of micro_batch=1 x 8 devices"),
     (dict(devices=0), "devices=0: must be 1 or more"),
-    (dict(devices=12), "devices=12 are no whole nodes of node=8"),
+    (dict(devices=12), "devices=12 is no multiple of node=8"),
     (dict(tensor=0), "tensor=0: must be 1 or more"),
     (dict(utilisation=0.0), "utilisation=0.0: must be above 0"),
     (dict(link_utilisation=0.0), "link_utilisation=0.0: must be above 0"),
