@@ -168,7 +168,7 @@ class Batch:
         self.head = FrozenLinear(frozen(model.head_weight, self.dtype), None, pack)
         self.stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
         self.cache = self.model.new_cache(rows, 0, self.dtype)
-        self.graphs, self.pool = ({}, torch.cuda.graph_pool_handle()) if graphs else (None, None)
+        self.graphs = {} if graphs else None  # rows -> graph; None: seen once
 
         def zeros(*shape, dtype=torch.int64):
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
@@ -188,7 +188,7 @@ class Batch:
         change = slots - self.slots
         self.cache = [tuple(F.pad(t, (0, 0, 0, change)) for t in layer) for layer in self.cache]
         if self.graphs:
-            self.graphs.clear()
+            self.graphs.clear()  # they point to the old cache
 
     def prefill(self, prompts, rows, width):
         """Cache (rows, K, width, D) of the prompts, right-padded; what stands behind a prompt's end is overwritten before any
@@ -243,7 +243,7 @@ class Batch:
             return
         if self.graphs[rows] is None:
             self.graphs[rows] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[rows], pool=self.pool):
+            with torch.cuda.graph(self.graphs[rows]):
                 self.step(rows)
         self.graphs[rows].replay()
 

@@ -137,8 +137,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, D)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
-        cos, sin = (r.to(v.dtype) for r in rope)
-        q, k = rotate(q.to(v.dtype), cos, sin), rotate(k.to(v.dtype), cos, sin)
+        q, k = rotate(q.to(v.dtype), *rope), rotate(k.to(v.dtype), *rope)
         if cache is not None:  # slot = position, row by row
             keys, values = cache  # (B, K, S, D)
             rows = torch.arange(B, device=x.device)[:, None]
@@ -273,10 +272,10 @@ class Transformer(nn.Module):
                 masks[w] = attention_mask(docs, w, self.split_documents)
             else:
                 masks[w] = attention_mask(torch.zeros_like(tokens), w) if 0 < w < T else None
-        rope = self.rotary(positions)
         x = self.model["embed_tokens"](tokens)
         if torch.is_autocast_enabled(x.device.type):  # one dtype along the residual stream, whatever the weights are held in
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        rope = [r.to(x.dtype) for r in self.rotary(positions)]
         for i, layer in enumerate(self.layers):
             inputs = (x, rope, masks[windows[i]])
             if cache is not None:

@@ -2,11 +2,12 @@
 
     python bench/sft.py data=alpaca_en_demo.json                                     # sft.py, TRL padded, TRL packed
     python bench/sft.py data=alpaca_en_demo.json sides=[ours,compiled,trl] steps=40 repeats=1
+    python bench/sft.py data=alpaca_en_demo.json device=cuda model=DIR micro_batch=16 max_length=1024 trl_batch=80
 
 `data` holds instruction records of a shape that prepare.instructions reads. Every run is a process of its own, the sides take
 turns, and the table shows medians. Tokens are real ones, without padding, from the second step on (compiled: after half of the
-steps); peak memory is the process's largest resident set; the first step counts from the start of the process to the end of the
-first optimizer step. Of TRL the step alone is timed, and its process start is not, which favours it a little.
+steps); peak memory is the process's largest resident set, on a GPU what torch allocated there; the first step counts from the
+start of the process to the end of the first optimizer step. Of TRL the step alone is timed, and its process start is not, which favours it a little.
 """
 
 import importlib.metadata
@@ -41,7 +42,9 @@ class Config:
     micro_batch: int = 4  # rows of one forward
     accumulate: int = 1  # forwards of one optimizer step
     max_length: int = 512
+    trl_batch: int = 0  # rows of TRL's padded forward, which hold a document each; 0: micro_batch
     lora_rank: int = 16
+    device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 2
 
 
@@ -58,10 +61,12 @@ def command(cfg, side, method):
     if side.startswith("trl"):
         script = "bench/sft_trl.py"
         keys = dict(data=f"{cfg.out}/data", accumulate=cfg.accumulate, packing=side == "trl-packed", threads=cfg.threads)
+        if side == "trl" and cfg.trl_batch:
+            keys["micro_batch"] = cfg.trl_batch
     else:
         script = "sft.py"
-        keys = dict(data=f"{cfg.out}/data", batch_size=cfg.micro_batch * cfg.accumulate, compile=side == "compiled", device="cpu",
-                    dtype="bfloat16", log_every=1, samples=0, save_every=10**9)  # fmt: skip
+        keys = dict(data=f"{cfg.out}/data", batch_size=cfg.micro_batch * cfg.accumulate, compile=side == "compiled",
+                    device=cfg.device, dtype="bfloat16", log_every=1, samples=0, save_every=10**9)  # fmt: skip
     return [sys.executable, script, *(f"{key}={value}" for key, value in (common | keys).items())]
 
 
@@ -82,29 +87,35 @@ def measure(cfg, side, method):
     memory = usage.ru_maxrss / 1e6 * (1e-3 if sys.platform == "darwin" else 1.024)
     if side.startswith("trl"):
         said = json.loads(lines[-1])
-        return said["real_tokens_per_s"], memory, said["first_step_s"]
+        return said["real_tokens_per_s"], said.get("peak_device_gb", memory), said["first_step_s"]
     log = [json.loads(line) for line in open(folder / "run" / "log.jsonl", encoding="utf-8")]
     log = [record for record in log if record["kind"] == "train"]
+    if cfg.device == "cuda":
+        memory = log[-1]["memory_gb"]
     timed = range(len(log) // 2 if side == "compiled" else 1, len(log))
     seconds = [log[i]["time"] - log[i - 1]["time"] for i in timed]
     tokens = [log[i]["tokens_per_s"] * s for i, s in zip(timed, seconds, strict=True)]
     return sum(tokens) / sum(seconds), memory, log[0]["time"] - began
 
 
-def machine():
+def machine(cfg):
     """What a figure depends on, in one line."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         model = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), model)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl", "peft"))
     load = f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f} at the start"
+    if cfg.device == "cuda":
+        import torch
+
+        model = f"{torch.cuda.get_device_name()}, {model}"
     return f"{model}, {load}; Python {platform.python_version()}, {versions}"
 
 
 def main(cfg):
     if cfg.steps < 2 or cfg.repeats < 1:
         raise UserError(f"steps={cfg.steps} repeats={cfg.repeats}: the first step is not timed, so 2 steps and 1 repeat at least")
-    about = machine()
+    about = machine(cfg)
     prepare(cfg)
     results = {(method, side): [] for method in cfg.methods for side in cfg.sides}
     for _ in range(cfg.repeats):
@@ -114,7 +125,8 @@ def main(cfg):
             print(f"{method} {side}: {speed:.0f} tokens/s, {memory:.2f} GB, first step after {first:.1f} s", flush=True)
     shutil.rmtree(Path(cfg.out) / "run", ignore_errors=True)
 
-    shape = f"{cfg.micro_batch} x {cfg.max_length} tokens, {cfg.accumulate} forwards a step, {cfg.steps} steps"
+    rows = f"{cfg.micro_batch} x {cfg.max_length} tokens (TRL padded: {cfg.trl_batch or cfg.micro_batch} rows)"
+    shape = f"{rows}, {cfg.accumulate} forwards a step, {cfg.steps} steps"
     print(f"\n{about}; {cfg.threads} threads, {shape}, medians of {cfg.repeats}\n")
     print("| training | program | real tokens/s | x TRL padded | peak memory, GB | x TRL padded | first step, s |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")

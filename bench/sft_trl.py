@@ -90,11 +90,12 @@ def main(cfg):
     checkpoint.copy_tokenizer(cfg.model, cfg.out)  # as it was: save_pretrained writes it anew, and sft.py would take it for another
     timed = steps[1:]  # the first step warms up
     seconds = sum(end - began for began, end in timed)
+    device = dict(peak_device_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2)) if torch.cuda.is_available() else {}
     real = sum(counts[cfg.accumulate : len(steps) * cfg.accumulate])
     print(json.dumps(dict(
         steps=len(steps), first_step_s=round(steps[0][1] - start, 1), real_tokens_per_s=round(real / max(seconds, 1e-9), 1),
         peak_rss_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-    )))  # fmt: skip
+    ) | device))  # fmt: skip
 
 
 if __name__ == "__main__":
