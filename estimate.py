@@ -5,7 +5,7 @@
 
 import torch
 
-from losses import CHUNK_LOGITS
+from losses import chunk_logits
 from runtime import tensor_dim
 
 
@@ -30,7 +30,7 @@ def memory(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False,
     kept = cfg.n_layers * size * cfg.dim + block if grad_checkpoint else cfg.n_layers * block
     head = 0
     if cfg.head == "lm":
-        head = min(CHUNK_LOGITS, tokens * cfg.vocab_size) * (4 + 4 + size)
+        head = min(chunk_logits(model.head_weight.device), tokens * cfg.vocab_size) * (4 + 4 + size)
         head += cfg.vocab_size * cfg.dim * (size + 4 * model.head_weight.requires_grad)
         if tensor > 1:
             head += cfg.vocab_size * cfg.dim * (size if fsdp > 1 else model.head_weight.itemsize)

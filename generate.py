@@ -20,7 +20,6 @@ from config import UserError
 from lora import LoRALinear
 from model import Attention
 
-SPAN = 64  # the cache grows by this many slots: short sequences stay cheap, and few shapes occur
 PREFILL = 8192  # tokens of prompt that one forward takes
 
 
@@ -297,6 +296,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         able = on_cpu and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         pack = able and max(limits) >= 16
     graphs = device.type == "cuda" if graphs is None else graphs
+    # the cache grows by this many slots: short sequences stay cheap, and few shapes occur, of which CUDA records each anew
+    span = 256 if device.type == "cuda" else 64
     R, new = min(batch_size, len(made.tokens)), max(limits)
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     batch = Batch(model, R, new, stop_ids, sampling, pack, graphs)
@@ -308,7 +309,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         return np.random.default_rng(entropy).random(new + 1, dtype=np.float32)
 
     def round_up(n):
-        return -(-n // SPAN) * SPAN
+        return -(-n // span) * span
 
     # ---- samples of one prompt stay together, prompts of similar length too
     waiting = deque(sorted(range(len(made.tokens)), key=lambda s: (-len(prompts[s // group]), s)))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 
 @dataclass
@@ -79,8 +79,39 @@ def _compiled_flex():
     return torch.compile(flex_attention)  # uncompiled, flex_attention builds all scores
 
 
-def attention_mask(docs, window, split=False):
-    """What each token may see: earlier tokens of its document, at most `window` back (0: all).
+def begins(docs):
+    """docs (B, T) -> where in its row each token's document begins, (B, T)."""
+    starts = torch.cat((torch.ones_like(docs[:, :1]), docs.diff(dim=1)), dim=1) != 0
+    index = torch.arange(docs.shape[1], device=docs.device)
+    return torch.where(starts, index, 0).int().cummax(dim=1).values  # XLA: wide rows fail in int64
+
+
+def block_mask(docs, window, size=128):
+    """attention_mask's for flex_attention. What a token sees is one stretch of its row, so that two numbers for each block of
+    queries tell which blocks of keys to visit; torch's create_block_mask would look at all T x T pairs, in 20 times the time."""
+    T = docs.shape[1]
+    index = torch.arange(T, device=docs.device)
+    oldest = begins(docs)
+    if window:
+        oldest = torch.maximum(oldest, index - window + 1)
+    keys = index[::size] // size  # blocks
+    queries = keys[:, None]
+    first, last = oldest[:, ::size, None], oldest[:, (index[::size] + size - 1).clamp(max=T - 1), None]
+    seen = (keys <= queries) & (keys >= first // size)  # (B, blocks of queries, blocks of keys)
+    whole = (keys < queries) & (keys * size >= last) & ((queries + 1) * size <= T)  # all pairs: no need to look at each
+
+    def listed(blocks):
+        which = blocks.int().argsort(dim=-1, descending=True, stable=True)  # those first
+        return blocks.sum(-1, dtype=torch.int32)[:, None], which.int()[:, None]
+
+    def visible(b, h, q, k):
+        return (q >= k) & (k >= oldest[b, q])
+
+    return BlockMask.from_kv_blocks(*listed(seen & ~whole), *listed(whole), size, visible, (T, T))
+
+
+def attention_mask(docs, window, head_dim, split=False):
+    """What each token may see: earlier tokens of its document, at most `window` back (0: all). A document is one stretch of a row.
     docs (B, T) -> a BlockMask for flex_attention on CUDA; elsewhere a bool (B, 1, T, T) for scaled_dot_product_attention, or,
     with `split`, the documents' lengths along the flattened rows: attention then runs document by document."""
     B, T = docs.shape
@@ -89,13 +120,8 @@ def attention_mask(docs, window, split=False):
         starts[:, 1:] = docs[:, 1:] != docs[:, :-1]
         edges = [*starts.flatten().nonzero().squeeze(1).tolist(), B * T]
         return [b - a for a, b in zip(edges, edges[1:], strict=False)]
-    if docs.is_cuda:
-
-        def visible(b, h, q, k):
-            near = (q - k < window) if window else (q >= 0)
-            return (q >= k) & near & (docs[b, q] == docs[b, k])
-
-        return create_block_mask(visible, B, None, T, T, device=docs.device)
+    if docs.is_cuda and head_dim >= 16:  # its kernels take no smaller ones
+        return block_mask(docs, window)
     ones = torch.ones(T, T, dtype=torch.bool, device=docs.device)
     causal = ones.tril() if not window else ones.tril() & ones.triu(1 - window)
     return (causal & (docs[:, :, None] == docs[:, None, :]))[:, None]
@@ -261,17 +287,16 @@ class Transformer(nn.Module):
             index = torch.arange(T, device=tokens.device).expand(B, T)
             positions = index
             if docs is not None:
-                starts = torch.cat((torch.ones_like(docs[:, :1]), docs.diff(dim=1)), dim=1) != 0
-                positions = index - torch.where(starts, index, 0).int().cummax(dim=1).values  # XLA: wide rows fail in int64
+                positions = index - begins(docs)
         windows = self.cfg.windows or (0,) * self.cfg.n_layers
         masks = {}  # None where plain causal attention is right: the fastest kernels have it built in
         for w in set(windows):
             if cache is not None:
                 masks[w] = cache_mask(positions, cache[0][0].shape[2], w)
             elif docs is not None:
-                masks[w] = attention_mask(docs, w, self.split_documents)
+                masks[w] = attention_mask(docs, w, self.cfg.head_dim, self.split_documents)
             else:
-                masks[w] = attention_mask(torch.zeros_like(tokens), w) if 0 < w < T else None
+                masks[w] = attention_mask(torch.zeros_like(tokens), w, self.cfg.head_dim) if 0 < w < T else None
         x = self.model["embed_tokens"](tokens)
         if torch.is_autocast_enabled(x.device.type):  # one dtype along the residual stream, whatever the weights are held in
             x = x.to(torch.get_autocast_dtype(x.device.type))

@@ -7,7 +7,8 @@
 `data` holds instruction records of a shape that prepare.instructions reads. Every run is a process of its own, the sides take
 turns, and the table shows medians. Tokens are real ones, without padding, from the second step on (compiled: after half of the
 steps); peak memory is the process's largest resident set, on a GPU what torch allocated there; the first step counts from the
-start of the process to the end of the first optimizer step. Of TRL the step alone is timed, and its process start is not, which favours it a little.
+start of the process to the end of the first optimizer step. Of TRL the step alone is timed, and its process start is not, which
+favours it a little.
 """
 
 import importlib.metadata

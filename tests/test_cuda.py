@@ -25,6 +25,14 @@ if not torch.cuda.is_available():
 DEVICE = "cuda"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def wide_heads():
+    """flex_attention takes no head smaller than 16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny.SIZES, "head_dim", 16)
+        yield
+
+
 def moved(model):
     """The model with its weights on the device."""
     return model.to(DEVICE)
@@ -73,9 +81,10 @@ def test_a_resume_is_exact(folder, tmp_path, name):  # noqa: F811
 # ------------------------------------------------------------------------------------------ attention, loss
 
 
+@pytest.mark.parametrize("head_dim", [8, 16])
 @pytest.mark.parametrize("windows", [(), (7, 0)])
-def test_packed_rows_equal_rows_alone(windows):
-    model = moved(tiny.model(windows=windows))
+def test_packed_rows_equal_rows_alone(windows, head_dim):
+    model = moved(tiny.model(windows=windows, head_dim=head_dim))
     rows = [np.array(ids) for ids, _ in tiny.rows(8, low=20, high=60)]
     lengths = [len(r) for r in rows]
     docs = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths))[None].to(DEVICE)
@@ -104,8 +113,7 @@ def test_losses():
     targets, weights = torch.randint(0, 1000, (300,)), torch.rand(300)
     found = []
     for device in ("cpu", DEVICE):
-        h, w = (t.to(device).requires_grad_() for t in (hidden, head))
-        h.retain_grad(), w.retain_grad()
+        h, w = (t.clone().to(device).requires_grad_() for t in (hidden, head))
         loss = losses.cross_entropy(h, w, targets.to(device), weights.to(device))
         logprobs, entropy = losses.token_logprobs(h, w, targets.to(device), 0.7, entropy=True)
         (loss + (logprobs * entropy).sum()).backward()
@@ -120,8 +128,8 @@ def test_losses():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_answers_equal_the_cpus(name):
     """With refills, a batch that shrinks, and a cache that grows past a recorded graph."""
-    model, prompts = small(**FAMILIES[name]), ragged(9)
-    lengths = [20, 150, 3, 70, 70, 140, 8, 1, 90]
+    model, prompts = small(std=0.1 if name == "packed" else 0.3, max_positions=512, **FAMILIES[name]), ragged(9)
+    lengths = [20, 330, 3, 70, 70, 140, 8, 1, 300]
     expected = generate(model, prompts, lengths, temperature=0.0, batch_size=4)
     made = generate(moved(model), prompts, lengths, temperature=0.0, batch_size=4)
     assert made.tokens == expected.tokens

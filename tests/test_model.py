@@ -6,6 +6,8 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -17,7 +19,7 @@ from transformers import (
 
 import checkpoint
 from config import UserError
-from model import ModelConfig, Transformer, rope_frequencies
+from model import ModelConfig, Transformer, attention_mask, block_mask, rope_frequencies
 
 TINY = dict(
     vocab_size=97,
@@ -233,6 +235,30 @@ def test_packed_rows_equal_unpacked(windows, split):
             alone = model.logits(model(x[row, here][None]))[0]
             assert (packed[row, here] - alone).abs().max() < 1e-5
     assert (packed[0, 6:17] - model.logits(model(x))[0, 6:17]).abs().max() > 1e-3  # which a plain forward does not
+
+
+@pytest.mark.parametrize("length", [300, 384])
+@pytest.mark.parametrize("window", [0, 20, 200])
+def test_block_mask(window, length):
+    """As torch's own, which looks at every pair, and flex_attention (here without its kernels) sees what a dense mask shows."""
+    edges = [[0, 10, 130, 131, 260], [0, 256], [0]]  # with padding from 290 on
+    docs = torch.full((3, length), -1)
+    for row, starts in enumerate(edges):
+        for i, (a, b) in enumerate(zip(starts, [*starts[1:], 290], strict=True)):
+            docs[row, a:b] = i
+    dense = attention_mask(docs, window, 16)
+    ours = block_mask(docs, window)
+    theirs = create_block_mask(lambda b, h, q, k: dense[b, 0, q, k], 3, None, length, length, device="cpu")
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    for kind in ("", "full_"):
+        for num, indices in ((f"{kind}kv_num_blocks", f"{kind}kv_indices"), (f"{kind}q_num_blocks", f"{kind}q_indices")):
+            a, b = ((getattr(mask, num), getattr(mask, indices)) for mask in (ours, theirs))
+            assert torch.equal(a[0], b[0])
+            used = torch.arange(a[1].shape[-1]) < a[0][..., None]
+            assert torch.equal(a[1][used], b[1][used])
+    q, k, v = torch.randn(3, 3, 2, length, 16)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
+    assert (flex_attention(q, k, v, block_mask=ours) - y).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("split", [True, False])

@@ -178,7 +178,7 @@ import estimate, losses, optim, runtime, sft, tiny
 
 begin = dist.init_process_group
 dist.init_process_group = lambda *args: dist.is_initialized() or begin(*args)
-losses.CHUNK_LOGITS = estimate.CHUNK_LOGITS = 2**16
+losses.CHUNK_LOGITS = 2**16
 found = []
 for parallel, tensor in ("fsdp", 1), ("none", 2):
     rt = runtime.Runtime("cpu", parallel, "bfloat16", tensor=tensor)

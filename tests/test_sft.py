@@ -233,7 +233,6 @@ def test_grad_checkpoint_on_xla_reaches_adapters_over_frozen_embeddings(base, mo
 def test_the_memory_estimate_is_near_the_truth(base, grad_checkpoint, monkeypatch):
     """Against the bytes that torch holds at most over two micro-batches and a step of AdamW, from the second step on."""
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 2**16)
-    monkeypatch.setattr(estimate, "CHUNK_LOGITS", 2**16)
     model = tiny.model(n_layers=6, dim=64, ffn_dim=192, head_dim=16)
     runtime.Runtime("cpu", dtype="float32").wrap(model, grad_checkpoint=grad_checkpoint)
     optimizer = torch.optim.AdamW(model.parameters())
