@@ -40,13 +40,15 @@ class Config:
 
 
 def random_model(dir):
+    import torch
+
     import checkpoint
     from model import ModelConfig, Transformer
 
     cfg = ModelConfig(vocab_size=128256, dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, ffn_dim=8192,
                       rope_theta=5e5, max_positions=131072, tie_embeddings=True)  # fmt: skip
     if not (Path(dir) / "config.json").exists():
-        checkpoint.save_model(Transformer(cfg).init_weights(), dir, dtype="bfloat16")
+        checkpoint.save_model(Transformer(cfg).init_weights(), dir, dtype=torch.bfloat16)
     return dir
 
 
