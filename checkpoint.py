@@ -622,10 +622,10 @@ def save_shards(dir, tensors, meta, group):
     tmp = dir.with_name(dir.name + ".tmp")
 
     class Writer(dcp.HuggingFaceStorageWriter):
-        def set_up_storage_writer(self, is_coordinator, *args, **kwargs):
-            if is_coordinator:
-                shutil.rmtree(tmp, ignore_errors=True)  # what a killed save left
-            super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+        def prepare_global_plan(self, plans):  # on rank 0, when all ranks have made sure of the folder and none has written
+            shutil.rmtree(tmp)  # what a killed save left
+            tmp.mkdir()
+            return super().prepare_global_plan(plans)
 
         def finish(self, metadata, results):  # on rank 0, when all ranks have written
             files = sorted(path.name for path in tmp.glob("*.safetensors"))
