@@ -5,9 +5,14 @@ A loss is always a sum over tokens that the caller divides by the global number 
 depend on how a batch is cut into micro-batches, ranks or packed rows.
 """
 
+import functools
+
 import torch
 
 CHUNK_LOGITS = 2**25  # on a CPU: 128 MB in fp32
+
+compiled = False  # whether torch.compile takes what is done with a chunk's logits; runtime.py sets it with compile=true
+_compiled = functools.cache(torch.compile)
 
 
 def chunk_logits(device):
@@ -25,21 +30,58 @@ def _compute_dtype(hidden):
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _chunks(hidden, weight, targets, temperature):
-    """Yields (slice, hidden chunk (n, C), fp32 log-probabilities (n, V)) over the N rows."""
+def _chunks(hidden, weight, targets):
+    """The N rows in slices."""
     size = max(16, chunk_logits(hidden.device) // len(weight) // 8 * 8)  # oneDNN takes a quarter longer for an odd number of rows
-    for start in range(0, len(targets), size):
-        rows = slice(start, start + size)
-        logits = (hidden[rows] @ weight.t()).float()
-        if temperature != 1.0:
-            logits /= temperature
-        logprobs = torch.log_softmax(logits, dim=-1)
-        del logits  # a generator would hold it while it waits
-        yield rows, hidden[rows], logprobs
+    return (slice(start, start + size) for start in range(0, len(targets), size))
+
+
+def _of_chunk(function, *args):
+    """Calls one of the functions of a chunk below: compiled, it reads and writes the chunk's logits a third as often."""
+    return (_compiled(function) if compiled else function)(*args)
+
+
+def _log_softmax(hidden, weight, temperature=1.0):
+    """fp32 log-probabilities (n, V) of a chunk."""
+    logits = (hidden @ weight.t()).float()
+    if temperature != 1.0:
+        logits /= temperature
+    return torch.log_softmax(logits, dim=-1)
 
 
 def _pick(logprobs, targets):
     return logprobs.gather(1, targets[:, None]).squeeze(1)
+
+
+def _add_at(x, targets, values):
+    """x (n, V) with values_n added at targets_n, in place or not."""
+    if torch.compiler.is_compiling():  # a scatter would stand alone: memory for x in fp32, once more written and read
+        return x + torch.where(torch.arange(x.shape[1], device=x.device) == targets[:, None], values[:, None], 0)
+    return x.scatter_add_(1, targets[:, None], values[:, None])
+
+
+def _nll(hidden, weight, targets, weights, gradient):
+    """-> (summed loss of a chunk, its gradient by the logits or None)."""
+    logprobs = _log_softmax(hidden, weight)
+    loss = -(_pick(logprobs, targets) * weights).sum()
+    if not gradient:
+        return loss, None
+    grad = logprobs.exp_().mul_(weights[:, None])  # d loss / d logits = weight * (softmax - onehot)
+    return loss, _add_at(grad, targets, -weights).to(hidden.dtype)
+
+
+def _picked(hidden, weight, targets, temperature):
+    """-> (log p of the targets, entropy) of a chunk."""
+    logprobs = _log_softmax(hidden, weight, temperature)
+    return _pick(logprobs, targets), -(logprobs.exp() * logprobs).sum(-1)
+
+
+def _picked_backward(hidden, weight, targets, temperature, entropy, grad_picked, grad_entropy):
+    """-> the gradient by a chunk's logits: d log p_t = onehot - p, d H = -p (log p + H)."""
+    logprobs = _log_softmax(hidden, weight, temperature)
+    p = logprobs.exp()
+    grad = logprobs.add_(entropy[:, None]).mul_(grad_entropy[:, None]).add_(grad_picked[:, None]).mul_(p).neg_()
+    return _add_at(grad, targets, grad_picked).div_(temperature).to(hidden.dtype)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -51,16 +93,13 @@ class _CrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_w = torch.zeros(head.shape, dtype=torch.float32, device=x.device) if ctx.needs_input_grad[1] else None
-        for rows, xs, logprobs in _chunks(x, w, targets, 1.0):
-            loss -= (_pick(logprobs, targets[rows]) * weights[rows]).sum()
-            if grad_x is None and grad_w is None:
-                continue
-            grad = logprobs.exp_().mul_(weights[rows, None])  # d loss / d logits = weight * (softmax - onehot)
-            grad = grad.scatter_add_(1, targets[rows, None], -weights[rows, None]).to(dtype)
+        for rows in _chunks(x, w, targets):
+            nll, grad = _of_chunk(_nll, x[rows], w, targets[rows], weights[rows], any(ctx.needs_input_grad))
+            loss += nll
             if grad_x is not None:
                 grad_x[rows] = grad @ w
             if grad_w is not None:
-                grad_w += grad.t() @ xs
+                grad_w += grad.t() @ x[rows]
         ctx.save_for_backward(grad_x, grad_w)
         ctx.dtypes = hidden.dtype, head.dtype
         return loss
@@ -90,9 +129,8 @@ class _TokenLogprobs(torch.autograd.Function):
         x, w = hidden.to(dtype), head.to(dtype)
         out = torch.empty(len(targets), dtype=torch.float32, device=x.device)
         entropy = torch.empty_like(out)
-        for rows, _, logprobs in _chunks(x, w, targets, temperature):
-            out[rows] = _pick(logprobs, targets[rows])
-            entropy[rows] = -(logprobs.exp() * logprobs).sum(-1)
+        for rows in _chunks(x, w, targets):
+            out[rows], entropy[rows] = _of_chunk(_picked, x[rows], w, targets[rows], temperature)
         ctx.save_for_backward(hidden, head, targets, entropy)
         ctx.temperature, ctx.dtype = temperature, dtype
         return out, entropy
@@ -103,15 +141,13 @@ class _TokenLogprobs(torch.autograd.Function):
         x, w = hidden.to(ctx.dtype), head.to(ctx.dtype)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_w = torch.zeros(head.shape, dtype=torch.float32, device=x.device) if ctx.needs_input_grad[1] else None
-        for rows, xs, logprobs in _chunks(x, w, targets, ctx.temperature):
-            g, gh, h = grad_out[rows, None], grad_entropy[rows, None], entropy[rows, None]
-            p = logprobs.exp()
-            grad = logprobs.add_(h).mul_(gh).add_(g).mul_(p).neg_()  # d H / d logits = -p (log p + H)
-            grad = grad.scatter_add_(1, targets[rows, None], g).div_(ctx.temperature).to(ctx.dtype)  # d log p_t: onehot - p
+        for rows in _chunks(x, w, targets):
+            grads = entropy[rows], grad_out[rows], grad_entropy[rows]
+            grad = _of_chunk(_picked_backward, x[rows], w, targets[rows], ctx.temperature, *grads)
             if grad_x is not None:
                 grad_x[rows] = grad @ w
             if grad_w is not None:
-                grad_w += grad.t() @ xs
+                grad_w += grad.t() @ x[rows]
         return (
             None if grad_x is None else grad_x.to(hidden.dtype),
             None if grad_w is None else grad_w.to(head.dtype),
@@ -134,7 +170,9 @@ def evaluate_tokens(hidden, head_weight, targets):
     dtype, head_weight = _compute_dtype(hidden), _whole(head_weight)
     loss = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     hit = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
-    for rows, _, logprobs in _chunks(hidden.to(dtype), head_weight.to(dtype), targets, 1.0):
+    hidden, weight = hidden.to(dtype), head_weight.to(dtype)
+    for rows in _chunks(hidden, weight, targets):
+        logprobs = _log_softmax(hidden[rows], weight)
         loss[rows] = -_pick(logprobs, targets[rows])
         hit[rows] = logprobs.argmax(-1) == targets[rows]
     return loss, hit

@@ -33,6 +33,7 @@ import torch.utils.checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+import losses
 from config import UserError
 from model import ScoreHead
 
@@ -182,6 +183,9 @@ class Runtime:
             raise UserError(f"{self.world} processes need parallel=ddp or parallel=fsdp")
         if grad_checkpoint:
             model.checkpoint = self.checkpoint
+        if compile and self.kind == "xla":
+            raise UserError("compile=true is for cpu and cuda: device=xla compiles whole steps in any case")
+        losses.compiled = compile
         if compile:
             model.split_documents = False
             for layer in model.layers:

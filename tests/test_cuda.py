@@ -54,7 +54,7 @@ def test_compiled_layers_do_the_same(folder, name):  # noqa: F811
     torch.compiler.reset()
     out = folder / "compiled" / name
     alone([job(folder, name, out, f"device={DEVICE}", "compile=true")])
-    assert_same_curve(out, folder / "one" / name, tolerance=1e-4)
+    assert_same_curve(out, folder / "one" / name, tolerance=1e-4, counts=False)  # DPO's first margin is 0, but for rounding
 
 
 @pytest.mark.parametrize("name", STAGES)

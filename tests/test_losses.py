@@ -96,6 +96,21 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     close(chunked, [t.double() for t in (whole, *gradients(whole, hidden, head))], 1e-6)
 
 
+def test_compiled_chunks_are_the_textbook_s(monkeypatch):
+    """What compile=true does on a CPU or GPU: a graph for the first size of a chunk, one for all others, one without gradient."""
+    torch.compiler.reset()
+    monkeypatch.setattr(losses, "compiled", True)
+    torch._dynamo.utils.counters.clear()
+    for n in (37, 18, 32, 31):
+        test_cross_entropy_and_gradients_are_the_textbook_s(n)
+    test_logprobs_entropy_and_gradients_are_the_textbook_s(0.7)
+    hidden, head, targets, weights = inputs()
+    with torch.no_grad():
+        alone = losses.cross_entropy(hidden, head, targets, weights)
+    torch.testing.assert_close(alone, losses.cross_entropy(hidden, head, targets, weights).detach())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 7  # of three functions two each, and the loss alone
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "token_logprobs"])
 def test_a_frozen_side_gets_no_gradient_and_costs_none(loss, monkeypatch):
     hidden, head, targets, weights = inputs()

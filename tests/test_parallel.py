@@ -148,12 +148,14 @@ def records(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def assert_same_curve(out, reference, tolerance=1e-5):
+def assert_same_curve(out, reference, tolerance=1e-5, counts=True):
+    """counts=False: without the shares of values above a threshold, which one rounding can move."""
     measured = ("time", "_per_s", "memory", "_s")  # differ from run to run
     a, b = records(out), records(reference)
     assert [(r["kind"], r["step"]) for r in a] == [(r["kind"], r["step"]) for r in b]
     for x, y in zip(a, b, strict=True):
         keys = [k for k in y if isinstance(y[k], (int, float)) and not k.endswith(measured) and k != "memory_gb"]
+        keys = [k for k in keys if counts or k not in ("accuracy", "clipfrac", "value_clipfrac")]
         values = [[r[k] for k in keys] for r in (x, y)]
         np.testing.assert_allclose(*values, rtol=tolerance, atol=tolerance, err_msg=f"{out} {keys}")
 
