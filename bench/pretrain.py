@@ -129,11 +129,14 @@ def measure(cfg):
     isolate = cfg.isolate and cfg.side == "ours"
     windows = data.Windows([data.Store(Path(cfg.out) / "data")], cfg.micro_batch, cfg.micro_batch, cfg.max_length, isolate=isolate)
     step, model = (steps_of_ours if cfg.side == "ours" else steps_of_nanogpt)(cfg, rt, windows)
+    whole = int(windows.starts[-1]) // cfg.micro_batch  # steps of an epoch without its last, which may be padded
+    if not whole:
+        raise config.UserError(f"micro_batch={cfg.micro_batch} is more than the text's {windows.starts[-1]} windows: set fewer")
     wall, cpu = [], []
     for i in range(2 + cfg.steps):
         rt.wait()
         began, used = time.perf_counter(), time.process_time()
-        loss = step(i)
+        loss = step(i // whole * windows.steps_per_epoch + i % whole)
         rt.wait()
         wall.append(time.perf_counter() - began)
         cpu.append(time.process_time() - used)
