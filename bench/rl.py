@@ -160,7 +160,8 @@ def run(cfg):
     folder.mkdir(parents=True, exist_ok=True)
     seconds, rollout, tokens = (run_ours if cfg.side == "ours" else run_trl)(cfg, folder)
     assert len(seconds) == len(rollout) == len(tokens) == cfg.steps
-    print(json.dumps(dict(seconds=seconds[1:], rollout=rollout[1:], tokens=tokens[1:])))
+    memory = torch.cuda.max_memory_allocated() / 1e9 if cfg.device == "cuda" else 0  # of a CPU the parent knows it
+    print(json.dumps(dict(seconds=seconds[1:], rollout=rollout[1:], tokens=tokens[1:], memory=memory)))
 
 
 def main(cfg):
@@ -183,9 +184,10 @@ def main(cfg):
             if child.returncode:
                 raise UserError(f"{side} ended with status {child.returncode}; {output} ends: {lines[-1:]}")
             said = json.loads(lines[-1])
+            resident = usage.ru_maxrss / 1e6 * (1e-3 if sys.platform == "darwin" else 1.024)
+            memory[side] = max(memory[side], said.pop("memory") or resident)
             for key, values in said.items():
                 results[side][key] += values
-            memory[side] = max(memory[side], usage.ru_maxrss / 1e6 * (1e-3 if sys.platform == "darwin" else 1.024))
             print(f"{side}: {statistics.median(said['seconds']):.2f} s an iteration", flush=True)
 
     what = f"LoRA {cfg.lora_rank}" if cfg.lora_rank else "all weights"
