@@ -121,7 +121,7 @@ def run_trl(cfg, folder):
         output_dir=str(folder / "trl"), max_steps=cfg.steps, per_device_train_batch_size=cfg.micro_batch,
         gradient_accumulation_steps=cfg.batch_size // cfg.micro_batch, num_generations=cfg.group, max_completion_length=cfg.new,
         temperature=1.0, top_p=1.0, top_k=0, beta=cfg.kl, num_iterations=1, learning_rate=1e-6, lr_scheduler_type="constant",
-        bf16=True, use_cpu=cfg.device == "cpu", optim="adamw_torch_fused", activation_checkpointing=False, max_grad_norm=1.0,
+        bf16=True, use_cpu=cfg.device == "cpu", optim="adamw_torch_fused", gradient_checkpointing=False, max_grad_norm=1.0,
         logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, seed=cfg.seed,
         generation_kwargs={} if cfg.ends else dict(min_new_tokens=cfg.new),
     )  # fmt: skip

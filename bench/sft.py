@@ -121,7 +121,11 @@ def main(cfg):
     results = {(method, side): [] for method in cfg.methods for side in cfg.sides}
     for _ in range(cfg.repeats):
         for (method, side), runs in results.items():
-            runs.append(measure(cfg, side, method))
+            try:
+                runs.append(measure(cfg, side, method))
+            except UserError as e:  # out of memory, mostly: the others go on
+                print(e, flush=True)
+                continue
             speed, memory, first = runs[-1]
             print(f"{method} {side}: {speed:.0f} tokens/s, {memory:.2f} GB, first step after {first:.1f} s", flush=True)
     shutil.rmtree(Path(cfg.out) / "run", ignore_errors=True)
@@ -132,6 +136,9 @@ def main(cfg):
     print("| training | program | real tokens/s | x TRL padded | peak memory, GB | x TRL padded | first step, s |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for (method, side), runs in results.items():
+        if not runs:
+            print(f"| {method} | {side} | failed | | | | |")
+            continue
         speed, memory, first = (statistics.median(column) for column in zip(*runs, strict=True))
         peer = results.get((method, "trl"))
         peer = [statistics.median(column) for column in zip(*peer, strict=True)] if peer else [float("nan")] * 3
