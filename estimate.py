@@ -16,17 +16,23 @@ def memory(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False,
     The rest is FSDP's, and what it makes whole for a while is `gathered`: embedding, head and two layers (keep_gathered: all
     layers), and the gradients of one layer.
 
-    Activations count what autograd keeps of a block: the two norms (input and output in the residual's dtype, and a cast), q, k, v
-    before and after the rotation, the attention's output, and the four (T, F) tensors of SwiGLU.
+    Activations count what autograd keeps of a block: input and output of the two norms, q, k, v, the attention's output, and the
+    four (T, F) tensors of SwiGLU. On a CPU the input of a norm is in fp32, and there twice where the norm is trained, and so is the
+    attention's output, by document and joined. Casts are autocast's copies of trained weights, which FSDP does without.
+    torch.compile keeps less.
     """
     cfg, size = model.cfg, dtype.itemsize
     own = {p: p.numel() / tensor_parts(name, p, tensor) for name, p in model.named_parameters()}  # numbers before FSDP cuts them
     fsdp = shards / tensor
     trained = sum(n for p, n in own.items() if p.requires_grad) / fsdp
     weights = sum(n * p.itemsize for p, n in own.items()) / fsdp
-    residual = max(model.model["embed_tokens"].weight.itemsize, size)
-    heads = (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim
-    block = cfg.dim * (4 * residual + 2 * size) + size * (2 * heads + 2 * cfg.n_heads * cfg.head_dim + 4 * cfg.ffn_dim) / tensor
+    layers = [sum(own[p] for p in layer.parameters()) for layer in model.layers]
+    q, qk = cfg.n_heads * cfg.head_dim, (cfg.n_heads + cfg.n_kv_heads) * cfg.head_dim
+    norm, attention = size, 2 * qk * size  # bytes that a norm keeps of a number in its input, and attention of a token
+    if model.model["embed_tokens"].weight.device.type == "cpu":
+        norm = 4 + 4 * model.layers[0].input_layernorm.weight.requires_grad
+        attention += q * size
+    block = 2 * cfg.dim * (norm + size) + (attention + norm * qk * cfg.qk_norm + 4 * cfg.ffn_dim * size) / tensor
     kept = cfg.n_layers * size * cfg.dim + block if grad_checkpoint else cfg.n_layers * block
     head = 0
     if cfg.head == "lm":
@@ -34,14 +40,17 @@ def memory(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False,
         head += cfg.vocab_size * cfg.dim * (size + 4 * model.head_weight.requires_grad)
         if tensor > 1:
             head += cfg.vocab_size * cfg.dim * (size if fsdp > 1 else model.head_weight.itemsize)
-    gathered = 0
+    gathered = casts = 0
     if fsdp > 1:
-        layers = [sum(own[p] for p in layer.parameters()) for layer in model.layers]
         rest = sum(own.values()) - sum(layers)
         grads = sum(own[p] for p in model.layers[0].parameters() if p.requires_grad)
         gathered = size * (rest + sum(layers if keep_gathered else layers[:2])) + 4 * grads
+    elif size < 4:
+        made = [size * sum(own[p] for p in layer.parameters() if p.requires_grad) for layer in model.layers]
+        casts = max(made) if grad_checkpoint else sum(made)
     return dict(
         weights=weights, gradients=4 * trained, optimizer=8 * trained, activations=tokens * kept, head=head, gathered=gathered,
+        casts=casts,
     )  # fmt: skip
 
 

@@ -192,8 +192,10 @@ def main(cfg):
 
     what = f"LoRA {cfg.lora_rank}" if cfg.lora_rank else "all weights"
     lengths = f"prompts of {cfg.prompt} tokens, responses of {'at most ' if cfg.ends else ''}{cfg.new}"
-    print(f"\n{platform.machine()}, {cfg.device}, {cfg.threads} threads; {cfg.model}, {what}, bf16, KL coefficient {cfg.kl}; "
-          f"{cfg.batch_size} episodes in groups of {cfg.group}, {lengths}; medians of {cfg.repeats} x {cfg.steps - 1} iterations\n")
+    print(
+        f"\n{platform.machine()}, {cfg.device}, {cfg.threads} threads; {cfg.model}, {what}, bf16, KL coefficient {cfg.kl}; "
+        f"{cfg.batch_size} episodes in groups of {cfg.group}, {lengths}; medians of {cfg.repeats} x {cfg.steps - 1} iterations\n"
+    )
     print("| program | s an iteration | (range) | rollout, s | the rest, s | response tokens/s | peak memory, GB |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for side, r in results.items():

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 
 import estimate
+import lora
 from config import UserError
 from model import ModelConfig, Transformer
 
@@ -60,9 +61,21 @@ def test_what_parallel_changes():
 def test_memory_is_that_of_the_stages(tmp_path):
     tiny.model_dir(tmp_path)
     for head, stage in (("lm", "sft"), ("score", "reward")):
-        model = tiny.model(head=head)
+        model = tiny.model(head=head).to("meta")  # plan's devices are no CPUs
         p = plan(model=str(tmp_path), stage=stage, devices=4, batch_size=8, micro_batch=2, max_length=64, grad_checkpoint=False)
         assert p["memory"] == estimate.memory(model, 2 * 64, 4, torch.bfloat16, False)
+
+
+def test_memory_is_near_what_an_h100_took():
+    """41.3 and 28.2 GB (bench/README.md). With one micro-batch a step, gradients come as activations go."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(vocab_size=49152, dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64,
+                                        ffn_dim=8192, tie_embeddings=True))  # fmt: skip
+        full = estimate.memory(model, 16 * 1024)
+        lora.apply(model.to(torch.bfloat16), 16, 32.0)
+    adapters = estimate.memory(model, 16 * 1024)
+    assert sum(full.values()) - full["gradients"] == pytest.approx(41.3e9, rel=0.02)
+    assert sum(adapters.values()) == pytest.approx(28.2e9, rel=0.02)
 
 
 def test_ppo_by_hand():
@@ -86,7 +99,7 @@ def test_tensor_by_hand():
         assert p["memory"]["weights"] == p["memory"]["gradients"] == 4 * ((P - norms) / 4 + norms) / rest
         assert p["memory"]["optimizer"] == 2 * p["memory"]["weights"]
     alone = plan(**common | dict(tensor=1))
-    cut = 2 * (4096 + 2 * 1024) + 2 * 4096 + 4 * 14336  # q, k, v before and after rotation, attention, SwiGLU: of a block in bf16
+    cut = 4096 + 2 * 1024 + 4096 + 4 * 14336  # q, k, v, what attention gives, SwiGLU: of a block in bf16
     assert alone["memory"]["activations"] - fsdp["memory"]["activations"] == 4096 * 2 * cut * 3 / 4
     assert fsdp["memory"]["head"] - alone["memory"]["head"] == 2 * V * C  # gathered whole for the loss
     layer = 4096 * (4096 + 2 * 1024 + 4096 + 3 * 14336)
@@ -139,7 +152,7 @@ def test_ppo_parks_what_is_not_at_work():
     assert p["host"] == (12 + 16 + 4) * P and p["update"] == 0
     assert p["transfer"] == pytest.approx(2 * (5 * 4 + 2 * 8 + 2 * 2) * P / (64e9 * 0.7))
     sharded = plan(**common | dict(parallel="fsdp"), offload=True)
-    assert sharded["memory"].keys() == {"activations", "head", "gathered", "rollout"}
+    assert sharded["memory"].keys() == {"activations", "head", "gathered", "casts", "rollout"}
 
 
 @pytest.mark.parametrize("settings, text", [
@@ -220,7 +233,7 @@ def test_memory_is_near_the_peak_of_two_processes(tmp_path):
     done = subprocess.run([*launch, tmp_path / "found"], env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-3000:]
     for estimated, measured, whole, held in json.loads((tmp_path / "found").read_text()):
-        assert 0.8 < estimated / measured < 1.2 and whole == pytest.approx(held, rel=0.001)
+        assert 0.85 < estimated / measured < 1.1 and whole == pytest.approx(held, rel=0.001)
 
 
 def test_the_text(capsys):

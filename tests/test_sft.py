@@ -254,7 +254,7 @@ def test_the_memory_estimate_is_near_the_truth(base, grad_checkpoint, monkeypatc
             top = max(top, held)
     weights = 3 * 4 * sum(p.numel() for p in model.parameters())  # and two moments
     parts = estimate.memory(model, 8 * 256, dtype=torch.float32, grad_checkpoint=grad_checkpoint)
-    assert 0.75 < sum(parts.values()) / (weights + top) < 1.25
+    assert 0.85 < sum(parts.values()) / (weights + top) < 1.1
 
 
 @pytest.mark.skipif("SLOW" not in os.environ, reason="half a minute of compiling: set SLOW=1")
