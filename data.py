@@ -429,6 +429,15 @@ def fit(rows, max_length, over_length="truncate"):
     return np.flatnonzero(keep), int((~keep).sum()), int(keep[long].sum())
 
 
+def check_reach(longest, reach, dir):
+    """UserError when a row of `longest` tokens goes beyond the `reach` positions of the model in `dir`: it would be trained where
+    its configuration, which is saved with it, says that it cannot be used."""
+    if longest > reach:
+        raise UserError(
+            f"a row has {longest:,} tokens, {dir} takes {reach:,} (max_position_embeddings in its config.json): lower max_length="
+        )
+
+
 class Batches:
     """The micro-batches of every optimizer step, for one rank. `rows`: a Store or a Mix.
 

@@ -218,6 +218,7 @@ def main(cfg):
     # ------------------------------------------------------------------------------------------ model
     if cfg.model:
         model = checkpoint.load_model(cfg.model)
+        data.check_reach(cfg.max_length, model.cfg.max_positions, cfg.model)
         if tok.vocab_size > model.cfg.vocab_size:
             raise UserError(f"{cfg.model} has {model.cfg.vocab_size} embeddings, its tokenizer {tok.vocab_size} tokens")
     else:

@@ -19,14 +19,16 @@ STEP = 64  # lengths are rounded up to this, so that few shapes occur
 
 
 class Groups:
-    """Groups of several stores behind one index: len(), group(g). .lengths (G,): tokens of all completions of a group;
-    .first (G+1,): the number of each group's first completion, counted over all groups."""
+    """Groups of several stores behind one index: len(), group(g). .lengths (G,): tokens of all completions of a group, .longest
+    (G,): of its longest one; .first (G+1,): the number of each group's first completion, counted over all groups."""
 
     def __init__(self, stores, picks):
         self.stores, self.picks = stores, np.concatenate(picks)
         self.store_of = np.repeat(np.arange(len(stores)), [len(p) for p in picks])
         spans = [(s, s.groups[p], s.groups[p + 1]) for s, p in zip(stores, picks, strict=True)]
         self.lengths = np.concatenate([s.offsets[b] - s.offsets[a] for s, a, b in spans])
+        longest = [np.maximum.reduceat(s.lengths, s.groups[:-1]) for s in stores]
+        self.longest = np.concatenate([tokens[p] for tokens, p in zip(longest, picks, strict=True)])
         self.first = np.cumsum(np.concatenate([[0], *(b - a for _, a, b in spans)]))
 
     def __len__(self):

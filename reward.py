@@ -238,6 +238,7 @@ def main(cfg):
     )  # fmt: skip
     train = rankings.Batches(rows, cfg.batch_size, **cut)
     val = rankings.Batches(val_rows, cfg.batch_size, **cut) if val_rows else None
+    data.check_reach(rows.longest[train.index].max(), model.cfg.max_positions, cfg.model)
     steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
     eval_every, save_every = cfg.eval_every or train.steps_per_epoch, cfg.save_every or train.steps_per_epoch
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)

@@ -160,6 +160,7 @@ def main(cfg):
     )  # fmt: skip
     train = data.Batches(rows, cfg.batch_size, seed=cfg.seed, prompt_weight=cfg.prompt_loss_weight, **cut)
     val = data.Batches(val_rows, cut["micro_batch"] * rt.world, **cut) if val_rows else None
+    data.check_reach(train.lengths.max(), model.cfg.max_positions, cfg.model)
     steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
     eval_every, save_every = cfg.eval_every or train.steps_per_epoch, cfg.save_every or train.steps_per_epoch
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)

@@ -117,6 +117,13 @@ def test_settings(run, good, tmp_path, settings, words):
     assert not list(tmp_path.iterdir())
 
 
+def test_rows_longer_than_the_models_positions(run, good, tmp_path):
+    short = tiny.model_dir(tmp_path / "short", max_positions=16)
+    refused(run(model=short), short, "16", "max_position_embeddings", "max_length=")
+    assert not (tmp_path / "out").exists()
+    assert run(model=short, max_length=16)[1] == 0
+
+
 def test_an_out_that_is_a_file(run, tmp_path):
     (tmp_path / "file").write_text("keep")
     for out in ("file", "file/deeper/still"):

@@ -307,6 +307,7 @@ def test_a_resumed_run_keeps_its_best(run):
 
 def test_mistakes_end_with_a_sentence(run, folder, tmp_path):
     other = tiny.model_dir(tmp_path / "other", special=["<a>", "<b>", "<c>"])
+    short = tiny.model_dir(tmp_path / "short", max_positions=8)
     tiny.store(tmp_path / "plain", folder / "model")
     for settings, words in [
         (["freeze_layers=3"], "the model has 2 layers"),
@@ -315,6 +316,7 @@ def test_mistakes_end_with_a_sentence(run, folder, tmp_path):
         ([f"model={other}"], "another tokenizer"),
         ([f"data={tmp_path}/plain"], "holds no groups"),
         (["max_length=8"], "none of the 48 groups"),
+        ([f"model={short}"], "takes 8 "),
     ]:
         with pytest.raises(UserError, match=words):
             run(*settings)
@@ -324,7 +326,7 @@ def test_mistakes_end_with_a_sentence(run, folder, tmp_path):
 def test_prompts_that_leave_no_room_are_not_answered(run, folder, tmp_path):
     group = [([97] * 256 + [98 + i, 258], [0] * 256 + [1, 1]) for i in range(2)]
     meta = dict(vocab_size=264, tokenizer=tokenizer.load(folder / "model").fingerprint)
-    data.write_store(tmp_path / "long", dict(train=[group] * 2, val=[group, tiny.ranked(1)[0]]), meta)
+    data.write_store(tmp_path / "long", dict(train=tiny.ranked(2), val=[group, tiny.ranked(1)[0]]), meta)
     out = run("steps=1", f"data={tmp_path / 'long'}", "max_length=1024", "samples=2")
     assert len(log(out, "samples")[0]["rows"]) == 1
 

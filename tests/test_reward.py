@@ -346,6 +346,7 @@ def test_a_resumed_run_keeps_its_best(run):
 
 def test_mistakes_end_with_a_sentence(run, folder, trained, tmp_path):
     other = tiny.model_dir(tmp_path / "other", special=["<a>", "<b>", "<c>"])
+    short = tiny.model_dir(tmp_path / "short", max_positions=8)
     for settings, words in [
         ([f"policy={trained}/last"], "no language model"),
         ([f"model={trained}/last"], "no language model"),
@@ -353,6 +354,7 @@ def test_mistakes_end_with_a_sentence(run, folder, trained, tmp_path):
         ([f"model={other}"], "another tokenizer"),
         (["norm_tokens=128"], "no prompt leaves room"),
         (["max_length=8"], "none of the 48 groups"),
+        ([f"model={short}", "norm_samples=0"], "takes 8 "),
         (["batch_size=0"], "must be 1 or more"),
         (["data=nowhere"], "nowhere does not exist"),
         (["resume=true"], "no saved state"),
