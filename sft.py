@@ -247,7 +247,7 @@ def main(cfg):
     if stop:
         logger.text(f"stopped at step {step}: the same command continues from here")
     elif start >= steps and resume:
-        logger.text(f"{out} was finished at step {start} before: more steps= or epochs= go on, resume=false starts anew")
+        logger.text(f"{out} stands at step {start} already: more steps= or epochs= go on, resume=false starts anew")
     logger.close()
     rt.close()
 

@@ -122,6 +122,8 @@ def check(cfg, shape):
     if cfg.batch_size % (cfg.devices // cfg.tensor * cfg.micro_batch):
         devices = f"{cfg.devices} devices" + f" / tensor={cfg.tensor}" * (cfg.tensor > 1)
         raise UserError(f"batch_size={cfg.batch_size} is no multiple of micro_batch={cfg.micro_batch} x {devices}")
+    if cfg.stage == "ppo" and cfg.max_new_tokens >= cfg.max_length:
+        raise UserError(f"max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in max_length={cfg.max_length}")
     if "tpu" in cfg.device.lower():
         if cfg.offload or cfg.reduce_dtype != "float32":
             raise UserError("device=xla, for TPUs, has no offload=, and no reduce_dtype=: its gradients are summed in float32")

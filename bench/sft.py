@@ -128,6 +128,8 @@ def main(cfg):
                 continue
             speed, memory, first = runs[-1]
             print(f"{method} {side}: {speed:.0f} tokens/s, {memory:.2f} GB, first step after {first:.1f} s", flush=True)
+    if not any(results.values()):
+        raise UserError("every run failed")
     shutil.rmtree(Path(cfg.out) / "run", ignore_errors=True)
 
     rows = f"{cfg.micro_batch} x {cfg.max_length} tokens (TRL padded: {cfg.trl_batch or cfg.micro_batch} rows)"

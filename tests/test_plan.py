@@ -177,6 +177,7 @@ def test_ppo_parks_what_is_not_at_work():
     (dict(offload=True, device="TPU v5p"), "device=xla, for TPUs, has no offload="),
     (dict(reduce_dtype="bfloat16", device="TPU v5p"), "and no reduce_dtype="),
     (dict(parallel="zero2", device="TPU v5p"), "parallel=zero2: on TPUs use ddp or fsdp"),
+    (dict(stage="ppo", max_new_tokens=4096), "leaves no room for a prompt"),
 ])  # fmt: skip
 def test_mistakes(settings, text):
     with pytest.raises(UserError, match=text):

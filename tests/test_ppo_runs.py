@@ -435,7 +435,7 @@ def test_a_finished_run_says_so(folder, tmp_path, capsys):
     train(folder, tmp_path, steps=1)
     before = tensors(tmp_path / "last")
     for steps in (1, 0):
-        assert len(train(folder, tmp_path, steps=steps)) == 1 and "was finished at step 1 before" in capsys.readouterr().out
+        assert len(train(folder, tmp_path, steps=steps)) == 1 and "stands at step 1 already" in capsys.readouterr().out
     assert same(before, tensors(tmp_path / "last"))
 
 

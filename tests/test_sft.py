@@ -413,7 +413,7 @@ def test_a_finished_run_is_not_run_again_unless_asked(base, store, tmp_path, cap
     first = lines(tmp_path / "out")
     for steps in (4, 2):  # 2: fewer than were done
         train(tmp_path / "out", base, store, steps=steps, schedule="constant", warmup_ratio=0.0)
-        assert "was finished at step 4" in capsys.readouterr().out
+        assert "stands at step 4 already" in capsys.readouterr().out
         assert curve(records(tmp_path / "out")) == curve(first)
     train(tmp_path / "out", base, store, steps=6, schedule="constant", warmup_ratio=0.0)  # goes on
     train(tmp_path / "six", base, store, steps=6, schedule="constant", warmup_ratio=0.0)
