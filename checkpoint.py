@@ -481,6 +481,8 @@ def save_model(model, dir, dtype=None, like=None, tensors=None, shard_bytes=5e9,
     if tok and tok.adopted:
         write_template(tok, dir, config)
     write_text(dir / "config.json", json.dumps(config, indent=2) + "\n")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "score_scale.json"):  # of an earlier run with lora_rank=
+        (dir / name).unlink(missing_ok=True)
 
 
 def copy_tokenizer(source, dir):
@@ -541,16 +543,16 @@ def load_state(dir):
 
 
 def flatten_optimizer(optimizer, prefix="optimizer."):
-    """A torch optimizer -> ({name: tensor}, JSON values), which restore_optimizer puts back bit for bit. Names carry
-    the number of the parameter: prefix + "3.exp_avg"."""
+    """What a torch optimizer knows of its parameters -> ({name: tensor}, JSON values), which restore_optimizer puts back bit for
+    bit. Names carry the number of the parameter: prefix + "3.exp_avg". The groups' settings are the run's own, and may change."""
     state = optimizer.state_dict()
     tensors, scalars = {}, {}
-    for place, values in [*state["state"].items(), *((f"group{i}", g) for i, g in enumerate(state["param_groups"]))]:
+    for i, values in state["state"].items():
         for key, value in values.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{prefix}{place}.{key}"] = value
-            elif key != "params":
-                scalars[f"{place}.{key}"] = value
+                tensors[f"{prefix}{i}.{key}"] = value
+            else:
+                scalars[f"{i}.{key}"] = value
     shapes = [list(p.shape) for group in optimizer.param_groups for p in group["params"]]
     return tensors, {"scalars": scalars, "shapes": shapes}
 
@@ -564,21 +566,24 @@ def restore_optimizer(optimizer, tensors, meta, prefix="optimizer."):
     values |= {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
     optimizer.state.clear()
     for key, value in values.items():
-        place, key = key.split(".", 1)
-        if place.startswith("group"):
-            group = optimizer.param_groups[int(place.removeprefix("group"))]
-            group[key] = tuple(value) if isinstance(value, list) else value
-        else:
-            group, p = params[int(place)]
-            on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
-            if isinstance(value, torch.Tensor) and not on_host:  # not by load_state_dict, which casts to the parameter's dtype
-                value = value.to(p.device)
-            optimizer.state[p][key] = value
+        i, key = key.split(".", 1)
+        group, p = params[int(i)]
+        on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
+        if isinstance(value, torch.Tensor) and not on_host:  # not by load_state_dict, which casts to the parameter's dtype
+            value = value.to(p.device)
+        optimizer.state[p][key] = value
 
 
-def resumable(dir, resume):
+def resumes(dir, resume, rt):
     """Whether a run continues from the state in `dir`. resume: "auto" (when there is one), "true" (an error without) or
-    "false". UserError where the run folder around it cannot be written to."""
+    "false". UserError where the run folder around it cannot be written to, or only some ranks see the state."""
+    found = rt.once(_resumable, dir, resume)
+    if 0 < rt.all_sum(int(found)) < rt.world:
+        raise UserError(f"{dir} is on some nodes and not on others: put out= on a file system that all see, or copy it to all")
+    return found
+
+
+def _resumable(dir, resume):
     place = next(p for p in Path(dir).absolute().parents if p.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{place} is {'not writable' if place.is_dir() else 'a file, not a folder'}: give another out=")
@@ -588,8 +593,8 @@ def resumable(dir, resume):
     return resume != "false" and Path(dir).is_dir()
 
 
-def save_training(dir, rt, trained, optimizers, extra=None, **meta):
-    """Everything that a resume bit for bit needs: the trained parameters {name: p}, the optimizers {name: optimizer},
+def save_training(dir, rt, stage, trained, optimizers, extra=None, **meta):
+    """Everything that a resume of a stage bit for bit needs: the trained parameters {name: p}, the optimizers {name: optimizer},
     the generators of `rt` (a Runtime), more tensors {name: tensor}, and JSON values. Every rank calls it; one writes, or
     each its own part where the parameters are sharded over ranks (save_shards).
 
@@ -601,7 +606,7 @@ def save_training(dir, rt, trained, optimizers, extra=None, **meta):
     for name, optimizer in optimizers.items():
         flat, settings[name] = flatten_optimizer(optimizer, f"{name}.")
         tensors |= flat
-    saved = {"meta": meta, "optimizers": settings}
+    saved = {"stage": stage, "meta": meta, "optimizers": settings}
     if any(hasattr(p, "placements") for p in trained.values()):
         rt.finish_saving()
         rt.saving = save_shards(dir, tensors, saved, rt.saving_group())
@@ -645,15 +650,17 @@ def save_shards(dir, tensors, meta, group):
 
 
 @torch.no_grad()
-def load_training(dir, rt, trained, optimizers):
+def load_training(dir, rt, stage, trained, optimizers):
     """Puts back what save_training saved, on any number of ranks -> (meta, extra). Each rank reads what it holds of the
-    parameters and moments, whichever way they were cut. UserError when the run's parameters are others."""
+    parameters and moments, whichever way they were cut. UserError when the run's stage or parameters are others."""
     import torch.distributed.checkpoint as dcp
 
     recover_dir(dir)
     saved = read_json(Path(dir) / "state.json")
-    if not {"meta", "optimizers"} <= saved.keys():
+    if not {"stage", "meta", "optimizers"} <= saved.keys():
         raise UserError(f"{dir}/state.json is damaged: restore the folder, or start anew with resume=false")
+    if saved["stage"] != stage:
+        raise UserError(f"{dir} is the state of a run of {saved['stage']}.py: give another out=, or resume=false")
     for file in saved.get("files", ["state.safetensors"]):
         with damaged(Path(dir) / file), safe_open(Path(dir) / file, framework="pt"):
             pass

@@ -15,6 +15,7 @@ import errno
 import inspect
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -33,7 +34,7 @@ RANGES = {
         lambda x: x >= 0,
         "steps epochs warmup_steps lr value_lr min_lr weight_decay grad_clip adam_eps freeze_layers lora_rank prompt_loss_weight "
         "nll_weight centring n_layers dim n_heads n_kv_heads ffn_dim eval_every eval_windows save_every log_every sample_every "
-        "samples sample_tokens norm_samples temperature top_k seed kl_coef clip value_clip score_clip target_kl value_warmup "
+        "samples sample_tokens norm_samples temperature top_k kl_coef clip value_clip score_clip target_kl value_warmup "
         "ptx_coef workers show max_mb rows memory",
     ),
     "1 or more": (
@@ -45,6 +46,7 @@ RANGES = {
     "from 0 to 1": (lambda x: 0 <= x <= 1, "warmup_ratio gamma lam"),
     "0 or more and below 1": (lambda x: 0 <= x < 1, "beta1 beta2 lora_dropout"),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "top_p"),
+    "from 0 to 2^63 - 1": (lambda x: 0 <= x < 2**63, "seed"),  # what torch takes
 }
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -99,7 +101,7 @@ def cast(kind, text):
         if text.strip().lower() in BOOLS:
             return BOOLS[text.strip().lower()]
     elif kind is float:
-        if (value := float(text)) == value:  # nan is no setting
+        if math.isfinite(value := float(text)):
             return value
     elif kind in (int, str, Path):
         return str(text) if kind is str else kind(text)
@@ -281,8 +283,8 @@ def fail(message):
 
 
 def run(main, Config):
-    """`main(load(Config))`, numbers checked; a mistake, what may not be written, a full disk and Ctrl-C end in a sentence, all
-    else in a traceback."""
+    """`main(load(Config))`, numbers checked; a mistake, what may not be written, a full disk or device and Ctrl-C end in a
+    sentence, all else in a traceback."""
     try:
         cfg = load(Config)
         check(cfg)
@@ -300,6 +302,8 @@ def run(main, Config):
         # safetensors and torch report a full disk in their own exception types, by text
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(e):
             fail(f"the disk is full ({e}): free some space, then run the same command again")
+        if type(e).__name__ == "OutOfMemoryError":  # torch's, which this file does not import
+            fail(f"{str(e).splitlines()[0]} - lower micro_batch= or max_length=, or set grad_checkpoint=true")
         if getattr(e, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and e.filename:
             fail(f"{e.filename}: {e.strerror}")
         raise

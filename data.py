@@ -38,7 +38,8 @@ def check_target(dir):
     dir = Path(dir)
     names = {p.name for p in dir.iterdir()} if dir.is_dir() else set()
     ours = all(re.fullmatch(r"tokenizer|meta\.json|\w+\.(tokens|mask|rows|groups)\.bin", name) for name in names)
-    if dir.is_file() or names and not (ours and FORMAT in (dir / "meta.json").read_text(errors="replace")):
+    ours = ours and "meta.json" in names and FORMAT in (dir / "meta.json").read_text(errors="replace")
+    if dir.is_file() or names and not ours:
         raise UserError(f"{dir} exists and is not a prepared data folder: choose another out=, or move it away")
 
 
@@ -385,10 +386,10 @@ def bucket(lengths, rows, seed=0):
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def collate(packs, length, pad_id=0, prompt_weight=0.0):
+def collate(packs, length, prompt_weight=0.0):
     """Packs, each a list of rows (tokens, mask), as tensors (B, T = length) on the CPU:
 
-    tokens     int64, padded with pad_id
+    tokens     int64, padded with 0
     targets    int64, the next token of the same document; 0 where there is none
     weights    float32, of the target: its mask, with `prompt_weight` for 0; 0 at each document's end and on padding
     positions  int64, from 0 in each document
@@ -397,7 +398,7 @@ def collate(packs, length, pad_id=0, prompt_weight=0.0):
     import torch  # here, so that the prepare scripts start without it
 
     shape = len(packs), length
-    tokens, docs = np.full(shape, pad_id, np.int64), np.full(shape, -1, np.int64)
+    tokens, docs = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
     targets, positions, weights = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.float32)
     for b, rows in enumerate(packs):
         a = 0
@@ -448,14 +449,14 @@ class Batches:
     `static`. steps_per_epoch is the same for every epoch; .dropped and .truncated count rows over max_length.
     """
 
-    def __init__(self, rows, batch_size, micro_batch, max_length, pad_id=0, packing=True, seed=0, rank=0, world=1,
+    def __init__(self, rows, batch_size, micro_batch, max_length, packing=True, seed=0, rank=0, world=1,
                  prompt_weight=0.0, over_length="truncate", static=False):  # fmt: skip
         if batch_size < 1 or micro_batch < 1 or batch_size % (micro_batch * world):
             raise UserError(
                 f"batch_size={batch_size} is not a multiple of micro_batch={micro_batch} x {world} ranks: change one"
             )
         self.rows, self.batch_size, self.micro_batch, self.max_length = rows, batch_size, micro_batch, max_length
-        self.pad_id, self.packing, self.seed, self.rank, self.world = pad_id, packing, seed, rank, world
+        self.packing, self.seed, self.rank, self.world = packing, seed, rank, world
         self.prompt_weight, self.static = prompt_weight, static
         self.index, self.dropped, self.truncated = fit(rows, max_length, over_length)
         if not len(self.index):
@@ -492,7 +493,7 @@ class Batches:
         if not self.packing and not self.static:
             longest = max((len(tokens) for p in packs for tokens, _ in p), default=1)
             length = min(length, -(-longest // 64) * 64)
-        return collate(packs + [[]] * (self.micro_batch - len(packs)), length, self.pad_id, self.prompt_weight)
+        return collate(packs + [[]] * (self.micro_batch - len(packs)), length, self.prompt_weight)
 
 
 class Windows:
@@ -510,7 +511,7 @@ class Windows:
 
     CYCLE = 1 << 16
 
-    def __init__(self, stores, batch_size, micro_batch, max_length, weights=(), isolate=True, pad_id=0, seed=0, rank=0, world=1):
+    def __init__(self, stores, batch_size, micro_batch, max_length, weights=(), isolate=True, seed=0, rank=0, world=1):
         if batch_size < 1 or micro_batch < 1 or batch_size % (micro_batch * world):
             raise UserError(
                 f"batch_size={batch_size} is not a multiple of micro_batch={micro_batch} x {world} ranks: change one"
@@ -518,7 +519,7 @@ class Windows:
         if weights and (len(weights) != len(stores) or min(weights) <= 0):
             raise UserError(f"weights= has {len(weights)} for {len(stores)} data folders: give each one above 0")
         self.stores, self.batch_size, self.micro_batch, self.max_length = stores, batch_size, micro_batch, max_length
-        self.isolate, self.pad_id, self.seed, self.rank, self.world = isolate, pad_id, seed, rank, world
+        self.isolate, self.seed, self.rank, self.world = isolate, seed, rank, world
         self.counts = np.array([-(-(len(s.tokens) - 1) // max_length) for s in stores])
         self.starts = np.cumsum([0, *self.counts])  # windows are numbered through all stores
         if self.counts.min() < 1:
@@ -562,7 +563,7 @@ class Windows:
 
     def micro(self, windows):
         packs = [self.documents(w) for w in windows] + [[]] * (self.micro_batch - len(windows))
-        batch = collate(packs, self.max_length + 1, self.pad_id)  # with the last target, which is then cut off
+        batch = collate(packs, self.max_length + 1)  # with the last target, which is then cut off
         return {name: t[:, : self.max_length].contiguous() for name, t in batch.items()}
 
     def documents(self, window):

@@ -230,15 +230,16 @@ def main(cfg):
     rt = runtime.start(cfg)
     rt.catch_signals()
     out = Path(cfg.out)
-    resume = rt.once(checkpoint.resumable, out / "state", cfg.resume)
+    resume = checkpoint.resumes(out / "state", cfg.resume, rt)
 
     # ------------------------------------------------------------------------------------------ model, data
     model, base = lora.open_whole(cfg.model, as_base=cfg.lora_rank > 0)
     tok = tokenizer.load(base, data.chat_template(cfg.data) or lora.chat_template(cfg.model))
+    tok.check_embeddings(model.cfg.vocab_size, base)
     rows = rankings.load(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
     val_rows = rankings.load(cfg.data, split="val", tokenizer=tok)
     cut = dict(
-        micro_batch=cfg.micro_batch * rt.shards // rt.world, max_length=cfg.max_length, pad_id=tok.pad_id or 0, seed=cfg.seed,
+        micro_batch=cfg.micro_batch * rt.shards // rt.world, max_length=cfg.max_length, seed=cfg.seed,
         rank=rt.rank, world=rt.world, static=rt.static_shapes or cfg.compile,
     )  # fmt: skip
     train = rankings.Batches(rows, cfg.batch_size, **cut)
@@ -270,12 +271,13 @@ def main(cfg):
         lora.use(model, "default")
     start, best, warned = 0, math.inf, False
     if resume:
-        meta, _ = checkpoint.load_training(out / "state", rt, trained, dict(adamw=optimizer))
+        meta, _ = checkpoint.load_training(out / "state", rt, "dpo", trained, dict(adamw=optimizer))
         start, best, warned = meta["step"], meta["best"], meta["warned"]
         if meta["reference"] != key:
             raise UserError(f"{out} was trained from another model or on other data: give the run's own, or resume=false")
 
-    flops = model.flops_per_token(cfg.max_length, "adapter" if cfg.lora_rank else "all")
+    length = rows.squares[train.index].sum() / rows.lengths[train.index].sum()  # that the average token finds its document to have
+    flops = model.flops_per_token(length, "adapter" if cfg.lora_rank else "all")
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     if rt.is_main:
         for old in set(out.glob("reference.*.bin")) - {*files.values()}:  # of another model or other data
@@ -290,7 +292,7 @@ def main(cfg):
     )
 
     def save(dir):
-        tensors = rt.full(dict(model.named_parameters()))
+        tensors = rt.full(trained if cfg.lora_rank else dict(model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
             lora.save(model, dir, base=base, tensors=tensors, tok=tok)
         elif rt.is_main:
@@ -317,7 +319,7 @@ def main(cfg):
             if step > start and (stop or step == steps or step % save_every == 0):
                 save(out / "last")
                 meta = dict(step=step, best=best, warned=warned, reference=key)
-                checkpoint.save_training(out / "state", rt, trained, dict(adamw=optimizer), **meta)
+                checkpoint.save_training(out / "state", rt, "dpo", trained, dict(adamw=optimizer), **meta)
         if stop or step == steps:
             break
 
@@ -355,7 +357,7 @@ def main(cfg):
             sums, tokens, seen_best = torch.zeros_like(sums), 0, 0
 
     if stop:
-        logger.text(f"stopped at step {step}: the same command continues from here")
+        logger.text(f"stopped at step {step}: the same command continues from here, unless it says resume=false")
     elif start >= steps and resume:
         logger.text(f"{out} stands at step {start} already: more steps= or epochs= go on, resume=false starts anew")
     logger.close()

@@ -1,6 +1,6 @@
 """One log for every stage: a console line, `log.jsonl`, TensorBoard events, tables of samples.
 
-    log = Log(out, rt.is_main, total_steps, start_step, flops_per_token=..., device=rt.name, devices=rt.shards)
+    log = Log(out, rt.is_main, total_steps, start_step, flops_per_token=..., device=rt.name, devices=rt.devices)
     log.settings("sft", cfg, resumed=False)
     log.step(step, tokens=n, targets=m, memory=rt.peak_memory(), loss=loss, lr=lr)
     with log.paused():
@@ -12,6 +12,7 @@ device; they are read here and nowhere else. Every rank makes the same calls, th
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -68,7 +69,7 @@ class Log:
         path = self.dir / "config.cfg"
         old = path.read_text(encoding="utf-8") if resumed and path.exists() else ""
         if self.is_main:
-            checkpoint.write_text(path, config.to_cfg(cfg))
+            checkpoint.write_text(path, config.to_cfg(dataclasses.replace(cfg, resume="auto")))  # the file continues it
         self.text(" ".join([f"{stage}:", *config.diff(cfg)]))
         if changed := config.changes(cfg, old):
             self.text(f"note: the run goes on with other settings: {', '.join(changed)}")

@@ -179,6 +179,8 @@ def save(model, dir, name="default", base="", tensors=None, tok=None):
     else:
         Path(dir, "chat_template.jinja").unlink(missing_ok=True)
     checkpoint.write_text(Path(dir) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    for path in (Path(dir, "config.json"), *Path(dir).glob("model*.safetensors*")):  # of an earlier run without lora_rank=
+        path.unlink(missing_ok=True)
 
 
 def read_config(dir):
@@ -194,8 +196,8 @@ def read_config(dir):
     for key, plain in unsupported.items():
         if (config.get(key) or plain) != plain:
             raise UserError(f"{path}: {key}={config[key]!r} is not supported (only {plain!r} is)")
-    if type(config.get("r")) is not int or not isinstance(config.get("lora_alpha"), (int, float)):
-        raise UserError(f"{path}: r={config.get('r')!r} and lora_alpha={config.get('lora_alpha')!r} must be numbers")
+    if type(config.get("r")) is not int or config["r"] < 1 or not isinstance(config.get("lora_alpha"), (int, float)):
+        raise UserError(f"{path}: r={config.get('r')!r} and lora_alpha={config.get('lora_alpha')!r} must be numbers, r 1 or more")
     return config
 
 

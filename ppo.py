@@ -364,7 +364,7 @@ def main(cfg):
     rt.catch_signals()
     check(cfg, rt)
     out = Path(cfg.out)
-    resume = rt.once(checkpoint.resumable, out / "state", cfg.resume)
+    resume = checkpoint.resumes(out / "state", cfg.resume, rt)
     reward_function = load_function(cfg.reward) if ".py:" in cfg.reward else None
     gold_function = load_function(cfg.gold) if cfg.gold else None
 
@@ -375,6 +375,7 @@ def main(cfg):
     if cfg.compile:  # round to bf16 where eager code does: or else graphs with and without gradients differ by tenths of a nat
         torch._inductor.config.emulate_precision_casts = True
     policy, reference, scorer, critic = roles.build(cfg, tok)
+    tok.check_embeddings(policy.model.cfg.vocab_size, base)
     models = {id(role.model): role.model for role in (policy, reference, scorer, critic) if role}.values()
     for model in models:
         rt.place(model, cfg.compile, cfg.grad_checkpoint)
@@ -389,14 +390,14 @@ def main(cfg):
     ptx = None
     if cfg.ptx_coef:
         rows, size = data.mix(cfg.ptx_data, None, cfg.seed, tokenizer=tok), min(micro_batch, cfg.ptx_batch // rt.world)
-        cut = dict(max_length=cfg.max_prompt + cfg.max_new_tokens, pad_id=tok.pad_id or 0, rank=rt.rank, world=rt.world)
+        cut = dict(max_length=cfg.max_prompt + cfg.max_new_tokens, rank=rt.rank, world=rt.world)
         ptx = data.Batches(rows, cfg.ptx_batch, size, seed=cfg.seed, **cut)
 
     # ------------------------------------------------------------------------------------------ resume
     trained = {f"{name}:{n}": p for name, role in learners.items() for n, p in role.params.items()}
     start, updates, first, warned = 0, 0, None, []
     if resume:
-        meta, _ = checkpoint.load_training(out / "state", rt, trained, optimizers)
+        meta, _ = checkpoint.load_training(out / "state", rt, "ppo", trained, optimizers)
         start, updates, first, warned = meta["step"], meta["updates"], meta["first"], meta["warned"]
         controller.coef = meta["kl_coef"]
     logger = log.Log(out, rt.is_main, cfg.steps, start, device=rt.name, devices=rt.devices)
@@ -412,7 +413,7 @@ def main(cfg):
         elif rt.is_main:
             checkpoint.save_model(policy.model, out / "last", rt.dtype, like=base, tensors=tensors, tok=tok)
         meta = dict(step=step, updates=updates, first=first, warned=warned, kl_coef=controller.coef)
-        checkpoint.save_training(out / "state", rt, trained, optimizers, **meta)
+        checkpoint.save_training(out / "state", rt, "ppo", trained, optimizers, **meta)
 
     def mean(x):
         """Over the episodes of all ranks."""
@@ -555,7 +556,7 @@ def main(cfg):
                 logger.text(f"warning at step {step + 1}: {disease}")
 
     if stop:
-        logger.text(f"stopped at step {step}: the same command continues from here")
+        logger.text(f"stopped at step {step}: the same command continues from here, unless it says resume=false")
     elif start >= cfg.steps and resume:
         logger.text(f"{out} stands at step {start} already: more steps= go on, resume=false starts anew")
     logger.close()

@@ -187,7 +187,7 @@ def main(cfg):
     rt = runtime.start(cfg)
     rt.catch_signals()
     out = Path(cfg.out)
-    resume = rt.once(checkpoint.resumable, out / "state", cfg.resume)
+    resume = checkpoint.resumes(out / "state", cfg.resume, rt)
     own = {"tokenizer", "size", "n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "rope_theta"}
     ignored = [pair for pair in config.diff(cfg) if pair.split("=")[0] in own]
     if cfg.model and ignored:
@@ -203,7 +203,7 @@ def main(cfg):
     held = [data.Store(dir, "val", tok) for dir, meta in zip(cfg.data, metas, strict=True) if "val" in meta["splits"]]
     cut = dict(
         micro_batch=cfg.micro_batch * rt.shards // rt.world, max_length=cfg.max_length, isolate=cfg.isolate,
-        pad_id=tok.pad_id or 0, seed=cfg.seed, rank=rt.rank, world=rt.world,
+        seed=cfg.seed, rank=rt.rank, world=rt.world,
     )  # fmt: skip
     train = data.Windows(stores, cfg.batch_size, weights=cfg.weights, **cut)
     val = data.Windows(held, cut["micro_batch"] * rt.world, **cut) if held else None
@@ -219,8 +219,7 @@ def main(cfg):
     if cfg.model:
         model = checkpoint.load_model(cfg.model)
         data.check_reach(cfg.max_length, model.cfg.max_positions, cfg.model)
-        if tok.vocab_size > model.cfg.vocab_size:
-            raise UserError(f"{cfg.model} has {model.cfg.vocab_size} embeddings, its tokenizer {tok.vocab_size} tokens")
+        tok.check_embeddings(model.cfg.vocab_size, base)
     else:
         model = fresh(rt, model_config(cfg, tok.vocab_size), out / "init.tmp")
 
@@ -234,7 +233,7 @@ def main(cfg):
     rt.prime(optimizer)
     start, best = 0, math.inf
     if resume:
-        meta, _ = checkpoint.load_training(out / "state", rt, trained, {cfg.optimizer: optimizer})
+        meta, _ = checkpoint.load_training(out / "state", rt, "pretrain", trained, {cfg.optimizer: optimizer})
         start, best = meta["step"], meta["best"]
 
     flops = model.flops_per_token(cfg.max_length)
@@ -276,7 +275,7 @@ def main(cfg):
                 logger.samples(step, continuations(rt, model, tok, (held or stores)[0], cfg))
             if step > start and (stop or step == steps or step % save_every == 0):
                 save(out / "last")
-                checkpoint.save_training(out / "state", rt, trained, {cfg.optimizer: optimizer}, step=step, best=best)
+                checkpoint.save_training(out / "state", rt, "pretrain", trained, {cfg.optimizer: optimizer}, step=step, best=best)
         if stop or step == steps:
             break
 
@@ -308,7 +307,7 @@ def main(cfg):
             tokens = targets = 0
 
     if stop:
-        logger.text(f"stopped at step {step}: the same command continues from here")
+        logger.text(f"stopped at step {step}: the same command continues from here, unless it says resume=false")
     elif start >= steps and resume:
         logger.text(f"{out} stands at step {start} already: more steps= or epochs= go on, resume=false starts anew")
     logger.close()

@@ -20,15 +20,17 @@ STEP = 64  # lengths are rounded up to this, so that few shapes occur
 
 class Groups:
     """Groups of several stores behind one index: len(), group(g). .lengths (G,): tokens of all completions of a group, .longest
-    (G,): of its longest one; .first (G+1,): the number of each group's first completion, counted over all groups."""
+    (G,): of its longest one, .squares (G,): the sum of their squares; .first (G+1,): the number of each group's first completion,
+    counted over all groups."""
 
     def __init__(self, stores, picks):
         self.stores, self.picks = stores, np.concatenate(picks)
         self.store_of = np.repeat(np.arange(len(stores)), [len(p) for p in picks])
         spans = [(s, s.groups[p], s.groups[p + 1]) for s, p in zip(stores, picks, strict=True)]
         self.lengths = np.concatenate([s.offsets[b] - s.offsets[a] for s, a, b in spans])
-        longest = [np.maximum.reduceat(s.lengths, s.groups[:-1]) for s in stores]
-        self.longest = np.concatenate([tokens[p] for tokens, p in zip(longest, picks, strict=True)])
+        longest = [np.maximum.reduceat(s.lengths, s.groups[:-1])[p] for s, p in zip(stores, picks, strict=True)]
+        squares = [np.add.reduceat(s.lengths**2, s.groups[:-1])[p] for s, p in zip(stores, picks, strict=True)]
+        self.longest, self.squares = np.concatenate(longest), np.concatenate(squares)
         self.first = np.cumsum(np.concatenate([[0], *(b - a for _, a, b in spans)]))
 
     def __len__(self):
@@ -87,7 +89,7 @@ def pairs(offsets):
     return [np.concatenate(x) if x else np.zeros(0, np.int64) for x in (better, worse, share)]
 
 
-def collate(packs, rows, max_length, pad_id=0, static=False):
+def collate(packs, rows, max_length, static=False):
     """Packs, each a list of groups (number of its first completion, [(tokens, mask), ...]), as the tensors of data.collate
     (B = rows, T <= max_length) with, for their N completions and P pairs,
 
@@ -104,7 +106,7 @@ def collate(packs, rows, max_length, pad_id=0, static=False):
     lengths = [np.array([len(tokens) for tokens, _ in row], np.int64) for row in documents]
     longest = max(max((int(n.sum()) for n in lengths), default=0), 1)
     T = max_length if static else min(-(-longest // STEP) * STEP, max_length)
-    micro = data.target_index(data.collate(documents, T, pad_id), static)
+    micro = data.target_index(data.collate(documents, T), static)
     before = np.cumsum([0, *map(len, documents)])[:-1]  # completions in the rows above
     of = (micro["docs"].clamp(min=0) + torch.from_numpy(before)[:, None]).flatten()[micro["index"]]
 
@@ -131,11 +133,11 @@ class Batches:
     no row left gets padding, so that all do the same number of micro-batches. .dropped counts groups over max_length.
     """
 
-    def __init__(self, rows, batch_size, micro_batch, max_length, pad_id=0, seed=0, rank=0, world=1, static=False):
+    def __init__(self, rows, batch_size, micro_batch, max_length, seed=0, rank=0, world=1, static=False):
         if batch_size < 1 or micro_batch < 1:
             raise UserError(f"batch_size={batch_size} micro_batch={micro_batch}: both must be 1 or more")
         self.rows, self.batch_size, self.micro_batch, self.max_length = rows, batch_size, micro_batch, max_length
-        self.pad_id, self.seed, self.rank, self.world, self.static = pad_id, seed, rank, world, static
+        self.seed, self.rank, self.world, self.static = seed, rank, world, static
         self.index = np.flatnonzero(rows.lengths <= max_length)
         self.dropped = len(rows) - len(self.index)
         if not len(self.index):
@@ -162,4 +164,4 @@ class Batches:
 
     def micro(self, packs):
         packs = [[(self.rows.first[g], self.rows.group(g)) for g in pack] for pack in packs]
-        return collate(packs, self.micro_batch, self.max_length, self.pad_id, self.static)
+        return collate(packs, self.micro_batch, self.max_length, self.static)

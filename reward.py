@@ -216,7 +216,7 @@ def main(cfg):
     rt = runtime.start(cfg)
     rt.catch_signals()
     out = Path(cfg.out)
-    resume = rt.once(checkpoint.resumable, out / "state", cfg.resume)
+    resume = checkpoint.resumes(out / "state", cfg.resume, rt)
 
     # ------------------------------------------------------------------------------------------ model
     model, base = lora.open_whole(cfg.model, head="score", as_base=cfg.lora_rank > 0)
@@ -226,14 +226,16 @@ def main(cfg):
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
     model.score.requires_grad_(True)  # the head is trained in full whatever else is
     tok = tokenizer.load(base, data.chat_template(cfg.data) or lora.chat_template(cfg.model))
+    tok.check_embeddings(model.cfg.vocab_size, base)
     # transformers reads the score at the last token that is not padding: no completion may end in the id that says so
-    pad_id = next(i for i in (tok.pad_id, tok.bos_id, *range(tok.vocab_size)) if i is not None and i not in tok.stop_ids)
+    ids = range(model.cfg.vocab_size)
+    pad_id = next(i for i in (tok.pad_id, tok.bos_id, *ids) if i in ids and i not in tok.stop_ids)
 
     # ------------------------------------------------------------------------------------------ data
     rows = rankings.load(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
     val_rows = rankings.load(cfg.data, split="val", tokenizer=tok)
     cut = dict(
-        micro_batch=cfg.micro_batch * rt.shards // rt.world, max_length=cfg.max_length, pad_id=pad_id, seed=cfg.seed,
+        micro_batch=cfg.micro_batch * rt.shards // rt.world, max_length=cfg.max_length, seed=cfg.seed,
         rank=rt.rank, world=rt.world, static=rt.static_shapes or cfg.compile,
     )  # fmt: skip
     train = rankings.Batches(rows, cfg.batch_size, **cut)
@@ -251,11 +253,12 @@ def main(cfg):
     rt.prime(optimizer)
     start, best = 0, math.inf
     if resume:
-        meta, extra = checkpoint.load_training(out / "state", rt, trained, dict(adamw=optimizer))
+        meta, extra = checkpoint.load_training(out / "state", rt, "reward", trained, dict(adamw=optimizer))
         start, best = meta["step"], meta["best"]
         samples = (extra["samples"], extra["spans"]) if "samples" in extra else None
 
-    flops = model.flops_per_token(cfg.max_length, "adapter" if cfg.lora_rank else "all")
+    length = rows.squares[train.index].sum() / rows.lengths[train.index].sum()  # that the average token finds its document to have
+    flops = model.flops_per_token(length, "adapter" if cfg.lora_rank else "all")
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     logger.settings("reward", cfg, resume)
     spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", cfg.offload, rt.tensor
@@ -269,7 +272,7 @@ def main(cfg):
         logger.text(f"saved with pad_token_id={pad_id}: pad with it and not with {tok.pad_id}, which may end a completion")
 
     def save(dir, scores):
-        tensors = rt.full(dict(model.named_parameters()))
+        tensors = rt.full(trained if cfg.lora_rank else dict(model.named_parameters()))
         scale = dict(zip(("reward_gain", "reward_bias"), normaliser(scores) if samples else (1.0, 0.0), strict=True))
         if rt.is_main and cfg.lora_rank:
             lora.save(model, dir, base=base, tensors=tensors, tok=tok)
@@ -302,7 +305,7 @@ def main(cfg):
             if saving:
                 save(out / "last", scores)
                 extra = dict(samples=samples[0], spans=samples[1]) if samples else {}
-                checkpoint.save_training(out / "state", rt, trained, dict(adamw=optimizer), extra, step=step, best=best)
+                checkpoint.save_training(out / "state", rt, "reward", trained, dict(adamw=optimizer), extra, step=step, best=best)
         if stop or step == steps:
             break
 
@@ -333,7 +336,7 @@ def main(cfg):
             sums, tokens = torch.zeros_like(sums), 0
 
     if stop:
-        logger.text(f"stopped at step {step}: the same command continues from here")
+        logger.text(f"stopped at step {step}: the same command continues from here, unless it says resume=false")
     elif start >= steps and resume:
         logger.text(f"{out} stands at step {start} already: more steps= or epochs= go on, resume=false starts anew")
     logger.close()

@@ -52,8 +52,7 @@ class Runtime:
     def __init__(self, device="auto", parallel="ddp", dtype="auto", seed=0, offload=False, tensor=1, reduce_dtype="float32"):
         kind = device
         if device == "auto":
-            accelerator = torch.accelerator.current_accelerator(check_available=True)
-            kind = accelerator.type if accelerator is not None else "cpu"
+            kind = present if (present := accelerator()) in ("cuda", "tpu") else "cpu"
         self.kind, self.parallel, self.offload, self.mesh, self.net = kind, parallel, offload, None, None
         self.rank = self.process = self.local_rank = 0
         self.world = self.processes = self.shards = 1
@@ -80,12 +79,16 @@ class Runtime:
     # ------------------------------------------------------------------------------------------ start
 
     def _start_processes(self):
-        if self.kind != "cpu" and not torch.accelerator.is_available():
+        if self.kind != "cpu" and accelerator() != self.kind:
             raise UserError(f"device={self.kind}: this torch ({torch.__version__}) finds no such device")
         if "RANK" in os.environ:
+            if not {"WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
+                raise UserError("RANK is set, but not all of WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE: start it with torchrun")
             self.process, self.processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             self.local_rank, self.local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
             backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "tpu": "cpu:gloo,tpu:tpu_dist"}[self.kind]
+            if self.kind != "cpu" and self.local_world > (count := torch.accelerator.device_count()):
+                raise UserError(f"{self.local_world} processes on this node share {count} devices: lower --nproc_per_node")
             dist.init_process_group(backend)
         if self.local_world % self.tensor:
             raise UserError(f"tensor={self.tensor} must divide the number of processes of a node, {self.local_world}")
@@ -147,7 +150,7 @@ class Runtime:
 
     @property
     def name(self):
-        """The device's own name, as the peak-FLOPs table of log.py knows it."""
+        """The device's own name, where torch tells it: then the peak-FLOPs table of log.py may know it."""
         if self.kind == "cuda":
             return torch.cuda.get_device_name(self.device)
         return self.kind
@@ -431,9 +434,9 @@ class Runtime:
         """The generators' states as tensors, a row for each process: dropout leaves them different. A collective."""
         state = dict(cpu=torch.get_rng_state())
         if self.kind == "xla":
-            state["device"] = torch.tensor(divmod(self.xm.get_rng_state(), 2**32))  # it has 64 bits and no sign
+            state["xla"] = torch.tensor(divmod(self.xm.get_rng_state(), 2**32))  # it has 64 bits and no sign
         elif self.kind != "cpu":
-            state["device"] = torch.get_device_module(self.device).get_rng_state(self.device)
+            state[self.kind] = torch.get_device_module(self.device).get_rng_state(self.device)
         if self.processes == 1:
             return {name: t[None] for name, t in state.items()}
         rows = {name: [torch.empty_like(t) for _ in range(self.processes)] for name, t in state.items()}
@@ -442,14 +445,17 @@ class Runtime:
         return {name: torch.stack(ts) for name, ts in rows.items()}
 
     def set_rng_state(self, state):
-        """To what rng_state gave. On another number of processes than then, which draw other numbers anyway, to the first one's."""
+        """To what rng_state gave. Another number of processes than then draws other numbers anyway, and takes the first one's; the
+        generator of another kind of device is left out."""
         state = {name: t[self.process if len(t) == self.processes else 0].clone() for name, t in state.items()}
         torch.set_rng_state(state["cpu"])
+        if self.kind == "cpu" or self.kind not in state:
+            return
         if self.kind == "xla":
-            high, low = state["device"].tolist()
+            high, low = state["xla"].tolist()
             self.xm.set_rng_state(high * 2**32 + low)
-        elif self.kind != "cpu":
-            torch.get_device_module(self.device).set_rng_state(state["device"], self.device)
+        else:
+            torch.get_device_module(self.device).set_rng_state(state[self.kind], self.device)
 
     def host(self, t):
         """The tensor on the CPU, without a gradient."""
@@ -537,6 +543,12 @@ def tensor_dim(name):
     if layer in ROW:
         return 1 if kind in ("weight", "lora_A") else None
     return 0 if layer in VOCABULARY else None
+
+
+def accelerator():
+    """The type of the device that torch finds beside the CPU, or None."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found.type if found else None
 
 
 def _tune_cpu():

@@ -67,6 +67,7 @@ class Sampler:
         self.chats = self.tok.template not in (None, "plain")
         if self.tok.template is None:
             self.tok = tokenizer.load(base, template="plain")
+        self.tok.check_embeddings(self.model.cfg.vocab_size, base)
 
     def messages(self, user, system, history=()):
         return [dict(role="system", content=system)] * bool(system) + [*history, dict(role="user", content=user)]

@@ -137,7 +137,7 @@ def main(cfg):
     rt = runtime.start(cfg)
     rt.catch_signals()
     out = Path(cfg.out)
-    resume = rt.once(checkpoint.resumable, out / "state", cfg.resume)
+    resume = checkpoint.resumes(out / "state", cfg.resume, rt)
     if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
         raise UserError("train= and freeze_layers= choose among the model's own weights: with lora_rank= use lora_targets=")
 
@@ -150,13 +150,14 @@ def main(cfg):
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"freeze_layers={cfg.freeze_layers} of {model.cfg.n_layers} with train={cfg.train} leaves nothing to train")
     tok = tokenizer.load(base, data.chat_template(cfg.data) or lora.chat_template(cfg.model))
+    tok.check_embeddings(model.cfg.vocab_size, base)
 
     # ------------------------------------------------------------------------------------------ data
     rows = data.mix(cfg.data, cfg.sizes or None, cfg.seed, tokenizer=tok)
     val_rows = data.validation(cfg.data, tok)
     cut = dict(
-        micro_batch=cfg.micro_batch * rt.shards // rt.world, max_length=cfg.max_length, pad_id=tok.pad_id or 0,
-        packing=cfg.packing, over_length=cfg.over_length, static=rt.static_shapes or cfg.compile, rank=rt.rank, world=rt.world,
+        micro_batch=cfg.micro_batch * rt.shards // rt.world, max_length=cfg.max_length, packing=cfg.packing,
+        over_length=cfg.over_length, static=rt.static_shapes or cfg.compile, rank=rt.rank, world=rt.world,
     )  # fmt: skip
     train = data.Batches(rows, cfg.batch_size, seed=cfg.seed, prompt_weight=cfg.prompt_loss_weight, **cut)
     val = data.Batches(val_rows, cut["micro_batch"] * rt.world, **cut) if val_rows else None
@@ -172,10 +173,11 @@ def main(cfg):
     rt.prime(optimizer)
     start, best = 0, math.inf
     if resume:
-        meta, _ = checkpoint.load_training(out / "state", rt, trained, dict(adamw=optimizer))
+        meta, _ = checkpoint.load_training(out / "state", rt, "sft", trained, dict(adamw=optimizer))
         start, best = meta["step"], meta["best"]
 
-    flops = model.flops_per_token(cfg.max_length, "adapter" if cfg.lora_rank else "all")
+    length = (train.lengths**2).sum() / train.lengths.sum()  # that the average token finds its document to have
+    flops = model.flops_per_token(length, "adapter" if cfg.lora_rank else "all")
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     logger.settings("sft", cfg, resume)
     spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", cfg.offload, rt.tensor
@@ -186,7 +188,7 @@ def main(cfg):
     )
 
     def save(dir):
-        tensors = rt.full(dict(model.named_parameters()))
+        tensors = rt.full(trained if cfg.lora_rank else dict(model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
             lora.save(model, dir, base=base, tensors=tensors, tok=tok)
         elif rt.is_main:
@@ -213,7 +215,7 @@ def main(cfg):
                 logger.samples(step, answer(rt, model, tok, val_rows, cfg))
             if step > start and (stop or step == steps or step % save_every == 0):
                 save(out / "last")
-                checkpoint.save_training(out / "state", rt, trained, dict(adamw=optimizer), step=step, best=best)
+                checkpoint.save_training(out / "state", rt, "sft", trained, dict(adamw=optimizer), step=step, best=best)
         if stop or step == steps:
             break
 
@@ -245,7 +247,7 @@ def main(cfg):
             tokens = targets = 0
 
     if stop:
-        logger.text(f"stopped at step {step}: the same command continues from here")
+        logger.text(f"stopped at step {step}: the same command continues from here, unless it says resume=false")
     elif start >= steps and resume:
         logger.text(f"{out} stands at step {start} already: more steps= or epochs= go on, resume=false starts anew")
     logger.close()

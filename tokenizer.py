@@ -501,6 +501,13 @@ class Tokenizer:
         end = [piece for piece in self._fixed(turns.assistant.partition("{}")[2]) if isinstance(piece, int)]
         self.stop_ids = tuple(sorted({*stops, *end, self.eos_id} - {None}))
 
+    def check_embeddings(self, count, dir):
+        """UserError when text may turn into an id for which the model of `dir` has no embedding. One that only pads may lie beyond
+        its `count`: many a Llama was given such a token, and nothing here pads with it."""
+        padding = {self.pad_id} - {self.bos_id, *self.stop_ids}
+        if (last := max(self.bytes.keys() - padding)) >= count:
+            raise UserError(f"{dir} has {count} embeddings, none for id {last} of its tokenizer: take the one it was trained with")
+
     def encode(self, text, bos=False, eos=False, special=False):
         """list[int]. bos: begins with BOS, where the model has one. eos: ends with EOS; UserError where it has none.
 

@@ -18,6 +18,7 @@ import checkpoint
 import config
 import lora
 import sft
+import tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = dict(device="cpu", dtype="float32", max_length=64, batch_size=4, micro_batch=2, steps=2, samples=0)
@@ -115,6 +116,20 @@ def test_settings(run, good, tmp_path, settings, words):
     settings = {k: v.format(**good) if isinstance(v, str) else v for k, v in settings.items()}
     refused(run(**settings), *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings(run, good, tmp_path):
+    cut = tiny.model_dir(tmp_path / "cut", vocab_size=258)
+    refused(run(model=cut), "cut has 258 embeddings, none for id 258 of its tokenizer")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_padding_token_beyond_the_embeddings(run, good, tmp_path):
+    """As many a Llama 2 was given one: nothing here pads with it."""
+    padded = tiny.model_dir(tmp_path / "padded", special=[*tiny.SPECIAL, "<pad>"], vocab_size=259)
+    tiny.write(padded, "tokenizer_config.json", checkpoint.read_json(padded / "tokenizer_config.json") | dict(pad_token="<pad>"))
+    assert tokenizer.load(padded).vocab_size == 260
+    assert run(model=padded, data=tiny.store(tmp_path / "data", padded)) == ("", 0)
 
 
 def test_rows_longer_than_the_models_positions(run, good, tmp_path):

@@ -292,7 +292,7 @@ def test_a_kill_leaves_the_old_or_the_new_state(tmp_path, monkeypatch):
         dir = tmp_path / str(step)
         checkpoint.save_state(dir, *states[0])
         killed = killed_at(step, lambda dir=dir: checkpoint.save_state(dir, *states[1]))
-        assert checkpoint.resumable(dir, "auto")
+        assert checkpoint.resumes(dir, "auto", Rank)
         tensors, meta = checkpoint.load_state(dir)
         assert tensors["a"][0] == meta["step"]
         seen.append(meta["step"])
@@ -359,9 +359,11 @@ def test_peak_memory_at_load(stored, wanted, tmp_path):
 
 
 class Rank:
-    """What save_training asks of a runtime, on one process."""
+    """What checkpoint.py asks of a runtime, on one process."""
 
-    is_main = True
+    is_main, world = True, 1
+    once = staticmethod(lambda f, *args: f(*args))
+    all_sum = staticmethod(lambda x: x)
     rng_state = staticmethod(lambda: {"cpu": torch.get_rng_state()})
     saving_group = staticmethod(lambda: None)
     full = staticmethod(lambda tensors: {name: t.detach().clone() for name, t in tensors.items()})
@@ -386,8 +388,6 @@ def steps(model, optimizer, n):
         model.logits(model(x)).float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        for group in optimizer.param_groups:
-            group["lr"] *= 0.9
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
@@ -398,18 +398,29 @@ def test_resume_is_bit_for_bit(kind, dtype, tmp_path):
     steps(straight, optimizer, 3)
     half = dict(straight.named_parameters())
     extra = {"order": torch.arange(4)}
-    checkpoint.save_training(tmp_path / "state", Rank, half, {"main": optimizer}, extra, step=3, best=0.1 + 0.2)
+    checkpoint.save_training(tmp_path / "state", Rank, "sft", half, {"main": optimizer}, extra, step=3, best=0.1 + 0.2)
     steps(straight, optimizer, 3)
 
     resumed, other = trainer(kind, dtype)
     torch.manual_seed(99)
-    meta, back = checkpoint.load_training(tmp_path / "state", Rank, dict(resumed.named_parameters()), {"main": other})
+    meta, back = checkpoint.load_training(tmp_path / "state", Rank, "sft", dict(resumed.named_parameters()), {"main": other})
     assert meta == {"step": 3, "best": 0.1 + 0.2} and torch.equal(back["order"], extra["order"])
     steps(resumed, other, 3)
     assert same(straight, resumed)
     a, b = optimizer.state_dict(), other.state_dict()
-    assert a["param_groups"] == b["param_groups"] and type(b["param_groups"][0].get("betas", ())) is tuple
     assert all(torch.equal(a["state"][i][k], b["state"][i][k]) for i in a["state"] for k in a["state"][i])
+
+
+def test_a_resumed_run_may_have_other_settings():
+    """The groups' learning rate, decay and betas are what the command says, not what an earlier one said."""
+    model, optimizer = trainer(torch.optim.AdamW)
+    steps(model, optimizer, 1)
+    tensors, meta = checkpoint.flatten_optimizer(optimizer)
+    groups = [dict(params=g["params"]) for g in optimizer.param_groups]
+    other = torch.optim.AdamW(groups, lr=3e-4, betas=(0.8, 0.9), weight_decay=0.5)
+    checkpoint.restore_optimizer(other, tensors, json.loads(json.dumps(meta)))
+    assert all((g["lr"], g["betas"], g["weight_decay"]) == (3e-4, (0.8, 0.9), 0.5) for g in other.param_groups)
+    assert all(torch.equal(other.state[p]["exp_avg"], optimizer.state[p]["exp_avg"]) for p in model.parameters())
 
 
 def test_moments_keep_their_own_dtype():
@@ -430,25 +441,44 @@ def test_a_state_of_another_run_is_refused(tmp_path):
     model, optimizer = trainer(torch.optim.AdamW)
     steps(model, optimizer, 1)
     named = dict(model.named_parameters())
-    checkpoint.save_training(tmp_path / "state", Rank, named, {"main": optimizer}, step=1)
+    checkpoint.save_training(tmp_path / "state", Rank, "sft", named, {"main": optimizer}, step=1)
     fewer = {name: p for name, p in named.items() if "mlp" not in name}
     with pytest.raises(UserError, match="other parameters"):
-        checkpoint.load_training(tmp_path / "state", Rank, fewer, {"main": optimizer})
+        checkpoint.load_training(tmp_path / "state", Rank, "sft", fewer, {"main": optimizer})
     with pytest.raises(UserError, match="other parameters"):
-        checkpoint.load_training(tmp_path / "state", Rank, named, {"policy": optimizer})
+        checkpoint.load_training(tmp_path / "state", Rank, "sft", named, {"policy": optimizer})
     with pytest.raises(UserError, match="other parameters"):
-        checkpoint.load_training(tmp_path / "state", Rank, named, {"main": torch.optim.AdamW(fewer.values())})
+        checkpoint.load_training(tmp_path / "state", Rank, "sft", named, {"main": torch.optim.AdamW(fewer.values())})
+    with pytest.raises(UserError, match="state of a run of sft.py"):
+        checkpoint.load_training(tmp_path / "state", Rank, "dpo", named, {"main": optimizer})
     file = tmp_path / "state" / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match="state.safetensors is damaged or incomplete"):
-        checkpoint.load_training(tmp_path / "state", Rank, named, {"main": optimizer})
+        checkpoint.load_training(tmp_path / "state", Rank, "sft", named, {"main": optimizer})
 
 
-def test_resumable(tmp_path):
+def test_resumes(tmp_path):
     assert checkpoint.load_state(tmp_path / "state") is None
-    assert not checkpoint.resumable(tmp_path / "state", "auto")
+    assert not checkpoint.resumes(tmp_path / "state", "auto", Rank)
     with pytest.raises(UserError, match="no saved state"):
-        checkpoint.resumable(tmp_path / "state", "true")
+        checkpoint.resumes(tmp_path / "state", "true", Rank)
     checkpoint.save_state(tmp_path / "state", {}, {})
-    assert checkpoint.resumable(tmp_path / "state", "auto") and checkpoint.resumable(tmp_path / "state", "true")
-    assert not checkpoint.resumable(tmp_path / "state", "false")
+    assert checkpoint.resumes(tmp_path / "state", "auto", Rank) and checkpoint.resumes(tmp_path / "state", "true", Rank)
+    assert not checkpoint.resumes(tmp_path / "state", "false", Rank)
+
+
+def test_ranks_that_see_different_folders(tmp_path):
+    """A disk of its own on each node: one would go on from a state and the other start anew."""
+    checkpoint.save_state(tmp_path / "state", {}, {})
+
+    class Two(Rank):
+        world = 2
+        other = 0
+        all_sum = classmethod(lambda cls, x: x + cls.other)
+
+    for here in ("state", "none"):
+        Two.other = int(here == "none")
+        with pytest.raises(UserError, match="on some nodes and not on others"):
+            checkpoint.resumes(tmp_path / here, "auto", Two)
+    assert not checkpoint.resumes(tmp_path / "state", "false", type("All", (Two,), dict(other=0)))
+    assert checkpoint.resumes(tmp_path / "state", "auto", type("All", (Two,), dict(other=1)))

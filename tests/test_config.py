@@ -105,6 +105,7 @@ def test_casts(argument, key, value):
         ("steps=", "expected int"),
         ("lr=fast", "lr=fast: expected float"),
         ("lr=nan", "expected float"),
+        ("lr=inf", "expected float"),
         ("lr=__import__('os')", "expected float"),
         ("compile=maybe", "expected true or false"),
         ("betas=0.9", "expected 2 values [float,float]"),
@@ -197,7 +198,7 @@ def test_help(capsys, word):
 texts = st.text() | st.sampled_from(
     ["none", "true", "1", "a,b", "[a]", "\"", "\"a\" # b", "a\nb", " a ", "#", "a=b", "é\u2028", "\udc80"]
 )
-floats = st.floats(allow_nan=False)
+floats = st.floats(allow_nan=False, allow_infinity=False)
 configs = st.builds(
     Config,
     data=st.lists(texts),
@@ -248,6 +249,8 @@ def main(cfg):
         raise OSError(28, "No space left on device", "out/model.safetensors")
     if cfg.way == "denied":
         raise PermissionError(13, "Permission denied", "out/model.safetensors")
+    if cfg.way == "memory":
+        raise type("OutOfMemoryError", (RuntimeError,), {{}})("CUDA out of memory. Tried to allocate 9 GiB.\\nSee the manual")
     if cfg.way == "wrapped":
         raise RuntimeError("I/O error: No space left on device (os error 28)")
     if cfg.way == "interrupt":
@@ -277,6 +280,7 @@ def script(tmp_path_factory):
         ("way=disk", 2, "", "error: the disk is full ("),
         ("way=denied", 2, "", "error: out/model.safetensors: Permission denied\n"),
         ("way=wrapped", 2, "", "error: the disk is full ("),
+        ("way=memory", 2, "", "error: CUDA out of memory. Tried to allocate 9 GiB. - lower micro_batch= or max_len"),
         ("way=interrupt", 130, "", "interrupted\n"),
     ],
 )

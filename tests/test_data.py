@@ -129,7 +129,8 @@ def test_writer_refuses(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/meta.json").write_text("{}")
     (tmp_path / "file").write_text("mine")
-    for name in ("foreign", "mixed", "model", "file"):
+    (tmp_path / "alone/tokenizer").mkdir(parents=True)  # one of our own names, but nothing says that it is ours
+    for name in ("foreign", "mixed", "model", "file", "alone"):
         with pytest.raises(UserError, match=f"{name} exists and is not a prepared data folder"):
             make_store(tmp_path / name, [3])
     assert (tmp_path / "foreign/thesis.txt").read_text() == (tmp_path / "mixed/thesis.txt").read_text() == "mine"
@@ -147,7 +148,7 @@ def test_writer_refuses(tmp_path):
         w.add("train", [1], [1])
         w.end_group("train")
         w.add("train", [1], [1])
-    assert not (tmp_path / "new").exists() and len(list(tmp_path.iterdir())) == 5
+    assert not (tmp_path / "new").exists() and len(list(tmp_path.iterdir())) == 6
 
 
 def damage(dir, what):
@@ -313,8 +314,8 @@ def test_bucket():
 
 def test_collate_by_hand():
     one, two, three = (np.array([7, 8, 9, 4], np.uint16), [0, 1, 0, 1]), ([5, 6], [1, 1]), ([3], [1])
-    b = data.collate([[one, two], [three], []], length=8, pad_id=99, prompt_weight=0.25)
-    assert b["tokens"].tolist() == [[7, 8, 9, 4, 5, 6, 99, 99], [3] + [99] * 7, [99] * 8]
+    b = data.collate([[one, two], [three], []], length=8, prompt_weight=0.25)
+    assert b["tokens"].tolist() == [[7, 8, 9, 4, 5, 6, 0, 0], [3] + [0] * 7, [0] * 8]
     assert b["targets"].tolist() == [[8, 9, 4, 0, 6, 0, 0, 0], [0] * 8, [0] * 8]
     assert b["weights"].tolist() == [[1, 0.25, 1, 0, 1, 0, 0, 0], [0] * 8, [0] * 8]
     assert b["positions"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 0], [0] * 8, [0] * 8]

@@ -306,6 +306,20 @@ def test_a_base_beside_the_adapter_is_found(base, tmp_path):
     assert torch.equal(logits(lora.open_model(tmp_path / "adapter")[0]), ours)
 
 
+def test_a_folder_holds_an_adapter_or_a_model(base, tmp_path):
+    """A run with the other kind of training in the same folder leaves no second thing behind that would be opened in its place."""
+    dir, whole = tmp_path / "last", checkpoint.load_model(base)
+    adapter(dir, base)
+    checkpoint.write_text(dir / "score_scale.json", "{}")
+    checkpoint.save_model(whole, dir, like=base)
+    assert not {p.name for p in dir.iterdir()} & {"adapter_config.json", "adapter_model.safetensors", "score_scale.json"}
+    assert torch.equal(logits(lora.open_model(dir)[0]), logits(whole))
+    checkpoint.save_model(whole, dir, like=base, shard_bytes=20000)  # several files and their index
+    ours = adapter(dir, base)
+    assert not (dir / "config.json").exists() and not list(dir.glob("model*"))
+    assert torch.equal(logits(lora.open_model(dir)[0]), ours)
+
+
 def test_adapters_that_do_not_fit(base, tmp_path):
     dir = tmp_path / "adapter"
     adapter(dir, base)
@@ -335,7 +349,7 @@ def test_adapters_that_do_not_fit(base, tmp_path):
         tiny.write(lonely, "adapter_config.json", lora.read_config(dir))
         refused(match, lonely)
     for settings in (dict(use_dora=True), dict(bias="all"), dict(rank_pattern={"q_proj": 2}), dict(alpha_pattern={"q_proj": 2}),
-                     dict(peft_type="PROMPT_TUNING"), dict(r="4"), dict(lora_alpha=None)):  # fmt: skip
+                     dict(peft_type="PROMPT_TUNING"), dict(r="4"), dict(r=0), dict(lora_alpha=None)):  # fmt: skip
         config = lora.read_config(dir)
         change(dir, **settings)
         refused(next(iter(settings)), dir)

@@ -150,7 +150,7 @@ def test_epochs_are_shuffled_anew_and_by_seed(tmp_path):
 def test_targets_at_the_edges(tmp_path, isolate):
     rows = [([1, 2, 3, 9], None), ([4, 9], None), ([5, 6, 7, 8, 9], None)]
     data.write_store(tmp_path / "a", dict(train=rows), dict(vocab_size=10))
-    batch = data.Windows([data.Store(tmp_path / "a")], 4, 4, 4, isolate=isolate, pad_id=0).micro(np.arange(3))
+    batch = data.Windows([data.Store(tmp_path / "a")], 4, 4, 4, isolate=isolate).micro(np.arange(3))
     got = {name: t.tolist() for name, t in batch.items()}
     assert got["tokens"] == [[1, 2, 3, 9], [4, 9, 5, 6], [7, 8, 9, 0], [0, 0, 0, 0]]
     if isolate:

@@ -139,6 +139,9 @@ def test_sizes_pick_groups_and_stores_are_checked(folder, tmp_path):
     rows = rankings.load(dirs, ["10", "5%"], seed=1, tokenizer=tok)
     assert len(rows) == 10 + 20 and rows.fingerprint() == rankings.load(dirs, ["10", "5%"], seed=1).fingerprint()
     assert rows.fingerprint() != rankings.load(dirs, ["10", "5%"], seed=2).fingerprint()
+    lengths = [[len(tokens) for tokens, _ in rows.group(g)] for g in range(len(rows))]
+    assert rows.lengths.tolist() == [sum(n) for n in lengths] and rows.longest.tolist() == [max(n) for n in lengths]
+    assert rows.squares.tolist() == [sum(x * x for x in n) for n in lengths]
     assert rows.prompt(12) == rows.group(12)[1][0][: len(rows.prompt(12))].tolist()
     for sizes in (["1"], ["49", "all"]):
         with pytest.raises(UserError):
@@ -160,13 +163,13 @@ def scorer(**changes):
 @pytest.mark.parametrize("changes", [{}, dict(windows=(4, 0))])
 def test_scores_depend_on_no_padding_and_no_neighbour(changes):
     model, rows = scorer(**changes), [row for group in tiny.ranked(4, seed=5) for row in group]
-    rows[0] = (rows[0][0][:3] + [258, 258], rows[0][1][:3] + [1, 1])  # ends in the padding's own id
+    rows[0] = (rows[0][0][:3] + [0, 0], rows[0][1][:3] + [1, 1])  # ends in the padding's own id
     alone = torch.cat([model.score(model(torch.tensor([tokens])))[:, -1] for tokens, _ in rows])
     for order in (range(len(rows)), np.random.default_rng(0).permutation(len(rows))):
         groups = [(int(i), [rows[i]]) for i in order]
         longest = max(sum(len(rows[i][0]) for i in p) for p in (order[:5], order[5:]))
         for extra in (0, 7, 50):
-            micro = rankings.collate([groups[:5], groups[5:]], 2, longest + extra, pad_id=258, static=True)
+            micro = rankings.collate([groups[:5], groups[5:]], 2, longest + extra, static=True)
             real = micro["real"] > 0
             scores = torch.empty(len(rows))
             scores[micro["number"][real]] = reward.score(model, model, micro)[real]

@@ -43,6 +43,29 @@ def test_devices_that_are_not_there():
         runtime.Runtime("cuda")
 
 
+def test_only_devices_that_are_served_are_taken(monkeypatch):
+    monkeypatch.setattr(runtime, "accelerator", lambda: "mps")
+    assert runtime.Runtime("auto").kind == "cpu"
+    with pytest.raises(UserError, match="device=cuda: this torch .* finds no such device"):
+        runtime.Runtime("cuda")
+
+
+def test_processes_that_torchrun_did_not_start(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="not all of WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE: start it with torchrun"):
+        runtime.Runtime("cpu")
+
+
+def test_more_processes_than_devices(monkeypatch):
+    for name, value in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(runtime, "accelerator", lambda: "cuda")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="2 processes on this node share 1 devices: lower --nproc_per_node"):
+        runtime.Runtime("cuda")
+
+
 @pytest.mark.skipif("torch_xla" in sys.modules, reason="torch_xla is there")
 def test_xla_without_torch_xla():
     with pytest.MonkeyPatch.context() as patch:
@@ -150,7 +173,7 @@ def test_what_a_tensor_group_does_not_share(rt, monkeypatch):
 
 def test_random_states_come_back(rt):
     state, first = rt.rng_state(), torch.rand(4)
-    rt.set_rng_state(state)
+    rt.set_rng_state(state | dict(cuda=torch.zeros(1, 16, dtype=torch.uint8)))  # saved on a GPU, continued here
     assert torch.equal(torch.rand(4), first)
     rt.seed(7)
     second = torch.rand(4)

@@ -24,6 +24,7 @@ import losses
 import runtime
 import sft
 import tokenizer
+from model import Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = dict(device="cpu", dtype="float32", max_length=64, batch_size=4, micro_batch=2, lr=1e-3, log_every=1, samples=0)
@@ -139,7 +140,9 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(base, store, split):
         assert (ours - right).abs().max() <= 1e-6 * right.abs().max()
     for micro_batch in (32, 4, 1):
         assert (made(micro_batch, packing=False)[1] - right).abs().max() <= 1e-6 * right.abs().max()
-    assert (made(32, pad_id=258)[1] - right).abs().max() <= 1e-6 * right.abs().max()  # padding is known by length
+    (micro,) = data.Batches(rows, 32, 32, 64).batch(0)
+    micro["tokens"].masked_fill_(micro["docs"] < 0, 258)
+    assert (gradients(model, [micro]) - right).abs().max() <= 1e-6 * right.abs().max()  # what is padding does not hang on its id
 
 
 def test_a_run_does_not_depend_on_the_micro_batch(base, store, tmp_path):
@@ -425,11 +428,20 @@ def test_a_finished_run_is_not_run_again_unless_asked(base, store, tmp_path, cap
 
 def test_the_written_config_reproduces_the_run(base, store, tmp_path):
     settings = dict(lora_targets=["q_proj", "v_proj"], lora_rank=2, steps=3, beta2=0.95, over_length="drop", max_length=48)
-    first = train(tmp_path / "out", base, store, **settings)
+    first = train(tmp_path / "out", base, store, resume="false", **settings)
     cfg = config.load(sft.Config, [str(tmp_path / "out" / "config.cfg")])
     assert cfg == config.load(sft.Config, arguments(BASE | settings | dict(out=tmp_path / "out", model=base, data=store)))
     sft.main(config.load(sft.Config, [str(tmp_path / "out" / "config.cfg"), f"out={tmp_path / 'again'}"]))
     assert curve(records(tmp_path / "again")) == curve(first)
+
+
+def test_utilisation_counts_the_documents_own_lengths(base, store, tmp_path, monkeypatch):
+    """Not max_length: a token attends to its own document alone, however long the packed row is."""
+    asked = []
+    monkeypatch.setattr(Transformer, "flops_per_token", lambda model, length, *args: asked.append(length) or 0.0)
+    train(tmp_path / "out", base, store, steps=1, max_length=128)
+    lengths = data.mix([store]).lengths.tolist()
+    assert asked == [pytest.approx(sum(n * n for n in lengths) / sum(lengths))]
 
 
 def test_samples_answer_prompts_of_the_validation_rows(base, store, tmp_path, capsys):
