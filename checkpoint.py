@@ -574,23 +574,27 @@ def restore_optimizer(optimizer, tensors, meta, prefix="optimizer."):
         optimizer.state[p][key] = value
 
 
-def resumes(dir, resume, rt):
-    """Whether a run continues from the state in `dir`. resume: "auto" (when there is one), "true" (an error without) or
-    "false". UserError where the run folder around it cannot be written to, or only some ranks see the state."""
-    found = rt.once(_resumable, dir, resume)
+def resumes(out, resume, rt, *sources):
+    """Whether a run continues from the state in its folder `out`. resume: "auto" (when there is one), "true" (an error without) or
+    "false". UserError where the folder cannot be written to, holds one of the models that the run starts from (`sources`) where it
+    will write its own, or has a state that only some ranks see."""
+    for source in filter(None, sources):
+        if Path(source).resolve() in [(Path(out) / name).resolve() for name in ("last", "best")]:
+            raise UserError(f"the run would write over {source}, from which it starts: give another out=")
+    found = rt.once(_resumable, Path(out) / "state", resume)
     if 0 < rt.all_sum(int(found)) < rt.world:
-        raise UserError(f"{dir} is on some nodes and not on others: put out= on a file system that all see, or copy it to all")
+        raise UserError(f"{out}/state is on some nodes and not on others: put out= on a file system that all see")
     return found
 
 
 def _resumable(dir, resume):
-    place = next(p for p in Path(dir).absolute().parents if p.exists())
+    place = next(p for p in dir.absolute().parents if p.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{place} is {'not writable' if place.is_dir() else 'a file, not a folder'}: give another out=")
     recover_dir(dir)
-    if resume == "true" and not Path(dir).is_dir():
+    if resume == "true" and not dir.is_dir():
         raise UserError(f"resume=true, but there is no saved state {dir}")
-    return resume != "false" and Path(dir).is_dir()
+    return resume != "false" and dir.is_dir()
 
 
 def save_training(dir, rt, stage, trained, optimizers, extra=None, **meta):

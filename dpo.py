@@ -230,7 +230,7 @@ def main(cfg):
     rt = runtime.start(cfg)
     rt.catch_signals()
     out = Path(cfg.out)
-    resume = checkpoint.resumes(out / "state", cfg.resume, rt)
+    resume = checkpoint.resumes(out, cfg.resume, rt, cfg.model)
 
     # ------------------------------------------------------------------------------------------ model, data
     model, base = lora.open_whole(cfg.model, as_base=cfg.lora_rank > 0)

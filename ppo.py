@@ -364,7 +364,7 @@ def main(cfg):
     rt.catch_signals()
     check(cfg, rt)
     out = Path(cfg.out)
-    resume = checkpoint.resumes(out / "state", cfg.resume, rt)
+    resume = checkpoint.resumes(out, cfg.resume, rt, cfg.model, cfg.reward)
     reward_function = load_function(cfg.reward) if ".py:" in cfg.reward else None
     gold_function = load_function(cfg.gold) if cfg.gold else None
 

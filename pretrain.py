@@ -187,7 +187,7 @@ def main(cfg):
     rt = runtime.start(cfg)
     rt.catch_signals()
     out = Path(cfg.out)
-    resume = checkpoint.resumes(out / "state", cfg.resume, rt)
+    resume = checkpoint.resumes(out, cfg.resume, rt, cfg.model)
     own = {"tokenizer", "size", "n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "rope_theta"}
     ignored = [pair for pair in config.diff(cfg) if pair.split("=")[0] in own]
     if cfg.model and ignored:

@@ -137,7 +137,7 @@ def main(cfg):
     rt = runtime.start(cfg)
     rt.catch_signals()
     out = Path(cfg.out)
-    resume = checkpoint.resumes(out / "state", cfg.resume, rt)
+    resume = checkpoint.resumes(out, cfg.resume, rt, cfg.model)
     if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
         raise UserError("train= and freeze_layers= choose among the model's own weights: with lora_rank= use lora_targets=")
 

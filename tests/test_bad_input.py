@@ -118,6 +118,16 @@ def test_settings(run, good, tmp_path, settings, words):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_a_run_over_the_model_it_starts_from(run, good, tmp_path, which):
+    """With an adapter its base would be gone; without, a second try would start from what the first one made."""
+    assert run(steps=1)[1] == 0
+    before = contents(tmp_path)
+    for settings in (dict(), dict(lora_rank=2), dict(resume="false")):
+        refused(run(model=tmp_path / "out" / "." / which, **settings), "would write over", "another out=")
+    assert contents(tmp_path) == before
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings(run, good, tmp_path):
     cut = tiny.model_dir(tmp_path / "cut", vocab_size=258)
     refused(run(model=cut), "cut has 258 embeddings, none for id 258 of its tokenizer")

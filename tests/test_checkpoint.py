@@ -289,16 +289,16 @@ def test_a_kill_leaves_the_old_or_the_new_state(tmp_path, monkeypatch):
     step, seen = 0, []
     while True:
         step += 1
-        dir = tmp_path / str(step)
+        dir = tmp_path / str(step) / "state"
         checkpoint.save_state(dir, *states[0])
         killed = killed_at(step, lambda dir=dir: checkpoint.save_state(dir, *states[1]))
-        assert checkpoint.resumes(dir, "auto", Rank)
+        assert checkpoint.resumes(dir.parent, "auto", Rank)
         tensors, meta = checkpoint.load_state(dir)
         assert tensors["a"][0] == meta["step"]
         seen.append(meta["step"])
         checkpoint.save_state(dir, *states[0])
         assert checkpoint.load_state(dir)[1] == {"step": 0}
-        assert not [p for p in tmp_path.iterdir() if p.suffix]
+        assert not [p for p in dir.parent.iterdir() if p.suffix]
         if not killed:
             break
     assert seen == sorted(seen) and seen[0] == 0 and seen[-1] == 1 and step > 4
@@ -459,26 +459,26 @@ def test_a_state_of_another_run_is_refused(tmp_path):
 
 def test_resumes(tmp_path):
     assert checkpoint.load_state(tmp_path / "state") is None
-    assert not checkpoint.resumes(tmp_path / "state", "auto", Rank)
+    assert not checkpoint.resumes(tmp_path, "auto", Rank)
     with pytest.raises(UserError, match="no saved state"):
-        checkpoint.resumes(tmp_path / "state", "true", Rank)
+        checkpoint.resumes(tmp_path, "true", Rank)
     checkpoint.save_state(tmp_path / "state", {}, {})
-    assert checkpoint.resumes(tmp_path / "state", "auto", Rank) and checkpoint.resumes(tmp_path / "state", "true", Rank)
-    assert not checkpoint.resumes(tmp_path / "state", "false", Rank)
+    assert checkpoint.resumes(tmp_path, "auto", Rank) and checkpoint.resumes(tmp_path, "true", Rank)
+    assert not checkpoint.resumes(tmp_path, "false", Rank)
 
 
 def test_ranks_that_see_different_folders(tmp_path):
     """A disk of its own on each node: one would go on from a state and the other start anew."""
-    checkpoint.save_state(tmp_path / "state", {}, {})
+    checkpoint.save_state(tmp_path / "here" / "state", {}, {})
 
     class Two(Rank):
         world = 2
         other = 0
         all_sum = classmethod(lambda cls, x: x + cls.other)
 
-    for here in ("state", "none"):
-        Two.other = int(here == "none")
+    for name in ("here", "none"):
+        Two.other = int(name == "none")
         with pytest.raises(UserError, match="on some nodes and not on others"):
-            checkpoint.resumes(tmp_path / here, "auto", Two)
-    assert not checkpoint.resumes(tmp_path / "state", "false", type("All", (Two,), dict(other=0)))
-    assert checkpoint.resumes(tmp_path / "state", "auto", type("All", (Two,), dict(other=1)))
+            checkpoint.resumes(tmp_path / name, "auto", Two)
+    assert not checkpoint.resumes(tmp_path / "here", "false", type("All", (Two,), dict(other=0)))
+    assert checkpoint.resumes(tmp_path / "here", "auto", type("All", (Two,), dict(other=1)))
