@@ -284,7 +284,7 @@ def main(cfg):
             old.unlink()
     logger.settings("dpo", cfg, resume)
     spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", cfg.offload, rt.tensor
-    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
+    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread, document=length))
     logger.text(
         f"{len(train.index):,} groups of {rows.first[-1] / len(rows):.1f} completions, {rows.lengths[train.index].sum():,} tokens "
         f"({train.dropped} over max_length dropped); {train.steps_per_epoch} steps an epoch, {steps} in all from step {start}; "

@@ -181,7 +181,7 @@ def main(cfg):
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     logger.settings("sft", cfg, resume)
     spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", cfg.offload, rt.tensor
-    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
+    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread, document=length))
     logger.text(
         f"{len(train.lengths):,} rows, {train.lengths.sum():,} tokens ({train.dropped} dropped, {train.truncated} truncated); "
         f"{train.steps_per_epoch} steps an epoch, {steps} in all from step {start}; {rt.devices} x {rt.name}, {rt.dtype}"

@@ -219,7 +219,7 @@ for parallel, tensor in ("fsdp", 1), ("none", 2):
             top = max(top, held)
     rt.reshard(net)
     weights = 3 * sum(p.to_local().nbytes for p in model.parameters())  # and two moments
-    parts = estimate.memory(model, 8 * 128, rt.weight_shards, rt.dtype, tensor=tensor)
+    parts = estimate.memory(model, 8 * 128, rt.weight_shards, rt.dtype, tensor=tensor, document=28)
     found.append([sum(parts.values()), weights + top, parts["weights"] + parts["optimizer"], weights])
 if rt.is_main:
     open(sys.argv[1], "w").write(json.dumps(found))
