@@ -271,6 +271,8 @@ def read_tensors(path, name="model"):
             shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict):
                 raise UserError(f"{index} has no weight_map")
+            if not all(isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()):
+                raise UserError(f"{index}: its weight_map names something else than files beside it")
             return Tensors({key: path / shard for key, shard in shards.items()})
         pickled = next(path.glob("*.bin"), None) or next(path.glob("*.pth"), None)
         convert = f"; `python -m prepare.weights source={path} out=NEW` converts {pickled.name}" if pickled else ""

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import textwrap
 import tokenize
@@ -285,6 +286,11 @@ def fail(message):
 def run(main, Config):
     """`main(load(Config))`, numbers checked; a mistake, what may not be written, a full disk or device and Ctrl-C end in a
     sentence, all else in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends nothing
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-written goes, and workers do
     try:
         cfg = load(Config)
         check(cfg)

@@ -150,8 +150,8 @@ class Writer:
             counts = {k: v for k, v in vars(s).items() if k not in ("files", "grouped") and (k != "groups" or v)}
             splits[name] = {**counts, "files": sorted(s.files)}
         head = {"format": FORMAT, "version": VERSION, "dtype": self.dtype.name, "vocab_size": self.vocab_size}
-        with open(self.tmp / "meta.json", "w", encoding="utf-8") as f:
-            json.dump({**head, "splits": splits, **self.meta}, f, indent=1, ensure_ascii=False)
+        with open(self.tmp / "meta.json", "w", encoding="ascii") as f:  # names of files and fields need not be UTF-8
+            json.dump({**head, "splits": splits, **self.meta}, f, indent=1)
             f.flush()
             os.fsync(f.fileno())
         sync(self.tmp)

@@ -196,6 +196,10 @@ def read_config(dir):
     for key, plain in unsupported.items():
         if (config.get(key) or plain) != plain:
             raise UserError(f"{path}: {key}={config[key]!r} is not supported (only {plain!r} is)")
+    if str(config.get("init_lora_weights")).split("_")[0] in ("pissa", "olora", "corda", "loftq"):
+        how = config["init_lora_weights"]
+        again = "save it anew with peft's path_initial_model_for_weight_conversion="
+        raise UserError(f"{path}: init_lora_weights={how!r} has changed the base model too, which is not here: {again}")
     if type(config.get("r")) is not int or config["r"] < 1 or not isinstance(config.get("lora_alpha"), (int, float)):
         raise UserError(f"{path}: r={config.get('r')!r} and lora_alpha={config.get('lora_alpha')!r} must be numbers, r 1 or more")
     return config

@@ -179,7 +179,7 @@ def continuations(rt, model, tok, store, cfg):
         made = generate.generate(
             model, prompts, cfg.sample_tokens, temperature=cfg.temperature, stop_ids=tok.stop_ids, seed=cfg.seed
         )
-    return [dict(prompt=tok.decode(p), text=tok.decode(t)) for p, t in zip(prompts, made.tokens, strict=True)]
+    return [dict(prompt=tok.decode(p), text=tok.decode(t, inside=True)) for p, t in zip(prompts, made.tokens, strict=True)]
 
 
 def main(cfg):

@@ -80,7 +80,7 @@ class Sampler:
 
     def text(self, ids):
         """Without a stop string and what follows it -> (text, whether there was one)."""
-        text = self.tok.decode(ids)
+        text = self.tok.decode(ids, inside=not self.chats)
         cut = min((text.index(s) for s in self.cfg.stop if s in text), default=None)
         return text[:cut], cut is not None
 
@@ -126,6 +126,7 @@ def read_prompts(path):
         entries = json.loads(text) if path.suffix == ".json" else list(map(json.loads, lines)) if path.suffix == ".jsonl" else lines
     except ValueError as e:
         raise UserError(f"{path} is no JSON: {e}") from None
+    entries = json.loads(tokenizer.mend(json.dumps(entries, ensure_ascii=False)))
     if not isinstance(entries, list) or not all(isinstance(entry, (str, list)) for entry in entries):
         raise UserError(f"{path} must hold strings and conversations (lists of messages), and nothing else")
     if not entries:
@@ -190,15 +191,18 @@ def chat(sampler, cfg):
 
 def reply(sampler, line, system, history, seed):
     """Shows the answer to `line`; returns the longer history."""
+    positions = sampler.model.cfg.max_positions
+    room = min(sampler.cfg.max_new_tokens, positions // 2)
     while True:
         try:
             ids = sampler.render(sampler.messages(line, system, history))
-            break
+            if len(ids) + room <= positions or not history:
+                break
         except UserError:
             if not history:
                 raise
-            history = history[2:]
-            print("(the oldest turn no longer fits and is forgotten)")
+        history = history[2:]
+        print("(the oldest turn no longer fits and is forgotten)")
     (text,) = sampler.answer([ids], seed, show)
     print()
     return [*history, dict(role="user", content=line), dict(role="assistant", content=text)] if sampler.chats else []

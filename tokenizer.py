@@ -350,6 +350,17 @@ def token(content, id, special=True, lstrip=False, rstrip=False, single_word=Fal
     return dict(content=content, id=id, special=special, lstrip=lstrip, rstrip=rstrip, single_word=single_word)
 
 
+def check_sentencepiece(path, spec):
+    """UserError where a byte-fallback tokenizer.json prepares text otherwise than sentencepiece: by a space that becomes ▁, before
+    the text too perhaps, and nothing else."""
+    known = {("Prepend", None, "▁"), ("Replace", " ", "▁"), ("Metaspace", None, "▁"), ("Split", " ", None)}
+    steps = flat(spec.get("normalizer")) + flat(spec.get("pre_tokenizer"))
+    found = [(s["type"], (s.get("pattern") or {}).get("String"), *map(s.get, ("prepend", "content", "replacement"))) for s in steps]
+    found = [(kind, pattern, next(filter(None, texts), None)) for kind, pattern, *texts in found]
+    if {*found} - known or not {"Replace", "Metaspace"} & {kind for kind, *_ in found}:
+        raise UserError(f"{path} prepares text by {steps}: without a tokenizer.model that is not supported")
+
+
 def read_vocabulary(folder, spec, config, added, names):
     """(back end, the files it was read from, {"bos": id, ...} where these files say so); completes `added`."""
     whole, proto, vocab, merges = (folder / f for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"))
@@ -383,6 +394,8 @@ def read_vocabulary(folder, spec, config, added, names):
             return BytePairs(ranks, pattern, normal=normal), [file], ends
 
     if proto.exists() or (model.get("type") == "BPE" and model.get("byte_fallback")):
+        if not proto.exists():
+            check_sentencepiece(whole, spec)
         space = next((step for step in flat(spec.get("pre_tokenizer")) if step["type"] == "Metaspace"), None)
         if space:
             prefix = space.get("prepend_scheme", "always" if space.get("add_prefix_space", True) else "never")
@@ -458,13 +471,26 @@ def as_list(value):
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
+def mend(text):
+    """The text as UTF-8 can hold it: halves of surrogate pairs are put together, lone ones replaced."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+
+
 def alternation(entries):
     """A regex that splits text at these added tokens, the longest first; None for none."""
     tokens = []
     for entry in sorted(entries, key=lambda entry: -len(entry["content"])):
         text = re.escape(entry["content"])
         text = rf"(?<!\w){text}(?!\w)" if entry["single_word"] else text
-        tokens.append(text + r"\s*" * entry["rstrip"])
+        tokens.append(text + f"[{WHITE}]*" * entry["rstrip"])
     return re.compile("(" + "|".join(tokens) + ")") if tokens else None
 
 
@@ -495,9 +521,8 @@ class Tokenizer:
         self.control = {entry["id"] for entry in added.values() if entry["special"]} | {self.bos_id, self.eos_id} - {None}
         self.control |= {piece for piece in self._fixed(turns.fixed()) if isinstance(piece, int)}
         self._plain = alternation(entry for entry in added.values() if entry["id"] not in self.control)
-        # a vocabulary may hold the name of a control token as an ordinary piece
-        leaks = [t for t, e in added.items() if e["id"] in self.control and e["id"] in model.encode(t, False)]
-        self._leaks = re.compile("|".join(map(re.escape, leaks))) if leaks else None
+        # a vocabulary may hold a control token as an ordinary piece, into which text turns, normalised perhaps
+        self._leaks = {e["id"] for name, e in added.items() if e["id"] in self.control and e["id"] in model.encode(name, False)}
         end = [piece for piece in self._fixed(turns.assistant.partition("{}")[2]) if isinstance(piece, int)]
         self.stop_ids = tuple(sorted({*stops, *end, self.eos_id} - {None}))
 
@@ -527,17 +552,19 @@ class Tokenizer:
         """The bytes of ids, for streaming: a character may be spread over several ids."""
         return b"".join(self.bytes.get(id, b"") for id in ids)
 
-    def decode(self, ids, skip_special=True):
-        """str. Bytes that are not UTF-8 are replaced; skip_special leaves the control tokens out."""
+    def decode(self, ids, skip_special=True, inside=False):
+        """str. Bytes that are not UTF-8 are replaced; skip_special leaves the control tokens out. inside: the ids go on from
+        other text, so that a space before them is meant; else it is the one that sentencepiece puts before a text."""
         text = self.bytes_of(id for id in ids if not (skip_special and id in self.control)).decode("utf-8", "replace")
-        spaced = isinstance(self.model, SentencePiece) and self.model.prefix != "never"
+        spaced = isinstance(self.model, SentencePiece) and self.model.prefix != "never" and not inside
         return text.removeprefix(" ") if spaced else text
 
     def render(self, messages, add_generation_prompt=False, last_only=False):
         """(ids, mask) of a conversation: mask 1 on what the assistant has to produce, the end of its turn included.
 
         messages: list of {"role": "system" | "user" | "assistant" | "tool", "content": str}; "input": str, as in Alpaca
-        records, and "columns": list of [name, text] are optional. last_only: targets in the last assistant turn alone.
+        records, "columns": list of [name, text], and "weight": 0 on an assistant's turn that is no target are optional.
+        last_only: targets in the last assistant turn alone.
         A turn begins with its prompt: render(messages[:-1], True) is a prefix of render(messages), and where they meet
         nothing is merged. UserError for messages that the template cannot lay out.
         """
@@ -558,19 +585,23 @@ class Tokenizer:
             new = [piece] if isinstance(piece, int) else self._known.get(key) or self._text(piece, position, self._plain)
             if fixed:  # the same in every conversation
                 self._known[key] = new
-            position = AFTER if isinstance(piece, int) else INSIDE
+            if piece != "":
+                position = AFTER if isinstance(piece, int) else INSIDE
             ids += new
-            mask += [int(target is not None and (target == last or not last_only))] * len(new)
+            learned = target is not None and (target == last or not last_only) and messages[target].get("weight") != 0
+            mask += [int(learned)] * len(new)
         return ids, mask
 
     def _pieces(self, text, added):
         """`text` as ids (of added tokens) and the strings between them."""
         pieces = added.split(text) if added else [text]
         for i in range(1, len(pieces), 2):
-            entry = self.added.get(pieces[i]) or self.added[pieces[i].rstrip()]  # rstrip: the match ends in whitespace
-            pieces[i] = entry["id"]
-            if entry["lstrip"]:
-                pieces[i - 1] = pieces[i - 1].rstrip()
+            name = pieces[i]
+            if name not in self.added:  # whitespace follows, which a token with rstrip takes in
+                name = max((name for name in self.added if pieces[i].startswith(name)), key=len)
+            pieces[i] = self.added[name]["id"]
+            if self.added[name]["lstrip"]:
+                pieces[i - 1] = pieces[i - 1].rstrip(WHITE)
         return [piece for piece in pieces if piece != ""]
 
     def _fixed(self, text):
@@ -582,20 +613,21 @@ class Tokenizer:
 
     def _text(self, text, position, added):
         """ids of text in which names of control tokens are but text; `added`: the tokens that count, or None."""
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError:  # halves of surrogate pairs are put together, lone ones replaced
-                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids, prefix = [], self.model.prefix
-        for piece in self._pieces(text, added):
+        for piece in self._pieces(mend(text), added):
             if isinstance(piece, int):
                 ids.append(piece)
                 position = AFTER
                 continue
             lead = prefix == "always" or (prefix != "never" and piece[0] not in " ▁")
             lead = lead and (position == START or (position == AFTER and prefix != "first"))
-            cuts = [match.start() + 1 for match in self._leaks.finditer(piece)] if self._leaks else []
-            for a, b in zip([0, *cuts], [*cuts, len(piece)], strict=True):
-                ids += self.model.encode(piece[a:b], lead and a == 0)
+            new = self.model.encode(piece, lead)
+            ids += new if not self._leaks or self._leaks.isdisjoint(new) else chain.from_iterable(map(self._spelled, new))
         return ids
+
+    def _spelled(self, id):
+        """The ids of the name of a control token as text; any other id as it is."""
+        name = self.bytes[id].decode() if id in self._leaks else ""
+        if len(name) < 2:
+            return [id]
+        return chain.from_iterable(self._spelled(i) for part in (name[:1], name[1:]) for i in self.model.encode(part, False))

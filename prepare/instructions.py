@@ -98,8 +98,17 @@ def turns(items):
         content = item.get("content", item.get("value"))
         if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
             item = {"content": "".join(text(p, "text") for p in content)}
-        messages.append({"role": ROLES[role], "content": text(item, "content" if "content" in item else "value")})
+        weight = {"weight": 0} if item.get("weight") == 0 else {}  # OpenAI's mark of an answer that nothing is learned from
+        messages.append({"role": ROLES[role], "content": text(item, "content" if "content" in item else "value")} | weight)
     return messages
+
+
+def history(record):
+    """Messages of the rounds before an instruction: a list of [question, answer]."""
+    past = record.get("history") or []
+    if not isinstance(past, list) or not all(isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in past):
+        raise BadRecord("'history' is not a list of [question, answer]")
+    return [{"role": role, "content": said} for pair in past for role, said in zip(("user", "assistant"), pair, strict=True)]
 
 
 def task(columns, name, answer):
@@ -114,6 +123,7 @@ def recognise(record):
     if record.get("tools") not in (None, "", [], "[]"):
         raise Drop("tool definitions (not rendered)")
     system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    record = {key: value for key, value in record.items() if value is not None}  # a table has nulls where another shape has fields
     for key in ("messages", "conversations", "conversation"):
         if key in record:
             messages = system + turns(record[key])
@@ -125,16 +135,13 @@ def recognise(record):
         asked = {"role": "user", "content": text(record, "instruction")}
         given = next((key for key in ("input", "context") if record.get(key)), None)
         asked |= {"input": text(record, given)} if given else {}
-        past = record.get("history") or []
-        if not isinstance(past, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in past):
-            raise BadRecord("'history' is not a list of [question, answer]")
-        past = [{"role": role, "content": said} for pair in past for role, said in zip(("user", "assistant"), pair, strict=True)]
-        return system + past + [asked, {"role": "assistant", "content": answer}]
+        return system + history(record) + [asked, {"role": "assistant", "content": answer}]
     for ask, reply in (pair.split("/") for pair in PAIRS):
         if ask in record and reply in record:
             if isinstance(record[ask], list) and isinstance(record[reply], list):
                 return system + turns(record[ask] + record[reply])
-            return system + task([[ask.upper(), text(record, ask)]], reply.upper(), text(record, reply))
+            given = [["CONTEXT", text(record, "context")]] if ask == "question" and record.get("context") else []
+            return system + task([[ask.upper(), text(record, ask)], *given], reply.upper(), text(record, reply))
     raise BadRecord(
         f"unknown record shape (fields {', '.join(sorted(map(str, record)))}): known are instruction/output, messages, "
         f"conversations, {', '.join(PAIRS)}; or give text_field="
@@ -285,7 +292,7 @@ def find_sources(cfg):
     hub, subsets, split = SETS[cfg.source][:3] if known else (cfg.source, [cfg.subset], cfg.split)
     if cfg.path and not known:
         raise UserError(f"path= goes with the name of a known set ({', '.join(SETS)}), and source={cfg.source} is none")
-    files = records.find_files(cfg.path or cfg.source) if cfg.path or not known else None
+    files = records.find_files(cfg.path or cfg.source, cfg.out) if cfg.path or not known else None
     if files:
         return files, None
     # org/name is an id of the hub, unless it looks like a path with a slip in it

@@ -17,6 +17,7 @@ end of turn. Completions that are empty, too long, or there twice are dropped, n
 
 import contextlib
 import hashlib
+import math
 import re
 import shutil
 from array import array
@@ -33,7 +34,7 @@ import tokenizer
 from config import UserError
 from data import Store, Writer, check_target, read_meta
 from prepare import records
-from prepare.instructions import Drop, show, task, text, turns
+from prepare.instructions import Drop, history, show, task, text, turns
 from prepare.records import BadRecord
 
 
@@ -126,7 +127,8 @@ def prompt(record):
     context = record.get("input") or "" if key == "instruction" else ""
     if not isinstance(context, str):
         raise BadRecord("'input' is not text")
-    past = [m for q, a in record.get("history") or [] for m in task([["INSTRUCTION", q]], "RESPONSE", a)]
+    said = iter(m["content"] for m in history(record))
+    past = [m for q in said for m in task([["INSTRUCTION", q]], "RESPONSE", next(said))]
     question = task([[key.upper(), ask], ["INPUT", context]], "RESPONSE", "")[0]
     return system + past + [question | ({"content": ask, "input": context} if key == "instruction" else {})]
 
@@ -150,7 +152,9 @@ def ranked(record):
         return values, 0
     try:
         order = sorted(zip((-sign * float(score) for score in scores), range(len(values)), strict=True))
-    except (TypeError, ValueError):
+        if not all(math.isfinite(score) for score, _ in order):  # missing ones, of a table
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
         raise BadRecord(f"the scores {scores!r:.80} are not one number for each of the {len(values)} {key}") from None
     first = [order[i] for i in range(len(order)) if i == 0 or order[i][0] != order[i - 1][0]]
     return [values[i] for _, i in first], len(values) - len(first)
@@ -158,8 +162,10 @@ def ranked(record):
 
 def conversation(before, value):
     """Messages of one completion behind its prompt."""
-    if isinstance(value, str) and not before and TURN.match(value.lstrip()):
-        return transcript(value.lstrip())
+    if isinstance(value, str) and TURN.match(value.lstrip()):
+        whole, asked = transcript(value.lstrip()), [m for m in before if m["role"] != "system"]
+        if [(m["role"], m["content"]) for m in whole[:-1]][: len(asked)] == [(m["role"], m["content"]) for m in asked]:
+            return before[: len(before) - len(asked)] + whole  # the prompt stands in it once more
     if isinstance(value, dict) and not {"role", "from"} & value.keys():
         key = next((key for key in TEXTS if key in value), None)
         if key is None:
@@ -168,7 +174,9 @@ def conversation(before, value):
     if isinstance(value, str):
         return [*before, {"role": "assistant", "content": value, "columns": [["RESPONSE", value]]}]
     messages = turns([value] if isinstance(value, dict) else value)
-    return messages if messages[0]["role"] in ("user", "system") else before + messages
+    if messages[0]["role"] == "user":  # the whole conversation; its system message may be a field of its own
+        return [m for m in before[:1] if m["role"] == "system"] + messages
+    return messages if messages[0]["role"] == "system" else before + messages
 
 
 def recognise(record):
@@ -267,7 +275,7 @@ def convert(chunk):
 
 def find_sources(cfg):
     """(files, None), or (None, [(hub id, rows)])"""
-    files = records.find_files(cfg.source)
+    files = records.find_files(cfg.source, cfg.out)
     if files is None and ("/" not in cfg.source or records.suffix(records.Path(cfg.source)) in records.SUFFIXES):
         raise UserError(f"there is no file or folder {cfg.source}")
     return (files, None) if files else (None, [(cfg.source, records.read_hub(cfg.source, [cfg.subset], cfg.split))])

@@ -15,12 +15,12 @@ import os
 import re
 import signal
 import sys
+import threading
 import zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -44,14 +44,20 @@ def suffix(path):
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def find_files(source):
-    """The files that `source`, a file or a folder, stands for; None when there is neither."""
+def files_below(path, suffixes, own):
+    """The files of these formats in a folder, but none in a hidden folder or in `own`, the folders of what is made of them."""
+    hidden = re.compile(r"(^|/)\.").search
+    files = (p for p in path.rglob("*") if p.is_file() and suffix(p) in suffixes and not hidden(p.relative_to(path).as_posix()))
+    if not (files := sorted(p for p in files if not own & {*p.resolve().parents})):
+        raise UserError(f"folder {path} holds no {', '.join(suffixes)} file")
+    return files
+
+
+def find_files(source, out):
+    """The files that `source`, a file or a folder, stands for, without those below `out`; None when there is neither."""
     path = Path(source)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and suffix(p) in SUFFIXES)
-        if not files:
-            raise UserError(f"folder {path} holds no {', '.join(SUFFIXES)} file")
-        return files
+        return files_below(path, SUFFIXES, {Path(out).resolve()})
     if path.exists() and suffix(path) not in SUFFIXES:
         raise UserError(f"{path}: cannot tell its format, the name must end in {', '.join(SUFFIXES)}, or these and .gz")
     return [path] if path.exists() else None
@@ -66,6 +72,8 @@ def parse(raw):
             raise BadRecord(f"not UTF-8 (byte 0x{e.object[e.start]:02x} in column {e.start + 1})") from None
         except json.JSONDecodeError as e:
             raise BadRecord(f"not valid JSON ({e.msg} in column {e.colno})") from None
+        except ValueError:  # Python reads no integer of over 4,300 digits
+            raise BadRecord("not valid JSON (a number of thousands of digits)") from None
         except RecursionError:
             raise BadRecord("not valid JSON (nested too deeply)") from None
     if isinstance(raw, BadRecord):
@@ -130,6 +138,8 @@ def read_array(f, name):
                 cut = e.msg.startswith("Unterminated string") or e.pos > len(text) - 16
                 if not cut or len(text) - at > MAX_RECORD or not fill():
                     broken(e.msg, start + text.count("\n", at, e.pos))
+            except ValueError:
+                broken("a number of thousands of digits", start)
             except RecursionError:
                 broken("nested too deeply", start)
         move(end)
@@ -142,10 +152,14 @@ def read_array(f, name):
         broken("something follows the closing bracket", line)
 
 
-def read_table(f, delimiter):
+def read_table(f, name, delimiter):
     csv.field_size_limit(MAX_RECORD)
     rows = csv.reader(io.TextIOWrapper(f, "utf-8-sig", "surrogateescape", newline=""), delimiter=delimiter, strict=True)
-    header = next(rows, [])
+    try:
+        header = next(rows, [])
+    except csv.Error as e:
+        raise UserError(f"{name}:1: the names of the columns are not valid CSV ({e}): mend the file") from None
+    check_names(header, f"{name}:1")
     while True:
         line = rows.line_num + 1
         try:
@@ -153,6 +167,8 @@ def read_table(f, delimiter):
         except StopIteration:
             return
         except csv.Error as e:
+            if "unexpected end" in str(e):  # all rows from there to the end of the file are in this one
+                raise UserError(f"{name}:{line}: a quote opens in this row and never closes: mend the file") from None
             yield line, BadRecord(f"not valid CSV ({e})")
             continue
         if len(row) != len(header) and row:
@@ -163,15 +179,24 @@ def read_table(f, delimiter):
             yield line, dict(zip(header, row, strict=True))
 
 
+def check_names(names, where):
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{where}: two columns are called '{doubled[0]}': rename one")
+
+
 def read_parquet(path):
     import pyarrow
     import pyarrow.parquet
 
     try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(256)
+        file = pyarrow.parquet.ParquetFile(path)
+        check_names(file.schema_arrow.names, path)
+        batches = file.iter_batches(256)
         yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
     except pyarrow.ArrowException as e:
         raise UserError(f"{path} is not a readable Parquet file: {str(e).splitlines()[0]}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} holds text that is not UTF-8: write it anew, or store the column as binary") from None
 
 
 def read_hub(name, subsets, split):
@@ -198,7 +223,7 @@ def read_file(path, bar):
             first, done = f.read(BLOCK).removeprefix(BOM).lstrip()[:1], 0
             f.seek(0)
             if suffix(path) in (".csv", ".tsv"):
-                items = read_table(f, "\t" if suffix(path) == ".tsv" else ",")
+                items = read_table(f, path, "\t" if suffix(path) == ".tsv" else ",")
             else:
                 items = (read_array if first == b"[" else read_lines)(f, path)
             for i, item in enumerate(items):
@@ -213,11 +238,24 @@ def read_file(path, bar):
         raise UserError(f"{path} cannot be read: permission denied") from None
 
 
-def chunks(sources, size=256):
-    """(name, [(line, raw), ...]) of up to `size` records. `sources`: (name, iterator of (line, raw)) pairs."""
+def size(raw):
+    """About as many bytes as a reader's `raw` holds."""
+    if isinstance(raw, (str, bytes)):
+        return len(raw)
+    return 16 + sum(map(size, raw.values() if isinstance(raw, dict) else raw if isinstance(raw, list) else ()))
+
+
+def chunks(sources):
+    """(name, [(line, raw), ...]) of up to 256 records or about 1 MB. `sources`: (name, iterator of (line, raw)) pairs."""
     for name, items in sources:
-        items = iter(items)
-        while chunk := list(islice(items, size)):
+        chunk, held = [], 0
+        for line, raw in items:
+            chunk.append((line, raw))
+            held += size(raw)
+            if len(chunk) == 256 or held > BLOCK:
+                yield name, chunk
+                chunk, held = [], 0
+        if chunk:
             yield name, chunk
 
 
@@ -233,7 +271,14 @@ def cores():
 
 def start_worker(setup, args):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    threading.Thread(target=follow, daemon=True).start()
     setup(*args)
+
+
+def follow():
+    """Ends this process when the main one is gone, killed perhaps: it would wait for work for ever."""
+    parent_process().join()
+    os._exit(1)
 
 
 def ordered_map(work, items, workers, setup, args):

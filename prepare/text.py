@@ -78,12 +78,8 @@ class Config:
 def find_files(cfg):
     """The files that cfg.source stands for; None: it is a hub id."""
     path, listed = Path(cfg.source), ", ".join(SUFFIXES)
-    own = {Path(cfg.out).resolve(), work_folder(cfg)}  # a folder may hold what comes of it
     if path.is_dir():
-        files = (p for p in path.rglob("*") if p.is_file() and records.suffix(p) in SUFFIXES)
-        if not (files := sorted(p for p in files if not own & {*p.resolve().parents})):
-            raise UserError(f"folder {path} holds no {listed} file")
-        return files
+        return records.files_below(path, SUFFIXES, {Path(cfg.out).resolve(), work_folder(cfg)})
     if not path.exists():
         if cfg.source.count("/") == 1 and records.suffix(path) not in SUFFIXES:
             return None
@@ -94,21 +90,23 @@ def find_files(cfg):
 
 
 def read_text(path, separator, bar, counts):
-    """(line, bytes) of each document of a text file; one that is longer than LIMIT comes in pieces of whole lines."""
+    """(line, bytes) of each document of a text file; one that is longer than LIMIT comes in pieces of whole lines. A separator
+    with line ends in it is found in a file of Windows too."""
     line, held, more, done = 1, b"", True, 0
+    border = re.compile(re.escape(separator).replace(b"\\\n", b"\r?\n"))
     try:
         with open(path, "rb") as on_disk, gzip.open(on_disk) if path.suffix.lower() == ".gz" else on_disk as f:
             while more:
                 more = f.read(BLOCK)
                 held += more.removeprefix(records.BOM) if line == 1 and not held else more
-                documents = held.split(separator) if separator else [held]
+                documents = border.split(held) if separator else [held]
                 held = documents.pop() if more else b""
                 for document in documents:
                     yield line, document
                     line += document.count(b"\n") + separator.count(b"\n")
                 while len(held) > LIMIT:
-                    cut = held.rfind(b"\n", 0, LIMIT - len(separator)) + 1 or LIMIT
-                    while held[cut] & 0xC0 == 0x80:  # the middle of a character
+                    cut = held.rfind(b"\n", 0, LIMIT - 2 * len(separator)) + 1 or LIMIT
+                    while held[cut] & 0xC0 == 0x80 and cut > LIMIT - 4:  # the middle of a character
                         cut -= 1
                     yield line, held[:cut]
                     line, held = line + held.count(b"\n", 0, cut), held[cut:]
@@ -190,7 +188,7 @@ def read(plain, raw, field):
         known = f"there are {', '.join(map(str, record))}" if record else "the record is empty"
         kind = type(value).__name__
         raise BadRecord(f"field '{field}' is {kind} and not text" if field in record else f"no field '{field}' ({known})")
-    return value
+    return tokenizer.mend(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

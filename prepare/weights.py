@@ -11,6 +11,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import pickle
 import re
 import shutil
@@ -29,6 +30,7 @@ import torch
 
 import checkpoint
 import config
+import data
 import lora
 import tokenizer
 from config import UserError
@@ -329,7 +331,8 @@ def load_pickle(path):
         raise UserError(f"{path} is refused: {what}") from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError):
         raise UserError(f"{path} is damaged or incomplete: download it again") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+    plain = lambda name, t: isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout is torch.strided  # noqa: E731
+    if not isinstance(tensors, dict) or not all(map(plain, tensors.keys(), tensors.values())):
         raise UserError(f"{path} holds something else than named tensors")
     return tensors
 
@@ -434,7 +437,7 @@ def convert_hf(source, out, dtype):
         if "model.embed_tokens.weight" not in tensors:
             raise UserError(f"{source}: there is no model.embed_tokens.weight in pytorch_model*.bin")
         dtype = dtype or tensors["model.embed_tokens.weight"].dtype
-        checkpoint.write_tensors(((name, t.to(dtype)) for name, t in tensors.items()), out)
+        checkpoint.write_tensors(((name, t.to(dtype, copy=True)) for name, t in tensors.items()), out)  # some share memory
         checkpoint.copy_tokenizer(source, out)
         extra = {"torch_dtype": str(dtype).removeprefix("torch.")}
         write_json(out / "config.json", checkpoint.config_json(cfg, source, **extra))
@@ -517,6 +520,8 @@ def check_target(source, out):
     """Only a model directory is ever replaced, and never the source."""
     if Path(source).exists() and Path(source).resolve() in (out, *out.parents):
         raise UserError(f"out={out} lies in the source: give another directory")
+    if lora.is_adapter(source) and lora.base_of(source).resolve() == out:
+        raise UserError(f"out={out} is the base of the adapter, which would be added to it once more: give another directory")
     ours = ["config.json", "*.safetensors", "*.safetensors.index.json", *tokenizer.FILES]
     there = {p.name for p in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
     others = sorted(there - {p.name for pattern in ours for p in out.glob(pattern)})
@@ -527,15 +532,14 @@ def check_target(source, out):
 def main(cfg):
     start, out = time.perf_counter(), Path(cfg.out).resolve()
     check_target(cfg.source, out)
-    tmp = out.with_name(out.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
+    tmp = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     dtype = None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             tmp.mkdir(parents=True)
             convert(cfg.source, tmp, dtype, scratch)
             model = checkpoint.load_model(tmp)  # the proof that names and shapes are right
-            checkpoint.replace_dir(tmp, out)
+            data.replace_dir(tmp, out)
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             raise

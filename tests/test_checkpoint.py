@@ -199,6 +199,18 @@ def test_missing_files(tmp_path):
         checkpoint.load_model(tmp_path)
 
 
+def test_shards_lie_beside_their_index(tmp_path):
+    checkpoint.save_model(make(), tmp_path / "model", shard_bytes=20_000)
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    key, shard = next(iter(good["weight_map"].items()))
+    (tmp_path / "model" / shard).rename(tmp_path / shard)
+    for other in (f"../{shard}", str(tmp_path / shard), 3):
+        index.write_text(json.dumps(good | dict(weight_map=good["weight_map"] | {key: other})))
+        with pytest.raises(UserError, match="names something else than files beside it"):
+            checkpoint.load_model(tmp_path / "model")
+
+
 def test_tensors_that_do_not_fit(tmp_path):
     checkpoint.save_model(make(), tmp_path)
     good = read(tmp_path)

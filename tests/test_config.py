@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import textwrap
@@ -255,6 +256,12 @@ def main(cfg):
         raise RuntimeError("I/O error: No space left on device (os error 28)")
     if cfg.way == "interrupt":
         raise KeyboardInterrupt
+    if cfg.way == "kill":
+        import os, signal
+        os.kill(os.getpid(), signal.SIGTERM)
+    if cfg.way == "name":
+        print("caf\\u00e9 \\ud83d")
+        return
     if cfg.way == "bug":
         raise KeyError("x")
     for _ in range(100_000 if cfg.way == "pipe" else 1):
@@ -281,6 +288,7 @@ def script(tmp_path_factory):
         ("way=denied", 2, "", "error: out/model.safetensors: Permission denied\n"),
         ("way=wrapped", 2, "", "error: the disk is full ("),
         ("way=memory", 2, "", "error: CUDA out of memory. Tried to allocate 9 GiB. - lower micro_batch= or max_len"),
+        ("way=kill", 143, "", ""),
         ("way=interrupt", 130, "", "interrupted\n"),
     ],
 )
@@ -288,6 +296,13 @@ def test_run(script, argument, status, out, err):
     done = subprocess.run([sys.executable, str(script), argument], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (status, out)
     assert done.stderr.startswith(err) and done.stderr.count("\n") == bool(err)
+
+
+@pytest.mark.parametrize("encoding, shown", [("ascii", "caf\\xe9 \\ud83d\n"), ("utf-8", "café \\ud83d\n")])
+def test_what_a_terminal_cannot_show(script, encoding, shown):
+    environment = os.environ | dict(PYTHONIOENCODING=encoding)
+    done = subprocess.run([sys.executable, str(script), "way=name"], capture_output=True, encoding="utf-8", env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, shown, "")
 
 
 def test_run_names_the_rank(script):

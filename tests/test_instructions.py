@@ -1,13 +1,16 @@
 """Instruction records to rows: readers against json.loads, rows against text laid out by hand, and every bad input."""
 
+import contextlib
 import csv
 import gzip
 import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 import types
 from pathlib import Path
@@ -90,6 +93,16 @@ CHAT = f"{U}Hi{E}\n{A}Hello.{E}\n{U}Bye{E}\n{A}So long.{E}"
         (dict(prompt="P", completion="C"), f"{U}P{E}\n{A}C{E}", [f"C{E}"]),
         (dict(prompt="P", response=" C "), f"{U}P{E}\n{A} C {E}", [f" C {E}"]),
         (dict(question="P", answer="C"), f"{U}P{E}\n{A}C{E}", [f"C{E}"]),
+        (dict(question="P", context="K", answer="C"), f"{U}P\n\nK{E}\n{A}C{E}", [f"C{E}"]),
+        (dict(messages=None, instruction="Q", response=None, output="R", input=None), f"{U}Q{E}\n{A}R{E}", [f"R{E}"]),
+        (
+            dict(messages=[dict(role=r, content=c, **w) for r, c, w in [
+                ("user", "Hi", {}), ("assistant", "Hello.", dict(weight=0)), ("user", "Bye", {}),
+                ("assistant", "So long.", dict(weight=1)),
+            ]]),
+            CHAT,
+            [f"So long.{E}"],
+        ),
         (dict(input="P", output="C", Label=2), f"{U}P{E}\n{A}C{E}", [f"C{E}"]),
         (
             dict(prompt=[dict(role="user", content="P")], completion=[dict(role="assistant", content="C")]),
@@ -526,11 +539,15 @@ BAD = {  # file name: content, what the one sentence says
     ),
     "array.json": (b"[" + GOOD + b",\n" + GOOD + b",\n{]", "array.json:3: not valid JSON"),
     "columns.csv": (b"prompt,completion\na,b\n\na,b,c\n", "columns.csv:4: 3 columns, the header has 2"),
-    "quote.csv": (b'prompt,completion\na,b\na,"b\n', "quote.csv:3: not valid CSV"),
+    "quote.csv": (b'prompt,completion\na,b\na,"b\n', "quote.csv:3: a quote opens in this row and never closes"),
+    "header.csv": (b'"prompt"x,completion\na,b\n', "header.csv:1: the names of the columns are not valid CSV"),
+    "double.csv": (b"prompt,completion,prompt\na,b,c\n", "double.csv:1: two columns are called 'prompt': rename one"),
+    "digits.jsonl": (b'{"prompt": 1' + b"0" * 5000 + b"}", "digits.jsonl:1: not valid JSON (a number of thousands of digits)"),
+    "digits.json": (b'[{"prompt": 1' + b"0" * 5000 + b"}]", "digits.json:1: not valid JSON (a number of thousands of digits)"),
     "latin.csv": (b"prompt,completion\na,b\na,\xff\n", "latin.csv:3: not UTF-8"),
     "empty.jsonl": (b"", "empty.jsonl gives no row (it holds no record)"),
     "empty.json": (b" []\n", "empty.json gives no row (it holds no record)"),
-    "header.csv": (b"prompt,completion\n", "header.csv gives no row (it holds no record)"),
+    "names.csv": (b"prompt,completion\n", "names.csv gives no row (it holds no record)"),
     "silent.jsonl": (b'{"prompt": "p", "completion": " "}\n', "silent.jsonl gives no row (1 dropped: empty answer)"),
     "cut.jsonl.gz": (gzip.compress(GOOD * 1000)[:60], "cut.jsonl.gz is a damaged gzip file"),
     "no.jsonl.gz": (GOOD, "no.jsonl.gz is a damaged gzip file"),
@@ -594,6 +611,85 @@ def test_on_error_skip(model, tmp_path, capsys):
     assert len(store) == 2 and store.meta["bad_records"] == 3
     assert [line.split(": ")[0].rsplit(":")[-1] for line in store.meta["first_bad"]] == ["2", "3", "5"]
     assert "bad records" in capsys.readouterr().out
+
+
+def test_an_open_quote_is_not_skipped(model, tmp_path):
+    """All rows behind it would be, uncounted."""
+    (tmp_path / "in.csv").write_text('prompt,completion\na,b\nc,"d\n' + "e,f\n" * 50)
+    with pytest.raises(UserError, match="in.csv:3: a quote opens in this row and never closes"):
+        prepare(model, tmp_path / "out", tmp_path / "in.csv", on_error="skip")
+
+
+def test_parquet_with_two_columns_of_a_name_or_text_that_is_none(model, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    column = pyarrow.array(["a"])
+    doubled = pyarrow.Table.from_arrays([column] * 3, ["prompt", "completion", "prompt"])
+    pyarrow.parquet.write_table(doubled, tmp_path / "two.parquet")
+    with pytest.raises(UserError, match="two.parquet: two columns are called 'prompt'"):
+        prepare(model, tmp_path / "out", tmp_path / "two.parquet")
+    latin = pyarrow.StringArray.from_buffers(1, pyarrow.array([b"\xff"]).buffers()[1], pyarrow.array([b"\xff"]).buffers()[2])
+    pyarrow.parquet.write_table(pyarrow.table(dict(prompt=column, completion=latin)), tmp_path / "latin.parquet")
+    with pytest.raises(UserError, match="latin.parquet holds text that is not UTF-8"):
+        prepare(model, tmp_path / "out", tmp_path / "latin.parquet")
+
+
+def test_a_folder_may_hold_its_store_and_hidden_copies(model, tmp_path):
+    write(tmp_path / "in.jsonl", [json.loads(GOOD)])
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    write(tmp_path / ".ipynb_checkpoints/in.jsonl", [json.loads(GOOD)])
+    for _ in range(2):
+        assert len(prepare(model, tmp_path / "store", tmp_path)) == 1
+
+
+def test_names_that_are_not_utf8(model, tmp_path):
+    """Of files and fields: they are only told about."""
+    source = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    source.write_bytes(GOOD + b'\n{"\\ud83d": 1}\n{"messages": [{"role": "\\ud83d", "content": "x"}]}\n')
+    store = prepare(model, tmp_path / "out", source, on_error="skip")
+    assert len(store) == 1 and store.meta["bad_records"] == 2 and "\ud83d" in store.meta["first_bad"][0]
+
+
+def test_chunks_are_cut_by_bytes_too():
+    """Or else 8 x workers x 256 long records would be in memory."""
+    long = [(i, dict(messages=[dict(role="user", content="x" * 400_000)])) for i in range(7)]
+    assert [len(items) for _, items in records.chunks([("a", long)])] == [3, 3, 1]
+    assert [len(items) for _, items in records.chunks([("a", [(0, b"x")] * 600)])] == [256, 256, 88]
+    assert [len(items) for _, items in records.chunks([("a", [(0, b"x" * 2_000_000)] * 2)])] == [1, 1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_job_leaves_no_process(model, tmp_path, number):
+    """Nor, when it is asked to end, a half-written folder."""
+    with open(tmp_path / "in.jsonl", "wb") as f:
+        f.write((GOOD + b"\n") * 400_000)
+    argv = [f"source={tmp_path / 'in.jsonl'}", f"model={model}", f"out={tmp_path / 'out'}", "template=chatml", "workers=2"]
+    job = subprocess.Popen([sys.executable, "-m", "prepare.instructions", *argv], cwd=ROOT, start_new_session=True)
+
+    def alive():
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has ended
+                state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+                found += [path] * (int(session) == job.pid and state != "Z")
+        return found
+
+    def wait(holds):
+        end = time.time() + 60
+        while not holds():
+            assert time.time() < end and (job.poll() is None or holds != started)
+            time.sleep(0.05)
+
+    def started():
+        return len(alive()) >= 4 and any(p.stat().st_size for p in tmp_path.glob("out.tmp-*/*.bin"))
+
+    wait(started)
+    job.send_signal(number)
+    assert job.wait(60) == (143 if number == signal.SIGTERM else -number)
+    wait(lambda: not alive())
+    assert number == signal.SIGKILL or [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_as_a_program(model, tmp_path):

@@ -349,7 +349,8 @@ def test_adapters_that_do_not_fit(base, tmp_path):
         tiny.write(lonely, "adapter_config.json", lora.read_config(dir))
         refused(match, lonely)
     for settings in (dict(use_dora=True), dict(bias="all"), dict(rank_pattern={"q_proj": 2}), dict(alpha_pattern={"q_proj": 2}),
-                     dict(peft_type="PROMPT_TUNING"), dict(r="4"), dict(r=0), dict(lora_alpha=None)):  # fmt: skip
+                     dict(peft_type="PROMPT_TUNING"), dict(r="4"), dict(r=0), dict(lora_alpha=None),
+                     *(dict(init_lora_weights=how) for how in ("pissa", "pissa_niter_4", "olora", "corda", "loftq"))):  # fmt: skip
         config = lora.read_config(dir)
         change(dir, **settings)
         refused(next(iter(settings)), dir)

@@ -113,6 +113,12 @@ SHAPES = {
     "ranks": ({"prompt": HH.format("Q", ""), "answers": ORDERED}, ONE),
     "Stack Exchange": ({"question": "<p>How <em>much</em>?</p>\n\n<p>Say &lt;x&gt;.</p>", "answers": POSTS},
                        (chat("How much?\n\nSay <x>."), TEXTS)),
+    "system beside whole conversations": (
+        pair([user("Q"), said("good")], [user("Q"), said("bad")], system="S"),
+        (chat(("system", "S"), ("user", "Q")), ["good", "bad"]),
+    ),
+    "hh, prompt apart and in the transcripts": (pair(CONTEXT + " good", CONTEXT + " bad", prompt=CONTEXT), THREE),
+    "an answer that looks like a transcript": (pair("Human: A", "bad", prompt="Q"), (chat("Q"), ["Human: A", "bad"])),
     "Stack Exchange pairs": ({"question": "Q", "response_j": "good", "response_k": "bad"}, ONE),
 }  # fmt: skip
 
@@ -203,6 +209,10 @@ BAD = {
     "unknown record shape": [{"text": "x"}],
     "unknown role 'robot'": [{"chosen": [{"role": "robot", "content": "x"}], "rejected": "y"}],
     "the scores [1, 2] are not one number for each": [{"prompt": "Q", "completions": ["x"], "scores": [1, 2]}],
+    "the scores [1, nan, 3] are not one number": [{"prompt": "Q", "completions": ["x", "y", "z"], "scores": [1, float("nan"), 3]}],
+    "are not one number for each of the 2 responses": [{"prompt": "Q", "responses": ["x", "y"], "scores": [1, 10**400]}],
+    "'history' is not a list of [question, answer]": [pair("x", "y", instruction="Q", history=[[1, "b"]])],
+    "a number of thousands of digits": [b'{"prompt": 1' + b"0" * 5000 + b"}"],
     "has none of the fields": [{"prompt": "Q", "completions": [{"foo": 1}, {"foo": 2}]}],
     "the conversation is not a list of messages": [{"prompt": "Q", "chosen": [], "rejected": "x"}],
     "is int and not text": [{"prompt": 3, "chosen": "x", "rejected": "y"}],

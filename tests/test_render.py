@@ -155,6 +155,12 @@ GOLDEN = {  # (template, messages) -> the whole text, the targets
 }
 
 
+def test_an_answer_to_nothing_opens_the_text(folder):
+    ours = tokenizer.load(folder("spm"), template="plain")
+    for messages in ([{"role": "user", "content": ""}, *say("", "hello")[1:]], [{"role": "assistant", "content": "hello"}]):
+        assert ours.render(messages)[0] == ours.encode("hello", bos=True, eos=True)
+
+
 @pytest.mark.parametrize("kind", ["bpe", "spm"])
 @pytest.mark.parametrize("case", GOLDEN)
 def test_golden(case, kind, folder):

@@ -170,6 +170,38 @@ def test_chat(model, monkeypatch, capsys):
     assert len(asked) == 4 and all(text + "\n" in out for text in said) and sample.HELP in out
 
 
+def test_turns_are_forgotten_until_the_answer_has_room(model):
+    """Not when only the prompt no longer fits: then replies would end after a token."""
+    sampler = sample.Sampler(sample.Config(model=str(model), device="cpu", template="chatml", max_new_tokens=64, temperature=0.0))
+    history = [dict(role=role, content="x" * 50) for role in ("user", "assistant")]
+    taken = []
+    sampler.answer = lambda prompts, *rest: taken.append(len(prompts[0])) or ["y"]
+    for n in (1, 2):
+        assert len(sample.reply(sampler, "z", None, history * n, 0)) == 4  # at most one turn of before, and this one
+    assert len(set(taken)) == 1 and taken[0] + 64 <= 256 < taken[0] + 100 + 64
+    sampler.cfg.max_new_tokens = 1000  # more than there is: half of the positions
+    sample.reply(sampler, "z", None, history * 2, 0)
+    assert taken[-1] + 128 <= 256
+
+
+def test_half_an_emoji_in_a_file_of_prompts(model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.json").write_text('["ok", "a \\ud83d b"]')
+    argv = (f"model={model}", f"prompts={tmp_path}/prompts.json", f"out={tmp_path}/out.json", "max_new_tokens=2")
+    assert run(monkeypatch, capsys, *argv)[0] == 0
+    assert [r["input"] for r in json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))] == ["ok", "a \ufffd b"]
+
+
+def test_a_continuation_keeps_the_space_between(monkeypatch):
+    """sentencepiece's words begin with their space; only at the beginning of a text it is not meant."""
+    tok = tokenizer.Tokenizer.__new__(tokenizer.Tokenizer)
+    tok.bytes, tok.control, tok.model = {1: b" there", 2: b" was"}, set(), tokenizer.SentencePiece.__new__(tokenizer.SentencePiece)
+    tok.model.prefix = "always"
+    sampler = sample.Sampler.__new__(sample.Sampler)
+    sampler.tok, sampler.cfg = tok, sample.Config(model="")
+    for sampler.chats, text in ((True, "there was"), (False, " there was")):
+        assert sampler.text([1, 2]) == (text, False)
+
+
 def test_chat_without_template_completes_lines(model, monkeypatch, capsys):
     asked, out = chat_of(monkeypatch, capsys, model, lines=["one", "two"])
     assert asked == [[dict(role="user", content="one")], [dict(role="user", content="two")]]

@@ -148,6 +148,22 @@ def test_a_text_over_the_limit_is_cut_at_lines(model, tmp_path, monkeypatch, cap
     assert f"cut at {len(got) - 1} places" in capsys.readouterr().out
 
 
+def test_a_text_of_no_characters_is_cut_somewhere(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "LIMIT", 100)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_bytes(b"\x80" * 250)
+    (tmp_path / "texts/b.txt").write_text("fine")
+    assert prepare(tmp_path / "texts", model, tmp_path / "out", on_error="skip") == ids(["fine"])
+
+
+@pytest.mark.parametrize("separator, whole", [(r"\n\n", ["one\nstill one", "two"]), (r"\n", ["one", "still one", "two"])])
+def test_lines_of_windows(model, tmp_path, monkeypatch, separator, whole):
+    monkeypatch.setattr(text, "BLOCK", 7)  # also between the two characters of a line's end
+    (tmp_path / "a.txt").write_bytes(b"one\r\nstill one\r\n\r\ntwo\r\n")
+    got = [bytes(row[:-1]).decode() for row in prepare(tmp_path / "a.txt", model, tmp_path / "out", separator=separator)]
+    assert [doc.replace("\r\n", "\n").strip("\n") for doc in got] == whole
+
+
 def test_max_mb_stops_early(model, tmp_path, monkeypatch):
     monkeypatch.setattr(text, "CHUNK", 1000)
     docs = ["x" * 100] * 30_000
@@ -345,6 +361,15 @@ def test_a_new_tokenizer_is_hugging_faces(corpus, tmp_path, kind):
     assert {tuple(row) for split in ("train", "val") for row in rows(tmp_path / "out", split)} == every
     assert all(tok.decode(tok.encode(doc)) == doc for doc in docs if not (kind == "sentencepiece" and doc.startswith(" ")))
     assert sum(map(len, rows(tmp_path / "out"))) < 0.6 * data.read_meta(tmp_path / "out")["bytes"]["train"]  # merges do merge
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+def test_half_an_emoji_does_not_stop_the_training(tmp_path, kind):
+    docs = [f"{' '.join(SAMPLES)} \ud83d", *SAMPLES]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": doc}) + "\n" for doc in docs))
+    prepare(tmp_path / "a.jsonl", "train:300", tmp_path / "out", kind=kind)
+    tok = tokenizer.load(tmp_path / "out" / "tokenizer")
+    assert tok.decode(rows(tmp_path / "out")[0]).endswith(" \ufffd")
 
 
 def test_a_new_tokenizer_serves_another_corpus(corpus, tmp_path):

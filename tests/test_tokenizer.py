@@ -171,10 +171,14 @@ def test_added_tokens_strip_and_overlap(tmp_path):
     oracle.add_tokens([tokenizers.AddedToken(text, normalized=False, **how) for text, how in added])
     oracle.add_special_tokens([tokenizers.AddedToken("<end>", rstrip=True, normalized=False)])
     save(oracle, tmp_path)
-    parts = ["<user>", "<user>x", "word", "sword", " ", "\n", "a", "<end>", "<|im_end|>", "."]
+    parts = ["<user>", "<user>x", "word", "sword", " ", "\n", "a", "<end>", "<|im_end|>", ".", "\x1c", "\u3000"]
     rng = fuzzer.random.Random(0)
     strings = ["".join(rng.choices(parts, k=rng.randint(1, 9))) for _ in range(1000)]
     assert differing(tokenizer.load(tmp_path), oracle, strings) == []
+    oracle.add_tokens([tokenizers.AddedToken("\n", rstrip=True, normalized=False)])
+    save(oracle, tmp_path)
+    ours, line = tokenizer.load(tmp_path), oracle.token_to_id("\n")
+    assert ours.encode("a\n \n\nb") == [*ours.encode("a"), line, *ours.encode("b")]  # one takes in all the whitespace behind it
 
 
 @pytest.mark.parametrize("name", "bloom deepseek falcon galactica gpt2 llama3 opt_permuted qwen2 starcoder".split())
@@ -355,6 +359,17 @@ def test_byte_fallback_json(scheme, tmp_path):
     ours, oracle = tokenizer.load(tmp_path), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert ours.model.prefix == {"prepend": "always", "always": "missing"}.get(scheme, scheme)
     assert differing(ours, oracle, fuzzer.fuzz(2000, 3, ["<s>", "</s>", "<tool>"])) == []
+    for change in (  # what sentencepiece does not do
+        lambda spec: spec.update(normalizer=dict(type="Lowercase"), pre_tokenizer=dict(type="Metaspace", replacement="▁")),
+        lambda spec: spec.update(normalizer=None, pre_tokenizer=dict(type="Metaspace", replacement="_", prepend_scheme="first")),
+        lambda spec: spec.update(normalizer=None, pre_tokenizer=None),
+        lambda spec: spec.update(pre_tokenizer=dict(type="Digits", individual_digits=True)),
+        lambda spec: spec.update(pre_tokenizer=dict(type="Split", pattern=dict(Regex=r"\d"), behavior="Isolated", invert=False)),
+    ):
+        edit(tmp_path, change)
+        with pytest.raises(UserError, match="without a tokenizer.model that is not supported"):
+            tokenizer.load(tmp_path)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     order = ["".join(merge) for merge in spec["model"]["merges"]]
     first = next(i for i, token in enumerate(order) if order.count(token) > 1 and len({*token}) > 1)
     edit(tmp_path, lambda spec: spec["model"]["merges"].append(spec["model"]["merges"].pop(first)))
@@ -390,6 +405,27 @@ def test_text_never_turns_into_control_tokens(kind, kinds):
         assert ours.decode(ours.encode(text)) == text or "▁" in text
     for name in names:
         assert ours.encode(name, special=True)[-1] == ours.added[name]["id"]
+
+
+@pytest.mark.parametrize("how, name, texts", [
+    ("identity", "▁<PRE>", ["a <PRE> b", "<PRE> b", "a▁<PRE>"]),
+    ("nmt_nfkc", "<|im_end|>", ["a ＜|im_end|＞ b", "a <|ｉm_end|> b", "<|im\x01_end|>", "<|im_end|>"]),
+])  # fmt: skip
+def test_text_that_a_model_turns_into_the_name_of_a_control_token(how, name, texts, tmp_path):
+    (tmp_path / "corpus.txt").write_text("the cat sat on the mat, what is it? hello world <PRE> im_end 1 2\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe", vocab_size=330,
+        byte_fallback=True, normalization_rule_name=how, user_defined_symbols=[name], minloglevel=2,
+    )  # fmt: skip
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    entry = {"added_tokens_decoder": {str(sp.piece_to_id(name)): {"content": name, "special": True}}}
+    for legacy in (True, False):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(entry | {"legacy": legacy}))
+        ours = tokenizer.load(tmp_path)
+        for text in texts:
+            assert sp.piece_to_id(name) in sp.encode(text)  # which is why it is looked for
+            assert not set(ours.encode(text)) & ours.control
+            assert name.strip("▁") in ours.decode(ours.encode(text))
 
 
 @pytest.mark.parametrize("kind", ["bpe", "chain", "spm"])

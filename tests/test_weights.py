@@ -515,6 +515,33 @@ def test_targets_are_never_lost(tmp_path, capsys):
     assert not (tmp_path / "m.tmp").exists()
 
 
+def test_neighbours_of_the_target_are_left_alone(tmp_path, capsys):
+    tiny().save_pretrained(tmp_path / "hf")
+    for name in ("m.old", "m.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes").write_text("mine")
+    assert run(capsys, "source=none", f"out={tmp_path}/m")[0] == 2
+    for _ in range(2):
+        assert run(capsys, f"source={tmp_path}/hf", f"out={tmp_path}/m")[0] == 0
+    assert [(tmp_path / name / "notes").read_text() for name in ("m.old", "m.tmp")] == ["mine", "mine"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "m", "m.old", "m.tmp"]
+
+
+def test_tensors_that_share_memory_and_what_is_no_plain_tensor(tmp_path, capsys):
+    reference = tiny(tie_word_embeddings=True)
+    reference.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    settings = json.loads((tmp_path / "hf" / "config.json").read_text()) | dict(tie_word_embeddings=False)
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(settings))
+    tensors = reference.state_dict()
+    torch.save(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, tmp_path / "hf" / "pytorch_model.bin")
+    assert run(capsys, f"source={tmp_path}/hf", f"out={tmp_path}/m")[0] == 0
+    assert equal_logits(tmp_path / "m", reference, 1e-5)
+    for more in ({3: torch.ones(1)}, {"x": torch.ones(2, 2).to_sparse()}):
+        torch.save(tensors | more, tmp_path / "hf" / "pytorch_model.bin")
+        refused(capsys, "something else than named tensors", tmp_path / "hf", tmp_path / "n")
+
+
 def test_sources_that_are_none(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     refused(capsys, "is no file", "nothing-like-this", out)
@@ -587,6 +614,10 @@ def test_an_adapter_is_merged_into_its_base(tmp_path):
             p.normal_(std=0.1)
     lora.save(model, tmp_path / "adapter", base=base)
     weights.main(weights.Config(source=str(tmp_path / "adapter"), out=str(tmp_path / "merged")))
+    before = (base / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="is the base of the adapter"):
+        weights.main(weights.Config(source=str(tmp_path / "adapter"), out=str(base)))
+    assert (base / "model.safetensors").read_bytes() == before
     ids = torch.arange(8)[None]
     merged = checkpoint.load_model(tmp_path / "merged")
     with torch.no_grad():
