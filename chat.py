@@ -9,6 +9,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Literal
 
 from config import UserError
 
@@ -30,6 +31,8 @@ class Turns:
     opened: str | None = None  # the user turn after a system message, where these share a block
     tool: str | None = None
     final: str = ""  # opens the content of an assistant turn that ends the conversation
+    # what becomes of a thought, the content up to </think>: "text" like any; "framed" by `final` in such a turn, left out of others
+    thoughts: Literal["text", "framed", "refused"] = "text"
     strip: tuple = ()  # roles whose content loses its outer whitespace
     alternate: bool = False  # users and assistants have to take turns
     bos: bool = True  # BOS comes first where the tokenizer puts it before texts
@@ -55,10 +58,25 @@ class Turns:
             before, _, after = form.partition("{}")
             if role == "assistant":
                 parts.append((self.generation, True, None))
-                before = before.removeprefix(self.generation) + self.final * (n == len(messages) - 1)
+                before, final = before.removeprefix(self.generation), self.final * (n == len(messages) - 1)
+                if self.thoughts == "refused" and "</think>" in content:
+                    raise UserError(f"message {n + 1}: what this chat template makes of </think> is not followed: choose template=")
+                if self.thoughts == "framed":
+                    thought, content = self.part(content)
+                    middle = final.find("</think>") - 1  # a line's end before it
+                    parts += [(before + final[:middle], True, target), (thought * bool(final), False, target)]
+                    before, content = final[middle:], content.lstrip("\n") if final else content
+                else:
+                    before += final
             parts += [(before, True, target), (content, False, target), (after, True, target)]
             parts += [(self.tail, True, None)] * (role == "assistant")
         return parts + [(self.generation, True, None)] * generation
+
+    @staticmethod
+    def part(content):
+        """(thought, answer), in the way of Qwen3's template."""
+        thought, *rest = content.split("</think>")
+        return (thought.split("<think>")[-1].strip("\n"), rest[-1].lstrip("\n")) if rest else ("", content)
 
     def jinja(self):
         """The same as a Jinja template, in which {bos} and {eos} are left to fill in."""
@@ -259,6 +277,12 @@ def choose(key, own, marks, added):
     return key, TEMPLATES[key], in_jinja(key, marks)
 
 
+# contents that a template is tried on
+PLAIN = [*"abcde"], [" a b\n", "\tc  ", " <d> & é\n\n", " 'e' ", "f"]
+STARTS = "<think>\nwhy \n</think>\n\n", "<think></think>", "<think>x</think>y</think>\n", "z</think>", "\n\n"
+THOUGHTS = [["a", f"{start}b\n", "c", f"{start}d"] for start in STARTS]
+
+
 def learn(source, marks, added):
     """The Turns that lay out conversations as the Jinja template `source` does; None where turns cannot.
 
@@ -293,8 +317,8 @@ def learn(source, marks, added):
         except Exception:  # a foreign program: whatever it raises, it does not lay out this conversation
             return ""
 
-    def holds(turns, *talks):
-        for texts in ([*"abcde"], [" a b\n", "\tc  ", " <d> & é\n\n", " 'e' ", "f"]):
+    def holds(turns, *talks, tries=PLAIN):
+        for texts in tries:
             for who, ask in [(who, False) for who in talks] + [(who, True) for who in talks if who[-1] in "ut"]:
                 laid_out = "".join(text for text, _, _ in turns(talk(who, texts), ask))
                 if show(who, *texts, ask=ask) != laid_out:
@@ -323,6 +347,8 @@ def learn(source, marks, added):
     )
     if not holds(turns, "u", "ua", "uau", "uaua", "uauau"):
         return None
+    ways = (replace(turns, thoughts=way) for way in ("text", "framed"))
+    turns = next((way for way in ways if holds(way, "ua", "uau", "uaua", tries=THOUGHTS)), replace(turns, thoughts="refused"))
     turns = replace(turns, alternate=not holds(turns, "uu", "uaa"))
     if found := re.fullmatch(f"(.*){s}(.*){u}.*", show("su", s, u), re.S):
         shared = not found[2].endswith(before)

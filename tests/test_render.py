@@ -1,6 +1,7 @@
 """Conversations to (ids, mask): hand-written texts for every template, and transformers for the model's own."""
 
 import functools
+import importlib.util
 import json
 from pathlib import Path
 
@@ -291,6 +292,36 @@ def test_the_models_own_template(name, folder):
             ours.render(say("a", system="s"))
     # a key that names it means the model's own, with its default system prompt
     assert tokenizer.load(path, template=ours.template).render(say("a")) == ours.render(say("a"))
+
+
+THOUGHT = "<think>\nbecause\n</think>\n\n"
+FRAMED = [  # Qwen3 drops the thoughts of earlier answers, and frames the last one's
+    (["q", f"{THOUGHT}four"], [f"{THOUGHT}four<|im_end|>"]),
+    (["q", f"{THOUGHT}four", "and?"], ["four<|im_end|>"]),
+    (["q", f"{THOUGHT}four", "and?", f"{THOUGHT}five"], ["four<|im_end|>", f"{THOUGHT}five<|im_end|>"]),
+    (["q", "\nfour"], ["<think>\n\n</think>\n\nfour<|im_end|>"]),
+]
+
+
+OTHERS = [("qwen3", "framed"), ("qwen2_5", "text"), ("llama3_2", "text"), ("qwen3_training", "refused")]
+
+
+@pytest.mark.parametrize("name, how", OTHERS)
+def test_thoughts(name, how, folder):
+    """As the template of a model that thinks has them, or refused; never laid out in another way."""
+    (trl,) = importlib.util.find_spec("trl").submodule_search_locations
+    source = (Path(trl) / "chat_templates" / f"{name}.jinja").read_text()
+    path = folder(chat_template=source)
+    ours = tokenizer.load(path)
+    assert ours.layout.thoughts == how
+    for talk, learned in FRAMED:
+        if how == "refused" and THOUGHT in talk[1]:
+            with pytest.raises(UserError, match="message 2: what this chat template makes of </think> is not followed"):
+                ours.render(say(*talk))
+        elif how != "refused":
+            ids, mask = ours.render(say(*talk))
+            assert ids == theirs(path, source, say(*talk), False)
+            assert how == "text" or targets(ours, ids, mask) == learned
 
 
 def test_template_files(folder):
