@@ -51,8 +51,8 @@ class LoRALinear(nn.Linear):
         if self.active is None:
             return y
         x = F.dropout(x, self.dropouts[self.active], self.training)
-        low = F.linear(x, self.lora_A[self.active].to(x.dtype))
-        return y + F.linear(low, self.lora_B[self.active].to(low.dtype)) * self.scales[self.active]
+        low = F.linear(x, self.lora_A[self.active].to(x.dtype)) * self.scales[self.active]  # here, where it is `rank` wide
+        return y + F.linear(low, self.lora_B[self.active].to(low.dtype))
 
 
 def adapted(model):
