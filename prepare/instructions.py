@@ -97,7 +97,7 @@ def turns(items):
             raise Drop("structured tool calls (not rendered)")
         content = item.get("content", item.get("value"))
         if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-            item = {"content": "".join(text(p, "text") for p in content)}
+            item = item | {"content": "".join(text(p, "text") for p in content)}
         weight = {"weight": 0} if item.get("weight") == 0 else {}  # OpenAI's mark of an answer that nothing is learned from
         messages.append({"role": ROLES[role], "content": text(item, "content" if "content" in item else "value")} | weight)
     return messages

@@ -167,7 +167,7 @@ def read_table(f, name, delimiter):
         except StopIteration:
             return
         except csv.Error as e:
-            if "unexpected end" in str(e):  # all rows from there to the end of the file are in this one
+            if "unexpected end" in str(e) or "field limit" in str(e):  # many rows that follow are in this one
                 raise UserError(f"{name}:{line}: a quote opens in this row and never closes: mend the file") from None
             yield line, BadRecord(f"not valid CSV ({e})")
             continue
@@ -180,7 +180,7 @@ def read_table(f, name, delimiter):
 
 
 def check_names(names, where):
-    if doubled := sorted({name for name in names if names.count(name) > 1}):
+    if doubled := sorted({name for name in names if name and names.count(name) > 1}):
         raise UserError(f"{where}: two columns are called '{doubled[0]}': rename one")
 
 

@@ -97,7 +97,7 @@ CHAT = f"{U}Hi{E}\n{A}Hello.{E}\n{U}Bye{E}\n{A}So long.{E}"
         (dict(messages=None, instruction="Q", response=None, output="R", input=None), f"{U}Q{E}\n{A}R{E}", [f"R{E}"]),
         (
             dict(messages=[dict(role=r, content=c, **w) for r, c, w in [
-                ("user", "Hi", {}), ("assistant", "Hello.", dict(weight=0)), ("user", "Bye", {}),
+                ("user", "Hi", {}), ("assistant", [dict(type="text", text="Hello.")], dict(weight=0)), ("user", "Bye", {}),
                 ("assistant", "So long.", dict(weight=1)),
             ]]),
             CHAT,
@@ -613,9 +613,11 @@ def test_on_error_skip(model, tmp_path, capsys):
     assert "bad records" in capsys.readouterr().out
 
 
-def test_an_open_quote_is_not_skipped(model, tmp_path):
+@pytest.mark.parametrize("limit", [1 << 20, 100])
+def test_an_open_quote_is_not_skipped(model, tmp_path, monkeypatch, limit):
     """All rows behind it would be, uncounted."""
-    (tmp_path / "in.csv").write_text('prompt,completion\na,b\nc,"d\n' + "e,f\n" * 50)
+    monkeypatch.setattr(records, "MAX_RECORD", limit)
+    (tmp_path / "in.csv").write_text('prompt,completion,,\na,b,,\nc,"d\n' + "e,f,,\n" * 50)
     with pytest.raises(UserError, match="in.csv:3: a quote opens in this row and never closes"):
         prepare(model, tmp_path / "out", tmp_path / "in.csv", on_error="skip")
 
