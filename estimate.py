@@ -6,10 +6,11 @@
 import torch
 
 from losses import chunk_logits
+from model import SHORT
 from runtime import tensor_dim
 
 
-def memory(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False, keep_gathered=False, tensor=1, document=512):
+def memory(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False, keep_gathered=False, tensor=1, document=SHORT):
     """Peak bytes of one device by part, for AdamW under autocast. tokens: of one forward on one device (B x T).
     shards: devices over which weights, gradients and moments are cut; 1 where each holds them whole. `tensor` of these share each
     layer: its projections, heads and units, and the vocabulary, but not norms and residual stream; and the loss gathers the head.
@@ -18,9 +19,9 @@ def memory(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False,
 
     Activations count what autograd keeps of a block: input and output of the two norms, q, k, v, the attention's output, and the
     four (T, F) tensors of SwiGLU. On a CPU the input of a norm is in fp32, and there twice where the norm is trained; and attention
-    keeps its output twice, by document and joined, or in bf16 its probabilities, `document` numbers a token and head: the length
-    that the average token finds its document to have. Casts are autocast's copies of trained weights, which FSDP does without.
-    torch.compile keeps less.
+    keeps its output twice, by document and joined, or of short documents in bf16 its probabilities, `document` numbers a token and
+    head: the length that the average token finds its document to have. Casts are autocast's copies of trained weights, which FSDP
+    does without. torch.compile keeps less.
     """
     cfg, size = model.cfg, dtype.itemsize
     own = {p: p.numel() / tensor_parts(name, p, tensor) for name, p in model.named_parameters()}  # numbers before FSDP cuts them
@@ -32,7 +33,7 @@ def memory(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False,
     norm, attention = size, 2 * qk * size  # bytes that a norm keeps of a number in its input, and attention of a token
     if model.model["embed_tokens"].weight.device.type == "cpu":
         norm = 4 + 4 * model.layers[0].input_layernorm.weight.requires_grad
-        attention += q * size if size == 4 else cfg.n_heads * min(document, 512) * size
+        attention += cfg.n_heads * document * size if size == 2 and document <= SHORT else q * size
     block = 2 * cfg.dim * (norm + size) + (attention + norm * qk * cfg.qk_norm + 4 * cfg.ffn_dim * size) / tensor
     kept = cfg.n_layers * size * cfg.dim + block if grad_checkpoint else cfg.n_layers * block
     head = 0
@@ -62,7 +63,8 @@ def tensor_parts(name, p, tensor):
 
 
 def describe(
-    model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False, keep_gathered=False, offload=False, tensor=1, document=512
+    model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False, keep_gathered=False, offload=False, tensor=1,
+    document=SHORT,
 ):
     """One line for people: the parameters, and the parts of `memory` in GB. offload: what is cut waits in CPU memory."""
     parts = memory(model, tokens, shards, dtype, grad_checkpoint, keep_gathered, tensor, document)

@@ -21,6 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+SHORT = 512  # tokens of a document at most, for document_attention
+
 
 @dataclass
 class ModelConfig:
@@ -137,11 +139,11 @@ def cache_mask(positions, span, window):
 
 
 def document_attention(q, k, v):
-    """Causal attention within one document, on a CPU: q (H, T, D), k and v (K, T, D) -> (H, T, D). In bf16 and up to 512 tokens as
-    two matrix products, which take a third of the time of torch's CPU kernel (bench/README.md); autograd then keeps the H x T x T
-    probabilities, which is why longer documents stay with the kernel."""
+    """Causal attention within one document, on a CPU: q (H, T, D), k and v (K, T, D) -> (H, T, D). A short one in bf16 is two
+    matrix products, which take a third of the time of torch's CPU kernel (bench/attention.py); autograd then keeps the H x T x T
+    probabilities, which is why longer ones stay with the kernel."""
     (K, T, D), H = k.shape, len(q)
-    if q.dtype != torch.bfloat16 or T > 512:
+    if q.dtype != torch.bfloat16 or T > SHORT:
         return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
     causal = q.new_full((T, T), -math.inf).triu(1).repeat(H // K, 1)
     scores = torch.baddbmm(causal, q.reshape(K, -1, D), k.transpose(1, 2), alpha=D**-0.5)  # (K, H/K T, T)
