@@ -31,6 +31,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.utils.checkpoint
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 
 import losses
@@ -90,6 +91,7 @@ class Runtime:
             if self.kind != "cpu" and self.local_world > (count := torch.accelerator.device_count()):
                 raise UserError(f"{self.local_world} processes on this node share {count} devices: lower --nproc_per_node")
             dist.init_process_group(backend)
+            sys.excepthook = end_at_once
         if self.local_world % self.tensor:
             raise UserError(f"tensor={self.tensor} must divide the number of processes of a node, {self.local_world}")
         self.rank, self.world = self.process // self.tensor, self.processes // self.tensor
@@ -543,6 +545,21 @@ def tensor_dim(name):
     if layer in ROW:
         return 1 if kind in ("weight", "lora_A") else None
     return 0 if layer in VOCABULARY else None
+
+
+def end_at_once(kind, error, trace):
+    """What an exception does to a rank, so that torchrun's report names the one that failed first, and why: the process ends
+    without the goodbyes that take a second, and one that has only lost another waits until that one's end has been noticed."""
+    sys.__excepthook__(kind, error, trace)
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        time.sleep(3)
+    try:
+        raise error.with_traceback(trace)
+    except BaseException as e:
+        get_error_handler().record_exception(e)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def accelerator():
