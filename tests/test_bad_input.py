@@ -142,6 +142,11 @@ def test_a_padding_token_beyond_the_embeddings(run, good, tmp_path):
     assert run(model=padded, data=tiny.store(tmp_path / "data", padded)) == ("", 0)
 
 
+def test_a_run_folder_is_no_model(run, tmp_path):
+    assert run(out=tmp_path / "one")[1] == 0
+    refused(run(model=tmp_path / "one"), "one is the folder of a run: give a model in it", "one/last")
+
+
 def test_rows_longer_than_the_models_positions(run, good, tmp_path):
     short = tiny.model_dir(tmp_path / "short", max_positions=16)
     refused(run(model=short), short, "16", "max_position_embeddings", "max_length=")
