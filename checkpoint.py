@@ -56,8 +56,8 @@ def load_config(dir):
     if not (dir / "config.json").exists():
         if (dir / "adapter_config.json").exists():
             raise UserError(f"{dir} is a LoRA adapter, not a model: give the base model, or merge the adapter into it")
-        if (dir / "last").is_dir():
-            raise UserError(f"{dir} is the folder of a run: give a model in it, {dir / 'last'} or {dir / 'best'}")
+        if models := [str(dir / name) for name in ("last", "best") if (dir / name).is_dir()]:
+            raise UserError(f"{dir} is the folder of a run: give a model in it, {' or '.join(models)}")
         raise UserError(f"{dir} has no config.json, so it is no model directory; `python -m prepare.weights` makes one")
     return parse_config(read_json(dir / "config.json"), dir / "config.json")
 

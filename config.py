@@ -309,7 +309,8 @@ def run(main, Config):
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(e):
             fail(f"the disk is full ({e}): free some space, then run the same command again")
         if type(e).__name__ == "OutOfMemoryError":  # torch's, which this file does not import
-            fail(f"{str(e).splitlines()[0]} - lower micro_batch= or max_length=, or set grad_checkpoint=true")
+            keys = [f"{key}=" for key in ("micro_batch", "rollout_batch", "max_length", "batch_size") if hasattr(cfg, key)]
+            fail(f"{str(e).splitlines()[0]} - lower {' or '.join(keys[:2])}")
         if getattr(e, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and e.filename:
             fail(f"{e.filename}: {e.strerror}")
         raise

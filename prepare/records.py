@@ -184,15 +184,22 @@ def check_names(names, where):
         raise UserError(f"{where}: two columns are called '{doubled[0]}': rename one")
 
 
-def read_parquet(path):
+def read_parquet(path, bar, field=None):
+    """(row, record) of a file; field: the only column to read, of text."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        check_names(file.schema_arrow.names, path)
-        batches = file.iter_batches(256)
-        yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
+        names = file.schema_arrow.names
+        check_names(names, path)
+        if field and field not in names:
+            raise UserError(f"{path} has no column '{field}': give text_field= one of {', '.join(names)}")
+        row, size = 0, path.stat().st_size / max(file.metadata.num_rows, 1)
+        for batch in file.iter_batches(256, columns=[field] if field else None):
+            yield from enumerate(batch.to_pylist(), row + 1)
+            row += len(batch)
+            bar.update(size * len(batch))
     except pyarrow.ArrowException as e:
         raise UserError(f"{path} is not a readable Parquet file: {str(e).splitlines()[0]}") from None
     except UnicodeDecodeError:
@@ -215,8 +222,7 @@ def read_hub(name, subsets, split):
 def read_file(path, bar):
     """(line, raw) of every record in a file; `bar` moves with the bytes read."""
     if suffix(path) == ".parquet":
-        yield from read_parquet(path)
-        bar.update(path.stat().st_size)
+        yield from read_parquet(path, bar)
         return
     try:
         with open(path, "rb") as on_disk, gzip.open(on_disk) if path.suffix.lower() == ".gz" else on_disk as f:

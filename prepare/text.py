@@ -119,23 +119,6 @@ def read_text(path, separator, bar, counts):
         raise UserError(f"{path} cannot be read: permission denied") from None
 
 
-def read_parquet(path, field, bar):
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        if field not in file.schema_arrow.names:
-            raise UserError(f"{path} has no column '{field}': give text_field= one of {', '.join(file.schema_arrow.names)}")
-        row, size = 0, path.stat().st_size / max(file.metadata.num_rows, 1)
-        for batch in file.iter_batches(256, columns=[field]):
-            yield from enumerate(batch.to_pylist(), row + 1)
-            row += len(batch)
-            bar.update(size * len(batch))
-    except pyarrow.ArrowException as e:
-        raise UserError(f"{path} is not a readable Parquet file: {str(e).splitlines()[0]}") from None
-
-
 def documents(cfg, files, bar, counts):
     """(where, plain, raw) of every document: raw is bytes of text where `plain`, otherwise what records.parse takes."""
     separator = cfg.separator.replace("\\n", "\n").encode()
@@ -147,7 +130,7 @@ def documents(cfg, files, bar, counts):
         if plain:
             items = read_text(path, separator, bar, counts)
         elif records.suffix(path) == ".parquet":
-            items = read_parquet(path, cfg.text_field, bar)
+            items = records.read_parquet(path, bar, cfg.text_field)
         else:
             items = records.read_file(path, bar)
         for line, raw in items:

@@ -242,6 +242,7 @@ import config
 @dataclass
 class Config:
     way: str = "end"  # how to end
+    batch_size: int = 1
 
 def main(cfg):
     if cfg.way == "user":
@@ -287,7 +288,7 @@ def script(tmp_path_factory):
         ("way=disk", 2, "", "error: the disk is full ("),
         ("way=denied", 2, "", "error: out/model.safetensors: Permission denied\n"),
         ("way=wrapped", 2, "", "error: the disk is full ("),
-        ("way=memory", 2, "", "error: CUDA out of memory. Tried to allocate 9 GiB. - lower micro_batch= or max_len"),
+        ("way=memory", 2, "", "error: CUDA out of memory. Tried to allocate 9 GiB. - lower batch_size=\n"),
         ("way=kill", 143, "", ""),
         ("way=interrupt", 130, "", "interrupted\n"),
     ],

@@ -396,6 +396,16 @@ def test_a_new_tokenizer_is_trained_on_a_sample_from_everywhere(tmp_path, monkey
 # ---------------------------------------------------------------------------------------------------- bad input
 
 
+def latin(path, name):
+    """A Parquet file whose column of text is not UTF-8."""
+    import pyarrow
+    import pyarrow.parquet
+
+    _, offsets, content = pyarrow.array([b"\xff"]).buffers()
+    pyarrow.parquet.write_table(pyarrow.table({name: pyarrow.StringArray.from_buffers(1, offsets, content)}), path)
+    return path
+
+
 def bad(tmp_path, model, content, name="a.jsonl", **settings):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -414,6 +424,8 @@ def test_bad_records_are_named(model, tmp_path):
     assert "holds no text (2 documents are empty, 0 bad)" in bad(tmp_path, model, b'{"text": ""}\n{"text": " \\n"}\n')
     assert "damaged gzip" in bad(tmp_path, model, b"no gzip", "a.txt.gz")
     assert "not a readable Parquet file" in bad(tmp_path, model, b"no parquet", "a.parquet")
+    with pytest.raises(UserError, match="text.parquet holds text that is not UTF-8"):
+        prepare(latin(tmp_path / "text.parquet", "text"), model, tmp_path / "out")
     assert "cannot tell its format" in bad(tmp_path, model, b"x", "a.xyz")
 
 
