@@ -283,9 +283,27 @@ def fail(message):
     sys.exit(2)
 
 
+def leave(status):
+    """Ends a rank without taking the interpreter down: a thread of gloo may still hold a tensor of the last collective, and to let
+    go of one in a dying interpreter aborts the process (pytorch/pytorch#190489), after which torchrun calls a good run failed."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def run(main, Config):
     """`main(load(Config))`, numbers checked; a mistake, what may not be written, a full disk or device and Ctrl-C end in a
     sentence, all else in a traceback."""
+    try:
+        answer(main, Config)
+    except SystemExit as e:
+        leave(e.code)
+        raise
+    leave(0)
+
+
+def answer(main, Config):
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends nothing

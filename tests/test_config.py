@@ -260,6 +260,11 @@ def main(cfg):
     if cfg.way == "kill":
         import os, signal
         os.kill(os.getpid(), signal.SIGTERM)
+    if cfg.way.startswith("bye"):
+        import atexit
+        atexit.register(print, "last")
+    if cfg.way == "byebye":
+        raise config.UserError("no")
     if cfg.way == "name":
         print("caf\\u00e9 \\ud83d")
         return
@@ -309,6 +314,14 @@ def test_what_a_terminal_cannot_show(script, encoding, shown):
 def test_run_names_the_rank(script):
     done = subprocess.run([sys.executable, str(script), "x=1"], capture_output=True, text=True, env={"RANK": "3"})
     assert done.returncode == 2 and done.stderr.startswith("[rank 3] error: unknown key 'x'")
+
+
+@pytest.mark.parametrize("rank, last", [({}, "last\n"), ({"RANK": "0"}, "")])
+def test_a_rank_ends_before_the_interpreter_is_taken_down(script, rank, last):
+    """Or a thread of gloo that still holds a tensor aborts it, now and then."""
+    for argument, status, out in (("way=bye", 0, "bye\n"), ("way=byebye", 2, "")):
+        done = subprocess.run([sys.executable, str(script), argument], capture_output=True, text=True, env=rank)
+        assert (done.returncode, done.stdout) == (status, out + last)
 
 
 def test_run_leaves_bugs_their_traceback(script):

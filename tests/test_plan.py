@@ -188,7 +188,7 @@ PEAK = """
 import json, sys
 import torch
 import torch.distributed as dist
-import estimate, losses, optim, runtime, sft, tiny
+import config, estimate, losses, optim, runtime, sft, tiny
 
 begin = dist.init_process_group
 dist.init_process_group = lambda *args: dist.is_initialized() or begin(*args)
@@ -222,7 +222,9 @@ for parallel, tensor in ("fsdp", 1), ("none", 2):
     parts = estimate.memory(model, 8 * 128, rt.weight_shards, rt.dtype, tensor=tensor, document=28)
     found.append([sum(parts.values()), weights + top, parts["weights"] + parts["optimizer"], weights])
 if rt.is_main:
-    open(sys.argv[1], "w").write(json.dumps(found))
+    with open(sys.argv[1], "w") as f:
+        json.dump(found, f)
+config.leave(0)
 """
 
 

@@ -107,7 +107,8 @@ for stage, argv in json.loads(sys.argv[1]):
     stage = importlib.import_module(stage)
     stage.main(config.load(stage.Config, argv))
 {after}
-dist.destroy_process_group()  # its threads must not outlive the interpreter
+dist.destroy_process_group()
+config.leave(0)
 """
 
 
