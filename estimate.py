@@ -5,7 +5,7 @@
 
 import torch
 
-from losses import chunk_logits
+from losses import block_logits, chunk_logits
 from model import SHORT
 from runtime import tensor_dim
 
@@ -38,7 +38,8 @@ def memory(model, tokens, shards=1, dtype=torch.bfloat16, grad_checkpoint=False,
     kept = cfg.n_layers * size * cfg.dim + block if grad_checkpoint else cfg.n_layers * block
     head = 0
     if cfg.head == "lm":
-        head = min(chunk_logits(model.head_weight.device), tokens * cfg.vocab_size) * (4 + 4 + size)
+        chunk, exact = (min(f(model.head_weight.device), tokens * cfg.vocab_size) for f in (chunk_logits, block_logits))
+        head = chunk * size + exact * (4 + 4)
         head += cfg.vocab_size * cfg.dim * (size + 4 * model.head_weight.requires_grad)
         if tensor > 1:
             head += cfg.vocab_size * cfg.dim * (size if fsdp > 1 else model.head_weight.itemsize)

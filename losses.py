@@ -1,23 +1,32 @@
 """What every stage's loss is made of: token log-probabilities without a (B, T, V) tensor, and masked statistics.
 
-The output matrix and the softmax run over chunks of rows, so that the fp32 logits of a chunk are the largest thing that exists.
+The output matrix runs over chunks of rows and the softmax, on a CPU, over smaller blocks of these, so that a chunk's logits are the
+largest thing that exists.
 A loss is always a sum over tokens that the caller divides by the global number of target tokens: then the gradient does not
 depend on how a batch is cut into micro-batches, ranks or packed rows.
 """
 
 import functools
+import math
 
 import torch
 
-CHUNK_LOGITS = 2**25  # on a CPU: 128 MB in fp32
+CHUNK_LOGITS = 2**25  # on a CPU: 64 MB in bf16
+BLOCK_LOGITS = 2**21  # on a CPU: 8 MB in fp32, which its cache holds
 
 compiled = False  # whether torch.compile takes what is done with a chunk's logits; runtime.py sets it with compile=true
 _compiled = functools.cache(torch.compile)
 
 
 def chunk_logits(device):
-    """Logits of one chunk. A GPU takes 4 times as many: 1.3x faster with 50,000 words and 1.7x with 128,000, for 1.3 GB more."""
+    """Logits of one matrix product. A GPU takes 4 times as many: 1.3x faster with 50,000 words and 1.7x with 128,000, for 1.3 GB
+    more."""
     return CHUNK_LOGITS * (4 if device.type in ("cuda", "meta") else 1)  # meta: bench/plan.py plans for GPUs
+
+
+def block_logits(device):
+    """Logits that are in fp32 at a time. On a CPU few, which stay in its cache: a training step is a tenth faster."""
+    return min(BLOCK_LOGITS if device.type == "cpu" else math.inf, chunk_logits(device))
 
 
 def _whole(head_weight):
@@ -30,20 +39,35 @@ def _compute_dtype(hidden):
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _chunks(hidden, weight, targets):
-    """The N rows in slices."""
+def _chunks(hidden, weight):
+    """(rows, logits) in slices of the N rows: the logits (n, V) of all rows at once would be the largest tensor of a model."""
     size = max(16, chunk_logits(hidden.device) // len(weight) // 8 * 8)  # oneDNN takes a quarter longer for an odd number of rows
-    return (slice(start, start + size) for start in range(0, len(targets), size))
+    for start in range(0, len(hidden), size):
+        rows = slice(start, start + size)
+        yield rows, hidden[rows] @ weight.t()
 
 
-def _of_chunk(function, *args):
-    """Calls one of the functions of a chunk below: compiled, it reads and writes the chunk's logits a third as often."""
-    return (_compiled(function) if compiled else function)(*args)
+def _over_blocks(function, logits, *args):
+    """Calls one of the functions of a block below on slices of a chunk's rows -> what it returns, for the chunk. Compiled, it keeps
+    no fp32 logits, and takes the chunk as it is."""
+    if compiled:
+        return _compiled(function)(logits, *args)
+    size = max(1, block_logits(logits.device) // logits.shape[1])
+    blocks = (slice(i, i + size) for i in range(0, len(logits), size))
+    parts = [function(*(t[rows] if torch.is_tensor(t) else t for t in (logits, *args))) for rows in blocks]
+    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
-def _log_softmax(hidden, weight, temperature=1.0):
-    """fp32 log-probabilities (n, V) of a chunk."""
-    logits = (hidden @ weight.t()).float()
+def _add_product(grad_w, logits, x):
+    """grad_w (V, C) += logits^T (V, n) x (n, C), by blocks of the vocabulary: the bf16 products are the smaller."""
+    size = max(1, block_logits(x.device) // x.shape[1])
+    for grad, columns in zip(grad_w.split(size), logits.split(size, dim=1), strict=True):
+        grad += columns.t() @ x
+
+
+def _log_softmax(logits, temperature=1.0):
+    """fp32 log-probabilities (n, V) of a block."""
+    logits = logits.float()
     if temperature != 1.0:
         logits /= temperature
     return torch.log_softmax(logits, dim=-1)
@@ -60,28 +84,34 @@ def _add_at(x, targets, values):
     return x.scatter_add_(1, targets[:, None], values[:, None])
 
 
-def _nll(hidden, weight, targets, weights, gradient):
-    """-> (summed loss of a chunk, its gradient by the logits or None)."""
-    logprobs = _log_softmax(hidden, weight)
-    loss = -(_pick(logprobs, targets) * weights).sum()
-    if not gradient:
-        return loss, None
-    grad = logprobs.exp_().mul_(weights[:, None])  # d loss / d logits = weight * (softmax - onehot)
-    return loss, _add_at(grad, targets, -weights).to(hidden.dtype)
+def _nll(logits, targets, weights, gradient):
+    """-> (loss (n,),) of a block. With `gradient`, the logits become the gradient by them: weight * (softmax - onehot)."""
+    logprobs = _log_softmax(logits)
+    loss = -_pick(logprobs, targets) * weights
+    if gradient:
+        logits.copy_(_add_at(logprobs.exp_().mul_(weights[:, None]), targets, -weights))
+    return (loss,)
 
 
-def _picked(hidden, weight, targets, temperature):
-    """-> (log p of the targets, entropy) of a chunk."""
-    logprobs = _log_softmax(hidden, weight, temperature)
+def _picked(logits, targets, temperature):
+    """-> (log p of the targets, entropy) of a block."""
+    logprobs = _log_softmax(logits, temperature)
     return _pick(logprobs, targets), -(logprobs.exp() * logprobs).sum(-1)
 
 
-def _picked_backward(hidden, weight, targets, temperature, entropy, grad_picked, grad_entropy):
-    """-> the gradient by a chunk's logits: d log p_t = onehot - p, d H = -p (log p + H)."""
-    logprobs = _log_softmax(hidden, weight, temperature)
+def _picked_backward(logits, targets, temperature, entropy, grad_picked, grad_entropy):
+    """The logits of a block become the gradient by them: d log p_t = onehot - p, d H = -p (log p + H)."""
+    logprobs = _log_softmax(logits, temperature)
     p = logprobs.exp()
     grad = logprobs.add_(entropy[:, None]).mul_(grad_entropy[:, None]).add_(grad_picked[:, None]).mul_(p).neg_()
-    return _add_at(grad, targets, grad_picked).div_(temperature).to(hidden.dtype)
+    logits.copy_(_add_at(grad, targets, grad_picked).div_(temperature))
+    return ()
+
+
+def _evaluated(logits, targets):
+    """-> (loss (n,), whether the target is the likeliest token (n,)) of a block."""
+    logprobs = _log_softmax(logits)
+    return -_pick(logprobs, targets), logprobs.argmax(-1) == targets
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -93,20 +123,20 @@ class _CrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_w = torch.zeros(head.shape, dtype=torch.float32, device=x.device) if ctx.needs_input_grad[1] else None
-        for rows in _chunks(x, w, targets):
-            nll, grad = _of_chunk(_nll, x[rows], w, targets[rows], weights[rows], any(ctx.needs_input_grad))
-            loss += nll
+        for rows, logits in _chunks(x, w):
+            (nll,) = _over_blocks(_nll, logits, targets[rows], weights[rows], any(ctx.needs_input_grad))
+            loss += nll.sum()
             if grad_x is not None:
-                grad_x[rows] = grad @ w
+                grad_x[rows] = logits @ w
             if grad_w is not None:
-                grad_w += grad.t() @ x[rows]
+                _add_product(grad_w, logits, x[rows])
         ctx.save_for_backward(grad_x, grad_w)
         ctx.dtypes = hidden.dtype, head.dtype
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        out = [None if g is None else (g * grad).to(d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        out = [None if g is None else g.mul_(grad).to(d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
         return *out, None, None, None
 
 
@@ -129,8 +159,8 @@ class _TokenLogprobs(torch.autograd.Function):
         x, w = hidden.to(dtype), head.to(dtype)
         out = torch.empty(len(targets), dtype=torch.float32, device=x.device)
         entropy = torch.empty_like(out)
-        for rows in _chunks(x, w, targets):
-            out[rows], entropy[rows] = _of_chunk(_picked, x[rows], w, targets[rows], temperature)
+        for rows, logits in _chunks(x, w):
+            out[rows], entropy[rows] = _over_blocks(_picked, logits, targets[rows], temperature)
         ctx.save_for_backward(hidden, head, targets, entropy)
         ctx.temperature, ctx.dtype = temperature, dtype
         return out, entropy
@@ -141,13 +171,13 @@ class _TokenLogprobs(torch.autograd.Function):
         x, w = hidden.to(ctx.dtype), head.to(ctx.dtype)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_w = torch.zeros(head.shape, dtype=torch.float32, device=x.device) if ctx.needs_input_grad[1] else None
-        for rows in _chunks(x, w, targets):
+        for rows, logits in _chunks(x, w):
             grads = entropy[rows], grad_out[rows], grad_entropy[rows]
-            grad = _of_chunk(_picked_backward, x[rows], w, targets[rows], ctx.temperature, *grads)
+            _over_blocks(_picked_backward, logits, targets[rows], ctx.temperature, *grads)
             if grad_x is not None:
-                grad_x[rows] = grad @ w
+                grad_x[rows] = logits @ w
             if grad_w is not None:
-                grad_w += grad.t() @ x[rows]
+                _add_product(grad_w, logits, x[rows])
         return (
             None if grad_x is None else grad_x.to(hidden.dtype),
             None if grad_w is None else grad_w.to(head.dtype),
@@ -170,11 +200,8 @@ def evaluate_tokens(hidden, head_weight, targets):
     dtype, head_weight = _compute_dtype(hidden), _whole(head_weight)
     loss = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     hit = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
-    hidden, weight = hidden.to(dtype), head_weight.to(dtype)
-    for rows in _chunks(hidden, weight, targets):
-        logprobs = _log_softmax(hidden[rows], weight)
-        loss[rows] = -_pick(logprobs, targets[rows])
-        hit[rows] = logprobs.argmax(-1) == targets[rows]
+    for rows, logits in _chunks(hidden.to(dtype), head_weight.to(dtype)):
+        loss[rows], hit[rows] = _over_blocks(_evaluated, logits, targets[rows])
     return loss, hit
 
 

@@ -112,16 +112,23 @@ def block_mask(docs, window, size=128):
     return BlockMask.from_kv_blocks(*listed(seen & ~whole), *listed(whole), size, visible, (T, T))
 
 
-def attention_mask(docs, window, head_dim, split=False):
+class Documents:
+    """The documents' lengths along flattened rows: a mask of its own kind, since torch.compile guards what is in a list."""
+
+    def __init__(self, lengths):
+        self.lengths = lengths
+
+
+def attention_mask(docs, window, head_dim):
     """What each token may see: earlier tokens of its document, at most `window` back (0: all). A document is one stretch of a row.
-    docs (B, T) -> a BlockMask for flex_attention on CUDA; elsewhere a bool (B, 1, T, T) for scaled_dot_product_attention, or,
-    with `split`, the documents' lengths along the flattened rows: attention then runs document by document."""
+    docs (B, T) -> a BlockMask for flex_attention on CUDA; elsewhere a bool (B, 1, T, T) for scaled_dot_product_attention, or, on a
+    CPU without a window, Documents: there attention runs document by document."""
     B, T = docs.shape
-    if split and not window and docs.device.type == "cpu":
+    if not window and docs.device.type == "cpu":
         starts = torch.ones(B, T, dtype=torch.bool)
         starts[:, 1:] = docs[:, 1:] != docs[:, :-1]
         edges = [*starts.flatten().nonzero().squeeze(1).tolist(), B * T]
-        return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+        return Documents([b - a for a, b in zip(edges, edges[1:], strict=False)])
     if docs.is_cuda and head_dim >= 16:  # its kernels take no smaller ones
         return block_mask(docs, window)
     ones = torch.ones(T, T, dtype=torch.bool, device=docs.device)
@@ -150,6 +157,14 @@ def document_attention(q, k, v):
     return (scores.softmax(-1) @ v).view(H, T, D)
 
 
+def by_document(q, k, v, documents):
+    """q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D)"""
+    B, _, T, D = q.shape
+    flat = (t.transpose(0, 1).reshape(-1, B * T, D).split(documents.lengths, dim=1) for t in (q, k, v))
+    y = torch.cat([document_attention(*document) for document in zip(*flat, strict=True)], dim=1)
+    return y.view(-1, B, T, D).transpose(0, 1)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
         super().__init__()
@@ -170,6 +185,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(cfg.n_heads * D, cfg.dim, bias=cfg.o_bias)
         self.q_norm = RMSNorm(D, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.by_document = by_document  # a compiled layer leaves its graph for it (runtime.py)
 
     def project(self, x, rope, positions, cache):
         """q (B, T, H, D), k and v (B, T, K, D), rotated; k and v are written to the cache too, if there is one."""
@@ -195,10 +211,8 @@ class Attention(nn.Module):
         if isinstance(mask, BlockMask):
             flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
             y = flex(q, k, v, block_mask=mask, enable_gqa=True)
-        elif isinstance(mask, list):
-            flat = (t.transpose(0, 1).reshape(-1, B * T, self.head_dim).split(mask, dim=1) for t in (q, k, v))
-            y = torch.cat([document_attention(*document) for document in zip(*flat, strict=True)], dim=1)
-            y = y.view(-1, B, T, self.head_dim).transpose(0, 1)
+        elif isinstance(mask, Documents):
+            y = self.by_document(q, k, v, mask)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -256,7 +270,6 @@ class Transformer(nn.Module):
         elif not cfg.tie_embeddings:
             self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         self.inv_freq = rope_frequencies(cfg)  # no buffer: it must stay fp32 whatever dtype the model is cast to
-        self.split_documents = True  # on a CPU: 1.8x faster than a dense mask, but a new graph each time for torch.compile
         self.checkpoint = None  # set to a function(layer, *inputs) to recompute activations in the backward pass
 
     def init_weights(self, std=0.02):
@@ -307,7 +320,7 @@ class Transformer(nn.Module):
             if cache is not None:
                 masks[w] = cache_mask(positions, cache[0][0].shape[2], w)
             elif docs is not None:
-                masks[w] = attention_mask(docs, w, self.cfg.head_dim, self.split_documents)
+                masks[w] = attention_mask(docs, w, self.cfg.head_dim)
             else:
                 masks[w] = attention_mask(torch.zeros_like(tokens), w, self.cfg.head_dim) if 0 < w < T else None
         x = self.model["embed_tokens"](tokens)

@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import losses
 from config import UserError
-from model import ScoreHead
+from model import ScoreHead, by_document
 
 SHARDED = ("fsdp", "zero2", "hsdp")
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # each device computes some heads, or some of the ffn's units,
@@ -192,8 +192,8 @@ class Runtime:
             raise UserError("compile=true is for cpu and cuda: device=xla compiles whole steps in any case")
         losses.compiled = compile
         if compile:
-            model.split_documents = False
             for layer in model.layers:
+                layer.self_attn.by_document = torch.compiler.disable(by_document)  # lengths of documents would each be a new graph
                 layer.compile()
         cfg = model.cfg
         if any(n % self.tensor for n in (cfg.n_heads, cfg.n_kv_heads, cfg.ffn_dim)):

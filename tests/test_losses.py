@@ -12,6 +12,7 @@ N, C, V = 37, 8, 11
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 16 * V)  # 16 rows at a time: 37 rows end in a chunk of 5
+    monkeypatch.setattr(losses, "BLOCK_LOGITS", 6 * V)  # and in blocks of 6, 6, 4
 
 
 def inputs(n=N, dtype=torch.float32):
@@ -92,6 +93,7 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     chunked = losses.cross_entropy(hidden, head, targets, weights)
     chunked = [chunked, *gradients(chunked, hidden, head)]
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 2**25)
+    monkeypatch.setattr(losses, "BLOCK_LOGITS", 2**25)
     whole = losses.cross_entropy(hidden, head, targets, weights)
     close(chunked, [t.double() for t in (whole, *gradients(whole, hidden, head))], 1e-6)
 

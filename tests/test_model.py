@@ -216,11 +216,10 @@ def tiny(**more):
     return randomize(Transformer(dataclasses.replace(cfg, **more)))
 
 
-@pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("windows", [(), (4, 0), (4, 4), (100, 100)])
-def test_packed_rows_equal_unpacked(windows, split):
+def test_packed_rows_equal_unpacked(windows):
+    """By document, and (with a window) by a dense mask."""
     model = tiny(windows=windows)
-    model.split_documents = split
     x = tokens(2, 24)
     cuts = [[0, 5, 6, 17], [0, 9]]  # the first row has three documents and 7 tokens of padding, the second one document
     docs = torch.full((2, 24), -1)
@@ -246,7 +245,7 @@ def test_block_mask(window, length):
     for row, starts in enumerate(edges):
         for i, (a, b) in enumerate(zip(starts, [*starts[1:], 290], strict=True)):
             docs[row, a:b] = i
-    dense = attention_mask(docs, window, 16)
+    dense = attention_mask(docs, window or length, 16)
     ours = block_mask(docs, window)
     theirs = create_block_mask(lambda b, h, q, k: dense[b, 0, q, k], 3, None, length, length, device="cpu")
     assert torch.equal(ours.to_dense(), theirs.to_dense())
@@ -261,10 +260,9 @@ def test_block_mask(window, length):
     assert (flex_attention(q, k, v, block_mask=ours) - y).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("split", [True, False])
-def test_no_gradient_crosses_documents(split):
-    model = tiny()
-    model.split_documents = split
+@pytest.mark.parametrize("windows", [(), (16, 16)], ids=["by document", "dense mask"])
+def test_no_gradient_crosses_documents(windows):
+    model = tiny(windows=windows)
     docs = torch.tensor([[0] * 6 + [1] * 6 + [-1] * 4])
     with torch.enable_grad():
         x = model.model["embed_tokens"](tokens(1, 16)).detach().requires_grad_()

@@ -180,8 +180,7 @@ EPISODES = dict(prompts=[[5, 6, 7], [9], [3, 4, 3, 4, 3]], responses=[[8, 258], 
 @pytest.mark.parametrize("static", [0, 16], ids=["packed", "static"])
 def test_a_batch_of_episodes_gives_what_each_gives_alone(static):
     """Log-probabilities and entropies of the actions, values before them, scores at the end; whatever the temperature."""
-    model, head = tiny.model(), tiny.model(1, head="score").score
-    model.split_documents = not static
+    model, head = tiny.model(windows=(16, 16) if static else ()), tiny.model(1, head="score").score
     role = roles.Role(model, head=head, scale=(2.0, -1.0))
     batch = roles.episode_batch(*EPISODES.values(), 4, static)
     assert batch["mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]

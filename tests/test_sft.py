@@ -120,11 +120,11 @@ def test_packed_logits_are_the_unpacked_ones():
                 a += len(tokens)
 
 
-@pytest.mark.parametrize("split", [True, False], ids=["by document", "dense mask"])
-def test_gradients_do_not_depend_on_how_a_batch_is_cut(base, store, split):
+@pytest.mark.parametrize("windows", [(), (64, 64)], ids=["by document", "dense mask"])
+def test_gradients_do_not_depend_on_how_a_batch_is_cut(base, store, windows):
     """Accumulation 1x16 = 16x1 = 4x4, packed = padded, with or without empty rows at the end."""
     rows, model = data.mix([store]), checkpoint.load_model(base).requires_grad_()
-    model.split_documents = split
+    model.cfg.windows = windows
 
     def made(micro_batch, **cut):
         batches = data.Batches(rows, 32, micro_batch, 64, **cut)
