@@ -50,12 +50,12 @@ def _chunks(hidden, weight):
 def _over_blocks(function, logits, *args):
     """Calls one of the functions of a block below on slices of a chunk's rows -> what it returns, for the chunk. Compiled, it keeps
     no fp32 logits, and takes the chunk as it is."""
-    if compiled:
-        return _compiled(function)(logits, *args)
     size = max(1, block_logits(logits.device) // logits.shape[1])
-    blocks = (slice(i, i + size) for i in range(0, len(logits), size))
+    if compiled or size >= len(logits):
+        return (_compiled(function) if compiled else function)(logits, *args)
+    blocks = (slice(start, start + size) for start in range(0, len(logits), size))
     parts = [function(*(t[rows] if torch.is_tensor(t) else t for t in (logits, *args))) for rows in blocks]
-    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 def _add_product(grad_w, logits, x):
