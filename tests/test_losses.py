@@ -88,6 +88,15 @@ def test_logprobs_alone_are_the_same_as_with_entropy():
     assert torch.equal(alone, losses.token_logprobs(hidden, head, targets, 0.7, entropy=True)[0])
 
 
+def test_a_second_backward_is_an_error():
+    """The first one scales the gradients where they are."""
+    hidden, head, targets, weights = inputs()
+    loss = losses.cross_entropy(hidden, head, targets, weights)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_chunks_do_not_change_the_result(monkeypatch):
     hidden, head, targets, weights = inputs()
     chunked = losses.cross_entropy(hidden, head, targets, weights)
