@@ -279,7 +279,7 @@ def changes(cfg, old):
 
 def fail(message):
     rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-    print(f"{rank}error: {message}", file=sys.stderr)
+    print(f"{rank}error: {message}\n", end="", file=sys.stderr)  # in one write: ranks share a terminal
     sys.exit(2)
 
 
@@ -293,17 +293,19 @@ def leave(status):
 
 
 def run(main, Config):
-    """`main(load(Config))`, numbers checked; a mistake, what may not be written, a full disk or device and Ctrl-C end in a
-    sentence, all else in a traceback."""
+    """What a script calls: `attempt`, and the end of the process."""
     try:
-        answer(main, Config)
+        attempt(main, Config)
     except SystemExit as e:
-        leave(e.code)
+        if isinstance(e.code, int):  # else the exit of a user's own function, with words to print
+            leave(e.code)
         raise
     leave(0)
 
 
-def answer(main, Config):
+def attempt(main, Config):
+    """`main(load(Config))`, numbers checked; a mistake, what may not be written, a full disk or device and Ctrl-C end in a
+    sentence, all else in a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends nothing

@@ -25,7 +25,7 @@ def chunk_logits(device):
 
 
 def block_logits(device):
-    """Logits that are in fp32 at a time. On a CPU few, which stay in its cache: chunks were fresh pages, a tenth of a step."""
+    """Logits that are in fp32 at a time. On a CPU few, which stay in its cache: whole chunks would be fresh pages each time."""
     return min(BLOCK_LOGITS if device.type == "cpu" else math.inf, chunk_logits(device))
 
 

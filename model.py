@@ -158,7 +158,7 @@ def document_attention(q, k, v):
 
 
 def by_document(q, k, v, documents):
-    """q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D)"""
+    """Attention of packed rows on a CPU, each document alone: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D)."""
     B, _, T, D = q.shape
     flat = (t.transpose(0, 1).reshape(-1, B * T, D).split(documents.lengths, dim=1) for t in (q, k, v))
     y = torch.cat([document_attention(*document) for document in zip(*flat, strict=True)], dim=1)

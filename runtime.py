@@ -192,8 +192,9 @@ class Runtime:
             raise UserError("compile=true is for cpu and cuda: device=xla compiles whole steps in any case")
         losses.compiled = compile
         if compile:
+            apart = torch.compiler.disable(by_document)  # lengths of documents would each be a new graph
             for layer in model.layers:
-                layer.self_attn.by_document = torch.compiler.disable(by_document)  # lengths of documents would each be a new graph
+                layer.self_attn.by_document = apart
                 layer.compile()
         cfg = model.cfg
         if any(n % self.tensor for n in (cfg.n_heads, cfg.n_kv_heads, cfg.ffn_dim)):
