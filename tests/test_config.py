@@ -265,6 +265,8 @@ def main(cfg):
         atexit.register(print, "last")
     if cfg.way == "byebye":
         raise config.UserError("no")
+    if cfg.way == "words":
+        sys.exit("words")
     if cfg.way == "name":
         print("caf\\u00e9 \\ud83d")
         return
@@ -322,6 +324,11 @@ def test_a_rank_ends_before_the_interpreter_is_taken_down(script, rank, last):
     for argument, status, out in (("way=bye", 0, "bye\n"), ("way=byebye", 2, "")):
         done = subprocess.run([sys.executable, str(script), argument], capture_output=True, text=True, env=rank)
         assert (done.returncode, done.stdout) == (status, out + last)
+
+
+def test_a_user_s_own_exit_keeps_its_words(script):
+    done = subprocess.run([sys.executable, str(script), "way=words"], capture_output=True, text=True, env={"RANK": "0"})
+    assert (done.returncode, done.stderr) == (1, "words\n")
 
 
 def test_run_leaves_bugs_their_traceback(script):
