@@ -21,7 +21,7 @@ python=$venv/bin/python
 run() { echo; echo "\$ python $*"; "$python" "$@"; }
 
 if [ "$part" = all ] || [ "$part" = reviews ]; then
-    run bench/reviews.py out=out/demo/reviews
+    run -m bench.reviews out=out/demo/reviews
 fi
 
 if [ "$part" = all ] || [ "$part" = smollm2 ]; then
@@ -29,8 +29,8 @@ if [ "$part" = all ] || [ "$part" = smollm2 ]; then
     run -m prepare.toy task=instructions out=data/toy
     run -m prepare.instructions source=data/toy/train.jsonl model=models/smollm2 max_length=128 val=100 out=data/toy/store show=1
     run sft.py recipes/smollm2-toy-lora.cfg out=out/demo/toy
-    run bench/exact_match.py model=models/smollm2 data=data/toy/test.jsonl rows=100
-    run bench/exact_match.py model=out/demo/toy/last data=data/toy/test.jsonl rows=100
+    run -m bench.exact_match model=models/smollm2 data=data/toy/test.jsonl rows=100
+    run -m bench.exact_match model=out/demo/toy/last data=data/toy/test.jsonl rows=100
     run sample.py model=out/demo/toy/last prompt="Write the words in reverse order.
 
 paper river stone"

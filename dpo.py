@@ -25,19 +25,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import config
-import data
-import estimate
-import generate
-import log
 import lora
-import losses
-import optim
-import rankings
-import runtime
-import tokenizer
-from config import UserError
+from nano import (
+    checkpoint,
+    config,
+    data,
+    estimate,
+    generate,
+    log,
+    losses,
+    optim,
+    rankings,
+    runtime,
+    tokenizer,
+)
+from nano.config import UserError
 
 
 @dataclass
@@ -45,26 +47,30 @@ class Config:
     # what
     model: str = "models/smollm2"  # model directory to start from (or an adapter's, which is merged first); also the reference
     data: tuple[str, ...] = ("data/dpo",)  # prepared folders of groups
-    sizes: tuple[str, ...] = ()  # how much of each folder: all, a number of groups or a percentage; (): all
+    sizes: tuple[
+        str, ...
+    ] = ()  # how much of each folder: all, a number of groups or a percentage; (): all
     out: str = "out/dpo"  # run folder
     # how long
     epochs: float = 1.0
     steps: int = 0  # optimizer steps; 0: as many as `epochs` takes
     batch_size: int = 8  # groups of one optimizer step, over all ranks and micro-batches
     micro_batch: int = 1  # packed rows of one forward on one device
-    max_length: int = 4096  # tokens of a packed row, which holds whole groups; a longer group is dropped
+    max_length: int = 4096  # tokens of a packed row of whole groups; longer groups are dropped
     # the loss
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO, or IPO
     beta: float = 0.1  # how dear it is to leave the reference; IPO: the log-probabilities' target difference is 1 / (2 beta)
     label_smoothing: float = 0.0  # share of pairs taken to be ranked wrongly (cDPO); sigmoid only
-    nll_weight: float = 0.0  # of the next-token loss on the best completions, added to keep them likely
+    nll_weight: float = 0.0  # of the next-token loss on the best completions
     # what is trained
-    train: Literal["all", "attention", "qv"] = "all"  # all weights, the attention's, or its q and v projections
+    train: Literal["all", "attention", "qv"] = "all"  # which of the model's own weights
     freeze_layers: int = 0  # the embeddings and the first N layers stay as they are
     lora_rank: int = 0  # 0: train the weights themselves
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
-    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes of layer names; all-linear: all but the head
+    lora_targets: tuple[str, ...] = (
+        "all-linear",
+    )  # suffixes of layer names; all-linear: all but the head
     lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # optimizer
     lr: float = 5e-6
@@ -78,16 +84,16 @@ class Config:
     grad_clip: float = 1.0  # global norm; 0: off
     # device
     device: str = "auto"  # cpu, cuda, xla, tpu
-    parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # over torchrun's processes; XLA: ddp, fsdp, none
+    parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work; trained weights are always fp32
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of the gradients that are summed over devices
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients on their way
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
     offload: bool = False  # with fsdp, zero2, hsdp: weights and optimizer wait in CPU memory; for models that fit no other way
     # bookkeeping
     seed: int = 0
-    resume: Literal["auto", "true", "false"] = "auto"  # auto: continue when the run folder holds a state
+    resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
     eval_every: int = 0  # steps; 0: once an epoch. Needs a validation split
     save_every: int = 0  # steps; 0: once an epoch
     log_every: int = 5  # steps; 0: the last step only
@@ -95,7 +101,15 @@ class Config:
     sample_tokens: int = 64  # 0: no samples
 
 
-def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, loss="sigmoid", label_smoothing=0.0):
+def dpo_loss(
+    policy_chosen,
+    policy_rejected,
+    ref_chosen,
+    ref_rejected,
+    beta,
+    loss="sigmoid",
+    label_smoothing=0.0,
+):
     """Loss of each pair (B,) from four summed log-probabilities (B,): over a completion's own tokens, its end included.
 
     h = log-ratio of the chosen to its reference less that of the rejected. sigmoid: -log sigmoid(beta h), Eq. 7 of Rafailov et al.
@@ -105,23 +119,37 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, los
     h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     if loss == "ipo":
         return (h - 1 / (2 * beta)) ** 2
-    return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
+    return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(
+        -beta * h
+    )
 
 
 def completion_logprobs(net, model, batch):
     """Summed log-probabilities of the target tokens of each completion of a micro-batch, (N,) fp32."""
     hidden = net(batch["tokens"], batch["positions"], batch["docs"])  # (B, T, C)
     rows = batch["index"]  # the head runs on target tokens only
-    logprobs = losses.token_logprobs(hidden.flatten(0, 1)[rows], model.head_weight, batch["targets"].flatten()[rows])
+    logprobs = losses.token_logprobs(
+        hidden.flatten(0, 1)[rows], model.head_weight, batch["targets"].flatten()[rows]
+    )
     logprobs = logprobs * batch["weights"].flatten()[rows]
     own = batch["of"] == torch.arange(len(batch["real"]), device=logprobs.device)[:, None]  # (N, M)
-    return torch.where(own, logprobs, 0.0).sum(1)  # unlike index_add, the same in every run on a GPU
+    return torch.where(own, logprobs, 0.0).sum(
+        1
+    )  # unlike index_add, the same in every run on a GPU
 
 
 def pair_losses(logprobs, batch, cfg):
     """`dpo_loss` of every pair (P,) of a micro-batch; logprobs (N,)."""
     better, worse, ref = batch["better"], batch["worse"], batch["reference"]
-    return dpo_loss(logprobs[better], logprobs[worse], ref[better], ref[worse], cfg.beta, cfg.loss, cfg.label_smoothing)
+    return dpo_loss(
+        logprobs[better],
+        logprobs[worse],
+        ref[better],
+        ref[worse],
+        cfg.beta,
+        cfg.loss,
+        cfg.label_smoothing,
+    )
 
 
 def best_tokens(micro):
@@ -131,7 +159,9 @@ def best_tokens(micro):
 
 def statistics(logprobs, loss, batch, cfg):
     """Sums (6,): loss, right order, reward of the better and of the worse of each group, groups; log-probability of the best."""
-    rewards = cfg.beta * (logprobs - batch["reference"])  # DPO's implicit reward, up to a constant of the prompt
+    rewards = cfg.beta * (
+        logprobs - batch["reference"]
+    )  # DPO's implicit reward, up to a constant of the prompt
     better, worse, share = rewards[batch["better"]], rewards[batch["worse"]], batch["share"]
     of_groups = (loss * share, (better > worse) * share, better * share, worse * share, share)
     return torch.stack([x.sum() for x in (*of_groups, logprobs * batch["best"])])
@@ -140,7 +170,13 @@ def statistics(logprobs, loss, batch, cfg):
 def summary(sums, tokens):
     loss, hits, chosen, rejected, n, logprob = sums.tolist()
     n = max(n, 1)
-    mean = dict(loss=loss / n, accuracy=hits / n, margin=(chosen - rejected) / n, chosen=chosen / n, rejected=rejected / n)
+    mean = dict(
+        loss=loss / n,
+        accuracy=hits / n,
+        margin=(chosen - rejected) / n,
+        chosen=chosen / n,
+        rejected=rejected / n,
+    )
     return mean | dict(chosen_logprob=logprob / max(tokens, 1))  # per token
 
 
@@ -187,7 +223,9 @@ def reference_logprobs(rt, net, model, batches, path):
                 real = micro["real"] > 0
                 values[micro["number"][real]] = part[real]
         model.train()
-        if hasattr(model, "reshard"):  # FSDP: what the forward gathered must not outlive the weights that a resume puts in
+        if hasattr(
+            model, "reshard"
+        ):  # FSDP: what the forward gathered must not outlive the weights that a resume puts in
             model.reshard()
         values = rt.all_sum(values)
         if rt.is_main:
@@ -195,7 +233,9 @@ def reference_logprobs(rt, net, model, batches, path):
             checkpoint.write_bytes(path, values.numpy().tobytes())
         rt.barrier()
     if path.stat().st_size != 4 * count:
-        raise UserError(f"{path} has {path.stat().st_size} bytes and not {4 * count}: remove it, and it is computed again")
+        raise UserError(
+            f"{path} has {path.stat().st_size} bytes and not {4 * count}: remove it, and it is computed again"
+        )
     return np.memmap(path, np.float32, "r")
 
 
@@ -214,19 +254,33 @@ def look_up(reference, micro):
 
 def answer(rt, model, tok, rows, cfg):
     """Greedy answers to the prompts of the first validation groups, beside the best completion in the data."""
-    picks = [g for g in range(min(cfg.samples, len(rows))) if 0 < len(rows.prompt(g)) < model.cfg.max_positions]
+    picks = [
+        g
+        for g in range(min(cfg.samples, len(rows)))
+        if 0 < len(rows.prompt(g)) < model.cfg.max_positions
+    ]
     prompts = [rows.prompt(g) for g in picks]
     with rt.autocast():
-        made = generate.generate(model, prompts, cfg.sample_tokens, temperature=0.0, stop_ids=tok.stop_ids)
-    best = [rows.group(g)[0][0][len(prompt) :].tolist() for g, prompt in zip(picks, prompts, strict=True)]
+        made = generate.generate(
+            model, prompts, cfg.sample_tokens, temperature=0.0, stop_ids=tok.stop_ids
+        )
+    best = [
+        rows.group(g)[0][0][len(prompt) :].tolist()
+        for g, prompt in zip(picks, prompts, strict=True)
+    ]
     texts = ([tok.decode(ids) for ids in column] for column in (prompts, made.tokens, best))
-    return [dict(prompt=prompt, answer=answer, chosen=chosen) for prompt, answer, chosen in zip(*texts, strict=True)]
+    return [
+        dict(prompt=prompt, answer=answer, chosen=chosen)
+        for prompt, answer, chosen in zip(*texts, strict=True)
+    ]
 
 
 def main(cfg):
     # ------------------------------------------------------------------------------------------ setup
     if not 0 <= cfg.label_smoothing < 0.5 or cfg.loss == "ipo" and cfg.label_smoothing:
-        raise UserError(f"label_smoothing={cfg.label_smoothing} must be in [0, 0.5), and 0 with loss=ipo")
+        raise UserError(
+            f"label_smoothing={cfg.label_smoothing} must be in [0, 0.5), and 0 with loss=ipo"
+        )
     rt = runtime.start(cfg)
     rt.catch_signals()
     out = Path(cfg.out)
@@ -239,31 +293,51 @@ def main(cfg):
     rows = rankings.load(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
     val_rows = rankings.load(cfg.data, split="val", tokenizer=tok)
     cut = dict(
-        micro_batch=cfg.micro_batch * rt.shards // rt.world, max_length=cfg.max_length, seed=cfg.seed,
-        rank=rt.rank, world=rt.world, static=rt.static_shapes or cfg.compile,
-    )  # fmt: skip
+        micro_batch=cfg.micro_batch * rt.shards // rt.world,
+        max_length=cfg.max_length,
+        seed=cfg.seed,
+        rank=rt.rank,
+        world=rt.world,
+        static=rt.static_shapes or cfg.compile,
+    )
     train = rankings.Batches(rows, cfg.batch_size, **cut)
     val = rankings.Batches(val_rows, cfg.batch_size, **cut) if val_rows else None
     data.check_reach(rows.longest[train.index].max(), model.cfg.max_positions, cfg.model)
     steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
-    eval_every, save_every = cfg.eval_every or train.steps_per_epoch, cfg.save_every or train.steps_per_epoch
+    eval_every, save_every = (
+        cfg.eval_every or train.steps_per_epoch,
+        cfg.save_every or train.steps_per_epoch,
+    )
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 
-    key = fingerprint(model, rt.dtype, cfg.max_length, rows.fingerprint(), val_rows and val_rows.fingerprint())
+    key = fingerprint(
+        model, rt.dtype, cfg.max_length, rows.fingerprint(), val_rows and val_rows.fingerprint()
+    )
     if cfg.lora_rank:
-        lora.apply(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, rslora=cfg.lora_rslora)
+        lora.apply(
+            model,
+            cfg.lora_rank,
+            cfg.lora_alpha,
+            cfg.lora_dropout,
+            cfg.lora_targets,
+            rslora=cfg.lora_rslora,
+        )
     else:
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
 
     # ------------------------------------------------------------------------------------------ optimizer
     net = rt.wrap(model, cfg.compile, cfg.grad_checkpoint)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = optim.build(model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    optimizer = optim.build(
+        model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
+    )
     rt.prime(optimizer)
 
     # ------------------------------------------------------------------------------------------ reference, resume
     files = {split: out / f"reference.{split}.{key}.bin" for split in ("train", "val")}
-    lora.use(model, None)  # the model as it was; without adapters the weights are still untrained here
+    lora.use(
+        model, None
+    )  # the model as it was; without adapters the weights are still untrained here
     reference = reference_logprobs(rt, net, model, train, files["train"])
     val_reference = reference_logprobs(rt, net, model, val, files["val"]) if val else None
     rt.reshard(net)
@@ -274,17 +348,32 @@ def main(cfg):
         meta, _ = checkpoint.load_training(out / "state", rt, "dpo", trained, dict(adamw=optimizer))
         start, best, warned = meta["step"], meta["best"], meta["warned"]
         if meta["reference"] != key:
-            raise UserError(f"{out} was trained from another model or on other data: give the run's own, or resume=false")
+            raise UserError(
+                f"{out} was trained from another model or on other data: give the run's own, or resume=false"
+            )
 
-    length = rows.squares[train.index].sum() / rows.lengths[train.index].sum()  # that the average token finds its document to have
+    length = (
+        rows.squares[train.index].sum() / rows.lengths[train.index].sum()
+    )  # that the average token finds its document to have
     flops = model.flops_per_token(length, "adapter" if cfg.lora_rank else "all")
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     if rt.is_main:
-        for old in set(out.glob("reference.*.bin")) - {*files.values()}:  # of another model or other data
+        for old in set(out.glob("reference.*.bin")) - {
+            *files.values()
+        }:  # of another model or other data
             old.unlink()
     logger.settings("dpo", cfg, resume)
-    spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", cfg.offload, rt.tensor
-    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread, document=length))
+    spread = (
+        rt.weight_shards,
+        rt.dtype,
+        cfg.grad_checkpoint,
+        cfg.parallel == "zero2",
+        cfg.offload,
+        rt.tensor,
+    )
+    logger.text(
+        estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread, document=length)
+    )
     logger.text(
         f"{len(train.index):,} groups of {rows.first[-1] / len(rows):.1f} completions, {rows.lengths[train.index].sum():,} tokens "
         f"({train.dropped} over max_length dropped); {train.steps_per_epoch} steps an epoch, {steps} in all from step {start}; "
@@ -299,7 +388,11 @@ def main(cfg):
             checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors, tok=tok)
 
     # ------------------------------------------------------------------------------------------ loop
-    sums, tokens, seen_best = torch.zeros(6, device=rt.device), 0, 0  # of this rank, since the last line of the log
+    sums, tokens, seen_best = (
+        torch.zeros(6, device=rt.device),
+        0,
+        0,
+    )  # of this rank, since the last line of the log
     model.train()
     stop = False
     for step in range(start, steps + 1):
@@ -319,7 +412,9 @@ def main(cfg):
             if step > start and (stop or step == steps or step % save_every == 0):
                 save(out / "last")
                 meta = dict(step=step, best=best, warned=warned, reference=key)
-                checkpoint.save_training(out / "state", rt, "dpo", trained, dict(adamw=optimizer), **meta)
+                checkpoint.save_training(
+                    out / "state", rt, "dpo", trained, dict(adamw=optimizer), **meta
+                )
         if stop or step == steps:
             break
 
@@ -357,9 +452,13 @@ def main(cfg):
             sums, tokens, seen_best = torch.zeros_like(sums), 0, 0
 
     if stop:
-        logger.text(f"stopped at step {step}: the same command continues from here, unless it says resume=false")
+        logger.text(
+            f"stopped at step {step}: the same command continues from here, unless it says resume=false"
+        )
     elif start >= steps and resume:
-        logger.text(f"{out} stands at step {start} already: more steps= or epochs= go on, resume=false starts anew")
+        logger.text(
+            f"{out} stands at step {start} already: more steps= or epochs= go on, resume=false starts anew"
+        )
     logger.close()
     rt.close()
 

@@ -18,9 +18,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import checkpoint
-from config import UserError
 from model import ScoreHead
+from nano import checkpoint
+from nano.config import UserError
 
 
 class LoRALinear(nn.Linear):
@@ -39,19 +39,25 @@ class LoRALinear(nn.Linear):
         new = dict(dtype=torch.float32, device=self.weight.device)
         self.lora_A[name] = nn.Parameter(torch.empty(rank, self.in_features, **new))
         self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, rank, **new))
-        nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))  # peft's: the scale of nn.Linear's own
+        nn.init.kaiming_uniform_(
+            self.lora_A[name], a=math.sqrt(5)
+        )  # peft's: the scale of nn.Linear's own
         self.scales[name], self.dropouts[name] = scale, dropout
 
     def delta(self):
         """scale * B A of the active adapter, (out, in), fp32."""
-        return self.scales[self.active] * (self.lora_B[self.active].float() @ self.lora_A[self.active].float())
+        return self.scales[self.active] * (
+            self.lora_B[self.active].float() @ self.lora_A[self.active].float()
+        )
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
         if self.active is None:
             return y
         x = F.dropout(x, self.dropouts[self.active], self.training)
-        low = F.linear(x, self.lora_A[self.active].to(x.dtype)) * self.scales[self.active]  # here, where it is `rank` wide
+        low = (
+            F.linear(x, self.lora_A[self.active].to(x.dtype)) * self.scales[self.active]
+        )  # here, where it is `rank` wide
         return y + F.linear(low, self.lora_B[self.active].to(low.dtype))
 
 
@@ -62,7 +68,11 @@ def adapted(model):
 
 def linear_names(model):
     """The linear layers that may carry adapters: those of the blocks. The head never does, losses.py reads its weight."""
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("model.layers.")]
+    return [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and n.startswith("model.layers.")
+    ]
 
 
 def _wrap(model, name):
@@ -86,10 +96,14 @@ def apply(model, rank, alpha, dropout=0.0, targets="all-linear", name="default",
         for s in suffixes:
             if not any(n == s or n.endswith("." + s) for n in linears):
                 leaves = sorted({n.rpartition(".")[2] for n in linears})
-                raise UserError(f"lora_targets: no layer ends in {s!r}; the linear layers are {', '.join(leaves)}")
+                raise UserError(
+                    f"lora_targets: no layer ends in {s!r}; the linear layers are {', '.join(leaves)}"
+                )
         chosen = [n for n in linears if any(n == s or n.endswith("." + s) for s in suffixes)]
     if not chosen:
-        raise UserError("lora_targets names no layer: give suffixes such as [q_proj,v_proj], or all-linear")
+        raise UserError(
+            "lora_targets names no layer: give suffixes such as [q_proj,v_proj], or all-linear"
+        )
     if not adapted(model):
         model.requires_grad_(False)
     for n in chosen:
@@ -108,7 +122,9 @@ def use(model, name):
 
 def parameters(model, name="default"):
     """The adapter's own tensors."""
-    return [p for _, m in adapted(model) if name in m.scales for p in (m.lora_A[name], m.lora_B[name])]
+    return [
+        p for _, m in adapted(model) if name in m.scales for p in (m.lora_A[name], m.lora_B[name])
+    ]
 
 
 @contextlib.contextmanager
@@ -158,28 +174,47 @@ def save(model, dir, name="default", base="", tensors=None, tok=None):
     out = {}
     for n, _ in layers:
         for ab in ("lora_A", "lora_B"):
-            out[f"{PREFIX}{n}.{ab}.weight"] = tensors[f"{n}.{ab}.{name}"].detach().cpu().contiguous()
+            out[f"{PREFIX}{n}.{ab}.weight"] = (
+                tensors[f"{n}.{ab}.{name}"].detach().cpu().contiguous()
+            )
     rank, scale = layers[0][1].lora_A[name].shape[0], layers[0][1].scales[name]
     score = "score.weight" in tensors
     if score:
         out[PREFIX + "score.weight"] = tensors["score.weight"].detach().cpu().contiguous()
     names = {n for n, _ in layers}
     leaves = {n.rpartition(".")[2] for n in names}
-    whole = all(n in names for n in linear_names(model) if n.rpartition(".")[2] in leaves)  # a suffix says it all
+    whole = all(
+        n in names for n in linear_names(model) if n.rpartition(".")[2] in leaves
+    )  # a suffix says it all
     config = dict(
-        peft_type="LORA", task_type="SEQ_CLS" if score else "CAUSAL_LM", base_model_name_or_path=str(base),
-        r=rank, lora_alpha=scale * rank, lora_dropout=layers[0][1].dropouts[name],
-        target_modules=sorted(leaves if whole else names), modules_to_save=["score"] if score else None,
-        bias="none", use_rslora=False, use_dora=False, fan_in_fan_out=False, inference_mode=True, init_lora_weights=True,
-        rank_pattern={}, alpha_pattern={}, layers_to_transform=None,
-    )  # fmt: skip
+        peft_type="LORA",
+        task_type="SEQ_CLS" if score else "CAUSAL_LM",
+        base_model_name_or_path=str(base),
+        r=rank,
+        lora_alpha=scale * rank,
+        lora_dropout=layers[0][1].dropouts[name],
+        target_modules=sorted(leaves if whole else names),
+        modules_to_save=["score"] if score else None,
+        bias="none",
+        use_rslora=False,
+        use_dora=False,
+        fan_in_fan_out=False,
+        inference_mode=True,
+        init_lora_weights=True,
+        rank_pattern={},
+        alpha_pattern={},
+        layers_to_transform=None,
+    )
     checkpoint.write_tensors(out.items(), dir, name="adapter_model")
     if tok and tok.adopted:
         checkpoint.write_text(Path(dir) / "chat_template.jinja", tok.chat_template)
     else:
         Path(dir, "chat_template.jinja").unlink(missing_ok=True)
     checkpoint.write_text(Path(dir) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-    for path in (Path(dir, "config.json"), *Path(dir).glob("model*.safetensors*")):  # of an earlier run without lora_rank=
+    for path in (
+        Path(dir, "config.json"),
+        *Path(dir).glob("model*.safetensors*"),
+    ):  # of an earlier run without lora_rank=
         path.unlink(missing_ok=True)
 
 
@@ -190,18 +225,35 @@ def read_config(dir):
         raise UserError(f"{dir} is no adapter directory: it has no adapter_config.json")
     config = checkpoint.read_json(path)
     if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type {config.get('peft_type')!r} is not supported (only 'LORA' is)")
-    unsupported = dict(use_dora=False, bias="none", fan_in_fan_out=False, rank_pattern={}, alpha_pattern={}, megatron_config=None,
-                       alora_invocation_tokens=None)  # fmt: skip
+        raise UserError(
+            f"{path}: peft_type {config.get('peft_type')!r} is not supported (only 'LORA' is)"
+        )
+    unsupported = dict(
+        use_dora=False,
+        bias="none",
+        fan_in_fan_out=False,
+        rank_pattern={},
+        alpha_pattern={},
+        megatron_config=None,
+        alora_invocation_tokens=None,
+    )
     for key, plain in unsupported.items():
         if (config.get(key) or plain) != plain:
             raise UserError(f"{path}: {key}={config[key]!r} is not supported (only {plain!r} is)")
     if str(config.get("init_lora_weights")).split("_")[0] in ("pissa", "olora", "corda", "loftq"):
         how = config["init_lora_weights"]
         again = "save it anew with peft's path_initial_model_for_weight_conversion="
-        raise UserError(f"{path}: init_lora_weights={how!r} has changed the base model too, which is not here: {again}")
-    if type(config.get("r")) is not int or config["r"] < 1 or not isinstance(config.get("lora_alpha"), (int, float)):
-        raise UserError(f"{path}: r={config.get('r')!r} and lora_alpha={config.get('lora_alpha')!r} must be numbers, r 1 or more")
+        raise UserError(
+            f"{path}: init_lora_weights={how!r} has changed the base model too, which is not here: {again}"
+        )
+    if (
+        type(config.get("r")) is not int
+        or config["r"] < 1
+        or not isinstance(config.get("lora_alpha"), (int, float))
+    ):
+        raise UserError(
+            f"{path}: r={config.get('r')!r} and lora_alpha={config.get('lora_alpha')!r} must be numbers, r 1 or more"
+        )
     return config
 
 
@@ -221,20 +273,34 @@ def load(model, dir, name="default"):
             size = (rank, linear.in_features) if ab == "lora_A" else (linear.out_features, rank)
         elif (module, ab) in (("", "score"), ("score", "modules_to_save")):
             if not hasattr(model, "score"):
-                raise UserError(f"{dir}: the adapter carries a score head, but the model was not opened as a score model")
+                raise UserError(
+                    f"{dir}: the adapter carries a score head, but the model was not opened as a score model"
+                )
             size = tuple(model.score.weight.shape)
         else:
-            raise UserError(f"{dir}: tensor {key} belongs to no layer that is adapted here: an adapter for another base?")
+            raise UserError(
+                f"{dir}: tensor {key} belongs to no layer that is adapted here: an adapter for another base?"
+            )
         if tuple(tensor.shape) != size:
-            raise UserError(f"{dir}: {key} is {tuple(tensor.shape)}, this model takes {size}: an adapter for another base?")
+            raise UserError(
+                f"{dir}: {key} is {tuple(tensor.shape)}, this model takes {size}: an adapter for another base?"
+            )
         found[module, ab] = tensor
     layers = dict.fromkeys(module for module, ab in found if ab.startswith("lora_"))
-    if not layers or any((module, ab) not in found for module in layers for ab in ("lora_A", "lora_B")):
-        raise UserError(f"{dir}: adapter_model.safetensors is incomplete: a layer needs both lora_A and lora_B")
+    if not layers or any(
+        (module, ab) not in found for module in layers for ab in ("lora_A", "lora_B")
+    ):
+        raise UserError(
+            f"{dir}: adapter_model.safetensors is incomplete: a layer needs both lora_A and lora_B"
+        )
     for module in layers:
         _wrap(model, module).add(name, rank, scale, 0.0)
     for (module, ab), tensor in found.items():
-        target = getattr(model.get_submodule(module), ab)[name] if module in layers else model.score.weight
+        target = (
+            getattr(model.get_submodule(module), ab)[name]
+            if module in layers
+            else model.score.weight
+        )
         target.data.copy_(tensor)
     use(model, name)
 
@@ -268,9 +334,14 @@ def base_of(dir, base=None):
             raise UserError(f"{dir} is a whole model, not an adapter: leave out base={base}")
         return Path(dir)
     named = base or read_config(dir).get("base_model_name_or_path") or ""
-    found = next((p for p in (Path(named), Path(dir) / named) if named and (p / "config.json").exists()), None)
+    found = next(
+        (p for p in (Path(named), Path(dir) / named) if named and (p / "config.json").exists()),
+        None,
+    )
     if found is None:
-        raise UserError(f"{dir}: its base {str(named)!r} is no model directory here: name it with base=, or in adapter_config.json")
+        raise UserError(
+            f"{dir}: its base {str(named)!r} is no model directory here: name it with base=, or in adapter_config.json"
+        )
     return found
 
 
@@ -279,7 +350,9 @@ def open_model(dir, base=None, device="cpu", dtype=None, head=None, as_base=Fals
     `base` takes the place of the base that the adapter names, in memory: no file is changed. as_base: the model is to carry a
     new adapter, whose directory will name `dir` as its base, so an adapter directory is refused."""
     if is_adapter(dir) and as_base:
-        raise UserError(f"{dir} is an adapter; a new one needs a base on disk: merge it, python -m prepare.weights source={dir}")
+        raise UserError(
+            f"{dir} is an adapter; a new one needs a base on disk: merge it, python -m prepare.weights source={dir}"
+        )
     found = base_of(dir, base)
     if head is None and is_adapter(dir) and read_config(dir).get("task_type") == "SEQ_CLS":
         head = "score"
@@ -292,5 +365,7 @@ def open_model(dir, base=None, device="cpu", dtype=None, head=None, as_base=Fals
 def open_whole(dir, head=None, as_base=False):
     """open_model for training: an adapter is merged into its base, in fp32; a model is its file, memory-mapped, until runtime.place
     gives its parameters their dtypes and devices."""
-    model, found = open_model(dir, dtype=torch.float32 if is_adapter(dir) else None, head=head, as_base=as_base)
+    model, found = open_model(
+        dir, dtype=torch.float32 if is_adapter(dir) else None, head=head, as_base=as_base
+    )
     return merge(model), found

@@ -55,7 +55,9 @@ class ModelConfig:
 def rope_frequencies(cfg):
     """Inverse frequencies (D/2,) of the rotary embedding, fp32. Source: Su et al. 2021 (arXiv:2104.09864); "llama3" scaling:
     the Llama 3.1 release, which stretches long wavelengths by `factor` and blends those between the two cut-offs."""
-    inv = 1.0 / cfg.rope_theta ** (torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device="cpu") / cfg.head_dim)
+    inv = 1.0 / cfg.rope_theta ** (
+        torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device="cpu") / cfg.head_dim
+    )
     scaling = cfg.rope_scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
@@ -63,9 +65,13 @@ def rope_frequencies(cfg):
     if kind == "linear":
         return inv / scaling["factor"]
     if kind == "llama3":
-        turns = scaling["original_max_position_embeddings"] * inv / (2 * math.pi)  # rotations over the original context
+        turns = (
+            scaling["original_max_position_embeddings"] * inv / (2 * math.pi)
+        )  # rotations over the original context
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: a short wavelength, kept; 0: a long one, stretched
+        keep = ((turns - low) / (high - low)).clamp(
+            0, 1
+        )  # 1: a short wavelength, kept; 0: a long one, stretched
         return keep * inv + (1 - keep) * inv / scaling["factor"]
     raise ValueError(f"rope scaling {kind!r} is not supported (default, linear, llama3 are)")
 
@@ -98,9 +104,14 @@ def block_mask(docs, window, size=128):
         oldest = torch.maximum(oldest, index - window + 1)
     keys = index[::size] // size  # blocks
     queries = keys[:, None]
-    first, last = oldest[:, ::size, None], oldest[:, (index[::size] + size - 1).clamp(max=T - 1), None]
+    first, last = (
+        oldest[:, ::size, None],
+        oldest[:, (index[::size] + size - 1).clamp(max=T - 1), None],
+    )
     seen = (keys <= queries) & (keys >= first // size)  # (B, blocks of queries, blocks of keys)
-    whole = (keys < queries) & (keys * size >= last) & ((queries + 1) * size <= T)  # all pairs: no need to look at each
+    whole = (
+        (keys < queries) & (keys * size >= last) & ((queries + 1) * size <= T)
+    )  # all pairs: no need to look at each
 
     def listed(blocks):
         which = blocks.int().argsort(dim=-1, descending=True, stable=True)  # those first
@@ -151,16 +162,22 @@ def document_attention(q, k, v):
     probabilities, which is why longer ones stay with the kernel."""
     (K, T, D), H = k.shape, len(q)
     if q.dtype != torch.bfloat16 or T > SHORT:
-        return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
+        return F.scaled_dot_product_attention(
+            q[None], k[None], v[None], is_causal=True, enable_gqa=True
+        )[0]
     causal = q.new_full((T, T), -math.inf).triu(1).repeat(H // K, 1)
-    scores = torch.baddbmm(causal, q.reshape(K, -1, D), k.transpose(1, 2), alpha=D**-0.5)  # (K, H/K T, T)
+    scores = torch.baddbmm(
+        causal, q.reshape(K, -1, D), k.transpose(1, 2), alpha=D**-0.5
+    )  # (K, H/K T, T)
     return (scores.softmax(-1) @ v).view(H, T, D)
 
 
 def by_document(q, k, v, documents):
     """Attention of packed rows on a CPU, each document alone: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D)."""
     B, _, T, D = q.shape
-    flat = (t.transpose(0, 1).reshape(-1, B * T, D).split(documents.lengths, dim=1) for t in (q, k, v))
+    flat = (
+        t.transpose(0, 1).reshape(-1, B * T, D).split(documents.lengths, dim=1) for t in (q, k, v)
+    )
     y = torch.cat([document_attention(*document) for document in zip(*flat, strict=True)], dim=1)
     return y.view(-1, B, T, D).transpose(0, 1)
 
@@ -197,7 +214,10 @@ class Attention(nn.Module):
         if cache is not None:  # slot = position, row by row
             keys, values = cache  # (B, K, S, D)
             rows = torch.arange(B, device=x.device)[:, None]
-            keys[rows, :, positions], values[rows, :, positions] = k.to(keys.dtype), v.to(values.dtype)
+            keys[rows, :, positions], values[rows, :, positions] = (
+                k.to(keys.dtype),
+                v.to(values.dtype),
+            )
         return q, k, v
 
     def forward(self, x, rope, mask, positions, cache):
@@ -214,7 +234,9 @@ class Attention(nn.Module):
         elif isinstance(mask, Documents):
             y = self.by_document(q, k, v, mask)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -247,7 +269,9 @@ class ScoreHead(nn.Linear):
 
     def __init__(self, dim):
         super().__init__(dim, 1, bias=False)
-        nn.init.normal_(self.weight, std=1 / math.sqrt(dim + 1))  # Stiennon et al. 2020 (arXiv:2009.01325)
+        nn.init.normal_(
+            self.weight, std=1 / math.sqrt(dim + 1)
+        )  # Stiennon et al. 2020 (arXiv:2009.01325)
 
     def forward(self, hidden):
         with torch.autocast(hidden.device.type, enabled=False):
@@ -269,8 +293,12 @@ class Transformer(nn.Module):
             self.score = ScoreHead(cfg.dim)
         elif not cfg.tie_embeddings:
             self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
-        self.inv_freq = rope_frequencies(cfg)  # no buffer: it must stay fp32 whatever dtype the model is cast to
-        self.checkpoint = None  # set to a function(layer, *inputs) to recompute activations in the backward pass
+        self.inv_freq = rope_frequencies(
+            cfg
+        )  # no buffer: it must stay fp32 whatever dtype the model is cast to
+        self.checkpoint = (
+            None  # set to a function(layer, *inputs) to recompute activations in the backward pass
+        )
 
     def init_weights(self, std=0.02):
         """N(0, std) for matrices, with the two projections that write to the residual stream scaled by 1/sqrt(2L) (GPT-2)."""
@@ -322,9 +350,15 @@ class Transformer(nn.Module):
             elif docs is not None:
                 masks[w] = attention_mask(docs, w, self.cfg.head_dim)
             else:
-                masks[w] = attention_mask(torch.zeros_like(tokens), w, self.cfg.head_dim) if 0 < w < T else None
+                masks[w] = (
+                    attention_mask(torch.zeros_like(tokens), w, self.cfg.head_dim)
+                    if 0 < w < T
+                    else None
+                )
         x = self.model["embed_tokens"](tokens)
-        if torch.is_autocast_enabled(x.device.type):  # one dtype along the residual stream, whatever the weights are held in
+        if torch.is_autocast_enabled(
+            x.device.type
+        ):  # one dtype along the residual stream, whatever the weights are held in
             x = x.to(torch.get_autocast_dtype(x.device.type))
         rope = [r.to(x.dtype) for r in self.rotary(positions)]
         for i, layer in enumerate(self.layers):
@@ -341,14 +375,22 @@ class Transformer(nn.Module):
         """Empty key/value cache: per layer (keys, values), each (batch, K, slots, D)."""
         weight = self.model["embed_tokens"].weight
         shape = (batch, self.cfg.n_kv_heads, slots, self.cfg.head_dim)
-        new = functools.partial(torch.zeros, shape, dtype=dtype or weight.dtype, device=weight.device)
+        new = functools.partial(
+            torch.zeros, shape, dtype=dtype or weight.dtype, device=weight.device
+        )
         return [(new(), new()) for _ in range(self.cfg.n_layers)]
 
     def flops_per_token(self, length, trained="all"):
         """Floating-point operations a token costs in one training step (forward and backward) on rows of `length` tokens.
         6 per matrix weight (4 where only adapters are trained: no weight gradients) + 12 L H D T/2 for causal attention
         (Chowdhery et al. 2022, arXiv:2204.02311, appendix B)."""
-        matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and "embed_tokens" not in n)
-        matrices += self.head_weight.numel() if self.cfg.tie_embeddings and self.cfg.head == "lm" else 0
+        matrices = sum(
+            p.numel()
+            for n, p in self.named_parameters()
+            if p.dim() == 2 and "embed_tokens" not in n
+        )
+        matrices += (
+            self.head_weight.numel() if self.cfg.tie_embeddings and self.cfg.head == "lm" else 0
+        )
         attention = self.cfg.n_layers * self.cfg.n_heads * self.cfg.head_dim * length
         return (6 if trained == "all" else 4) * matrices + 6 * attention

@@ -27,18 +27,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-import checkpoint
-import config
-import data
-import generate
-import log
 import lora
-import losses
-import optim
-import roles
-import runtime
-import tokenizer
-from config import UserError
+from nano import checkpoint, config, data, generate, log, losses, optim, roles, runtime, tokenizer
+from nano.config import UserError
 
 
 @dataclass
@@ -47,9 +38,11 @@ class Config:
     model: str = "out/sft/last"  # the policy to start from, and the reference to stay near
     reward: str = "out/reward/last"  # score model or adapter directory, or file.py:function(prompt, response, finished) -> float
     gold: str = ""  # file.py:function that is only logged: the true reward, when there is one
-    data: tuple[str, ...] = ("data/preferences",)  # prepared folders; the prompts are the tokens before the first target
+    data: tuple[str, ...] = (
+        "data/preferences",
+    )  # prepared folders; the prompts are the tokens before the first target
     out: str = "out/ppo"
-    algo: Literal["ppo", "grpo", "rloo"] = "ppo"  # ppo: a critic and GAE; grpo, rloo: the group's other samples as the baseline
+    algo: Literal["ppo", "grpo", "rloo"] = "ppo"  # ppo: a critic; grpo, rloo: the group
     # rollouts
     steps: int = 100  # iterations of rollout and update
     batch_size: int = 64  # episodes of one iteration, over all ranks
@@ -60,11 +53,13 @@ class Config:
     temperature: float = 1.0  # of the policy, the behaviour and the reference alike
     # reward
     missing_eos_penalty: float = 1.0  # off the score of a response that did not end
-    truncate_at: tuple[str, ...] = ()  # a response is cut behind the first of these strings, and pays the next penalty instead
+    truncate_at: tuple[
+        str, ...
+    ] = ()  # a response is cut behind the first of these strings, and pays the next penalty instead
     truncate_penalty: float = 1.0
     score_clip: float = 0.0  # scores are cut to +- this; 0: off
     kl_coef: float = 0.05  # reward lost per nat of log(policy / reference)
-    kl_control: Literal["fixed", "adaptive"] = "fixed"  # adaptive: kl_coef follows the KL to kl_target
+    kl_control: Literal["fixed", "adaptive"] = "fixed"  # adaptive: steer to kl_target
     kl_target: float = 6.0  # nats a response
     kl_horizon: int = 10_000  # episodes over which the adaptive controller acts
     gamma: float = 1.0  # discount
@@ -78,13 +73,13 @@ class Config:
     clip: float = 0.2  # of the probability ratio
     value_clip: float = 0.2
     entropy_coef: float = 0.0
-    target_kl: float = 0.0  # stop an iteration's passes when KL(old, new) per token exceeds it; 0: off
+    target_kl: float = 0.0  # ends the passes when KL(old, new) per token exceeds it; 0: off
     value_warmup: int = 0  # iterations that train the critic alone
     ptx_data: tuple[str, ...] = ()  # prepared folders whose next-token loss is mixed in
     ptx_coef: float = 0.0  # its weight
     ptx_batch: int = 8  # packed rows of it in an optimizer step
     # what is trained
-    freeze_layers: int = 0  # the embeddings and the first N layers stay as they are, in policy and critic
+    freeze_layers: int = 0  # freeze the embeddings and the first N layers
     train: Literal["all", "attention", "qv"] = "all"
     lora_rank: int = 0  # 0: full models; otherwise one frozen trunk with adapters
     lora_alpha: float = 32.0
@@ -100,10 +95,10 @@ class Config:
     adam_eps: float = 1e-5
     # device
     device: str = "auto"
-    parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # over torchrun's processes; XLA: ddp, fsdp, none
+    parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of the gradients that are summed over devices
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients on their way
     compile: bool = False
     grad_checkpoint: bool = False
     offload: bool = False  # full models that are not at work wait in CPU memory; with fsdp, zero2, hsdp: weights and optimizers
@@ -124,8 +119,12 @@ class Config:
 def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """Per-token reward (N, R): -kl_coef * log(policy / reference) at every action, and the score (N,) at the last one.
     The estimator of the KL is k1, the one whose expected reward has the KL's gradient (Ziegler et al. 2019, Eq. 2)."""
-    last = mask.long().flip(1).cumsum(1).flip(1) * mask.long() == 1  # (N, R): true at each row's last action
-    return torch.where(mask > 0, -kl_coef * (logprobs - ref_logprobs), 0.0) + torch.where(last, scores[:, None], 0.0)
+    last = (
+        mask.long().flip(1).cumsum(1).flip(1) * mask.long() == 1
+    )  # (N, R): true at each row's last action
+    return torch.where(mask > 0, -kl_coef * (logprobs - ref_logprobs), 0.0) + torch.where(
+        last, scores[:, None], 0.0
+    )
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -171,7 +170,9 @@ def policy_loss(new_logprobs, old_logprobs, advantages, mask, clip, count=None):
 def value_loss(values, old_values, returns, mask, clip, count=None):
     """Half the squared error, the larger of it and that of the value held within `clip` of the old one -> (loss, stats)."""
     count = mask.sum().clamp(min=1) if count is None else count
-    values, old_values, returns = (torch.where(mask > 0, x, 0.0) for x in (values, old_values, returns))
+    values, old_values, returns = (
+        torch.where(mask > 0, x, 0.0) for x in (values, old_values, returns)
+    )
     held = old_values + (values - old_values).clamp(-clip, clip)
     free, held = (values - returns) ** 2, (held - returns) ** 2
     loss = 0.5 * torch.maximum(free, held).sum() / count
@@ -200,7 +201,9 @@ def variance(x, mask, rt):
 def whiten(x, mask, rt, shift_mean=True):
     """losses.masked_whiten over the actions of all ranks."""
     mean = rt.all_sum((x * mask).sum()) / rt.all_sum(mask.sum())
-    return ((x - mean) * (variance(x, mask, rt) + 1e-8).rsqrt() + (0 if shift_mean else mean)) * mask
+    return (
+        (x - mean) * (variance(x, mask, rt) + 1e-8).rsqrt() + (0 if shift_mean else mean)
+    ) * mask
 
 
 # ---------------------------------------------------------------------------------------------- prompts, rewards, warnings
@@ -215,17 +218,25 @@ def check(cfg, rt):
             f"{rt.shards} devices, and a rank's share of a minibatch ({own}) one of group={cfg.group}"
         )
     if cfg.algo != "ppo" and cfg.group < 2:
-        raise UserError(f"algo={cfg.algo} compares the samples of one prompt: it needs group=2 or more")
+        raise UserError(
+            f"algo={cfg.algo} compares the samples of one prompt: it needs group=2 or more"
+        )
     if cfg.algo != "ppo" and cfg.value_warmup:
-        raise UserError(f"value_warmup={cfg.value_warmup} trains a critic, which algo={cfg.algo} has not: leave it out")
+        raise UserError(
+            f"value_warmup={cfg.value_warmup} trains a critic, which algo={cfg.algo} has not: leave it out"
+        )
     if cfg.temperature <= 0:
         raise UserError(f"temperature={cfg.temperature}: must be above 0, where samples differ")
     if bool(cfg.ptx_coef) != bool(cfg.ptx_data):
         raise UserError("ptx_data= and ptx_coef= go together: give both or neither")
     if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
-        raise UserError("train= and freeze_layers= choose among the model's own weights: with lora_rank= use lora_targets=")
+        raise UserError(
+            "train= and freeze_layers= choose among the model's own weights: with lora_rank= use lora_targets="
+        )
     if cfg.offload and cfg.lora_rank and rt.weight_shards == 1:
-        raise UserError("offload=true parks full models, or what fsdp cuts: leave it out with lora_rank= on its own")
+        raise UserError(
+            "offload=true parks full models, or what fsdp cuts: leave it out with lora_rank= on its own"
+        )
 
 
 def load_function(spec):
@@ -234,7 +245,9 @@ def load_function(spec):
     if not path.endswith(".py") or not Path(path).is_file():
         raise UserError(f"{spec}: give it as file.py:function; there is no such file here")
     found = importlib.util.spec_from_file_location(path, path)
-    sys.modules[path] = module = importlib.util.module_from_spec(found)  # where dataclasses and pickle look it up
+    sys.modules[path] = module = importlib.util.module_from_spec(
+        found
+    )  # where dataclasses and pickle look it up
     try:
         found.loader.exec_module(module)
     except Exception as e:
@@ -253,9 +266,13 @@ def judge(function, tok, prompts, responses, finished):
             scores.append(float(function(tok.decode(prompt), tok.decode(response), f > 0)))
         except Exception as e:
             at = traceback.extract_tb(e.__traceback__)[-1]
-            raise UserError(f"the function {name} failed in {at.filename}:{at.lineno}: {type(e).__name__}: {e}") from None
+            raise UserError(
+                f"the function {name} failed in {at.filename}:{at.lineno}: {type(e).__name__}: {e}"
+            ) from None
         if not math.isfinite(scores[-1]):
-            raise UserError(f"the function {name} gave {scores[-1]} for the response {tok.decode(response)!r}")
+            raise UserError(
+                f"the function {name} gave {scores[-1]} for the response {tok.decode(response)!r}"
+            )
     return torch.tensor(scores)
 
 
@@ -263,11 +280,16 @@ def prompts_of(cfg, tok):
     """(the prompts of the prepared folders as lists of ids: each row's tokens before its first target, every prompt once; how many
     are left out as too long)."""
     rows = data.mix(cfg.data, None, cfg.seed, tokenizer=tok)
-    prompts = (tuple(tokens[: int(mask.argmax())].tolist()) for tokens, mask in map(rows.row, range(len(rows))))
+    prompts = (
+        tuple(tokens[: int(mask.argmax())].tolist())
+        for tokens, mask in map(rows.row, range(len(rows)))
+    )
     prompts = [list(prompt) for prompt in dict.fromkeys(prompts) if prompt]
     short = [prompt for prompt in prompts if len(prompt) <= cfg.max_prompt]
     if not short:
-        raise UserError(f"{', '.join(cfg.data)}: no prompt has between 1 and max_prompt={cfg.max_prompt} tokens")
+        raise UserError(
+            f"{', '.join(cfg.data)}: no prompt has between 1 and max_prompt={cfg.max_prompt} tokens"
+        )
     return short, len(prompts) - len(short)
 
 
@@ -285,7 +307,11 @@ def pick(prompts, position, seed):
 def cut_at(strings, tok, tokens):
     """(tokens up to the one that completes the first of `strings`, whether one was found)."""
     if any(s in tok.decode(tokens) for s in strings):
-        n = next(n for n in range(1, len(tokens) + 1) if any(s in tok.decode(tokens[:n]) for s in strings))
+        n = next(
+            n
+            for n in range(1, len(tokens) + 1)
+            if any(s in tok.decode(tokens[:n]) for s in strings)
+        )
         return tokens[:n], True
     return tokens, False
 
@@ -303,7 +329,11 @@ def diseases(now, first):
         yield "the KL is negative: sampling and log-probabilities disagree (a filter, a temperature, dropout?)"
     if now["length"] > 1.5 * first["length"] and now["length_reward_corr"] > 0.5:
         yield "responses grow and the reward follows their length: the reward may be paying for length"
-    if "gold" in now and now["reward"] > first["reward"] + 0.5 and now["gold"] < first["gold"] - 0.25:
+    if (
+        "gold" in now
+        and now["reward"] > first["reward"] + 0.5
+        and now["gold"] < first["gold"] - 0.25
+    ):
         yield "the reward rises while gold falls: the policy exploits the reward model; raise kl_coef or stop earlier"
     if now["entropy"] < 0.2 * first["entropy"]:
         yield "the entropy has collapsed: samples hardly differ any more; lower lr or raise kl_coef or entropy_coef"
@@ -324,18 +354,24 @@ def rl_gradient(cfg, rt, policy, critic, micros, count):
             rt.accumulate(last, policy.net)
             with rt.autocast():
                 new_logprobs, entropy = policy.logprobs(b, cfg.temperature, training=True)
-                loss, part = policy_loss(new_logprobs, b["old_logprobs"], b["advantages"], b["mask"], cfg.clip, count)
+                loss, part = policy_loss(
+                    new_logprobs, b["old_logprobs"], b["advantages"], b["mask"], cfg.clip, count
+                )
             rt.backward(loss - cfg.entropy_coef * entropy.sum() / count)
             part["policy_loss"] = loss.detach()
         if critic:
             rt.accumulate(last, critic.net)
             with rt.autocast():
                 new_values = critic.values(b, training=True)
-                loss, clipped = value_loss(new_values, b["old_values"], b["returns"], b["mask"], cfg.value_clip, count)
+                loss, clipped = value_loss(
+                    new_values, b["old_values"], b["returns"], b["mask"], cfg.value_clip, count
+                )
             rt.backward(loss)
             part |= dict(value_loss=loss.detach(), value_clipfrac=clipped["clipfrac"])
         parts.append(part)
-    return {k: max(p[k] for p in parts) if k == "ratio" else sum(p[k] for p in parts) for k in parts[0]}
+    return {
+        k: max(p[k] for p in parts) if k == "ratio" else sum(p[k] for p in parts) for k in parts[0]
+    }
 
 
 def ptx_gradient(cfg, rt, policy, batches, update):
@@ -349,7 +385,9 @@ def ptx_gradient(cfg, rt, policy, batches, update):
         with rt.autocast():
             hidden = policy.hidden(b, training=True).flatten(0, 1)[b["index"]]
             targets, weights = (b[key].flatten()[b["index"]] for key in ("targets", "weights"))
-            loss = losses.cross_entropy(hidden, policy.model.head_weight, targets, weights) / max(count, 1e-9)
+            loss = losses.cross_entropy(hidden, policy.model.head_weight, targets, weights) / max(
+                count, 1e-9
+            )
         rt.backward(cfg.ptx_coef * loss)
         total = total + loss.detach()
     return total
@@ -376,20 +414,33 @@ def main(cfg):
         torch._inductor.config.emulate_precision_casts = True
     policy, reference, scorer, critic = roles.build(cfg, tok)
     tok.check_embeddings(policy.model.cfg.vocab_size, base)
-    models = {id(role.model): role.model for role in (policy, reference, scorer, critic) if role}.values()
+    models = {
+        id(role.model): role.model for role in (policy, reference, scorer, critic) if role
+    }.values()
     for model in models:
         rt.place(model, cfg.compile, cfg.grad_checkpoint)
     learners = {"policy": policy} | ({"value": critic} if critic else {})
-    optimizers = {name: role.learn(rt, cfg.weight_decay, cfg.adam_eps) for name, role in learners.items()}
-    parking = roles.Parking(cfg.offload and rt.weight_shards == 1 and rt.kind != "cpu", rt.device, [*models, *optimizers.values()])
+    optimizers = {
+        name: role.learn(rt, cfg.weight_decay, cfg.adam_eps) for name, role in learners.items()
+    }
+    parking = roles.Parking(
+        cfg.offload and rt.weight_shards == 1 and rt.kind != "cpu",
+        rt.device,
+        [*models, *optimizers.values()],
+    )
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
 
     own = cfg.batch_size // (rt.world * cfg.minibatches)  # episodes of this rank in one minibatch,
     micro_batch = cfg.micro_batch * rt.shards // rt.world  # and in one micro-batch
-    static_length = max(map(len, prompts)) + cfg.max_new_tokens if rt.static_shapes or cfg.compile else 0
+    static_length = (
+        max(map(len, prompts)) + cfg.max_new_tokens if rt.static_shapes or cfg.compile else 0
+    )
     ptx = None
     if cfg.ptx_coef:
-        rows, size = data.mix(cfg.ptx_data, None, cfg.seed, tokenizer=tok), min(micro_batch, cfg.ptx_batch // rt.world)
+        rows, size = (
+            data.mix(cfg.ptx_data, None, cfg.seed, tokenizer=tok),
+            min(micro_batch, cfg.ptx_batch // rt.world),
+        )
         cut = dict(max_length=cfg.max_prompt + cfg.max_new_tokens, rank=rt.rank, world=rt.world)
         ptx = data.Batches(rows, cfg.ptx_batch, size, seed=cfg.seed, **cut)
 
@@ -402,16 +453,23 @@ def main(cfg):
         controller.coef = meta["kl_coef"]
     logger = log.Log(out, rt.is_main, cfg.steps, start, device=rt.name, devices=rt.devices)
     logger.settings("ppo", cfg, resume)
-    counts = ", ".join(f"{name} {sum(p.numel() for p in role.params.values()):,}" for name, role in learners.items())
+    counts = ", ".join(
+        f"{name} {sum(p.numel() for p in role.params.values()):,}"
+        for name, role in learners.items()
+    )
     left_out = f" ({too_long:,} over max_prompt left out)" if too_long else ""
-    logger.text(f"{len(prompts):,} prompts{left_out}; trained parameters: {counts}; {rt.devices} x {rt.name}, {rt.dtype}")
+    logger.text(
+        f"{len(prompts):,} prompts{left_out}; trained parameters: {counts}; {rt.devices} x {rt.name}, {rt.dtype}"
+    )
 
     def save(step):
         tensors = rt.full(policy.params if cfg.lora_rank else dict(policy.model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
             lora.save(policy.model, out / "last", "policy", base=base, tensors=tensors, tok=tok)
         elif rt.is_main:
-            checkpoint.save_model(policy.model, out / "last", rt.dtype, like=base, tensors=tensors, tok=tok)
+            checkpoint.save_model(
+                policy.model, out / "last", rt.dtype, like=base, tensors=tensors, tok=tok
+            )
         meta = dict(step=step, updates=updates, first=first, warned=warned, kl_coef=controller.coef)
         checkpoint.save_training(out / "state", rt, "ppo", trained, optimizers, **meta)
 
@@ -424,7 +482,9 @@ def main(cfg):
     stop = False
     for step in range(start, cfg.steps + 1):
         stop = rt.should_stop()
-        if step > start and (stop or step == cfg.steps or step % (cfg.save_every or cfg.steps) == 0):
+        if step > start and (
+            stop or step == cfg.steps or step % (cfg.save_every or cfg.steps) == 0
+        ):
             with logger.paused():
                 save(step)
         if stop or step == cfg.steps:
@@ -432,24 +492,43 @@ def main(cfg):
         clock = runtime.Clock(rt)
 
         # 1. roll out this rank's episodes: of every minibatch an equal share, in whole groups
-        episodes = [(m * rt.world + rt.rank) * own + i for m in range(cfg.minibatches) for i in range(own)]
-        asked = [pick(prompts, (step * cfg.batch_size + e) // cfg.group, cfg.seed) for e in episodes]
+        episodes = [
+            (m * rt.world + rt.rank) * own + i for m in range(cfg.minibatches) for i in range(own)
+        ]
+        asked = [
+            pick(prompts, (step * cfg.batch_size + e) // cfg.group, cfg.seed) for e in episodes
+        ]
         lora.use(policy.model, policy.adapter)
         with clock("rollout"), parking(policy), rt.autocast():
             made = generate.generate(
-                policy.model, asked[:: cfg.group], cfg.max_new_tokens, cfg.temperature, stop_ids=tok.stop_ids, group=cfg.group,
-                seed=(cfg.seed, step), sample_ids=episodes, batch_size=cfg.rollout_batch * rt.shards // rt.world, step_hook=rt.sync,
-            )  # fmt: skip
-        if stop := rt.should_stop():  # an iteration is a function of the state and its number: a resume rolls it out again
+                policy.model,
+                asked[:: cfg.group],
+                cfg.max_new_tokens,
+                cfg.temperature,
+                stop_ids=tok.stop_ids,
+                group=cfg.group,
+                seed=(cfg.seed, step),
+                sample_ids=episodes,
+                batch_size=cfg.rollout_batch * rt.shards // rt.world,
+                step_hook=rt.sync,
+            )
+        if (
+            stop := rt.should_stop()
+        ):  # an iteration is a function of the state and its number: a resume rolls it out again
             save(step)
             break
-        answers, truncated = zip(*(cut_at(cfg.truncate_at, tok, tokens) for tokens in made.tokens), strict=True)
+        answers, truncated = zip(
+            *(cut_at(cfg.truncate_at, tok, tokens) for tokens in made.tokens), strict=True
+        )
         truncated = torch.tensor(truncated)
         finished = (torch.tensor(made.finished) & ~truncated).float()
 
         # 2. cut the micro-batches once: old and new log-probabilities come from the same shapes, so that the first ratio is 1
         pieces = [slice(i, i + micro_batch) for i in range(0, len(episodes), micro_batch)]
-        micros = [roles.episode_batch(asked[p], answers[p], cfg.max_new_tokens, static_length) for p in pieces]
+        micros = [
+            roles.episode_batch(asked[p], answers[p], cfg.max_new_tokens, static_length)
+            for p in pieces
+        ]
         mask = torch.cat([b["mask"] for b in micros])
         micros = [rt.put(b) for b in micros]
 
@@ -460,21 +539,36 @@ def main(cfg):
                     scores = rt.once(judge, reward_function, tok, asked, answers, finished)
                 else:
                     scores = torch.cat([rt.host(scorer.scores(b)) for b in micros])
-            with clock("logprobs"), parking(policy), rt.autocast(), torch.set_grad_enabled(cfg.compile):
+            with (
+                clock("logprobs"),
+                parking(policy),
+                rt.autocast(),
+                torch.set_grad_enabled(cfg.compile),
+            ):
                 parts = [[rt.host(x) for x in policy.logprobs(b, cfg.temperature)] for b in micros]
                 rollout_logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
             with clock("logprobs"), parking(reference), rt.autocast():
-                ref_logprobs = torch.cat([rt.host(reference.logprobs(b, cfg.temperature)[0]) for b in micros])
+                ref_logprobs = torch.cat(
+                    [rt.host(reference.logprobs(b, cfg.temperature)[0]) for b in micros]
+                )
             if critic:
                 with clock("values"), parking(critic), rt.autocast():
                     values = torch.cat([rt.host(critic.values(b)) for b in micros])
         log_ratio = rollout_logprobs - ref_logprobs
-        if step == 0 and not (cfg.compile or rt.static_shapes) and not log_ratio.abs().max() <= 1e-6:
-            raise RuntimeError(f"before the first update log(policy / reference) is {log_ratio.abs().max():.2g}, not 0")
+        if (
+            step == 0
+            and not (cfg.compile or rt.static_shapes)
+            and not log_ratio.abs().max() <= 1e-6
+        ):
+            raise RuntimeError(
+                f"before the first update log(policy / reference) is {log_ratio.abs().max():.2g}, not 0"
+            )
 
         # 4. rewards: the score at the last action, less what a bad end costs, and the KL at every action
         reward = scores.clamp(-cfg.score_clip, cfg.score_clip) if cfg.score_clip else scores
-        reward = reward - torch.where(truncated, cfg.truncate_penalty, cfg.missing_eos_penalty * (1 - finished))
+        reward = reward - torch.where(
+            truncated, cfg.truncate_penalty, cfg.missing_eos_penalty * (1 - finished)
+        )
         rewards = shape_rewards(reward, rollout_logprobs, ref_logprobs, mask, controller.coef)
         if cfg.whiten_rewards:
             rewards = whiten(rewards, mask, rt, shift_mean=False)
@@ -487,14 +581,25 @@ def main(cfg):
             if cfg.whiten_advantages:
                 fixed["advantages"] = whiten(fixed["advantages"], mask, rt)
         else:
-            fixed["advantages"] = group_advantages(rewards.sum(1), cfg.group, cfg.algo)[:, None] * mask
-        micros = [b | rt.put({name: x[p] for name, x in fixed.items()}) for b, p in zip(micros, pieces, strict=True)]
+            fixed["advantages"] = (
+                group_advantages(rewards.sum(1), cfg.group, cfg.algo)[:, None] * mask
+            )
+        micros = [
+            b | rt.put({name: x[p] for name, x in fixed.items()})
+            for b, p in zip(micros, pieces, strict=True)
+        ]
 
         # 6. update: several passes over the minibatches, each in an order of its own
         lrs, warmup = dict(policy=cfg.lr, value=cfg.value_lr), round(cfg.warmup_ratio * cfg.steps)
         for name, optimizer in optimizers.items():
-            optim.set_lr(optimizer, optim.lr_at(step, cfg.steps, lrs[name], cfg.schedule, warmup, cfg.min_lr))
-        active = {name: role for name, role in learners.items() if name == "value" or step >= cfg.value_warmup}
+            optim.set_lr(
+                optimizer, optim.lr_at(step, cfg.steps, lrs[name], cfg.schedule, warmup, cfg.min_lr)
+            )
+        active = {
+            name: role
+            for name, role in learners.items()
+            if name == "value" or step >= cfg.value_warmup
+        }
         shuffle = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
         stats = []
         with clock("update"), parking(*active.values(), *optimizers.values()):
@@ -506,15 +611,22 @@ def main(cfg):
                     if ptx and "policy" in active:
                         found["ptx_loss"] = ptx_gradient(cfg, rt, policy, ptx, updates)
                     if not stats and not found.get("ratio", 0.0) <= 1e-3 and not rt.static_shapes:
-                        raise RuntimeError(f"step {step}: the first minibatch's ratios differ from 1 by {found['ratio']:.2g}")
+                        raise RuntimeError(
+                            f"step {step}: the first minibatch's ratios differ from 1 by {found['ratio']:.2g}"
+                        )
                     for name, role in active.items():
-                        found[f"{name}_grad_norm"] = optim.clip_(role.params.values(), cfg.grad_clip)
+                        found[f"{name}_grad_norm"] = optim.clip_(
+                            role.params.values(), cfg.grad_clip
+                        )
                         optimizers[name].step()
                         optimizers[name].zero_grad(set_to_none=True)
                     rt.sync()
                     stats.append(found)
                     updates += 1
-                kl_of_pass = sum(x.get("approx_kl", 0.0) for x in stats[-cfg.minibatches :]) / cfg.minibatches
+                kl_of_pass = (
+                    sum(x.get("approx_kl", 0.0) for x in stats[-cfg.minibatches :])
+                    / cfg.minibatches
+                )
                 if cfg.target_kl and rt.all_sum(kl_of_pass) > cfg.target_kl:
                     break
 
@@ -524,13 +636,19 @@ def main(cfg):
         if gold_function:
             metrics["gold"] = mean(rt.once(judge, gold_function, tok, asked, answers, finished))
         metrics |= dict(
-            kl=mean(log_ratio), kl_k3=mean((-log_ratio).exp() - 1 + log_ratio), kl_coef=controller.coef,
-            entropy=mean(entropy) / mean(mask), length=mean(length), eos_rate=mean(finished),
+            kl=mean(log_ratio),
+            kl_k3=mean((-log_ratio).exp() - 1 + log_ratio),
+            kl_coef=controller.coef,
+            entropy=mean(entropy) / mean(mask),
+            length=mean(length),
+            eos_rate=mean(finished),
             length_reward_corr=correlation(length, scores, mean),
-        )  # fmt: skip
+        )
         if critic:
             returns = fixed["returns"]
-            metrics["explained_variance"] = 1 - variance(returns - values, mask, rt) / variance(returns, mask, rt).clamp(min=1e-8)
+            metrics["explained_variance"] = 1 - variance(returns - values, mask, rt) / variance(
+                returns, mask, rt
+            ).clamp(min=1e-8)
         metrics["first_ratio_off"] = stats[0].pop("ratio", 0.0)
         for name in stats[0]:
             total = sum(x[name] for x in stats) / len(stats)
@@ -544,11 +662,27 @@ def main(cfg):
         tokens += int(rt.all_sum(mask.sum()))
         if (step + 1) % (cfg.log_every or cfg.steps) == 0 or step + 1 == cfg.steps:
             seconds = {f"{phase}_s": seconds for phase, seconds in clock.seconds.items()}
-            logger.step(step + 1, tokens=tokens, memory=rt.peak_memory(), **metrics, **seconds, **rt.compiles())
+            logger.step(
+                step + 1,
+                tokens=tokens,
+                memory=rt.peak_memory(),
+                **metrics,
+                **seconds,
+                **rt.compiles(),
+            )
             tokens = 0
         if cfg.sample_every and (step == 0 or (step + 1) % cfg.sample_every == 0):
-            shown = zip(asked[: cfg.samples], answers, scores.tolist(), log_ratio.sum(1).tolist(), strict=False)
-            rows = [dict(prompt=tok.decode(a), response=tok.decode(r), reward=s, kl=k) for a, r, s, k in shown]
+            shown = zip(
+                asked[: cfg.samples],
+                answers,
+                scores.tolist(),
+                log_ratio.sum(1).tolist(),
+                strict=False,
+            )
+            rows = [
+                dict(prompt=tok.decode(a), response=tok.decode(r), reward=s, kl=k)
+                for a, r, s, k in shown
+            ]
             logger.samples(step + 1, rows)
         for disease in diseases(metrics, first):
             if disease not in warned:
@@ -556,9 +690,13 @@ def main(cfg):
                 logger.text(f"warning at step {step + 1}: {disease}")
 
     if stop:
-        logger.text(f"stopped at step {step}: the same command continues from here, unless it says resume=false")
+        logger.text(
+            f"stopped at step {step}: the same command continues from here, unless it says resume=false"
+        )
     elif start >= cfg.steps and resume:
-        logger.text(f"{out} stands at step {start} already: more steps= go on, resume=false starts anew")
+        logger.text(
+            f"{out} stands at step {start} already: more steps= go on, resume=false starts anew"
+        )
     logger.close()
     rt.close()
 

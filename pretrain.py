@@ -23,26 +23,30 @@ from typing import Literal
 
 import torch
 
-import checkpoint
-import config
-import data
-import estimate
-import generate
-import log
-import losses
-import optim
-import runtime
-import tokenizer
-from config import UserError
 from model import ModelConfig, Transformer
+from nano import (
+    checkpoint,
+    config,
+    data,
+    estimate,
+    generate,
+    log,
+    losses,
+    optim,
+    runtime,
+    tokenizer,
+)
+from nano.config import UserError
 
 
 @dataclass
 class Config:
     # what
     data: tuple[str, ...] = ("data/web",)  # prepared folders
-    weights: tuple[float, ...] = ()  # the folders' shares of the windows; (): every window of all of them once an epoch
-    tokenizer: str = ""  # directory; "": that of the model, or else DATA/tokenizer of the first folder
+    weights: tuple[
+        float, ...
+    ] = ()  # the folders' shares of the windows; (): every window of all of them once an epoch
+    tokenizer: str = ""  # directory; "": the model's, or else DATA/tokenizer of the first folder
     out: str = "out/pretrain"  # run folder
     # the model
     model: str = ""  # model directory to continue from; "": from scratch, of the `size`
@@ -61,7 +65,7 @@ class Config:
     max_length: int = 1024  # tokens of a window
     isolate: bool = True  # documents do not see each other; false: a window is one stretch of text
     # optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices between embedding and head
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for hidden matrices
     lr: float = 6e-4
     min_lr: float = 6e-5
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
@@ -73,22 +77,24 @@ class Config:
     grad_clip: float = 1.0  # global norm; 0: off
     # device
     device: str = "auto"  # cpu, cuda, xla, tpu
-    parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # over torchrun's processes; XLA: ddp, fsdp, none
+    parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work; trained weights are always fp32
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of the gradients that are summed over devices
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients on their way
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
     offload: bool = False  # with fsdp, zero2, hsdp: weights and optimizer wait in CPU memory; for models that fit no other way
     # bookkeeping
     seed: int = 0
-    resume: Literal["auto", "true", "false"] = "auto"  # auto: continue when the run folder holds a state
+    resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
     eval_every: int = 250  # steps; 0: once an epoch. Needs a validation split
     eval_windows: int = 1000  # of the validation split, the same each time; 0: all
     save_every: int = 1000  # steps; 0: once an epoch
     log_every: int = 10  # steps; 0: the last step only
     sample_every: int = 0  # steps; 0: with every evaluation
-    prompts: tuple[str, ...] = ()  # texts to go on from; (): the beginnings of two validation documents
+    prompts: tuple[
+        str, ...
+    ] = ()  # texts to go on from; (): the beginnings of two validation documents
     sample_tokens: int = 64  # 0: no samples
     temperature: float = 0.8  # of the samples
 
@@ -112,11 +118,21 @@ def model_config(cfg, vocab_size):
     n_layers, dim, ffn_dim = cfg.n_layers or n_layers, cfg.dim or dim, cfg.ffn_dim or ffn_dim
     n_heads, n_kv_heads = cfg.n_heads or n_heads, cfg.n_kv_heads or cfg.n_heads or n_kv_heads
     if dim % (2 * n_heads) or n_heads % n_kv_heads:
-        raise UserError(f"dim={dim} must be an even number of times n_heads={n_heads}, and that divide by n_kv_heads={n_kv_heads}")
+        raise UserError(
+            f"dim={dim} must be an even number of times n_heads={n_heads}, and that divide by n_kv_heads={n_kv_heads}"
+        )
     return ModelConfig(
-        vocab_size=-(-vocab_size // 64) * 64, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads,
-        head_dim=dim // n_heads, ffn_dim=ffn_dim, rope_theta=cfg.rope_theta, max_positions=cfg.max_length, tie_embeddings=tied,
-    )  # fmt: skip
+        vocab_size=-(-vocab_size // 64) * 64,
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=dim // n_heads,
+        ffn_dim=ffn_dim,
+        rope_theta=cfg.rope_theta,
+        max_positions=cfg.max_length,
+        tie_embeddings=tied,
+    )
 
 
 def fresh(rt, shape, dir):
@@ -131,7 +147,9 @@ def fresh(rt, shape, dir):
 
 def forward(net, batch, isolate):
     """hidden (B, T, C). One stretch of text needs no document ids: plain causal attention has the fastest kernels."""
-    return net(batch["tokens"], batch["positions"], batch["docs"]) if isolate else net(batch["tokens"])
+    return (
+        net(batch["tokens"], batch["positions"], batch["docs"]) if isolate else net(batch["tokens"])
+    )
 
 
 def loss_sum(net, model, batch, isolate):
@@ -139,15 +157,28 @@ def loss_sum(net, model, batch, isolate):
     hidden = forward(net, batch, isolate)
     rows = batch["index"]  # the head runs on target tokens only
     return losses.cross_entropy(
-        hidden.flatten(0, 1)[rows], model.head_weight, batch["targets"].flatten()[rows], batch["weights"].flatten()[rows]
+        hidden.flatten(0, 1)[rows],
+        model.head_weight,
+        batch["targets"].flatten()[rows],
+        batch["weights"].flatten()[rows],
     )
 
 
 def tokens_per_byte(stores, free_bos):
     """Predicted tokens for each byte of text: the ends of documents count, a BOS that is given (free_bos) does not.
     None where a store does not know its bytes."""
-    counts = [(s.meta["splits"][s.split]["tokens"] - free_bos * len(s), s.meta.get("bytes", {}).get(s.split)) for s in stores]
-    return None if any(size is None for _, size in counts) else sum(n for n, _ in counts) / sum(size for _, size in counts)
+    counts = [
+        (
+            s.meta["splits"][s.split]["tokens"] - free_bos * len(s),
+            s.meta.get("bytes", {}).get(s.split),
+        )
+        for s in stores
+    ]
+    return (
+        None
+        if any(size is None for _, size in counts)
+        else sum(n for n, _ in counts) / sum(size for _, size in counts)
+    )
 
 
 @torch.no_grad()
@@ -177,9 +208,17 @@ def continuations(rt, model, tok, store, cfg):
         prompts = [row[: max(1, min(8, len(row) // 2))].tolist() for row in rows]
     with rt.autocast():
         made = generate.generate(
-            model, prompts, cfg.sample_tokens, temperature=cfg.temperature, stop_ids=tok.stop_ids, seed=cfg.seed
+            model,
+            prompts,
+            cfg.sample_tokens,
+            temperature=cfg.temperature,
+            stop_ids=tok.stop_ids,
+            seed=cfg.seed,
         )
-    return [dict(prompt=tok.decode(p), text=tok.decode(t, inside=True)) for p, t in zip(prompts, made.tokens, strict=True)]
+    return [
+        dict(prompt=tok.decode(p), text=tok.decode(t, inside=True))
+        for p, t in zip(prompts, made.tokens, strict=True)
+    ]
 
 
 def main(cfg):
@@ -191,24 +230,39 @@ def main(cfg):
     own = {"tokenizer", "size", "n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "rope_theta"}
     ignored = [pair for pair in config.diff(cfg) if pair.split("=")[0] in own]
     if cfg.model and ignored:
-        raise UserError(f"model={cfg.model} has a shape and a tokenizer of its own: leave out {', '.join(ignored)}")
+        raise UserError(
+            f"model={cfg.model} has a shape and a tokenizer of its own: leave out {', '.join(ignored)}"
+        )
 
     # ------------------------------------------------------------------------------------------ data
     metas = [data.read_meta(dir) for dir in cfg.data]
     base = cfg.model or cfg.tokenizer or Path(cfg.data[0]) / "tokenizer"
     if not Path(base).is_dir() and not cfg.model and not cfg.tokenizer:
-        raise UserError(f"there is no {base}: name the tokenizer that the data was prepared with by tokenizer= or model=")
+        raise UserError(
+            f"there is no {base}: name the tokenizer that the data was prepared with by tokenizer= or model="
+        )
     tok = tokenizer.load(base, template="plain")
     stores = [data.Store(dir, "train", tok) for dir in cfg.data]
-    held = [data.Store(dir, "val", tok) for dir, meta in zip(cfg.data, metas, strict=True) if "val" in meta["splits"]]
+    held = [
+        data.Store(dir, "val", tok)
+        for dir, meta in zip(cfg.data, metas, strict=True)
+        if "val" in meta["splits"]
+    ]
     cut = dict(
-        micro_batch=cfg.micro_batch * rt.shards // rt.world, max_length=cfg.max_length, isolate=cfg.isolate,
-        seed=cfg.seed, rank=rt.rank, world=rt.world,
-    )  # fmt: skip
+        micro_batch=cfg.micro_batch * rt.shards // rt.world,
+        max_length=cfg.max_length,
+        isolate=cfg.isolate,
+        seed=cfg.seed,
+        rank=rt.rank,
+        world=rt.world,
+    )
     train = data.Windows(stores, cfg.batch_size, weights=cfg.weights, **cut)
     val = data.Windows(held, cut["micro_batch"] * rt.world, **cut) if held else None
     steps = cfg.steps or max(1, round(cfg.epochs * train.steps_per_epoch))
-    eval_every, save_every = cfg.eval_every or train.steps_per_epoch, cfg.save_every or train.steps_per_epoch
+    eval_every, save_every = (
+        cfg.eval_every or train.steps_per_epoch,
+        cfg.save_every or train.steps_per_epoch,
+    )
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
     if val:
         wanted = -(-cfg.eval_windows // val.batch_size) or val.steps_per_epoch
@@ -229,21 +283,36 @@ def main(cfg):
     if rt.is_main:
         shutil.rmtree(out / "init.tmp", ignore_errors=True)
     trained = dict(model.named_parameters())
-    optimizer = optim.build(model, cfg.optimizer, cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    optimizer = optim.build(
+        model, cfg.optimizer, cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
+    )
     rt.prime(optimizer)
     start, best = 0, math.inf
     if resume:
-        meta, _ = checkpoint.load_training(out / "state", rt, "pretrain", trained, {cfg.optimizer: optimizer})
+        meta, _ = checkpoint.load_training(
+            out / "state", rt, "pretrain", trained, {cfg.optimizer: optimizer}
+        )
         start, best = meta["step"], meta["best"]
 
     flops = model.flops_per_token(cfg.max_length)
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     logger.settings("pretrain", cfg, resume)
-    spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", cfg.offload, rt.tensor
+    spread = (
+        rt.weight_shards,
+        rt.dtype,
+        cfg.grad_checkpoint,
+        cfg.parallel == "zero2",
+        cfg.offload,
+        rt.tensor,
+    )
     logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
     total = steps * cfg.batch_size * cfg.max_length
     peak = log.peak_flops(rt.name)
-    time = f", about {log.duration(total * flops / (0.4 * peak * rt.devices))} at 40% of the peak" if peak else ""
+    time = (
+        f", about {log.duration(total * flops / (0.4 * peak * rt.devices))} at 40% of the peak"
+        if peak
+        else ""
+    )
     logger.text(
         f"{sum(len(s.tokens) for s in stores):,} tokens in {len(stores)} folders: {train.steps_per_epoch} steps an epoch, {steps} "
         f"in all from step {start}; {total:,} tokens, {total * flops:.2e} FLOPs{time}; {rt.devices} x {rt.name}, {rt.dtype}"
@@ -252,7 +321,11 @@ def main(cfg):
     def save(dir):
         tensors = rt.full(trained)
         if rt.is_main:
-            ids = {} if cfg.model else dict(bos_token_id=tok.bos_id, eos_token_id=tok.eos_id, pad_token_id=tok.pad_id)
+            ids = (
+                {}
+                if cfg.model
+                else dict(bos_token_id=tok.bos_id, eos_token_id=tok.eos_id, pad_token_id=tok.pad_id)
+            )
             checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors, **ids)
 
     # ------------------------------------------------------------------------------------------ loop
@@ -271,11 +344,23 @@ def main(cfg):
                 if step and metrics["loss"] < best:
                     best = metrics["loss"]
                     save(out / "best")
-            if cfg.sample_tokens and not stop and (step % cfg.sample_every == 0 if cfg.sample_every else evaluated):
+            if (
+                cfg.sample_tokens
+                and not stop
+                and (step % cfg.sample_every == 0 if cfg.sample_every else evaluated)
+            ):
                 logger.samples(step, continuations(rt, model, tok, (held or stores)[0], cfg))
             if step > start and (stop or step == steps or step % save_every == 0):
                 save(out / "last")
-                checkpoint.save_training(out / "state", rt, "pretrain", trained, {cfg.optimizer: optimizer}, step=step, best=best)
+                checkpoint.save_training(
+                    out / "state",
+                    rt,
+                    "pretrain",
+                    trained,
+                    {cfg.optimizer: optimizer},
+                    step=step,
+                    best=best,
+                )
         if stop or step == steps:
             break
 
@@ -302,14 +387,23 @@ def main(cfg):
 
         # log
         if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:
-            seen = dict(tokens=rt.all_sum(tokens), targets=rt.all_sum(targets), memory=rt.peak_memory(), **rt.compiles())
+            seen = dict(
+                tokens=rt.all_sum(tokens),
+                targets=rt.all_sum(targets),
+                memory=rt.peak_memory(),
+                **rt.compiles(),
+            )
             logger.step(step + 1, loss=rt.all_sum(loss), grad_norm=norm, lr=lr, **seen)
             tokens = targets = 0
 
     if stop:
-        logger.text(f"stopped at step {step}: the same command continues from here, unless it says resume=false")
+        logger.text(
+            f"stopped at step {step}: the same command continues from here, unless it says resume=false"
+        )
     elif start >= steps and resume:
-        logger.text(f"{out} stands at step {start} already: more steps= or epochs= go on, resume=false starts anew")
+        logger.text(
+            f"{out} stands at step {start} already: more steps= or epochs= go on, resume=false starts anew"
+        )
     logger.close()
     rt.close()
 

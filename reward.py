@@ -25,18 +25,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import config
-import data
-import estimate
-import generate
-import log
 import lora
-import optim
-import rankings
-import runtime
-import tokenizer
-from config import UserError
+from nano import (
+    checkpoint,
+    config,
+    data,
+    estimate,
+    generate,
+    log,
+    optim,
+    rankings,
+    runtime,
+    tokenizer,
+)
+from nano.config import UserError
 
 
 @dataclass
@@ -44,24 +46,28 @@ class Config:
     # what
     model: str = "models/smollm2"  # model directory to start from (or an adapter's, which is merged first): the SFT model
     data: tuple[str, ...] = ("data/hh",)  # prepared folders of groups
-    sizes: tuple[str, ...] = ()  # how much of each folder: all, a number of groups or a percentage; (): all
+    sizes: tuple[
+        str, ...
+    ] = ()  # how much of each folder: all, a number of groups or a percentage; (): all
     out: str = "out/reward"  # run folder
     # how long
     epochs: float = 1.0  # more overfits soon
     steps: int = 0  # optimizer steps; 0: as many as `epochs` takes
     batch_size: int = 16  # groups of one optimizer step, over all ranks and micro-batches
     micro_batch: int = 1  # packed rows of one forward on one device
-    max_length: int = 4096  # tokens of a packed row, which holds whole groups; a longer group is dropped
+    max_length: int = 4096  # tokens of a packed row of whole groups; longer groups are dropped
     # the loss
     margin: float = 0.0  # by which the better score is to lead
     centring: float = 0.0  # weight of (s_i + s_j)^2, which holds scores near 0; 0.01 is usual
     # what is trained, beside the score head
-    train: Literal["all", "attention", "qv"] = "all"  # all weights, the attention's, or its q and v projections
+    train: Literal["all", "attention", "qv"] = "all"  # which of the model's own weights
     freeze_layers: int = 0  # the embeddings and the first N layers stay as they are
     lora_rank: int = 0  # 0: train the weights themselves
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
-    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes of layer names; all-linear: all but the head
+    lora_targets: tuple[str, ...] = (
+        "all-linear",
+    )  # suffixes of layer names; all-linear: all but the head
     lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # gain and bias
     policy: str = ""  # the model whose own samples score 0 +- 1; empty: `model`
@@ -79,20 +85,20 @@ class Config:
     grad_clip: float = 1.0  # global norm; 0: off
     # device
     device: str = "auto"  # cpu, cuda, xla, tpu
-    parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # over torchrun's processes; XLA: ddp, fsdp, none
+    parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work; trained weights and the head are always fp32
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of the gradients that are summed over devices
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients on their way
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
     offload: bool = False  # with fsdp, zero2, hsdp: weights and optimizer wait in CPU memory; for models that fit no other way
     # bookkeeping
     seed: int = 0
-    resume: Literal["auto", "true", "false"] = "auto"  # auto: continue when the run folder holds a state
+    resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
     eval_every: int = 0  # steps; 0: once an epoch. Needs a validation split
     save_every: int = 0  # steps; 0: once an epoch
     log_every: int = 10  # steps; 0: the last step only
-    samples: int = 2  # of the policy's samples, shown with their scores: so many of the best and of the worst
+    samples: int = 2  # best and worst samples shown with their scores
 
 
 def pair_losses(scores, better, worse, margin=0.0, centring=0.0):
@@ -120,7 +126,11 @@ def score(net, model, batch):
 
 def statistics(scores, loss, batch):
     """Sums (7,): loss, right order, score difference of each group, groups; score, its square of each completion, completions."""
-    gap, share, real = scores[batch["better"]] - scores[batch["worse"]], batch["share"], batch["real"]
+    gap, share, real = (
+        scores[batch["better"]] - scores[batch["worse"]],
+        batch["share"],
+        batch["real"],
+    )
     of_groups = (loss * share, (gap > 0) * share, gap * share, share)  # a tie is no right order
     return torch.stack([x.sum() for x in (*of_groups, scores * real, scores**2 * real, real)])
 
@@ -142,7 +152,11 @@ def evaluate(rt, net, model, batches, cfg):
             batch = rt.put(micro)
             with rt.autocast():
                 scores = score(net, model, batch)
-            sums += statistics(scores, pair_losses(scores, batch["better"], batch["worse"], cfg.margin, cfg.centring), batch)
+            sums += statistics(
+                scores,
+                pair_losses(scores, batch["better"], batch["worse"], cfg.margin, cfg.centring),
+                batch,
+            )
             rt.sync()
     model.train()
     return summary(rt.all_sum(sums))
@@ -153,9 +167,13 @@ def draw_samples(rt, cfg, rows, tok):
     the response. The ranks share the work and all get all."""
     policy, base = lora.open_model(cfg.policy or cfg.model, dtype=rt.dtype)
     if policy.cfg.head != "lm":
-        raise UserError(f"{cfg.policy or cfg.model} is no language model: name one with policy=, or set norm_samples=0")
+        raise UserError(
+            f"{cfg.policy or cfg.model} is no language model: name one with policy=, or set norm_samples=0"
+        )
     if tokenizer.load(base).fingerprint != tok.fingerprint:
-        raise UserError(f"policy={cfg.policy} has another tokenizer than model={cfg.model}: their scores cannot be matched")
+        raise UserError(
+            f"policy={cfg.policy} has another tokenizer than model={cfg.model}: their scores cannot be matched"
+        )
     lora.merge(policy).to(rt.device)
     room, prompts = min(cfg.max_length, policy.cfg.max_positions) - cfg.norm_tokens, []
     for g in np.random.default_rng([cfg.seed, 1]).permutation(len(rows)):
@@ -167,8 +185,12 @@ def draw_samples(rt, cfg, rows, tok):
     mine = range(rt.rank, cfg.norm_samples, rt.world)
     asked = [prompts[i % len(prompts)] for i in mine]
     with rt.autocast():
-        made = generate.generate(policy, asked, cfg.norm_tokens, stop_ids=tok.stop_ids, seed=cfg.seed, sample_ids=mine)
-    tokens = torch.zeros(cfg.norm_samples, max(map(len, prompts)) + cfg.norm_tokens, dtype=torch.int64)
+        made = generate.generate(
+            policy, asked, cfg.norm_tokens, stop_ids=tok.stop_ids, seed=cfg.seed, sample_ids=mine
+        )
+    tokens = torch.zeros(
+        cfg.norm_samples, max(map(len, prompts)) + cfg.norm_tokens, dtype=torch.int64
+    )
     spans = torch.zeros(cfg.norm_samples, 2, dtype=torch.int64)
     for i, prompt, response in zip(mine, asked, made.tokens, strict=True):
         spans[i] = torch.tensor([len(prompt), len(prompt) + len(response)])
@@ -183,7 +205,10 @@ def score_samples(rt, net, model, samples, micro_batch, max_length):
     tokens, ends = samples[0].numpy(), samples[1][:, 1].numpy()
     scores, packs = torch.zeros(len(ends)), data.pack(ends, max_length)
     for a in range(0, len(packs), micro_batch):
-        packed = [[(i, [(tokens[i, : ends[i]], np.ones(ends[i]))]) for i in pack] for pack in packs[a : a + micro_batch]]
+        packed = [
+            [(i, [(tokens[i, : ends[i]], np.ones(ends[i]))]) for i in pack]
+            for pack in packs[a : a + micro_batch]
+        ]
         micro = rankings.collate(packed, micro_batch, max_length, static=rt.static_shapes)
         with rt.autocast():
             part = rt.host(score(net, model, rt.put(micro)))
@@ -221,7 +246,14 @@ def main(cfg):
     # ------------------------------------------------------------------------------------------ model
     model, base = lora.open_whole(cfg.model, head="score", as_base=cfg.lora_rank > 0)
     if cfg.lora_rank:
-        lora.apply(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, rslora=cfg.lora_rslora)
+        lora.apply(
+            model,
+            cfg.lora_rank,
+            cfg.lora_alpha,
+            cfg.lora_dropout,
+            cfg.lora_targets,
+            rslora=cfg.lora_rslora,
+        )
     else:
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
     model.score.requires_grad_(True)  # the head is trained in full whatever else is
@@ -235,53 +267,99 @@ def main(cfg):
     rows = rankings.load(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
     val_rows = rankings.load(cfg.data, split="val", tokenizer=tok)
     cut = dict(
-        micro_batch=cfg.micro_batch * rt.shards // rt.world, max_length=cfg.max_length, seed=cfg.seed,
-        rank=rt.rank, world=rt.world, static=rt.static_shapes or cfg.compile,
-    )  # fmt: skip
+        micro_batch=cfg.micro_batch * rt.shards // rt.world,
+        max_length=cfg.max_length,
+        seed=cfg.seed,
+        rank=rt.rank,
+        world=rt.world,
+        static=rt.static_shapes or cfg.compile,
+    )
     train = rankings.Batches(rows, cfg.batch_size, **cut)
     val = rankings.Batches(val_rows, cfg.batch_size, **cut) if val_rows else None
     data.check_reach(rows.longest[train.index].max(), model.cfg.max_positions, cfg.model)
     steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
-    eval_every, save_every = cfg.eval_every or train.steps_per_epoch, cfg.save_every or train.steps_per_epoch
+    eval_every, save_every = (
+        cfg.eval_every or train.steps_per_epoch,
+        cfg.save_every or train.steps_per_epoch,
+    )
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
-    samples = draw_samples(rt, cfg, rows, tok) if cfg.norm_samples and not resume else None  # before the optimizer takes its memory
+    samples = (
+        draw_samples(rt, cfg, rows, tok) if cfg.norm_samples and not resume else None
+    )  # before the optimizer takes its memory
 
     # ------------------------------------------------------------------------------------------ optimizer, resume
     net = rt.wrap(model, cfg.compile, cfg.grad_checkpoint)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = optim.build(model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    optimizer = optim.build(
+        model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
+    )
     rt.prime(optimizer)
     start, best = 0, math.inf
     if resume:
-        meta, extra = checkpoint.load_training(out / "state", rt, "reward", trained, dict(adamw=optimizer))
+        meta, extra = checkpoint.load_training(
+            out / "state", rt, "reward", trained, dict(adamw=optimizer)
+        )
         start, best = meta["step"], meta["best"]
         samples = (extra["samples"], extra["spans"]) if "samples" in extra else None
 
-    length = rows.squares[train.index].sum() / rows.lengths[train.index].sum()  # that the average token finds its document to have
+    length = (
+        rows.squares[train.index].sum() / rows.lengths[train.index].sum()
+    )  # that the average token finds its document to have
     flops = model.flops_per_token(length, "adapter" if cfg.lora_rank else "all")
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     logger.settings("reward", cfg, resume)
-    spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", cfg.offload, rt.tensor
-    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread, document=length))
+    spread = (
+        rt.weight_shards,
+        rt.dtype,
+        cfg.grad_checkpoint,
+        cfg.parallel == "zero2",
+        cfg.offload,
+        rt.tensor,
+    )
+    logger.text(
+        estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread, document=length)
+    )
     logger.text(
         f"{len(train.index):,} groups of {rows.first[-1] / len(rows):.1f} completions, {rows.lengths[train.index].sum():,} tokens "
         f"({train.dropped} over max_length dropped); {train.steps_per_epoch} steps an epoch, {steps} in all from step {start}; "
         f"{rt.devices} x {rt.name}, {rt.dtype}"
     )
     if pad_id != tok.pad_id:
-        logger.text(f"saved with pad_token_id={pad_id}: pad with it and not with {tok.pad_id}, which may end a completion")
+        logger.text(
+            f"saved with pad_token_id={pad_id}: pad with it and not with {tok.pad_id}, which may end a completion"
+        )
 
     def save(dir, scores):
         tensors = rt.full(trained if cfg.lora_rank else dict(model.named_parameters()))
-        scale = dict(zip(("reward_gain", "reward_bias"), normaliser(scores) if samples else (1.0, 0.0), strict=True))
+        scale = dict(
+            zip(
+                ("reward_gain", "reward_bias"),
+                normaliser(scores) if samples else (1.0, 0.0),
+                strict=True,
+            )
+        )
         if rt.is_main and cfg.lora_rank:
             lora.save(model, dir, base=base, tensors=tensors, tok=tok)
-            checkpoint.write_text(dir / "score_scale.json", json.dumps(dict(pad_token_id=pad_id, **scale)) + "\n")
+            checkpoint.write_text(
+                dir / "score_scale.json", json.dumps(dict(pad_token_id=pad_id, **scale)) + "\n"
+            )
         elif rt.is_main:
-            checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors, tok=tok, pad_token_id=pad_id, **scale)
+            checkpoint.save_model(
+                model,
+                dir,
+                rt.dtype,
+                like=base,
+                tensors=tensors,
+                tok=tok,
+                pad_token_id=pad_id,
+                **scale,
+            )
 
     # ------------------------------------------------------------------------------------------ loop
-    sums, tokens = torch.zeros(7, device=rt.device), 0  # of this rank, since the last line of the log
+    sums, tokens = (
+        torch.zeros(7, device=rt.device),
+        0,
+    )  # of this rank, since the last line of the log
     model.train()
     stop = False
     for step in range(start, steps + 1):
@@ -305,7 +383,16 @@ def main(cfg):
             if saving:
                 save(out / "last", scores)
                 extra = dict(samples=samples[0], spans=samples[1]) if samples else {}
-                checkpoint.save_training(out / "state", rt, "reward", trained, dict(adamw=optimizer), extra, step=step, best=best)
+                checkpoint.save_training(
+                    out / "state",
+                    rt,
+                    "reward",
+                    trained,
+                    dict(adamw=optimizer),
+                    extra,
+                    step=step,
+                    best=best,
+                )
         if stop or step == steps:
             break
 
@@ -331,14 +418,21 @@ def main(cfg):
 
         # log
         if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:
-            metrics, seen = summary(rt.all_sum(sums)), dict(tokens=rt.all_sum(tokens), memory=rt.peak_memory(), **rt.compiles())
+            metrics, seen = (
+                summary(rt.all_sum(sums)),
+                dict(tokens=rt.all_sum(tokens), memory=rt.peak_memory(), **rt.compiles()),
+            )
             logger.step(step + 1, **metrics, grad_norm=norm, lr=lr, **seen)
             sums, tokens = torch.zeros_like(sums), 0
 
     if stop:
-        logger.text(f"stopped at step {step}: the same command continues from here, unless it says resume=false")
+        logger.text(
+            f"stopped at step {step}: the same command continues from here, unless it says resume=false"
+        )
     elif start >= steps and resume:
-        logger.text(f"{out} stands at step {start} already: more steps= or epochs= go on, resume=false starts anew")
+        logger.text(
+            f"{out} stands at step {start} already: more steps= or epochs= go on, resume=false starts anew"
+        )
     logger.close()
     rt.close()
 

@@ -17,13 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import checkpoint
-import config
 import lora
-import runtime
-import tokenizer
-from config import UserError
-from generate import generate
+from nano import checkpoint, config, runtime, tokenizer
+from nano.config import UserError
+from nano.generate import generate
 
 HELP = """/reset         forget the conversation
 /system TEXT   start anew under this system message (no text: under the template's own)
@@ -34,7 +31,7 @@ HELP = """/reset         forget the conversation
 class Config:
     # what
     model: str = "models/smollm2"  # model or adapter directory
-    base: str | None = None  # for an adapter: take this model instead of the one that it names; changes no file
+    base: str | None = None  # for an adapter: the model to put it on
     prompt: str | None = None  # complete this one and leave
     prompts: Path | None = None  # complete this file and leave
     out: Path | None = None  # JSON file for the answers to prompts=; none: the terminal
@@ -60,7 +57,9 @@ class Sampler:
 
     def __init__(self, cfg):
         self.cfg, self.rt = cfg, runtime.Runtime(cfg.device, "none", cfg.dtype, cfg.seed)
-        self.model, base = lora.open_model(cfg.model, base=cfg.base, device=self.rt.device, dtype=self.rt.dtype)
+        self.model, base = lora.open_model(
+            cfg.model, base=cfg.base, device=self.rt.device, dtype=self.rt.dtype
+        )
         if self.model.cfg.head != "lm":
             raise UserError(f"{cfg.model} is a score model: it cannot write text")
         self.tok = tokenizer.load(base, template=cfg.template or lora.chat_template(cfg.model))
@@ -70,12 +69,17 @@ class Sampler:
         self.tok.check_embeddings(self.model.cfg.vocab_size, base)
 
     def messages(self, user, system, history=()):
-        return [dict(role="system", content=system)] * bool(system) + [*history, dict(role="user", content=user)]
+        return [dict(role="system", content=system)] * bool(system) + [
+            *history,
+            dict(role="user", content=user),
+        ]
 
     def render(self, messages):
         ids, _ = self.tok.render(messages, add_generation_prompt=True)
         if len(ids) >= self.model.cfg.max_positions:
-            raise UserError(f"the prompt has {len(ids)} tokens, the model takes {self.model.cfg.max_positions}: shorten it")
+            raise UserError(
+                f"the prompt has {len(ids)} tokens, the model takes {self.model.cfg.max_positions}: shorten it"
+            )
         return ids
 
     def text(self, ids):
@@ -87,13 +91,17 @@ class Sampler:
     def answer(self, prompts, seed, on_text=None):
         """Texts for the rendered prompts. on_text(piece) streams the answer, for a single prompt."""
         cfg, ids, shown = self.cfg, [[] for _ in prompts], 0
-        margin = max(map(len, cfg.stop), default=1) - 1  # what may be the beginning of a stop string is not shown yet
+        margin = (
+            max(map(len, cfg.stop), default=1) - 1
+        )  # what may be the beginning of a stop string is not shown yet
 
         def on_token(sample, token):
             nonlocal shown
             ids[sample].append(token)
             text, stopped = self.text(ids[sample])
-            ready = len(text) if stopped else len(text.rstrip("\ufffd")) - margin  # half a character waits too
+            ready = (
+                len(text) if stopped else len(text.rstrip("\ufffd")) - margin
+            )  # half a character waits too
             if on_text and ready > shown:
                 on_text(text[shown:ready])
                 shown = ready
@@ -101,15 +109,26 @@ class Sampler:
 
         try:
             made = generate(
-                self.model, prompts, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, self.tok.stop_ids, seed=seed,
-                batch_size=cfg.batch_size, on_token=on_token if on_text or cfg.stop else None,
-                sync_every=1 if on_text else None, step_hook=self.rt.sync,
-            )  # fmt: skip
+                self.model,
+                prompts,
+                cfg.max_new_tokens,
+                cfg.temperature,
+                cfg.top_k,
+                cfg.top_p,
+                self.tok.stop_ids,
+                seed=seed,
+                batch_size=cfg.batch_size,
+                on_token=on_token if on_text or cfg.stop else None,
+                sync_every=1 if on_text else None,
+                step_hook=self.rt.sync,
+            )
             texts = [self.text(tokens)[0] for tokens in made.tokens]
         except KeyboardInterrupt:
             if not on_text:
                 raise
-            texts = [self.text(tokens)[0] for tokens in ids]  # of a reply that is cut short, what there is
+            texts = [
+                self.text(tokens)[0] for tokens in ids
+            ]  # of a reply that is cut short, what there is
         if on_text:
             on_text(texts[0][shown:])
         return texts
@@ -123,12 +142,22 @@ def read_prompts(path):
         raise UserError(f"prompts={path} cannot be read as UTF-8 text: {e}") from None
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     try:
-        entries = json.loads(text) if path.suffix == ".json" else list(map(json.loads, lines)) if path.suffix == ".jsonl" else lines
+        entries = (
+            json.loads(text)
+            if path.suffix == ".json"
+            else list(map(json.loads, lines))
+            if path.suffix == ".jsonl"
+            else lines
+        )
     except ValueError as e:
         raise UserError(f"{path} is no JSON: {e}") from None
     entries = json.loads(tokenizer.mend(json.dumps(entries, ensure_ascii=False)))
-    if not isinstance(entries, list) or not all(isinstance(entry, (str, list)) for entry in entries):
-        raise UserError(f"{path} must hold strings and conversations (lists of messages), and nothing else")
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, (str, list)) for entry in entries
+    ):
+        raise UserError(
+            f"{path} must hold strings and conversations (lists of messages), and nothing else"
+        )
     if not entries:
         raise UserError(f"{path} holds no prompt")
     return entries
@@ -138,7 +167,11 @@ def answer_file(sampler, entries, cfg):
     prompts = []
     for i, entry in enumerate(entries, 1):
         try:
-            prompts.append(sampler.render(sampler.messages(entry, cfg.system) if isinstance(entry, str) else entry))
+            prompts.append(
+                sampler.render(
+                    sampler.messages(entry, cfg.system) if isinstance(entry, str) else entry
+                )
+            )
         except UserError as e:
             raise UserError(f"{cfg.prompts}, prompt {i}: {e}") from None
     began = time.perf_counter()
@@ -151,7 +184,11 @@ def answer_file(sampler, entries, cfg):
         checkpoint.write_text(cfg.out, result)
     else:
         print(result, end="")
-    print(f"{len(texts)} prompts in {time.perf_counter() - began:.1f} s", *["->", cfg.out][: 2 * bool(cfg.out)], file=sys.stderr)
+    print(
+        f"{len(texts)} prompts in {time.perf_counter() - began:.1f} s",
+        *["->", cfg.out][: 2 * bool(cfg.out)],
+        file=sys.stderr,
+    )
 
 
 def show(piece):
@@ -163,7 +200,9 @@ def chat(sampler, cfg):
         import readline  # noqa: F401  line editing and history, where the platform has it
     except ImportError:
         pass
-    print(f"{cfg.model}: {'a chat' if sampler.chats else 'no chat template, so each line is completed as plain text'}; /help")
+    print(
+        f"{cfg.model}: {'a chat' if sampler.chats else 'no chat template, so each line is completed as plain text'}; /help"
+    )
     system, history, turn = cfg.system, [], 0
     while True:
         try:
@@ -205,7 +244,11 @@ def reply(sampler, line, system, history, seed):
         print("(the oldest turn no longer fits and is forgotten)")
     (text,) = sampler.answer([ids], seed, show)
     print()
-    return [*history, dict(role="user", content=line), dict(role="assistant", content=text)] if sampler.chats else []
+    return (
+        [*history, dict(role="user", content=line), dict(role="assistant", content=text)]
+        if sampler.chats
+        else []
+    )
 
 
 def main(cfg):

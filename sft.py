@@ -19,26 +19,30 @@ from typing import Literal
 
 import torch
 
-import checkpoint
-import config
-import data
-import estimate
-import generate
-import log
 import lora
-import losses
-import optim
-import runtime
-import tokenizer
-from config import UserError
+from nano import (
+    checkpoint,
+    config,
+    data,
+    estimate,
+    generate,
+    log,
+    losses,
+    optim,
+    runtime,
+    tokenizer,
+)
+from nano.config import UserError
 
 
 @dataclass
 class Config:
     # what
-    model: str = "models/smollm2"  # model directory to start from (or an adapter's, which is merged first)
+    model: str = "models/smollm2"  # directory of a model, or of an adapter to merge
     data: tuple[str, ...] = ("data/alpaca",)  # prepared folders
-    sizes: tuple[str, ...] = ()  # how much of each folder: all, a number of rows or a percentage; (): all
+    sizes: tuple[
+        str, ...
+    ] = ()  # how much of each folder: all, a number of rows or a percentage; (): all
     out: str = "out/sft"  # run folder
     # how long
     epochs: float = 3.0
@@ -49,13 +53,15 @@ class Config:
     packing: bool = True  # false: one document a row, rows of similar length together
     over_length: Literal["truncate", "drop"] = "truncate"  # documents over max_length
     # what is trained
-    train: Literal["all", "attention", "qv"] = "all"  # all weights, the attention's, or its q and v projections
+    train: Literal["all", "attention", "qv"] = "all"  # which of the model's own weights
     freeze_layers: int = 0  # the embeddings and the first N layers stay as they are
     prompt_loss_weight: float = 0.0  # weight of the prompt's tokens in the loss (targets: 1)
     lora_rank: int = 0  # 0: train the weights themselves
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
-    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes of layer names; all-linear: all but the head
+    lora_targets: tuple[str, ...] = (
+        "all-linear",
+    )  # suffixes of layer names; all-linear: all but the head
     lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # optimizer
     lr: float = 2e-5
@@ -69,16 +75,16 @@ class Config:
     grad_clip: float = 1.0  # global norm; 0: off
     # device
     device: str = "auto"  # cpu, cuda, xla, tpu
-    parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # over torchrun's processes; XLA: ddp, fsdp, none
+    parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work; trained weights are always fp32
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of the gradients that are summed over devices
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients on their way
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
     offload: bool = False  # with fsdp, zero2, hsdp: weights and optimizer wait in CPU memory; for models that fit no other way
     # bookkeeping
     seed: int = 0
-    resume: Literal["auto", "true", "false"] = "auto"  # auto: continue when the run folder holds a state
+    resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
     eval_every: int = 0  # steps; 0: once an epoch. Needs a validation split
     save_every: int = 0  # steps; 0: once an epoch
     log_every: int = 10  # steps; 0: the last step only
@@ -92,7 +98,10 @@ def loss_sum(net, model, batch):
     hidden = net(batch["tokens"], batch["positions"], batch["docs"])  # (B, T, C)
     rows = batch["index"]  # the head runs on target tokens only
     return losses.cross_entropy(
-        hidden.flatten(0, 1)[rows], model.head_weight, batch["targets"].flatten()[rows], batch["weights"].flatten()[rows]
+        hidden.flatten(0, 1)[rows],
+        model.head_weight,
+        batch["targets"].flatten()[rows],
+        batch["weights"].flatten()[rows],
     )
 
 
@@ -123,12 +132,22 @@ def answer(rt, model, tok, rows, cfg):
     """Greedy answers to the prompts of the first validation rows, beside what stands in the data."""
     out = []
     picks = [rows.row(i) for i in range(min(cfg.samples, len(rows)))]
-    picks = [(tokens, mask) for tokens, mask in picks if 0 < mask.argmax() < model.cfg.max_positions]  # plain text has no prompt
+    picks = [
+        (tokens, mask) for tokens, mask in picks if 0 < mask.argmax() < model.cfg.max_positions
+    ]  # plain text has no prompt
     prompts = [tokens[: mask.argmax()].tolist() for tokens, mask in picks]
     with rt.autocast():
-        made = generate.generate(model, prompts, cfg.sample_tokens, temperature=0.0, stop_ids=tok.stop_ids)
+        made = generate.generate(
+            model, prompts, cfg.sample_tokens, temperature=0.0, stop_ids=tok.stop_ids
+        )
     for (tokens, mask), prompt, answer in zip(picks, prompts, made.tokens, strict=True):
-        out.append(dict(prompt=tok.decode(prompt), answer=tok.decode(answer), data=tok.decode(tokens[mask.argmax() :])))
+        out.append(
+            dict(
+                prompt=tok.decode(prompt),
+                answer=tok.decode(answer),
+                data=tok.decode(tokens[mask.argmax() :]),
+            )
+        )
     return out
 
 
@@ -139,16 +158,27 @@ def main(cfg):
     out = Path(cfg.out)
     resume = checkpoint.resumes(out, cfg.resume, rt, cfg.model)
     if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
-        raise UserError("train= and freeze_layers= choose among the model's own weights: with lora_rank= use lora_targets=")
+        raise UserError(
+            "train= and freeze_layers= choose among the model's own weights: with lora_rank= use lora_targets="
+        )
 
     # ------------------------------------------------------------------------------------------ model
     model, base = lora.open_whole(cfg.model, as_base=cfg.lora_rank > 0)
     if cfg.lora_rank:
-        lora.apply(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets, rslora=cfg.lora_rslora)
+        lora.apply(
+            model,
+            cfg.lora_rank,
+            cfg.lora_alpha,
+            cfg.lora_dropout,
+            cfg.lora_targets,
+            rslora=cfg.lora_rslora,
+        )
     else:
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
     if not any(p.requires_grad for p in model.parameters()):
-        raise UserError(f"freeze_layers={cfg.freeze_layers} of {model.cfg.n_layers} with train={cfg.train} leaves nothing to train")
+        raise UserError(
+            f"freeze_layers={cfg.freeze_layers} of {model.cfg.n_layers} with train={cfg.train} leaves nothing to train"
+        )
     tok = tokenizer.load(base, data.chat_template(cfg.data) or lora.chat_template(cfg.model))
     tok.check_embeddings(model.cfg.vocab_size, base)
 
@@ -156,32 +186,55 @@ def main(cfg):
     rows = data.mix(cfg.data, cfg.sizes or None, cfg.seed, tokenizer=tok)
     val_rows = data.validation(cfg.data, tok)
     cut = dict(
-        micro_batch=cfg.micro_batch * rt.shards // rt.world, max_length=cfg.max_length, packing=cfg.packing,
-        over_length=cfg.over_length, static=rt.static_shapes or cfg.compile, rank=rt.rank, world=rt.world,
-    )  # fmt: skip
-    train = data.Batches(rows, cfg.batch_size, seed=cfg.seed, prompt_weight=cfg.prompt_loss_weight, **cut)
+        micro_batch=cfg.micro_batch * rt.shards // rt.world,
+        max_length=cfg.max_length,
+        packing=cfg.packing,
+        over_length=cfg.over_length,
+        static=rt.static_shapes or cfg.compile,
+        rank=rt.rank,
+        world=rt.world,
+    )
+    train = data.Batches(
+        rows, cfg.batch_size, seed=cfg.seed, prompt_weight=cfg.prompt_loss_weight, **cut
+    )
     val = data.Batches(val_rows, cut["micro_batch"] * rt.world, **cut) if val_rows else None
     data.check_reach(train.lengths.max(), model.cfg.max_positions, cfg.model)
     steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
-    eval_every, save_every = cfg.eval_every or train.steps_per_epoch, cfg.save_every or train.steps_per_epoch
+    eval_every, save_every = (
+        cfg.eval_every or train.steps_per_epoch,
+        cfg.save_every or train.steps_per_epoch,
+    )
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 
     # ------------------------------------------------------------------------------------------ optimizer, resume
     net = rt.wrap(model, cfg.compile, cfg.grad_checkpoint)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = optim.build(model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    optimizer = optim.build(
+        model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
+    )
     rt.prime(optimizer)
     start, best = 0, math.inf
     if resume:
         meta, _ = checkpoint.load_training(out / "state", rt, "sft", trained, dict(adamw=optimizer))
         start, best = meta["step"], meta["best"]
 
-    length = (train.lengths**2).sum() / train.lengths.sum()  # that the average token finds its document to have
+    length = (
+        train.lengths**2
+    ).sum() / train.lengths.sum()  # that the average token finds its document to have
     flops = model.flops_per_token(length, "adapter" if cfg.lora_rank else "all")
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     logger.settings("sft", cfg, resume)
-    spread = rt.weight_shards, rt.dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", cfg.offload, rt.tensor
-    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread, document=length))
+    spread = (
+        rt.weight_shards,
+        rt.dtype,
+        cfg.grad_checkpoint,
+        cfg.parallel == "zero2",
+        cfg.offload,
+        rt.tensor,
+    )
+    logger.text(
+        estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread, document=length)
+    )
     logger.text(
         f"{len(train.lengths):,} rows, {train.lengths.sum():,} tokens ({train.dropped} dropped, {train.truncated} truncated); "
         f"{train.steps_per_epoch} steps an epoch, {steps} in all from step {start}; {rt.devices} x {rt.name}, {rt.dtype}"
@@ -211,11 +264,17 @@ def main(cfg):
                 if step and metrics["loss"] < best:
                     best = metrics["loss"]
                     save(out / "best")
-            if answers and not stop and (step % cfg.sample_every == 0 if cfg.sample_every else evaluated):
+            if (
+                answers
+                and not stop
+                and (step % cfg.sample_every == 0 if cfg.sample_every else evaluated)
+            ):
                 logger.samples(step, answer(rt, model, tok, val_rows, cfg))
             if step > start and (stop or step == steps or step % save_every == 0):
                 save(out / "last")
-                checkpoint.save_training(out / "state", rt, "sft", trained, dict(adamw=optimizer), step=step, best=best)
+                checkpoint.save_training(
+                    out / "state", rt, "sft", trained, dict(adamw=optimizer), step=step, best=best
+                )
         if stop or step == steps:
             break
 
@@ -242,14 +301,23 @@ def main(cfg):
 
         # log
         if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:
-            seen = dict(tokens=rt.all_sum(tokens), targets=rt.all_sum(targets), memory=rt.peak_memory(), **rt.compiles())
+            seen = dict(
+                tokens=rt.all_sum(tokens),
+                targets=rt.all_sum(targets),
+                memory=rt.peak_memory(),
+                **rt.compiles(),
+            )
             logger.step(step + 1, loss=rt.all_sum(loss), grad_norm=norm, lr=lr, **seen)
             tokens = targets = 0
 
     if stop:
-        logger.text(f"stopped at step {step}: the same command continues from here, unless it says resume=false")
+        logger.text(
+            f"stopped at step {step}: the same command continues from here, unless it says resume=false"
+        )
     elif start >= steps and resume:
-        logger.text(f"{out} stands at step {start} already: more steps= or epochs= go on, resume=false starts anew")
+        logger.text(
+            f"{out} stands at step {start} already: more steps= or epochs= go on, resume=false starts anew"
+        )
     logger.close()
     rt.close()
 

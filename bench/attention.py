@@ -1,7 +1,7 @@
 """Attention of a packed row on a CPU: model.document_attention beside torch's kernel, in the row's dtype and in fp32.
 
-    python bench/attention.py
-    python bench/attention.py documents=[500,500,500,500] rounds=30
+    python -m bench.attention
+    python -m bench.attention documents=[500,500,500,500] rounds=30
 
 Forward and backward of one layer, each side once a round in turn, medians; and the relative errors (norm of the difference through
 norm) of the output and of the worst gradient against float64.
@@ -9,20 +9,15 @@ norm) of the output and of the worst gradient against float64.
 
 import platform
 import statistics
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
-
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # in place of bench/
 
 import torch
 import torch.nn.functional as F
 
-import config
-import runtime
 from model import document_attention
+from nano import config, runtime
 
 
 @dataclass
@@ -37,7 +32,9 @@ class Config:
 
 
 def kernel(q, k, v):
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
+    return F.scaled_dot_product_attention(
+        q[None], k[None], v[None], is_causal=True, enable_gqa=True
+    )[0]
 
 
 def kernel_in_fp32(q, k, v):
@@ -60,11 +57,16 @@ def main(cfg):
     runtime.Runtime("cpu")  # allocation and denormals as in training
     torch.manual_seed(0)
     total, dtype = sum(cfg.documents), getattr(torch, cfg.dtype)
-    q, k, v, back = (torch.randn(n, total, cfg.dim).to(dtype) for n in (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads, cfg.n_heads))
+    q, k, v, back = (
+        torch.randn(n, total, cfg.dim).to(dtype)
+        for n in (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads, cfg.n_heads)
+    )
     exact = [t.double().requires_grad_() for t in (q, k, v)]
     _, right = run(kernel, cfg.documents, exact, back.double())
     inputs = [t.requires_grad_() for t in (q, k, v)]
-    sides = dict(kernel=kernel, kernel_in_fp32=kernel_in_fp32, document_attention=document_attention)
+    sides = dict(
+        kernel=kernel, kernel_in_fp32=kernel_in_fp32, document_attention=document_attention
+    )
     times = {name: [] for name in sides}
     for turn in range(cfg.rounds + 1):
         for name, attention in sides.items():
@@ -73,11 +75,15 @@ def main(cfg):
                 times[name].append(seconds)
                 continue
             errors = [((a - b).norm() / b.norm()).item() for a, b in zip(made, right, strict=True)]
-            print(f"{name:20} error of the output {errors[0]:.4f}, of the worst gradient {max(errors[1:]):.4f}")
+            print(
+                f"{name:20} error of the output {errors[0]:.4f}, of the worst gradient {max(errors[1:]):.4f}"
+            )
     machine = f"{cfg.threads} threads, torch {torch.__version__}, {platform.machine()}"
     print(f"{len(cfg.documents)} documents, {total:,} tokens, {cfg.dtype}; {machine}")
     for name, seconds in times.items():
-        print(f"{name:20} {statistics.median(seconds) * 1e3:7.1f} ms ({min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f})")
+        print(
+            f"{name:20} {statistics.median(seconds) * 1e3:7.1f} ms ({min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f})"
+        )
 
 
 if __name__ == "__main__":

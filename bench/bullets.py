@@ -3,20 +3,17 @@
     python -m prepare.toy task=bullets out=data/bullets
     python -m prepare.instructions source=data/bullets/train.jsonl model=models/smollm2 out=data/bullets/store
     python ppo.py recipes/smollm2-bullets-grpo.cfg out=out/bullets
-    python bench/bullets.py model=models/smollm2
-    python bench/bullets.py model=out/bullets/last
+    python -m bench.bullets model=models/smollm2
+    python -m bench.bullets model=out/bullets/last
 
 The answers are sampled as in training (temperature 1), or greedy with temperature=0.
 """
 
 import json
 import statistics
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import config
+from nano import config
 
 
 @dataclass
@@ -32,32 +29,48 @@ class Config:
 
 
 def main(cfg):
-    import generate
     import lora
-    import runtime
-    import tokenizer
+    from nano import generate, runtime, tokenizer
     from prepare.toy import three_bullets
 
     try:
-        asked = [json.loads(line)["messages"][:1] for line in open(cfg.data, encoding="utf-8")][: cfg.rows or None]
+        asked = [json.loads(line)["messages"][:1] for line in open(cfg.data, encoding="utf-8")][
+            : cfg.rows or None
+        ]
     except FileNotFoundError:
-        raise config.UserError(f"there is no file {cfg.data}: python -m prepare.toy task=bullets writes one") from None
+        raise config.UserError(
+            f"there is no file {cfg.data}: python -m prepare.toy task=bullets writes one"
+        ) from None
     except (ValueError, KeyError, TypeError):
-        raise config.UserError(f"{cfg.data}: each line must be a JSON record with messages, as prepare.toy writes them") from None
+        raise config.UserError(
+            f"{cfg.data}: each line must be a JSON record with messages, as prepare.toy writes them"
+        ) from None
     rt = runtime.Runtime(cfg.device, "none", cfg.dtype, cfg.seed)
     model, base = lora.open_model(cfg.model, dtype=rt.dtype)
     rt.place(model)
     tok = tokenizer.load(base)
     prompts = [tok.render(messages, add_generation_prompt=True)[0] for messages in asked]
     with rt.autocast():
-        made = generate.generate(model, prompts, cfg.max_new_tokens, cfg.temperature, stop_ids=tok.stop_ids, seed=cfg.seed)
+        made = generate.generate(
+            model,
+            prompts,
+            cfg.max_new_tokens,
+            cfg.temperature,
+            stop_ids=tok.stop_ids,
+            seed=cfg.seed,
+        )
     answers = [tok.decode(ids) for ids in made.tokens]
-    rewards = [three_bullets("", answer, ended) for answer, ended in zip(answers, made.finished, strict=True)]
+    rewards = [
+        three_bullets("", answer, ended)
+        for answer, ended in zip(answers, made.finished, strict=True)
+    ]
     for messages, answer, reward in list(zip(asked, answers, rewards, strict=True))[:3]:
         print(f"{messages[0]['content']}\n{answer}\n-> {reward:.2f}\n")
     reward, hit = statistics.mean(rewards), sum(r == 1 for r in rewards) / len(rewards)
     ended, length = sum(made.finished) / len(rewards), statistics.mean(map(len, made.tokens))
-    print(f"{cfg.model}: {len(rewards)} prompts, reward {reward:.3f}, exact {hit:.1%}, ended {ended:.1%}, {length:.0f} tokens")
+    print(
+        f"{cfg.model}: {len(rewards)} prompts, reward {reward:.3f}, exact {hit:.1%}, ended {ended:.1%}, {length:.0f} tokens"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast instruction data is prepared, beside TRL: SFTTrainer's own tokenization of the same records.
 
-    python bench/data_prep.py data=alpaca_en_demo.json model=models/smollm2
+    python -m bench.data_prep data=alpaca_en_demo.json model=models/smollm2
 
 Both read the JSON file, render it with the model's chat template, tokenize it and mark the targets, each in one process
 on one core; runs alternate, and every run is a process of its own. `prepare` is the work itself (MB of UTF-8 text in the
@@ -20,9 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # in place of bench/
-
-import config
+from nano import config
 
 
 @dataclass
@@ -39,7 +37,9 @@ def ours(cfg, path, timed):
     with timed("imports"):
         from prepare import instructions
     with tempfile.TemporaryDirectory() as out:
-        keys = dict(source=path, model=cfg.model, out=f"{out}/data", max_length=cfg.max_length, workers=1)
+        keys = dict(
+            source=path, model=cfg.model, out=f"{out}/data", max_length=cfg.max_length, workers=1
+        )
         job = instructions.Config(**keys, over_length="truncate")
         with timed("tokenizer"):
             instructions.setup(job)
@@ -57,20 +57,41 @@ def trl(cfg, path, timed, packing):
     datasets.disable_caching()
     with timed("tokenizer"):
         tok = AutoTokenizer.from_pretrained(cfg.model)
-    tiny = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    tiny = dict(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), **tiny))
 
     def conversation(r):
         asked = r["instruction"] + ("\n\n" + r["input"] if r["input"] else "")
-        prompt, answer = {"role": "user", "content": asked}, {"role": "assistant", "content": r["output"]}
+        prompt, answer = (
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": r["output"]},
+        )
         return {"prompt": [prompt], "completion": [answer]}
 
     def prepare(count=None):
         with open(path, encoding="utf-8") as f:
             rows = datasets.Dataset.from_list([conversation(r) for r in json.load(f)[:count]])
         with tempfile.TemporaryDirectory() as out:
-            args = dict(output_dir=out, max_length=cfg.max_length, packing=packing, report_to=[], use_cpu=True, bf16=False)
-            SFTTrainer(model, SFTConfig(**args, disable_tqdm=True), train_dataset=rows, processing_class=tok)
+            args = dict(
+                output_dir=out,
+                max_length=cfg.max_length,
+                packing=packing,
+                report_to=[],
+                use_cpu=True,
+                bf16=False,
+            )
+            SFTTrainer(
+                model,
+                SFTConfig(**args, disable_tqdm=True),
+                train_dataset=rows,
+                processing_class=tok,
+            )
 
     prepare(8)
     with timed("prepare"):
@@ -95,7 +116,9 @@ def run_one(cfg):
             ours(cfg, str(path), timed)
         else:
             trl(cfg, path, timed, packing=cfg.side == "trl-packed")
-    megabytes = sum(len((r["instruction"] + r["input"] + r["output"]).encode()) for r in records) / 1e6
+    megabytes = (
+        sum(len((r["instruction"] + r["input"] + r["output"]).encode()) for r in records) / 1e6
+    )
     print(json.dumps(dict(rows=len(records), megabytes=megabytes, seconds=seconds)))
 
 
@@ -106,22 +129,31 @@ def main(cfg):
     for i in range(cfg.runs):
         for side, results in sides.items():
             print(f"run {i + 1} of {cfg.runs}: {side}", file=sys.stderr)
-            argv = [sys.executable, __file__, *config.diff(replace(cfg, side=side))]
-            done = subprocess.run(argv, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+            argv = [sys.executable, "-m", "bench.data_prep", *config.diff(replace(cfg, side=side))]
+            done = subprocess.run(
+                argv, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+            )
             if done.returncode:
                 sys.exit(f"{side} failed:\n{done.stderr}")
             results.append(json.loads(done.stdout))
     size = sides["ours"][0]
-    speeds = {side: [r["megabytes"] / r["seconds"]["prepare"][0] for r in results] for side, results in sides.items()}
+    speeds = {
+        side: [r["megabytes"] / r["seconds"]["prepare"][0] for r in results]
+        for side, results in sides.items()
+    }
     base = statistics.median(speeds["trl"])
-    print(f"{size['rows']:,} records, {size['megabytes']:.2f} MB of text; medians of {cfg.runs} runs (lowest-highest)\n")
+    print(
+        f"{size['rows']:,} records, {size['megabytes']:.2f} MB of text; medians of {cfg.runs} runs (lowest-highest)\n"
+    )
     print("|  | prepare, MB per CPU second | ratio | tokenizer, CPU s | imports, wall s |")
     print("|---|---|---|---|---|")
     for side, results in sides.items():
         middle, low, high = statistics.median(speeds[side]), min(speeds[side]), max(speeds[side])
         load = statistics.median(r["seconds"]["tokenizer"][0] for r in results)
         start = statistics.median(r["seconds"]["imports"][1] for r in results)
-        print(f"| {side} | {middle:.2f} ({low:.2f}-{high:.2f}) | {middle / base:.2f} | {load:.2f} | {start:.1f} |")
+        print(
+            f"| {side} | {middle:.2f} ({low:.2f}-{high:.2f}) | {middle / base:.2f} | {load:.2f} | {start:.1f} |"
+        )
 
 
 if __name__ == "__main__":

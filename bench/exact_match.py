@@ -1,20 +1,17 @@
 """Share of held-out instructions that a model answers to the letter, in all and task by task.
 
-    python bench/exact_match.py model=models/smollm2 data=data/toy/test.jsonl rows=100
-    python bench/exact_match.py model=out/toy/last data=data/toy/test.jsonl rows=100
+    python -m bench.exact_match model=models/smollm2 data=data/toy/test.jsonl rows=100
+    python -m bench.exact_match model=out/toy/last data=data/toy/test.jsonl rows=100
 
 `data` holds Alpaca records ({"instruction", "input", "output"}, here with "task" too), as prepare.toy writes them; the prompts
 are rendered as in training, the answers are greedy.
 """
 
 import json
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import config
+from nano import config
 
 
 @dataclass
@@ -30,24 +27,30 @@ class Config:
 
 
 def main(cfg):
-    import generate
     import lora
-    import runtime
-    import tokenizer
+    from nano import generate, runtime, tokenizer
     from prepare.instructions import recognise
     from prepare.toy import exact_match
 
     try:
-        records = [json.loads(line) for line in open(cfg.data, encoding="utf-8")][: cfg.rows or None]
+        records = [json.loads(line) for line in open(cfg.data, encoding="utf-8")][
+            : cfg.rows or None
+        ]
     except FileNotFoundError:
-        raise config.UserError(f"there is no file {cfg.data}: python -m prepare.toy out=data/toy writes one") from None
+        raise config.UserError(
+            f"there is no file {cfg.data}: python -m prepare.toy out=data/toy writes one"
+        ) from None
     rt = runtime.Runtime(cfg.device, cfg.parallel, cfg.dtype, cfg.seed)
     model, base = lora.open_model(cfg.model, dtype=rt.dtype)
     rt.place(model)
     tok = tokenizer.load(base)
-    prompts = [tok.render(recognise(record)[:-1], add_generation_prompt=True)[0] for record in records]
+    prompts = [
+        tok.render(recognise(record)[:-1], add_generation_prompt=True)[0] for record in records
+    ]
     with rt.autocast():
-        made = generate.generate(model, prompts, cfg.max_new_tokens, temperature=0.0, stop_ids=tok.stop_ids)
+        made = generate.generate(
+            model, prompts, cfg.max_new_tokens, temperature=0.0, stop_ids=tok.stop_ids
+        )
     answers = [tok.decode(ids) for ids in made.tokens]
     tasks = defaultdict(list)
     for i, record in enumerate(records):
@@ -55,8 +58,12 @@ def main(cfg):
     for task, rows in sorted(tasks.items()):
         score = exact_match([answers[i] for i in rows], [records[i] for i in rows])
         first = rows[0]
-        print(f"{task:>12}  {score:6.1%} of {len(rows):3}   wanted {records[first]['output']!r}, got {answers[first][:60]!r}")
-    print(f"{'all':>12}  {exact_match(answers, records):6.1%} of {len(records):3}   exact match of {cfg.model}")
+        print(
+            f"{task:>12}  {score:6.1%} of {len(rows):3}   wanted {records[first]['output']!r}, got {answers[first][:60]!r}"
+        )
+    print(
+        f"{'all':>12}  {exact_match(answers, records):6.1%} of {len(records):3}   exact match of {cfg.model}"
+    )
 
 
 if __name__ == "__main__":

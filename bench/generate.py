@@ -1,7 +1,7 @@
 """Tokens per second of generate.py beside transformers' generate: same model, prompts and lengths, taking turns in one process.
 
-    python bench/generate.py model=models/smollm2 batch_size=16 new=128
-    python bench/generate.py model=random-1b device=cuda batch_size=64 prompt=512 new=512
+    python -m bench.generate model=models/smollm2 batch_size=16 new=128
+    python -m bench.generate model=random-1b device=cuda batch_size=64 prompt=512 new=512
 
 Two cases: every sample `new` tokens long; and `prompts` samples of unequal lengths (geometric, mean new/4, at most new), of
 which transformers decodes each batch to its longest, and only the tokens asked for count. Medians over the rounds, wall time and
@@ -12,19 +12,17 @@ filled cache of each step once, over the time taken.
 import contextlib
 import os
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # in place of bench/, whose files are no modules
-import config
+from nano import config
 
 
 @dataclass
 class Config:
-    model: str = "models/smollm2"  # model directory; random-1b: Llama-3.2-1B's shape with random weights
+    model: str = "models/smollm2"  # directory; random-1b: Llama-3.2-1B's shape
     batch_size: int = 16
     prompts: int = 64  # of the unequal case
     prompt: int = 32  # tokens of a prompt
@@ -42,11 +40,21 @@ class Config:
 def random_model(dir):
     import torch
 
-    import checkpoint
     from model import ModelConfig, Transformer
+    from nano import checkpoint
 
-    cfg = ModelConfig(vocab_size=128256, dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, ffn_dim=8192,
-                      rope_theta=5e5, max_positions=131072, tie_embeddings=True)  # fmt: skip
+    cfg = ModelConfig(
+        vocab_size=128256,
+        dim=2048,
+        n_layers=16,
+        n_heads=32,
+        n_kv_heads=8,
+        head_dim=64,
+        ffn_dim=8192,
+        rope_theta=5e5,
+        max_positions=131072,
+        tie_embeddings=True,
+    )
     if not (Path(dir) / "config.json").exists():
         checkpoint.save_model(Transformer(cfg).init_weights(), dir, dtype=torch.bfloat16)
     return dir
@@ -57,9 +65,8 @@ def main(cfg):
     import numpy as np
     import torch
 
-    import checkpoint
-    import runtime
-    from generate import generate
+    from nano import checkpoint, runtime
+    from nano.generate import generate
 
     torch.set_num_threads(cfg.threads)
     rt = runtime.Runtime(cfg.device, "none", cfg.dtype, cfg.seed)
@@ -70,14 +77,20 @@ def main(cfg):
     unequal = np.minimum(rng.geometric(4 / cfg.new, cfg.prompts), cfg.new).tolist()
 
     def run_ours(prompts, lengths):
-        return generate(ours, prompts, lengths, temperature=cfg.temperature, batch_size=cfg.batch_size)
+        return generate(
+            ours, prompts, lengths, temperature=cfg.temperature, batch_size=cfg.batch_size
+        )
 
     sides = dict(ours=run_ours)
     if cfg.peer:
         from transformers import AutoModelForCausalLM
 
         theirs = AutoModelForCausalLM.from_pretrained(dir, dtype=rt.dtype).to(rt.device).eval()
-        sampling = dict(do_sample=cfg.temperature > 0, temperature=cfg.temperature or None, top_k=0 if cfg.temperature else None)
+        sampling = dict(
+            do_sample=cfg.temperature > 0,
+            temperature=cfg.temperature or None,
+            top_k=0 if cfg.temperature else None,
+        )
         sampling |= dict(cache_implementation="static") if cfg.static else {}
 
         def run_theirs(prompts, lengths):
@@ -85,8 +98,14 @@ def main(cfg):
                 tokens = torch.tensor(prompts[i : i + cfg.batch_size], device=rt.device)
                 n = max(lengths[i : i + cfg.batch_size])
                 with contextlib.redirect_stderr(None):
-                    theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n, min_new_tokens=n,
-                                    pad_token_id=0, **sampling)  # fmt: skip
+                    theirs.generate(
+                        tokens,
+                        attention_mask=torch.ones_like(tokens),
+                        max_new_tokens=n,
+                        min_new_tokens=n,
+                        pad_token_id=0,
+                        **sampling,
+                    )
 
         sides["transformers"] = run_theirs
 
@@ -102,10 +121,16 @@ def main(cfg):
     bandwidth = max(reads)
     del big
     weights = sum(p.numel() for p in ours.parameters()) * rt.dtype.itemsize
-    slot = 2 * ours.cfg.n_layers * ours.cfg.n_kv_heads * ours.cfg.head_dim * rt.dtype.itemsize  # bytes of cache a token
-    print(f"{rt.name}, {cfg.threads} threads, {cfg.dtype}: {weights / 1e6:.0f} MB of weights, reads at {bandwidth / 1e9:.1f} GB/s")
+    slot = (
+        2 * ours.cfg.n_layers * ours.cfg.n_kv_heads * ours.cfg.head_dim * rt.dtype.itemsize
+    )  # bytes of cache a token
+    print(
+        f"{rt.name}, {cfg.threads} threads, {cfg.dtype}: {weights / 1e6:.0f} MB of weights, reads at {bandwidth / 1e9:.1f} GB/s"
+    )
 
-    cases = dict(equal=(prompts[: cfg.batch_size], [cfg.new] * cfg.batch_size), unequal=(prompts, unequal))
+    cases = dict(
+        equal=(prompts[: cfg.batch_size], [cfg.new] * cfg.batch_size), unequal=(prompts, unequal)
+    )
     for name, (asked, lengths) in cases.items():
         for run in sides.values():  # warm up
             run(asked[: cfg.batch_size], [min(8, n) for n in lengths[: cfg.batch_size]])
@@ -124,13 +149,18 @@ def main(cfg):
             seconds = statistics.median(wall[side])
             # every step reads the weights once for a full batch, and each row its cache
             steps = tokens / min(cfg.batch_size, len(asked))
-            bound = (steps * weights + sum(n * (cfg.prompt + n / 2) for n in lengths) * slot) / bandwidth
+            bound = (
+                steps * weights + sum(n * (cfg.prompt + n / 2) for n in lengths) * slot
+            ) / bandwidth
             print(
                 f"  {side:<13} {tokens / seconds:8.1f} tokens/s   {tokens / statistics.median(cpu[side]):8.1f} tokens/CPU-s   "
                 f"MBU {bound / seconds:.0%}"
             )
         if cfg.peer:
-            ratios = [statistics.median(x["transformers"]) / statistics.median(x["ours"]) for x in (wall, cpu)]
+            ratios = [
+                statistics.median(x["transformers"]) / statistics.median(x["ours"])
+                for x in (wall, cpu)
+            ]
             print(f"  ratio         {ratios[0]:8.2f} (wall) {ratios[1]:14.2f} (CPU)")
 
 

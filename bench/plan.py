@@ -1,11 +1,11 @@
 """What a training run will need on given devices, from first principles: memory of one device by part, and seconds of one step.
 
-    python bench/plan.py size=70b device=H100 devices=64 batch_size=512 micro_batch=1 max_length=4096
-    python bench/plan.py model=models/llama-8b device="RTX 4090" devices=1 stage=dpo lora_rank=16
-    python bench/plan.py size=8b device="TPU v5p" devices=64 stage=pretrain             # v5p-128: it counts two cores a chip
-    python bench/plan.py size=1b device=H200 devices=8 stage=ppo parallel=ddp
-    python bench/plan.py size=70b device=H100 devices=64 tensor=8                       # a node's devices share each layer
-    python bench/plan.py size=8b device="RTX 4090" devices=8 node=8 offload=true        # weights and moments in CPU memory
+    python -m bench.plan size=70b device=H100 devices=64 batch_size=512 micro_batch=1 max_length=4096
+    python -m bench.plan model=models/llama-8b device="RTX 4090" devices=1 stage=dpo lora_rank=16
+    python -m bench.plan size=8b device="TPU v5p" devices=64 stage=pretrain             # v5p-128: it counts two cores a chip
+    python -m bench.plan size=1b device=H200 devices=8 stage=ppo parallel=ddp
+    python -m bench.plan size=70b device=H100 devices=64 tensor=8                       # a node's devices share each layer
+    python -m bench.plan size=8b device="RTX 4090" devices=8 node=8 offload=true        # weights and moments in CPU memory
 
 Memory is that of estimate.py, with what the stage adds to it. Time is counted, not measured: floating-point operations at
 `utilisation` of the data sheet's peak, and the bytes that ring collectives and offloading send at `link_utilisation` of the link's;
@@ -17,34 +17,35 @@ one H100: 1.1B full 59,605 tokens/s against 64,228 (74,673 compiled), LoRA 87,19
 against 448,978 compiled. Several GPUs and TPUs: not checked.
 """
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import checkpoint
-import config
-import estimate
-import log
 import lora
 import pretrain
-from config import UserError
 from model import ModelConfig, Transformer
+from nano import checkpoint, config, estimate, log
+from nano.config import UserError
 
 # From the makers' data sheets: memory GB, its bandwidth GB/s, GB/s that a device sends within its node; assumed, to other nodes: an
 # adapter of 400 Gbit/s a device, 200 for A100, 100 for cards; and to the CPU: PCIe 5 or 4. TPUs: all links of a chip together.
 DEVICES = {
-    "B200": (180, 8000, 900, 50, 64), "H200": (141, 4800, 450, 50, 64), "H100 PCIe": (80, 2000, 64, 50, 64),
-    "H100": (80, 3350, 450, 50, 64), "A100": (80, 2039, 300, 25, 32), "MI300X": (192, 5300, 448, 50, 64),
-    "L40S": (48, 864, 32, 12, 32), "L4": (24, 300, 32, 12, 32),
-    "RTX 4090": (24, 1008, 32, 12, 32), "RTX 3090": (24, 936, 32, 12, 32),
-    "TPU v4": (32, 1228, 300, 300, 0), "TPU v5e": (16, 819, 200, 200, 0), "TPU v5p": (95, 2765, 600, 600, 0),
+    "B200": (180, 8000, 900, 50, 64),
+    "H200": (141, 4800, 450, 50, 64),
+    "H100 PCIe": (80, 2000, 64, 50, 64),
+    "H100": (80, 3350, 450, 50, 64),
+    "A100": (80, 2039, 300, 25, 32),
+    "MI300X": (192, 5300, 448, 50, 64),
+    "L40S": (48, 864, 32, 12, 32),
+    "L4": (24, 300, 32, 12, 32),
+    "RTX 4090": (24, 1008, 32, 12, 32),
+    "RTX 3090": (24, 936, 32, 12, 32),
+    "TPU v4": (32, 1228, 300, 300, 0),
+    "TPU v5e": (16, 819, 200, 200, 0),
+    "TPU v5p": (95, 2765, 600, 600, 0),
     "TPU v6e": (32, 1640, 448, 448, 0),
-}  # fmt: skip
+}
 
 # Shapes beyond those of pretrain.py (layers, dim, heads, key/value heads, ffn, tied): Llama 3's
 SIZES = {
@@ -95,8 +96,16 @@ def build(cfg, head):
         if cfg.size not in sizes:
             raise UserError(f"size={cfg.size}: use {', '.join(sizes)}, or model=")
         layers, dim, heads, kv_heads, ffn, tied = sizes[cfg.size]
-        shape = ModelConfig(vocab_size=cfg.vocab_size, dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=kv_heads,
-                            head_dim=dim // heads, ffn_dim=ffn, tie_embeddings=tied)  # fmt: skip
+        shape = ModelConfig(
+            vocab_size=cfg.vocab_size,
+            dim=dim,
+            n_layers=layers,
+            n_heads=heads,
+            n_kv_heads=kv_heads,
+            head_dim=dim // heads,
+            ffn_dim=ffn,
+            tie_embeddings=tied,
+        )
     shape.head = head
     with torch.device("meta"):
         model = Transformer(shape)
@@ -121,17 +130,25 @@ def check(cfg, shape):
         raise UserError(f"tensor={cfg.tensor} must divide the model's {sizes}")
     if cfg.batch_size % (cfg.devices // cfg.tensor * cfg.micro_batch):
         devices = f"{cfg.devices} devices" + f" / tensor={cfg.tensor}" * (cfg.tensor > 1)
-        raise UserError(f"batch_size={cfg.batch_size} is no multiple of micro_batch={cfg.micro_batch} x {devices}")
+        raise UserError(
+            f"batch_size={cfg.batch_size} is no multiple of micro_batch={cfg.micro_batch} x {devices}"
+        )
     if cfg.stage == "ppo" and cfg.max_new_tokens >= cfg.max_length:
-        raise UserError(f"max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in max_length={cfg.max_length}")
+        raise UserError(
+            f"max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in max_length={cfg.max_length}"
+        )
     if "tpu" in cfg.device.lower():
         if cfg.offload or cfg.reduce_dtype != "float32":
-            raise UserError("device=xla, for TPUs, has no offload=, and no reduce_dtype=: its gradients are summed in float32")
+            raise UserError(
+                "device=xla, for TPUs, has no offload=, and no reduce_dtype=: its gradients are summed in float32"
+            )
         if cfg.parallel not in ("ddp", "fsdp"):
             raise UserError(f"parallel={cfg.parallel}: on TPUs use ddp or fsdp")
     shards = dict(ddp=1, hsdp=local).get(cfg.parallel, cfg.devices)
     if cfg.offload and shards == 1 and (cfg.stage != "ppo" or cfg.lora_rank):
-        raise UserError("offload=true keeps in CPU memory what fsdp, zero2 or hsdp cuts: set parallel= to one of them")
+        raise UserError(
+            "offload=true keeps in CPU memory what fsdp, zero2 or hsdp cuts: set parallel= to one of them"
+        )
 
 
 def plan(cfg):
@@ -151,28 +168,51 @@ def plan(cfg):
     model = build(cfg, "score" if cfg.stage == "reward" else "lm")
     check(cfg, model.cfg)
     shards = dict(ddp=tensor, hsdp=local).get(cfg.parallel, cfg.devices)
-    fsdp, groups = shards // tensor, cfg.devices // tensor  # parts that FSDP cuts; groups that see rows of their own
+    fsdp, groups = (
+        shards // tensor,
+        cfg.devices // tensor,
+    )  # parts that FSDP cuts; groups that see rows of their own
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     # memory; ppo holds a critic of the policy's kind, and two more models that are only read, or one trunk for all four with LoRA
     rows = cfg.micro_batch * cfg.max_length  # tokens of one forward
-    memory = estimate.memory(model, rows, shards, dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", tensor)
+    memory = estimate.memory(
+        model, rows, shards, dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", tensor
+    )
     if cfg.stage == "ppo":
         extra = memory["gradients"] + memory["optimizer"]
         memory["critic"] = extra + (0 if cfg.lora_rank else memory["weights"])
         memory["reference, reward"] = 0 if cfg.lora_rank else 2 * dtype.itemsize * total / shards
         slots = min(cfg.rollout_batch, cfg.batch_size // groups) * cfg.max_length
-        cache = 2 * model.cfg.n_layers * model.cfg.n_kv_heads * model.cfg.head_dim * dtype.itemsize * slots
-        copy = dtype.itemsize * total if shards > 1 or not cfg.lora_rank else 0  # decoding reads a whole copy in the matrix dtype
-        memory["rollout"] = max(0, cache + copy - memory["activations"] - memory["head"])  # which are not there at that time
+        cache = (
+            2
+            * model.cfg.n_layers
+            * model.cfg.n_kv_heads
+            * model.cfg.head_dim
+            * dtype.itemsize
+            * slots
+        )
+        copy = (
+            dtype.itemsize * total if shards > 1 or not cfg.lora_rank else 0
+        )  # decoding reads a whole copy in the matrix dtype
+        memory["rollout"] = max(
+            0, cache + copy - memory["activations"] - memory["head"]
+        )  # which are not there at that time
     host = 0
-    if cfg.offload and shards == 1:  # ppo parks the models that are not at work: policy and critic meet in the update alone
+    if (
+        cfg.offload and shards == 1
+    ):  # ppo parks the models that are not at work: policy and critic meet in the update alone
         host = sum(memory[part] for part in ("weights", "optimizer", "critic", "reference, reward"))
-        moved = 2 * (5 * memory["weights"] + 2 * memory["optimizer"] + memory.pop("reference, reward"))  # there and back
+        moved = 2 * (
+            5 * memory["weights"] + 2 * memory["optimizer"] + memory.pop("reference, reward")
+        )  # there and back
         memory.pop("rollout")
     elif cfg.offload:
-        host = sum(memory.pop(part, 0) for part in ("weights", "gradients", "optimizer", "critic", "reference, reward"))
+        host = sum(
+            memory.pop(part, 0)
+            for part in ("weights", "gradients", "optimizer", "critic", "reference, reward")
+        )
 
     # floating-point operations; a forward is a third of a step that trains all weights
     forward = model.flops_per_token(cfg.max_length) / 3
@@ -181,7 +221,9 @@ def plan(cfg):
     again = (tensor - 1) * head  # each device of a tensor group does the whole head
     passes = train + (4 if cfg.lora_rank else 6) * again + (forward if cfg.grad_checkpoint else 0)
     tokens = cfg.batch_size * cfg.max_length
-    if cfg.stage == "ppo":  # log-probabilities of policy and reference, score and value once; then policy and critic in each pass
+    if (
+        cfg.stage == "ppo"
+    ):  # log-probabilities of policy and reference, score and value once; then policy and critic in each pass
         passes = 4 * forward + 2 * 2 * again + 2 * cfg.ppo_epochs * passes
         useful = 4 * forward + 2 * cfg.ppo_epochs * train
     else:
@@ -199,7 +241,9 @@ def plan(cfg):
     rounds = micros * (cfg.ppo_epochs * 2 if cfg.stage == "ppo" else 1)
     alone = micros * 4 if cfg.stage == "ppo" else 0  # forwards without a backward
     if cfg.parallel == "ddp":  # with tensor=, gradients meet in each micro-batch
-        communicate = 2 * ring(gradients, groups) * (rounds if tensor > 1 else rounds / micros) / link
+        communicate = (
+            2 * ring(gradients, groups) * (rounds if tensor > 1 else rounds / micros) / link
+        )
     elif cfg.parallel == "hsdp":
         nodes = -(-cfg.devices // cfg.node)
         communicate = rounds * (gathers * ring(weights, fsdp) + ring(gradients, fsdp)) / near
@@ -210,13 +254,22 @@ def plan(cfg):
         communicate += alone * ring(weights, fsdp) / link
     if cfg.stage == "ppo" and shards > 1:
         communicate += ring(weights * tensor, shards) / link  # the copy for decoding
-    if tensor > 1:  # sums of (tokens, dim): forward two a layer and one of embeddings; backward q, k, v, gate and up each, and one
-        summed = 2 * ring(dtype.itemsize * rows * model.cfg.dim, tensor)  # that recomputation repeats; and the head is gathered
+    if (
+        tensor > 1
+    ):  # sums of (tokens, dim): forward two a layer and one of embeddings; backward q, k, v, gate and up each, and one
+        summed = 2 * ring(
+            dtype.itemsize * rows * model.cfg.dim, tensor
+        )  # that recomputation repeats; and the head is gathered
         once = (2 * model.cfg.n_layers + 1) * summed + ring(dtype.itemsize * head, tensor)
-        communicate += ((rounds + alone) * once + rounds * (5 + cfg.grad_checkpoint) * model.cfg.n_layers * summed) / near
+        communicate += (
+            (rounds + alone) * once
+            + rounds * (5 + cfg.grad_checkpoint) * model.cfg.n_layers * summed
+        ) / near
 
     # offload: FSDP copies its part as it is held, before the cast, at each gathering, and the gradient back; AdamW reads four
-    transfer = update = 0.0  # numbers and writes three, after clipping has read one twice and written it
+    transfer = update = (
+        0.0  # numbers and writes three, after clipping has read one twice and written it
+    )
     if cfg.offload and shards == 1:
         transfer = moved / bus
     elif cfg.offload:
@@ -228,11 +281,23 @@ def plan(cfg):
     generate = 0.0
     if cfg.stage == "ppo":  # a decoding step reads the weights and, on average, half of the cache
         turns = -(-(cfg.batch_size // groups) // cfg.rollout_batch)
-        generate = turns * cfg.max_new_tokens * (dtype.itemsize * total + cache / 2) / (bandwidth * 0.6)
+        generate = (
+            turns * cfg.max_new_tokens * (dtype.itemsize * total + cache / 2) / (bandwidth * 0.6)
+        )
     return dict(
-        memory=memory, room=1e9 * cfg.memory or room, host=host, parameters=total, trained=trained, tokens=tokens, compute=compute,
-        communicate=communicate, transfer=transfer, update=update, generate=generate, useful=tokens * useful / (cfg.devices * peak),
-    )  # fmt: skip
+        memory=memory,
+        room=1e9 * cfg.memory or room,
+        host=host,
+        parameters=total,
+        trained=trained,
+        tokens=tokens,
+        compute=compute,
+        communicate=communicate,
+        transfer=transfer,
+        update=update,
+        generate=generate,
+        useful=tokens * useful / (cfg.devices * peak),
+    )
 
 
 def main(cfg):
@@ -240,17 +305,33 @@ def main(cfg):
     used = sum(p["memory"].values())
     print(" ".join(["plan:", *config.diff(cfg)]))
     cut = f"parallel={cfg.parallel}" + f" tensor={cfg.tensor}" * (cfg.tensor > 1)
-    print(f"{p['parameters']:,} parameters, {p['trained']:,} trained; {cfg.devices} x {cfg.device}, {cut}")
+    print(
+        f"{p['parameters']:,} parameters, {p['trained']:,} trained; {cfg.devices} x {cfg.device}, {cut}"
+    )
     for part, size in p["memory"].items():
         print(f"  {part:20} {size / 1e9:9.2f} GB")
-    verdict = "fits" if used < 0.92 * p["room"] else "is tight" if used < p["room"] else "DOES NOT FIT"
+    verdict = (
+        "fits" if used < 0.92 * p["room"] else "is tight" if used < p["room"] else "DOES NOT FIT"
+    )
     print(f"  {'a device needs':20} {used / 1e9:9.2f} GB of {p['room'] / 1e9:.0f}: {verdict}")
     if p["host"]:
-        print(f"  {'in CPU memory':20} {p['host'] / 1e9:9.2f} GB, {p['host'] * min(cfg.node, cfg.devices) / 1e9:.0f} of a node")
+        print(
+            f"  {'in CPU memory':20} {p['host'] / 1e9:9.2f} GB, {p['host'] * min(cfg.node, cfg.devices) / 1e9:.0f} of a node"
+        )
     at_once = [p["compute"], p["communicate"], p["transfer"]]
     best, worst = (p["generate"] + p["update"] + f(at_once) for f in (max, sum))
-    names = dict(compute="work", communicate="communication", transfer="transfers", update="AdamW", generate="generation")
-    parts = [f"{name} {p[part]:.2f} s" for part, name in names.items() if p[part] or part in ("compute", "communicate")]
+    names = dict(
+        compute="work",
+        communicate="communication",
+        transfer="transfers",
+        update="AdamW",
+        generate="generation",
+    )
+    parts = [
+        f"{name} {p[part]:.2f} s"
+        for part, name in names.items()
+        if p[part] or part in ("compute", "communicate")
+    ]
     print(f"a step of {p['tokens']:,} tokens: {best:.2f} to {worst:.2f} s = {', '.join(parts)}")
     speed = f"{p['tokens'] / worst:,.0f} to {p['tokens'] / best:,.0f} tokens/s"
     print(f"{speed}, mfu {p['useful'] / worst:.0%} to {p['useful'] / best:.0%}")

@@ -1,7 +1,7 @@
 """How fast prepare/text.py is, and how much memory it takes, on text that every machine has: Python's own library.
 
-    python bench/prepare_text.py mb=1000 tokenizer=models/smollm2
-    python bench/prepare_text.py mb=1000 tokenizer=train:8000 format=txt
+    python -m bench.prepare_text mb=1000 tokenizer=models/smollm2
+    python -m bench.prepare_text mb=1000 tokenizer=train:8000 format=txt
 
 The sources of the standard library and pydoc's topics, one document a file, are repeated until `mb` megabytes are written;
 repetition makes caches look good, but pieces of text repeat in any corpus: compare it with your own (source=).
@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import config
+from nano import config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +50,11 @@ def make_text(path, size, format):
     with open(path, "w", encoding="utf-8") as f:
         while written < size:
             for text in texts:
-                f.write(json.dumps({"text": text}, ensure_ascii=False) + "\n" if format == "jsonl" else text + "<|endoftext|>")
+                f.write(
+                    json.dumps({"text": text}, ensure_ascii=False) + "\n"
+                    if format == "jsonl"
+                    else text + "<|endoftext|>"
+                )
                 written += len(text)
                 if written >= size:
                     break
@@ -81,11 +84,24 @@ def main(cfg):
     if not source.exists():
         make_text(source, cfg.mb * 1e6, cfg.format)
     shutil.rmtree(out / "store", ignore_errors=True)
-    command = [sys.executable, "-m", "prepare.text", f"source={source}", f"tokenizer={cfg.tokenizer}", f"kind={cfg.kind}"]
+    command = [
+        sys.executable,
+        "-m",
+        "prepare.text",
+        f"source={source}",
+        f"tokenizer={cfg.tokenizer}",
+        f"kind={cfg.kind}",
+    ]
     command += [f"workers={cfg.workers}", f"out={out / 'store'}"]
     command += ["separator=<|endoftext|>"] if cfg.format == "txt" else []
     began, peak = time.perf_counter(), []
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    child = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     watcher = threading.Thread(target=watch, args=(child.pid, peak), daemon=True)
     watcher.start()
     said = child.communicate()[0]
@@ -95,12 +111,23 @@ def main(cfg):
     meta = json.loads((out / "store" / "meta.json").read_text())
     size, tokens = sum(meta["bytes"].values()), sum(s["tokens"] for s in meta["splits"].values())
     cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(json.dumps(dict(
-        tokenizer=cfg.tokenizer, kind=cfg.kind, format=cfg.format, workers=cfg.workers, megabytes=round(size / 1e6, 1),
-        tokens=tokens, seconds=round(seconds, 1), mb_per_s=round(size / 1e6 / seconds, 2),
-        mb_per_cpu_s=round(size / 1e6 / (cpu.ru_utime + cpu.ru_stime), 2), peak_rss_gb=round(max(peak) / 2**20, 2),
-        load=round(os.getloadavg()[0], 1),
-    )))  # fmt: skip
+    print(
+        json.dumps(
+            dict(
+                tokenizer=cfg.tokenizer,
+                kind=cfg.kind,
+                format=cfg.format,
+                workers=cfg.workers,
+                megabytes=round(size / 1e6, 1),
+                tokens=tokens,
+                seconds=round(seconds, 1),
+                mb_per_s=round(size / 1e6 / seconds, 2),
+                mb_per_cpu_s=round(size / 1e6 / (cpu.ru_utime + cpu.ru_stime), 2),
+                peak_rss_gb=round(max(peak) / 2**20, 2),
+                load=round(os.getloadavg()[0], 1),
+            )
+        )
+    )
 
 
 if __name__ == "__main__":

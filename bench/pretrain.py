@@ -1,8 +1,8 @@
 """Tokens per second of a training step: pretrain.py's own parts, beside nanoGPT's model.py where a checkout is at hand.
 
-    python bench/pretrain.py                                         # ours, with and without compile, both mallocs
-    python bench/pretrain.py nanogpt=../nanoGPT rounds=3             # beside nanoGPT, in turn
-    python bench/pretrain.py compile=[false,true] malloc=[tuned] size=1b micro_batch=8 max_length=2048     # a GPU
+    python -m bench.pretrain                                         # ours, with and without compile, both mallocs
+    python -m bench.pretrain nanogpt=../nanoGPT rounds=3             # beside nanoGPT, in turn
+    python -m bench.pretrain compile=[false,true] malloc=[tuned] size=1b micro_batch=8 max_length=2048     # a GPU
 
 Both sides take the same tokens (pydoc's topics, prepared by prepare/text.py), layers, width, vocabulary, threads and dtype, clip
 and step AdamW; ours also masks documents from each other. Each run is a process of its own and prints one line of JSON, then
@@ -21,8 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import config
+from nano import config
 
 TUNED = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="-1", MALLOC_TOP_PAD_=str(256 << 20))
 
@@ -55,16 +54,26 @@ def prepare(cfg):
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "data" / "meta.json").exists():
         topics = pydoc_data.topics.topics.values()
-        (out / "topics.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in topics), encoding="utf-8")
-        text.main(text.Config(str(out / "topics.jsonl"), "train:8000", str(out / "data"), kind="bpe", val="0", workers=1))
+        (out / "topics.jsonl").write_text(
+            "".join(json.dumps({"text": t}) + "\n" for t in topics), encoding="utf-8"
+        )
+        text.main(
+            text.Config(
+                str(out / "topics.jsonl"),
+                "train:8000",
+                str(out / "data"),
+                kind="bpe",
+                val="0",
+                workers=1,
+            )
+        )
 
 
 def steps_of_ours(cfg, rt, windows):
     """(a function of the step's number that trains one step, the model)"""
-    import data
-    import optim
     import pretrain
     from model import Transformer
+    from nano import data, optim
 
     sizes = pretrain.Config(size=cfg.size, max_length=cfg.max_length)
     model = Transformer(pretrain.model_config(sizes, cfg.vocab_size)).init_weights()
@@ -75,7 +84,9 @@ def steps_of_ours(cfg, rt, windows):
         micro = data.target_index(windows.batch(i)[0])
         rt.accumulate(True, net)
         with rt.autocast():
-            loss = pretrain.loss_sum(net, model, rt.put(micro), cfg.isolate) / float(micro["weights"].sum())
+            loss = pretrain.loss_sum(net, model, rt.put(micro), cfg.isolate) / float(
+                micro["weights"].sum()
+            )
         rt.backward(loss)
         optim.clip_(model.parameters(), 1.0)
         optimizer.step()
@@ -94,7 +105,13 @@ def steps_of_nanogpt(cfg, rt, windows):
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     layers, dim, heads, *_ = pretrain.SIZES[cfg.size]
-    shape = dict(block_size=cfg.max_length, vocab_size=cfg.vocab_size, n_layer=layers, n_head=heads, n_embd=dim)
+    shape = dict(
+        block_size=cfg.max_length,
+        vocab_size=cfg.vocab_size,
+        n_layer=layers,
+        n_head=heads,
+        n_embd=dim,
+    )
     model = module.GPT(module.GPTConfig(**shape, dropout=0.0, bias=False)).to(rt.device)
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), rt.device.type)
     net = torch.compile(model) if cfg.compile[0] else model
@@ -116,9 +133,7 @@ def measure(cfg):
     """One run in this process."""
     import torch
 
-    import data
-    import log
-    import runtime
+    from nano import data, log, runtime
 
     torch.set_num_threads(cfg.threads)
     if cfg.side == "nanogpt":
@@ -127,11 +142,21 @@ def measure(cfg):
         runtime._tune_cpu = lambda: torch.set_flush_denormal(True)
     rt = runtime.Runtime(cfg.device, "none", cfg.dtype)
     isolate = cfg.isolate and cfg.side == "ours"
-    windows = data.Windows([data.Store(Path(cfg.out) / "data")], cfg.micro_batch, cfg.micro_batch, cfg.max_length, isolate=isolate)
+    windows = data.Windows(
+        [data.Store(Path(cfg.out) / "data")],
+        cfg.micro_batch,
+        cfg.micro_batch,
+        cfg.max_length,
+        isolate=isolate,
+    )
     step, model = (steps_of_ours if cfg.side == "ours" else steps_of_nanogpt)(cfg, rt, windows)
-    whole = int(windows.starts[-1]) // cfg.micro_batch  # steps of an epoch without its last, which may be padded
+    whole = (
+        int(windows.starts[-1]) // cfg.micro_batch
+    )  # steps of an epoch without its last, which may be padded
     if not whole:
-        raise config.UserError(f"micro_batch={cfg.micro_batch} is more than the text's {windows.starts[-1]} windows: set fewer")
+        raise config.UserError(
+            f"micro_batch={cfg.micro_batch} is more than the text's {windows.starts[-1]} windows: set fewer"
+        )
     wall, cpu = [], []
     for i in range(2 + cfg.steps):
         rt.wait()
@@ -142,16 +167,29 @@ def measure(cfg):
         cpu.append(time.process_time() - used)
     count = cfg.micro_batch * cfg.max_length
     result = dict(
-        side=cfg.side, compile=cfg.compile[0], malloc=cfg.malloc[0], size=cfg.size,
-        parameters=sum(p.numel() for p in model.parameters()), batch=[cfg.micro_batch, cfg.max_length],
-        isolate=isolate, dtype=str(rt.dtype), device=rt.name, threads=cfg.threads,
-        loss=round(loss.item(), 3), first_step_s=round(wall[0], 1), tokens_per_s=round(count / statistics.median(wall[2:]), 1),
-        tokens_per_s_best=round(count / min(wall[2:]), 1), tokens_per_cpu_s=round(count / statistics.median(cpu[2:]), 1),
-        memory_gb=round(rt.peak_memory() / 1e9, 2), load=round(os.getloadavg()[0], 1),
-    )  # fmt: skip
+        side=cfg.side,
+        compile=cfg.compile[0],
+        malloc=cfg.malloc[0],
+        size=cfg.size,
+        parameters=sum(p.numel() for p in model.parameters()),
+        batch=[cfg.micro_batch, cfg.max_length],
+        isolate=isolate,
+        dtype=str(rt.dtype),
+        device=rt.name,
+        threads=cfg.threads,
+        loss=round(loss.item(), 3),
+        first_step_s=round(wall[0], 1),
+        tokens_per_s=round(count / statistics.median(wall[2:]), 1),
+        tokens_per_s_best=round(count / min(wall[2:]), 1),
+        tokens_per_cpu_s=round(count / statistics.median(cpu[2:]), 1),
+        memory_gb=round(rt.peak_memory() / 1e9, 2),
+        load=round(os.getloadavg()[0], 1),
+    )
     peak = log.peak_flops(rt.name)
     if peak and cfg.side == "ours":
-        result["mfu"] = round(result["tokens_per_s"] * model.flops_per_token(cfg.max_length) / peak, 3)
+        result["mfu"] = round(
+            result["tokens_per_s"] * model.flops_per_token(cfg.max_length) / peak, 3
+        )
     print(json.dumps(result), flush=True)
 
 
@@ -161,25 +199,46 @@ def main(cfg):
         return
     prepare(cfg)
     own = ("compile", "malloc", "side")
-    results, settings = {}, [line for line in config.to_cfg(cfg).splitlines() if line.split("=")[0] not in own]
+    results, settings = (
+        {},
+        [line for line in config.to_cfg(cfg).splitlines() if line.split("=")[0] not in own],
+    )
     sides = ["nanogpt", "ours"] if cfg.nanogpt else ["ours"]
-    runs = [(compiled, malloc, side) for compiled in cfg.compile for malloc in cfg.malloc for side in sides]
+    runs = [
+        (compiled, malloc, side)
+        for compiled in cfg.compile
+        for malloc in cfg.malloc
+        for side in sides
+    ]
     for _ in range(cfg.rounds):
         for compiled, malloc, side in runs:
             chosen = [f"compile={str(compiled).lower()}", f"malloc={malloc}", f"side={side}"]
-            env = {k: v for k, v in os.environ.items() if k not in TUNED} | dict(OMP_NUM_THREADS=str(cfg.threads))
+            env = {k: v for k, v in os.environ.items() if k not in TUNED} | dict(
+                OMP_NUM_THREADS=str(cfg.threads)
+            )
             env |= TUNED if malloc == "tuned" and side == "nanogpt" else {}
-            said = subprocess.run([sys.executable, __file__, *settings, *chosen], env=env, stdout=subprocess.PIPE, text=True)
+            said = subprocess.run(
+                [sys.executable, "-m", "bench.pretrain", *settings, *chosen],
+                env=env,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             if said.returncode:
                 raise config.UserError(f"the run {' '.join(chosen)} failed")
             line = said.stdout.splitlines()[-1]  # nanoGPT prints lines of its own before
             print(line, flush=True)
             results.setdefault((compiled, malloc, side), []).append(json.loads(line))
-    print(f"\n{'compile':<9}{'malloc':<9}{'side':<9}{'tokens/s':>10}{'best':>10}{'GB':>7}   median of {cfg.rounds} runs")
+    print(
+        f"\n{'compile':<9}{'malloc':<9}{'side':<9}{'tokens/s':>10}{'best':>10}{'GB':>7}   median of {cfg.rounds} runs"
+    )
     for (compiled, malloc, side), runs in results.items():
-        speed, memory = (statistics.median(r[key] for r in runs) for key in ("tokens_per_s", "memory_gb"))
+        speed, memory = (
+            statistics.median(r[key] for r in runs) for key in ("tokens_per_s", "memory_gb")
+        )
         best = max(r["tokens_per_s_best"] for r in runs)
-        print(f"{str(compiled).lower():<9}{malloc:<9}{side:<9}{speed:>10,.0f}{best:>10,.0f}{memory:>7.1f}")
+        print(
+            f"{str(compiled).lower():<9}{malloc:<9}{side:<9}{speed:>10,.0f}{best:>10,.0f}{memory:>7.1f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The whole path on the toy language of `prepare.toy task=reviews`, from random weights to PPO, and what each stage is worth.
 
-    python bench/reviews.py                             # one seed
-    python bench/reviews.py seeds=[0,1,2,3,4]           # medians over seeds, one after another
+    python -m bench.reviews                             # one seed
+    python -m bench.reviews seeds=[0,1,2,3,4]           # medians over seeds, one after another
 
 Runs the stage scripts as a user would and prints each command. Then samples answers from every stage's model and prints a table:
 gold, the true worth of an answer; its win rate against the SFT model's answer to the same prompt (ties count half); the shares that
@@ -20,9 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from nano import config
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import config
 
 STAGES = ("sft", "ppo", "ppo, no KL", "rloo", "dpo")
 COLUMNS = ("reward", "gold", "win", "grammatical", "eos", "kl")
@@ -42,9 +42,27 @@ def commands(root, seed):
     data, sft = f"{root}/data", f"{root}/sft/last"
     rl = [f"model={sft}", f"reward={root}/reward/last", f"data={data}/sft", f"seed={seed}"]
     yield ["-m", "prepare.toy", "task=reviews", f"out={data}", f"seed={seed}"]
-    yield ["-m", "prepare.text", f"source={data}/pretrain.jsonl", f"tokenizer={data}/tokenizer", f"out={data}/text"]
-    yield ["pretrain.py", "recipes/reviews/pretrain.cfg", f"data={data}/text", f"out={root}/pretrain", f"seed={seed}"]
-    source = [f"source={data}/sft.jsonl", f"model={root}/pretrain/last", "template=plain", "max_length=32", "val=200"]
+    yield [
+        "-m",
+        "prepare.text",
+        f"source={data}/pretrain.jsonl",
+        f"tokenizer={data}/tokenizer",
+        f"out={data}/text",
+    ]
+    yield [
+        "pretrain.py",
+        "recipes/reviews/pretrain.cfg",
+        f"data={data}/text",
+        f"out={root}/pretrain",
+        f"seed={seed}",
+    ]
+    source = [
+        f"source={data}/sft.jsonl",
+        f"model={root}/pretrain/last",
+        "template=plain",
+        "max_length=32",
+        "val=200",
+    ]
     yield ["-m", "prepare.instructions", *source, f"out={data}/sft"]
     start = [f"model={root}/pretrain/last", f"data={data}/sft", f"out={root}/sft", f"seed={seed}"]
     yield ["sft.py", "recipes/reviews/sft.cfg", *start]
@@ -64,37 +82,48 @@ def measure(root, samples):
     """{stage: {column: value}} from fresh samples of every stage's model, the same prompts and random numbers for each."""
     import torch
 
-    import checkpoint
-    import generate
-    import losses
-    import tokenizer
+    from nano import checkpoint, generate, losses, tokenizer
     from prepare.toy import gold
 
     torch.set_num_threads(1)
     tok = tokenizer.load(f"{root}/sft/last")
-    asked = [json.loads(line)["prompt"] for line in open(f"{root}/data/prompts.jsonl", encoding="utf-8")]
+    asked = [
+        json.loads(line)["prompt"] for line in open(f"{root}/data/prompts.jsonl", encoding="utf-8")
+    ]
     asked = (asked * (samples // len(asked) + 1))[:samples]
     prompts = [tok.encode(text) for text in asked]
-    sft, scorer = checkpoint.load_model(f"{root}/sft/last"), checkpoint.load_model(f"{root}/reward/last")
+    sft, scorer = (
+        checkpoint.load_model(f"{root}/sft/last"),
+        checkpoint.load_model(f"{root}/reward/last"),
+    )
     gain, bias = checkpoint.read_score_scale(f"{root}/reward/last")
     table, worth_of_sft = {}, None
     for stage in STAGES:
         model = checkpoint.load_model(f"{root}/{stage.replace(', no KL', '-no-kl')}/last").float()
         made = generate.generate(model, prompts, 16, stop_ids=tok.stop_ids, seed=1, batch_size=256)
-        worth = [gold(p, tok.decode(t), f) for p, t, f in zip(asked, made.tokens, made.finished, strict=True)]
+        worth = [
+            gold(p, tok.decode(t), f)
+            for p, t, f in zip(asked, made.tokens, made.finished, strict=True)
+        ]
         kl, score = 0.0, 0.0
         with torch.no_grad():
             for prompt, answer, logprobs in zip(prompts, made.tokens, made.logprobs, strict=True):
                 row = torch.tensor([prompt + answer])
                 hidden = sft.float()(row)[0, len(prompt) - 1 : -1]
-                kl += sum(logprobs) - float(losses.token_logprobs(hidden, sft.head_weight, row[0, len(prompt) :]).sum())
+                kl += sum(logprobs) - float(
+                    losses.token_logprobs(hidden, sft.head_weight, row[0, len(prompt) :]).sum()
+                )
                 score += float(scorer.score(scorer.float()(row))[0, -1]) * gain + bias
         worth_of_sft = worth_of_sft or worth
         table[stage] = dict(
-            reward=score / samples, gold=sum(worth) / samples,
-            win=sum((a > b) + (a == b) / 2 for a, b in zip(worth, worth_of_sft, strict=True)) / samples,
-            grammatical=sum(w > -2 for w in worth) / samples, eos=sum(made.finished) / samples, kl=kl / samples,
-        )  # fmt: skip
+            reward=score / samples,
+            gold=sum(worth) / samples,
+            win=sum((a > b) + (a == b) / 2 for a, b in zip(worth, worth_of_sft, strict=True))
+            / samples,
+            grammatical=sum(w > -2 for w in worth) / samples,
+            eos=sum(made.finished) / samples,
+            kl=kl / samples,
+        )
     return table
 
 
@@ -109,13 +138,23 @@ def curves(root, path, width=720, height=260):
         y = lambda v: 30 + (height - 60) * (high - min(max(v, low), high)) / (high - low)  # noqa: B023, E731
         parts.append(f'<text x="{left}" y="18" font-weight="bold">{run}</text>')
         for tick in (-2, 0, 2, 4):
-            parts.append(f'<line x1="{left}" x2="{left + panel - 60}" y1="{y(tick)}" y2="{y(tick)}" stroke="#ddd"/>')
+            parts.append(
+                f'<line x1="{left}" x2="{left + panel - 60}" y1="{y(tick)}" y2="{y(tick)}" stroke="#ddd"/>'
+            )
             parts.append(f'<text x="{left - 18}" y="{y(tick) + 4}">{tick}</text>')
-        for key, dash, color, scale in (("gold", "", "#0a7", 1), ("reward", "6 3", "#c40", 1), ("kl", "2 3", "#348", 0.2)):
-            points = " ".join(f"{x(r['step']):.1f},{y(r[key] * scale):.1f}" for r in rows if r[key] is not None)
+        for key, dash, color, scale in (
+            ("gold", "", "#0a7", 1),
+            ("reward", "6 3", "#c40", 1),
+            ("kl", "2 3", "#348", 0.2),
+        ):
+            points = " ".join(
+                f"{x(r['step']):.1f},{y(r[key] * scale):.1f}" for r in rows if r[key] is not None
+            )
             line = f'fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"'
             parts.append(f'<polyline points="{points}" {line}/>')
-    legend = "green: gold, red dashed: the reward model's score, blue dotted: KL / 5; over iterations"
+    legend = (
+        "green: gold, red dashed: the reward model's score, blue dotted: KL / 5; over iterations"
+    )
     parts.append(f'<text x="40" y="{height - 6}">{legend}</text>')
     style = "font-family:sans-serif;font-size:12px;background:white"
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" style="{style}">'
@@ -144,13 +183,19 @@ def main(cfg):
             run(arguments, env, show=True)
         with ThreadPoolExecutor(cfg.jobs) as pool:  # these do not depend on each other
             last = (ppo, control, rloo, dpo)
-            for arguments, output in zip(last, pool.map(lambda a: run(a, env, show=False), last), strict=True):
+            for arguments, output in zip(
+                last, pool.map(lambda a: run(a, env, show=False), last), strict=True
+            ):
                 print("\n$ python", *arguments)
                 print(output, flush=True)
         seconds.append(time.perf_counter() - began)
         tables.append(measure(root, cfg.samples))
         curves(root, f"{cfg.out}/curves.svg")
-    head = f"{len(cfg.seeds)} seeds, median (least to most)" if len(cfg.seeds) > 1 else f"seed {cfg.seeds[0]}"
+    head = (
+        f"{len(cfg.seeds)} seeds, median (least to most)"
+        if len(cfg.seeds) > 1
+        else f"seed {cfg.seeds[0]}"
+    )
     print(f"\n| {head} | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
     for stage in STAGES:
         cells = []

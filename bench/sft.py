@@ -1,8 +1,8 @@
 """Speed and memory of fine-tuning, beside TRL's SFTTrainer (bench/sft_trl.py) on the same rows: full and LoRA, both in bf16.
 
-    python bench/sft.py data=alpaca_en_demo.json                                     # sft.py, TRL padded, TRL packed
-    python bench/sft.py data=alpaca_en_demo.json sides=[ours,compiled,trl] steps=40 repeats=1
-    python bench/sft.py data=alpaca_en_demo.json device=cuda model=DIR micro_batch=16 max_length=1024 trl_batch=80
+    python -m bench.sft data=alpaca_en_demo.json                                     # sft.py, TRL padded, TRL packed
+    python -m bench.sft data=alpaca_en_demo.json sides=[ours,compiled,trl] steps=40 repeats=1
+    python -m bench.sft data=alpaca_en_demo.json device=cuda model=DIR micro_batch=16 max_length=1024 trl_batch=80
 
 `data` holds instruction records of a shape that prepare.instructions reads. Every run is a process of its own, the sides take
 turns, and the table shows medians. Tokens are real ones, without padding, from the second step on (compiled: after half of the
@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # in place of bench/
+from nano import config
+from nano.config import UserError
 
-import config
-from config import UserError
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -37,7 +36,11 @@ class Config:
     model: str = "models/smollm2"
     out: str = "out/bench/sft"  # scratch folder
     methods: tuple[Literal["full", "lora"], ...] = ("full", "lora")
-    sides: tuple[Literal["ours", "compiled", "trl", "trl-packed"], ...] = ("ours", "trl", "trl-packed")
+    sides: tuple[Literal["ours", "compiled", "trl", "trl-packed"], ...] = (
+        "ours",
+        "trl",
+        "trl-packed",
+    )
     steps: int = 8  # optimizer steps of a run
     repeats: int = 3
     micro_batch: int = 4  # rows of one forward
@@ -51,24 +54,53 @@ class Config:
 
 def prepare(cfg):
     """The same rows for both: a prepared folder."""
-    keys = [f"source={cfg.data}", f"model={cfg.model}", f"out={cfg.out}/data", f"max_length={cfg.max_length}"]
-    subprocess.run([sys.executable, "-m", "prepare.instructions", *keys, "over_length=truncate"], cwd=ROOT, check=True)
+    keys = [
+        f"source={cfg.data}",
+        f"model={cfg.model}",
+        f"out={cfg.out}/data",
+        f"max_length={cfg.max_length}",
+    ]
+    subprocess.run(
+        [sys.executable, "-m", "prepare.instructions", *keys, "over_length=truncate"],
+        cwd=ROOT,
+        check=True,
+    )
 
 
 def command(cfg, side, method):
     """The command line of one run; both scripts take key=value."""
-    common = dict(model=cfg.model, out=f"{cfg.out}/run", steps=cfg.steps, micro_batch=cfg.micro_batch, max_length=cfg.max_length,
-                  lora_rank=cfg.lora_rank if method == "lora" else 0, lora_alpha=32)  # fmt: skip
+    common = dict(
+        model=cfg.model,
+        out=f"{cfg.out}/run",
+        steps=cfg.steps,
+        micro_batch=cfg.micro_batch,
+        max_length=cfg.max_length,
+        lora_rank=cfg.lora_rank if method == "lora" else 0,
+        lora_alpha=32,
+    )
     if side.startswith("trl"):
-        script = "bench/sft_trl.py"
-        keys = dict(data=f"{cfg.out}/data", accumulate=cfg.accumulate, packing=side == "trl-packed", threads=cfg.threads)
+        script = ["-m", "bench.sft_trl"]
+        keys = dict(
+            data=f"{cfg.out}/data",
+            accumulate=cfg.accumulate,
+            packing=side == "trl-packed",
+            threads=cfg.threads,
+        )
         if side == "trl" and cfg.trl_batch:
             keys["micro_batch"] = cfg.trl_batch
     else:
-        script = "sft.py"
-        keys = dict(data=f"{cfg.out}/data", batch_size=cfg.micro_batch * cfg.accumulate, compile=side == "compiled",
-                    device=cfg.device, dtype="bfloat16", log_every=1, samples=0, save_every=10**9)  # fmt: skip
-    return [sys.executable, script, *(f"{key}={value}" for key, value in (common | keys).items())]
+        script = ["sft.py"]
+        keys = dict(
+            data=f"{cfg.out}/data",
+            batch_size=cfg.micro_batch * cfg.accumulate,
+            compile=side == "compiled",
+            device=cfg.device,
+            dtype="bfloat16",
+            log_every=1,
+            samples=0,
+            save_every=10**9,
+        )
+    return [sys.executable, *script, *(f"{key}={value}" for key, value in (common | keys).items())]
 
 
 def measure(cfg, side, method):
@@ -78,13 +110,21 @@ def measure(cfg, side, method):
     with open(folder / "output.txt", "w+", encoding="utf-8") as output:
         began = time.time()
         environment = os.environ | dict(OMP_NUM_THREADS=str(cfg.threads))
-        child = subprocess.Popen(command(cfg, side, method), cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(
+            command(cfg, side, method),
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         lines = output.read().splitlines()
     if child.returncode:
-        raise UserError(f"{side} ({method}) ended with status {child.returncode}; {folder / 'output.txt'} ends: {lines[-1:]}")
+        raise UserError(
+            f"{side} ({method}) ended with status {child.returncode}; {folder / 'output.txt'} ends: {lines[-1:]}"
+        )
     memory = usage.ru_maxrss / 1e6 * (1e-3 if sys.platform == "darwin" else 1.024)
     if side.startswith("trl"):
         said = json.loads(lines[-1])
@@ -103,8 +143,14 @@ def machine(cfg):
     """What a figure depends on, in one line."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        model = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), model)
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl", "peft"))
+        model = next(
+            (x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")),
+            model,
+        )
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("torch", "transformers", "trl", "peft")
+    )
     load = f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f} at the start"
     if cfg.device == "cuda":
         import torch
@@ -115,7 +161,9 @@ def machine(cfg):
 
 def main(cfg):
     if cfg.steps < 2 or cfg.repeats < 1:
-        raise UserError(f"steps={cfg.steps} repeats={cfg.repeats}: the first step is not timed, so 2 steps and 1 repeat at least")
+        raise UserError(
+            f"steps={cfg.steps} repeats={cfg.repeats}: the first step is not timed, so 2 steps and 1 repeat at least"
+        )
     about = machine(cfg)
     prepare(cfg)
     results = {(method, side): [] for method in cfg.methods for side in cfg.sides}
@@ -127,7 +175,10 @@ def main(cfg):
                 print(e, flush=True)
                 continue
             speed, memory, first = runs[-1]
-            print(f"{method} {side}: {speed:.0f} tokens/s, {memory:.2f} GB, first step after {first:.1f} s", flush=True)
+            print(
+                f"{method} {side}: {speed:.0f} tokens/s, {memory:.2f} GB, first step after {first:.1f} s",
+                flush=True,
+            )
     if not any(results.values()):
         raise UserError("every run failed")
     shutil.rmtree(Path(cfg.out) / "run", ignore_errors=True)
@@ -135,7 +186,9 @@ def main(cfg):
     rows = f"{cfg.micro_batch} x {cfg.max_length} tokens (TRL padded: {cfg.trl_batch or cfg.micro_batch} rows)"
     shape = f"{rows}, {cfg.accumulate} forwards a step, {cfg.steps} steps"
     print(f"\n{about}; {cfg.threads} threads, {shape}, medians of {cfg.repeats}\n")
-    print("| training | program | real tokens/s | x TRL padded | peak memory, GB | x TRL padded | first step, s |")
+    print(
+        "| training | program | real tokens/s | x TRL padded | peak memory, GB | x TRL padded | first step, s |"
+    )
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for (method, side), runs in results.items():
         if not runs:
@@ -143,8 +196,14 @@ def main(cfg):
             continue
         speed, memory, first = (statistics.median(column) for column in zip(*runs, strict=True))
         peer = results.get((method, "trl"))
-        peer = [statistics.median(column) for column in zip(*peer, strict=True)] if peer else [float("nan")] * 3
-        print(f"| {method} | {side} | {speed:.0f} | {speed / peer[0]:.2f} | {memory:.2f} | {memory / peer[1]:.2f} | {first:.1f} |")
+        peer = (
+            [statistics.median(column) for column in zip(*peer, strict=True)]
+            if peer
+            else [float("nan")] * 3
+        )
+        print(
+            f"| {method} | {side} | {speed:.0f} | {speed / peer[0]:.2f} | {memory:.2f} | {memory / peer[1]:.2f} | {first:.1f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The peer's half of the fine-tuning comparison: TRL's SFTTrainer on the rows, learning rate, batch and epochs of `sft.py`.
 
-    python bench/sft_trl.py model=models/smollm2 data=data/alpaca out=out/bench/trl lora_rank=0
+    python -m bench.sft_trl model=models/smollm2 data=data/alpaca out=out/bench/trl lora_rank=0
 
 `data` is a prepared folder, whose tokens and masks TRL takes as they are. Its defaults stay as a user finds them: rows padded to
 the longest of the batch, chunked loss, bf16 autocast over fp32 weights. The result is a Hugging Face directory, to be scored by
@@ -9,15 +9,10 @@ the longest of the batch, chunked loss, bf16 autocast over fp32 weights. The res
 
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # in place of bench/
-import checkpoint
-import config
-import data
+from nano import checkpoint, config, data
 
 
 @dataclass
@@ -51,7 +46,10 @@ def main(cfg):
 
     torch.set_num_threads(cfg.threads)
     store = data.Store(cfg.data, "train")
-    rows = [dict(input_ids=ids.tolist(), completion_mask=mask.tolist()) for ids, mask in map(store.row, range(len(store)))]
+    rows = [
+        dict(input_ids=ids.tolist(), completion_mask=mask.tolist())
+        for ids, mask in map(store.row, range(len(store)))
+    ]
     steps = []
 
     class Clock(TrainerCallback):
@@ -62,40 +60,82 @@ def main(cfg):
             steps.append((self.began, time.perf_counter()))
 
     args = SFTConfig(
-        output_dir=cfg.out, per_device_train_batch_size=cfg.micro_batch, gradient_accumulation_steps=cfg.accumulate,
-        max_length=cfg.max_length, packing=cfg.packing, completion_only_loss=True, num_train_epochs=cfg.epochs,
-        max_steps=cfg.steps or -1, learning_rate=cfg.lr, lr_scheduler_type="cosine", warmup_steps=0.03, weight_decay=0.0,
-        bf16=True, use_cpu=not torch.cuda.is_available(), optim="adamw_torch_fused", gradient_checkpointing=False, logging_steps=5,
-        save_strategy="no", report_to=[], disable_tqdm=True, seed=cfg.seed,
-    )  # fmt: skip
+        output_dir=cfg.out,
+        per_device_train_batch_size=cfg.micro_batch,
+        gradient_accumulation_steps=cfg.accumulate,
+        max_length=cfg.max_length,
+        packing=cfg.packing,
+        completion_only_loss=True,
+        num_train_epochs=cfg.epochs,
+        max_steps=cfg.steps or -1,
+        learning_rate=cfg.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,
+        weight_decay=0.0,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        optim="adamw_torch_fused",
+        gradient_checkpointing=False,
+        logging_steps=5,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=cfg.seed,
+    )
     lora = None
     if cfg.lora_rank:
-        lora = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        lora = LoraConfig(
+            r=cfg.lora_rank,
+            lora_alpha=cfg.lora_alpha,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
     tokenizer = AutoTokenizer.from_pretrained(cfg.model)
     model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
-    trainer = SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-                         callbacks=[Clock()], peft_config=lora)  # fmt: skip
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[Clock()],
+        peft_config=lora,
+    )
     counts, collate = [], trainer.data_collator
 
     def counted(features):
         batch = collate(features)
         ids = batch["input_ids"]
-        counts.append(int(batch["attention_mask"].sum()) if "attention_mask" in batch else ids.numel())
+        counts.append(
+            int(batch["attention_mask"].sum()) if "attention_mask" in batch else ids.numel()
+        )
         return batch
 
     trainer.data_collator = counted
     trainer.train()
     model = trainer.model.merge_and_unload() if cfg.lora_rank else trainer.model
     model.save_pretrained(cfg.out)
-    checkpoint.copy_tokenizer(cfg.model, cfg.out)  # as it was: save_pretrained writes it anew, and sft.py would take it for another
+    checkpoint.copy_tokenizer(
+        cfg.model, cfg.out
+    )  # as it was: save_pretrained writes it anew, and sft.py would take it for another
     timed = steps[1:]  # the first step warms up
     seconds = sum(end - began for began, end in timed)
-    device = dict(peak_device_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2)) if torch.cuda.is_available() else {}
+    device = (
+        dict(peak_device_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2))
+        if torch.cuda.is_available()
+        else {}
+    )
     real = sum(counts[cfg.accumulate : len(steps) * cfg.accumulate])
-    print(json.dumps(dict(
-        steps=len(steps), first_step_s=round(steps[0][1] - start, 1), real_tokens_per_s=round(real / max(seconds, 1e-9), 1),
-        peak_rss_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-    ) | device))  # fmt: skip
+    print(
+        json.dumps(
+            dict(
+                steps=len(steps),
+                first_step_s=round(steps[0][1] - start, 1),
+                real_tokens_per_s=round(real / max(seconds, 1e-9), 1),
+                peak_rss_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+            )
+            | device
+        )
+    )
 
 
 if __name__ == "__main__":

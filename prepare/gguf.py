@@ -9,9 +9,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import UserError
+from nano.config import UserError
 
-SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+SCALARS = {
+    0: "u1",
+    1: "i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 STRING, ARRAY = 8, 9
 TYPES = {  # ggml type: name, weights in a block, bytes of a block
     0: ("F32", 1, 4),
@@ -41,7 +53,9 @@ class Gguf:
         try:
             self.parse()
         except (struct.error, ValueError, KeyError, OverflowError, MemoryError, RecursionError):
-            raise UserError(f"{path} is damaged or incomplete: its header cannot be read; download it again") from None
+            raise UserError(
+                f"{path} is damaged or incomplete: its header cannot be read; download it again"
+            ) from None
 
     def parse(self):
         if bytes(self.data[:4]) != b"GGUF":
@@ -63,11 +77,15 @@ class Gguf:
         for name, (shape, kind, offset) in self.places.items():
             if kind not in TYPES:
                 known = ", ".join(t[0] for t in TYPES.values())
-                raise UserError(f"{self.path}: {name} is of ggml type {kind}, which is not supported ({known} are)")
+                raise UserError(
+                    f"{self.path}: {name} is of ggml type {kind}, which is not supported ({known} are)"
+                )
             label, block, width = TYPES[kind]
             count = int(np.prod(shape, dtype=object))
             if start + offset + count // block * width > len(self.data):
-                raise UserError(f"{self.path} is incomplete: it ends before the data of {name}; download it again")
+                raise UserError(
+                    f"{self.path} is incomplete: it ends before the data of {name}; download it again"
+                )
             self.places[name] = (shape, kind, start + offset, count // block)
             self.tensors[name] = (shape, label)
 
@@ -93,7 +111,10 @@ class Gguf:
             values = np.frombuffer(self.data, SCALARS[kind], count, self.position)
             self.position += values.nbytes
             return values.tolist()
-        return self.scalar({"u1": "B", "i1": "b"}.get(SCALARS[kind]) or np.dtype(SCALARS[kind]).newbyteorder("<").char)
+        return self.scalar(
+            {"u1": "B", "i1": "b"}.get(SCALARS[kind])
+            or np.dtype(SCALARS[kind]).newbyteorder("<").char
+        )
 
     def read(self, name, dtype=torch.float32):
         """The tensor in `dtype`, dequantised in stretches through fp32."""
@@ -104,7 +125,9 @@ class Gguf:
         for i in range(0, blocks, step):
             n = min(step, blocks - i)
             raw = self.data[start + i * width : start + (i + n) * width].reshape(n, width)
-            out[i * block : (i + n) * block] = torch.from_numpy(dequantize(raw, TYPES[kind][0]).reshape(-1))
+            out[i * block : (i + n) * block] = torch.from_numpy(
+                dequantize(raw, TYPES[kind][0]).reshape(-1)
+            )
         return out.view(shape)
 
 
@@ -137,14 +160,22 @@ def dequantize(b, kind):
         return half(0) * (q - 16) if kind == "Q5_0" else half(0) * q + half(2)
 
     n = len(b)
-    if kind in ("Q4_K", "Q5_K"):  # d, dmin, 8 scales and 8 minima of 6 bits in 12 bytes, [32 of fifth bits], 128 of nibbles
+    if kind in (
+        "Q4_K",
+        "Q5_K",
+    ):  # d, dmin, 8 scales and 8 minima of 6 bits in 12 bytes, [32 of fifth bits], 128 of nibbles
         a, c, e = b[:, 4:8], b[:, 8:12], b[:, 12:16]
-        scale = np.concatenate([a & 63, e & 15 | a >> 6 << 4], axis=1).astype(np.float32)[:, :, None]
+        scale = np.concatenate([a & 63, e & 15 | a >> 6 << 4], axis=1).astype(np.float32)[
+            :, :, None
+        ]
         low = np.concatenate([c & 63, e >> 4 | c >> 6 << 4], axis=1).astype(np.float32)[:, :, None]
         shifts = np.array([0, 4], np.uint8)[:, None]
         q = (b[:, -128:].reshape(n, 4, 1, 32) >> shifts & 15).reshape(n, 8, 32)
         if kind == "Q5_K":
-            q = q | (b[:, 16:48].reshape(n, 1, 32) >> np.arange(8, dtype=np.uint8)[:, None] & 1) << 4
+            q = (
+                q
+                | (b[:, 16:48].reshape(n, 1, 32) >> np.arange(8, dtype=np.uint8)[:, None] & 1) << 4
+            )
         return (half(0)[:, :, None] * scale * q - half(2)[:, :, None] * low).reshape(n, 256)
     # Q6_K: 128 bytes of low nibbles, 64 of high bit pairs, 16 int8 scales, d
     low = b[:, :128].reshape(n, 2, 1, 64) >> np.array([0, 4], np.uint8)[:, None] & 15

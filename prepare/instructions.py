@@ -25,10 +25,9 @@ from typing import Literal
 
 import numpy as np
 
-import config
-import tokenizer
-from config import UserError
-from data import Store, Writer, check_target, read_meta
+from nano import config, tokenizer
+from nano.config import UserError
+from nano.data import Store, Writer, check_target, read_meta
 from prepare import records
 from prepare.records import BadRecord
 
@@ -39,13 +38,13 @@ class Config:
     source: str  # file, folder, known set (see `SETS` in this file) or hub id
     model: str  # model directory whose tokenizer is used
     out: str  # the prepared folder; an earlier one there is replaced at the end
-    path: str | None = None  # of a known set: the local file or folder of its records; none: the hub
+    path: str | None = None  # local file or folder of a known set; none: the hub
     subset: str | None = None  # of a hub id: the configuration
     split: str = "train"  # of a hub id
     # how it is rendered
     template: str | None = None  # chat template by name; none: the model's own
     text_field: str | None = None  # every record is one text, in this field (template: plain)
-    response_template: str | None = None  # the text after its last occurrence is the target; none: all of the text
+    response_template: str | None = None  # the target is the text after it; none: all
     train_on: Literal["all", "last"] = "all"  # targets: every assistant turn, or the last one
     # how much
     max_length: int = 2048  # tokens of a row
@@ -78,7 +77,11 @@ def text(record, key):
     value = record.get(key)
     if not isinstance(value, str):
         kind = type(value).__name__
-        raise BadRecord(f"field '{key}' is {kind} and not text" if key in record else f"field '{key}' is missing")
+        raise BadRecord(
+            f"field '{key}' is {kind} and not text"
+            if key in record
+            else f"field '{key}' is missing"
+        )
     return value
 
 
@@ -96,19 +99,35 @@ def turns(items):
         if item.get("tool_calls"):
             raise Drop("structured tool calls (not rendered)")
         content = item.get("content", item.get("value"))
-        if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        if isinstance(content, list) and all(
+            isinstance(p, dict) and p.get("type") == "text" for p in content
+        ):
             item = item | {"content": "".join(text(p, "text") for p in content)}
-        weight = {"weight": 0} if item.get("weight") == 0 else {}  # OpenAI's mark of an answer that nothing is learned from
-        messages.append({"role": ROLES[role], "content": text(item, "content" if "content" in item else "value")} | weight)
+        weight = (
+            {"weight": 0} if item.get("weight") == 0 else {}
+        )  # OpenAI's mark of an answer that nothing is learned from
+        messages.append(
+            {
+                "role": ROLES[role],
+                "content": text(item, "content" if "content" in item else "value"),
+            }
+            | weight
+        )
     return messages
 
 
 def history(record):
     """Messages of the rounds before an instruction: a list of [question, answer]."""
     past = record.get("history") or []
-    if not isinstance(past, list) or not all(isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in past):
+    if not isinstance(past, list) or not all(
+        isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in past
+    ):
         raise BadRecord("'history' is not a list of [question, answer]")
-    return [{"role": role, "content": said} for pair in past for role, said in zip(("user", "assistant"), pair, strict=True)]
+    return [
+        {"role": role, "content": said}
+        for pair in past
+        for role, said in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
 def task(columns, name, answer):
@@ -123,7 +142,9 @@ def recognise(record):
     if record.get("tools") not in (None, "", [], "[]"):
         raise Drop("tool definitions (not rendered)")
     system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    record = {key: value for key, value in record.items() if value is not None}  # a table has nulls where another shape has fields
+    record = {
+        key: value for key, value in record.items() if value is not None
+    }  # a table has nulls where another shape has fields
     for key in ("messages", "conversations", "conversation"):
         if key in record:
             messages = system + turns(record[key])
@@ -140,8 +161,14 @@ def recognise(record):
         if ask in record and reply in record:
             if isinstance(record[ask], list) and isinstance(record[reply], list):
                 return system + turns(record[ask] + record[reply])
-            given = [["CONTEXT", text(record, "context")]] if ask == "question" and record.get("context") else []
-            return system + task([[ask.upper(), text(record, ask)], *given], reply.upper(), text(record, reply))
+            given = (
+                [["CONTEXT", text(record, "context")]]
+                if ask == "question" and record.get("context")
+                else []
+            )
+            return system + task(
+                [[ask.upper(), text(record, ask)], *given], reply.upper(), text(record, reply)
+            )
     raise BadRecord(
         f"unknown record shape (fields {', '.join(sorted(map(str, record)))}): known are instruction/output, messages, "
         f"conversations, {', '.join(PAIRS)}; or give text_field="
@@ -158,7 +185,9 @@ def cot(r):
 
 def slimorca(r):
     messages = turns(r.get("conversations"))
-    if [m["role"] for m in messages].count("assistant") == 1:  # the column template lays out longer ones like this itself
+    if [m["role"] for m in messages].count(
+        "assistant"
+    ) == 1:  # the column template lays out longer ones like this itself
         for m, speaker in zip(messages, r["conversations"], strict=True):
             m["columns"] = [["FROM", text(speaker, "from")], ["VALUE", m["content"]]]
         messages[-1]["columns"] = [["GPT", messages[-1]["content"]]]
@@ -167,7 +196,11 @@ def slimorca(r):
 
 def openorca(r):
     system = text(r, "system_prompt")
-    first = [{"role": "system", "content": system, "columns": [["INSTRUCTION", system]]}] if system else []
+    first = (
+        [{"role": "system", "content": system, "columns": [["INSTRUCTION", system]]}]
+        if system
+        else []
+    )
     return first + task([["QUESTION", text(r, "question")]], "RESPONSE", text(r, "response"))
 
 
@@ -183,12 +216,20 @@ def choices(r, column, labels, texts, label):
 
 def mmlu(r):
     options = r.get("choices")
-    return choices(r, "CHOICES", list(range(len(options))) if isinstance(options, list) else None, options, r.get("answer"))
+    return choices(
+        r,
+        "CHOICES",
+        list(range(len(options))) if isinstance(options, list) else None,
+        options,
+        r.get("answer"),
+    )
 
 
 def arc(r):
     options = r["choices"] if isinstance(r.get("choices"), dict) else {}
-    return choices(r, "CANDIDATE ANSWERS", options.get("label"), options.get("text"), r.get("answerKey"))
+    return choices(
+        r, "CANDIDATE ANSWERS", options.get("label"), options.get("text"), r.get("answerKey")
+    )
 
 
 def winogrande(r):
@@ -196,7 +237,9 @@ def winogrande(r):
     if answer not in ("1", "2"):
         raise BadRecord(f"'answer' is {answer!r} and neither 1 nor 2")
     columns = [["SENTENCE", "sentence"], ["OPTION1", "option1"], ["OPTION2", "option2"]]
-    return task([[name, text(r, key)] for name, key in columns], "ANSWER", text(r, f"option{answer}"))
+    return task(
+        [[name, text(r, key)] for name, key in columns], "ANSWER", text(r, f"option{answer}")
+    )
 
 
 SETS = {  # name: (hub id, configurations, split, record -> messages)
@@ -207,7 +250,10 @@ SETS = {  # name: (hub id, configurations, split, record -> messages)
     "mmlu": ("cais/mmlu", ["all"], "auxiliary_train", mmlu),
     "arc": ("allenai/ai2_arc", ["ARC-Challenge", "ARC-Easy"], "train", arc),
     "gsm8k": ("openai/gsm8k", ["main"], "train", recognise),
-    **{w: ("allenai/winogrande", [w], "train", winogrande) for w in ("winogrande_" + n for n in ("xs", *"sml", "xl"))},
+    **{
+        w: ("allenai/winogrande", [w], "train", winogrande)
+        for w in ("winogrande_" + n for n in ("xs", *"sml", "xl"))
+    },
 }
 
 
@@ -219,7 +265,10 @@ work = SimpleNamespace()  # the configuration and tokenizer of this process
 
 
 def setup(cfg):
-    work.cfg, work.tok = cfg, tokenizer.load(cfg.model, template=cfg.template or ("plain" if cfg.text_field else None))
+    work.cfg, work.tok = (
+        cfg,
+        tokenizer.load(cfg.model, template=cfg.template or ("plain" if cfg.text_field else None)),
+    )
 
 
 def split_text(record):
@@ -255,14 +304,26 @@ def encode(record):
         raise Drop(f"longer than max_length={work.cfg.max_length}")
     end = min(end, work.cfg.max_length)
     if 1 not in mask[1:end]:  # the first token is nothing's next token
-        raise Drop(f"no target left in max_length={work.cfg.max_length}" if truncated else "no target token")
+        raise Drop(
+            f"no target left in max_length={work.cfg.max_length}"
+            if truncated
+            else "no target token"
+        )
     return ids[:end], mask[:end], truncated
 
 
 def convert(chunk):
     """(tokens, mask, lengths, hashes as arrays; rows truncated, reason -> rows dropped, bad records) of a chunk."""
     name, items = chunk
-    tokens, masks, lengths, hashes, cut, dropped, bad = array("I"), bytearray(), [], [], 0, Counter(), []
+    tokens, masks, lengths, hashes, cut, dropped, bad = (
+        array("I"),
+        bytearray(),
+        [],
+        [],
+        0,
+        Counter(),
+        [],
+    )
     key = work.cfg.seed.to_bytes(8, "little", signed=True)
     for line, raw in items:
         try:
@@ -276,9 +337,15 @@ def convert(chunk):
             tokens += row
             masks += mask
             lengths.append(len(row))
-            hashes.append(int.from_bytes(hashlib.blake2b(row, digest_size=8, key=key).digest(), "little"))
+            hashes.append(
+                int.from_bytes(hashlib.blake2b(row, digest_size=8, key=key).digest(), "little")
+            )
             cut += truncated
-    arrays = np.frombuffer(tokens, np.uint32), np.frombuffer(masks, np.uint8), np.array(lengths, np.int64)
+    arrays = (
+        np.frombuffer(tokens, np.uint32),
+        np.frombuffer(masks, np.uint8),
+        np.array(lengths, np.int64),
+    )
     return *arrays, np.array(hashes, np.uint64), cut, dropped, bad
 
 
@@ -291,15 +358,21 @@ def find_sources(cfg):
     known = cfg.source in SETS
     hub, subsets, split = SETS[cfg.source][:3] if known else (cfg.source, [cfg.subset], cfg.split)
     if cfg.path and not known:
-        raise UserError(f"path= goes with the name of a known set ({', '.join(SETS)}), and source={cfg.source} is none")
+        raise UserError(
+            f"path= goes with the name of a known set ({', '.join(SETS)}), and source={cfg.source} is none"
+        )
     files = records.find_files(cfg.path or cfg.source, cfg.out) if cfg.path or not known else None
     if files:
         return files, None
     # org/name is an id of the hub, unless it looks like a path with a slip in it
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", hub) and records.suffix(Path(hub)) not in records.SUFFIXES
+    on_hub = (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", hub) and records.suffix(Path(hub)) not in records.SUFFIXES
+    )
     if cfg.path or not on_hub or Path(hub).parent.exists():
         near = config.nearest(cfg.source, SETS)
-        hint = f"did you mean '{near}'?" if near and not known else f"known sets are {', '.join(SETS)}"
+        hint = (
+            f"did you mean '{near}'?" if near and not known else f"known sets are {', '.join(SETS)}"
+        )
         raise UserError(f"there is no file or folder {cfg.path or cfg.source}; {hint}")
     return None, [(hub, records.read_hub(hub, subsets, split))]
 
@@ -327,8 +400,12 @@ def fill(cfg, tok, writer, split):
         with contextlib.closing(parts):
             for tokens, mask, lengths, part_hashes, cut, reasons, errors in parts:
                 if errors and cfg.on_error == "stop":
-                    raise UserError(f"{errors[0]}; mend it, or skip and count such records with on_error=skip")
-                for a, n in zip(np.cumsum(lengths) - lengths, lengths[: cfg.show - shown], strict=False):
+                    raise UserError(
+                        f"{errors[0]}; mend it, or skip and count such records with on_error=skip"
+                    )
+                for a, n in zip(
+                    np.cumsum(lengths) - lengths, lengths[: cfg.show - shown], strict=False
+                ):
                     show(tok, tokens[a : a + n], mask[a : a + n])
                     shown += 1
                 writer.extend(split, tokens, mask, lengths)
@@ -352,14 +429,18 @@ def divide(writer, rows, picks):
     edges = np.unique(np.concatenate([changes, np.arange(0, len(picks), 1024), [len(picks)]]))
     for a, b in zip(edges[:-1], edges[1:], strict=True):
         span = slice(rows.offsets[a], rows.offsets[b])
-        writer.extend("val" if picks[a] else "train", rows.tokens[span], rows.mask[span], rows.lengths[a:b])
+        writer.extend(
+            "val" if picks[a] else "train", rows.tokens[span], rows.mask[span], rows.lengths[a:b]
+        )
 
 
 def main(cfg):
     check_target(cfg.out)
     setup(cfg)
     tok = work.tok
-    tok.render([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}])  # says so if there is no template
+    tok.render(
+        [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    )  # says so if there is no template
     meta = dict(tokenizer=tok.fingerprint, template=tok.template, chat_template=tok.chat_template)
     meta |= dict(source=cfg.source, model=cfg.model, seed=cfg.seed)
     with Writer(cfg.out, tok.vocab_size, meta) as writer:
@@ -370,19 +451,33 @@ def main(cfg):
                 hashes, truncated, dropped, bad = fill(cfg, tok, every, "all")
             divide(writer, Store(writer.tmp / "all", "all"), records.held_out(hashes, cfg.val))
             shutil.rmtree(writer.tmp / "all")
-        meta.update(truncated=truncated, dropped=dict(dropped.most_common()), bad_records=len(bad), first_bad=bad[:20])
+        meta.update(
+            truncated=truncated,
+            dropped=dict(dropped.most_common()),
+            bad_records=len(bad),
+            first_bad=bad[:20],
+        )
     report(cfg, tok, read_meta(cfg.out))
 
 
 def report(cfg, tok, meta):
     splits, dropped = meta["splits"], meta["dropped"]
-    rows, tokens, targets = (sum(s[k] for s in splits.values()) for k in ("rows", "tokens", "target_tokens"))
+    rows, tokens, targets = (
+        sum(s[k] for s in splits.values()) for k in ("rows", "tokens", "target_tokens")
+    )
     table = [
         ("records read", rows + sum(dropped.values()) + meta["bad_records"], ""),
         ("rows kept", rows, ", ".join(f"{name} {s['rows']:,}" for name, s in splits.items())),
-        ("rows truncated", meta["truncated"], f"at max_length={cfg.max_length}" if meta["truncated"] else ""),
+        (
+            "rows truncated",
+            meta["truncated"],
+            f"at max_length={cfg.max_length}" if meta["truncated"] else "",
+        ),
         *(("rows dropped", n, reason) for reason, n in dropped.items()),
-        *(("bad records", meta["bad_records"], f"skipped; the first: {bad}") for bad in meta["first_bad"][:1]),
+        *(
+            ("bad records", meta["bad_records"], f"skipped; the first: {bad}")
+            for bad in meta["first_bad"][:1]
+        ),
         ("tokens", tokens, f"{tokens / rows:.1f} a row"),
         ("target tokens", targets, f"{targets / tokens:.1%} of all"),
     ]

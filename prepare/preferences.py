@@ -29,10 +29,9 @@ from typing import Literal
 
 import numpy as np
 
-import config
-import tokenizer
-from config import UserError
-from data import Store, Writer, check_target, read_meta
+from nano import config, tokenizer
+from nano.config import UserError
+from nano.data import Store, Writer, check_target, read_meta
 from prepare import records
 from prepare.instructions import Drop, history, show, task, text, turns
 from prepare.records import BadRecord
@@ -51,7 +50,7 @@ class Config:
     # how much
     max_length: int = 1024  # tokens of a prompt with one completion
     max_completions: int = 8  # of a prompt; the best ones stay
-    val: str = "0"  # groups to hold out: 100, or a share such as 5%; those of one prompt stay together
+    val: str = "0"  # groups to hold out: 100, or 5%
     seed: int = 0  # of the choice of those groups
     on_error: Literal["stop", "skip"] = "stop"  # at a record that cannot be used
     workers: int = 0  # processes; 0: one a core, and one in all for small files
@@ -65,14 +64,26 @@ PROMPTS = "prompt question instruction query input".split()
 TURNS = "conversations conversation messages".split()
 LISTS = "completions responses answers candidates output".split()
 TEXTS = "response text answer completion output".split()
-SCORES = {"overall_score": 1, "score": 1, "pm_score": 1, "rank": -1}  # field: whether more is better
+SCORES = {
+    "overall_score": 1,
+    "score": 1,
+    "pm_score": 1,
+    "rank": -1,
+}  # field: whether more is better
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 class Post(HTMLParser):
     """The text of a forum's post: paragraphs, lists and code as plain text would have them."""
 
-    MARKS = {"p": "\n\n", "pre": "\n\n```\n", "/pre": "\n```\n\n", "li": "\n- ", "br": "\n", "blockquote": "\n\n> "}
+    MARKS = {
+        "p": "\n\n",
+        "pre": "\n\n```\n",
+        "/pre": "\n```\n\n",
+        "li": "\n- ",
+        "br": "\n",
+        "blockquote": "\n\n> ",
+    }
     MARKS |= {f"{slash}h{n}": "\n\n" for slash in ("", "/") for n in range(1, 7)}
 
     def __init__(self, html):
@@ -87,7 +98,9 @@ class Post(HTMLParser):
 
     def handle_endtag(self, tag):
         self.depth -= tag == "pre"
-        self.parts.append("`" if tag == "code" and not self.depth else self.MARKS.get("/" + tag, ""))
+        self.parts.append(
+            "`" if tag == "code" and not self.depth else self.MARKS.get("/" + tag, "")
+        )
 
     def handle_data(self, data):
         self.parts.append(data if self.depth or data.strip() else " " * bool(data.strip("\n")))
@@ -130,7 +143,11 @@ def prompt(record):
     said = iter(m["content"] for m in history(record))
     past = [m for q in said for m in task([["INSTRUCTION", q]], "RESPONSE", next(said))]
     question = task([[key.upper(), ask], ["INPUT", context]], "RESPONSE", "")[0]
-    return system + past + [question | ({"content": ask, "input": context} if key == "instruction" else {})]
+    return (
+        system
+        + past
+        + [question | ({"content": ask, "input": context} if key == "instruction" else {})]
+    )
 
 
 def ranked(record):
@@ -151,11 +168,15 @@ def ranked(record):
     if scores is None:
         return values, 0
     try:
-        order = sorted(zip((-sign * float(score) for score in scores), range(len(values)), strict=True))
+        order = sorted(
+            zip((-sign * float(score) for score in scores), range(len(values)), strict=True)
+        )
         if not all(math.isfinite(score) for score, _ in order):  # missing ones, of a table
             raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise BadRecord(f"the scores {scores!r:.80} are not one number for each of the {len(values)} {key}") from None
+        raise BadRecord(
+            f"the scores {scores!r:.80} are not one number for each of the {len(values)} {key}"
+        ) from None
     first = [order[i] for i in range(len(order)) if i == 0 or order[i][0] != order[i - 1][0]]
     return [values[i] for _, i in first], len(values) - len(first)
 
@@ -164,7 +185,9 @@ def conversation(before, value):
     """Messages of one completion behind its prompt."""
     if isinstance(value, str) and TURN.match(value.lstrip()):
         whole, asked = transcript(value.lstrip()), [m for m in before if m["role"] != "system"]
-        if [(m["role"], m["content"]) for m in whole[:-1]][: len(asked)] == [(m["role"], m["content"]) for m in asked]:
+        if [(m["role"], m["content"]) for m in whole[:-1]][: len(asked)] == [
+            (m["role"], m["content"]) for m in asked
+        ]:
             return before[: len(before) - len(asked)] + whole  # the prompt stands in it once more
     if isinstance(value, dict) and not {"role", "from"} & value.keys():
         key = next((key for key in TEXTS if key in value), None)
@@ -174,7 +197,9 @@ def conversation(before, value):
     if isinstance(value, str):
         return [*before, {"role": "assistant", "content": value, "columns": [["RESPONSE", value]]}]
     messages = turns([value] if isinstance(value, dict) else value)
-    if messages[0]["role"] == "user":  # the whole conversation; its system message may be a field of its own
+    if (
+        messages[0]["role"] == "user"
+    ):  # the whole conversation; its system message may be a field of its own
         return [m for m in before[:1] if m["role"] == "system"] + messages
     return messages if messages[0]["role"] == "system" else before + messages
 
@@ -258,14 +283,20 @@ def convert(chunk):
             continue
         ids, mask = rows[0]
         asked = array("I", ids[: mask.index(1)])
-        hashes.append(int.from_bytes(hashlib.blake2b(asked, digest_size=8, key=key).digest(), "little"))
+        hashes.append(
+            int.from_bytes(hashlib.blake2b(asked, digest_size=8, key=key).digest(), "little")
+        )
         lost += reasons
         sizes.append(len(rows))
         for ids, mask in rows:
             tokens += array("I", ids)
             masks += mask
             lengths.append(len(ids))
-    arrays = np.frombuffer(tokens, np.uint32), np.frombuffer(masks, np.uint8), np.array(lengths, np.int64)
+    arrays = (
+        np.frombuffer(tokens, np.uint32),
+        np.frombuffer(masks, np.uint8),
+        np.array(lengths, np.int64),
+    )
     return *arrays, np.array(sizes, np.int64), np.array(hashes, np.uint64), lost, dropped, bad
 
 
@@ -276,9 +307,15 @@ def convert(chunk):
 def find_sources(cfg):
     """(files, None), or (None, [(hub id, rows)])"""
     files = records.find_files(cfg.source, cfg.out)
-    if files is None and ("/" not in cfg.source or records.suffix(records.Path(cfg.source)) in records.SUFFIXES):
+    if files is None and (
+        "/" not in cfg.source or records.suffix(records.Path(cfg.source)) in records.SUFFIXES
+    ):
         raise UserError(f"there is no file or folder {cfg.source}")
-    return (files, None) if files else (None, [(cfg.source, records.read_hub(cfg.source, [cfg.subset], cfg.split))])
+    return (
+        (files, None)
+        if files
+        else (None, [(cfg.source, records.read_hub(cfg.source, [cfg.subset], cfg.split))])
+    )
 
 
 def fill(cfg, writer):
@@ -294,14 +331,20 @@ def fill(cfg, writer):
         with contextlib.closing(parts):
             for tokens, mask, lengths, sizes, part_hashes, part_lost, part_dropped, errors in parts:
                 if errors and cfg.on_error == "stop":
-                    raise UserError(f"{errors[0]}; mend it, or skip and count such records with on_error=skip")
+                    raise UserError(
+                        f"{errors[0]}; mend it, or skip and count such records with on_error=skip"
+                    )
                 row_at, token_at = np.cumsum([0, *sizes]), np.cumsum([0, *lengths])
                 for a, b in zip(row_at[:-1], row_at[1:], strict=True):
                     span = slice(token_at[a], token_at[b])
                     writer.extend("all", tokens[span], mask[span], lengths[a:b])
                     writer.end_group("all")
                     for i in range(a, b) if shown < cfg.show else ():
-                        show(work.tok, tokens[token_at[i] : token_at[i + 1]], mask[token_at[i] : token_at[i + 1]])
+                        show(
+                            work.tok,
+                            tokens[token_at[i] : token_at[i + 1]],
+                            mask[token_at[i] : token_at[i + 1]],
+                        )
                     shown += 1
                 hashes.append(part_hashes)
                 lost += part_lost
@@ -325,28 +368,43 @@ def main(cfg):
     meta = dict(tokenizer=tok.fingerprint, template=tok.template, chat_template=tok.chat_template)
     meta |= dict(source=cfg.source, model=cfg.model, seed=cfg.seed)
     with Writer(cfg.out, tok.vocab_size, meta) as writer:
-        with Writer(writer.tmp / "all", tok.vocab_size) as every:  # the groups to hold out are known when all hashes are
+        with Writer(
+            writer.tmp / "all", tok.vocab_size
+        ) as every:  # the groups to hold out are known when all hashes are
             hashes, lost, dropped, bad = fill(cfg, every)
         rows = Store(writer.tmp / "all", "all")
-        held_out = records.held_out(hashes, cfg.val) if cfg.val != "0" else np.zeros(len(hashes), bool)
+        held_out = (
+            records.held_out(hashes, cfg.val) if cfg.val != "0" else np.zeros(len(hashes), bool)
+        )
         for a, b, pick in zip(rows.groups[:-1], rows.groups[1:], held_out, strict=True):
             span = slice(rows.offsets[a], rows.offsets[b])
-            writer.extend("val" if pick else "train", rows.tokens[span], rows.mask[span], rows.lengths[a:b])
+            writer.extend(
+                "val" if pick else "train", rows.tokens[span], rows.mask[span], rows.lengths[a:b]
+            )
             writer.end_group("val" if pick else "train")
         shutil.rmtree(writer.tmp / "all")
-        meta.update(dropped_groups=dict(dropped.most_common()), dropped_completions=dict(lost.most_common()),
-                    bad_records=len(bad), first_bad=bad[:20])  # fmt: skip
+        meta.update(
+            dropped_groups=dict(dropped.most_common()),
+            dropped_completions=dict(lost.most_common()),
+            bad_records=len(bad),
+            first_bad=bad[:20],
+        )
     report(cfg, tok, read_meta(cfg.out))
 
 
 def report(cfg, tok, meta):
     splits, dropped = meta["splits"], meta["dropped_groups"]
-    groups, rows, tokens, targets = (sum(s[k] for s in splits.values()) for k in ("groups", "rows", "tokens", "target_tokens"))
+    groups, rows, tokens, targets = (
+        sum(s[k] for s in splits.values()) for k in ("groups", "rows", "tokens", "target_tokens")
+    )
     table = [
         ("records read", groups + sum(dropped.values()) + meta["bad_records"], ""),
         ("groups kept", groups, ", ".join(f"{name} {s['groups']:,}" for name, s in splits.items())),
         *(("groups dropped", n, reason) for reason, n in dropped.items()),
-        *(("bad records", meta["bad_records"], f"skipped; the first: {bad}") for bad in meta["first_bad"][:1]),
+        *(
+            ("bad records", meta["bad_records"], f"skipped; the first: {bad}")
+            for bad in meta["first_bad"][:1]
+        ),
         ("completions", rows, f"{rows / groups:.2f} a group, best first"),
         *(("dropped of them", n, reason) for reason, n in meta["dropped_completions"].items()),
         ("tokens", tokens, f"{tokens / rows:.1f} a completion with its prompt"),

@@ -26,11 +26,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError
-from data import parse_share
+from nano.config import UserError
+from nano.data import parse_share
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-MAX_RECORD = 1 << 26  # bytes of one record: a longer one is a quote that never closes, or not what the file's name says
+MAX_RECORD = (
+    1 << 26
+)  # bytes of one record: a longer one is a quote that never closes, or not what the file's name says
 BLOCK = 1 << 20
 SPACE = re.compile(r"[ \t\r\n]*")
 BOM = b"\xef\xbb\xbf"
@@ -47,7 +49,11 @@ def suffix(path):
 def files_below(path, suffixes, own):
     """The files of these formats in a folder, but none in a hidden folder or in `own`, the folders of what is made of them."""
     hidden = re.compile(r"(^|/)\.").search
-    files = (p for p in path.rglob("*") if p.is_file() and suffix(p) in suffixes and not hidden(p.relative_to(path).as_posix()))
+    files = (
+        p
+        for p in path.rglob("*")
+        if p.is_file() and suffix(p) in suffixes and not hidden(p.relative_to(path).as_posix())
+    )
     if not (files := sorted(p for p in files if not own & {*p.resolve().parents})):
         raise UserError(f"folder {path} holds no {', '.join(suffixes)} file")
     return files
@@ -59,7 +65,9 @@ def find_files(source, out):
     if path.is_dir():
         return files_below(path, SUFFIXES, {Path(out).resolve()})
     if path.exists() and suffix(path) not in SUFFIXES:
-        raise UserError(f"{path}: cannot tell its format, the name must end in {', '.join(SUFFIXES)}, or these and .gz")
+        raise UserError(
+            f"{path}: cannot tell its format, the name must end in {', '.join(SUFFIXES)}, or these and .gz"
+        )
     return [path] if path.exists() else None
 
 
@@ -69,7 +77,9 @@ def parse(raw):
         try:
             raw = json.loads(raw.decode("utf-8"))
         except UnicodeDecodeError as e:
-            raise BadRecord(f"not UTF-8 (byte 0x{e.object[e.start]:02x} in column {e.start + 1})") from None
+            raise BadRecord(
+                f"not UTF-8 (byte 0x{e.object[e.start]:02x} in column {e.start + 1})"
+            ) from None
         except json.JSONDecodeError as e:
             raise BadRecord(f"not valid JSON ({e.msg} in column {e.colno})") from None
         except ValueError:  # Python reads no integer of over 4,300 digits
@@ -88,7 +98,9 @@ def read_lines(f, name):
     while raw := f.readline(MAX_RECORD):
         line += 1
         if len(raw) == MAX_RECORD:
-            raise UserError(f"{name}:{line}: a line of over {MAX_RECORD >> 20} MB; JSONL has one record on each line")
+            raise UserError(
+                f"{name}:{line}: a line of over {MAX_RECORD >> 20} MB; JSONL has one record on each line"
+            )
         if raw := (raw.removeprefix(BOM) if line == 1 else raw).strip():
             yield line, raw
 
@@ -105,7 +117,9 @@ def read_array(f, name):
             text, at = text[at:] + decode(raw, not raw), 0
         except UnicodeDecodeError as e:
             bad = line + text.count("\n", at) + e.object.count(b"\n", 0, e.start)
-            raise UserError(f"{name}:{bad}: not UTF-8 (byte 0x{e.object[e.start]:02x}): convert the file") from None
+            raise UserError(
+                f"{name}:{bad}: not UTF-8 (byte 0x{e.object[e.start]:02x}): convert the file"
+            ) from None
         return raw
 
     def move(end):
@@ -120,7 +134,9 @@ def read_array(f, name):
                 return text[at : at + 1]
 
     def broken(what, where):
-        raise UserError(f"{name}:{where}: not valid JSON ({what}): mend it; only in JSONL can a record be skipped")
+        raise UserError(
+            f"{name}:{where}: not valid JSON ({what}): mend it; only in JSONL can a record be skipped"
+        )
 
     next_char()
     move(at + 1)  # the opening bracket
@@ -154,11 +170,17 @@ def read_array(f, name):
 
 def read_table(f, name, delimiter):
     csv.field_size_limit(MAX_RECORD)
-    rows = csv.reader(io.TextIOWrapper(f, "utf-8-sig", "surrogateescape", newline=""), delimiter=delimiter, strict=True)
+    rows = csv.reader(
+        io.TextIOWrapper(f, "utf-8-sig", "surrogateescape", newline=""),
+        delimiter=delimiter,
+        strict=True,
+    )
     try:
         header = next(rows, [])
     except csv.Error as e:
-        raise UserError(f"{name}:1: the names of the columns are not valid CSV ({e}): mend the file") from None
+        raise UserError(
+            f"{name}:1: the names of the columns are not valid CSV ({e}): mend the file"
+        ) from None
     check_names(header, f"{name}:1")
     while True:
         line = rows.line_num + 1
@@ -167,8 +189,12 @@ def read_table(f, name, delimiter):
         except StopIteration:
             return
         except csv.Error as e:
-            if "unexpected end" in str(e) or "field limit" in str(e):  # many rows that follow are in this one
-                raise UserError(f"{name}:{line}: a quote opens in this row and never closes: mend the file") from None
+            if "unexpected end" in str(e) or "field limit" in str(
+                e
+            ):  # many rows that follow are in this one
+                raise UserError(
+                    f"{name}:{line}: a quote opens in this row and never closes: mend the file"
+                ) from None
             yield line, BadRecord(f"not valid CSV ({e})")
             continue
         if len(row) != len(header) and row:
@@ -194,29 +220,43 @@ def read_parquet(path, bar, field=None):
         names = file.schema_arrow.names
         check_names(names, path)
         if field and field not in names:
-            raise UserError(f"{path} has no column '{field}': give text_field= one of {', '.join(names)}")
+            raise UserError(
+                f"{path} has no column '{field}': give text_field= one of {', '.join(names)}"
+            )
         row, size = 0, path.stat().st_size / max(file.metadata.num_rows, 1)
         for batch in file.iter_batches(256, columns=[field] if field else None):
             yield from enumerate(batch.to_pylist(), row + 1)
             row += len(batch)
             bar.update(size * len(batch))
     except pyarrow.ArrowException as e:
-        raise UserError(f"{path} is not a readable Parquet file: {str(e).splitlines()[0]}") from None
+        raise UserError(
+            f"{path} is not a readable Parquet file: {str(e).splitlines()[0]}"
+        ) from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} holds text that is not UTF-8: write it anew, or store the column as binary") from None
+        raise UserError(
+            f"{path} holds text that is not UTF-8: write it anew, or store the column as binary"
+        ) from None
 
 
 def read_hub(name, subsets, split):
     """Rows of a dataset on the hub, streamed."""
     import datasets
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news; the last reason is given below
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # its retries are no news; the last reason is given below
     try:
         for subset in subsets:
-            yield from enumerate(datasets.load_dataset(name, subset, split=split, streaming=True), 1)
-    except Exception as e:  # the hub's client has no common type for all that a network and a name can do
+            yield from enumerate(
+                datasets.load_dataset(name, subset, split=split, streaming=True), 1
+            )
+    except (
+        Exception
+    ) as e:  # the hub's client has no common type for all that a network and a name can do
         reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
-        raise UserError(f"there is no file or folder {name}, and the hub does not give it: {reason}") from e
+        raise UserError(
+            f"there is no file or folder {name}, and the hub does not give it: {reason}"
+        ) from e
 
 
 def read_file(path, bar):
@@ -225,7 +265,10 @@ def read_file(path, bar):
         yield from read_parquet(path, bar)
         return
     try:
-        with open(path, "rb") as on_disk, gzip.open(on_disk) if path.suffix.lower() == ".gz" else on_disk as f:
+        with (
+            open(path, "rb") as on_disk,
+            gzip.open(on_disk) if path.suffix.lower() == ".gz" else on_disk as f,
+        ):
             first, done = f.read(BLOCK).removeprefix(BOM).lstrip()[:1], 0
             f.seek(0)
             if suffix(path) in (".csv", ".tsv"):
@@ -248,7 +291,9 @@ def size(raw):
     """About as many bytes as a reader's `raw` holds."""
     if isinstance(raw, (str, bytes)):
         return len(raw)
-    return 16 + sum(map(size, raw.values() if isinstance(raw, dict) else raw if isinstance(raw, list) else ()))
+    return 16 + sum(
+        map(size, raw.values() if isinstance(raw, dict) else raw if isinstance(raw, list) else ())
+    )
 
 
 def chunks(sources):
@@ -303,7 +348,9 @@ def ordered_map(work, items, workers, setup, args):
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise UserError("a worker process died, most likely for want of memory: try again with workers=1") from None
+            raise UserError(
+                "a worker process died, most likely for want of memory: try again with workers=1"
+            ) from None
         finally:
             for future in waiting:
                 future.cancel()
@@ -323,5 +370,7 @@ def held_out(hashes, val):
             chosen.append(value)
             left -= int(copies)
     if left:
-        raise UserError(f"val={val}: too many rows are copies of one another to hold out {count} that train has not")
+        raise UserError(
+            f"val={val}: too many rows are copies of one another to hold out {count} that train has not"
+        )
     return np.isin(hashes, chosen)

@@ -36,10 +36,9 @@ import numpy as np
 import regex
 import sentencepiece
 
-import config
-import tokenizer
-from config import UserError
-from data import Writer, check_target, parse_share, read_meta, sync
+from nano import config, tokenizer
+from nano.config import UserError
+from nano.data import Writer, check_target, parse_share, read_meta, sync
 from prepare import records
 from prepare.records import BadRecord
 
@@ -62,7 +61,7 @@ class Config:
     split: str = "train"  # of a hub id
     max_mb: int = 0  # stop after so many megabytes of the source; 0: all of it
     # a new tokenizer
-    kind: Literal["sentencepiece", "bpe"] = "sentencepiece"  # sentencepiece BPE with byte fallback, or byte-level BPE
+    kind: Literal["sentencepiece", "bpe"] = "sentencepiece"  # what train: makes
     train_mb: int = 200  # megabytes of the source it is trained on, spread evenly (hub: the first)
     # how
     val: str = "0.01"  # documents to hold out: a share such as 0.01 or 1%, or a number of them
@@ -85,7 +84,9 @@ def find_files(cfg):
             return None
         raise UserError(f"there is no file or folder {path}")
     if records.suffix(path) not in SUFFIXES:
-        raise UserError(f"{path}: cannot tell its format, the name must end in {listed}, or these and .gz")
+        raise UserError(
+            f"{path}: cannot tell its format, the name must end in {listed}, or these and .gz"
+        )
     return [path]
 
 
@@ -95,7 +96,10 @@ def read_text(path, separator, bar, counts):
     line, held, more, done = 1, b"", True, 0
     border = re.compile(re.escape(separator).replace(b"\\\n", b"\r?\n"))
     try:
-        with open(path, "rb") as on_disk, gzip.open(on_disk) if path.suffix.lower() == ".gz" else on_disk as f:
+        with (
+            open(path, "rb") as on_disk,
+            gzip.open(on_disk) if path.suffix.lower() == ".gz" else on_disk as f,
+        ):
             while more:
                 more = f.read(BLOCK)
                 held += more.removeprefix(records.BOM) if line == 1 and not held else more
@@ -124,7 +128,11 @@ def documents(cfg, files, bar, counts):
     separator = cfg.separator.replace("\\n", "\n").encode()
     if files is None:
         for line, record in records.read_hub(cfg.source, [cfg.subset], cfg.split):
-            yield f"{cfg.source}:{line}", False, {k: v for k, v in record.items() if k == cfg.text_field} or record
+            yield (
+                f"{cfg.source}:{line}",
+                False,
+                {k: v for k, v in record.items() if k == cfg.text_field} or record,
+            )
     for path in files or ():
         plain = records.suffix(path) == ".txt"
         if plain:
@@ -164,13 +172,19 @@ def read(plain, raw, field):
             return raw.decode("utf-8")
         except UnicodeDecodeError as e:
             line = raw.count(b"\n", 0, e.start) + 1
-            raise BadRecord(f"not UTF-8 (byte 0x{raw[e.start]:02x} in line {line} of the document)") from None
+            raise BadRecord(
+                f"not UTF-8 (byte 0x{raw[e.start]:02x} in line {line} of the document)"
+            ) from None
     record = records.parse(raw)
     value = record.get(field)
     if not isinstance(value, str):
         known = f"there are {', '.join(map(str, record))}" if record else "the record is empty"
         kind = type(value).__name__
-        raise BadRecord(f"field '{field}' is {kind} and not text" if field in record else f"no field '{field}' ({known})")
+        raise BadRecord(
+            f"field '{field}' is {kind} and not text"
+            if field in record
+            else f"no field '{field}' ({known})"
+        )
     return tokenizer.mend(value)
 
 
@@ -201,9 +215,21 @@ def convert(chunk):
         tokens += row
         lengths.append(len(row))
         sizes.append(len(text) if text.isascii() else len(text.encode("utf-8", "replace")))
-        hashes.append(int.from_bytes(hashlib.blake2b(row, digest_size=8, key=key).digest(), "little"))
-    tokens = np.frombuffer(tokens, np.uint32).astype(np.uint16 if tok.vocab_size < 65536 else np.uint32)
-    return size, tokens, np.array(lengths, np.int64), np.array(sizes, np.int64), np.array(hashes, np.uint64), empty, bad
+        hashes.append(
+            int.from_bytes(hashlib.blake2b(row, digest_size=8, key=key).digest(), "little")
+        )
+    tokens = np.frombuffer(tokens, np.uint32).astype(
+        np.uint16 if tok.vocab_size < 65536 else np.uint32
+    )
+    return (
+        size,
+        tokens,
+        np.array(lengths, np.int64),
+        np.array(sizes, np.int64),
+        np.array(hashes, np.uint64),
+        empty,
+        bad,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,7 +253,13 @@ def count_words(chunk):
     for _, plain, raw in chunk[1]:
         with contextlib.suppress(BadRecord):  # the tokenizing pass reports it
             words.update(find(read(plain, raw, state.cfg.text_field)))
-    return Counter({raw: n for word, n in words.items() if 1 < len(raw := word.encode("utf-8", "replace")) <= WORD})
+    return Counter(
+        {
+            raw: n
+            for word, n in words.items()
+            if 1 < len(raw := word.encode("utf-8", "replace")) <= WORD
+        }
+    )
 
 
 def learn_merges(words, count):
@@ -240,7 +272,9 @@ def learn_merges(words, count):
         for pair in zip(part, part[1:], strict=False):
             pairs[pair] += times[i]
             places[pair].add(i)
-    queue = [(-n, pair) for pair, n in pairs.items()]  # never less than a pair's count; put right when it comes up
+    queue = [
+        (-n, pair) for pair, n in pairs.items()
+    ]  # never less than a pair's count; put right when it comes up
     heapq.heapify(queue)
     merges, made, known = [], [bytes([b]) for b in range(256)], set()
     while queue and len(merges) < count:
@@ -286,57 +320,104 @@ def byte_level_bpe(words, size):
     specials = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
     merges = learn_merges(words, size - len(specials) - 256)
     if len(specials) + 256 + len(merges) < size:
-        raise UserError(f"the text has no more than {len(specials) + 256 + len(merges)} tokens to learn, not {size}: ask for less")
+        raise UserError(
+            f"the text has no more than {len(specials) + 256 + len(merges)} tokens to learn, not {size}: ask for less"
+        )
     tokens = [tokenizer.BYTE_CHAR[b] for b in range(256)]
     for a, b in merges:
         tokens.append(tokens[a] + tokens[b])
     flags = dict(special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
     spec = dict(
-        version="1.0", truncation=None, padding=None, normalizer=None, post_processor=None, decoder=STEPS[1],
+        version="1.0",
+        truncation=None,
+        padding=None,
+        normalizer=None,
+        post_processor=None,
+        decoder=STEPS[1],
         added_tokens=[dict(id=i, content=name, **flags) for i, name in enumerate(specials)],
         pre_tokenizer=dict(type="Sequence", pretokenizers=STEPS),
         model=dict(
-            type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
-            fuse_unk=False, byte_fallback=False, vocab={token: i for i, token in enumerate([*specials, *tokens])},
+            type="BPE",
+            dropout=None,
+            unk_token=None,
+            continuing_subword_prefix=None,
+            end_of_word_suffix=None,
+            fuse_unk=False,
+            byte_fallback=False,
+            vocab={token: i for i, token in enumerate([*specials, *tokens])},
             merges=[f"{tokens[a]} {tokens[b]}" for a, b in merges],
         ),
-    )  # fmt: skip
-    settings = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=specials[0], eos_token=specials[0], pad_token=specials[1])
+    )
+    settings = dict(
+        tokenizer_class="PreTrainedTokenizerFast",
+        bos_token=specials[0],
+        eos_token=specials[0],
+        pad_token=specials[1],
+    )
     return {"tokenizer.json": spec, "tokenizer_config.json": settings | dict(chat_template=CHATML)}
 
 
 def sentencepiece_bpe(texts, size):
     """{file name: content} of a sentencepiece BPE of `size` tokens in Llama 2's manner: every other character is its bytes,
     digits stand alone, text is left as it is."""
-    lines = (line[a : a + SENTENCE] for text in texts for line in text.split("\n") for a in range(0, len(line), SENTENCE))
+    lines = (
+        line[a : a + SENTENCE]
+        for text in texts
+        for line in text.split("\n")
+        for a in range(0, len(line), SENTENCE)
+    )
     if (first := next(lines, None)) is None:
         raise UserError("there is no text to train a tokenizer on")
     model, specials = io.BytesIO(), ["<pad>", "<|im_start|>", "<|im_end|>"]
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=chain([first], lines), model_writer=model, vocab_size=size, model_type="bpe", byte_fallback=True,
-            character_coverage=0.9995, split_digits=True, allow_whitespace_only_pieces=True, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, max_sentence_length=8 * SENTENCE, control_symbols=specials,
-            num_threads=records.cores(), minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=chain([first], lines),
+            model_writer=model,
+            vocab_size=size,
+            model_type="bpe",
+            byte_fallback=True,
+            character_coverage=0.9995,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            max_sentence_length=8 * SENTENCE,
+            control_symbols=specials,
+            num_threads=records.cores(),
+            minloglevel=2,
+        )
     except RuntimeError as e:
         limit = re.search(r"<= (\d+)", str(e))
-        reason = f"the text has no more than {limit[1]} tokens to learn, not {size}: ask for less" if limit else str(e)
+        reason = (
+            f"the text has no more than {limit[1]} tokens to learn, not {size}: ask for less"
+            if limit
+            else str(e)
+        )
         raise UserError(f"sentencepiece trains no tokenizer: {reason}") from None
     names = {0: "<unk>", 1: "<s>", 2: "</s>"} | dict(enumerate(specials, 3))
     flags = dict(special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
     settings = dict(
-        tokenizer_class="LlamaTokenizer", legacy=False, add_bos_token=True, add_eos_token=False, unk_token="<unk>",
-        bos_token="<s>", eos_token="</s>", pad_token="<pad>", clean_up_tokenization_spaces=False, chat_template=CHATML,
+        tokenizer_class="LlamaTokenizer",
+        legacy=False,
+        add_bos_token=True,
+        add_eos_token=False,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+        chat_template=CHATML,
         added_tokens_decoder={str(i): dict(content=name, **flags) for i, name in names.items()},
-    )  # fmt: skip
+    )
     return {"tokenizer.model": model.getvalue(), "tokenizer_config.json": settings}
 
 
 def train_tokenizer(cfg, files, size, folder, workers):
     """A tokenizer of `size` tokens into `folder`."""
     if size < 300:
-        raise UserError(f"tokenizer=train:{size}: 256 bytes and the special tokens need 300 or more")
+        raise UserError(
+            f"tokenizer=train:{size}: 256 bytes and the special tokens need 300 or more"
+        )
     total = sum(f.stat().st_size for f in files) if files else None
     every = max(1, round((total or 0) / (cfg.train_mb * 1e6)))  # one chunk of so many
 
@@ -358,7 +439,9 @@ def train_tokenizer(cfg, files, size, folder, workers):
     with records.progress(total, "B") as bar:
         if cfg.kind == "bpe":
             words = Counter()
-            with contextlib.closing(records.ordered_map(count_words, sample(bar), workers, setup, (cfg,))) as parts:
+            with contextlib.closing(
+                records.ordered_map(count_words, sample(bar), workers, setup, (cfg,))
+            ) as parts:
                 for part in parts:
                     words.update(part)
             content = byte_level_bpe(words, size)
@@ -368,7 +451,11 @@ def train_tokenizer(cfg, files, size, folder, workers):
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
     for name, value in content.items():
-        value = value if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False, indent=1).encode()
+        value = (
+            value
+            if isinstance(value, bytes)
+            else json.dumps(value, ensure_ascii=False, indent=1).encode()
+        )
         (tmp / name).write_bytes(value)
     os.rename(tmp, folder)
 
@@ -385,14 +472,29 @@ def work_folder(cfg):
 def open_work(cfg, files):
     """The folder of finished shards: what lies there of the same job, or an empty one."""
     inputs = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files or ()]
-    same = ("source", "tokenizer", "text_field", "separator", "subset", "split", "max_mb", "kind", "train_mb", "seed")
-    job = dict(sizes=[BLOCK, LIMIT, CHUNK, SHARD], inputs=inputs) | {key: getattr(cfg, key) for key in same}
+    same = (
+        "source",
+        "tokenizer",
+        "text_field",
+        "separator",
+        "subset",
+        "split",
+        "max_mb",
+        "kind",
+        "train_mb",
+        "seed",
+    )
+    job = dict(sizes=[BLOCK, LIMIT, CHUNK, SHARD], inputs=inputs) | {
+        key: getattr(cfg, key) for key in same
+    }
     if not cfg.tokenizer.startswith("train:"):
         job["fingerprint"] = tokenizer.load(cfg.tokenizer, template="plain").fingerprint
     text, work = json.dumps(job, indent=1), work_folder(cfg)
     if work.exists():
         if not (work / "job.json").exists():
-            raise UserError(f"{work} is in the way and not ours: move it away, or choose another out=")
+            raise UserError(
+                f"{work} is in the way and not ours: move it away, or choose another out="
+            )
         if (work / "job.json").read_text(encoding="utf-8") == text:
             return work
         shutil.rmtree(work)
@@ -411,7 +513,11 @@ def write_shard(path, parts):
     tmp = path.with_suffix(".tmp")
     with open(tmp, "wb") as f:
         columns = map(np.concatenate, (tokens, lengths, sizes, hashes))
-        np.savez(f, **dict(zip(("tokens", "lengths", "sizes", "hashes"), columns, strict=True)), about=np.array(json.dumps(about)))
+        np.savez(
+            f,
+            **dict(zip(("tokens", "lengths", "sizes", "hashes"), columns, strict=True)),
+            about=np.array(json.dumps(about)),
+        )
         f.flush()
         os.fsync(f.fileno())
     os.replace(tmp, path)
@@ -448,7 +554,9 @@ def fill(cfg, files, work, directory, workers, counts):
 
     with records.progress(total, "B") as bar:
         todo = islice(chunks(cfg, files, bar, counts), done, None)
-        with contextlib.closing(records.ordered_map(convert, todo, workers, setup, (cfg, directory))) as results:
+        with contextlib.closing(
+            records.ordered_map(convert, todo, workers, setup, (cfg, directory))
+        ) as results:
             for part in results:
                 check_errors(cfg, part[6])
                 parts.append(part)
@@ -466,7 +574,9 @@ def held_out(hashes, val):
     copies of one are on the same side. A few less than `val` where copies meet the limit."""
     count = parse_share(val, len(hashes))
     if count >= len(hashes):
-        raise UserError(f"val={val} leaves none of the {len(hashes)} documents to train on: separator= cuts a text into documents")
+        raise UserError(
+            f"val={val} leaves none of the {len(hashes)} documents to train on: separator= cuts a text into documents"
+        )
     return hashes < np.partition(hashes, count)[count]
 
 
@@ -484,12 +594,20 @@ def assemble(cfg, directory, shards, counts):
         for path in shards:
             path.unlink()
         first = "".join(f"; the first: {error}" for error in first_bad[:1])
-        raise UserError(f"{cfg.source} holds no text ({empty} documents are empty, {bad} bad{first})")
+        raise UserError(
+            f"{cfg.source} holds no text ({empty} documents are empty, {bad} bad{first})"
+        )
     tok, held, size = state.tok, held_out(hashes, cfg.val), Counter()
     meta = dict(
-        tokenizer=tok.fingerprint, source=cfg.source, seed=cfg.seed, dropped={"empty": empty}, **counts,
-        bad_records=bad, first_bad=first_bad, bytes=size,
-    )  # fmt: skip
+        tokenizer=tok.fingerprint,
+        source=cfg.source,
+        seed=cfg.seed,
+        dropped={"empty": empty},
+        **counts,
+        bad_records=bad,
+        first_bad=first_bad,
+        bytes=size,
+    )
     with Writer(cfg.out, tok.vocab_size, meta) as writer:
         at = 0
         for path in shards:
@@ -514,7 +632,9 @@ def main(cfg):
     files = find_files(cfg)
     work, counts = open_work(cfg, files), Counter()
     directory = work / "tokenizer" if train else Path(cfg.tokenizer)
-    workers = cfg.workers or (records.cores() if files is None or sum(f.stat().st_size for f in files) > 4e6 else 1)
+    workers = cfg.workers or (
+        records.cores() if files is None or sum(f.stat().st_size for f in files) > 4e6 else 1
+    )
     try:
         setup(cfg)
         if train and not directory.exists():
@@ -524,7 +644,10 @@ def main(cfg):
         assemble(cfg, directory, shards, counts)
     except BaseException:
         if any(work.glob("*.npz")) or directory == work / "tokenizer" and directory.exists():
-            print(f"what is done stays in {work}: the same command goes on from there", file=sys.stderr)
+            print(
+                f"what is done stays in {work}: the same command goes on from there",
+                file=sys.stderr,
+            )
         else:
             shutil.rmtree(work)
         raise
@@ -540,7 +663,9 @@ def report(cfg, meta):
     for name, s in splits.items():
         print(f"  {name:<8}{s['rows']:>14,} documents {s['tokens']:>16,} tokens")
     if "val" not in splits and cfg.val != "0":
-        print(f"  val={cfg.val} of {rows} documents is none: no validation split (separator= cuts a text into documents)")
+        print(
+            f"  val={cfg.val} of {rows} documents is none: no validation split (separator= cuts a text into documents)"
+        )
     if meta["dropped"]["empty"]:
         print(f"  {meta['dropped']['empty']:,} empty documents left out")
     if meta["bad_records"]:

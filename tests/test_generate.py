@@ -4,15 +4,24 @@ import numpy as np
 import pytest
 import torch
 
-import generate as G
 import lora
-from config import UserError
-from generate import choose, generate, keep_from
 from model import ModelConfig, Transformer
+from nano import generate as G
+from nano.config import UserError
+from nano.generate import choose, generate, keep_from
 
 
 def tiny(seed=0, std=0.3, **changes):
-    settings = dict(vocab_size=97, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, max_positions=256)
+    settings = dict(
+        vocab_size=97,
+        dim=32,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=8,
+        ffn_dim=48,
+        max_positions=256,
+    )
     torch.manual_seed(seed)
     return Transformer(ModelConfig(**(settings | changes))).init_weights(std).eval()
 
@@ -57,7 +66,9 @@ def test_greedy_equals_uncached(name):
         if p.dim() == 1:
             torch.nn.init.normal_(p, mean=1, std=0.3)  # biases and norms that matter
     prompts = ragged(5 if name == "packed" else 9)
-    made = generate(model, prompts, 70, temperature=0.0, batch_size=4)  # 70: the cache grows on the way
+    made = generate(
+        model, prompts, 70, temperature=0.0, batch_size=4
+    )  # 70: the cache grows on the way
     for prompt, tokens, logprobs in zip(prompts, made.tokens, made.logprobs, strict=True):
         assert tokens == greedy_uncached(model, prompt, 70)
         assert (torch.tensor(logprobs) - forward_logprobs(model, prompt, tokens)).abs().max() < 1e-4
@@ -66,14 +77,24 @@ def test_greedy_equals_uncached(name):
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
 def test_greedy_equals_transformers(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
-    import checkpoint
+    from nano import checkpoint
 
     extra = dict(llama={}, mistral=dict(sliding_window=6), qwen3=dict(head_dim=16))[kind]
     config = transformers.AutoConfig.for_model(
-        kind, vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, bos_token_id=None, eos_token_id=None,
-        pad_token_id=None, **extra,
-    )  # fmt: skip
+        kind,
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **extra,
+    )
     torch.manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     theirs.save_pretrained(tmp_path)
@@ -82,7 +103,13 @@ def test_greedy_equals_transformers(kind, tmp_path):
     made = generate(ours, prompts, 30, temperature=0.0, batch_size=4)
     for prompt, tokens in zip(prompts, made.tokens, strict=True):
         ids = torch.tensor([prompt])
-        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, pad_token_id=0)
+        out = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=30,
+            do_sample=False,
+            pad_token_id=0,
+        )
         assert tokens == out[0, len(prompt) :].tolist()
 
 
@@ -90,9 +117,17 @@ def test_samples_do_not_depend_on_the_batch():
     model, prompts, stop = tiny(), ragged(13), tuple(range(12))
     settings = dict(stop_ids=stop, seed=3, temperature=0.9)
     one = generate(model, prompts, 40, batch_size=13, **settings)
-    assert 0 < sum(one.finished) and len({len(t) for t in one.tokens}) > 5  # lengths differ, rows leave and are refilled
-    for other in (dict(batch_size=1), dict(batch_size=4), dict(batch_size=5, sync_every=8), dict(batch_size=4, pack=True),
-                  dict(batch_size=5, shapes="fixed", sync_every=4), dict(batch_size=12, shapes="few", sync_every=8)):  # fmt: skip
+    assert (
+        0 < sum(one.finished) and len({len(t) for t in one.tokens}) > 5
+    )  # lengths differ, rows leave and are refilled
+    for other in (
+        dict(batch_size=1),
+        dict(batch_size=4),
+        dict(batch_size=5, sync_every=8),
+        dict(batch_size=4, pack=True),
+        dict(batch_size=5, shapes="fixed", sync_every=4),
+        dict(batch_size=12, shapes="few", sync_every=8),
+    ):
         again = generate(model, prompts, 40, **settings, **other)
         assert again.tokens == one.tokens and again.finished == one.finished, other
         for a, b in zip(again.logprobs, one.logprobs, strict=True):
@@ -117,24 +152,34 @@ def test_sample_ids_share_out_a_call():
 @pytest.mark.parametrize("batch_size", [3, 4, 15])
 def test_group_equals_repeated_prompts(batch_size, monkeypatch):
     model, prompts = tiny(), ragged(5, low=2)
-    repeated = generate(model, [p for p in prompts for _ in range(3)], 20, stop_ids=(1, 2, 3), batch_size=batch_size)
+    repeated = generate(
+        model, [p for p in prompts for _ in range(3)], 20, stop_ids=(1, 2, 3), batch_size=batch_size
+    )
     filled = []
     prefill = G.Batch.prefill
-    monkeypatch.setattr(G.Batch, "prefill", lambda self, p, *a: (filled.extend(p), prefill(self, p, *a))[1])
+    monkeypatch.setattr(
+        G.Batch, "prefill", lambda self, p, *a: (filled.extend(p), prefill(self, p, *a))[1]
+    )
     group = generate(model, prompts, 20, stop_ids=(1, 2, 3), group=3, batch_size=batch_size)
     assert group.tokens == repeated.tokens and group.finished == repeated.finished
     assert len({tuple(t) for t in group.tokens[:3]}) == 3  # samples of one prompt differ
-    assert sorted(filled) == sorted(prompts)  # each prompt once, although its group is spread over several refills
+    assert sorted(filled) == sorted(
+        prompts
+    )  # each prompt once, although its group is spread over several refills
 
 
 def test_frequencies_are_the_softmax():
     """20,000 draws, all from one next-token distribution, by Pearson's chi-square."""
     model = tiny(std=0.2, vocab_size=40)
     prompt, temperature = [3, 1, 4], 1.2
-    made = generate(model, [prompt], 1, temperature=temperature, group=20_000, batch_size=20_000, seed=5)
+    made = generate(
+        model, [prompt], 1, temperature=temperature, group=20_000, batch_size=20_000, seed=5
+    )
     counts = np.bincount([t[0] for t in made.tokens], minlength=40)
     with torch.no_grad():
-        expected = (model.logits(model(torch.tensor([prompt])))[0, -1].double() / temperature).softmax(-1).numpy() * 20_000
+        expected = (
+            model.logits(model(torch.tensor([prompt])))[0, -1].double() / temperature
+        ).softmax(-1).numpy() * 20_000
     assert expected.min() > 5
     chi2 = ((counts - expected) ** 2 / expected).sum()
     assert chi2 < 72.1  # the 99.9 % quantile for 39 degrees of freedom
@@ -151,14 +196,18 @@ def reference_filter(logits, top_k, top_p):
     return out / out.sum()
 
 
-@pytest.mark.parametrize("top_k, top_p", [(5, 1.0), (0, 0.8), (7, 0.6), (1, 1.0), (0, 1e-9), (1000, 0.999)])
+@pytest.mark.parametrize(
+    "top_k, top_p", [(5, 1.0), (0, 0.8), (7, 0.6), (1, 1.0), (0, 1e-9), (1000, 0.999)]
+)
 @pytest.mark.parametrize("V", [50, 3000])
 def test_filters_against_float64(top_k, top_p, V):
     torch.manual_seed(0)
     logits = torch.randn(4, V) * 3
     kept = logits >= keep_from(logits, top_k, top_p)
     n = 1_000
-    uniform = torch.linspace(0, 1, n + 1)[:-1]  # inverse CDF at evenly spaced points: exact frequencies, no luck in them
+    uniform = torch.linspace(0, 1, n + 1)[
+        :-1
+    ]  # inverse CDF at evenly spaced points: exact frequencies, no luck in them
     for row, keep in zip(logits, kept, strict=True):
         expected = reference_filter(row.double().numpy(), top_k, top_p)
         assert ((expected > 0) == keep.numpy()).all()
@@ -166,7 +215,9 @@ def test_filters_against_float64(top_k, top_p, V):
         counts = np.bincount(tokens.numpy(), minlength=V)
         assert counts[expected == 0].sum() == 0
         assert np.abs(counts / n - expected).max() < 2 / n
-        torch.testing.assert_close(logprobs, row.log_softmax(-1)[tokens])  # before the filters, as documented
+        torch.testing.assert_close(
+            logprobs, row.log_softmax(-1)[tokens]
+        )  # before the filters, as documented
 
 
 def test_flat_distributions_do_not_hide_from_top_p():
@@ -201,7 +252,9 @@ def test_stops_early_and_reports_why():
 def test_unequal_lengths_cost_their_sum(monkeypatch):
     model, rng, steps = tiny(), np.random.default_rng(0), []
     step = G.Batch.step
-    monkeypatch.setattr(G.Batch, "step", lambda self, rows: (steps.append(rows), step(self, rows))[1])
+    monkeypatch.setattr(
+        G.Batch, "step", lambda self, rows: (steps.append(rows), step(self, rows))[1]
+    )
     lengths = np.minimum(rng.geometric(1 / 16, 64), 100).tolist()
     prompts = ragged(64)
     made = generate(model, prompts, lengths, batch_size=16)
@@ -211,8 +264,12 @@ def test_unequal_lengths_cost_their_sum(monkeypatch):
     assert made.row_steps == sum(steps) < 0.4 * batches
     assert len(steps) < 0.6 * batches / 16  # rows are refilled before the last of them ends
     made = generate(model, prompts, lengths, batch_size=16, shapes="few", sync_every=8)
-    assert [len(t) for t in made.tokens] == lengths and sum(lengths) < made.row_steps < 0.7 * batches
-    made = generate(model, prompts[:16], [100] + [2] * 15, batch_size=16, shapes="few", sync_every=8)
+    assert [len(t) for t in made.tokens] == lengths and sum(
+        lengths
+    ) < made.row_steps < 0.7 * batches
+    made = generate(
+        model, prompts[:16], [100] + [2] * 15, batch_size=16, shapes="few", sync_every=8
+    )
     assert made.row_steps == 16 * 8 + 92
 
 
@@ -226,27 +283,54 @@ def test_rows_that_are_done_idle_without_harm(streaming):
         count[sample] += 1
         return count[sample] == lengths[sample]
 
-    made = generate(tiny(), [[1] * 56] + [[2]] * 4, asked, batch_size=5, shapes="few", sync_every=8,
-                    on_token=on_token if streaming else None)  # fmt: skip
+    made = generate(
+        tiny(),
+        [[1] * 56] + [[2]] * 4,
+        asked,
+        batch_size=5,
+        shapes="few",
+        sync_every=8,
+        on_token=on_token if streaming else None,
+    )
     assert [len(t) for t in made.tokens] == lengths
 
 
 def test_fixed_shapes_run_every_batch_in_one_shape(monkeypatch):
     model, shapes, placed, hooked = tiny(), [], [], []
     step, place = G.Batch.step, G.Batch.place
-    monkeypatch.setattr(G.Batch, "place", lambda self, rows, *a: (placed.append(len(rows)), place(self, rows, *a))[1])
-    monkeypatch.setattr(G.Batch, "step", lambda self, rows: (shapes.append((rows, self.slots)), step(self, rows))[1])
+    monkeypatch.setattr(
+        G.Batch,
+        "place",
+        lambda self, rows, *a: (placed.append(len(rows)), place(self, rows, *a))[1],
+    )
+    monkeypatch.setattr(
+        G.Batch, "step", lambda self, rows: (shapes.append((rows, self.slots)), step(self, rows))[1]
+    )
     lengths = [3, 30, 7, 21, 5, 40, 2]
-    made = generate(model, ragged(7), lengths, batch_size=3, shapes="fixed", sync_every=5, step_hook=lambda: hooked.append(1))
+    made = generate(
+        model,
+        ragged(7),
+        lengths,
+        batch_size=3,
+        shapes="fixed",
+        sync_every=5,
+        step_hook=lambda: hooked.append(1),
+    )
     assert [len(t) for t in made.tokens] == lengths
-    assert len(set(shapes)) == 1 and placed == [3, 3, 3] and len(hooked) == len(shapes) + 3  # and one prefill a batch
+    assert (
+        len(set(shapes)) == 1 and placed == [3, 3, 3] and len(hooked) == len(shapes) + 3
+    )  # and one prefill a batch
 
 
 def test_limits_of_the_model():
     model = tiny(max_positions=32)
     made = generate(model, [[1] * 31, [1] * 20, [5]], 100, temperature=0.0)
     assert [len(t) for t in made.tokens] == [1, 12, 31] and made.finished == [False] * 3
-    for prompt, words in (([1] * 32, "32 tokens"), ([], "prompt 1 is empty"), ([97], "another model's tokenizer")):
+    for prompt, words in (
+        ([1] * 32, "32 tokens"),
+        ([], "prompt 1 is empty"),
+        ([97], "another model's tokenizer"),
+    ):
         with pytest.raises(UserError, match=words):
             generate(model, [[1], prompt], 4)
     for wrong in (dict(temperature=-1.0), dict(top_p=0.0), dict(top_k=-1)):
@@ -267,7 +351,9 @@ def test_streaming_sees_every_token_and_may_stop():
 
     for sync_every in (1, 4):
         seen.clear()
-        made = generate(model, prompts, 25, seed=1, on_token=on_token, batch_size=3, sync_every=sync_every)
+        made = generate(
+            model, prompts, 25, seed=1, on_token=on_token, batch_size=3, sync_every=sync_every
+        )
         assert [seen[i] for i in range(5)] == made.tokens
         assert made.tokens == [t[:7] if i == 2 else t for i, t in enumerate(whole.tokens)]
         assert made.finished == [False, False, True, False, False]
@@ -324,7 +410,9 @@ def test_sharded_and_compiled_models(tmp_path):
     from torch.distributed.fsdp import fully_shard
 
     expected = generate(tiny(), ragged(3), 20)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
     try:
         mesh = dist.init_device_mesh("cpu", (1,))
         model = tiny()
@@ -332,7 +420,9 @@ def test_sharded_and_compiled_models(tmp_path):
             fully_shard(layer, mesh=mesh)
             layer.compile(backend="eager")
         fully_shard(model, mesh=mesh)
-        assert not any(m._forward_pre_hooks for m in G.snapshot(model, torch.float32, False).modules())
+        assert not any(
+            m._forward_pre_hooks for m in G.snapshot(model, torch.float32, False).modules()
+        )
         for pack in (False, True):
             assert generate(model, ragged(3), 20, pack=pack).tokens == expected.tokens
         model(torch.tensor([[1, 2, 3]])).sum().backward()
@@ -352,4 +442,6 @@ def test_bfloat16_logprobs(autocast):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         made = generate(model, prompts, 30)
         for prompt, tokens, logprobs in zip(prompts, made.tokens, made.logprobs, strict=True):
-            assert (torch.tensor(logprobs) - forward_logprobs(model, prompt, tokens).float()).abs().max() < 0.1
+            assert (
+                torch.tensor(logprobs) - forward_logprobs(model, prompt, tokens).float()
+            ).abs().max() < 0.1

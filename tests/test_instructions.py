@@ -17,16 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import config
-import data
-import tokenizer
-from config import UserError
+from nano import config, data, tokenizer
+from nano.config import UserError
 from prepare import instructions, records
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +32,14 @@ def model(tmp_path_factory):
     dir = tmp_path_factory.mktemp("bytes")
     vocab = {char: i for i, char in enumerate(tokenizer.BYTE_CHAR.values())}
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    added = [dict(id=256 + i, content=t, **flags) for i, t in enumerate(["<|im_start|>", "<|im_end|>", "</s>"])]
-    spec = dict(added_tokens=added, pre_tokenizer=dict(type="ByteLevel", use_regex=True, add_prefix_space=False))
+    added = [
+        dict(id=256 + i, content=t, **flags)
+        for i, t in enumerate(["<|im_start|>", "<|im_end|>", "</s>"])
+    ]
+    spec = dict(
+        added_tokens=added,
+        pre_tokenizer=dict(type="ByteLevel", use_regex=True, add_prefix_space=False),
+    )
     spec |= dict(normalizer=None, model=dict(type="BPE", vocab=vocab, merges=[]))
     (dir / "tokenizer.json").write_text(json.dumps(spec))
     (dir / "tokenizer_config.json").write_text(json.dumps(dict(eos_token="</s>")))
@@ -50,7 +53,9 @@ def prepare(model, out, source, **keys):
 
 
 def write(path, items):
-    path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8"
+    )
     return path
 
 
@@ -60,13 +65,19 @@ def texts(model, store):
     for i in range(len(store)):
         tokens, mask = store.row(i)
         edges = [0, *(np.flatnonzero(np.diff(mask)) + 1), len(mask)]
-        spans = [tok.decode(tokens[a:b].tolist(), False) for a, b in zip(edges, edges[1:], strict=False) if mask[a]]
+        spans = [
+            tok.decode(tokens[a:b].tolist(), False)
+            for a, b in zip(edges, edges[1:], strict=False)
+            if mask[a]
+        ]
         rows.append((tok.decode(tokens.tolist(), False), spans))
     return rows
 
 
 def one(model, tmp_path, record, **keys):
-    [row] = texts(model, prepare(model, tmp_path / "out", write(tmp_path / "in.jsonl", [record]), **keys))
+    [row] = texts(
+        model, prepare(model, tmp_path / "out", write(tmp_path / "in.jsonl", [record]), **keys)
+    )
     return row
 
 
@@ -81,10 +92,22 @@ CHAT = f"{U}Hi{E}\n{A}Hello.{E}\n{U}Bye{E}\n{A}So long.{E}"
 @pytest.mark.parametrize(
     "record, row, targets",
     [
-        (dict(instruction="Add.", input="1 2", output="3"), f"{U}Add.\n\n1 2{E}\n{A}3{E}", [f"3{E}"]),
-        (dict(instruction="Say A.", input="", output="A", id=7), f"{U}Say A.{E}\n{A}A{E}", [f"A{E}"]),
+        (
+            dict(instruction="Add.", input="1 2", output="3"),
+            f"{U}Add.\n\n1 2{E}\n{A}3{E}",
+            [f"3{E}"],
+        ),
+        (
+            dict(instruction="Say A.", input="", output="A", id=7),
+            f"{U}Say A.{E}\n{A}A{E}",
+            [f"A{E}"],
+        ),
         (dict(instruction="Q", context="C", response="R"), f"{U}Q\n\nC{E}\n{A}R{E}", [f"R{E}"]),
-        (dict(instruction="Q", output="R", system="Be short."), f"{S}Be short.{E}\n{U}Q{E}\n{A}R{E}", [f"R{E}"]),
+        (
+            dict(instruction="Q", output="R", system="Be short."),
+            f"{S}Be short.{E}\n{U}Q{E}\n{A}R{E}",
+            [f"R{E}"],
+        ),
         (
             dict(instruction="Bye", input="", output="So long.", history=[["Hi", "Hello."]]),
             CHAT,
@@ -94,49 +117,101 @@ CHAT = f"{U}Hi{E}\n{A}Hello.{E}\n{U}Bye{E}\n{A}So long.{E}"
         (dict(prompt="P", response=" C "), f"{U}P{E}\n{A} C {E}", [f" C {E}"]),
         (dict(question="P", answer="C"), f"{U}P{E}\n{A}C{E}", [f"C{E}"]),
         (dict(question="P", context="K", answer="C"), f"{U}P\n\nK{E}\n{A}C{E}", [f"C{E}"]),
-        (dict(messages=None, instruction="Q", response=None, output="R", input=None), f"{U}Q{E}\n{A}R{E}", [f"R{E}"]),
         (
-            dict(messages=[dict(role=r, content=c, **w) for r, c, w in [
-                ("user", "Hi", {}), ("assistant", [dict(type="text", text="Hello.")], dict(weight=0)), ("user", "Bye", {}),
-                ("assistant", "So long.", dict(weight=1)),
-            ]]),
+            dict(messages=None, instruction="Q", response=None, output="R", input=None),
+            f"{U}Q{E}\n{A}R{E}",
+            [f"R{E}"],
+        ),
+        (
+            dict(
+                messages=[
+                    dict(role=r, content=c, **w)
+                    for r, c, w in [
+                        ("user", "Hi", {}),
+                        ("assistant", [dict(type="text", text="Hello.")], dict(weight=0)),
+                        ("user", "Bye", {}),
+                        ("assistant", "So long.", dict(weight=1)),
+                    ]
+                ]
+            ),
             CHAT,
             [f"So long.{E}"],
         ),
         (dict(input="P", output="C", Label=2), f"{U}P{E}\n{A}C{E}", [f"C{E}"]),
         (
-            dict(prompt=[dict(role="user", content="P")], completion=[dict(role="assistant", content="C")]),
+            dict(
+                prompt=[dict(role="user", content="P")],
+                completion=[dict(role="assistant", content="C")],
+            ),
             f"{U}P{E}\n{A}C{E}",
             [f"C{E}"],
         ),
-        (dict(conversations=[dict(zip(("from", "value"), t, strict=True)) for t in TALK]), CHAT, [f"Hello.{E}", f"So long.{E}"]),
         (
-            dict(messages=[dict(role=r, content=c) for r, c in [("system", "S"), ("user", "P"), ("assistant", "C")]]),
+            dict(conversations=[dict(zip(("from", "value"), t, strict=True)) for t in TALK]),
+            CHAT,
+            [f"Hello.{E}", f"So long.{E}"],
+        ),
+        (
+            dict(
+                messages=[
+                    dict(role=r, content=c)
+                    for r, c in [("system", "S"), ("user", "P"), ("assistant", "C")]
+                ]
+            ),
             f"{S}S{E}\n{U}P{E}\n{A}C{E}",
             [f"C{E}"],
         ),
         (
-            dict(messages=[dict(role="user", content=[dict(type="text", text="P"), dict(type="text", text="Q")])])
-            | dict(chosen=dict(role="assistant", content="better"), rejected=dict(role="assistant", content="worse")),
+            dict(
+                messages=[
+                    dict(
+                        role="user",
+                        content=[dict(type="text", text="P"), dict(type="text", text="Q")],
+                    )
+                ]
+            )
+            | dict(
+                chosen=dict(role="assistant", content="better"),
+                rejected=dict(role="assistant", content="worse"),
+            ),
             f"{U}PQ{E}\n{A}better{E}",
             [f"better{E}"],
         ),
         # a user's last word is not answered, and nothing is learned from it
-        (dict(conversations=[dict(role=r, content=c) for r, c in [("user", "P"), ("gpt", "C"), ("user", "Thanks")]]),
-         f"{U}P{E}\n{A}C{E}", [f"C{E}"]),
+        (
+            dict(
+                conversations=[
+                    dict(role=r, content=c)
+                    for r, c in [("user", "P"), ("gpt", "C"), ("user", "Thanks")]
+                ]
+            ),
+            f"{U}P{E}\n{A}C{E}",
+            [f"C{E}"],
+        ),
         # the name of a control token in a record is text: it is longer than one token
         (dict(prompt="a<|im_end|>b", completion="c"), f"{U}a<|im_end|>b{E}\n{A}c{E}", [f"c{E}"]),
-        (dict(prompt="Zür\u2028", completion="写 \U0001f600"), f"{U}Zür\u2028{E}\n{A}写 \U0001f600{E}", [f"写 \U0001f600{E}"]),
+        (
+            dict(prompt="Zür\u2028", completion="写 \U0001f600"),
+            f"{U}Zür\u2028{E}\n{A}写 \U0001f600{E}",
+            [f"写 \U0001f600{E}"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_shapes(model, tmp_path, record, row, targets):
     assert one(model, tmp_path, record) == (row, targets)
 
 
 def test_control_tokens_in_records_are_text(model, tmp_path):
-    store = prepare(model, tmp_path / "out", write(tmp_path / "a.jsonl", [dict(prompt="a<|im_end|>b", completion="<|im_end|>")]))
+    store = prepare(
+        model,
+        tmp_path / "out",
+        write(tmp_path / "a.jsonl", [dict(prompt="a<|im_end|>b", completion="<|im_end|>")]),
+    )
     tokens, mask = store.row(0)
-    assert (tokens == 257).sum() == 2 and mask[tokens == 257].tolist() == [0, 1]  # the template's own
+    assert (tokens == 257).sum() == 2 and mask[tokens == 257].tolist() == [
+        0,
+        1,
+    ]  # the template's own
 
 
 def test_train_on_last(model, tmp_path):
@@ -148,7 +223,10 @@ def test_every_row_of_alpaca(model, tmp_path, shared_data):
     store = prepare(model, tmp_path / "out", shared_data / "alpaca_en_demo.json", max_length=10_000)
     rows = json.loads((shared_data / "alpaca_en_demo.json").read_text(encoding="utf-8"))
     asked = ["\n\n".join(filter(None, (r["instruction"], r["input"]))) for r in rows]
-    expected = [(f"{U}{q}{E}\n{A}{r['output']}{E}", [r["output"] + E]) for q, r in zip(asked, rows, strict=True)]
+    expected = [
+        (f"{U}{q}{E}\n{A}{r['output']}{E}", [r["output"] + E])
+        for q, r in zip(asked, rows, strict=True)
+    ]
     assert len(expected) == 999 and texts(model, store) == expected
 
 
@@ -157,19 +235,38 @@ def test_response_template_is_found_by_characters(tmp_path, shared_data, family)
     """Whatever the text before and after it is, in a vocabulary with merges."""
     model, rng = str(shared_data / "tok_fixtures" / family), random.Random(0)
     words = ["### Label:", "###", " Label:", "\n", "the", " and", "é", "\n\n", ":", " "]
-    rows = ["".join(rng.choices(words, k=rng.randint(0, 6))) + " ### Label:" + rng.choice(words[5:]) + "x" for _ in range(60)]
+    rows = [
+        "".join(rng.choices(words, k=rng.randint(0, 6)))
+        + " ### Label:"
+        + rng.choice(words[5:])
+        + "x"
+        for _ in range(60)
+    ]
     source = write(tmp_path / "in.jsonl", [dict(text=t) for t in rows])
-    got = texts(model, prepare(model, tmp_path / "out", source, text_field="text", response_template="### Label:"))
+    got = texts(
+        model,
+        prepare(model, tmp_path / "out", source, text_field="text", response_template="### Label:"),
+    )
     cuts = [t.rindex("### Label:") + len("### Label:") for t in rows]
     bos, eos = got[0][0].split(rows[0])
-    assert eos and got == [(bos + t + eos, [t[cut:] + eos]) for t, cut in zip(rows, cuts, strict=True)]
+    assert eos and got == [
+        (bos + t + eos, [t[cut:] + eos]) for t, cut in zip(rows, cuts, strict=True)
+    ]
 
 
 def test_text_field(model, tmp_path, capsys):
-    rows = [dict(text="Q: a A: b A: c"), dict(text="no mark"), dict(text="A: first"), dict(text="Q: A: ")]
+    rows = [
+        dict(text="Q: a A: b A: c"),
+        dict(text="no mark"),
+        dict(text="A: first"),
+        dict(text="Q: A: "),
+    ]
     source = write(tmp_path / "in.jsonl", rows)
     store = prepare(model, tmp_path / "out", source, text_field="text", response_template="A:")
-    assert texts(model, store) == [("Q: a A: b A: c</s>", [" c</s>"]), ("A: first</s>", [" first</s>"])]
+    assert texts(model, store) == [
+        ("Q: a A: b A: c</s>", [" c</s>"]),
+        ("A: first</s>", [" first</s>"]),
+    ]
     assert store.meta["dropped"] == {"no response template in the text": 1, "empty answer": 1}
     whole = prepare(model, tmp_path / "out", source, text_field="text")
     assert texts(model, whole)[1] == ("no mark</s>", ["no mark</s>"])
@@ -192,7 +289,13 @@ SETS = {  # the record of each set, its prompt and its target under the column t
         "For.\n\n### TARGET:\nSo.",
     ),
     "slimorca": (
-        dict(conversations=[{"from": "system", "value": "S"}, {"from": "human", "value": "H"}, {"from": "gpt", "value": "G"}]),
+        dict(
+            conversations=[
+                {"from": "system", "value": "S"},
+                {"from": "human", "value": "H"},
+                {"from": "gpt", "value": "G"},
+            ]
+        ),
         "### FROM:\nsystem\n\n### VALUE:\nS\n\n### FROM:\nhuman\n\n### VALUE:\nH\n\n### GPT:\n",
         "G",
     ),
@@ -211,7 +314,11 @@ SETS = {  # the record of each set, its prompt and its target under the column t
         "### QUESTION:\nQ\n\n### CANDIDATE ANSWERS:\n(A): sun (B): moon\n\n### ANSWER:\n",
         "moon",
     ),
-    "gsm8k": (dict(question="Q", answer="1+1=2\n#### 2"), "### QUESTION:\nQ\n\n### ANSWER:\n", "1+1=2\n#### 2"),
+    "gsm8k": (
+        dict(question="Q", answer="1+1=2\n#### 2"),
+        "### QUESTION:\nQ\n\n### ANSWER:\n",
+        "1+1=2\n#### 2",
+    ),
     "winogrande_xs": (
         dict(sentence="_ ran.", option1="Ann", option2="Ben", answer="1"),
         "### SENTENCE:\n_ ran.\n\n### OPTION1:\nAnn\n\n### OPTION2:\nBen\n\n### ANSWER:\n",
@@ -232,16 +339,30 @@ def test_known_sets(model, tmp_path, name):
 
 def test_known_sets_in_their_variants(model, tmp_path):
     def target(name, record):
-        store = prepare(model, tmp_path / "out", name, path=str(write(tmp_path / "in.jsonl", [record])), template="columns")
+        store = prepare(
+            model,
+            tmp_path / "out",
+            name,
+            path=str(write(tmp_path / "in.jsonl", [record])),
+            template="columns",
+        )
         return texts(model, store)[0]
 
-    assert target("arc", dict(question="Q", choices=dict(text=["x", "y"], label=["1", "2"]), answerKey="2"))[1] == ["y</s>"]
+    assert target(
+        "arc", dict(question="Q", choices=dict(text=["x", "y"], label=["1", "2"]), answerKey="2")
+    )[1] == ["y</s>"]
     assert target("winogrande_xl", SETS["winogrande_xs"][0] | dict(answer=2))[1] == ["Ben</s>"]
-    assert target("openorca-multiplechoice", dict(system_prompt="", question="Q", response="R"))[0].startswith("### QUESTION:")
+    assert target("openorca-multiplechoice", dict(system_prompt="", question="Q", response="R"))[
+        0
+    ].startswith("### QUESTION:")
     turns = [{"from": f, "value": v} for f, v in TALK]
-    row, targets = target("slimorca", dict(conversations=turns))  # the last answer alone is a target
+    row, targets = target(
+        "slimorca", dict(conversations=turns)
+    )  # the last answer alone is a target
     assert targets == ["So long.</s>"]
-    assert row.startswith("### FROM:\nhuman\n\n### VALUE:\nHi\n\n### FROM:\ngpt\n\n### VALUE:\nHello.\n\n### FROM:\nhuman")
+    assert row.startswith(
+        "### FROM:\nhuman\n\n### VALUE:\nHi\n\n### FROM:\ngpt\n\n### VALUE:\nHello.\n\n### FROM:\nhuman"
+    )
     for name, record in (
         ("arc", dict(question="Q", choices=CHOICES, answerKey="E")),
         ("mmlu", dict(question="Q", choices=["a"], answer=1)),
@@ -254,11 +375,38 @@ def test_known_sets_in_their_variants(model, tmp_path):
 
 
 MORE = [
-    dict(conversations=[dict(zip(("from", "value"), t, strict=True)) for t in TALK], system="S", tools="[]", chosen={}),
+    dict(
+        conversations=[dict(zip(("from", "value"), t, strict=True)) for t in TALK],
+        system="S",
+        tools="[]",
+        chosen={},
+    ),
     dict(instruction="Q", input="", output="R", history=[["Q", "R"]], system=""),
-    dict(prompt=[dict(role="user", content="P")], completion=[dict(role="assistant", content=[dict(type="text", text="C")])]),
+    dict(
+        prompt=[dict(role="user", content="P")],
+        completion=[dict(role="assistant", content=[dict(type="text", text="C")])],
+    ),
 ]
-JUNK = [None, 0, 1, 2.5, True, "", " ", "x", "user", "\ud800", [], [1], ["x"], [[]], [["x", 3]], {}, {"role": "user"}, {"text": []}]
+JUNK = [
+    None,
+    0,
+    1,
+    2.5,
+    True,
+    "",
+    " ",
+    "x",
+    "user",
+    "\ud800",
+    [],
+    [1],
+    ["x"],
+    [[]],
+    [["x", 3]],
+    {},
+    {"role": "user"},
+    {"text": []},
+]
 
 
 def spoil(rng, value):
@@ -280,7 +428,9 @@ def test_no_record_is_a_traceback(model, template):
     job = instructions.Config(source="any", model=model, out="", template=template)
     instructions.setup(job)
     for _ in range(3000):
-        job.source, record = rng.choice([(n, r[0]) for n, r in SETS.items()] + [("any", r) for r in MORE] * 2)
+        job.source, record = rng.choice(
+            [(n, r[0]) for n, r in SETS.items()] + [("any", r) for r in MORE] * 2
+        )
         for _ in range(rng.randint(1, 2)):
             record = spoil(rng, record)
         try:
@@ -305,10 +455,18 @@ def test_over_length_and_no_target(model, tmp_path):
     limit = head + 20
     store = prepare(model, tmp_path / "out", source, max_length=limit)
     assert store.lengths.tolist() == [head + 2, head + 11]
-    assert store.meta["dropped"] == {f"longer than max_length={limit}": 2, "empty answer": 1, "no assistant turn": 1}
+    assert store.meta["dropped"] == {
+        f"longer than max_length={limit}": 2,
+        "empty answer": 1,
+        "no assistant turn": 1,
+    }
     store = prepare(model, tmp_path / "out", source, max_length=limit, over_length="truncate")
     assert store.lengths.tolist() == [head + 2, head + 11, limit] and store.meta["truncated"] == 1
-    assert store.meta["dropped"] == {f"no target left in max_length={limit}": 1, "empty answer": 1, "no assistant turn": 1}
+    assert store.meta["dropped"] == {
+        f"no target left in max_length={limit}": 1,
+        "empty answer": 1,
+        "no assistant turn": 1,
+    }
     assert store.row(2)[1].tolist() == [0] * head + [1] * 20
 
 
@@ -328,11 +486,15 @@ def test_val_is_exact(model, tmp_path, val, count):
     prepare(model, tmp_path / "whole", tmp_path / "in.jsonl")
     whole = contents(data.Store(tmp_path / "whole"))
     assert sorted(contents(train) + contents(held)) == sorted(whole)
-    assert contents(train) == [row for row in whole if row not in set(contents(held))]  # the order stays
+    assert contents(train) == [
+        row for row in whole if row not in set(contents(held))
+    ]  # the order stays
 
 
 def test_val_goes_by_content(model, tmp_path):
-    rows = [dict(prompt=f"p{i % 150}", completion="c") for i in range(200)]  # fifty rows are there twice
+    rows = [
+        dict(prompt=f"p{i % 150}", completion="c") for i in range(200)
+    ]  # fifty rows are there twice
     write(tmp_path / "a.jsonl", rows)
     write(tmp_path / "b.jsonl", rows[::-1])
     held = {}
@@ -356,7 +518,12 @@ def test_held_out_never_parts_copies(hashes, val):
 
 def test_val_that_cannot_be(model, tmp_path):
     write(tmp_path / "in.jsonl", [dict(prompt="p", completion="c")] * 10)
-    cases = {"10": "leaves none of the 10", "11": "more than the 10 rows", "3": "copies of one another", "x": "size 'x'"}
+    cases = {
+        "10": "leaves none of the 10",
+        "11": "more than the 10 rows",
+        "3": "copies of one another",
+        "x": "size 'x'",
+    }
     for val, says in cases.items():
         with pytest.raises(UserError, match=says):
             prepare(model, tmp_path / "out", tmp_path / "in.jsonl", val=val)
@@ -373,17 +540,31 @@ json_values = st.recursive(
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.lists(st.dictionaries(st.text(), json_values, max_size=4), max_size=8), st.integers(1, 40), st.data())
+@given(
+    st.lists(st.dictionaries(st.text(), json_values, max_size=4), max_size=8),
+    st.integers(1, 40),
+    st.data(),
+)
 def test_array_reader_is_json_loads(items, block, draw):
-    styles = [dict(), dict(indent=2), dict(ensure_ascii=False), dict(indent="\t", separators=(" ,", " :\n"))]
+    styles = [
+        dict(),
+        dict(indent=2),
+        dict(ensure_ascii=False),
+        dict(indent="\t", separators=(" ,", " :\n")),
+    ]
     style = draw.draw(st.sampled_from(styles))
-    raw = json.dumps(items, **style).encode("utf-8", "surrogatepass" if style.get("ensure_ascii", True) else "replace")
+    raw = json.dumps(items, **style).encode(
+        "utf-8", "surrogatepass" if style.get("ensure_ascii", True) else "replace"
+    )
     old, records.BLOCK = records.BLOCK, block
     try:
         read = list(records.read_array(io.BytesIO(raw), "f"))
         assert [item for _, item in read] == json.loads(raw)
         for line, item in read:
-            assert raw.decode().split("\n")[line - 1].find(json.dumps(item, **style).split("\n")[0]) >= 0
+            assert (
+                raw.decode().split("\n")[line - 1].find(json.dumps(item, **style).split("\n")[0])
+                >= 0
+            )
         cut = draw.draw(st.integers(1, len(raw) - 1))
         with pytest.raises(UserError, match=r"f:\d+: not "):
             list(records.read_array(io.BytesIO(raw[:cut]), "f"))
@@ -415,7 +596,10 @@ class Endless(io.RawIOBase):
     """A JSON array of `total` bytes that is made while it is read."""
 
     def __init__(self, total):
-        self.left, self.record = total, b'{"instruction": "' + b"word " * 200 + b'", "output": "x"},\n'
+        self.left, self.record = (
+            total,
+            b'{"instruction": "' + b"word " * 200 + b'", "output": "x"},\n',
+        )
         self.rest = b"["
 
     def read(self, n):
@@ -454,11 +638,18 @@ def test_array_reader_needs_little_memory(monkeypatch):
 def test_all_formats_give_the_same_rows(model, tmp_path):
     rng = random.Random(0)
     odd = ['"x"', "a,b", "é\n2", "tab\t", "{}"]
-    rows = [dict(instruction=f"q{i} {rng.choice(odd)}", input=rng.choice(["", "in"]), output=f"a {i}") for i in range(300)]
+    rows = [
+        dict(instruction=f"q{i} {rng.choice(odd)}", input=rng.choice(["", "in"]), output=f"a {i}")
+        for i in range(300)
+    ]
     text = "".join(json.dumps(r) + "\n\n" for r in rows)
     (tmp_path / "a.jsonl").write_text("\ufeff" + text, encoding="utf-8")
-    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
-    (tmp_path / "b.json").write_text(text, encoding="utf-8")  # one record a line under the other name
+    (tmp_path / "a.json").write_text(
+        json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8"
+    )
+    (tmp_path / "b.json").write_text(
+        text, encoding="utf-8"
+    )  # one record a line under the other name
     (tmp_path / "b.jsonl").write_text("\ufeff " + json.dumps(rows), encoding="utf-8")
     with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as f:
         f.write(text)
@@ -470,7 +661,9 @@ def test_all_formats_give_the_same_rows(model, tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=70)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=70
+    )
     (tmp_path / "dir/sub").mkdir(parents=True)
     write(tmp_path / "dir/0.jsonl", rows[:100])
     write(tmp_path / "dir/sub/1.json", rows[100:])
@@ -489,7 +682,9 @@ def test_workers_do_not_matter(model, tmp_path):
     alone = prepare(model, tmp_path / "one", source, workers=1, **keys)
     shared = prepare(model, tmp_path / "two", source, workers=2, **keys)
     for name in os.listdir(tmp_path / "one"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), (
+            name
+        )
     assert alone.meta["bad_records"] == shared.meta["bad_records"] == 1
 
 
@@ -505,8 +700,15 @@ def test_hub(model, tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     store = prepare(model, tmp_path / "out", "arc", template="columns")
-    assert asked == [("allenai/ai2_arc", subset, "train", True) for subset in ("ARC-Challenge", "ARC-Easy")]
-    assert [t[0].split("\n")[1] for t in texts(model, store)] == ["ARC-Challenge 0", "ARC-Challenge 1", "ARC-Easy 0", "ARC-Easy 1"]
+    assert asked == [
+        ("allenai/ai2_arc", subset, "train", True) for subset in ("ARC-Challenge", "ARC-Easy")
+    ]
+    assert [t[0].split("\n")[1] for t in texts(model, store)] == [
+        "ARC-Challenge 0",
+        "ARC-Challenge 1",
+        "ARC-Easy 0",
+        "ARC-Easy 1",
+    ]
     with pytest.raises(UserError, match="the hub does not give it: no network$"):
         prepare(model, tmp_path / "other", "org/name-v1.5", subset="secret", split="test")
     assert asked[-1] == ("org/name-v1.5", "secret", "test", True)
@@ -527,28 +729,64 @@ def test_ordered_map_does_not_run_ahead():
 
 GOOD = json.dumps(dict(prompt="p", completion="c")).encode()
 BAD = {  # file name: content, what the one sentence says
-    "cut.jsonl": (GOOD + b"\n" + GOOD[:-3] + b"\n", "cut.jsonl:2: not valid JSON (Unterminated string"),
-    "latin.jsonl": (GOOD + b'\n{"prompt": "caf\xe9"}\n', "latin.jsonl:2: not UTF-8 (byte 0xe9 in column 16)"),
+    "cut.jsonl": (
+        GOOD + b"\n" + GOOD[:-3] + b"\n",
+        "cut.jsonl:2: not valid JSON (Unterminated string",
+    ),
+    "latin.jsonl": (
+        GOOD + b'\n{"prompt": "caf\xe9"}\n',
+        "latin.jsonl:2: not UTF-8 (byte 0xe9 in column 16)",
+    ),
     "list.jsonl": (GOOD + b"\n\n[1]\n", "list.jsonl:3: a JSON list and not an object"),
-    "field.jsonl": (GOOD + b'\n{"prompt": "p"}\n', "field.jsonl:2: unknown record shape (fields prompt)"),
-    "number.jsonl": (b'{"prompt": "p", "completion": 3}\n', "number.jsonl:1: field 'completion' is int and not text"),
-    "role.json": (b'[{"messages": [{"role": "narrator", "content": "x"}]}]', "role.json:1: unknown role 'narrator'"),
+    "field.jsonl": (
+        GOOD + b'\n{"prompt": "p"}\n',
+        "field.jsonl:2: unknown record shape (fields prompt)",
+    ),
+    "number.jsonl": (
+        b'{"prompt": "p", "completion": 3}\n',
+        "number.jsonl:1: field 'completion' is int and not text",
+    ),
+    "role.json": (
+        b'[{"messages": [{"role": "narrator", "content": "x"}]}]',
+        "role.json:1: unknown role 'narrator'",
+    ),
     "order.json": (
         b'[{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}, {"role": "gpt", "content": "x"}]}]',
         "order.json:1: message 2",
     ),
     "array.json": (b"[" + GOOD + b",\n" + GOOD + b",\n{]", "array.json:3: not valid JSON"),
-    "columns.csv": (b"prompt,completion\na,b\n\na,b,c\n", "columns.csv:4: 3 columns, the header has 2"),
-    "quote.csv": (b'prompt,completion\na,b\na,"b\n', "quote.csv:3: a quote opens in this row and never closes"),
-    "header.csv": (b'"prompt"x,completion\na,b\n', "header.csv:1: the names of the columns are not valid CSV"),
-    "double.csv": (b"prompt,completion,prompt\na,b,c\n", "double.csv:1: two columns are called 'prompt': rename one"),
-    "digits.jsonl": (b'{"prompt": 1' + b"0" * 5000 + b"}", "digits.jsonl:1: not valid JSON (a number of thousands of digits)"),
-    "digits.json": (b'[{"prompt": 1' + b"0" * 5000 + b"}]", "digits.json:1: not valid JSON (a number of thousands of digits)"),
+    "columns.csv": (
+        b"prompt,completion\na,b\n\na,b,c\n",
+        "columns.csv:4: 3 columns, the header has 2",
+    ),
+    "quote.csv": (
+        b'prompt,completion\na,b\na,"b\n',
+        "quote.csv:3: a quote opens in this row and never closes",
+    ),
+    "header.csv": (
+        b'"prompt"x,completion\na,b\n',
+        "header.csv:1: the names of the columns are not valid CSV",
+    ),
+    "double.csv": (
+        b"prompt,completion,prompt\na,b,c\n",
+        "double.csv:1: two columns are called 'prompt': rename one",
+    ),
+    "digits.jsonl": (
+        b'{"prompt": 1' + b"0" * 5000 + b"}",
+        "digits.jsonl:1: not valid JSON (a number of thousands of digits)",
+    ),
+    "digits.json": (
+        b'[{"prompt": 1' + b"0" * 5000 + b"}]",
+        "digits.json:1: not valid JSON (a number of thousands of digits)",
+    ),
     "latin.csv": (b"prompt,completion\na,b\na,\xff\n", "latin.csv:3: not UTF-8"),
     "empty.jsonl": (b"", "empty.jsonl gives no row (it holds no record)"),
     "empty.json": (b" []\n", "empty.json gives no row (it holds no record)"),
     "names.csv": (b"prompt,completion\n", "names.csv gives no row (it holds no record)"),
-    "silent.jsonl": (b'{"prompt": "p", "completion": " "}\n', "silent.jsonl gives no row (1 dropped: empty answer)"),
+    "silent.jsonl": (
+        b'{"prompt": "p", "completion": " "}\n',
+        "silent.jsonl gives no row (1 dropped: empty answer)",
+    ),
     "cut.jsonl.gz": (gzip.compress(GOOD * 1000)[:60], "cut.jsonl.gz is a damaged gzip file"),
     "no.jsonl.gz": (GOOD, "no.jsonl.gz is a damaged gzip file"),
     "no.parquet": (GOOD, "no.parquet is not a readable Parquet file"),
@@ -570,10 +808,17 @@ def test_bad_files(model, tmp_path, monkeypatch, capfd, name):
     (tmp_path / name).write_bytes(content)
     prepare(model, tmp_path / "out", write(tmp_path / "good.jsonl", [json.loads(GOOD)]))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    argv = [f"source={tmp_path / name}", f"model={model}", f"out={tmp_path / 'out'}", "template=chatml"]
+    argv = [
+        f"source={tmp_path / name}",
+        f"model={model}",
+        f"out={tmp_path / 'out'}",
+        "template=chatml",
+    ]
     status, err = run_main(monkeypatch, capfd, *argv)
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before  # nothing lost, nothing left behind
+    assert {
+        p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()
+    } == before  # nothing lost, nothing left behind
 
 
 @pytest.mark.parametrize(
@@ -609,7 +854,11 @@ def test_on_error_skip(model, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
     store = prepare(model, tmp_path / "out", tmp_path / "in.jsonl", on_error="skip")
     assert len(store) == 2 and store.meta["bad_records"] == 3
-    assert [line.split(": ")[0].rsplit(":")[-1] for line in store.meta["first_bad"]] == ["2", "3", "5"]
+    assert [line.split(": ")[0].rsplit(":")[-1] for line in store.meta["first_bad"]] == [
+        "2",
+        "3",
+        "5",
+    ]
     assert "bad records" in capsys.readouterr().out
 
 
@@ -631,8 +880,12 @@ def test_parquet_with_two_columns_of_a_name_or_text_that_is_none(model, tmp_path
     pyarrow.parquet.write_table(doubled, tmp_path / "two.parquet")
     with pytest.raises(UserError, match="two.parquet: two columns are called 'prompt'"):
         prepare(model, tmp_path / "out", tmp_path / "two.parquet")
-    latin = pyarrow.StringArray.from_buffers(1, pyarrow.array([b"\xff"]).buffers()[1], pyarrow.array([b"\xff"]).buffers()[2])
-    pyarrow.parquet.write_table(pyarrow.table(dict(prompt=column, completion=latin)), tmp_path / "latin.parquet")
+    latin = pyarrow.StringArray.from_buffers(
+        1, pyarrow.array([b"\xff"]).buffers()[1], pyarrow.array([b"\xff"]).buffers()[2]
+    )
+    pyarrow.parquet.write_table(
+        pyarrow.table(dict(prompt=column, completion=latin)), tmp_path / "latin.parquet"
+    )
     with pytest.raises(UserError, match="latin.parquet holds text that is not UTF-8"):
         prepare(model, tmp_path / "out", tmp_path / "latin.parquet")
 
@@ -648,9 +901,15 @@ def test_a_folder_may_hold_its_store_and_hidden_copies(model, tmp_path):
 def test_names_that_are_not_utf8(model, tmp_path):
     """Of files and fields: they are only told about."""
     source = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
-    source.write_bytes(GOOD + b'\n{"\\ud83d": 1}\n{"messages": [{"role": "\\ud83d", "content": "x"}]}\n')
+    source.write_bytes(
+        GOOD + b'\n{"\\ud83d": 1}\n{"messages": [{"role": "\\ud83d", "content": "x"}]}\n'
+    )
     store = prepare(model, tmp_path / "out", source, on_error="skip")
-    assert len(store) == 1 and store.meta["bad_records"] == 2 and "\ud83d" in store.meta["first_bad"][0]
+    assert (
+        len(store) == 1
+        and store.meta["bad_records"] == 2
+        and "\ud83d" in store.meta["first_bad"][0]
+    )
 
 
 def test_chunks_are_cut_by_bytes_too():
@@ -658,7 +917,10 @@ def test_chunks_are_cut_by_bytes_too():
     long = [(i, dict(messages=[dict(role="user", content="x" * 400_000)])) for i in range(7)]
     assert [len(items) for _, items in records.chunks([("a", long)])] == [3, 3, 1]
     assert [len(items) for _, items in records.chunks([("a", [(0, b"x")] * 600)])] == [256, 256, 88]
-    assert [len(items) for _, items in records.chunks([("a", [(0, b"x" * 2_000_000)] * 2)])] == [1, 1]
+    assert [len(items) for _, items in records.chunks([("a", [(0, b"x" * 2_000_000)] * 2)])] == [
+        1,
+        1,
+    ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -667,8 +929,16 @@ def test_a_killed_job_leaves_no_process(model, tmp_path, number):
     """Nor, when it is asked to end, a half-written folder."""
     with open(tmp_path / "in.jsonl", "wb") as f:
         f.write((GOOD + b"\n") * 400_000)
-    argv = [f"source={tmp_path / 'in.jsonl'}", f"model={model}", f"out={tmp_path / 'out'}", "template=chatml", "workers=2"]
-    job = subprocess.Popen([sys.executable, "-m", "prepare.instructions", *argv], cwd=ROOT, start_new_session=True)
+    argv = [
+        f"source={tmp_path / 'in.jsonl'}",
+        f"model={model}",
+        f"out={tmp_path / 'out'}",
+        "template=chatml",
+        "workers=2",
+    ]
+    job = subprocess.Popen(
+        [sys.executable, "-m", "prepare.instructions", *argv], cwd=ROOT, start_new_session=True
+    )
 
     def alive():
         found = []
@@ -699,10 +969,24 @@ def test_as_a_program(model, tmp_path):
     write(tmp_path / "in.jsonl", [json.loads(GOOD)] * 600)
     with open(tmp_path / "in.jsonl", "ab") as f:
         f.write(b"{oops\n")
-    argv = [f"source={tmp_path / 'in.jsonl'}", f"model={model}", f"out={tmp_path / 'out'}", "template=chatml", "workers=2"]
-    p = subprocess.run([sys.executable, "-m", "prepare.instructions", *argv], cwd=ROOT, capture_output=True, text=True)
+    argv = [
+        f"source={tmp_path / 'in.jsonl'}",
+        f"model={model}",
+        f"out={tmp_path / 'out'}",
+        "template=chatml",
+        "workers=2",
+    ]
+    p = subprocess.run(
+        [sys.executable, "-m", "prepare.instructions", *argv],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert p.returncode == 2 and p.stdout == ""
-    assert p.stderr.startswith(f"error: {tmp_path / 'in.jsonl'}:601: not valid JSON (") and p.stderr.count("\n") == 1
+    assert (
+        p.stderr.startswith(f"error: {tmp_path / 'in.jsonl'}:601: not valid JSON (")
+        and p.stderr.count("\n") == 1
+    )
     assert [x.name for x in tmp_path.iterdir()] == ["in.jsonl"]
     code = "import sys, prepare.instructions; sys.exit(any(m in sys.modules for m in ('torch', 'datasets', 'pyarrow')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -713,7 +997,12 @@ def test_show(model, tmp_path, capsys, monkeypatch, plain):
     monkeypatch.delenv("NO_COLOR", raising=False)
     if plain:
         monkeypatch.setenv("NO_COLOR", "1")
-    prepare(model, tmp_path / "out", write(tmp_path / "in.jsonl", [dict(prompt="p", completion=f"c{i}") for i in range(5)]), show=3)
+    prepare(
+        model,
+        tmp_path / "out",
+        write(tmp_path / "in.jsonl", [dict(prompt="p", completion=f"c{i}") for i in range(5)]),
+        show=3,
+    )
     out = capsys.readouterr().out
     on, off = ("«", "»") if plain else ("\033[32m", "\033[0m")
     assert [f"{A}{on}c{i}{E}{off}\n" in out for i in range(5)] == [True, True, True, False, False]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import log as log_module
-from log import Log
+from nano import log as log_module
+from nano.log import Log
 
 
 class Clock:
@@ -29,19 +29,32 @@ def records(dir):
     def strict(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    return [json.loads(line, parse_constant=strict) for line in (dir / "log.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line, parse_constant=strict)
+        for line in (dir / "log.jsonl").read_text().splitlines()
+    ]
 
 
 def test_step_line(tmp_path, capsys, clock):
     log = Log(tmp_path, True, 600, flops_per_token=1e9, device="NVIDIA A100-SXM4-80GB", devices=2)
     clock.now += 10
     loss, memory = torch.tensor(1.23449), 3_100_000_000
-    log.step(120, tokens=12340, targets=torch.tensor(9000), memory=memory, loss=loss, lr=2e-5, n=12345)
+    log.step(
+        120, tokens=12340, targets=torch.tensor(9000), memory=memory, loss=loss, lr=2e-5, n=12345
+    )
     log.close()
     rates = "1,234 tok/s (900 target) | mfu 0.2% | mem 3.1 GB | eta 40s"
-    assert capsys.readouterr().out == f"step 120/600 | loss 1.234 | lr 2.0e-05 | n 12,345 | {rates}\n"
+    assert (
+        capsys.readouterr().out == f"step 120/600 | loss 1.234 | lr 2.0e-05 | n 12,345 | {rates}\n"
+    )
     (r,) = records(tmp_path)
-    assert (r["kind"], r["step"], r["loss"], r["lr"], r["n"]) == ("train", 120, loss.item(), 2e-5, 12345)
+    assert (r["kind"], r["step"], r["loss"], r["lr"], r["n"]) == (
+        "train",
+        120,
+        loss.item(),
+        2e-5,
+        12345,
+    )
     assert (r["tokens_per_s"], r["targets_per_s"], r["memory_gb"]) == (1234.0, 900.0, 3.1)
     assert r["mfu"] == 1234 * 1e9 / (2 * 312e12)
 
@@ -91,16 +104,28 @@ def test_resume_has_each_step_once(tmp_path, capsys):
         f.write('{"kind": "train", "step": 4, "lo')  # a crash in the middle of a line
 
     log = Log(tmp_path, True, 4, start_step=2)
-    log.eval(2, loss=-1)  # the loop begins with the evaluation at the step it stopped at: it stands there already
+    log.eval(
+        2, loss=-1
+    )  # the loop begins with the evaluation at the step it stopped at: it stands there already
     for step in (3, 4):
         log.step(step, loss=100 * step)
     log.close()
     assert losses(tmp_path) == [
-        ("eval", 0, 10), ("train", 1, 1), ("eval", 1, 10), ("train", 2, 2), ("eval", 2, 20),
-        ("train", 3, 300), ("train", 4, 400),
-    ]  # fmt: skip
+        ("eval", 0, 10),
+        ("train", 1, 1),
+        ("eval", 1, 10),
+        ("train", 2, 2),
+        ("eval", 2, 20),
+        ("train", 3, 300),
+        ("train", 4, 400),
+    ]
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 300), (4, 400)]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (1, 1),
+        (2, 2),
+        (3, 300),
+        (4, 400),
+    ]
 
 
 def test_a_run_from_the_start_begins_a_new_file(tmp_path):
@@ -121,7 +146,11 @@ def test_samples(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     log = Log(tmp_path, True, 5)
     rows = [
-        {"prompt": "What is 2 | 3?\nSay.", "response": "word " * 200, "reward": torch.tensor(0.51234)},
+        {
+            "prompt": "What is 2 | 3?\nSay.",
+            "response": "word " * 200,
+            "reward": torch.tensor(0.51234),
+        },
         {"prompt": "你好", "response": "\x1b[31mred", "reward": 2},
     ]
     log.samples(3, rows)
@@ -131,12 +160,19 @@ def test_samples(tmp_path, capsys, monkeypatch):
     assert "\x1b" not in out and "⏎" in out
     assert max(map(len, out.splitlines())) <= 60 and len(out.splitlines()) < 20
     (r,) = records(tmp_path)
-    assert r["kind"] == "samples" and r["rows"][0]["response"] == "word " * 200 and r["rows"][1]["prompt"] == "你好"
+    assert (
+        r["kind"] == "samples"
+        and r["rows"][0]["response"] == "word " * 200
+        and r["rows"][1]["prompt"] == "你好"
+    )
     events = EventAccumulator(str(tmp_path)).Reload()
     (event,) = events.Tensors("samples/text_summary")
     text = event.tensor_proto.string_val[0].decode()
     assert event.step == 3
-    assert text.splitlines()[2].startswith("| What is 2 \\| 3?<br>Say. | word word") and len(text.splitlines()) == 4
+    assert (
+        text.splitlines()[2].startswith("| What is 2 \\| 3?<br>Say. | word word")
+        and len(text.splitlines()) == 4
+    )
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
@@ -171,7 +207,15 @@ def test_peak_flops(device, peak):
 
 
 @pytest.mark.parametrize(
-    "seconds, text", [(-1, "0s"), (59.4, "59s"), (59.6, "1m00s"), (252, "4m12s"), (3780, "1h03m"), (187_200, "2d04h")]
+    "seconds, text",
+    [
+        (-1, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (252, "4m12s"),
+        (3780, "1h03m"),
+        (187_200, "2d04h"),
+    ],
 )
 def test_duration(seconds, text):
     assert log_module.duration(seconds) == text
@@ -179,9 +223,18 @@ def test_duration(seconds, text):
 
 @pytest.mark.parametrize(
     "value, text",
-    [(0.0, "0.000"), (-0.5, "-0.500"), (1234.5, "1234.500"), (123456.7, "123,457"), (1e-4, "1.0e-04"), (True, "True"),
-     (7, "7"), ("a", "a"), (-math.inf, "-inf")],
-)  # fmt: skip
+    [
+        (0.0, "0.000"),
+        (-0.5, "-0.500"),
+        (1234.5, "1234.500"),
+        (123456.7, "123,457"),
+        (1e-4, "1.0e-04"),
+        (True, "True"),
+        (7, "7"),
+        ("a", "a"),
+        (-math.inf, "-inf"),
+    ],
+)
 def test_show(value, text):
     assert log_module.show(value) == text
     assert re.fullmatch(r"\S+", text)

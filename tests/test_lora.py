@@ -6,9 +6,9 @@ import pytest
 import tiny
 import torch
 
-import checkpoint
 import lora
-from config import UserError
+from nano import checkpoint
+from nano.config import UserError
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -46,7 +46,9 @@ def change(dir, **settings):
 
 
 def digest(dir):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(dir.iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(dir.iterdir())
+    }
 
 
 def test_a_new_adapter_changes_nothing():
@@ -67,15 +69,28 @@ def test_the_update_is_scale_times_b_a(rslora, scale):
     torch.testing.assert_close(layer(x), right)
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["mlp.down_proj"], "all-linear", ["all-linear"], "o_proj"])
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["mlp.down_proj"], "all-linear", ["all-linear"], "o_proj"]
+)
 def test_targets_and_parameter_count(targets):
     model = tiny.model()
     total = sum(p.numel() for p in model.parameters())
     lora.apply(model, rank=3, alpha=8, targets=targets)
-    suffixes = ALL if "all-linear" in targets else [targets] if isinstance(targets, str) else targets
+    suffixes = (
+        ALL if "all-linear" in targets else [targets] if isinstance(targets, str) else targets
+    )
     names = [n for n, _ in lora.adapted(model)]
-    assert len(names) == 2 * len(suffixes) and all(any(n.endswith(s) for s in suffixes) for n in names)
-    shapes = dict(q_proj=(32, 32), k_proj=(16, 32), v_proj=(16, 32), o_proj=(32, 32), gate_proj=(48, 32), up_proj=(48, 32))
+    assert len(names) == 2 * len(suffixes) and all(
+        any(n.endswith(s) for s in suffixes) for n in names
+    )
+    shapes = dict(
+        q_proj=(32, 32),
+        k_proj=(16, 32),
+        v_proj=(16, 32),
+        o_proj=(32, 32),
+        gate_proj=(48, 32),
+        up_proj=(48, 32),
+    )
     shapes["down_proj"] = (32, 48)
     count = sum(2 * 3 * sum(shapes[s.rpartition(".")[2]]) for s in suffixes)
     assert sum(p.numel() for p in lora.parameters(model)) == count
@@ -84,7 +99,9 @@ def test_targets_and_parameter_count(targets):
     assert len(trained) == 2 * len(names) and all(".lora_" in n for n in trained)
 
 
-@pytest.mark.parametrize("targets", [["w_proj"], ["lm_head"], ["q_proj", "roj"], ["embed_tokens"], []])
+@pytest.mark.parametrize(
+    "targets", [["w_proj"], ["lm_head"], ["q_proj", "roj"], ["embed_tokens"], []]
+)
 def test_unknown_targets(targets):
     with pytest.raises(UserError, match="lora_targets"):
         lora.apply(tiny.model(), rank=4, alpha=8, targets=targets)
@@ -125,9 +142,16 @@ def test_within_merged_the_adapter_is_folded_in_and_after_it_the_same_tensors_ar
     with lora.merged(model) as same:
         assert same is model and all(m.active is None for _, m in lora.adapted(model))
         assert (logits(model) - before).abs().max() <= 1e-5
-        assert model.head_weight.requires_grad is False and torch.is_grad_enabled()  # no_grad ends at the yield
+        assert (
+            model.head_weight.requires_grad is False and torch.is_grad_enabled()
+        )  # no_grad ends at the yield
     for (_, m), (weight, place, value) in zip(lora.adapted(model), weights, strict=True):
-        assert m.weight is weight and weight.data_ptr() == place and torch.equal(weight, value) and m.active == "default"
+        assert (
+            m.weight is weight
+            and weight.data_ptr() == place
+            and torch.equal(weight, value)
+            and m.active == "default"
+        )
     assert torch.equal(logits(model), before)
     lora.use(model, None)
     assert torch.equal(logits(model), base)
@@ -161,7 +185,11 @@ def test_named_adapters_share_one_base():
     policy = logits(lora.use(shake(model, "policy"), "policy") or model)
     lora.use(shake(model, "value", seed=2), "value")
     value = logits(model)
-    assert (policy - base).abs().max() > 0.1 and (value - base).abs().max() > 0.1 and (value - policy).abs().max() > 0.1
+    assert (
+        (policy - base).abs().max() > 0.1
+        and (value - base).abs().max() > 0.1
+        and (value - policy).abs().max() > 0.1
+    )
 
     lora.use(model, "policy")  # training one leaves the other and the base alone
     optimizer = torch.optim.AdamW(lora.parameters(model, "policy"), lr=1e-2)
@@ -208,16 +236,28 @@ def in_peft(base, dir, kind="AutoModelForCausalLM"):
     import peft
     import transformers
 
-    model = getattr(transformers, kind).from_pretrained(base, dtype=torch.float32, **dict(num_labels=1) if "Seq" in kind else {})
+    model = getattr(transformers, kind).from_pretrained(
+        base, dtype=torch.float32, **dict(num_labels=1) if "Seq" in kind else {}
+    )
     model = peft.PeftModel.from_pretrained(model, dir)
     with torch.no_grad():
         if "Seq" in kind:
-            return model.base_model.model.score(model.base_model.model.model(TOKENS).last_hidden_state).squeeze(-1)
+            return model.base_model.model.score(
+                model.base_model.model.model(TOKENS).last_hidden_state
+            ).squeeze(-1)
         return model(TOKENS).logits
 
 
-@pytest.mark.parametrize("settings", [{}, dict(rslora=True), dict(targets=["q_proj", "v_proj"], dropout=0.1),
-                                      dict(targets=["layers.1.self_attn.q_proj"])], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        dict(rslora=True),
+        dict(targets=["q_proj", "v_proj"], dropout=0.1),
+        dict(targets=["layers.1.self_attn.q_proj"]),
+    ],
+    ids=str,
+)
 def test_peft_reads_what_is_written_here(base, tmp_path, settings, recwarn):
     ours = adapter(tmp_path / "adapter", base, **settings)
     assert (ours - in_peft(base, tmp_path / "adapter")).abs().max() <= 1e-5
@@ -227,13 +267,17 @@ def test_peft_reads_what_is_written_here(base, tmp_path, settings, recwarn):
     assert set(digest(tmp_path / "adapter")) == {"adapter_config.json", "adapter_model.safetensors"}
 
 
-@pytest.mark.parametrize("settings", [{}, dict(use_rslora=True), dict(target_modules=["q_proj", "down_proj"])], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, dict(use_rslora=True), dict(target_modules=["q_proj", "down_proj"])], ids=str
+)
 def test_what_peft_writes_is_read_here(base, tmp_path, settings):
     import peft
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = peft.LoraConfig(**dict(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM") | settings)
+    config = peft.LoraConfig(
+        **dict(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM") | settings
+    )
     model = peft.get_peft_model(model, config)
     with torch.no_grad():
         for n, p in model.named_parameters():
@@ -256,18 +300,26 @@ def test_a_score_adapter_there_and_back(base, tmp_path):
     lora.save(model, tmp_path / "ours", base=base)
     with torch.no_grad():
         ours = model.score(model(TOKENS))
-    assert (ours - in_peft(base, tmp_path / "ours", "AutoModelForSequenceClassification")).abs().max() <= 1e-5
+    assert (
+        ours - in_peft(base, tmp_path / "ours", "AutoModelForSequenceClassification")
+    ).abs().max() <= 1e-5
     again, _ = lora.open_model(tmp_path / "ours")
     with torch.no_grad():
         assert again.cfg.head == "score" and torch.equal(again.score(again(TOKENS)), ours)
 
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=1, dtype=torch.float32
+    )
+    theirs = peft.get_peft_model(
+        theirs, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS")
+    )
     with torch.no_grad():
         for n, p in theirs.named_parameters():
             if "lora_" in n or "score" in n:
                 p.normal_(std=0.1)
-        scores = theirs.base_model.model.score(theirs.base_model.model.model(TOKENS).last_hidden_state).squeeze(-1)
+        scores = theirs.base_model.model.score(
+            theirs.base_model.model.model(TOKENS).last_hidden_state
+        ).squeeze(-1)
     theirs.save_pretrained(tmp_path / "theirs")
     model, _ = lora.open_model(tmp_path / "theirs", base=base)
     with torch.no_grad():
@@ -282,7 +334,9 @@ def test_a_merged_model_opens_in_transformers(base, tmp_path):
     ours = adapter(tmp_path / "adapter", base)
     model, found = lora.open_model(tmp_path / "adapter")
     checkpoint.save_model(lora.merge(model), tmp_path / "merged", like=found)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32
+    )
     with torch.no_grad():
         assert (theirs(TOKENS).logits - ours).abs().max() <= 1e-5
     assert (logits(checkpoint.load_model(tmp_path / "merged")) - ours).abs().max() <= 1e-5
@@ -293,7 +347,9 @@ def test_another_base_by_key_changes_no_file(base, tmp_path):
     adapter(tmp_path / "adapter", base)
     before = [digest(d) for d in (base, other, tmp_path / "adapter")]
     model, found = lora.open_model(tmp_path / "adapter", base=other)
-    assert found == other and not torch.equal(logits(model), logits(lora.open_model(tmp_path / "adapter")[0]))
+    assert found == other and not torch.equal(
+        logits(model), logits(lora.open_model(tmp_path / "adapter")[0])
+    )
     lora.use(model, None)
     assert torch.equal(logits(model), logits(checkpoint.load_model(other)))
     assert [digest(d) for d in (base, other, tmp_path / "adapter")] == before
@@ -312,7 +368,11 @@ def test_a_folder_holds_an_adapter_or_a_model(base, tmp_path):
     adapter(dir, base)
     checkpoint.write_text(dir / "score_scale.json", "{}")
     checkpoint.save_model(whole, dir, like=base)
-    assert not {p.name for p in dir.iterdir()} & {"adapter_config.json", "adapter_model.safetensors", "score_scale.json"}
+    assert not {p.name for p in dir.iterdir()} & {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "score_scale.json",
+    }
     assert torch.equal(logits(lora.open_model(dir)[0]), logits(whole))
     checkpoint.save_model(whole, dir, like=base, shard_bytes=20000)  # several files and their index
     ours = adapter(dir, base)
@@ -343,14 +403,28 @@ def test_adapters_that_do_not_fit(base, tmp_path):
         ("incomplete", {k: t for k, t in good.items() if "lora_B" not in k}),
         ("incomplete", dict(list(good.items())[:-1])),
         ("another base", good | {lora.PREFIX + "lm_head.lora_A.weight": torch.zeros(4, 32)}),
-        ("another base", good | {lora.PREFIX + "model.embed_tokens.lora_embedding_A": torch.zeros(4, 32)}),
+        (
+            "another base",
+            good | {lora.PREFIX + "model.embed_tokens.lora_embedding_A": torch.zeros(4, 32)},
+        ),
     ):
         checkpoint.write_tensors(tensors.items(), lonely, name="adapter_model")
         tiny.write(lonely, "adapter_config.json", lora.read_config(dir))
         refused(match, lonely)
-    for settings in (dict(use_dora=True), dict(bias="all"), dict(rank_pattern={"q_proj": 2}), dict(alpha_pattern={"q_proj": 2}),
-                     dict(peft_type="PROMPT_TUNING"), dict(r="4"), dict(r=0), dict(lora_alpha=None),
-                     *(dict(init_lora_weights=how) for how in ("pissa", "pissa_niter_4", "olora", "corda", "loftq"))):  # fmt: skip
+    for settings in (
+        dict(use_dora=True),
+        dict(bias="all"),
+        dict(rank_pattern={"q_proj": 2}),
+        dict(alpha_pattern={"q_proj": 2}),
+        dict(peft_type="PROMPT_TUNING"),
+        dict(r="4"),
+        dict(r=0),
+        dict(lora_alpha=None),
+        *(
+            dict(init_lora_weights=how)
+            for how in ("pissa", "pissa_niter_4", "olora", "corda", "loftq")
+        ),
+    ):
         config = lora.read_config(dir)
         change(dir, **settings)
         refused(next(iter(settings)), dir)
@@ -364,5 +438,10 @@ def test_adapters_that_do_not_fit(base, tmp_path):
 def test_the_scale_survives_the_directory(base, tmp_path):
     adapter(tmp_path / "a", base, rank=3, alpha=5, rslora=True)
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert math.isclose(config["lora_alpha"] / config["r"], 5 / math.sqrt(3)) and config["use_rslora"] is False
-    assert config["base_model_name_or_path"] == str(base) and config["target_modules"] == sorted(ALL)
+    assert (
+        math.isclose(config["lora_alpha"] / config["r"], 5 / math.sqrt(3))
+        and config["use_rslora"] is False
+    )
+    assert config["base_model_name_or_path"] == str(base) and config["target_modules"] == sorted(
+        ALL
+    )

@@ -3,15 +3,17 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-import losses
 import sft
+from nano import losses
 
 N, C, V = 37, 8, 11
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 16 * V)  # 16 rows at a time: 37 rows end in a chunk of 5
+    monkeypatch.setattr(
+        losses, "CHUNK_LOGITS", 16 * V
+    )  # 16 rows at a time: 37 rows end in a chunk of 5
     monkeypatch.setattr(losses, "BLOCK_LOGITS", 6 * V)  # and in blocks of 6, 6, 4
 
 
@@ -61,7 +63,10 @@ def test_logprobs_entropy_and_gradients_are_the_textbook_s(temperature):
     theirs = logprobs.gather(1, targets[:, None])[:, 0]
     right = -(logprobs.exp() * logprobs).sum(-1)
     close([ours, entropy], [theirs, right])
-    mixed = [(a * weights).sum() + 0.3 * (b * weights.flip(0)).sum() for a, b in ((ours, entropy), (theirs, right))]
+    mixed = [
+        (a * weights).sum() + 0.3 * (b * weights.flip(0)).sum()
+        for a, b in ((ours, entropy), (theirs, right))
+    ]
     close(gradients(mixed[0], hidden, head), gradients(mixed[1], *leaves))
 
 
@@ -71,7 +76,9 @@ def test_gradients_against_finite_differences():
 
     def total(x):
         logprobs, entropy = losses.token_logprobs(x, head, targets, 0.8, entropy=True)
-        return (logprobs + 2 * entropy).sum() + losses.cross_entropy(x, head, targets, torch.ones(5))
+        return (logprobs + 2 * entropy).sum() + losses.cross_entropy(
+            x, head, targets, torch.ones(5)
+        )
 
     analytic = gradients(total(hidden), hidden)[0]
     step = 1e-2
@@ -119,7 +126,9 @@ def test_compiled_chunks_are_the_textbook_s(monkeypatch):
     with torch.no_grad():
         alone = losses.cross_entropy(hidden, head, targets, weights)
     torch.testing.assert_close(alone, losses.cross_entropy(hidden, head, targets, weights).detach())
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 7  # of three functions two each, and the loss alone
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] == 7
+    )  # of three functions two each, and the loss alone
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "token_logprobs"])
@@ -127,7 +136,9 @@ def test_a_frozen_side_gets_no_gradient_and_costs_none(loss, monkeypatch):
     hidden, head, targets, weights = inputs()
     made, empty_like, zeros = [], torch.empty_like, torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *a, **k: made.append(tuple(a[0])) or zeros(*a, **k))
-    monkeypatch.setattr(torch, "empty_like", lambda t, **k: made.append(tuple(t.shape)) or empty_like(t, **k))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda t, **k: made.append(tuple(t.shape)) or empty_like(t, **k)
+    )
 
     def run(hidden, head):
         made.clear()
@@ -142,9 +153,17 @@ def test_a_frozen_side_gets_no_gradient_and_costs_none(loss, monkeypatch):
     assert run(hidden, head) == (True, True)
     both = hidden.grad.clone(), head.grad.clone()
     hidden.grad = head.grad = None
-    assert run(hidden, head.detach()) == (True, False) and head.grad is None and torch.equal(hidden.grad, both[0])
+    assert (
+        run(hidden, head.detach()) == (True, False)
+        and head.grad is None
+        and torch.equal(hidden.grad, both[0])
+    )
     hidden.grad = None
-    assert run(hidden.detach(), head) == (False, True) and hidden.grad is None and torch.equal(head.grad, both[1])
+    assert (
+        run(hidden.detach(), head) == (False, True)
+        and hidden.grad is None
+        and torch.equal(head.grad, both[1])
+    )
     with torch.no_grad():  # nor does a validation loss
         assert run(hidden, head) == (False, False)
 
@@ -186,10 +205,16 @@ def test_autocast_keeps_the_loss_exact():
 def test_the_logits_of_all_rows_never_exist(loss, monkeypatch):
     n, c, v = 512, 8, 1000
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 16 * v)
-    hidden, head, targets = torch.randn(n, c).requires_grad_(), torch.randn(v, c).requires_grad_(), torch.randint(v, (n,))
+    hidden, head, targets = (
+        torch.randn(n, c).requires_grad_(),
+        torch.randn(v, c).requires_grad_(),
+        torch.randint(v, (n,)),
+    )
 
     def peak(run):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as prof:
             run()
         held = top = 0
         for event in prof.profiler.kineto_results.events():
@@ -201,7 +226,9 @@ def test_the_logits_of_all_rows_never_exist(loss, monkeypatch):
     def ours():
         if loss == "evaluate_tokens":
             return losses.evaluate_tokens(hidden, head, targets)
-        out = getattr(losses, loss)(hidden, head, targets, *[torch.ones(n)] * (loss == "cross_entropy"))
+        out = getattr(losses, loss)(
+            hidden, head, targets, *[torch.ones(n)] * (loss == "cross_entropy")
+        )
         out.sum().backward()
 
     logits, chunk = 4 * n * v, 4 * 16 * v
@@ -215,7 +242,11 @@ def test_evaluate_tokens():
     loss, hit = losses.evaluate_tokens(hidden, head, targets)
     _, logprobs = plain(hidden, head, targets)
     close([loss], [F.nll_loss(logprobs, targets, reduction="none")])
-    assert hit.dtype == torch.bool and torch.equal(hit, logprobs.argmax(-1) == targets) and 0 < hit.sum() < N
+    assert (
+        hit.dtype == torch.bool
+        and torch.equal(hit, logprobs.argmax(-1) == targets)
+        and 0 < hit.sum() < N
+    )
     assert not loss.requires_grad
     assert all(t.shape == (0,) for t in losses.evaluate_tokens(hidden[:0], head, targets[:0]))
 
@@ -244,6 +275,10 @@ def test_masked_whiten_by_hand():
     white = torch.tensor([[-1 / deviation, 0.0], [1 / deviation, 0.0]])
     torch.testing.assert_close(losses.masked_whiten(x, mask), white, atol=1e-6, rtol=1e-6)
     kept = torch.tensor([[2 - 1 / deviation, 2.0], [2 + 1 / deviation, 0.0]])
-    torch.testing.assert_close(losses.masked_whiten(x, mask, shift_mean=False), kept, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        losses.masked_whiten(x, mask, shift_mean=False), kept, atol=1e-6, rtol=1e-6
+    )
     assert (losses.masked_whiten(x, 0 * mask) == 0).all()
-    assert losses.masked_whiten(torch.full((4,), 3.0), torch.ones(4)).abs().max() == 0  # no variance: no NaN
+    assert (
+        losses.masked_whiten(torch.full((4,), 3.0), torch.ones(4)).abs().max() == 0
+    )  # no variance: no NaN

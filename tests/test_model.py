@@ -17,9 +17,16 @@ from transformers import (
     Qwen3Config,
 )
 
-import checkpoint
-from config import UserError
-from model import ModelConfig, Transformer, attention_mask, block_mask, document_attention, rope_frequencies
+from model import (
+    ModelConfig,
+    Transformer,
+    attention_mask,
+    block_mask,
+    document_attention,
+    rope_frequencies,
+)
+from nano import checkpoint
+from nano.config import UserError
 
 TINY = dict(
     vocab_size=97,
@@ -41,16 +48,33 @@ LLAMA3_ROPE = dict(
 SLIDING = dict(use_sliding_window=True, sliding_window=7)
 FAMILIES = {
     "llama2": (LlamaConfig, dict(rms_norm_eps=1e-5)),
-    "llama3.2": (LlamaConfig, dict(num_key_value_heads=2, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True)),
-    "llama linear rope": (LlamaConfig, dict(rope_parameters=dict(rope_type="linear", rope_theta=5e3, factor=3.0))),
+    "llama3.2": (
+        LlamaConfig,
+        dict(num_key_value_heads=2, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
+    ),
+    "llama linear rope": (
+        LlamaConfig,
+        dict(rope_parameters=dict(rope_type="linear", rope_theta=5e3, factor=3.0)),
+    ),
     "llama biases": (LlamaConfig, dict(num_key_value_heads=1, attention_bias=True, mlp_bias=True)),
     "llama wide heads": (LlamaConfig, dict(num_key_value_heads=2, head_dim=32)),
-    "smollm2": (LlamaConfig, dict(hidden_size=48, num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True)),
+    "smollm2": (
+        LlamaConfig,
+        dict(
+            hidden_size=48, num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True
+        ),
+    ),
     "mistral": (MistralConfig, dict(num_key_value_heads=2, sliding_window=7)),
-    "mistral no window": (MistralConfig, dict(num_key_value_heads=2, sliding_window=None, head_dim=24)),
+    "mistral no window": (
+        MistralConfig,
+        dict(num_key_value_heads=2, sliding_window=None, head_dim=24),
+    ),
     "qwen2": (Qwen2Config, dict(num_key_value_heads=2)),
     "qwen2 tied": (Qwen2Config, dict(num_key_value_heads=1, tie_word_embeddings=True)),
-    "qwen2 upper windows": (Qwen2Config, dict(num_key_value_heads=2, max_window_layers=1, **SLIDING)),
+    "qwen2 upper windows": (
+        Qwen2Config,
+        dict(num_key_value_heads=2, max_window_layers=1, **SLIDING),
+    ),
     "qwen3": (Qwen3Config, dict(num_key_value_heads=2, head_dim=32)),
     "qwen3 biases": (Qwen3Config, dict(num_key_value_heads=4, head_dim=16, attention_bias=True)),
     "qwen3 mixed windows": (
@@ -63,7 +87,7 @@ FAMILIES = {
             **SLIDING,
         ),
     ),
-}  # fmt: skip
+}
 
 
 @torch.no_grad()
@@ -103,7 +127,9 @@ def test_logits_equal_transformers_both_directions(family, tmp_path):
 
     checkpoint.save_model(model, tmp_path / "ours")
     back, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert type(back) is type(reference) and not info["missing_keys"] and not info["unexpected_keys"]
+    assert (
+        type(back) is type(reference) and not info["missing_keys"] and not info["unexpected_keys"]
+    )
     assert (back.float().eval()(x).logits - expected).abs().max() < 1e-4
     assert checkpoint.load_config(tmp_path / "ours") == model.cfg
 
@@ -135,12 +161,20 @@ def test_fresh_score_head_keeps_the_trunk(tmp_path):
         assert not hasattr(model, "lm_head")
         for p in reference.parameters():
             p.copy_(p.bfloat16())
-        assert (model.float()(tokens()) - reference.model(tokens()).last_hidden_state).abs().max() < 1e-4
+        assert (
+            model.float()(tokens()) - reference.model(tokens()).last_hidden_state
+        ).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("spelling", [4, 5])
 def test_both_spellings_of_config_json(spelling, tmp_path):
-    config = dict(TINY, architectures=["LlamaForCausalLM"], model_type="llama", num_key_value_heads=None, head_dim=None)
+    config = dict(
+        TINY,
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        num_key_value_heads=None,
+        head_dim=None,
+    )
     if spelling == 4:
         rope = {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}
         config |= dict(rope_theta=10000.0, rope_scaling=rope)
@@ -148,13 +182,26 @@ def test_both_spellings_of_config_json(spelling, tmp_path):
         config |= dict(rope_parameters=LLAMA3_ROPE)
     (tmp_path / "config.json").write_text(json.dumps(config))
     cfg = checkpoint.load_config(tmp_path)
-    assert (cfg.n_kv_heads, cfg.head_dim, cfg.rope_theta, cfg.tie_embeddings) == (4, 16, 10000.0, False)
+    assert (cfg.n_kv_heads, cfg.head_dim, cfg.rope_theta, cfg.tie_embeddings) == (
+        4,
+        16,
+        10000.0,
+        False,
+    )
     assert cfg.rope_scaling == {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}
 
 
 def test_defaults_of_absent_keys_are_transformers(tmp_path):
-    for name, Config in dict(Llama=LlamaConfig, Mistral=MistralConfig, Qwen2=Qwen2Config, Qwen3=Qwen3Config).items():
-        config = dict(vocab_size=9, hidden_size=256, intermediate_size=8, num_hidden_layers=2, num_attention_heads=32)
+    for name, Config in dict(
+        Llama=LlamaConfig, Mistral=MistralConfig, Qwen2=Qwen2Config, Qwen3=Qwen3Config
+    ).items():
+        config = dict(
+            vocab_size=9,
+            hidden_size=256,
+            intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=32,
+        )
         reference = Config(**config)
         config |= dict(architectures=[name + "ForCausalLM"], model_type=name.lower())
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -183,7 +230,13 @@ def test_defaults_of_absent_keys_are_transformers(tmp_path):
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
         (dict(quantization_config=dict(quant_method="gptq")), "quantized"),
         (dict(architectures=["LlamaForSequenceClassification"]), "2 labels"),
-        (dict(architectures=["LlamaForSequenceClassification"], id2label={"0": "a", "1": "b", "2": "c"}), "3 labels"),
+        (
+            dict(
+                architectures=["LlamaForSequenceClassification"],
+                id2label={"0": "a", "1": "b", "2": "c"},
+            ),
+            "3 labels",
+        ),
         (dict(hidden_size=None), "hidden_size"),
         (dict(num_hidden_layers="3"), "num_hidden_layers"),
         (dict(num_key_value_heads=3), "3 key/value heads"),
@@ -201,7 +254,12 @@ def test_what_is_not_supported_is_refused_by_name(change, said, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [dict(qkv_bias=True), dict(qk_norm=True), dict(windows=(4, 0)), dict(family="mistral", o_bias=True)],
+    [
+        dict(qkv_bias=True),
+        dict(qk_norm=True),
+        dict(windows=(4, 0)),
+        dict(family="mistral", o_bias=True),
+    ],
 )
 def test_a_model_that_transformers_lacks_is_not_saved_as_another(change):
     with pytest.raises(UserError, match=[*change][-1]):
@@ -212,7 +270,9 @@ def test_a_model_that_transformers_lacks_is_not_saved_as_another(change):
 
 
 def tiny(**more):
-    cfg = ModelConfig(vocab_size=97, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96)
+    cfg = ModelConfig(
+        vocab_size=97, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96
+    )
     return randomize(Transformer(dataclasses.replace(cfg, **more)))
 
 
@@ -221,7 +281,10 @@ def test_packed_rows_equal_unpacked(windows):
     """By document, and (with a window) by a dense mask."""
     model = tiny(windows=windows)
     x = tokens(2, 24)
-    cuts = [[0, 5, 6, 17], [0, 9]]  # the first row has three documents and 7 tokens of padding, the second one document
+    cuts = [
+        [0, 5, 6, 17],
+        [0, 9],
+    ]  # the first row has three documents and 7 tokens of padding, the second one document
     docs = torch.full((2, 24), -1)
     for row, (edges, end) in enumerate(zip(cuts, (17, 24), strict=True)):
         for i, (a, b) in enumerate(zip(edges, [*edges[1:], end], strict=True)):
@@ -233,7 +296,9 @@ def test_packed_rows_equal_unpacked(windows):
             here = docs[row] == i
             alone = model.logits(model(x[row, here][None]))[0]
             assert (packed[row, here] - alone).abs().max() < 1e-5
-    assert (packed[0, 6:17] - model.logits(model(x))[0, 6:17]).abs().max() > 1e-3  # which a plain forward does not
+    assert (
+        packed[0, 6:17] - model.logits(model(x))[0, 6:17]
+    ).abs().max() > 1e-3  # which a plain forward does not
 
 
 @pytest.mark.parametrize("length", [300, 384])
@@ -247,10 +312,15 @@ def test_block_mask(window, length):
             docs[row, a:b] = i
     dense = attention_mask(docs, window or length, 16)
     ours = block_mask(docs, window)
-    theirs = create_block_mask(lambda b, h, q, k: dense[b, 0, q, k], 3, None, length, length, device="cpu")
+    theirs = create_block_mask(
+        lambda b, h, q, k: dense[b, 0, q, k], 3, None, length, length, device="cpu"
+    )
     assert torch.equal(ours.to_dense(), theirs.to_dense())
     for kind in ("", "full_"):
-        for num, indices in ((f"{kind}kv_num_blocks", f"{kind}kv_indices"), (f"{kind}q_num_blocks", f"{kind}q_indices")):
+        for num, indices in (
+            (f"{kind}kv_num_blocks", f"{kind}kv_indices"),
+            (f"{kind}q_num_blocks", f"{kind}q_indices"),
+        ):
             a, b = ((getattr(mask, num), getattr(mask, indices)) for mask in (ours, theirs))
             assert torch.equal(a[0], b[0])
             used = torch.arange(a[1].shape[-1]) < a[0][..., None]
@@ -278,11 +348,15 @@ def test_no_gradient_crosses_documents(windows):
 def test_attention_of_one_document(T, dtype, bound):
     """Output and gradients against float64. bf16 rounds scores and probabilities to 2^-9, and each way of it ends below 0.6%."""
     generator = torch.Generator().manual_seed(T)
-    q, k, v, back = (torch.randn(heads, T, 16, generator=generator).to(dtype) for heads in (6, 2, 2, 6))
+    q, k, v, back = (
+        torch.randn(heads, T, 16, generator=generator).to(dtype) for heads in (6, 2, 2, 6)
+    )
 
     def right(q, k, v):
         scores = q @ k.repeat_interleave(3, 0).mT / 4
-        return scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf).softmax(-1) @ v.repeat_interleave(3, 0)
+        return scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf).softmax(
+            -1
+        ) @ v.repeat_interleave(3, 0)
 
     def made(attention, dtype):
         inputs = [t.to(dtype, copy=True).requires_grad_() for t in (q, k, v)]
@@ -290,7 +364,9 @@ def test_attention_of_one_document(T, dtype, bound):
         y.backward(back.to(dtype))
         return [y.detach(), *(t.grad for t in inputs)]
 
-    for ours, exact in zip(made(document_attention, dtype), made(right, torch.float64), strict=True):
+    for ours, exact in zip(
+        made(document_attention, dtype), made(right, torch.float64), strict=True
+    ):
         assert ours.dtype == dtype and (ours - exact).norm() <= bound * exact.norm() + 1e-6
 
 
@@ -311,7 +387,9 @@ def test_cache_equals_a_whole_forward(windows):
     cache = model.new_cache(2, 24)
     starts = torch.tensor([4, 9])
     prompt = torch.arange(9).expand(2, 9)
-    out = model(x[:, :9], positions=prompt, cache=cache)  # row 0 runs past its prompt; those slots are overwritten below
+    out = model(
+        x[:, :9], positions=prompt, cache=cache
+    )  # row 0 runs past its prompt; those slots are overwritten below
     assert (out[1] - whole[1, :9]).abs().max() < 1e-5
     for step in range(11):
         at = (starts + step)[:, None]
@@ -321,10 +399,14 @@ def test_cache_equals_a_whole_forward(windows):
 
 
 def test_rope_stays_fp32_and_has_transformers_frequencies():
-    cfg = ModelConfig(dim=64, n_layers=1, n_heads=4, head_dim=16, rope_theta=500000.0, rope_scaling=LLAMA3_ROPE)
+    cfg = ModelConfig(
+        dim=64, n_layers=1, n_heads=4, head_dim=16, rope_theta=500000.0, rope_scaling=LLAMA3_ROPE
+    )
     model = Transformer(cfg).bfloat16()
     assert model.inv_freq.dtype == torch.float32
     scaled = LlamaConfig(**TINY, rope_parameters=LLAMA3_ROPE | dict(rope_theta=500000.0))
     reference = AutoModelForCausalLM.from_config(scaled).model.rotary_emb.inv_freq
     assert torch.allclose(rope_frequencies(cfg), reference, rtol=1e-6)
-    assert not torch.allclose(rope_frequencies(dataclasses.replace(cfg, rope_scaling=None)), reference, rtol=0.1)
+    assert not torch.allclose(
+        rope_frequencies(dataclasses.replace(cfg, rope_scaling=None)), reference, rtol=0.1
+    )

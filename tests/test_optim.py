@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-import optim
+from nano import optim
 
 
 class Tiny(nn.Module):
@@ -53,7 +53,9 @@ def test_groups_of_a_tied_and_partly_frozen_model():
 
 def test_adamw_is_fused_where_the_device_has_it():
     def fused(device):
-        return optim.adamw([{"params": [torch.zeros(2, device=device, requires_grad=True)]}], 1e-3).defaults["fused"]
+        return optim.adamw(
+            [{"params": [torch.zeros(2, device=device, requires_grad=True)]}], 1e-3
+        ).defaults["fused"]
 
     assert fused("cpu") is True
     assert fused("meta") is False  # as on XLA: a device without the kernel
@@ -70,7 +72,9 @@ def test_adamw_against_the_formula():
         model.bias.grad = torch.zeros(2).double()
         m = betas[0] * m + (1 - betas[0]) * model.weight.grad
         v = betas[1] * v + (1 - betas[1]) * model.weight.grad**2
-        w = w * (1 - lr * decay) - lr * (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+        w = w * (1 - lr * decay) - lr * (m / (1 - betas[0] ** t)) / (
+            (v / (1 - betas[1] ** t)).sqrt() + eps
+        )
         bias = model.bias.detach().clone()
         optimizer.step()
         torch.testing.assert_close(model.weight.detach(), w)
@@ -115,7 +119,11 @@ def sequence(n, **kw):
         (5, dict(schedule="cosine"), [1, 0.5 + 2**-1.5, 0.5, 0.5 - 2**-1.5, 0]),
         (4, dict(schedule="cosine", warmup_steps=1, min_lr=0.1), [1 / 2, 1, 0.55, 0.1]),
         (10, dict(schedule="wsd", decay_ratio=0.4), [1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]),
-        (8, dict(schedule="wsd", decay_ratio=0.25, warmup_steps=1, min_lr=0.5), [0.5, 1, 1, 1, 1, 1, 0.75, 0.5]),
+        (
+            8,
+            dict(schedule="wsd", decay_ratio=0.25, warmup_steps=1, min_lr=0.5),
+            [0.5, 1, 1, 1, 1, 1, 0.75, 0.5],
+        ),
         (4, dict(schedule="wsd", decay_ratio=1.0, warmup_steps=1), [1 / 2, 1, 1 / 2, 0]),
         (1, dict(schedule="cosine"), [1]),
         (1, dict(schedule="linear", warmup_steps=3), [1 / 4]),
@@ -134,7 +142,9 @@ def test_lr_shape(schedule, warmup_steps):
     assert lrs[-1] == (1.0 if schedule == "constant" else pytest.approx(0.1))
     assert lrs[: warmup_steps + 1] == sorted(lrs[: warmup_steps + 1])
     assert lrs[warmup_steps:] == sorted(lrs[warmup_steps:], reverse=True)
-    assert optim.lr_at(500, 100, 1.0, schedule, warmup_steps, 0.1) == lrs[-1]  # past the end: as at the end
+    assert (
+        optim.lr_at(500, 100, 1.0, schedule, warmup_steps, 0.1) == lrs[-1]
+    )  # past the end: as at the end
 
 
 def test_unknown_names():

@@ -11,18 +11,14 @@ import pytest
 import tiny
 import torch
 
-import checkpoint
-import config
-import data
-import runtime
-import tokenizer
-from config import UserError
+from nano import checkpoint, config, data, runtime, tokenizer
+from nano.config import UserError
 
 # Around the runs of a process: the share of its parameters that it holds is noted, and a fault befalls it
 BEFORE = """
 import os, signal
 import torch
-import checkpoint
+from nano import checkpoint
 
 place, start, shares = runtime.Runtime.place, runtime.start, {}
 runtime.Runtime.catch_signals = lambda self: None
@@ -43,7 +39,7 @@ fault, rank = os.environ.get("FAULT"), int(os.environ["RANK"])
 if fault == "raise" and rank == 1:
     def broken(*args, **kwargs):
         raise ValueError("rank 1 cannot go on")
-    import losses
+    from nano import losses
     losses.cross_entropy = broken
 if fault == "kill in the save" and rank == 0:
     rename = os.replace
@@ -71,8 +67,14 @@ with open(os.environ["SHARES"] + str(rank), "w") as f:
 def launch(world, jobs, dir, **environment):
     """Runs jobs on `world` processes -> (exit status, output, [shares of the parameters that a rank holds, by run folder])."""
     shares = f"{dir / 'shares.'}"
-    status, output = tiny.processes(dir, jobs, world, BEFORE, AFTER, timeout=300, SHARES=shares, **environment)
-    return status, output, None if status else [json.loads(open(f"{shares}{rank}").read()) for rank in range(world)]
+    status, output = tiny.processes(
+        dir, jobs, world, BEFORE, AFTER, timeout=300, SHARES=shares, **environment
+    )
+    return (
+        status,
+        output,
+        None if status else [json.loads(open(f"{shares}{rank}").read()) for rank in range(world)],
+    )
 
 
 def alone(jobs):
@@ -86,33 +88,130 @@ COMMON = f"device=cpu dtype=float32 schedule=constant resume=auto steps={STEPS}"
 TUNE = "batch_size=8 eval_every=2 log_every=1 samples=1 sample_tokens=4 lr=1e-3".split()
 RL = "batch_size=8 micro_batch=2 adam_eps=1e-3 ppo_epochs=2 max_new_tokens=6 log_every=1 sample_every=0 save_every=100".split()
 STAGES = dict(  # name: stage and its settings
-    pretrain=("pretrain", ["data={}/text", "tokenizer={}/model", "size=toy", "batch_size=8", "micro_batch=1", "max_length=32",
-                           "eval_every=2", "log_every=1", "sample_tokens=4", "lr=1e-3"]),
+    pretrain=(
+        "pretrain",
+        [
+            "data={}/text",
+            "tokenizer={}/model",
+            "size=toy",
+            "batch_size=8",
+            "micro_batch=1",
+            "max_length=32",
+            "eval_every=2",
+            "log_every=1",
+            "sample_tokens=4",
+            "lr=1e-3",
+        ],
+    ),
     sft=("sft", ["model={}/model", "data={}/rows", "micro_batch=2", "max_length=64", *TUNE]),
-    sft_qwen=("sft", ["model={}/qwen", "data={}/rows", "micro_batch=4", "max_length=64", "grad_checkpoint=true", *TUNE]),
-    sft_lora=("sft", ["model={}/model", "data={}/rows", "micro_batch=1", "max_length=64", "lora_rank=4", *TUNE, "lr=1e-2"]),
-    sft_frozen=("sft", ["model={}/model", "data={}/rows", "micro_batch=2", "max_length=64", "freeze_layers=1", *TUNE]),
-    reward=("reward", ["model={}/model", "data={}/groups", "micro_batch=1", "max_length=64", "norm_samples=4", "norm_tokens=4",
-                       *[s for s in TUNE if "sample_tokens" not in s]]),
+    sft_qwen=(
+        "sft",
+        [
+            "model={}/qwen",
+            "data={}/rows",
+            "micro_batch=4",
+            "max_length=64",
+            "grad_checkpoint=true",
+            *TUNE,
+        ],
+    ),
+    sft_lora=(
+        "sft",
+        [
+            "model={}/model",
+            "data={}/rows",
+            "micro_batch=1",
+            "max_length=64",
+            "lora_rank=4",
+            *TUNE,
+            "lr=1e-2",
+        ],
+    ),
+    sft_frozen=(
+        "sft",
+        [
+            "model={}/model",
+            "data={}/rows",
+            "micro_batch=2",
+            "max_length=64",
+            "freeze_layers=1",
+            *TUNE,
+        ],
+    ),
+    reward=(
+        "reward",
+        [
+            "model={}/model",
+            "data={}/groups",
+            "micro_batch=1",
+            "max_length=64",
+            "norm_samples=4",
+            "norm_tokens=4",
+            *[s for s in TUNE if "sample_tokens" not in s],
+        ],
+    ),
     dpo=("dpo", ["model={}/model", "data={}/groups", "micro_batch=1", "max_length=64", *TUNE]),
-    ppo=("ppo", ["model={}/model", "reward={}/scorer", "data={}/groups", "lr=1e-4", "value_lr=1e-4", *RL]),
-    ppo_lora=("ppo", ["model={}/model", "reward={}/adapter/last", "data={}/groups", "lora_rank=2", "lr=1e-3",
-                      "value_lr=1e-3", *RL]),
-    grpo=("ppo", ["model={}/model", "reward={}/rewards.py:letters", "data={}/groups", "algo=grpo", "group=2", "lr=1e-4", *RL]),
-)  # fmt: skip
-FOUR = [("fsdp", "pretrain"), ("fsdp", "sft_frozen"), ("fsdp", "ppo_lora"), ("hsdp", "sft"), ("hsdp", "ppo_lora"),
-        ("zero2", "reward"), ("ddp", "dpo"), ("ddp tensor=2", "sft"), ("fsdp tensor=2", "pretrain"), ("hsdp tensor=2", "reward"),
-        ("fsdp tensor=2", "ppo_lora")]  # fmt: skip
+    ppo=(
+        "ppo",
+        ["model={}/model", "reward={}/scorer", "data={}/groups", "lr=1e-4", "value_lr=1e-4", *RL],
+    ),
+    ppo_lora=(
+        "ppo",
+        [
+            "model={}/model",
+            "reward={}/adapter/last",
+            "data={}/groups",
+            "lora_rank=2",
+            "lr=1e-3",
+            "value_lr=1e-3",
+            *RL,
+        ],
+    ),
+    grpo=(
+        "ppo",
+        [
+            "model={}/model",
+            "reward={}/rewards.py:letters",
+            "data={}/groups",
+            "algo=grpo",
+            "group=2",
+            "lr=1e-4",
+            *RL,
+        ],
+    ),
+)
+FOUR = [
+    ("fsdp", "pretrain"),
+    ("fsdp", "sft_frozen"),
+    ("fsdp", "ppo_lora"),
+    ("hsdp", "sft"),
+    ("hsdp", "ppo_lora"),
+    ("zero2", "reward"),
+    ("ddp", "dpo"),
+    ("ddp tensor=2", "sft"),
+    ("fsdp tensor=2", "pretrain"),
+    ("hsdp tensor=2", "reward"),
+    ("fsdp tensor=2", "ppo_lora"),
+]
 PARTS = {"ddp": 1, "ddp tensor=2": 2, "hsdp": 2, "hsdp tensor=2": 2}  # of the weights; else 4
-ON_FOUR = {"sft": "ddp", "sft_lora": "fsdp", "pretrain": "fsdp", "reward": "zero2", "ppo_lora": "hsdp", "ppo": "fsdp",
-           "dpo": "fsdp tensor=2"}  # half done -> by this
+ON_FOUR = {
+    "sft": "ddp",
+    "sft_lora": "fsdp",
+    "pretrain": "fsdp",
+    "reward": "zero2",
+    "ppo_lora": "hsdp",
+    "ppo": "fsdp",
+    "dpo": "fsdp tensor=2",
+}  # half done -> by this
 BF16 = ["sft", "sft_frozen", "sft_lora", "reward", "ppo_lora"]
 TENSOR = ["pretrain", "sft", "sft_lora", "sft_qwen", "ppo_lora"]
 
 
 def job(folder, name, out, *more):
     stage, settings = STAGES[name]
-    settings = {s.partition("=")[0]: s.format(folder) for s in [f"out={out}", *COMMON, *settings, *more]}
+    settings = {
+        s.partition("=")[0]: s.format(folder) for s in [f"out={out}", *COMMON, *settings, *more]
+    }
     return [stage, list(settings.values())]
 
 
@@ -129,7 +228,15 @@ def folder(tmp_path_factory, quiet):
     """Models, data, a reward adapter, and in one/ each stage's run on one process."""
     path = tmp_path_factory.mktemp("parallel")
     tiny.model_dir(path / "model")
-    tiny.model_dir(path / "qwen", family="qwen3", qk_norm=True, qkv_bias=True, o_bias=True, vocab_size=265, tie_embeddings=True)
+    tiny.model_dir(
+        path / "qwen",
+        family="qwen3",
+        qk_norm=True,
+        qkv_bias=True,
+        o_bias=True,
+        vocab_size=265,
+        tie_embeddings=True,
+    )
     tiny.model_dir(path / "scorer", seed=1, head="score")
     tiny.store(path / "rows", path / "model", n=60)
     tiny.preferences(path / "groups", path / "model", n=60, val=8)
@@ -138,7 +245,9 @@ def folder(tmp_path_factory, quiet):
     data.write_store(path / "text", dict(train=texts, val=texts[:8]), meta)
     # hardly ever the same for two responses: over their spread, which GRPO divides by, differences of the last digit grow
     letters = "sum(i * ord(c) for i, c in enumerate(response, 1)) % 101 / 16 - 3.0"
-    (path / "rewards.py").write_text(f"def letters(prompt, response, finished):\n    return {letters}\n")
+    (path / "rewards.py").write_text(
+        f"def letters(prompt, response, finished):\n    return {letters}\n"
+    )
     adapter = job(path, "reward", path / "adapter", "lora_rank=2", "norm_samples=0", "lr=1e-2")
     alone([adapter, *(job(path, name, path / "one" / name) for name in STAGES)])
     return path
@@ -154,7 +263,11 @@ def assert_same_curve(out, reference, tolerance=1e-5, counts=True):
     a, b = records(out), records(reference)
     assert [(r["kind"], r["step"]) for r in a] == [(r["kind"], r["step"]) for r in b]
     for x, y in zip(a, b, strict=True):
-        keys = [k for k in y if isinstance(y[k], (int, float)) and not k.endswith(measured) and k != "memory_gb"]
+        keys = [
+            k
+            for k in y
+            if isinstance(y[k], (int, float)) and not k.endswith(measured) and k != "memory_gb"
+        ]
         keys = [k for k in keys if counts or k not in ("accuracy", "clipfrac", "value_clipfrac")]
         values = [[r[k] for k in keys] for r in (x, y)]
         np.testing.assert_allclose(*values, rtol=tolerance, atol=tolerance, err_msg=f"{out} {keys}")
@@ -174,15 +287,45 @@ def assert_same_weights(a, b):
 @pytest.fixture(scope="module")
 def two(folder):
     """All stages on two processes in two/, and half of their steps in half/."""
-    runs = {f"two/{mode}-{name}": (name, mode, STEPS) for mode in ("ddp", "fsdp") for name in STAGES}
-    runs |= {f"half/{name}": (name, "fsdp" if name in ("sft", "sft_lora", "dpo", "ppo_lora") else "ddp", 2) for name in STAGES}
-    jobs = [job(folder, name, folder / run, f"parallel={mode}", f"steps={n}") for run, (name, mode, n) in runs.items()]
-    jobs += [job(folder, name, folder / "bf16" / name, "parallel=fsdp", "dtype=bfloat16") for name in BF16]
+    runs = {
+        f"two/{mode}-{name}": (name, mode, STEPS) for mode in ("ddp", "fsdp") for name in STAGES
+    }
+    runs |= {
+        f"half/{name}": (
+            name,
+            "fsdp" if name in ("sft", "sft_lora", "dpo", "ppo_lora") else "ddp",
+            2,
+        )
+        for name in STAGES
+    }
+    jobs = [
+        job(folder, name, folder / run, f"parallel={mode}", f"steps={n}")
+        for run, (name, mode, n) in runs.items()
+    ]
+    jobs += [
+        job(folder, name, folder / "bf16" / name, "parallel=fsdp", "dtype=bfloat16")
+        for name in BF16
+    ]
     for mode in ("ddp", "fsdp"):
-        jobs.append(job(folder, "sft", folder / "reduced" / mode, f"parallel={mode}", "reduce_dtype=bfloat16"))
-    jobs += [job(folder, name, folder / "offload" / name, "parallel=fsdp", "offload=true") for name in ("sft", "ppo_lora")]
-    jobs += [job(folder, name, folder / "tensor" / name, "parallel=none", "tensor=2") for name in TENSOR]
-    jobs.append(job(folder, "sft", folder / "tensor" / "half", "parallel=none", "tensor=2", "steps=2"))
+        jobs.append(
+            job(
+                folder,
+                "sft",
+                folder / "reduced" / mode,
+                f"parallel={mode}",
+                "reduce_dtype=bfloat16",
+            )
+        )
+    jobs += [
+        job(folder, name, folder / "offload" / name, "parallel=fsdp", "offload=true")
+        for name in ("sft", "ppo_lora")
+    ]
+    jobs += [
+        job(folder, name, folder / "tensor" / name, "parallel=none", "tensor=2") for name in TENSOR
+    ]
+    jobs.append(
+        job(folder, "sft", folder / "tensor" / "half", "parallel=none", "tensor=2", "steps=2")
+    )
     drop = ["parallel=fsdp", "lora_dropout=0.1", "eval_every=100", "save_every=100"]
     for run, *more in (["whole"], ["cut", "steps=2"], ["cut"]):
         jobs.append(job(folder, "sft_lora", folder / "dropout" / run, *drop, *more))
@@ -197,7 +340,9 @@ def test_two_processes_do_what_one_does(folder, two, name, mode, parts):
     out = folder / "two" / f"{mode}-{name}"
     assert_same_curve(out, folder / "one" / name)
     assert_same_weights(out / "last", folder / "one" / name / "last")
-    assert all(held[str(out)] <= 1.02 / parts for held in two)  # what does not divide by two makes one rank's share larger
+    assert all(
+        held[str(out)] <= 1.02 / parts for held in two
+    )  # what does not divide by two makes one rank's share larger
 
 
 @pytest.mark.parametrize("name", TENSOR)
@@ -205,7 +350,9 @@ def test_two_processes_share_each_layer(folder, two, name):
     out = folder / "tensor" / name
     assert_same_curve(out, folder / "one" / name)
     assert_same_weights(out / "last", folder / "one" / name / "last")
-    whole = 0.27 if name == "sft_qwen" else 0.04  # an odd vocabulary is not cut, nor are norms and half of the adapters
+    whole = (
+        0.27 if name == "sft_qwen" else 0.04
+    )  # an odd vocabulary is not cut, nor are norms and half of the adapters
     assert all(held[str(out)] <= 0.5 + whole for held in two)
 
 
@@ -242,8 +389,12 @@ def test_no_process_ever_holds_a_model_that_is_cut(folder, tmp_path):
     """A model that is stored in bf16 is its file until its layers become fp32 and are cut, one after the other."""
     model = tiny.model(vocab_size=264, n_layers=8)
     checkpoint.save_model(model, tmp_path / "model", torch.bfloat16, like=folder / "model")
-    run = job(folder, "sft", tmp_path / "out", "parallel=fsdp", f"model={tmp_path / 'model'}", "steps=1")
-    status, output = tiny.processes(tmp_path, [run], before=WATCH, after=WHOLE, WHOLE=f"{tmp_path / 'whole.'}")
+    run = job(
+        folder, "sft", tmp_path / "out", "parallel=fsdp", f"model={tmp_path / 'model'}", "steps=1"
+    )
+    status, output = tiny.processes(
+        tmp_path, [run], before=WATCH, after=WHOLE, WHOLE=f"{tmp_path / 'whole.'}"
+    )
     assert status == 0, output[-3000:]
     for rank in range(2):
         whole = json.loads((tmp_path / f"whole.{rank}").read_text())
@@ -253,8 +404,13 @@ def test_no_process_ever_holds_a_model_that_is_cut(folder, tmp_path):
 def test_weights_are_gathered_in_bf16(folder, two):
     """As exact as bf16 is; PPO itself checks that policy and reference agree at the start. A score head stays fp32."""
     for name in BF16:
-        lines = ([r for r in records(folder / run / name) if r["kind"] == "train"] for run in ("bf16", "one"))
-        a, b = ([r["reward" if name == "ppo_lora" else "loss"] for r in rs][:2] for rs in lines)  # then samples may differ
+        lines = (
+            [r for r in records(folder / run / name) if r["kind"] == "train"]
+            for run in ("bf16", "one")
+        )
+        a, b = (
+            [r["reward" if name == "ppo_lora" else "loss"] for r in rs][:2] for rs in lines
+        )  # then samples may differ
         np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02, err_msg=name)
     sharp = checkpoint.read_tensors(folder / "bf16" / "reward" / "last")["score.weight"]
     assert sharp.dtype == torch.float32 and (sharp != sharp.bfloat16()).any()
@@ -263,7 +419,10 @@ def test_weights_are_gathered_in_bf16(folder, two):
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_gradients_are_summed_in_bf16(folder, two, mode):
     """A bf16 has 8 bits: the norm of such gradients is near that of fp32, but not it. The loss before a step is the same."""
-    (a, *_), (b, *_) = ([r for r in records(folder / run) if r["kind"] == "train"] for run in (f"reduced/{mode}", "one/sft"))
+    (a, *_), (b, *_) = (
+        [r for r in records(folder / run) if r["kind"] == "train"]
+        for run in (f"reduced/{mode}", "one/sft")
+    )
     assert abs(a["loss"] - b["loss"]) < 1e-5
     assert 1e-5 < abs(a["grad_norm"] / b["grad_norm"] - 1) < 2**-8
 
@@ -271,7 +430,10 @@ def test_gradients_are_summed_in_bf16(folder, two, mode):
 def test_four_processes_do_what_one_does_and_go_on_from_two(folder, two, tmp_path):
     """hsdp: as on two nodes of two processes. What two processes left half done is finished by four, and by one."""
     runs = {f"{mode}-{name}": (mode, name) for mode, name in FOUR}
-    jobs = [job(folder, name, tmp_path / run, *f"parallel={mode}".split()) for run, (mode, name) in runs.items()]
+    jobs = [
+        job(folder, name, tmp_path / run, *f"parallel={mode}".split())
+        for run, (mode, name) in runs.items()
+    ]
     for name, mode in ON_FOUR.items():
         shutil.copytree(folder / "half" / name, tmp_path / name)
         jobs.append(job(folder, name, tmp_path / name, *f"parallel={mode}".split()))
@@ -280,7 +442,10 @@ def test_four_processes_do_what_one_does_and_go_on_from_two(folder, two, tmp_pat
     for run, (mode, name) in runs.items():
         assert_same_curve(tmp_path / run, folder / "one" / name)
         assert_same_weights(tmp_path / run / "last", folder / "one" / name / "last")
-        assert all(held[str(tmp_path / run)] <= 1.1 / PARTS.get(mode, 4) for held in shares), (run, shares)
+        assert all(held[str(tmp_path / run)] <= 1.1 / PARTS.get(mode, 4) for held in shares), (
+            run,
+            shares,
+        )
     for name in ON_FOUR:
         assert_same_curve(tmp_path / name, folder / "one" / name)
         assert_same_weights(tmp_path / name / "last", folder / "one" / name / "last")
@@ -299,7 +464,10 @@ def test_one_process_goes_on_from_two(folder, two, tmp_path, run):
 
 
 def test_each_rank_writes_its_part_of_the_state(folder, two):
-    one, shards = (checkpoint.read_json(folder / run / "state" / "state.json") for run in ("one/sft", "half/sft"))
+    one, shards = (
+        checkpoint.read_json(folder / run / "state" / "state.json")
+        for run in ("one/sft", "half/sft")
+    )
     assert "files" not in one and len(shards["files"]) == 2
     whole = (folder / "one" / "sft" / "state" / "state.safetensors").stat().st_size
     sizes = [(folder / "half" / "sft" / "state" / file).stat().st_size for file in shards["files"]]
@@ -309,7 +477,11 @@ def test_each_rank_writes_its_part_of_the_state(folder, two):
 def test_a_resume_with_as_many_ranks_is_exact(folder, two):
     """With dropout, and generators that differ from rank to rank."""
     whole, cut = folder / "dropout" / "whole", folder / "dropout" / "cut"
-    states = [f["rng.cpu"] for f in map(checkpoint.read_tensors, (cut / "state").glob("*.safetensors")) if "rng.cpu" in f]
+    states = [
+        f["rng.cpu"]
+        for f in map(checkpoint.read_tensors, (cut / "state").glob("*.safetensors"))
+        if "rng.cpu" in f
+    ]
     assert len(states) == 1 and (states[0][0] != states[0][1]).any()
     a, b = (checkpoint.read_tensors(out / "last", "adapter_model") for out in (whole, cut))
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -335,22 +507,35 @@ def test_a_state_with_a_part_missing_is_refused(folder, two, tmp_path):
 
 def test_a_rank_that_raises_ends_the_job(folder, tmp_path):
     began = time.time()
-    status, output, _ = launch(2, [job(folder, "sft", tmp_path / "out", "parallel=fsdp")], tmp_path, FAULT="raise")
+    status, output, _ = launch(
+        2, [job(folder, "sft", tmp_path / "out", "parallel=fsdp")], tmp_path, FAULT="raise"
+    )
     assert status == 1 and "ValueError: rank 1 cannot go on" in output and time.time() - began < 90
     root = output[output.index("Root Cause (first observed failure)") :]
-    assert re.search(r"rank *: 1 \(local_rank: 1\)\s+exitcode *: 1 ", root) and "rank 1 cannot go on" in root
+    assert (
+        re.search(r"rank *: 1 \(local_rank: 1\)\s+exitcode *: 1 ", root)
+        and "rank 1 cannot go on" in root
+    )
 
 
 @pytest.mark.parametrize("fault", ["kill in the save", "kill in its part"])
 def test_a_rank_killed_while_saving_loses_nothing(folder, tmp_path, fault):
-    settings, state = job(folder, "sft", tmp_path / "out", "save_every=2", "parallel=fsdp"), tmp_path / "out" / "state"
+    settings, state = (
+        job(folder, "sft", tmp_path / "out", "save_every=2", "parallel=fsdp"),
+        tmp_path / "out" / "state",
+    )
     status, output, _ = launch(2, [settings], tmp_path, FAULT=fault)
     assert status == 1 and "Signal 9 (SIGKILL)" in output
     if fault == "kill in the save":  # between the two renames
         assert not state.exists()
         state = state.with_name("state.old")
     else:
-        assert sorted(path.stat().st_size for path in state.with_name("state.tmp").glob("*.safetensors"))[0] == 1000
+        assert (
+            sorted(
+                path.stat().st_size for path in state.with_name("state.tmp").glob("*.safetensors")
+            )[0]
+            == 1000
+        )
     assert checkpoint.read_json(state / "state.json")["meta"]["step"] == 2
     alone([settings])
     assert_same_curve(tmp_path / "out", folder / "one" / "sft")

@@ -7,12 +7,9 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-import data
-import losses
 import ppo
-import roles
-import tokenizer
-from config import UserError
+from nano import data, losses, roles, tokenizer
+from nano.config import UserError
 
 NAN, INF = math.nan, math.inf
 ALONE = SimpleNamespace(all_sum=lambda x: x)  # one rank
@@ -50,10 +47,15 @@ def ragged(lengths, seed=0):
 
 def test_shape_rewards_by_hand():
     mask = matrix([1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0])
-    scores, logprobs = torch.tensor([10.0, 20, 30, 40]), matrix([-1, -2, -3], [-1, NAN, -INF], [NAN, 0, 0], [0, 0, 9])
+    scores, logprobs = (
+        torch.tensor([10.0, 20, 30, 40]),
+        matrix([-1, -2, -3], [-1, NAN, -INF], [NAN, 0, 0], [0, 0, 9]),
+    )
     ref = matrix([-1.5, -1, -3], [-2, 0, NAN], [0, 0, NAN], [0, -1, 9])
     rewards = ppo.shape_rewards(scores, logprobs, ref, mask, 0.1)
-    torch.testing.assert_close(rewards, matrix([-0.05, 0.1, 10], [19.9, 0, 0], [0, 0, 0], [0, 39.9, 0]))
+    torch.testing.assert_close(
+        rewards, matrix([-0.05, 0.1, 10], [19.9, 0, 0], [0, 0, 0], [0, 39.9, 0])
+    )
     assert torch.equal(rewards, ppo.shape_rewards(scores, logprobs, ref, mask.bool(), 0.1))
 
 
@@ -78,7 +80,10 @@ def test_gae_is_the_double_sum_and_sees_no_padding(gamma, lam):
         delta = [float(rewards[row, t]) + gamma * v[t + 1] - v[t] for t in range(n)]
         sums = [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)]
         torch.testing.assert_close(advantages[row], torch.tensor(sums + [0.0] * (7 - n)))
-        torch.testing.assert_close(returns[row], torch.tensor([a + b for a, b in zip(sums, v, strict=False)] + [0.0] * (7 - n)))
+        torch.testing.assert_close(
+            returns[row],
+            torch.tensor([a + b for a, b in zip(sums, v, strict=False)] + [0.0] * (7 - n)),
+        )
     if (gamma, lam) == (1.0, 1.0):  # then a return is the sum of the rewards to come
         torch.testing.assert_close(returns[1], rewards[1].flip(0).cumsum(0).flip(0))
 
@@ -88,7 +93,9 @@ def test_group_advantages():
     left_out = torch.tensor([1 - 4, 2 - 3.5, 6 - 1.5, 0, 0, 0])
     torch.testing.assert_close(ppo.group_advantages(rewards, 3, "rloo"), left_out)
     std = math.sqrt((4 + 1 + 9) / 2)
-    torch.testing.assert_close(ppo.group_advantages(rewards, 3, "grpo"), torch.tensor([-2, -1, 3, 0, 0, 0]) / (std + 1e-4))
+    torch.testing.assert_close(
+        ppo.group_advantages(rewards, 3, "grpo"), torch.tensor([-2, -1, 3, 0, 0, 0]) / (std + 1e-4)
+    )
     for algo in ("grpo", "rloo"):
         many = ppo.group_advantages(torch.randn(64), 8, algo).view(8, 8)
         assert many.sum(1).abs().max() < 1e-5 and many.abs().max() > 0.1
@@ -98,7 +105,10 @@ def test_whitening_over_all_actions():
     mask, draw = ragged((3, 1, 5))
     x = torch.where(mask > 0, draw(), 0.0)
     torch.testing.assert_close(ppo.whiten(x, mask, ALONE), losses.masked_whiten(x, mask))
-    torch.testing.assert_close(ppo.whiten(x, mask, ALONE, shift_mean=False), losses.masked_whiten(x, mask, shift_mean=False))
+    torch.testing.assert_close(
+        ppo.whiten(x, mask, ALONE, shift_mean=False),
+        losses.masked_whiten(x, mask, shift_mean=False),
+    )
     assert torch.allclose(ppo.variance(x, mask, ALONE), x[mask > 0].var(correction=0))
     two = SimpleNamespace(all_sum=lambda t: 2 * t)  # another rank with the same episodes
     torch.testing.assert_close(ppo.whiten(x, mask, two), ppo.whiten(x, mask, ALONE))
@@ -115,15 +125,21 @@ def test_policy_loss_by_hand():
     loss, stats = ppo.policy_loss(new, old, advantages, mask, 0.2)
     terms = [-1.2, -0.5, -1.1, -1.0, 1.5, 0.8]
     assert math.isclose(loss.detach(), sum(terms) / 6, rel_tol=1e-6)
-    assert math.isclose(stats["clipfrac"], 2 / 6, rel_tol=1e-6) and math.isclose(stats["ratio"], 0.5, rel_tol=1e-6)
+    assert math.isclose(stats["clipfrac"], 2 / 6, rel_tol=1e-6) and math.isclose(
+        stats["ratio"], 0.5, rel_tol=1e-6
+    )
     k3 = sum(r - 1 - math.log(r) for r in (1.5, 0.5, 1.1, 1, 1.5, 0.5)) / 6
     assert math.isclose(stats["approx_kl"], k3, rel_tol=1e-5)
     loss.backward()
-    torch.testing.assert_close(new.grad, matrix([0, -0.5, -1.1, -1], [1.5, 0, 0, 0]) / 6)  # of a held one: none
+    torch.testing.assert_close(
+        new.grad, matrix([0, -0.5, -1.1, -1], [1.5, 0, 0, 0]) / 6
+    )  # of a held one: none
     with torch.no_grad():
         counted, stats = ppo.policy_loss(new, old, advantages, mask, 0.2, count=12)
     loss = loss.detach()
-    assert math.isclose(counted, loss / 2, rel_tol=1e-6) and math.isclose(stats["clipfrac"], 2 / 12, rel_tol=1e-6)
+    assert math.isclose(counted, loss / 2, rel_tol=1e-6) and math.isclose(
+        stats["clipfrac"], 2 / 12, rel_tol=1e-6
+    )
     assert ppo.policy_loss(new, old, advantages, torch.zeros(2, 4), 0.2)[0] == 0
 
 
@@ -143,11 +159,17 @@ def test_value_loss_by_hand():
     # near the return, but moved by more than 0.2 from the old value: the error of the held value counts, without a gradient
     terms = [(0.2 - 1) ** 2, (0.5 - 0.1) ** 2, (-0.5 - 1) ** 2, 0.1**2, 2.0**2]
     loss, stats = ppo.value_loss(values, old, returns, mask, 0.2)
-    assert math.isclose(loss.detach(), 0.5 * sum(terms) / 5, rel_tol=1e-6) and math.isclose(stats["clipfrac"], 1 / 5, rel_tol=1e-6)
+    assert math.isclose(loss.detach(), 0.5 * sum(terms) / 5, rel_tol=1e-6) and math.isclose(
+        stats["clipfrac"], 1 / 5, rel_tol=1e-6
+    )
     loss.backward()
     torch.testing.assert_close(values.grad, matrix([0, 0.4, -1.5, 0.1], [-2, 0, 0, 0]) / 5)
     with torch.no_grad():
-        assert math.isclose(ppo.value_loss(values, old, returns, mask, 0.2, count=10)[0], loss.detach() / 2, rel_tol=1e-6)
+        assert math.isclose(
+            ppo.value_loss(values, old, returns, mask, 0.2, count=10)[0],
+            loss.detach() / 2,
+            rel_tol=1e-6,
+        )
 
 
 @pytest.mark.parametrize("cut", [[2, 2, 2], [1, 5], [3, 3]], ids=str)
@@ -156,15 +178,22 @@ def test_losses_of_micro_batches_add_up(cut):
     new, old, advantages = draw(), draw(), draw()
     whole = [f(new, old, advantages, mask, 0.2) for f in (ppo.policy_loss, ppo.value_loss)]
     for f, (loss, stats) in zip((ppo.policy_loss, ppo.value_loss), whole, strict=True):
-        parts = [f(*x, 0.2, count=mask.sum()) for x in zip(*(t.split(cut) for t in (new, old, advantages, mask)), strict=True)]
+        parts = [
+            f(*x, 0.2, count=mask.sum())
+            for x in zip(*(t.split(cut) for t in (new, old, advantages, mask)), strict=True)
+        ]
         torch.testing.assert_close(sum(p for p, _ in parts), loss)
         torch.testing.assert_close(sum(s["clipfrac"] for _, s in parts), stats["clipfrac"])
 
 
 def test_the_adaptive_coefficient():
     controller = ppo.AdaptiveKL(0.15, target=6.0, horizon=10_000)
-    assert math.isclose(controller.update(12.0, 256), 0.15 * (1 + 0.2 * 256 / 10_000))  # held at +20%
-    assert math.isclose(controller.update(6.6, 512), 0.15 * (1 + 0.2 * 256 / 10_000) * (1 + 0.1 * 512 / 10_000))
+    assert math.isclose(
+        controller.update(12.0, 256), 0.15 * (1 + 0.2 * 256 / 10_000)
+    )  # held at +20%
+    assert math.isclose(
+        controller.update(6.6, 512), 0.15 * (1 + 0.2 * 256 / 10_000) * (1 + 0.1 * 512 / 10_000)
+    )
     controller = ppo.AdaptiveKL(1.0, target=6.0, horizon=100)
     for _ in range(10):
         controller.update(0.0, 50)
@@ -174,7 +203,9 @@ def test_the_adaptive_coefficient():
 # ---------------------------------------------------------------------------------------------- episodes
 
 
-EPISODES = dict(prompts=[[5, 6, 7], [9], [3, 4, 3, 4, 3]], responses=[[8, 258], [1, 2, 3, 4], [258]])
+EPISODES = dict(
+    prompts=[[5, 6, 7], [9], [3, 4, 3, 4, 3]], responses=[[8, 258], [1, 2, 3, 4], [258]]
+)
 
 
 @pytest.mark.parametrize("static", [0, 16], ids=["packed", "static"])
@@ -185,16 +216,24 @@ def test_a_batch_of_episodes_gives_what_each_gives_alone(static):
     batch = roles.episode_batch(*EPISODES.values(), 4, static)
     assert batch["mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
     assert batch["response"].tolist() == [[8, 258, 0, 0], [1, 2, 3, 4], [258, 0, 0, 0]]
-    assert batch["tokens"].shape == ((3, 16) if static else (1, 16)) and (batch["docs"] == -1).sum() == (32 if static else 0)
+    assert batch["tokens"].shape == ((3, 16) if static else (1, 16)) and (
+        batch["docs"] == -1
+    ).sum() == (32 if static else 0)
     with torch.no_grad():
-        (logprobs, entropy), values, scores = role.logprobs(batch, 0.7), role.values(batch), role.scores(batch)
+        (logprobs, entropy), values, scores = (
+            role.logprobs(batch, 0.7),
+            role.values(batch),
+            role.scores(batch),
+        )
         for i, (prompt, response) in enumerate(zip(*EPISODES.values(), strict=True)):
             hidden, n, m = model(torch.tensor([prompt + response])), len(prompt), len(response)
             right = (model.logits(hidden)[0, n - 1 : -1] / 0.7).log_softmax(-1)
             padding = (0, 4 - m)
             torch.testing.assert_close(logprobs[i], F.pad(right[range(m), response], padding))
             torch.testing.assert_close(entropy[i], F.pad(-(right.exp() * right).sum(-1), padding))
-            torch.testing.assert_close(values[i], F.pad(head(hidden)[0, n - 1 : -1] * 2 - 1, padding))
+            torch.testing.assert_close(
+                values[i], F.pad(head(hidden)[0, n - 1 : -1] * 2 - 1, padding)
+            )
             torch.testing.assert_close(scores[i], head(hidden)[0, -1] * 2 - 1)
 
 
@@ -208,11 +247,21 @@ def test_prompts_come_in_shuffled_passes():
 
 def test_prompts_of_a_folder(base, tmp_path):
     tok, stop = tokenizer.load(base), 258
-    rows = [([1, 2, 3, stop], [0, 0, 1, 1]), ([1, 2, 9, stop], [0, 0, 1, 1]), ([4, 5, 4, 6, stop], [0, 1, 0, 1, 1]),
-            ([7, 8, 9, 10, 11], [0, 0, 0, 0, 1]), ([5, 5], [1, 1]), ([6, 6], [0, 0])]  # fmt: skip
+    rows = [
+        ([1, 2, 3, stop], [0, 0, 1, 1]),
+        ([1, 2, 9, stop], [0, 0, 1, 1]),
+        ([4, 5, 4, 6, stop], [0, 1, 0, 1, 1]),
+        ([7, 8, 9, 10, 11], [0, 0, 0, 0, 1]),
+        ([5, 5], [1, 1]),
+        ([6, 6], [0, 0]),
+    ]
     data.write_store(tmp_path, dict(train=rows), dict(vocab_size=264, tokenizer=tok.fingerprint))
-    prompts, left_out = ppo.prompts_of(SimpleNamespace(data=[str(tmp_path)], seed=0, max_prompt=3), tok)
-    assert sorted(prompts) == [[1, 2], [4]] and left_out == 1  # once each, up to the first target; one too long
+    prompts, left_out = ppo.prompts_of(
+        SimpleNamespace(data=[str(tmp_path)], seed=0, max_prompt=3), tok
+    )
+    assert (
+        sorted(prompts) == [[1, 2], [4]] and left_out == 1
+    )  # once each, up to the first target; one too long
     assert all(type(i) is int for p in prompts for i in p)
     with pytest.raises(UserError, match="max_prompt=0"):
         ppo.prompts_of(SimpleNamespace(data=[str(tmp_path)], seed=0, max_prompt=0), tok)
@@ -223,7 +272,10 @@ def test_a_response_is_cut_behind_a_string(base):
     ids = list(b"say. then more. end")
     assert ppo.cut_at((), tok, ids) == (ids, False) and ppo.cut_at(("?",), tok, ids) == (ids, False)
     assert ppo.cut_at((". ",), tok, ids) == (list(b"say. "), True)
-    assert ppo.cut_at(("more", "hen"), tok, ids) == (list(b"say. then"), True)  # the one that is complete first
+    assert ppo.cut_at(("more", "hen"), tok, ids) == (
+        list(b"say. then"),
+        True,
+    )  # the one that is complete first
 
 
 def test_reward_functions(base, tmp_path):
@@ -231,27 +283,52 @@ def test_reward_functions(base, tmp_path):
     path = tmp_path / "rewards.py"
     path.write_text(REWARDS)
     function = ppo.load_function(f"{path}:letters")
-    scores = ppo.judge(function, tok, [[*b"abc"], [*b"x"]], ([*b"aaz", 258], [*b"y"]), torch.tensor([1.0, 0.0]))
-    torch.testing.assert_close(scores, torch.tensor([2 + 0.3 - 0.5, 0.1]))  # special tokens are no text
-    for spec, said in [("none.py:f", "no such file"), (f"{path}:nothing", "no function nothing"),
-                       (f"{base / 'config.json'}:x", "file.py:function"), ("x", "file.py:function")]:  # fmt: skip
+    scores = ppo.judge(
+        function, tok, [[*b"abc"], [*b"x"]], ([*b"aaz", 258], [*b"y"]), torch.tensor([1.0, 0.0])
+    )
+    torch.testing.assert_close(
+        scores, torch.tensor([2 + 0.3 - 0.5, 0.1])
+    )  # special tokens are no text
+    for spec, said in [
+        ("none.py:f", "no such file"),
+        (f"{path}:nothing", "no function nothing"),
+        (f"{base / 'config.json'}:x", "file.py:function"),
+        ("x", "file.py:function"),
+    ]:
         with pytest.raises(UserError, match=said):
             ppo.load_function(spec)
 
 
-@pytest.mark.parametrize("body, said", [
-    ("def f(prompt, response, finished): raise KeyError('k')", r"function f failed in .*r.py:1: KeyError: 'k'"),
-    ("def f(prompt): return 1.0", r"function f failed in .*: TypeError: f\(\) takes 1 positional argument"),
-    ("def f(*args): return 'good'", "function f failed in .*: ValueError: could not convert"),
-    ("def f(*args): return float('nan')", "function f gave nan for the response 'x'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        (
+            "def f(prompt, response, finished): raise KeyError('k')",
+            r"function f failed in .*r.py:1: KeyError: 'k'",
+        ),
+        (
+            "def f(prompt): return 1.0",
+            r"function f failed in .*: TypeError: f\(\) takes 1 positional argument",
+        ),
+        ("def f(*args): return 'good'", "function f failed in .*: ValueError: could not convert"),
+        ("def f(*args): return float('nan')", "function f gave nan for the response 'x'"),
+    ],
+)
 def test_reward_functions_that_fail(base, tmp_path, body, said):
     (tmp_path / "r.py").write_text(body)
     with pytest.raises(UserError, match=said):
-        ppo.judge(ppo.load_function(f"{tmp_path}/r.py:f"), tokenizer.load(base), [[*b"a"]], [[*b"x"]], torch.tensor([1.0]))
+        ppo.judge(
+            ppo.load_function(f"{tmp_path}/r.py:f"),
+            tokenizer.load(base),
+            [[*b"a"]],
+            [[*b"x"]],
+            torch.tensor([1.0]),
+        )
 
 
-@pytest.mark.parametrize("body, said", [("import nothing_here", "ModuleNotFoundError"), ("def f(:", "SyntaxError")])
+@pytest.mark.parametrize(
+    "body, said", [("import nothing_here", "ModuleNotFoundError"), ("def f(:", "SyntaxError")]
+)
 def test_reward_files_that_do_not_run(tmp_path, body, said):
     (tmp_path / "r.py").write_text(body)
     with pytest.raises(UserError, match=f"r.py does not run: {said}"):
@@ -266,10 +343,17 @@ def test_correlation():
 
 
 def test_diseases():
-    well = dict(kl=2.0, length=20.0, length_reward_corr=0.3, reward=1.0, gold=0.5, entropy=2.0, eos_rate=0.9)
+    well = dict(
+        kl=2.0, length=20.0, length_reward_corr=0.3, reward=1.0, gold=0.5, entropy=2.0, eos_rate=0.9
+    )
     assert not list(ppo.diseases(well, well))
-    cases = {"KL is negative": dict(kl=-1.0), "grow": dict(length=40.0, length_reward_corr=0.7), "entropy": dict(entropy=0.3),
-             "exploits": dict(reward=3.0, gold=-1.0), "stop ending": dict(eos_rate=0.2)}  # fmt: skip
+    cases = {
+        "KL is negative": dict(kl=-1.0),
+        "grow": dict(length=40.0, length_reward_corr=0.7),
+        "entropy": dict(entropy=0.3),
+        "exploits": dict(reward=3.0, gold=-1.0),
+        "stop ending": dict(eos_rate=0.2),
+    }
     for said, change in cases.items():
         (found,) = ppo.diseases(well | change, well)
         assert said in found
@@ -280,11 +364,16 @@ def test_settings_that_do_not_go_together():
     ppo.check(ppo.Config(batch_size=64, minibatches=2, micro_batch=8, group=4), rt)
     wrong = {
         "batch_size=24 must be a multiple of": dict(batch_size=24),
-        "share of a minibatch .16. one of group=5": dict(batch_size=64, minibatches=2, group=5, micro_batch=1),
-        "needs group=2": dict(algo="grpo"), "value_warmup=3 trains": dict(algo="rloo", group=2, value_warmup=3),
-        "temperature=0": dict(temperature=0.0), "ptx_data= and ptx_coef=": dict(ptx_coef=1.0),
-        "lora_targets=": dict(lora_rank=4, train="qv"), "offload=true parks": dict(offload=True, lora_rank=4),
-    }  # fmt: skip
+        "share of a minibatch .16. one of group=5": dict(
+            batch_size=64, minibatches=2, group=5, micro_batch=1
+        ),
+        "needs group=2": dict(algo="grpo"),
+        "value_warmup=3 trains": dict(algo="rloo", group=2, value_warmup=3),
+        "temperature=0": dict(temperature=0.0),
+        "ptx_data= and ptx_coef=": dict(ptx_coef=1.0),
+        "lora_targets=": dict(lora_rank=4, train="qv"),
+        "offload=true parks": dict(offload=True, lora_rank=4),
+    }
     for said, settings in wrong.items():
         with pytest.raises(UserError, match=said):
             ppo.check(ppo.Config(**settings), rt)

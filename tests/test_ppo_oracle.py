@@ -7,17 +7,17 @@ import pytest
 import tiny
 import torch
 
-import checkpoint
 import ppo
-import roles
-import runtime
+from nano import checkpoint, roles, runtime
 
 # ---------------------------------------------------------------------------------------------- the tabular oracle
 # A language of three words and EOS, two tokens at most: EOS, or a word and then any token. Of all policies, the one with the
 # highest E[score] - BETA * KL(policy, reference) is reference * exp(score / BETA) / Z over whole texts (Ziegler et al. 2019).
 
 V, EOS, BETA = 4, 3, 0.5
-REFERENCE, SCORES = torch.randn(2, V, V, generator=torch.Generator().manual_seed(0))  # [state, token]; state 0: nothing said yet
+REFERENCE, SCORES = torch.randn(
+    2, V, V, generator=torch.Generator().manual_seed(0)
+)  # [state, token]; state 0: nothing said yet
 ALONE = SimpleNamespace(all_sum=lambda x: x)
 
 
@@ -35,7 +35,17 @@ def distance(logits):
     return 0.5 * (texts(logits).exp() - BEST).abs().sum().item()
 
 
-def learn(algo="ppo", mutant=None, seed=0, iterations=300, episodes=512, epochs=2, lr=0.05, group=8, whiten=False):
+def learn(
+    algo="ppo",
+    mutant=None,
+    seed=0,
+    iterations=300,
+    episodes=512,
+    epochs=2,
+    lr=0.05,
+    group=8,
+    whiten=False,
+):
     """A table of logits and a table of values learn by the functions of ppo.py; the distance to the optimum in the end."""
     generator = torch.Generator().manual_seed(seed)
     logits, values = REFERENCE.clone().requires_grad_(), torch.zeros(V, requires_grad=True)
@@ -48,7 +58,10 @@ def learn(algo="ppo", mutant=None, seed=0, iterations=300, episodes=512, epochs=
             first = torch.multinomial(probs[0], episodes, replacement=True, generator=generator)
             state = torch.where(first == EOS, 0, first + 1)
             second = torch.multinomial(probs[state], 1, generator=generator)[:, 0]
-            states, actions = torch.stack((torch.zeros_like(state), state), 1), torch.stack((first, second), 1)
+            states, actions = (
+                torch.stack((torch.zeros_like(state), state), 1),
+                torch.stack((first, second), 1),
+            )
             mask = torch.stack((torch.ones(episodes), (first != EOS).float()), 1)
             if mutant == "EOS untrained":
                 mask *= actions != EOS
@@ -58,7 +71,9 @@ def learn(algo="ppo", mutant=None, seed=0, iterations=300, episodes=512, epochs=
 
             scores = torch.where(first == EOS, SCORES[EOS, 0], SCORES[first, second])
             old, old_values = at(logits), values[states]
-            rewards = ppo.shape_rewards(scores, old, at(REFERENCE), mask, -BETA if mutant == "KL sign" else BETA)
+            rewards = ppo.shape_rewards(
+                scores, old, at(REFERENCE), mask, -BETA if mutant == "KL sign" else BETA
+            )
             if mutant == "rewards whitened":
                 rewards = ppo.whiten(rewards, mask, ALONE, shift_mean=False)
             if algo == "ppo":
@@ -78,7 +93,9 @@ def learn(algo="ppo", mutant=None, seed=0, iterations=300, episodes=512, epochs=
     return distance(logits.detach())
 
 
-@pytest.mark.parametrize("how", [dict(), dict(whiten=True), dict(algo="rloo"), dict(algo="grpo")], ids=str)
+@pytest.mark.parametrize(
+    "how", [dict(), dict(whiten=True), dict(algo="rloo"), dict(algo="grpo")], ids=str
+)
 def test_the_optimum_of_a_tabular_language_is_reached(how):
     assert distance(REFERENCE) > 0.5
     assert learn(**how) < 0.004
@@ -103,14 +120,25 @@ def peer(tmp_path_factory):
 
     def trainer(loss_type, temperature):
         args = trl.GRPOConfig(
-            output_dir=str(base / "trl"), per_device_train_batch_size=8, num_generations=4, loss_type=loss_type, beta=0.0,
-            epsilon=0.2, temperature=temperature, max_completion_length=6, use_cpu=True, bf16=False, report_to=[],
-        )  # fmt: skip
+            output_dir=str(base / "trl"),
+            per_device_train_batch_size=8,
+            num_generations=4,
+            loss_type=loss_type,
+            beta=0.0,
+            epsilon=0.2,
+            temperature=temperature,
+            max_completion_length=6,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+        )
         return trl.GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), args=args,
+            model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+            args=args,
             train_dataset=Dataset.from_list([dict(prompt="a")] * 8),
-            reward_funcs=lambda completions, **_: [0.0] * len(completions), processing_class=AutoTokenizer.from_pretrained(base),
-        )  # fmt: skip
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            processing_class=AutoTokenizer.from_pretrained(base),
+        )
 
     return base, trainer
 
@@ -129,11 +157,16 @@ def test_grpo_loss_and_gradient_are_trl_s(peer, loss_type, temperature):
     model = checkpoint.load_model(base)
     cfg = SimpleNamespace(temperature=temperature, clip=0.2, entropy_coef=0.0)
     rt, policy = runtime.Runtime("cpu", "none", "float32"), roles.Role(model, net=model)
-    micros = [roles.episode_batch(prompts[p], responses[p], 6) for p in (slice(0, 3), slice(3, 8))]  # cut anywhere
+    micros = [
+        roles.episode_batch(prompts[p], responses[p], 6) for p in (slice(0, 3), slice(3, 8))
+    ]  # cut anywhere
     with torch.no_grad():
         old = torch.cat([policy.logprobs(b, temperature)[0] for b in micros])
     old = old + 0.3 * torch.randn(old.shape, generator=rng)  # ratios on both sides of the clip
-    mask, advantages = torch.cat([b["mask"] for b in micros]), ppo.group_advantages(rewards, 4, "grpo")
+    mask, advantages = (
+        torch.cat([b["mask"] for b in micros]),
+        ppo.group_advantages(rewards, 4, "grpo"),
+    )
     for b, p in zip(micros, (slice(0, 3), slice(3, 8)), strict=True):
         b |= dict(old_logprobs=old[p], advantages=(advantages[:, None] * mask)[p])
     stats = ppo.rl_gradient(cfg, rt, policy, None, micros, float(mask.sum()))
@@ -144,10 +177,14 @@ def test_grpo_loss_and_gradient_are_trl_s(peer, loss_type, temperature):
     trainer.current_gradient_accumulation_steps = 1
     left = [torch.tensor([258] * (7 - len(p)) + p) for p in prompts]
     inputs = dict(
-        prompt_ids=torch.stack(left), prompt_mask=torch.tensor([[0] * (7 - len(p)) + [1] * len(p) for p in prompts]),
-        completion_ids=torch.cat([b["response"] for b in micros]), completion_mask=mask.long(), old_per_token_logps=old,
-        advantages=advantages, num_items_in_batch=mask.sum(),
-    )  # fmt: skip
+        prompt_ids=torch.stack(left),
+        prompt_mask=torch.tensor([[0] * (7 - len(p)) + [1] * len(p) for p in prompts]),
+        completion_ids=torch.cat([b["response"] for b in micros]),
+        completion_mask=mask.long(),
+        old_per_token_logps=old,
+        advantages=advantages,
+        num_items_in_batch=mask.sum(),
+    )
     loss = trainer._compute_loss(trainer.model, inputs)
     loss.backward()
 
@@ -156,6 +193,8 @@ def test_grpo_loss_and_gradient_are_trl_s(peer, loss_type, temperature):
     ours, theirs = dict(model.named_parameters()), dict(trainer.model.named_parameters())
     assert ours.keys() == theirs.keys()
     for name, p in ours.items():
-        torch.testing.assert_close(p.grad, theirs[name].grad, rtol=1e-4, atol=1e-4 * p.grad.abs().max().item())
+        torch.testing.assert_close(
+            p.grad, theirs[name].grad, rtol=1e-4, atol=1e-4 * p.grad.abs().max().item()
+        )
     clipped = trainer._metrics["train"]["clip_ratio/region_mean"][-1]
     assert abs(stats["clipfrac"] - clipped) < 1e-6

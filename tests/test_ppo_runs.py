@@ -11,23 +11,35 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from conftest import ROOT
 
-import checkpoint
-import config
-import data
-import generate
 import lora
-import losses
 import ppo
-import roles
-import runtime
-import tokenizer
-from config import UserError
+from nano import checkpoint, config, data, generate, losses, roles, runtime, tokenizer
+from nano.config import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
-BASE = dict(device="cpu", dtype="float32", steps=2, batch_size=8, micro_batch=4, max_new_tokens=6, lr=1e-3, value_lr=1e-3,
-            schedule="constant", sample_every=0)  # fmt: skip
-TIMES = ("time", "tokens_per_s", "memory_gb", "rollout_s", "score_s", "logprobs_s", "values_s", "update_s")
+BASE = dict(
+    device="cpu",
+    dtype="float32",
+    steps=2,
+    batch_size=8,
+    micro_batch=4,
+    max_new_tokens=6,
+    lr=1e-3,
+    value_lr=1e-3,
+    schedule="constant",
+    sample_every=0,
+)
+TIMES = (
+    "time",
+    "tokens_per_s",
+    "memory_gb",
+    "rollout_s",
+    "score_s",
+    "logprobs_s",
+    "values_s",
+    "update_s",
+)
 REWARDS = """
 def last(prompt, response, finished):
     return sum(c in "stuvwxyz" for c in response) / max(len(response), 1)
@@ -68,10 +80,17 @@ def handlers():
 
 
 def arguments(folder, out, settings):
-    settings = BASE | dict(model=folder / "base", data=folder / "store", reward="letters", out=out) | settings
+    settings = (
+        BASE
+        | dict(model=folder / "base", data=folder / "store", reward="letters", out=out)
+        | settings
+    )
     if settings["reward"] in ("last", "letters", "zero"):
         settings["reward"] = f"{folder / 'rewards.py'}:{settings['reward']}"
-    text = {k: str(v).lower() if isinstance(v, bool) else ",".join(v) if isinstance(v, list) else v for k, v in settings.items()}
+    text = {
+        k: str(v).lower() if isinstance(v, bool) else ",".join(v) if isinstance(v, list) else v
+        for k, v in settings.items()
+    }
     return [f"{key}={value}" for key, value in text.items()]
 
 
@@ -122,7 +141,9 @@ LAYOUTS = {
     "lora": dict(reward="adapter", lora_rank=2, lr=1e-2, value_lr=1e-2),
     "grpo": dict(algo="grpo", group=4),
     "rloo": dict(algo="rloo", group=2, lora_rank=2),
-    "apart": dict(reward="score", lora_rank=2),  # adapters for policy and critic, a reward model of its own
+    "apart": dict(
+        reward="score", lora_rank=2
+    ),  # adapters for policy and critic, a reward model of its own
 }
 
 
@@ -143,7 +164,11 @@ def test_before_the_first_update_policy_is_reference(folder, tmp_path, layout, d
     (record,) = train(folder, tmp_path, **settings_of(folder, layout), dtype=dtype, steps=1)
     assert record["kl"] == record["kl_k3"] == record["first_ratio_off"] == 0
     assert record["updates"] == 4 and record["approx_kl"] > 0 and record["policy_grad_norm"] > 0
-    assert ("value_loss" in record) == ("explained_variance" in record) == (layout not in ("grpo", "rloo"))
+    assert (
+        ("value_loss" in record)
+        == ("explained_variance" in record)
+        == (layout not in ("grpo", "rloo"))
+    )
 
 
 def test_a_merged_adapter_starts_at_its_reference_too(folder, tmp_path):
@@ -179,21 +204,34 @@ def test_roles(folder, tmp_path, monkeypatch, layout):
     names = {name for role in (policy, critic) for name in role.params}
     if layout == "full":
         base, score = tensors(folder / "base"), tensors(folder / "score")
-        assert same(base, dict(reference.model.named_parameters())) and same(score, dict(scorer.model.named_parameters()))
+        assert same(base, dict(reference.model.named_parameters())) and same(
+            score, dict(scorer.model.named_parameters())
+        )
         for role, before in ((policy, base), (critic, score)):
-            assert role.params.keys() == before.keys() and not any(torch.equal(p, before[n]) for n, p in role.params.items())
+            assert role.params.keys() == before.keys() and not any(
+                torch.equal(p, before[n]) for n, p in role.params.items()
+            )
     else:
         assert len({id(role.model) for role in start}) == 1
-        everything, read = dict(policy.model.named_parameters()), tensors(folder / "adapter", "adapter_model")
+        everything, read = (
+            dict(policy.model.named_parameters()),
+            tensors(folder / "adapter", "adapter_model"),
+        )
         base = tensors(folder / "base")
         assert same(base, {name: everything[name] for name in base})
         for name, p in everything.items():
-            original = read.get(lora.PREFIX + name.removesuffix(".reward").removesuffix(".value") + ".weight")
+            original = read.get(
+                lora.PREFIX + name.removesuffix(".reward").removesuffix(".value") + ".weight"
+            )
             if name.endswith(".reward") or name.endswith(".value"):
                 assert torch.equal(p, original) == name.endswith(".reward")
         score = read[lora.PREFIX + "score.weight"]
-        assert torch.equal(everything["reward_head.weight"], score) and not torch.equal(everything["value_head.weight"], score)
-        assert names == {n for n in everything if n.endswith((".policy", ".value"))} | {"value_head.weight"}
+        assert torch.equal(everything["reward_head.weight"], score) and not torch.equal(
+            everything["value_head.weight"], score
+        )
+        assert names == {n for n in everything if n.endswith((".policy", ".value"))} | {
+            "value_head.weight"
+        }
         assert all(p.abs().max() > 0 for n, p in policy.params.items())
 
 
@@ -204,10 +242,16 @@ def test_what_is_frozen_stays(folder, tmp_path, monkeypatch, train_what, freeze)
     policy, _, _, critic = built[0][2]
     before = tensors(folder / "base")
     moved = {n for n, p in policy.model.named_parameters() if not torch.equal(p, before[n])}
-    parts = dict(all=("layers.1", "norm", "lm_head"), attention=("self_attn",), qv=("q_proj", "v_proj"))[train_what]
-    free = {n for n in before if any(part in n for part in parts) and not (freeze and "layers.0" in n)}
+    parts = dict(
+        all=("layers.1", "norm", "lm_head"), attention=("self_attn",), qv=("q_proj", "v_proj")
+    )[train_what]
+    free = {
+        n for n in before if any(part in n for part in parts) and not (freeze and "layers.0" in n)
+    }
     assert moved == policy.params.keys() == free
-    assert "score.weight" in critic.params and critic.model.score.weight.abs().max() > 0  # its head in full, from zero
+    assert (
+        "score.weight" in critic.params and critic.model.score.weight.abs().max() > 0
+    )  # its head in full, from zero
 
 
 def test_the_saved_model_is_the_policy(folder, tmp_path, monkeypatch):
@@ -220,7 +264,9 @@ def test_the_saved_model_is_the_policy(folder, tmp_path, monkeypatch):
         model, base = lora.open_model(tmp_path / layout / "last")
         ids = torch.tensor([[5, 6, 7, 8]])
         with torch.no_grad():
-            torch.testing.assert_close(model.logits(model(ids)), policy.model.logits(policy.model(ids)))
+            torch.testing.assert_close(
+                model.logits(model(ids)), policy.model.logits(policy.model(ids))
+            )
         assert tokenizer.load(base).fingerprint == tokenizer.load(folder / "base").fingerprint
 
 
@@ -237,14 +283,33 @@ def sharp(folder):
 
 
 FEW = "q_proj,v_proj,down_proj"
-HOWS = [dict(algo="ppo"), dict(algo="grpo", group=8), dict(algo="rloo", group=8, lora_rank=8, lora_targets=FEW)]
+HOWS = [
+    dict(algo="ppo"),
+    dict(algo="grpo", group=8),
+    dict(algo="rloo", group=8, lora_rank=8, lora_targets=FEW),
+]
 
 
 @pytest.mark.parametrize("how", HOWS, ids=lambda how: how["algo"])
 def test_rewarded_tokens_are_learned(folder, sharp, tmp_path, how):
     """The share of the last eight letters in a response, from 1 in 33 to nearly all."""
-    log = train(folder, tmp_path, model=sharp, reward="last", steps=12, batch_size=64, micro_batch=64, rollout_batch=64,
-                ppo_epochs=2, max_new_tokens=3, lr=2e-2, value_lr=1e-2, kl_coef=0.0, missing_eos_penalty=0.0, **how)  # fmt: skip
+    log = train(
+        folder,
+        tmp_path,
+        model=sharp,
+        reward="last",
+        steps=12,
+        batch_size=64,
+        micro_batch=64,
+        rollout_batch=64,
+        ppo_epochs=2,
+        max_new_tokens=3,
+        lr=2e-2,
+        value_lr=1e-2,
+        kl_coef=0.0,
+        missing_eos_penalty=0.0,
+        **how,
+    )
     rewards = [r["reward"] for r in log]
     assert rewards[0] < 0.1 and max(rewards) > 0.9, rewards
 
@@ -256,16 +321,31 @@ def test_lr_0_leaves_the_policy_to_the_bit(folder, tmp_path):
 
 
 def test_value_warmup_leaves_the_policy(folder, tmp_path):
-    log = train(folder, tmp_path / "warm", steps=2, value_warmup=2, kl_control="adaptive", kl_coef=0.1)
+    log = train(
+        folder, tmp_path / "warm", steps=2, value_warmup=2, kl_control="adaptive", kl_coef=0.1
+    )
     assert same(tensors(tmp_path / "warm" / "last"), tensors(folder / "base"))
-    assert "policy_loss" not in log[0] and log[1]["kl_coef"] == 0.1 and log[1]["value_loss"] != log[0]["value_loss"]
+    assert (
+        "policy_loss" not in log[0]
+        and log[1]["kl_coef"] == 0.1
+        and log[1]["value_loss"] != log[0]["value_loss"]
+    )
     log = train(folder, tmp_path / "then", steps=3, value_warmup=2)
-    assert "policy_loss" in log[2] and not same(tensors(tmp_path / "then" / "last"), tensors(folder / "base"))
+    assert "policy_loss" in log[2] and not same(
+        tensors(tmp_path / "then" / "last"), tensors(folder / "base")
+    )
 
 
 def rl_gradients(cfg, role, batch):
     role.model.zero_grad()
-    ppo.rl_gradient(cfg, runtime.Runtime("cpu", "none", "float32"), role, None, [batch], float(batch["mask"].sum()))
+    ppo.rl_gradient(
+        cfg,
+        runtime.Runtime("cpu", "none", "float32"),
+        role,
+        None,
+        [batch],
+        float(batch["mask"].sum()),
+    )
     return {n: p.grad.clone() for n, p in role.model.named_parameters()}
 
 
@@ -273,7 +353,10 @@ def rl_gradients(cfg, role, batch):
 def episode(folder):
     """(policy, a batch of two episodes as the update sees it)"""
     model = checkpoint.load_model(folder / "base")
-    policy, batch = roles.Role(model, net=model), roles.episode_batch([[5, 6], [7]], [[8, 9, 258], [10, 11]], 4)
+    policy, batch = (
+        roles.Role(model, net=model),
+        roles.episode_batch([[5, 6], [7]], [[8, 9, 258], [10, 11]], 4),
+    )
     with torch.no_grad():
         batch["old_logprobs"] = policy.logprobs(batch, 1.0)[0]
     return policy, batch | dict(advantages=torch.zeros(2, 4))
@@ -309,7 +392,9 @@ def test_ptx_adds_its_gradient(folder, episode):
     total = count = 0
     for pack in batches.plan(0)[1 % batches.steps_per_epoch]:
         for i in pack:
-            tokens, mask = (torch.from_numpy(np.array(x, dtype=np.int64)) for x in rows.row(batches.index[i]))
+            tokens, mask = (
+                torch.from_numpy(np.array(x, dtype=np.int64)) for x in rows.row(batches.index[i])
+            )
             logprobs = policy.model.logits(policy.model(tokens[None]))[0, :-1].log_softmax(-1)
             total = total - (logprobs[range(len(tokens) - 1), tokens[1:]] * mask[1:]).sum()
             count += mask[1:].sum()
@@ -320,10 +405,14 @@ def test_ptx_adds_its_gradient(folder, episode):
 
 
 def test_a_run_with_ptx(folder, tmp_path):
-    settings = dict(ptx_data=folder / "store", ptx_coef=5.0, ptx_batch=2, lr=3e-3, steps=4, reward="zero")
+    settings = dict(
+        ptx_data=folder / "store", ptx_coef=5.0, ptx_batch=2, lr=3e-3, steps=4, reward="zero"
+    )
     first, *_, last = train(folder, tmp_path / "ptx", **settings)
     assert last["ptx_loss"] < first["ptx_loss"] - 0.1
-    assert "ptx_loss" in train(folder, tmp_path / "lora", **settings | dict(steps=1), lora_rank=2)[0]
+    assert (
+        "ptx_loss" in train(folder, tmp_path / "lora", **settings | dict(steps=1), lora_rank=2)[0]
+    )
 
 
 # ---------------------------------------------------------------------------------------------- rewards of a run
@@ -334,12 +423,27 @@ def test_what_is_scored(folder, tmp_path, monkeypatch):
     prompts here hold stop ids too."""
     tok = tokenizer.load(folder / "base")
     rows = [([97 + i, 258, 98, 256, 99, 258], [0, 0, 0, 0, 1, 1]) for i in range(8)]
-    data.write_store(tmp_path / "store", dict(train=rows), dict(vocab_size=264, tokenizer=tok.fingerprint))
+    data.write_store(
+        tmp_path / "store", dict(train=rows), dict(vocab_size=264, tokenizer=tok.fingerprint)
+    )
     made, shaped = spy(monkeypatch, generate, "generate"), spy(monkeypatch, ppo, "shape_rewards")
     seen = spy(monkeypatch, ppo, "judge")
-    log = train(folder, tmp_path / "out", data=tmp_path / "store", steps=1, batch_size=128, micro_batch=64, rollout_batch=64,
-                ppo_epochs=1, max_new_tokens=24, missing_eos_penalty=0.25, truncate_at=["a", "b"], truncate_penalty=3.0,
-                score_clip=1.5, gold=f"{folder / 'rewards.py'}:last")  # fmt: skip
+    log = train(
+        folder,
+        tmp_path / "out",
+        data=tmp_path / "store",
+        steps=1,
+        batch_size=128,
+        micro_batch=64,
+        rollout_batch=64,
+        ppo_epochs=1,
+        max_new_tokens=24,
+        missing_eos_penalty=0.25,
+        truncate_at=["a", "b"],
+        truncate_penalty=3.0,
+        score_clip=1.5,
+        gold=f"{folder / 'rewards.py'}:last",
+    )
     samples, ((scores, logprobs, ref, mask, coef), _, rewards) = made[0][2], shaped[0]
     (_, _, prompts, answers, _), _, judged = seen[0]
     assert all(258 in prompt for prompt in prompts) and judged.max() > 1.5
@@ -349,9 +453,13 @@ def test_what_is_scored(folder, tmp_path, monkeypatch):
         end = "cut" if n else "stop" if tokens[-1] in tok.stop_ids else "long"
         ends[end] += 1
         assert answer == tokens[:n] and int(mask[i].sum()) == len(answer)
-        assert math.isclose(scores[i], min(judged[i], 1.5) - dict(stop=0, cut=3.0, long=0.25)[end], abs_tol=1e-6)
+        assert math.isclose(
+            scores[i], min(judged[i], 1.5) - dict(stop=0, cut=3.0, long=0.25)[end], abs_tol=1e-6
+        )
         last = len(answer) - 1
-        assert math.isclose(rewards[i, last], scores[i] - coef * (logprobs[i, last] - ref[i, last]), abs_tol=1e-6)
+        assert math.isclose(
+            rewards[i, last], scores[i] - coef * (logprobs[i, last] - ref[i, last]), abs_tol=1e-6
+        )
     assert min(ends.values()) > 5, ends
     assert math.isclose(log[0]["eos_rate"], ends["stop"] / 128) and log[0]["gold"] >= 0
     assert math.isclose(log[0]["reward"], judged.mean(), rel_tol=1e-5)
@@ -362,12 +470,24 @@ def test_the_first_losses_by_hand(folder, tmp_path, monkeypatch):
     """What reaches the update: log-probabilities at the temperature, the critic's values, GAE whitened over all episodes."""
     shaped, found = spy(monkeypatch, ppo, "shape_rewards"), spy(monkeypatch, ppo, "rl_gradient")
     made = spy(monkeypatch, generate, "generate")
-    train(folder, tmp_path, reward=folder / "score", steps=1, temperature=0.7, minibatches=2, micro_batch=2, lam=0.5, gamma=0.9,
-          kl_coef=0.3)  # fmt: skip
+    train(
+        folder,
+        tmp_path,
+        reward=folder / "score",
+        steps=1,
+        temperature=0.7,
+        minibatches=2,
+        micro_batch=2,
+        lam=0.5,
+        gamma=0.9,
+        kl_coef=0.3,
+    )
     (_, prompts, *_), kwargs, samples = made[0]
     assert kwargs["sample_ids"] == list(range(8))
     batches = [b for (_, _, _, _, micros, _), _, _ in found[:2] for b in micros]
-    assert len(batches) == 4 and sum(args[5] for args, _, _ in found[:2]) == sum(map(len, samples.tokens))
+    assert len(batches) == 4 and sum(args[5] for args, _, _ in found[:2]) == sum(
+        map(len, samples.tokens)
+    )
     model, critic = checkpoint.load_model(folder / "base"), checkpoint.load_model(folder / "score")
     values, logprobs = torch.zeros(8, 6), torch.zeros(8, 6)
     with torch.no_grad():
@@ -375,23 +495,45 @@ def test_the_first_losses_by_hand(folder, tmp_path, monkeypatch):
             ids, n, m = torch.tensor([prompt + response]), len(prompt), len(response)
             right = (model.logits(model(ids))[0, n - 1 : -1] / 0.7).log_softmax(-1)
             logprobs[i, :m] = right[range(m), response]
-            torch.testing.assert_close(torch.tensor(samples.logprobs[i]), logprobs[i, :m], atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                torch.tensor(samples.logprobs[i]), logprobs[i, :m], atol=1e-4, rtol=0
+            )
             values[i, :m] = 2 * critic.score(critic(ids))[0, n - 1 : -1] - 0.5
     (_, rollout, ref, mask, coef), _, rewards = shaped[0]
     assert coef == 0.3 and torch.equal(rollout, ref)
     torch.testing.assert_close(rollout, logprobs)
     advantages, returns = ppo.gae(rewards, values, mask, 0.9, 0.5)
-    order = sorted(range(4), key=lambda i: [j for j in range(4) if torch.equal(batches[i]["mask"], mask[2 * j : 2 * j + 2])])
-    join = {key: torch.cat([batches[i][key] for i in order]) for key in ("old_logprobs", "old_values", "advantages", "returns")}
-    right = dict(old_logprobs=logprobs, old_values=values, advantages=losses.masked_whiten(advantages, mask), returns=returns)
+    order = sorted(
+        range(4),
+        key=lambda i: [
+            j for j in range(4) if torch.equal(batches[i]["mask"], mask[2 * j : 2 * j + 2])
+        ],
+    )
+    join = {
+        key: torch.cat([batches[i][key] for i in order])
+        for key in ("old_logprobs", "old_values", "advantages", "returns")
+    }
+    right = dict(
+        old_logprobs=logprobs,
+        old_values=values,
+        advantages=losses.masked_whiten(advantages, mask),
+        returns=returns,
+    )
     for key, x in right.items():
         torch.testing.assert_close(join[key], x, rtol=1e-4, atol=1e-5)
 
 
 def test_target_kl_ends_the_passes(folder, tmp_path):
-    log = train(folder, tmp_path, target_kl=1e-4, lr=1e-2, ppo_epochs=6, minibatches=2, micro_batch=2)
+    log = train(
+        folder, tmp_path, target_kl=1e-4, lr=1e-2, ppo_epochs=6, minibatches=2, micro_batch=2
+    )
     assert log[0]["updates"] in (2, 4)
-    assert train(folder, tmp_path / "off", lr=1e-2, ppo_epochs=6, minibatches=2, micro_batch=2, steps=1)[0]["updates"] == 12
+    assert (
+        train(
+            folder, tmp_path / "off", lr=1e-2, ppo_epochs=6, minibatches=2, micro_batch=2, steps=1
+        )[0]["updates"]
+        == 12
+    )
 
 
 # ---------------------------------------------------------------------------------------------- how it is cut, stopped, parked
@@ -402,11 +544,19 @@ def test_an_update_does_not_depend_on_the_micro_batch(folder, tmp_path, layout):
     runs = {}
     for micro_batch in (8, 2, 1):
         out = tmp_path / str(micro_batch)
-        log = train(folder, out, **settings_of(folder, layout), micro_batch=micro_batch, rollout_batch=3 * micro_batch)
+        log = train(
+            folder,
+            out,
+            **settings_of(folder, layout),
+            micro_batch=micro_batch,
+            rollout_batch=3 * micro_batch,
+        )
         runs[micro_batch] = log, tensors(out / "state", "state")
     for log, state in runs.values():
         assert [r["length"] for r in log] == [r["length"] for r in runs[8][0]]
-        models = [{k: v for k, v in s.items() if k.startswith("model.")} for s in (state, runs[8][1])]
+        models = [
+            {k: v for k, v in s.items() if k.startswith("model.")} for s in (state, runs[8][1])
+        ]
         assert distance(*models) < 1e-5
 
 
@@ -415,9 +565,17 @@ def test_an_update_does_not_depend_on_the_micro_batch(folder, tmp_path, layout):
 def test_a_stopped_run_goes_on_bit_for_bit(folder, tmp_path, layout, at):
     """Weights, both optimizers, the controller, the prompts' and the other text's order, what was warned of."""
     settings = settings_of(folder, layout) | dict(
-        steps=4, kl_control="adaptive", kl_target=0.1, kl_horizon=50, schedule="linear", minibatches=2, ptx_data=folder / "store",
-        ptx_coef=0.1, ptx_batch=2, gold=f"{folder / 'rewards.py'}:last",
-    )  # fmt: skip
+        steps=4,
+        kl_control="adaptive",
+        kl_target=0.1,
+        kl_horizon=50,
+        schedule="linear",
+        minibatches=2,
+        ptx_data=folder / "store",
+        ptx_coef=0.1,
+        ptx_batch=2,
+        gold=f"{folder / 'rewards.py'}:last",
+    )
     whole = train(folder, tmp_path / "whole", **settings)
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, at)
@@ -428,14 +586,19 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder, tmp_path, layout, at):
     a, b = (checkpoint.load_state(tmp_path / run / "state") for run in ("whole", "cut"))
     assert same(a[0], b[0]) and a[1] == b[1] and any(key.startswith("value.") for key in a[0])
     name = "adapter_model" if layout == "lora" else "model"
-    assert same(tensors(tmp_path / "whole" / "last", name), tensors(tmp_path / "cut" / "last", name))
+    assert same(
+        tensors(tmp_path / "whole" / "last", name), tensors(tmp_path / "cut" / "last", name)
+    )
 
 
 def test_a_finished_run_says_so(folder, tmp_path, capsys):
     train(folder, tmp_path, steps=1)
     before = tensors(tmp_path / "last")
     for steps in (1, 0):
-        assert len(train(folder, tmp_path, steps=steps)) == 1 and "stands at step 1 already" in capsys.readouterr().out
+        assert (
+            len(train(folder, tmp_path, steps=steps)) == 1
+            and "stands at step 1 already" in capsys.readouterr().out
+        )
     assert same(before, tensors(tmp_path / "last"))
 
 
@@ -450,7 +613,12 @@ class Poisoned(roles.Parking):
     @classmethod
     def move(cls, things, device):
         for thing in things:
-            states = [(s, k) for s in getattr(thing, "state", {}).values() for k in s if torch.is_tensor(s[k])]
+            states = [
+                (s, k)
+                for s in getattr(thing, "state", {}).values()
+                for k in s
+                if torch.is_tensor(s[k])
+            ]
             for x in [*getattr(thing, "parameters", list)(), *(s[k] for s, k in states)]:
                 if device == "cpu":
                     cls.kept[id(x)] = x.detach().clone()
@@ -466,13 +634,31 @@ def test_parked_models_are_fetched_when_they_work(folder, tmp_path, monkeypatch)
     whole = train(folder, tmp_path / "whole", **settings)
     monkeypatch.setattr(roles, "Parking", Poisoned)
     assert train(folder, tmp_path / "parked", **settings) == whole
-    assert set(Poisoned.fetched) == {1, 4}  # one model at a time; for the update policy, critic and their optimizers
+    assert set(Poisoned.fetched) == {
+        1,
+        4,
+    }  # one model at a time; for the update policy, critic and their optimizers
 
 
 def test_sigterm_in_a_rollout_saves_and_the_same_command_goes_on(folder, tmp_path):
-    settings = dict(lora_rank=2, steps=400, max_new_tokens=60, batch_size=16, save_every=1000, kl_control="adaptive", lr=1e-2)
+    settings = dict(
+        lora_rank=2,
+        steps=400,
+        max_new_tokens=60,
+        batch_size=16,
+        save_every=1000,
+        kl_control="adaptive",
+        lr=1e-2,
+    )
     command = [sys.executable, "ppo.py", *arguments(folder, tmp_path / "cut", settings)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     log, deadline = tmp_path / "cut" / "log.jsonl", time.time() + 90
     while not (log.exists() and len(log.read_text().splitlines()) >= 2):
         assert process.poll() is None and time.time() < deadline, process.communicate()
@@ -481,7 +667,10 @@ def test_sigterm_in_a_rollout_saves_and_the_same_command_goes_on(folder, tmp_pat
     out, err = process.communicate(timeout=60)
     done = checkpoint.load_state(tmp_path / "cut" / "state")[1]["meta"]["step"]
     assert process.returncode == 0 and not err and 2 <= done < 400
-    assert "SIGTERM: finishing this step" in out and f"stopped at step {done}: the same command continues" in out
+    assert (
+        "SIGTERM: finishing this step" in out
+        and f"stopped at step {done}: the same command continues" in out
+    )
     for run, steps in (("cut", 1), ("whole", done + 1)):
         with pytest.MonkeyPatch.context() as patch:
             stop_at(patch, 2 * steps)
@@ -499,33 +688,80 @@ def test_two_processes_do_what_one_does(folder, tmp_path):
     """The same episodes whoever rolls them out, and the same gradients, when minibatches, groups and other text are cut over ranks
     and two nets share a trunk. (tests/test_parallel.py has the plain runs.)"""
     settings = dict(
-        reward=folder / "adapter", lora_rank=2, lr=1e-2, batch_size=16, micro_batch=2, minibatches=2, ppo_epochs=2, group=2,
-        whiten_rewards=True, target_kl=1.0, ptx_data=folder / "store", ptx_coef=0.5, ptx_batch=4,
-    )  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ppo.py"]
+        reward=folder / "adapter",
+        lora_rank=2,
+        lr=1e-2,
+        batch_size=16,
+        micro_batch=2,
+        minibatches=2,
+        ppo_epochs=2,
+        group=2,
+        whiten_rewards=True,
+        target_kl=1.0,
+        ptx_data=folder / "store",
+        ptx_coef=0.5,
+        ptx_batch=4,
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "ppo.py",
+    ]
     command += arguments(folder, tmp_path / "two", settings)
-    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=170)
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=170
+    )
     assert result.returncode == 0, result.stderr[-3000:]
-    for a, b in zip(train(folder, tmp_path / "one", **settings), records(tmp_path / "two"), strict=True):
+    for a, b in zip(
+        train(folder, tmp_path / "one", **settings), records(tmp_path / "two"), strict=True
+    ):
         assert a.keys() == b.keys()
         for key, x in a.items():
-            assert x == b[key] or math.isclose(x, b[key], rel_tol=1e-3, abs_tol=1e-5), (key, x, b[key])
+            assert x == b[key] or math.isclose(x, b[key], rel_tol=1e-3, abs_tol=1e-5), (
+                key,
+                x,
+                b[key],
+            )
     states = [tensors(tmp_path / run / "state", "state") for run in ("one", "two")]
-    assert distance(*({k: v for k, v in s.items() if k.startswith("model.")} for s in states)) < 1e-5
-    assert distance(*(tensors(tmp_path / run / "last", "adapter_model") for run in ("one", "two"))) < 1e-5
+    assert (
+        distance(*({k: v for k, v in s.items() if k.startswith("model.")} for s in states)) < 1e-5
+    )
+    assert (
+        distance(*(tensors(tmp_path / run / "last", "adapter_model") for run in ("one", "two")))
+        < 1e-5
+    )
 
 
 # ---------------------------------------------------------------------------------------------- what is shown, what is refused
 
 
 def test_samples_and_warnings(folder, tmp_path, capsys):
-    log = train(folder, tmp_path, steps=4, sample_every=2, samples=2, log_every=3, lr=0.1, kl_coef=0.0, entropy_coef=-1.0)
+    log = train(
+        folder,
+        tmp_path,
+        steps=4,
+        sample_every=2,
+        samples=2,
+        log_every=3,
+        lr=0.1,
+        kl_coef=0.0,
+        entropy_coef=-1.0,
+    )
     shown = {r["step"]: r["rows"] for r in log if r["kind"] == "samples"}
     assert list(shown) == [1, 2, 4]
-    assert all(len(rows) == 2 and list(rows[0]) == ["prompt", "response", "reward", "kl"] for rows in shown.values())
+    assert all(
+        len(rows) == 2 and list(rows[0]) == ["prompt", "response", "reward", "kl"]
+        for rows in shown.values()
+    )
     assert [r["step"] for r in log if r["kind"] == "train"] == [3, 4]
     assert capsys.readouterr().out.count("the entropy has collapsed") == 1
-    assert any("entropy" in disease for disease in checkpoint.load_state(tmp_path / "state")[1]["meta"]["warned"])
+    assert any(
+        "entropy" in disease
+        for disease in checkpoint.load_state(tmp_path / "state")[1]["meta"]["warned"]
+    )
 
 
 def other_tokenizer(folder, name, head="lm"):
@@ -542,7 +778,9 @@ def test_mistakes_end_in_a_sentence(folder, tmp_path):
         "file.py:function": dict(reward=f"{folder}/nothing.py:f"),
         "has no function": dict(reward=f"{folder}/rewards.py:f"),
         "reward=.*/base is a language model": dict(reward=folder / "base"),
-        "reward=.* has another tokenizer": dict(reward=other_tokenizer(folder, "other-score", "score")),
+        "reward=.* has another tokenizer": dict(
+            reward=other_tokenizer(folder, "other-score", "score")
+        ),
         "prepared with another tokenizer": dict(model=other_tokenizer(folder, "other")),
         "no prompt has between 1 and max_prompt=256": dict(data=tmp_path / "text"),
         "max_prompt=1 ": dict(max_prompt=1),
@@ -552,11 +790,15 @@ def test_mistakes_end_in_a_sentence(folder, tmp_path):
         "leaves nothing to train": dict(freeze_layers=2, train="qv"),
         "resume=true": dict(resume="true"),
         "the model takes 256 in all": dict(max_prompt=1000, data=long),
-    }  # fmt: skip
+    }
     for said, settings in wrong.items():
         with pytest.raises(UserError, match=said):
             train(folder, tmp_path / "out", **settings)
     assert not (tmp_path / "out" / "last").exists()
     command = [sys.executable, "ppo.py", *arguments(folder, tmp_path / "out", dict(algo="rloo"))]
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.startswith("error: algo=rloo") and result.stderr.count("\n") == 1
+    assert (
+        result.returncode == 2
+        and result.stderr.startswith("error: algo=rloo")
+        and result.stderr.count("\n") == 1
+    )

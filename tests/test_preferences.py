@@ -10,10 +10,8 @@ import pytest
 import tiny
 from conftest import ROOT
 
-import config
-import data
-import tokenizer
-from config import UserError
+from nano import config, data, tokenizer
+from nano.config import UserError
 from prepare import preferences
 
 
@@ -30,7 +28,13 @@ def prepare(model, tmp_path):
         lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in records]
         raw = b"\n".join(lines)
         (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
-        argv = [f"source={tmp_path / name}", f"model={model}", f"out={tmp_path / 'out'}", "template=chatml", *settings]
+        argv = [
+            f"source={tmp_path / name}",
+            f"model={model}",
+            f"out={tmp_path / 'out'}",
+            "template=chatml",
+            *settings,
+        ]
         preferences.main(config.load(preferences.Config, argv))
         return tmp_path / "out"
 
@@ -41,19 +45,32 @@ def groups(dir, tok, split="train"):
     """[(prompt, [completion, ...]), ...] as text, control tokens shown."""
     rows, out = data.Store(dir, split, tok), []
     for a, b in zip(rows.groups[:-1], rows.groups[1:], strict=True):
-        parts = [(tokens.tolist(), int(mask.argmax()), mask) for tokens, mask in map(rows.row, range(a, b))]
+        parts = [
+            (tokens.tolist(), int(mask.argmax()), mask)
+            for tokens, mask in map(rows.row, range(a, b))
+        ]
         for _, cut, mask in parts:
-            assert mask[cut:].all() and not mask[:cut].any()  # only the last answer is a target, and the row ends with it
+            assert (
+                mask[cut:].all() and not mask[:cut].any()
+            )  # only the last answer is a target, and the row ends with it
         prompts = {tok.decode(ids[:cut], skip_special=False) for ids, cut, _ in parts}
         assert len(prompts) == 1
-        out.append((prompts.pop(), [tok.decode(ids[cut:], skip_special=False) for ids, cut, _ in parts]))
+        out.append(
+            (prompts.pop(), [tok.decode(ids[cut:], skip_special=False) for ids, cut, _ in parts])
+        )
     return out
 
 
 def chat(*turns):
     """The prompt as chatml lays it out: user and assistant in turns, or (role, text)."""
-    turns = [t if isinstance(t, tuple) else (("user", "assistant")[i % 2], t) for i, t in enumerate(turns)]
-    return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
+    turns = [
+        t if isinstance(t, tuple) else (("user", "assistant")[i % 2], t)
+        for i, t in enumerate(turns)
+    ]
+    return (
+        "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
+        + "<|im_start|>assistant\n"
+    )
 
 
 def user(text):
@@ -85,7 +102,11 @@ TURNS = [user("A"), said("B"), user("C")]
 CONTEXT = "\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nAssistant:"
 POSTS = [
     {"text": "<p>Two:</p>\n<pre><code>a  b\n c</code></pre>", "pm_score": 1, "selected": False},
-    {"text": "<p>Use <code>x</code></p>\n<ul>\n<li>one</li>\n<li>two</li>\n</ul>", "pm_score": 4, "selected": True},
+    {
+        "text": "<p>Use <code>x</code></p>\n<ul>\n<li>one</li>\n<li>two</li>\n</ul>",
+        "pm_score": 4,
+        "selected": True,
+    },
     {"text": "<p>tied</p>", "pm_score": 1, "selected": False},
 ]
 TEXTS = ["Use `x`\n- one\n- two", "Two:\n\n```\na  b\n c\n```"]
@@ -93,8 +114,14 @@ SCORED = [{"response": "bad", "overall_score": 2.5}, {"response": "good", "overa
 ORDERED = [{"answer": "bad", "rank": 3.0}, {"answer": "good", "rank": 1.0}]
 SHAPES = {
     "strings": (pair("good", "bad", prompt="Q"), ONE),
-    "question and system": (pair("good", "bad", system="S", question="Q"), (chat(("system", "S"), ("user", "Q")), ["good", "bad"])),
-    "all messages, beside a text": (pair([user("Q"), said("good")], [user("Q"), said("bad")], prompt="Q", score_chosen=8.0), ONE),
+    "question and system": (
+        pair("good", "bad", system="S", question="Q"),
+        (chat(("system", "S"), ("user", "Q")), ["good", "bad"]),
+    ),
+    "all messages, beside a text": (
+        pair([user("Q"), said("good")], [user("Q"), said("bad")], prompt="Q", score_chosen=8.0),
+        ONE,
+    ),
     "all messages": (pair([user("Q"), said("good")], [user("Q"), said("bad")]), ONE),
     "several turns": (pair([*TURNS, said("good")], [*TURNS, said("bad")]), THREE),
     "prompt and completion messages": (pair([said("good")], [said("bad")], prompt=TURNS), THREE),
@@ -107,20 +134,34 @@ SHAPES = {
     ),
     "hh, prompt apart": (pair("good", "bad", prompt=CONTEXT), THREE),
     "ranked": ({"prompt": "Q", "completions": ["good", "fair", "bad"]}, RANKED),
-    "list of scores": ({"prompt": "Q", "responses": ["bad", "good", "fair", "fine"], "scores": [1, 9, 5, 5]}, RANKED),
-    "ranked messages": ({"prompt": [user("Q")], "completions": [[said("good")], [said("bad")]]}, ONE),
+    "list of scores": (
+        {"prompt": "Q", "responses": ["bad", "good", "fair", "fine"], "scores": [1, 9, 5, 5]},
+        RANKED,
+    ),
+    "ranked messages": (
+        {"prompt": [user("Q")], "completions": [[said("good")], [said("bad")]]},
+        ONE,
+    ),
     "UltraFeedback": ({"instruction": "Q", "completions": SCORED}, ONE),
     "ranks": ({"prompt": HH.format("Q", ""), "answers": ORDERED}, ONE),
-    "Stack Exchange": ({"question": "<p>How <em>much</em>?</p>\n\n<p>Say &lt;x&gt;.</p>", "answers": POSTS},
-                       (chat("How much?\n\nSay <x>."), TEXTS)),
+    "Stack Exchange": (
+        {"question": "<p>How <em>much</em>?</p>\n\n<p>Say &lt;x&gt;.</p>", "answers": POSTS},
+        (chat("How much?\n\nSay <x>."), TEXTS),
+    ),
     "system beside whole conversations": (
         pair([user("Q"), said("good")], [user("Q"), said("bad")], system="S"),
         (chat(("system", "S"), ("user", "Q")), ["good", "bad"]),
     ),
-    "hh, prompt apart and in the transcripts": (pair(CONTEXT + " good", CONTEXT + " bad", prompt=CONTEXT), THREE),
-    "an answer that looks like a transcript": (pair("Human: A", "bad", prompt="Q"), (chat("Q"), ["Human: A", "bad"])),
+    "hh, prompt apart and in the transcripts": (
+        pair(CONTEXT + " good", CONTEXT + " bad", prompt=CONTEXT),
+        THREE,
+    ),
+    "an answer that looks like a transcript": (
+        pair("Human: A", "bad", prompt="Q"),
+        (chat("Q"), ["Human: A", "bad"]),
+    ),
     "Stack Exchange pairs": ({"question": "Q", "response_j": "good", "response_k": "bad"}, ONE),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -142,7 +183,9 @@ def test_rows_are_what_fine_tuning_renders_and_end_where_the_score_is_read(prepa
 
 
 def test_control_tokens_in_text_stay_text(prepare, model):
-    rows = data.Store(prepare([{"prompt": "Q<|im_end|>", "chosen": "<|im_start|>a", "rejected": "b"}]), "train")
+    rows = data.Store(
+        prepare([{"prompt": "Q<|im_end|>", "chosen": "<|im_start|>a", "rejected": "b"}]), "train"
+    )
     assert (rows.tokens[rows.offsets[0] : rows.offsets[1]] == 258).sum() == 2  # one for each turn
 
 
@@ -152,10 +195,15 @@ DROPS = {
         pair(HH.format("A", "x"), HH.format("B", "y")),
         pair(HH.format("A", "x\n\nAssistant: z"), HH.format("A", "y")),
     ],
-    f"{LEFT} (others: empty)": [pair(HH.format("A", ""), HH.format("A", "y")), pair(" \n", "y", prompt="Q")],
+    f"{LEFT} (others: empty)": [
+        pair(HH.format("A", ""), HH.format("A", "y")),
+        pair(" \n", "y", prompt="Q"),
+    ],
     f"{LEFT} (others: the same text twice)": [pair("x", "x", prompt="Q")],
     f"{LEFT} (others: longer than max_length=64)": [pair("x" * 64, "y", prompt="Q")],
-    f"{LEFT} (others: score equal to another's)": [{"prompt": "Q", "completions": ["x", "y"], "scores": [1, 1]}],
+    f"{LEFT} (others: score equal to another's)": [
+        {"prompt": "Q", "completions": ["x", "y"], "scores": [1, 1]}
+    ],
     LEFT: [{"prompt": "Q", "completions": ["x"]}],
     "a completion that does not end with the assistant": [
         pair([user("a")], [user("a")]),
@@ -168,7 +216,9 @@ DROPS = {
 
 def test_what_gives_no_group_is_counted_by_reason(prepare, model):
     good = SHAPES["strings"][0]
-    dir = prepare([good, *(record for records in DROPS.values() for record in records)], "max_length=64")
+    dir = prepare(
+        [good, *(record for records in DROPS.values() for record in records)], "max_length=64"
+    )
     meta = data.read_meta(dir)
     assert meta["dropped_groups"] == {reason: len(records) for reason, records in DROPS.items()}
     assert groups(dir, tokenizer.load(model)) == [(ONE[0], ["good<|im_end|>", "bad<|im_end|>"])]
@@ -179,23 +229,32 @@ def test_completions_left_out_of_a_group_are_counted(prepare, model):
     dir = prepare([record], "max_length=99", "max_completions=3")
     assert groups(dir, tokenizer.load(model))[0][1] == ["a<|im_end|>", "b<|im_end|>", "c<|im_end|>"]
     assert data.read_meta(dir)["dropped_completions"] == {
-        "empty": 1, "longer than max_length=99": 1, "the same text twice": 1, "beyond max_completions=3": 1,
-    }  # fmt: skip
+        "empty": 1,
+        "longer than max_length=99": 1,
+        "the same text twice": 1,
+        "beyond max_completions=3": 1,
+    }
 
 
 def test_val_holds_out_whole_groups_and_all_of_a_prompt(prepare, model):
-    records = [{"prompt": f"Q{i % 40}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(60)]
+    records = [
+        {"prompt": f"Q{i % 40}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(60)
+    ]
     dir = prepare(records, "val=12", name="records.jsonl.gz")
     tok = tokenizer.load(model)
     train, val = groups(dir, tok, "train"), groups(dir, tok, "val")
-    assert len(train) == 48 and len(val) == 12 and all(len(answers) == 2 for _, answers in train + val)
+    assert (
+        len(train) == 48 and len(val) == 12 and all(len(answers) == 2 for _, answers in train + val)
+    )
     assert not {prompt for prompt, _ in train} & {prompt for prompt, _ in val}
     again = groups(prepare(records[::-1], "val=12"), tok, "val")
     assert sorted(again) == sorted(val)  # a record's place does not matter
 
 
 def test_workers_do_not_change_the_store(prepare):
-    records = [{"prompt": f"Q{i}", "chosen": "good" * (i % 7 + 1), "rejected": "bad"} for i in range(600)]
+    records = [
+        {"prompt": f"Q{i}", "chosen": "good" * (i % 7 + 1), "rejected": "bad"} for i in range(600)
+    ]
     stores = []
     for workers in (1, 2):
         rows = data.Store(prepare(records, f"workers={workers}"), "train")
@@ -208,10 +267,18 @@ BAD = {
     "not UTF-8": [b'{"prompt": "\xff"}'],
     "unknown record shape": [{"text": "x"}],
     "unknown role 'robot'": [{"chosen": [{"role": "robot", "content": "x"}], "rejected": "y"}],
-    "the scores [1, 2] are not one number for each": [{"prompt": "Q", "completions": ["x"], "scores": [1, 2]}],
-    "the scores [1, nan, 3] are not one number": [{"prompt": "Q", "completions": ["x", "y", "z"], "scores": [1, float("nan"), 3]}],
-    "are not one number for each of the 2 responses": [{"prompt": "Q", "responses": ["x", "y"], "scores": [1, 10**400]}],
-    "'history' is not a list of [question, answer]": [pair("x", "y", instruction="Q", history=[[1, "b"]])],
+    "the scores [1, 2] are not one number for each": [
+        {"prompt": "Q", "completions": ["x"], "scores": [1, 2]}
+    ],
+    "the scores [1, nan, 3] are not one number": [
+        {"prompt": "Q", "completions": ["x", "y", "z"], "scores": [1, float("nan"), 3]}
+    ],
+    "are not one number for each of the 2 responses": [
+        {"prompt": "Q", "responses": ["x", "y"], "scores": [1, 10**400]}
+    ],
+    "'history' is not a list of [question, answer]": [
+        pair("x", "y", instruction="Q", history=[[1, "b"]])
+    ],
     "a number of thousands of digits": [b'{"prompt": 1' + b"0" * 5000 + b"}"],
     "has none of the fields": [{"prompt": "Q", "completions": [{"foo": 1}, {"foo": 2}]}],
     "the conversation is not a list of messages": [{"prompt": "Q", "chosen": [], "rejected": "x"}],
@@ -237,12 +304,22 @@ def test_a_failure_leaves_the_earlier_folder_alone(prepare, model):
     assert len(groups(dir, tokenizer.load(model))) == 1
 
 
-@pytest.mark.parametrize("settings", [["source=nowhere.jsonl"], ["max_completions=1"], ["template=nothing"], ["val=all"]])
+@pytest.mark.parametrize(
+    "settings", [["source=nowhere.jsonl"], ["max_completions=1"], ["template=nothing"], ["val=all"]]
+)
 def test_mistakes_end_with_a_sentence(settings, model, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(SHAPES["strings"][0]))
     chosen = {s.partition("=")[0] for s in settings}
-    argv = [a for a in (f"source={tmp_path}/a.jsonl", f"model={model}", f"out={tmp_path}/out", "template=chatml")
-            if a.partition("=")[0] not in chosen]  # fmt: skip
+    argv = [
+        a
+        for a in (
+            f"source={tmp_path}/a.jsonl",
+            f"model={model}",
+            f"out={tmp_path}/out",
+            "template=chatml",
+        )
+        if a.partition("=")[0] not in chosen
+    ]
     with pytest.raises(UserError):
         preferences.main(config.load(preferences.Config, [*argv, *settings]))
     assert not (tmp_path / "out").exists()
@@ -250,22 +327,53 @@ def test_mistakes_end_with_a_sentence(settings, model, tmp_path):
 
 def test_the_command_line(model, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(SHAPES["ranked"][0]) + "\n{}\n")
-    command = [sys.executable, "-m", "prepare.preferences", f"source={tmp_path}/a.jsonl", f"model={model}", f"out={tmp_path}/out"]
+    command = [
+        sys.executable,
+        "-m",
+        "prepare.preferences",
+        f"source={tmp_path}/a.jsonl",
+        f"model={model}",
+        f"out={tmp_path}/out",
+    ]
     command += ["template=chatml"]
     stopped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert stopped.returncode == 2 and "a.jsonl:2: unknown record shape" in stopped.stderr and "Traceback" not in stopped.stderr
-    done = subprocess.run([*command, "on_error=skip", "show=1"], cwd=ROOT, capture_output=True, text=True, env={"NO_COLOR": "1"})
-    assert done.returncode == 0 and "«good<|im_end|>»" in done.stdout and "groups kept" in done.stdout
+    assert (
+        stopped.returncode == 2
+        and "a.jsonl:2: unknown record shape" in stopped.stderr
+        and "Traceback" not in stopped.stderr
+    )
+    done = subprocess.run(
+        [*command, "on_error=skip", "show=1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"NO_COLOR": "1"},
+    )
+    assert (
+        done.returncode == 0 and "«good<|im_end|>»" in done.stdout and "groups kept" in done.stdout
+    )
 
 
 def test_real_files(shared_data, prepare, model, tmp_path):
     base = [f"model={model}", f"out={tmp_path / 'out'}", "template=chatml", "max_length=100000"]
-    preferences.main(config.load(preferences.Config, [f"source={shared_data}/hh_harmless_test.jsonl.gz", "val=462", *base]))
+    preferences.main(
+        config.load(
+            preferences.Config,
+            [f"source={shared_data}/hh_harmless_test.jsonl.gz", "val=462", *base],
+        )
+    )
     meta = data.read_meta(tmp_path / "out")
     assert meta["dropped_groups"] == {
-        "completions of different prompts": 5, "fewer than two completions left (others: empty)": 4,
-    }  # fmt: skip
+        "completions of different prompts": 5,
+        "fewer than two completions left (others: empty)": 4,
+    }
     assert meta["splits"]["train"]["groups"] == 1841 and meta["splits"]["val"]["groups"] == 462
-    preferences.main(config.load(preferences.Config, [f"source={shared_data}/dpo_en_demo.json", *base]))
+    preferences.main(
+        config.load(preferences.Config, [f"source={shared_data}/dpo_en_demo.json", *base])
+    )
     meta = data.read_meta(tmp_path / "out")
-    assert meta["splits"]["train"]["groups"] == 300 and not meta["dropped_groups"] and not meta["bad_records"]
+    assert (
+        meta["splits"]["train"]["groups"] == 300
+        and not meta["dropped_groups"]
+        and not meta["bad_records"]
+    )

@@ -13,18 +13,22 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import config
-import data
 import pretrain
-import runtime
-import tokenizer
-from config import UserError
 from model import Transformer
+from nano import checkpoint, config, data, runtime, tokenizer
+from nano.config import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(size="toy", dim=32, n_heads=4, n_kv_heads=2, ffn_dim=48)
-BASE = dict(device="cpu", dtype="float32", max_length=32, batch_size=4, micro_batch=2, lr=3e-3, log_every=1, sample_tokens=0)
+BASE = dict(
+    device="cpu",
+    dtype="float32",
+    max_length=32,
+    batch_size=4,
+    micro_batch=2,
+    lr=3e-3,
+    log_every=1,
+    sample_tokens=0,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +48,15 @@ def base(tmp_path_factory):
 def text_store(path, model, n=60, val=8, seed=1, **sizes):
     """A prepared folder of plain text for the tokenizer of the model directory `model`."""
     splits = dict(train=tiny.rows(n, seed, **sizes), val=tiny.rows(val, seed + 1, **sizes))
-    size = {split: sum(len(tokens) - 1 for tokens, _ in rows) for split, rows in splits.items()}  # a byte a token, but EOS
-    plain = {split: [(tokens, None) for tokens, _ in rows] for split, rows in splits.items() if rows}
-    data.write_store(path, plain, dict(vocab_size=264, tokenizer=tokenizer.load(model).fingerprint, bytes=size))
+    size = {
+        split: sum(len(tokens) - 1 for tokens, _ in rows) for split, rows in splits.items()
+    }  # a byte a token, but EOS
+    plain = {
+        split: [(tokens, None) for tokens, _ in rows] for split, rows in splits.items() if rows
+    }
+    data.write_store(
+        path, plain, dict(vocab_size=264, tokenizer=tokenizer.load(model).fingerprint, bytes=size)
+    )
     (path / "tokenizer").mkdir()
     checkpoint.copy_tokenizer(model, path / "tokenizer")
     return path
@@ -59,7 +69,13 @@ def store(base, tmp_path_factory):
 
 def arguments(settings):
     def show(value):
-        return str(value).lower() if isinstance(value, bool) else ",".join(map(str, value)) if isinstance(value, list) else value
+        return (
+            str(value).lower()
+            if isinstance(value, bool)
+            else ",".join(map(str, value))
+            if isinstance(value, list)
+            else value
+        )
 
     return [f"{key}={show(value)}" for key, value in settings.items()]
 
@@ -67,7 +83,9 @@ def arguments(settings):
 def train(out, data, **settings):
     """Runs pretrain.py in this process; the records of its log."""
     sizes = {} if "model" in settings else SMALL
-    pretrain.main(config.load(pretrain.Config, arguments(BASE | sizes | settings | dict(out=out, data=data))))
+    pretrain.main(
+        config.load(pretrain.Config, arguments(BASE | sizes | settings | dict(out=out, data=data)))
+    )
     return records(out)
 
 
@@ -76,7 +94,11 @@ def records(out):
 
 
 def curve(log, *keys):
-    return [tuple(r[key] for key in ("step", *(keys or ("loss", "grad_norm", "lr")))) for r in log if r["kind"] == "train"]
+    return [
+        tuple(r[key] for key in ("step", *(keys or ("loss", "grad_norm", "lr"))))
+        for r in log
+        if r["kind"] == "train"
+    ]
 
 
 def evals(log):
@@ -113,19 +135,33 @@ def targets(micros):
 @pytest.mark.parametrize("isolate", [True, False])
 def test_ranks_together_visit_every_window_once(tmp_path, isolate):
     rng = np.random.default_rng(0)
-    a, b = numbered(tmp_path / "a", rng.integers(1, 30, 300)), numbered(tmp_path / "b", rng.integers(1, 30, 200), 30_000)
-    predicted = {*a.tokens[1:].tolist(), *b.tokens[1:].tolist()}  # nothing comes before the first token
+    a, b = (
+        numbered(tmp_path / "a", rng.integers(1, 30, 300)),
+        numbered(tmp_path / "b", rng.integers(1, 30, 200), 30_000),
+    )
+    predicted = {
+        *a.tokens[1:].tolist(),
+        *b.tokens[1:].tolist(),
+    }  # nothing comes before the first token
     if isolate:
         predicted -= {int(s.tokens[i]) for s in (a, b) for i in s.offsets[:-1]}
     count = sum(-(-(len(s.tokens) - 1) // 4) for s in (a, b))
     for world in range(1, 9) if isolate else (1, 3):
-        ranks = [data.Windows([a, b], 840, 1, 4, isolate=isolate, rank=rank, world=world) for rank in range(world)]
+        ranks = [
+            data.Windows([a, b], 840, 1, 4, isolate=isolate, rank=rank, world=world)
+            for rank in range(world)
+        ]
         steps = ranks[0].steps_per_epoch
         assert steps == -(-count // 840) == 3
         for epoch in range(2 if world == 3 else 1):
-            parts = [[m for step in range(steps) for m in rank.batch(steps * epoch + step)] for rank in ranks]
+            parts = [
+                [m for step in range(steps) for m in rank.batch(steps * epoch + step)]
+                for rank in ranks
+            ]
             assert len({len(part) for part in parts}) == 1  # as many micro-batches on each
-            assert Counter(t for part in parts for t in targets(part)) == Counter(predicted)  # all of them, and none twice
+            assert Counter(t for part in parts for t in targets(part)) == Counter(
+                predicted
+            )  # all of them, and none twice
 
 
 def test_another_number_of_ranks_goes_on_where_the_first_stopped(tmp_path):
@@ -133,7 +169,10 @@ def test_another_number_of_ranks_goes_on_where_the_first_stopped(tmp_path):
     for before in range(1, 9):
         seen = []
         for world, steps in ((before, [0]), (9 - before, [1, 2])):
-            ranks = [data.Windows([a], 840, 1, 4, isolate=False, rank=rank, world=world) for rank in range(world)]
+            ranks = [
+                data.Windows([a], 840, 1, 4, isolate=False, rank=rank, world=world)
+                for rank in range(world)
+            ]
             seen += [t for rank in ranks for step in steps for t in targets(rank.batch(step))]
         assert ranks[0].steps_per_epoch == 3 and sorted(seen) == a.tokens[1:].tolist()
 
@@ -141,9 +180,17 @@ def test_another_number_of_ranks_goes_on_where_the_first_stopped(tmp_path):
 def test_epochs_are_shuffled_anew_and_by_seed(tmp_path):
     a = numbered(tmp_path / "a", [400])
     w = data.Windows([a], 100, 1, 4)
-    first, second, other = w.plan(0).tolist(), w.plan(1).tolist(), data.Windows([a], 100, 1, 4, seed=1).plan(0).tolist()
-    assert first != second != other != first and sorted(first) == sorted(second) == sorted(other) == list(range(100))
-    assert data.Windows([a], 100, 1, 4).plan(1).tolist() == second  # no need to have gone through the first
+    first, second, other = (
+        w.plan(0).tolist(),
+        w.plan(1).tolist(),
+        data.Windows([a], 100, 1, 4, seed=1).plan(0).tolist(),
+    )
+    assert first != second != other != first and sorted(first) == sorted(second) == sorted(
+        other
+    ) == list(range(100))
+    assert (
+        data.Windows([a], 100, 1, 4).plan(1).tolist() == second
+    )  # no need to have gone through the first
 
 
 @pytest.mark.parametrize("isolate", [True, False])
@@ -165,7 +212,9 @@ def test_targets_at_the_edges(tmp_path, isolate):
 
 
 def test_weights_are_kept_and_a_store_that_is_used_up_begins_again(tmp_path):
-    a, b, c = (numbered(tmp_path / name, [4 * n + 1]) for name, n in (("a", 500), ("b", 10), ("c", 70)))
+    a, b, c = (
+        numbered(tmp_path / name, [4 * n + 1]) for name, n in (("a", 500), ("b", 10), ("c", 70))
+    )
     w = data.Windows([a, b, c], 20, 5, 4, weights=(7, 1, 2), seed=3)
     assert w.share.tolist() == [45875, 6554, 13107] and w.steps_per_epoch == 29
     drawn = np.concatenate([w.plan(step) for step in range(200)])
@@ -175,13 +224,23 @@ def test_weights_are_kept_and_a_store_that_is_used_up_begins_again(tmp_path):
     for i, count in enumerate((500, 10, 70)):
         mine = drawn[stores == i] - w.starts[i]
         passes = [mine[k : k + count].tolist() for k in range(0, len(mine) - count + 1, count)]
-        assert len(passes) >= 2 and all(sorted(p) == list(range(count)) for p in passes) and passes[0] != passes[1]
+        assert (
+            len(passes) >= 2
+            and all(sorted(p) == list(range(count)) for p in passes)
+            and passes[0] != passes[1]
+        )
     for world in (1, 2, 4):  # what is drawn depends on neither the ranks nor the steps before
-        ranks = [data.Windows([a, b, c], 20, 5, 4, weights=(0.7, 0.1, 0.2), seed=3, rank=r, world=world) for r in range(world)]
+        ranks = [
+            data.Windows([a, b, c], 20, 5, 4, weights=(0.7, 0.1, 0.2), seed=3, rank=r, world=world)
+            for r in range(world)
+        ]
         firsts = [int(t) for rank in ranks for m in rank.batch(150) for t in m["tokens"][:, 0]]
         assert sorted(firsts) == sorted(4 * (drawn[3000:3020] - w.starts[stores[3000:3020]]))
     both = np.concatenate([w.plan(step) for step in range(3400)])
-    assert np.bincount(np.searchsorted(w.starts, both[:65536], "right") - 1).tolist() == w.share.tolist()  # one cycle
+    assert (
+        np.bincount(np.searchsorted(w.starts, both[:65536], "right") - 1).tolist()
+        == w.share.tolist()
+    )  # one cycle
     mine = both[(both >= w.starts[1]) & (both < w.starts[2])]
     assert all(len({*mine[k : k + 10]}) == 10 for k in range(6500, 6600, 10))
 
@@ -197,14 +256,26 @@ def test_the_loss_is_that_of_the_next_token(store, isolate):
     expected, stream = 0.0, torch.from_numpy(rows.tokens[: 6 * 32 + 1].astype(np.int64))
     with torch.no_grad():
         for a in range(0, 6 * 32, 32):
-            cuts = [a, *(int(c) for c in rows.offsets if a < c < a + 33), a + 33] if isolate else [a, a + 33]
+            cuts = (
+                [a, *(int(c) for c in rows.offsets if a < c < a + 33), a + 33]
+                if isolate
+                else [a, a + 33]
+            )
             for i, j in zip(cuts, cuts[1:], strict=False):
                 logits = model.logits(model(stream[None, i : min(j, a + 32)]))[0]
                 count = j - i - 1
-                expected += F.cross_entropy(logits[:count], stream[i + 1 : i + 1 + count], reduction="sum").item() if count else 0
+                expected += (
+                    F.cross_entropy(
+                        logits[:count], stream[i + 1 : i + 1 + count], reduction="sum"
+                    ).item()
+                    if count
+                    else 0
+                )
         got = pretrain.loss_sum(model, model, data.target_index(micro), isolate)
     np.testing.assert_allclose(got.item(), expected, rtol=1e-5)
-    assert micro["weights"].sum() == (6 * 32 if not isolate else 6 * 32 - sum(0 < c <= 6 * 32 for c in rows.offsets))
+    assert micro["weights"].sum() == (
+        6 * 32 if not isolate else 6 * 32 - sum(0 < c <= 6 * 32 for c in rows.offsets)
+    )
 
 
 def test_bits_per_byte_by_hand(base, store, tmp_path):
@@ -214,12 +285,18 @@ def test_bits_per_byte_by_hand(base, store, tmp_path):
     first = train(tmp_path / "out", store, model=tmp_path / "uniform", steps=1)[0]
     rows = [tokens for tokens, _ in tiny.rows(8, 2)]
     tokens, size = sum(map(len, rows)), sum(len(r) - 1 for r in rows)
-    np.testing.assert_allclose([first["loss"], first["perplexity"]], [math.log(264), 264], rtol=1e-5)
-    np.testing.assert_allclose(first["bits_per_byte"], 8.0443941 * tokens / size, rtol=1e-5)  # log2(264) bits a token
+    np.testing.assert_allclose(
+        [first["loss"], first["perplexity"]], [math.log(264), 264], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        first["bits_per_byte"], 8.0443941 * tokens / size, rtol=1e-5
+    )  # log2(264) bits a token
 
     held = data.Store(store, "val")
     assert pretrain.tokens_per_byte([held], False) == tokens / size
-    assert pretrain.tokens_per_byte([held, held], True) == (tokens - 8) / size  # a BOS that is given costs nothing
+    assert (
+        pretrain.tokens_per_byte([held, held], True) == (tokens - 8) / size
+    )  # a BOS that is given costs nothing
     data.write_store(tmp_path / "old", dict(val=[([1, 2], None)]), dict(vocab_size=264))
     assert pretrain.tokens_per_byte([held, data.Store(tmp_path / "old", "val")], False) is None
 
@@ -229,9 +306,13 @@ def test_evaluation_is_over_the_validation_split(base, store, tmp_path):
     model, held = checkpoint.load_model(base), data.Store(store, "val")
     windows = data.Windows([held], 1, 1, 32)
     with torch.no_grad():
-        micros = [data.target_index(windows.micro(np.array([i]))) for i in range(windows.starts[-1])]
+        micros = [
+            data.target_index(windows.micro(np.array([i]))) for i in range(windows.starts[-1])
+        ]
         total = sum(pretrain.loss_sum(model, model, m, True).item() for m in micros)
-    np.testing.assert_allclose(log[0]["loss"], total / sum(float(m["weights"].sum()) for m in micros), rtol=1e-5)
+    np.testing.assert_allclose(
+        log[0]["loss"], total / sum(float(m["weights"].sum()) for m in micros), rtol=1e-5
+    )
     part = train(tmp_path / "part", store, model=base, steps=1, eval_windows=2)
     assert part[0]["loss"] != log[0]["loss"]
 
@@ -245,9 +326,15 @@ def test_micro_batches_do_not_change_a_run(store, tmp_path):
 # ---------------------------------------------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize("settings", [
-    dict(), dict(optimizer="muon", isolate=False), dict(weights=[0.6, 0.4], schedule="wsd"),
-], ids=["adamw", "muon", "weights"])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(optimizer="muon", isolate=False),
+        dict(weights=[0.6, 0.4], schedule="wsd"),
+    ],
+    ids=["adamw", "muon", "weights"],
+)
 def test_a_run_goes_on_bit_for_bit(base, store, tmp_path, monkeypatch, settings):
     where = store
     if "weights" in settings:
@@ -257,7 +344,14 @@ def test_a_run_goes_on_bit_for_bit(base, store, tmp_path, monkeypatch, settings)
     with monkeypatch.context() as patch:
         stop_before(patch, 6)
         train(tmp_path / "cut", where, **settings)
-    assert [r["step"] for r in records(tmp_path / "cut") if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records(tmp_path / "cut") if r["kind"] == "train"] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
     cut = train(tmp_path / "cut", where, **settings)
     assert curve(cut) == curve(whole) and evals(cut) == evals(whole) and len(evals(cut)) == 4
     assert same_tensors(tmp_path / "cut" / "last", tmp_path / "whole" / "last")
@@ -266,7 +360,9 @@ def test_a_run_goes_on_bit_for_bit(base, store, tmp_path, monkeypatch, settings)
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_model_learns(store, tmp_path, optimizer):
-    log = train(tmp_path / "out", store, steps=40, batch_size=8, micro_batch=8, lr=1e-2, optimizer=optimizer)
+    log = train(
+        tmp_path / "out", store, steps=40, batch_size=8, micro_batch=8, lr=1e-2, optimizer=optimizer
+    )
     losses = [r["loss"] for r in log if r["kind"] == "train"]
     assert losses[0] > 5.4 and np.mean(losses[-5:]) < 3.4  # 26 letters and EOS: ln 27 = 3.3
     state = checkpoint.read_tensors(tmp_path / "out" / "state", name="state")
@@ -288,13 +384,26 @@ def test_what_is_written_opens_in_transformers(base, store, tmp_path):
         with torch.no_grad():
             assert (peer(ids).logits - model.logits(model(ids))).abs().max() < 1e-5
     assert model.cfg.vocab_size == 320 and model.cfg.max_positions == 32  # 259 tokens, rounded up
-    assert (peer.config.bos_token_id, peer.config.eos_token_id, peer.generation_config.eos_token_id) == (257, 258, 258)
+    assert (
+        peer.config.bos_token_id,
+        peer.config.eos_token_id,
+        peer.generation_config.eos_token_id,
+    ) == (257, 258, 258)
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "last").encode("abc") == [97, 98, 99]
     assert tokenizer.load(tmp_path / "out" / "last").fingerprint == tokenizer.load(base).fingerprint
 
 
 def test_a_model_directory_is_continued(base, store, tmp_path):
-    log = train(tmp_path / "out", store, model=base, steps=2, schedule="constant", warmup_ratio=0, lr=1e-30, weight_decay=0)
+    log = train(
+        tmp_path / "out",
+        store,
+        model=base,
+        steps=2,
+        schedule="constant",
+        warmup_ratio=0,
+        lr=1e-30,
+        weight_decay=0,
+    )
     assert same_tensors(tmp_path / "out" / "last", base) and evals(log)[0][1:] == evals(log)[1][1:]
     train(tmp_path / "more", store, model=tmp_path / "out" / "last", steps=2)
     assert not same_tensors(tmp_path / "more" / "last", base)
@@ -311,7 +420,10 @@ def test_two_corpora_without_weights_are_one(base, store, tmp_path):
 def test_samples_go_on_from_prompts_or_documents(store, tmp_path, capsys):
     log = train(tmp_path / "a", store, steps=1, sample_tokens=4, prompts=["abc", "x"])
     shown = [r for r in log if r["kind"] == "samples"]
-    assert [r["step"] for r in shown] == [0, 1] and [row["prompt"] for row in shown[0]["rows"]] == ["abc", "x"]
+    assert [r["step"] for r in shown] == [0, 1] and [row["prompt"] for row in shown[0]["rows"]] == [
+        "abc",
+        "x",
+    ]
     log = train(tmp_path / "b", store, steps=1, sample_tokens=4)
     rows = [bytes(tokens[: min(8, len(tokens) // 2)]).decode() for tokens, _ in tiny.rows(8, 2)[:2]]
     assert [row["prompt"] for r in log if r["kind"] == "samples" for row in r["rows"]] == rows * 2
@@ -328,24 +440,45 @@ def test_the_cost_is_told_first(store, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runtime.Runtime, "name", "NVIDIA A100-SXM4-80GB")
     train(tmp_path / "out", store, steps=1)
     said = capsys.readouterr().out
-    assert "estimated peak memory per device" in said and "128 tokens, " in said and "FLOPs, about 0s at 40% of the peak" in said
+    assert (
+        "estimated peak memory per device" in said
+        and "128 tokens, " in said
+        and "FLOPs, about 0s at 40% of the peak" in said
+    )
     assert said.index("estimated peak") < said.index("step 1/1")
 
 
 def test_sizes():
-    named = {"toy": (64, 107e3), "15m": (32_000, 15.2e6), "124m": (50_257, 124e6), "350m": (50_257, 355e6), "1b": (32_000, 1.04e9),
-             "3b": (32_000, 2.92e9), "7b": (32_000, 6.74e9)}  # fmt: skip
+    named = {
+        "toy": (64, 107e3),
+        "15m": (32_000, 15.2e6),
+        "124m": (50_257, 124e6),
+        "350m": (50_257, 355e6),
+        "1b": (32_000, 1.04e9),
+        "3b": (32_000, 2.92e9),
+        "7b": (32_000, 6.74e9),
+    }
     assert named.keys() == pretrain.SIZES.keys()
     for size, (vocab, expected) in named.items():
         count = pretrain.model_config(pretrain.Config(size=size), vocab).parameter_count
         assert abs(count / expected - 1) < 0.01, (size, count)
-    cfg = pretrain.model_config(pretrain.Config(size="1b", n_layers=3, dim=96, n_heads=6, ffn_dim=128, max_length=77), 100)
-    assert (cfg.n_layers, cfg.dim, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.ffn_dim) == (3, 96, 6, 6, 16, 128)
+    cfg = pretrain.model_config(
+        pretrain.Config(size="1b", n_layers=3, dim=96, n_heads=6, ffn_dim=128, max_length=77), 100
+    )
+    assert (cfg.n_layers, cfg.dim, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.ffn_dim) == (
+        3,
+        96,
+        6,
+        6,
+        16,
+        128,
+    )
     assert (cfg.vocab_size, cfg.max_positions) == (128, 77)
     assert Transformer(cfg)(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 96)
 
 
 # ---------------------------------------------------------------------------------------------------- processes
+
 
 def test_two_processes_do_what_one_does(base, store, tmp_path):
     other = text_store(tmp_path / "other", base, n=10, val=0, seed=5)
@@ -354,11 +487,20 @@ def test_two_processes_do_what_one_does(base, store, tmp_path):
         fsdp=dict(data=f"{store},{other}", weights=[0.5, 0.5], isolate=False, parallel="fsdp"),
     )
     common = BASE | SMALL | dict(batch_size=8, eval_every=2, steps=3)
-    tiny.two_processes(tmp_path, "pretrain", [arguments(common | run | dict(out=tmp_path / name)) for name, run in runs.items()])
+    tiny.two_processes(
+        tmp_path,
+        "pretrain",
+        [arguments(common | run | dict(out=tmp_path / name)) for name, run in runs.items()],
+    )
     for name, run in runs.items():
-        alone = train(tmp_path / f"{name}-alone", **dict(batch_size=8, eval_every=2, steps=3) | run | dict(parallel="ddp"))
+        alone = train(
+            tmp_path / f"{name}-alone",
+            **dict(batch_size=8, eval_every=2, steps=3) | run | dict(parallel="ddp"),
+        )
         both = records(tmp_path / name)
-        np.testing.assert_allclose(curve(both), curve(alone), rtol=1e-4 if name == "ddp" else 1e-5)  # Muon works in bf16
+        np.testing.assert_allclose(
+            curve(both), curve(alone), rtol=1e-4 if name == "ddp" else 1e-5
+        )  # Muon works in bf16
         np.testing.assert_allclose(evals(both), evals(alone), rtol=1e-5)
 
 
@@ -368,7 +510,11 @@ def test_two_processes_do_what_one_does(base, store, tmp_path):
 def test_mistakes_are_told(base, store, tmp_path, monkeypatch, capsys):
     other = tiny.model_dir(tmp_path / "other", special=["<a>", "<b>", "<c>"])
     foreign = text_store(tmp_path / "foreign", other)
-    data.write_store(tmp_path / "one", dict(train=[([1], None)]), dict(vocab_size=264, tokenizer=tokenizer.load(base).fingerprint))
+    data.write_store(
+        tmp_path / "one",
+        dict(train=[([1], None)]),
+        dict(vocab_size=264, tokenizer=tokenizer.load(base).fingerprint),
+    )
     for settings, message in (
         (dict(data=tmp_path / "none"), "none does not exist"),
         (dict(data=store, batch_size=5), "batch_size=5 is not a multiple of micro_batch=2"),
@@ -383,12 +529,19 @@ def test_mistakes_are_told(base, store, tmp_path, monkeypatch, capsys):
         (dict(data=store, tokenizer=tmp_path / "none"), "no model directory"),
         (dict(data=store, resume="true"), "there is no saved state"),
         (dict(data=store, model=base, max_length=512), "512 tokens, .* takes 256"),
-        (dict(data=store, model=base, dim=64), "has a shape and a tokenizer of its own: leave out dim=64"),
+        (
+            dict(data=store, model=base, dim=64),
+            "has a shape and a tokenizer of its own: leave out dim=64",
+        ),
         (dict(data=tmp_path / "one"), "one/tokenizer: name the tokenizer"),
     ):
         with pytest.raises(UserError, match=message):
             train(tmp_path / "out", **dict(steps=1) | settings)
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", f"data={tmp_path / 'none'}", f"out={tmp_path / 'out'}", "size=huge"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["pretrain.py", f"data={tmp_path / 'none'}", f"out={tmp_path / 'out'}", "size=huge"],
+    )
     with pytest.raises(SystemExit) as stopped:
         config.run(pretrain.main, pretrain.Config)
     assert stopped.value.code == 2 and "expected one of toy, 15m" in capsys.readouterr().err

@@ -12,14 +12,10 @@ import tiny
 import torch
 from conftest import ROOT
 
-import checkpoint
-import config
 import lora
-import rankings
 import reward
-import runtime
-import tokenizer
-from config import UserError
+from nano import checkpoint, config, rankings, runtime, tokenizer
+from nano.config import UserError
 
 FAST = "device=cpu dtype=float32 max_length=128 norm_tokens=8 norm_samples=8 batch_size=8 log_every=100 samples=1".split()
 
@@ -40,15 +36,29 @@ def run(folder, tmp_path):
 
     def train(*settings, out="out"):
         keys = {s.partition("=")[0] for s in settings}
-        base = [f"model={folder}/model", f"data={folder}/data", f"out={tmp_path / out}", "steps=2", *FAST]
-        reward.main(config.load(reward.Config, [s for s in base if s.partition("=")[0] not in keys] + list(settings)))
+        base = [
+            f"model={folder}/model",
+            f"data={folder}/data",
+            f"out={tmp_path / out}",
+            "steps=2",
+            *FAST,
+        ]
+        reward.main(
+            config.load(
+                reward.Config, [s for s in base if s.partition("=")[0] not in keys] + list(settings)
+            )
+        )
         return tmp_path / out
 
     return train
 
 
 def log(out, kind):
-    return [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["kind"] == kind]
+    return [
+        r
+        for r in map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        if r["kind"] == kind
+    ]
 
 
 def weights(dir):
@@ -67,18 +77,29 @@ def test_ranking_loss_by_hand():
     four = -sum(math.log(s(d)) for d in (0.2, 0.1, 0.7, -0.1, 0.5, 0.6)) / 6
     assert loss.item() == pytest.approx((two + three + four) / 3, abs=1e-6)
     loss.backward()  # d -log sigmoid(d) / d d = -sigmoid(-d), to the better and, negated, to the worse
-    grads = [-s(-0.5), s(-0.5),
-             -(s(-1) + s(-3)) / 3, (s(-1) - s(-2)) / 3, (s(-3) + s(-2)) / 3,
-             -(s(-0.2) + s(-0.1) + s(-0.7)) / 6, (s(-0.2) - s(0.1) - s(-0.5)) / 6, (s(-0.1) + s(0.1) - s(-0.6)) / 6,
-             (s(-0.7) + s(-0.5) + s(-0.6)) / 6]  # fmt: skip
+    grads = [
+        -s(-0.5),
+        s(-0.5),
+        -(s(-1) + s(-3)) / 3,
+        (s(-1) - s(-2)) / 3,
+        (s(-3) + s(-2)) / 3,
+        -(s(-0.2) + s(-0.1) + s(-0.7)) / 6,
+        (s(-0.2) - s(0.1) - s(-0.5)) / 6,
+        (s(-0.1) + s(0.1) - s(-0.6)) / 6,
+        (s(-0.7) + s(-0.5) + s(-0.6)) / 6,
+    ]
     assert scores.grad.tolist() == pytest.approx([g / 3 for g in grads], abs=1e-6)
 
 
 def test_margin_and_centring_by_hand():
     s = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
     scores = torch.tensor([1.0, 0.5, -1.0])
-    by_hand = [-math.log(s(d - 0.25)) + 0.01 * t**2 for d, t in ((0.5, 1.5), (2.0, 0.0), (1.5, -0.5))]
-    assert reward.ranking_loss(scores, [0, 3], margin=0.25, centring=0.01).item() == pytest.approx(sum(by_hand) / 3, abs=1e-6)
+    by_hand = [
+        -math.log(s(d - 0.25)) + 0.01 * t**2 for d, t in ((0.5, 1.5), (2.0, 0.0), (1.5, -0.5))
+    ]
+    assert reward.ranking_loss(scores, [0, 3], margin=0.25, centring=0.01).item() == pytest.approx(
+        sum(by_hand) / 3, abs=1e-6
+    )
 
 
 def test_a_constant_scorer_is_at_ln_2_and_pushes_nothing_on_the_whole():
@@ -99,7 +120,10 @@ def open_rows(folder, split="train", name="data"):
 def test_batches_hold_every_group_once_and_whole(folder):
     rows = open_rows(folder)
     for world, micro_batch in ((1, 1), (2, 3)):
-        parts = [rankings.Batches(rows, 10, micro_batch, 128, seed=3, rank=r, world=world) for r in range(world)]
+        parts = [
+            rankings.Batches(rows, 10, micro_batch, 128, seed=3, rank=r, world=world)
+            for r in range(world)
+        ]
         seen = []
         for step in range(parts[0].steps_per_epoch):
             micros = [part.batch(step) for part in parts]
@@ -123,7 +147,11 @@ def test_what_a_step_holds_does_not_depend_on_how_it_is_cut(folder):
         b = rankings.Batches(rows, 8, 4, 128, seed=1, static=True).batch(step)
         real = [np.concatenate([m["number"][m["real"] > 0] for m in micros]) for micros in (a, b)]
         assert sorted(real[0]) == sorted(real[1])
-    assert b[0]["tokens"].shape == (4, 128) and len(b[0]["last"]) % 64 == 0 and len(b[0]["share"]) % 64 == 0
+    assert (
+        b[0]["tokens"].shape == (4, 128)
+        and len(b[0]["last"]) % 64 == 0
+        and len(b[0]["share"]) % 64 == 0
+    )
 
 
 def test_groups_over_max_length_are_dropped_and_counted(folder, run):
@@ -137,10 +165,15 @@ def test_groups_over_max_length_are_dropped_and_counted(folder, run):
 def test_sizes_pick_groups_and_stores_are_checked(folder, tmp_path):
     dirs, tok = [folder / "data", folder / "many"], tokenizer.load(folder / "model")
     rows = rankings.load(dirs, ["10", "5%"], seed=1, tokenizer=tok)
-    assert len(rows) == 10 + 20 and rows.fingerprint() == rankings.load(dirs, ["10", "5%"], seed=1).fingerprint()
+    assert (
+        len(rows) == 10 + 20
+        and rows.fingerprint() == rankings.load(dirs, ["10", "5%"], seed=1).fingerprint()
+    )
     assert rows.fingerprint() != rankings.load(dirs, ["10", "5%"], seed=2).fingerprint()
     lengths = [[len(tokens) for tokens, _ in rows.group(g)] for g in range(len(rows))]
-    assert rows.lengths.tolist() == [sum(n) for n in lengths] and rows.longest.tolist() == [max(n) for n in lengths]
+    assert rows.lengths.tolist() == [sum(n) for n in lengths] and rows.longest.tolist() == [
+        max(n) for n in lengths
+    ]
     assert rows.squares.tolist() == [sum(x * x for x in n) for n in lengths]
     assert rows.prompt(12) == rows.group(12)[1][0][: len(rows.prompt(12))].tolist()
     for sizes in (["1"], ["49", "all"]):
@@ -184,11 +217,15 @@ def test_reversed_ranking_turns_accuracy_around(folder):
     rows.group = lambda g: group(rows, g)[::-1]
     reversed_ = reward.evaluate(rt, model, model, rankings.Batches(rows, 4, 2, 128), cfg)
     assert straight["accuracy"] + reversed_["accuracy"] == pytest.approx(1)
-    assert straight["gap"] == pytest.approx(-reversed_["gap"]) and straight["score_std"] == pytest.approx(reversed_["score_std"])
+    assert straight["gap"] == pytest.approx(-reversed_["gap"]) and straight[
+        "score_std"
+    ] == pytest.approx(reversed_["score_std"])
 
 
 def test_a_tie_is_no_right_order():
-    batch = dict(better=torch.tensor([0]), worse=torch.tensor([1]), share=torch.ones(1), real=torch.ones(2))
+    batch = dict(
+        better=torch.tensor([0]), worse=torch.tensor([1]), share=torch.ones(1), real=torch.ones(2)
+    )
     assert reward.summary(reward.statistics(torch.zeros(2), torch.zeros(1), batch))["accuracy"] == 0
 
 
@@ -201,7 +238,9 @@ def trained(folder):
     out = folder / "trained"
     settings = f"model={folder}/model data={folder}/many out={out} steps=80 lr=3e-3 norm_samples=1000 batch_size=16".split()
     keys = {s.partition("=")[0] for s in settings}
-    reward.main(config.load(reward.Config, settings + [s for s in FAST if s.partition("=")[0] not in keys]))
+    reward.main(
+        config.load(reward.Config, settings + [s for s in FAST if s.partition("=")[0] not in keys])
+    )
     return out
 
 
@@ -213,7 +252,9 @@ def test_learns_what_can_be_learned(trained):
 def test_the_policys_fresh_samples_have_mean_0_and_variance_1(trained, folder):
     rt, tok = runtime.Runtime("cpu", dtype="float32"), tokenizer.load(folder / "model")
     model, _ = lora.open_model(trained / "last")
-    cfg = reward.Config(model=str(folder / "model"), norm_samples=1500, norm_tokens=8, max_length=128, seed=77)
+    cfg = reward.Config(
+        model=str(folder / "model"), norm_samples=1500, norm_tokens=8, max_length=128, seed=77
+    )
     samples = reward.draw_samples(rt, cfg, open_rows(folder, name="many"), tok)
     scores = reward.score_samples(rt, model, model, samples, 4, 128)
     gain, bias = checkpoint.read_score_scale(trained / "last")
@@ -221,7 +262,9 @@ def test_the_policys_fresh_samples_have_mean_0_and_variance_1(trained, folder):
     assert abs((gain * scores + bias).mean()) < 0.1 and abs((gain * scores + bias).std() - 1) < 0.1
     i = 7  # and a score is the one that the sample has by itself
     start, end = samples[1][i].tolist()
-    assert scores[i] == pytest.approx(model.score(model(samples[0][i : i + 1, :end]))[0, -1].item(), abs=1e-5)
+    assert scores[i] == pytest.approx(
+        model.score(model(samples[0][i : i + 1, :end]))[0, -1].item(), abs=1e-5
+    )
     assert end - start == 8 or samples[0][i, end - 1] == 258
 
 
@@ -230,7 +273,9 @@ def test_the_policys_samples_do_not_depend_on_the_number_of_ranks(folder):
     rows, tok = open_rows(folder, name="many"), tokenizer.load(folder / "model")
 
     def draw(rank, world):
-        rt = SimpleNamespace(rank=rank, world=world, device="cpu", dtype=torch.float32, all_sum=lambda x: x)
+        rt = SimpleNamespace(
+            rank=rank, world=world, device="cpu", dtype=torch.float32, all_sum=lambda x: x
+        )
         rt.autocast = contextlib.nullcontext
         return reward.draw_samples(rt, cfg, rows, tok)
 
@@ -255,7 +300,9 @@ def hf_scores(model, rows, pad_id):
 def test_transformers_scores_the_same(trained, folder):
     import transformers
 
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(trained / "last", dtype=torch.float32)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        trained / "last", dtype=torch.float32
+    )
     model, _ = lora.open_model(trained / "last")
     rows = [row for group in tiny.ranked(5, seed=9) for row in group]
     ours = torch.stack([model.score(model(torch.tensor([tokens])))[0, -1] for tokens, _ in rows])
@@ -270,15 +317,23 @@ def test_lora_trains_the_head_in_full_and_opens_in_peft(run, folder):
 
     out = run("lora_rank=4", "lora_targets=q_proj,down_proj", "lr=3e-2", "steps=6")
     before, after = weights(folder / "model"), lora.open_model(out / "last")[0]
-    assert all(torch.equal(before[name], p) for name, p in after.named_parameters() if name in before)
+    assert all(
+        torch.equal(before[name], p) for name, p in after.named_parameters() if name in before
+    )
     rows = [row for group in tiny.ranked(4, seed=9) for row in group]
     ours = torch.stack([after.score(after(torch.tensor([tokens])))[0, -1] for tokens, _ in rows])
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=1, pad_token_id=257)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder / "model", num_labels=1, pad_token_id=257
+    )
     theirs = peft.PeftModel.from_pretrained(base, out / "last").eval()
     assert (hf_scores(theirs, rows, 257) - ours).abs().max() < 1e-5
     assert checkpoint.read_score_scale(out / "last") != (1.0, 0.0)
     state = checkpoint.load_state(out / "state")[0]
-    names = {name.split(".")[-2] if "lora" in name else name for name in state if name.startswith("model.")}
+    names = {
+        name.split(".")[-2] if "lora" in name else name
+        for name in state
+        if name.startswith("model.")
+    }
     assert names == {"model.score.weight", "lora_A", "lora_B"}
 
 
@@ -287,29 +342,58 @@ def test_frozen_parts_stay_bit_for_bit(run, folder):
     before, after = weights(folder / "model"), weights(out / "last")
     same = {name for name in before if name in after and torch.equal(before[name], after[name])}
     assert same == {name for name in before if "embed_tokens" in name or "layers.0." in name}
-    assert not any("embed_tokens" in name or "layers.0." in name for name in checkpoint.load_state(out / "state")[0])
+    assert not any(
+        "embed_tokens" in name or "layers.0." in name
+        for name in checkpoint.load_state(out / "state")[0]
+    )
 
 
 def test_the_gradient_does_not_depend_on_the_cut(run):
-    base = ["steps=1", "batch_size=16", "grad_clip=0", "norm_samples=0", "centring=0.01", "margin=0.1"]
+    base = [
+        "steps=1",
+        "batch_size=16",
+        "grad_clip=0",
+        "norm_samples=0",
+        "centring=0.01",
+        "margin=0.1",
+    ]
     one = tiny.first_moments(run(*base, "micro_batch=16", out="a"))
     for cut in (["micro_batch=1"], ["micro_batch=1", "max_length=64"]):
         other = tiny.first_moments(run(*base, *cut, "resume=false", out="b"))
-        assert all((one[k] - other[k]).abs().max() < 1e-6 for k in one) and max(t.abs().max() for t in one.values()) > 1e-3
+        assert (
+            all((one[k] - other[k]).abs().max() < 1e-6 for k in one)
+            and max(t.abs().max() for t in one.values()) > 1e-3
+        )
 
 
 def test_two_processes_do_what_one_does(run, folder, tmp_path):
-    settings = ["steps=1", "batch_size=15", "grad_clip=0", "norm_samples=4", "max_length=64", "micro_batch=2"]
-    base = [s for s in FAST if s.partition("=")[0] not in ("batch_size", "norm_samples", "max_length")]
+    settings = [
+        "steps=1",
+        "batch_size=15",
+        "grad_clip=0",
+        "norm_samples=4",
+        "max_length=64",
+        "micro_batch=2",
+    ]
+    base = [
+        s for s in FAST if s.partition("=")[0] not in ("batch_size", "norm_samples", "max_length")
+    ]
     base += [*settings, f"model={folder}/model", f"data={folder}/data"]
     runs = dict(ddp=[], fsdp=["parallel=fsdp"], lora=["lora_rank=2"])
-    tiny.two_processes(tmp_path, "reward", [[*base, *more, f"out={tmp_path / name}"] for name, more in runs.items()])
+    tiny.two_processes(
+        tmp_path,
+        "reward",
+        [[*base, *more, f"out={tmp_path / name}"] for name, more in runs.items()],
+    )
     for name, more in runs.items():
         one, two = run(*settings, *more, out="one-" + name), tmp_path / name
         a, b = tiny.first_moments(one), tiny.first_moments(two)
         assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() < 1e-6 for k in a)
         for x, y in zip(log(one, "eval"), log(two, "eval"), strict=True):
-            assert all(x[k] == pytest.approx(y[k], abs=1e-4) for k in ("loss", "accuracy", "gap", "score_mean", "score_std"))
+            assert all(
+                x[k] == pytest.approx(y[k], abs=1e-4)
+                for k in ("loss", "accuracy", "gap", "score_mean", "score_std")
+            )
 
 
 def stop_after(monkeypatch, count):
@@ -325,10 +409,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, run, monkeypatch):
     with monkeypatch.context() as m:
         stop_after(m, 4)
         parts = run(*settings, out="parts")
-    assert checkpoint.load_state(parts / "state")[1]["meta"] == dict(step=4, best=min(r["loss"] for r in log(parts, "eval")[1:]))
+    assert checkpoint.load_state(parts / "state")[1]["meta"] == dict(
+        step=4, best=min(r["loss"] for r in log(parts, "eval")[1:])
+    )
     assert run(*settings, out="parts") == parts
     a, b = (checkpoint.load_state(out / "state") for out in (whole, parts))
-    assert a[1] == b[1] and a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+    assert (
+        a[1] == b[1]
+        and a[0].keys() == b[0].keys()
+        and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+    )
     for dir in ("last", "best"):
         assert checkpoint.read_score_scale(whole / dir) == checkpoint.read_score_scale(parts / dir)
     strip = lambda out: [{k: v for k, v in r.items() if k != "time"} for r in log(out, "eval")]  # noqa: E731
@@ -374,6 +464,6 @@ def test_a_reward_model_can_be_trained_on(run, trained):
 
 
 def test_every_setting_is_read():
-    source = (ROOT / "reward.py").read_text() + (ROOT / "runtime.py").read_text()
+    source = (ROOT / "reward.py").read_text() + (ROOT / "nano" / "runtime.py").read_text()
     unread = [f.name for f in dataclasses.fields(reward.Config) if f"cfg.{f.name}" not in source]
     assert not unread

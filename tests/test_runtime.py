@@ -14,8 +14,8 @@ import tiny
 import torch
 from conftest import ROOT
 
-import runtime
-from config import UserError
+from nano import runtime
+from nano.config import UserError
 
 
 @pytest.fixture
@@ -25,12 +25,18 @@ def rt():
     torch.set_flush_denormal(bool(denormals))
 
 
-@pytest.mark.parametrize("keys, said", [
-    (dict(device="gpu"), "device=gpu: use auto, cpu, cuda, xla or tpu"),
-    (dict(device="xla", offload=True), "device=xla has no offload="),
-    (dict(device="xla", reduce_dtype="bfloat16"), "no reduce_dtype=: its gradients are summed in float32"),
-    (dict(device="cpu", dtype="float16"), "dtype=float16: use auto, bfloat16 or float32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        (dict(device="gpu"), "device=gpu: use auto, cpu, cuda, xla or tpu"),
+        (dict(device="xla", offload=True), "device=xla has no offload="),
+        (
+            dict(device="xla", reduce_dtype="bfloat16"),
+            "no reduce_dtype=: its gradients are summed in float32",
+        ),
+        (dict(device="cpu", dtype="float16"), "dtype=float16: use auto, bfloat16 or float32"),
+    ],
+)
 def test_wrong_keys(keys, said):
     with pytest.raises(UserError, match=said):
         runtime.Runtime(**keys)
@@ -53,7 +59,10 @@ def test_only_devices_that_are_served_are_taken(monkeypatch):
 def test_processes_that_torchrun_did_not_start(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="not all of WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE: start it with torchrun"):
+    with pytest.raises(
+        UserError,
+        match="not all of WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE: start it with torchrun",
+    ):
         runtime.Runtime("cpu")
 
 
@@ -62,7 +71,9 @@ def test_more_processes_than_devices(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(runtime, "accelerator", lambda: "cuda")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="2 processes on this node share 1 devices: lower --nproc_per_node"):
+    with pytest.raises(
+        UserError, match="2 processes on this node share 1 devices: lower --nproc_per_node"
+    ):
         runtime.Runtime("cuda")
 
 
@@ -80,8 +91,11 @@ def test_hosts_of_a_slice_share_results_and_mistakes(rt, monkeypatch):
 
     def host(main, f):
         rt.kind, rt.processes, rt.is_main = "xla", 2, main
-        monkeypatch.setattr(runtime.dist, "broadcast_object_list", lambda box: sent.append([*box]) if main else box.__setitem__(
-            slice(None), sent[-1]))  # fmt: skip
+        monkeypatch.setattr(
+            runtime.dist,
+            "broadcast_object_list",
+            lambda box: sent.append([*box]) if main else box.__setitem__(slice(None), sent[-1]),
+        )
         return rt.once(f)
 
     def mistake():
@@ -155,7 +169,9 @@ def test_what_xla_cuts(rt):
     layer = "model.layers.0.self_attn."
     assert spec(8, 16, name=layer + "q_proj.weight") == ("tensor", "data")
     assert spec(8, 16, name="lm_head.weight") == (None, "data")
-    assert spec(16, 8, name=layer + "o_proj.weight") == ("data", "tensor") and spec(8, name=layer + "q_proj.bias") == ("tensor",)
+    assert spec(16, 8, name=layer + "o_proj.weight") == ("data", "tensor") and spec(
+        8, name=layer + "q_proj.bias"
+    ) == ("tensor",)
     assert spec(8, 4, name=layer + "q_proj.lora_B.default") == ("tensor", "data")
     assert spec(3, 8, name=layer + "q_proj.lora_A.default") == (None, "data")
     assert spec(3, 8, name=layer + "o_proj.lora_A.default") == (None, "tensor")
@@ -163,9 +179,13 @@ def test_what_xla_cuts(rt):
 
 def test_what_a_tensor_group_does_not_share(rt, monkeypatch):
     rt.tensor = 3
-    with pytest.raises(UserError, match="tensor=3 must divide the model's 4 heads, 2 key/value heads and 48 units"):
+    with pytest.raises(
+        UserError, match="tensor=3 must divide the model's 4 heads, 2 key/value heads and 48 units"
+    ):
         rt.place(tiny.model())
-    with pytest.raises(UserError, match="tensor=2 must divide the number of processes of a node, 1"):
+    with pytest.raises(
+        UserError, match="tensor=2 must divide the number of processes of a node, 1"
+    ):
         runtime.Runtime("cpu", tensor=2)
     with pytest.raises(UserError, match="tensor=2 must be 1 or more, and 1 with offload=true"):
         runtime.Runtime("cpu", "fsdp", tensor=2, offload=True)
@@ -173,7 +193,9 @@ def test_what_a_tensor_group_does_not_share(rt, monkeypatch):
 
 def test_random_states_come_back(rt):
     state, first = rt.rng_state(), torch.rand(4)
-    rt.set_rng_state(state | dict(cuda=torch.zeros(1, 16, dtype=torch.uint8)))  # saved on a GPU, continued here
+    rt.set_rng_state(
+        state | dict(cuda=torch.zeros(1, 16, dtype=torch.uint8))
+    )  # saved on a GPU, continued here
     assert torch.equal(torch.rand(4), first)
     rt.seed(7)
     second = torch.rand(4)
@@ -192,7 +214,8 @@ def test_recomputation_gives_the_same_gradients(rt):
 
 
 SCRIPT = """
-import os, signal, runtime
+import os, signal
+from nano import runtime
 rt = runtime.Runtime("cpu")
 rt.catch_signals()
 os.kill(os.getpid(), signal.{0})
@@ -206,16 +229,27 @@ print("never reached")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_the_second_signal_ends_the_process(name):
     env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "-c", SCRIPT.format(name)], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(name)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert f"{name}: finishing this step, then saving (again: stop at once)" in done.stdout
     assert "asked" in done.stdout and "never reached" not in done.stdout
     assert done.returncode == -getattr(signal, name) or "KeyboardInterrupt" in done.stderr
 
 
 def test_importing_has_no_side_effect():
-    code = "import sys, json, runtime, torch; print(json.dumps([torch.distributed.is_initialized(), 'torch_xla' in sys.modules]))"
+    code = (
+        "import sys, json, torch; from nano import runtime; "
+        "print(json.dumps([torch.distributed.is_initialized(), 'torch_xla' in sys.modules]))"
+    )
     env = os.environ | dict(PYTHONPATH=str(ROOT))
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60
+    ).stdout
     assert json.loads(out) == [False, False]
 
 

@@ -4,20 +4,16 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from conftest import ROOT
 
-import checkpoint
-import config
 import lora
 import sample
-import tokenizer
-from generate import Samples, generate
-
-ROOT = Path(__file__).resolve().parent.parent
+from nano import checkpoint, config, tokenizer
+from nano.generate import Samples, generate
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +52,17 @@ def answer(model_dir, text, new, template="plain", open=checkpoint.load_model, m
 def test_a_file_of_prompts_as_a_command(model, tmp_path):
     (tmp_path / "prompts.txt").write_text("Hello there\n\n  Wie geht's? 你好  \n", encoding="utf-8")
     out = tmp_path / "result.json"
-    command = [sys.executable, "sample.py", f"model={model}", f"prompts={tmp_path / 'prompts.txt'}", f"out={out}", "temperature=0"]
-    done = subprocess.run([*command, "max_new_tokens=9", "dtype=float32"], cwd=ROOT, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "sample.py",
+        f"model={model}",
+        f"prompts={tmp_path / 'prompts.txt'}",
+        f"out={out}",
+        "temperature=0",
+    ]
+    done = subprocess.run(
+        [*command, "max_new_tokens=9", "dtype=float32"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stdout == "", done.stderr
     records = json.loads(out.read_text(encoding="utf-8"))
     assert [set(r) for r in records] == [{"input", "output"}] * 2
@@ -68,29 +73,52 @@ def test_a_file_of_prompts_as_a_command(model, tmp_path):
 
 
 def test_a_json_file_holds_conversations(model, tmp_path, monkeypatch, capsys):
-    talk = [dict(role="user", content="a"), dict(role="assistant", content="b"), dict(role="user", content="c\nd")]
+    talk = [
+        dict(role="user", content="a"),
+        dict(role="assistant", content="b"),
+        dict(role="user", content="c\nd"),
+    ]
     tiny.write(tmp_path, "prompts.json", ["x\ny", talk])
-    settings = (f"model={model}", f"prompts={tmp_path / 'prompts.json'}", "temperature=0", "max_new_tokens=5", "template=chatml")
+    settings = (
+        f"model={model}",
+        f"prompts={tmp_path / 'prompts.json'}",
+        "temperature=0",
+        "max_new_tokens=5",
+        "template=chatml",
+    )
     status, out, err = run(monkeypatch, capsys, *settings)
     first, second = json.loads(out)
     assert status == 0 and first["input"] == "x\ny" and second["input"] == talk
     assert first["output"] == answer(model, "x\ny", 5, "chatml")
     assert second["output"] == answer(model, None, 5, "chatml", messages=talk)
     assert first["output"] != answer(model, "x\ny", 5, "plain")
-    (tmp_path / "prompts.jsonl").write_text(f"{json.dumps('x' + chr(10) + 'y')}\n{json.dumps(talk)}\n")
+    (tmp_path / "prompts.jsonl").write_text(
+        f"{json.dumps('x' + chr(10) + 'y')}\n{json.dumps(talk)}\n"
+    )
     lines = [s.replace("prompts.json", "prompts.jsonl") for s in settings]
     assert run(monkeypatch, capsys, *lines)[1] == out
     status, out, err = run(monkeypatch, capsys, *settings, "echo=true")
-    assert [r["output"] for r in json.loads(out)] == ["x\ny" + first["output"], "c\nd" + second["output"]]
+    assert [r["output"] for r in json.loads(out)] == [
+        "x\ny" + first["output"],
+        "c\nd" + second["output"],
+    ]
 
 
 def test_one_prompt_streams_what_a_batch_gives(model, monkeypatch, capsys):
     whole = answer(model, "Say it", 40)
-    status, out, err = run(monkeypatch, capsys, f"model={model}", "prompt=Say it", "temperature=0", "max_new_tokens=40")
+    status, out, err = run(
+        monkeypatch, capsys, f"model={model}", "prompt=Say it", "temperature=0", "max_new_tokens=40"
+    )
     assert (status, out, err) == (0, whole + "\n", "")
     stop = re.search(r"[!-~]{2}", whole[3:])[0]
     cut = whole[: whole.index(stop)]
-    args = (f"model={model}", "prompt=Say it", "temperature=0", "max_new_tokens=40", f"stop=[{json.dumps(stop)},nowhere]")
+    args = (
+        f"model={model}",
+        "prompt=Say it",
+        "temperature=0",
+        "max_new_tokens=40",
+        f"stop=[{json.dumps(stop)},nowhere]",
+    )
     assert run(monkeypatch, capsys, *args)[:2] == (0, cut + "\n")
     status, out, _ = run(monkeypatch, capsys, *args, "echo=true")
     assert out == "Say it" + cut + "\n"
@@ -151,7 +179,11 @@ def chat_of(monkeypatch, capsys, model, *argv, lines):
     """What was asked of the model, turn by turn, and what stood on the terminal."""
     asked = []
     original = sample.Sampler.render
-    monkeypatch.setattr(sample.Sampler, "render", lambda self, messages: (asked.append(messages), original(self, messages))[1])
+    monkeypatch.setattr(
+        sample.Sampler,
+        "render",
+        lambda self, messages: (asked.append(messages), original(self, messages))[1],
+    )
     argv = (f"model={model}", "temperature=0", "max_new_tokens=6", *argv)
     status, out, err = run(monkeypatch, capsys, *argv, lines=lines)
     assert status == 0 and err == ""
@@ -159,7 +191,18 @@ def chat_of(monkeypatch, capsys, model, *argv, lines):
 
 
 def test_chat(model, monkeypatch, capsys):
-    lines = ["hi", "", "and you?", "/what", "/reset", "new", "/system Be terse.", "hello", "/quit", "never read"]
+    lines = [
+        "hi",
+        "",
+        "and you?",
+        "/what",
+        "/reset",
+        "new",
+        "/system Be terse.",
+        "hello",
+        "/quit",
+        "never read",
+    ]
     asked, out = chat_of(monkeypatch, capsys, model, "template=chatml", lines=lines)
     said = [answer(model, None, 6, "chatml", messages=messages) for messages in asked]
     user = [dict(role="user", content=text) for text in ("hi", "and you?", "new", "hello")]
@@ -172,12 +215,18 @@ def test_chat(model, monkeypatch, capsys):
 
 def test_turns_are_forgotten_until_the_answer_has_room(model):
     """Not when only the prompt no longer fits: then replies would end after a token."""
-    sampler = sample.Sampler(sample.Config(model=str(model), device="cpu", template="chatml", max_new_tokens=64, temperature=0.0))
+    sampler = sample.Sampler(
+        sample.Config(
+            model=str(model), device="cpu", template="chatml", max_new_tokens=64, temperature=0.0
+        )
+    )
     history = [dict(role=role, content="x" * 50) for role in ("user", "assistant")]
     taken = []
     sampler.answer = lambda prompts, *rest: taken.append(len(prompts[0])) or ["y"]
     for n in (1, 2):
-        assert len(sample.reply(sampler, "z", None, history * n, 0)) == 4  # at most one turn of before, and this one
+        assert (
+            len(sample.reply(sampler, "z", None, history * n, 0)) == 4
+        )  # at most one turn of before, and this one
     assert len(set(taken)) == 1 and taken[0] + 64 <= 256 < taken[0] + 100 + 64
     sampler.cfg.max_new_tokens = 1000  # more than there is: half of the positions
     sample.reply(sampler, "z", None, history * 2, 0)
@@ -186,15 +235,26 @@ def test_turns_are_forgotten_until_the_answer_has_room(model):
 
 def test_half_an_emoji_in_a_file_of_prompts(model, tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.json").write_text('["ok", "a \\ud83d b"]')
-    argv = (f"model={model}", f"prompts={tmp_path}/prompts.json", f"out={tmp_path}/out.json", "max_new_tokens=2")
+    argv = (
+        f"model={model}",
+        f"prompts={tmp_path}/prompts.json",
+        f"out={tmp_path}/out.json",
+        "max_new_tokens=2",
+    )
     assert run(monkeypatch, capsys, *argv)[0] == 0
-    assert [r["input"] for r in json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))] == ["ok", "a \ufffd b"]
+    assert [
+        r["input"] for r in json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    ] == ["ok", "a \ufffd b"]
 
 
 def test_a_continuation_keeps_the_space_between(monkeypatch):
     """sentencepiece's words begin with their space; only at the beginning of a text it is not meant."""
     tok = tokenizer.Tokenizer.__new__(tokenizer.Tokenizer)
-    tok.bytes, tok.control, tok.model = {1: b" there", 2: b" was"}, set(), tokenizer.SentencePiece.__new__(tokenizer.SentencePiece)
+    tok.bytes, tok.control, tok.model = (
+        {1: b" there", 2: b" was"},
+        set(),
+        tokenizer.SentencePiece.__new__(tokenizer.SentencePiece),
+    )
     tok.model.prefix = "always"
     sampler = sample.Sampler.__new__(sample.Sampler)
     sampler.tok, sampler.cfg = tok, sample.Config(model="")
@@ -209,7 +269,12 @@ def test_chat_without_template_completes_lines(model, monkeypatch, capsys):
 
 
 def test_a_long_chat_forgets_its_beginning(model, monkeypatch, capsys):
-    lines = ["a" * 90, "b" * 90, "c" * 300, "d"]  # the model has 256 positions, and a byte is a token
+    lines = [
+        "a" * 90,
+        "b" * 90,
+        "c" * 300,
+        "d",
+    ]  # the model has 256 positions, and a byte is a token
     asked, out = chat_of(monkeypatch, capsys, model, "template=chatml", lines=lines)
     assert "oldest turn no longer fits" in out and "error: the prompt has" in out
     assert [m["content"][0] for m in asked[-1] if m["role"] == "user"][-1] == "d"
@@ -225,7 +290,10 @@ BAD = {
     "JSON of another kind": (["prompts={dir}/object.json"], "and nothing else"),
     "records": (["prompts={dir}/records.jsonl"], "and nothing else"),
     "a conversation without roles": (["prompts={dir}/roles.json"], "prompt 2"),
-    "out in no folder": (["prompts={dir}/good.txt", "out={dir}/no/out.json"], "a folder that exists"),
+    "out in no folder": (
+        ["prompts={dir}/good.txt", "out={dir}/no/out.json"],
+        "a folder that exists",
+    ),
     "out is a folder": (["prompts={dir}/good.txt", "out={dir}"], "must be a file"),
     "out without prompts": (["prompt=x", "out={dir}/out.json"], "prompts="),
     "prompt and prompts": (["prompt=x", "prompts={dir}/good.txt"], "not both"),

@@ -5,20 +5,35 @@ import importlib
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
+from conftest import ROOT
 
-import config
+from nano import config
 
-ROOT = Path(__file__).resolve().parent.parent
 STAGES = ["pretrain", "sft", "reward", "dpo", "ppo"]
-SCRIPTS = [*STAGES, "sample", *(f"prepare.{name}" for name in ("text", "instructions", "preferences", "weights", "toy"))]
-FREE = {"margin", "missing_eos_penalty", "truncate_penalty", "entropy_coef", "label_smoothing", "max_completions"}
+SCRIPTS = [
+    *STAGES,
+    "sample",
+    *(f"prepare.{name}" for name in ("text", "instructions", "preferences", "weights", "toy")),
+]
+FREE = {
+    "margin",
+    "missing_eos_penalty",
+    "truncate_penalty",
+    "entropy_coef",
+    "label_smoothing",
+    "max_completions",
+}
 TABLE = {  # key: (values that are refused, values at the edge that are not)
-    **dict.fromkeys("lr weight_decay grad_clip epochs steps eval_every lora_rank temperature seed top_k".split(), ([-1], [0])),
-    **dict.fromkeys("batch_size micro_batch max_length max_new_tokens group minibatches".split(), ([0, -1], [1])),
+    **dict.fromkeys(
+        "lr weight_decay grad_clip epochs steps eval_every lora_rank temperature seed top_k".split(),
+        ([-1], [0]),
+    ),
+    **dict.fromkeys(
+        "batch_size micro_batch max_length max_new_tokens group minibatches".split(), ([0, -1], [1])
+    ),
     **dict.fromkeys("beta lora_alpha rope_theta".split(), ([0, -0.1], [0.001])),
     **dict.fromkeys("beta1 beta2 lora_dropout".split(), ([-0.1, 1, 1.5], [0, 0.999])),
     **dict.fromkeys("warmup_ratio gamma lam".split(), ([-0.1, 1.1], [0, 1])),
@@ -27,7 +42,11 @@ TABLE = {  # key: (values that are refused, values at the edge that are not)
 
 
 def needed(Config):
-    return [f"{f.name}=x" for f in dataclasses.fields(Config) if config.default(f) is dataclasses.MISSING]
+    return [
+        f"{f.name}=x"
+        for f in dataclasses.fields(Config)
+        if config.default(f) is dataclasses.MISSING
+    ]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -61,9 +80,15 @@ def test_every_script_checks_its_numbers(script):
     key = "seed" if script != "prepare.weights" else "dtype"
     Config = importlib.import_module(script).Config
     done = subprocess.run(
-        [sys.executable, "-m", script, *needed(Config), f"{key}=-1"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", script, *needed(Config), f"{key}=-1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith(f"error: {key}=-1: ")
+    assert (
+        done.returncode == 2 and done.stdout == "" and done.stderr.startswith(f"error: {key}=-1: ")
+    )
     assert done.stderr.count("\n") == 1
 
 
@@ -73,28 +98,48 @@ def folder(tmp_path_factory):
     tiny.model_dir(path / "model")
     tiny.store(path / "rows", path / "model")
     tiny.preferences(path / "groups", path / "model")
-    (path / "judge.py").write_text("def length(prompt, response, finished):\n    return len(response)\n")
+    (path / "judge.py").write_text(
+        "def length(prompt, response, finished):\n    return len(response)\n"
+    )
     return path
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_that_goes_on_names_what_has_changed(stage, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    module, rows = importlib.import_module(stage), "groups" if stage in ("reward", "dpo") else "rows"
-    settings = [f"data={rows}", "model=model", f"out={tmp_path / 'out'}", "batch_size=2", "micro_batch=2", "dtype=float32"]
+    module, rows = (
+        importlib.import_module(stage),
+        "groups" if stage in ("reward", "dpo") else "rows",
+    )
+    settings = [
+        f"data={rows}",
+        "model=model",
+        f"out={tmp_path / 'out'}",
+        "batch_size=2",
+        "micro_batch=2",
+        "dtype=float32",
+    ]
     settings += ["device=cpu", "min_lr=0"]
-    settings += {"ppo": ["reward=judge.py:length", "algo=grpo", "group=2", "max_new_tokens=4"]}.get(stage, ["max_length=256"])
+    settings += {"ppo": ["reward=judge.py:length", "algo=grpo", "group=2", "max_new_tokens=4"]}.get(
+        stage, ["max_length=256"]
+    )
     quiet = dict(reward="norm_samples=0", pretrain="sample_tokens=0", ppo="sample_every=0")
     settings.append(quiet.get(stage, "samples=0"))
 
     def run(*more):
         module.main(config.load(module.Config, [*settings, *more]))
-        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: the run goes on")]
+        return [
+            line
+            for line in capsys.readouterr().out.splitlines()
+            if line.startswith("note: the run goes on")
+        ]
 
     assert run("steps=1", "lr=1e-4") == []
     text = (tmp_path / "out" / "config.cfg").read_text()
     assert run("steps=1", "lr=1e-4", "resume=true") == []  # the same settings
-    assert run("steps=2", "lr=1e-5") == ["note: the run goes on with other settings: steps 1 -> 2, lr 0.0001 -> 1e-05"]
+    assert run("steps=2", "lr=1e-5") == [
+        "note: the run goes on with other settings: steps 1 -> 2, lr 0.0001 -> 1e-05"
+    ]
     assert "lr=1e-05\n" in (tmp_path / "out" / "config.cfg").read_text() != text
     assert run("steps=2", "lr=1e-5") == []
     assert run("steps=1", "lr=1e-3", "resume=false") == []  # another run

@@ -14,20 +14,23 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
-import checkpoint
-import config
-import data
-import estimate
 import lora
-import losses
-import runtime
 import sft
-import tokenizer
 from model import Transformer
+from nano import checkpoint, config, data, estimate, losses, runtime, tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-BASE = dict(device="cpu", dtype="float32", max_length=64, batch_size=4, micro_batch=2, lr=1e-3, log_every=1, samples=0)
+BASE = dict(
+    device="cpu",
+    dtype="float32",
+    max_length=64,
+    batch_size=4,
+    micro_batch=2,
+    lr=1e-3,
+    log_every=1,
+    samples=0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +53,18 @@ def handlers():
 
 
 def arguments(settings):
-    text = {k: str(v).lower() if isinstance(v, bool) else ",".join(v) if isinstance(v, list) else v for k, v in settings.items()}
+    text = {
+        k: str(v).lower() if isinstance(v, bool) else ",".join(v) if isinstance(v, list) else v
+        for k, v in settings.items()
+    }
     return [f"{key}={value}" for key, value in text.items()]
 
 
 def train(out, model, data, **settings):
     """Runs sft.py in this process; the records of its log."""
-    sft.main(config.load(sft.Config, arguments(BASE | settings | dict(out=out, model=model, data=data))))
+    sft.main(
+        config.load(sft.Config, arguments(BASE | settings | dict(out=out, model=model, data=data)))
+    )
     return records(out)
 
 
@@ -65,7 +73,11 @@ def records(out):
 
 
 def curve(log, *keys):
-    return [tuple(r[key] for key in ("step", *(keys or ("loss", "grad_norm", "lr")))) for r in log if r["kind"] == "train"]
+    return [
+        tuple(r[key] for key in ("step", *(keys or ("loss", "grad_norm", "lr"))))
+        for r in log
+        if r["kind"] == "train"
+    ]
 
 
 def evals(log):
@@ -84,14 +96,19 @@ def same_tensors(a, b, name="model"):
 def stop_before(monkeypatch, step, how=lambda: True):
     """The run is asked to stop when `step` steps are done; `how` may also raise."""
     calls = iter(range(10**6))
-    monkeypatch.setattr(runtime.Runtime, "should_stop", lambda self: how() if next(calls) == step else False)
+    monkeypatch.setattr(
+        runtime.Runtime, "should_stop", lambda self: how() if next(calls) == step else False
+    )
 
 
 def losses_of(model, rows, temperature=1.0):
     """-log p of each token but the first, document by document, by torch's own cross entropy."""
     with torch.no_grad():
         ids = [torch.tensor(tokens) for tokens, _ in rows]
-        return [F.cross_entropy(model.logits(model(i[None]))[0, :-1], i[1:], reduction="none") for i in ids]
+        return [
+            F.cross_entropy(model.logits(model(i[None]))[0, :-1], i[1:], reduction="none")
+            for i in ids
+        ]
 
 
 def gradients(model, micros):
@@ -142,11 +159,16 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(base, store, windows):
         assert (made(micro_batch, packing=False)[1] - right).abs().max() <= 1e-6 * right.abs().max()
     (micro,) = data.Batches(rows, 32, 32, 64).batch(0)
     micro["tokens"].masked_fill_(micro["docs"] < 0, 258)
-    assert (gradients(model, [micro]) - right).abs().max() <= 1e-6 * right.abs().max()  # what is padding does not hang on its id
+    assert (
+        gradients(model, [micro]) - right
+    ).abs().max() <= 1e-6 * right.abs().max()  # what is padding does not hang on its id
 
 
 def test_a_run_does_not_depend_on_the_micro_batch(base, store, tmp_path):
-    runs = [train(tmp_path / str(m), base, store, batch_size=8, micro_batch=m, steps=4) for m in (8, 2, 1)]
+    runs = [
+        train(tmp_path / str(m), base, store, batch_size=8, micro_batch=m, steps=4)
+        for m in (8, 2, 1)
+    ]
     for run in runs[1:]:
         np.testing.assert_allclose(curve(run), curve(runs[0]), rtol=2e-5)
         np.testing.assert_allclose(evals(run), evals(runs[0]), rtol=2e-5)
@@ -159,7 +181,9 @@ def test_a_logged_loss_is_the_mean_over_all_target_tokens_of_the_step(base, stor
     mask = torch.cat([torch.tensor(mask[1:]) for _, mask in rows])
     assert math.isclose(loss, losses.masked_mean(token_losses, mask), rel_tol=1e-5)
     weights = torch.where(mask == 1, 1.0, 0.25)
-    (_, loss, _, _), *_ = curve(train(tmp_path / "b", base, store, batch_size=32, steps=1, prompt_loss_weight=0.25))
+    (_, loss, _, _), *_ = curve(
+        train(tmp_path / "b", base, store, batch_size=32, steps=1, prompt_loss_weight=0.25)
+    )
     assert math.isclose(loss, (token_losses * weights).sum() / weights.sum(), rel_tol=1e-5)
 
 
@@ -168,22 +192,35 @@ def test_evaluation_by_hand(base, store, tmp_path, packing):
     log = train(tmp_path / "out", base, store, epochs=0, packing=packing, micro_batch=4)
     rows, model = tiny.rows(6, 2), checkpoint.load_model(base)
     masks = [torch.tensor(mask[1:]) == 1 for _, mask in rows]
-    token_losses = torch.cat([nll[mask] for nll, mask in zip(losses_of(model, rows), masks, strict=True)])
+    token_losses = torch.cat(
+        [nll[mask] for nll, mask in zip(losses_of(model, rows), masks, strict=True)]
+    )
     with torch.no_grad():
-        best = [model.logits(model(torch.tensor(tokens)[None]))[0, :-1].argmax(-1) for tokens, _ in rows]
-    hits = [(b == torch.tensor(t[1:]))[mask] for b, (t, _), mask in zip(best, rows, masks, strict=True)]
+        best = [
+            model.logits(model(torch.tensor(tokens)[None]))[0, :-1].argmax(-1) for tokens, _ in rows
+        ]
+    hits = [
+        (b == torch.tensor(t[1:]))[mask] for b, (t, _), mask in zip(best, rows, masks, strict=True)
+    ]
     (record,) = log  # epochs=0 evaluates, and nothing else
     assert math.isclose(record["loss"], token_losses.mean(), rel_tol=1e-5)
     assert math.isclose(record["perplexity"], token_losses.mean().exp(), rel_tol=1e-4)
     assert math.isclose(record["accuracy"], torch.cat(hits).float().mean(), rel_tol=1e-6)
-    log = train(tmp_path / "bit", base, store, epochs=0.01, packing=packing, sample_tokens=0)  # a part of a step is one
-    assert [r["kind"] for r in log] == ["eval", "train", "eval"] and (tmp_path / "bit" / "last" / "config.json").exists()
+    log = train(
+        tmp_path / "bit", base, store, epochs=0.01, packing=packing, sample_tokens=0
+    )  # a part of a step is one
+    assert [r["kind"] for r in log] == ["eval", "train", "eval"] and (
+        tmp_path / "bit" / "last" / "config.json"
+    ).exists()
     assert not (tmp_path / "out" / "last").exists() and not (tmp_path / "out" / "state").exists()
 
 
 def test_rows_without_a_target_are_harmless(base, tmp_path):
     fingerprint = tokenizer.load(base).fingerprint
-    rows, empty = tiny.rows(12, 1, high=20), [(tokens, [0] * len(tokens)) for tokens, _ in tiny.rows(12, 3, high=20)]
+    rows, empty = (
+        tiny.rows(12, 1, high=20),
+        [(tokens, [0] * len(tokens)) for tokens, _ in tiny.rows(12, 3, high=20)],
+    )
     meta = dict(vocab_size=264, tokenizer=fingerprint)
     data.write_store(tmp_path / "some", dict(train=rows + empty, val=empty), meta)
     data.write_store(tmp_path / "none", dict(train=empty), meta)
@@ -191,7 +228,9 @@ def test_rows_without_a_target_are_harmless(base, tmp_path):
     one = dict(packing=False, micro_batch=1, batch_size=24, steps=1)
     mixed = train(tmp_path / "a", base, tmp_path / "some", **one)
     assert evals(mixed) == [(0, 0.0, 0.0), (1, 0.0, 0.0)]
-    np.testing.assert_allclose(curve(mixed), curve(train(tmp_path / "b", base, tmp_path / "full", **one)), rtol=1e-5)
+    np.testing.assert_allclose(
+        curve(mixed), curve(train(tmp_path / "b", base, tmp_path / "full", **one)), rtol=1e-5
+    )
     log = train(tmp_path / "c", base, tmp_path / "none", **one | dict(steps=3))
     assert curve(log, "loss", "grad_norm") == [(1, 0, 0), (2, 0, 0), (3, 0, 0)]
     assert same_tensors(tmp_path / "c" / "last", base)
@@ -248,7 +287,9 @@ def test_the_memory_estimate_is_near_the_truth(base, grad_checkpoint, monkeypatc
         optimizer.zero_grad()
 
     step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as prof:
         step()
     held = top = 0
     for event in prof.profiler.kineto_results.events():
@@ -262,7 +303,10 @@ def test_the_memory_estimate_is_near_the_truth(base, grad_checkpoint, monkeypatc
 
 @pytest.mark.skipif("SLOW" not in os.environ, reason="half a minute of compiling: set SLOW=1")
 def test_compiled_layers_do_the_same(base, store, tmp_path):
-    runs = [train(tmp_path / str(c), base, store, steps=4, eval_every=2, compile=c) for c in (False, True)]
+    runs = [
+        train(tmp_path / str(c), base, store, steps=4, eval_every=2, compile=c)
+        for c in (False, True)
+    ]
     np.testing.assert_allclose(curve(runs[1]), curve(runs[0]), rtol=1e-5)
     np.testing.assert_allclose(evals(runs[1]), evals(runs[0]), rtol=1e-5)
 
@@ -289,13 +333,23 @@ def test_training_lowers_the_loss_and_keeps_the_best(base, store, tmp_path):
     assert best != 40, "choose an lr at which the last is not the best"
 
 
-@pytest.mark.parametrize("settings, moves", [
-    (dict(), lambda name: True),
-    (dict(train="attention"), lambda name: ".self_attn." in name),
-    (dict(train="qv"), lambda name: ".q_proj." in name or ".v_proj." in name),
-    (dict(freeze_layers=1), lambda name: "embed_tokens" not in name and "layers.0." not in name),
-    (dict(train="qv", freeze_layers=1), lambda name: "layers.1.self_attn.q_proj" in name or "layers.1.self_attn.v_proj" in name),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, moves",
+    [
+        (dict(), lambda name: True),
+        (dict(train="attention"), lambda name: ".self_attn." in name),
+        (dict(train="qv"), lambda name: ".q_proj." in name or ".v_proj." in name),
+        (
+            dict(freeze_layers=1),
+            lambda name: "embed_tokens" not in name and "layers.0." not in name,
+        ),
+        (
+            dict(train="qv", freeze_layers=1),
+            lambda name: "layers.1.self_attn.q_proj" in name or "layers.1.self_attn.v_proj" in name,
+        ),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
 def test_only_what_is_chosen_moves(store, tmp_path, settings, moves, tie):
     model = tiny.model_dir(tmp_path / "model", tie_embeddings=tie)
@@ -305,17 +359,35 @@ def test_only_what_is_chosen_moves(store, tmp_path, settings, moves, tie):
     for name in before:
         assert torch.equal(before[name], after[name]) != moves(name), name
     state = checkpoint.read_tensors(tmp_path / "out" / "state", name="state")
-    assert {n.removeprefix("model.") for n in state if n.startswith("model.")} == {n for n in before if moves(n)}
+    assert {n.removeprefix("model.") for n in state if n.startswith("model.")} == {
+        n for n in before if moves(n)
+    }
 
 
 def test_small_steps_are_not_lost(base, store, tmp_path):
     """Weights are fp32 masters: under bf16 autocast 20 AdamW steps of 1e-5 with one direction add up to 20e-5."""
-    train(tmp_path / "out", base, store, dtype="bfloat16", batch_size=32, steps=20, lr=1e-5, schedule="constant", warmup_ratio=0.0)
+    train(
+        tmp_path / "out",
+        base,
+        store,
+        dtype="bfloat16",
+        batch_size=32,
+        steps=20,
+        lr=1e-5,
+        schedule="constant",
+        warmup_ratio=0.0,
+    )
     before, state = tensors(base), checkpoint.read_tensors(tmp_path / "out" / "state", name="state")
-    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.v_proj.weight", "lm_head.weight"):
+    for name in (
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.1.self_attn.v_proj.weight",
+        "lm_head.weight",
+    ):
         moved = (state["model." + name] - before[name]).abs().mean()
         assert moved >= 0.95 * 20 * 1e-5
-        assert (before[name].bfloat16() + 1e-5 == before[name].bfloat16()).float().mean() > 0.7  # as bf16 they would stay
+        assert (
+            before[name].bfloat16() + 1e-5 == before[name].bfloat16()
+        ).float().mean() > 0.7  # as bf16 they would stay
 
 
 def test_a_lora_run_leaves_the_base_alone(base, store, tmp_path):
@@ -325,7 +397,9 @@ def test_a_lora_run_leaves_the_base_alone(base, store, tmp_path):
     assert evals(log)[-1][1] < evals(log)[0][1]
     model, found = lora.open_model(tmp_path / "out" / "last")
     assert found == base and len(lora.adapted(model)) == 14
-    again = train(tmp_path / "again", tmp_path / "out" / "last", store, epochs=0)  # an adapter is merged where a model is asked
+    again = train(
+        tmp_path / "again", tmp_path / "out" / "last", store, epochs=0
+    )  # an adapter is merged where a model is asked
     assert math.isclose(evals(again)[0][1], evals(log)[-1][1], rel_tol=1e-5)
     lora.use(model, None)
     assert all(torch.equal(m.weight, tensors(base)[n + ".weight"]) for n, m in lora.adapted(model))
@@ -340,12 +414,19 @@ def test_other_software_opens_the_result(base, store, tmp_path, rank):
     batch = torch.tensor(tiny.rows(1, 9, low=30)[0][0])[None]
     for which in ("last", "best"):
         ours, _ = lora.open_model(tmp_path / "out" / which)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(base if rank else tmp_path / "out" / which, dtype=torch.float32)
-        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "out" / which) if rank else theirs
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            base if rank else tmp_path / "out" / which, dtype=torch.float32
+        )
+        theirs = (
+            peft.PeftModel.from_pretrained(theirs, tmp_path / "out" / which) if rank else theirs
+        )
         with torch.no_grad():
             assert (ours.logits(ours(batch)) - theirs(batch).logits).abs().max() <= 1e-4
     if not rank:
-        assert tokenizer.load(tmp_path / "out" / "last").fingerprint == tokenizer.load(base).fingerprint
+        assert (
+            tokenizer.load(tmp_path / "out" / "last").fingerprint
+            == tokenizer.load(base).fingerprint
+        )
 
 
 # ---------------------------------------------------------------------------------------------- resume
@@ -353,13 +434,22 @@ def test_other_software_opens_the_result(base, store, tmp_path, rank):
 KINDS = dict(
     full=dict(),
     lora=dict(lora_rank=4, lora_dropout=0.2, samples=1, sample_tokens=3),
-    checkpointed=dict(lora_rank=4, lora_dropout=0.2, grad_checkpoint=True, packing=False, weight_decay=0.1),
+    checkpointed=dict(
+        lora_rank=4, lora_dropout=0.2, grad_checkpoint=True, packing=False, weight_decay=0.1
+    ),
 )
 
 
 def lines(out):
     """The log without what depends on the clock."""
-    return [{k: v for k, v in r.items() if k not in ("time", "tokens_per_s", "targets_per_s", "memory_gb")} for r in records(out)]
+    return [
+        {
+            k: v
+            for k, v in r.items()
+            if k not in ("time", "tokens_per_s", "targets_per_s", "memory_gb")
+        }
+        for r in records(out)
+    ]
 
 
 def assert_same_run(a, b, adapter=False):
@@ -384,17 +474,24 @@ def test_k_steps_a_stop_and_k_steps_are_2k_steps(base, store, tmp_path, monkeypa
 
 def test_the_best_loss_is_remembered_over_a_stop(base, store, tmp_path, monkeypatch):
     scores = iter([9.0, 1.0, 3.0, 2.0])
-    monkeypatch.setattr(sft, "evaluate", lambda *args: dict(loss=next(scores), perplexity=1.0, accuracy=0.0))
+    monkeypatch.setattr(
+        sft, "evaluate", lambda *args: dict(loss=next(scores), perplexity=1.0, accuracy=0.0)
+    )
     with monkeypatch.context() as patch:
         stop_before(patch, 3)
         train(tmp_path / "out", base, store, steps=6, eval_every=2)
     best = tensors(tmp_path / "out" / "best")
     log = train(tmp_path / "out", base, store, steps=6, eval_every=2)
     assert evals(log) == [(0, 9.0, 0.0), (2, 1.0, 0.0), (4, 3.0, 0.0), (6, 2.0, 0.0)]
-    assert all(torch.equal(tensor, best[name]) for name, tensor in tensors(tmp_path / "out" / "best").items())
+    assert all(
+        torch.equal(tensor, best[name])
+        for name, tensor in tensors(tmp_path / "out" / "best").items()
+    )
 
 
-def test_a_crash_loses_the_steps_since_the_last_save_and_no_more(base, store, tmp_path, monkeypatch):
+def test_a_crash_loses_the_steps_since_the_last_save_and_no_more(
+    base, store, tmp_path, monkeypatch
+):
     settings = dict(steps=8, eval_every=2, save_every=3)
     train(tmp_path / "whole", base, store, **settings)
 
@@ -407,7 +504,16 @@ def test_a_crash_loses_the_steps_since_the_last_save_and_no_more(base, store, tm
     assert [r["step"] for r in records(tmp_path / "cut") if r["kind"] == "train"] == [1, 2, 3, 4, 5]
     train(tmp_path / "cut", base, store, **settings)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
-    assert [r["step"] for r in records(tmp_path / "cut") if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [r["step"] for r in records(tmp_path / "cut") if r["kind"] == "train"] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+    ]
     assert [r["step"] for r in records(tmp_path / "cut") if r["kind"] == "eval"] == [0, 2, 4, 6, 8]
 
 
@@ -422,23 +528,44 @@ def test_a_finished_run_is_not_run_again_unless_asked(base, store, tmp_path, cap
     train(tmp_path / "six", base, store, steps=6, schedule="constant", warmup_ratio=0.0)
     assert curve(records(tmp_path / "out")) == curve(records(tmp_path / "six"))
     assert same_tensors(tmp_path / "out" / "last", tmp_path / "six" / "last")
-    train(tmp_path / "out", base, store, steps=2, resume="false", schedule="constant", warmup_ratio=0.0)
+    train(
+        tmp_path / "out",
+        base,
+        store,
+        steps=2,
+        resume="false",
+        schedule="constant",
+        warmup_ratio=0.0,
+    )
     assert curve(records(tmp_path / "out")) == curve(first)[:2]
 
 
 def test_the_written_config_reproduces_the_run(base, store, tmp_path):
-    settings = dict(lora_targets=["q_proj", "v_proj"], lora_rank=2, steps=3, beta2=0.95, over_length="drop", max_length=48)
+    settings = dict(
+        lora_targets=["q_proj", "v_proj"],
+        lora_rank=2,
+        steps=3,
+        beta2=0.95,
+        over_length="drop",
+        max_length=48,
+    )
     first = train(tmp_path / "out", base, store, resume="false", **settings)
     cfg = config.load(sft.Config, [str(tmp_path / "out" / "config.cfg")])
-    assert cfg == config.load(sft.Config, arguments(BASE | settings | dict(out=tmp_path / "out", model=base, data=store)))
-    sft.main(config.load(sft.Config, [str(tmp_path / "out" / "config.cfg"), f"out={tmp_path / 'again'}"]))
+    assert cfg == config.load(
+        sft.Config, arguments(BASE | settings | dict(out=tmp_path / "out", model=base, data=store))
+    )
+    sft.main(
+        config.load(sft.Config, [str(tmp_path / "out" / "config.cfg"), f"out={tmp_path / 'again'}"])
+    )
     assert curve(records(tmp_path / "again")) == curve(first)
 
 
 def test_utilisation_counts_the_documents_own_lengths(base, store, tmp_path, monkeypatch):
     """Not max_length: a token attends to its own document alone, however long the packed row is."""
     asked = []
-    monkeypatch.setattr(Transformer, "flops_per_token", lambda model, length, *args: asked.append(length) or 0.0)
+    monkeypatch.setattr(
+        Transformer, "flops_per_token", lambda model, length, *args: asked.append(length) or 0.0
+    )
     train(tmp_path / "out", base, store, steps=1, max_length=128)
     lengths = data.mix([store]).lengths.tolist()
     assert asked == [pytest.approx(sum(n * n for n in lengths) / sum(lengths))]
@@ -456,7 +583,10 @@ def test_samples_answer_prompts_of_the_validation_rows(base, store, tmp_path, ca
 
 
 def test_plain_text_has_no_prompts_to_answer(base, tmp_path):
-    rows, meta = [(tokens, None) for tokens, _ in tiny.rows(12)], dict(vocab_size=264, tokenizer=tokenizer.load(base).fingerprint)
+    rows, meta = (
+        [(tokens, None) for tokens, _ in tiny.rows(12)],
+        dict(vocab_size=264, tokenizer=tokenizer.load(base).fingerprint),
+    )
     data.write_store(tmp_path / "text", dict(train=rows, val=rows[:4]), meta)
     log = train(tmp_path / "out", base, tmp_path / "text", steps=1, samples=2)
     assert [r["kind"] for r in log] == ["eval", "train", "eval"]
@@ -470,9 +600,24 @@ def environment():
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(base, store, tmp_path):
-    settings = BASE | dict(steps=400, eval_every=1000, save_every=1000, lora_rank=2, lora_dropout=0.1, model=base, data=store)
+    settings = BASE | dict(
+        steps=400,
+        eval_every=1000,
+        save_every=1000,
+        lora_rank=2,
+        lora_dropout=0.1,
+        model=base,
+        data=store,
+    )
     command = [sys.executable, "sft.py", *arguments(settings | dict(out=tmp_path / "cut"))]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     log = tmp_path / "cut" / "log.jsonl"
     deadline = time.time() + 60
     while not (log.exists() and log.read_text().count('"train"') >= 3):
@@ -482,7 +627,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(base, store, tmp_path):
     out, err = process.communicate(timeout=60)
     done = checkpoint.load_state(tmp_path / "cut" / "state")[1]["meta"]["step"]
     assert process.returncode == 0 and not err and 3 <= done < 400
-    assert "SIGTERM: finishing this step" in out and f"stopped at step {done}: the same command continues" in out
+    assert (
+        "SIGTERM: finishing this step" in out
+        and f"stopped at step {done}: the same command continues" in out
+    )
     steps = done + 4  # of which the schedule must not know: it is set to the 400 of the command
     with pytest.MonkeyPatch.context() as patch:
         stop_before(patch, 4)
@@ -497,7 +645,11 @@ def test_two_processes_do_what_one_does(base, store, tmp_path):
     """DDP, full and LoRA, and FSDP: gradients meet over ranks after the last micro-batch; padding evens out a short last step."""
     common = BASE | dict(model=base, data=store, batch_size=8, micro_batch=2, eval_every=3, steps=5)
     runs = dict(ddp=dict(), lora=dict(lora_rank=4, lr=1e-2), fsdp=dict(parallel="fsdp"))
-    tiny.two_processes(tmp_path, "sft", [arguments(common | run | dict(out=tmp_path / name)) for name, run in runs.items()])
+    tiny.two_processes(
+        tmp_path,
+        "sft",
+        [arguments(common | run | dict(out=tmp_path / name)) for name, run in runs.items()],
+    )
     for name, run in runs.items():
         alone = train(tmp_path / f"{name}-alone", **common | run)
         both = records(tmp_path / name)

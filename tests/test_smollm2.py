@@ -12,11 +12,12 @@ import pytest
 import tokenizers
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
-import checkpoint
+from nano import checkpoint
 
-DIR = Path(os.environ.get("SMOLLM2") or Path(checkpoint.__file__).parent / "models" / "smollm2")
+DIR = Path(os.environ.get("SMOLLM2") or ROOT / "models" / "smollm2")
 pytestmark = pytest.mark.skipif(not (DIR / "config.json").exists(), reason=f"no SmolLM2 in {DIR}")
 
 
@@ -39,7 +40,9 @@ def test_logits_and_perplexity_equal_transformers(ids):
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp().item()
 
     a, b = perplexity(ours), perplexity(expected)
-    print(f"logits: max abs difference {difference:.1e}; perplexity {a:.5f} and {b:.5f}, {abs(a / b - 1):.1e} apart")
+    print(
+        f"logits: max abs difference {difference:.1e}; perplexity {a:.5f} and {b:.5f}, {abs(a / b - 1):.1e} apart"
+    )
     assert difference < 1e-4
     assert 5 < a < 30 and abs(a / b - 1) < 1e-3
 

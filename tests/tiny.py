@@ -9,14 +9,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from conftest import ROOT
 
-import checkpoint
-import data
-import tokenizer
 from model import ModelConfig, Transformer
+from nano import checkpoint, data, tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 256, 257, 258
-SIZES = dict(vocab_size=264, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, max_positions=256)
+SIZES = dict(
+    vocab_size=264,
+    dim=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    ffn_dim=48,
+    max_positions=256,
+)
 
 
 def model(seed=0, **changes):
@@ -27,16 +35,59 @@ def model(seed=0, **changes):
 
 def model_dir(path, seed=0, special=SPECIAL, **changes):
     checkpoint.save_model(model(seed, **changes), path)
-    added = [dict(id=256 + i, content=name, special=True, lstrip=False, rstrip=False, single_word=False, normalized=False)
-             for i, name in enumerate(special)]  # fmt: skip
+    added = [
+        dict(
+            id=256 + i,
+            content=name,
+            special=True,
+            lstrip=False,
+            rstrip=False,
+            single_word=False,
+            normalized=False,
+        )
+        for i, name in enumerate(special)
+    ]
     space = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-    vocab = {char: byte for byte, char in tokenizer.BYTE_CHAR.items()} | {a["content"]: a["id"] for a in added}
-    bpe = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
-               fuse_unk=False, byte_fallback=False, vocab=vocab, merges=[])  # fmt: skip
-    write(path, "tokenizer.json", dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
-                                       pre_tokenizer=space, post_processor=None, decoder=space, model=bpe))  # fmt: skip
-    write(path, "tokenizer_config.json", dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=special[1], eos_token=special[2],
-                                              pad_token=special[2], add_bos_token=False))  # fmt: skip
+    vocab = {char: byte for byte, char in tokenizer.BYTE_CHAR.items()} | {
+        a["content"]: a["id"] for a in added
+    }
+    bpe = dict(
+        type="BPE",
+        dropout=None,
+        unk_token=None,
+        continuing_subword_prefix=None,
+        end_of_word_suffix=None,
+        fuse_unk=False,
+        byte_fallback=False,
+        vocab=vocab,
+        merges=[],
+    )
+    write(
+        path,
+        "tokenizer.json",
+        dict(
+            version="1.0",
+            truncation=None,
+            padding=None,
+            added_tokens=added,
+            normalizer=None,
+            pre_tokenizer=space,
+            post_processor=None,
+            decoder=space,
+            model=bpe,
+        ),
+    )
+    write(
+        path,
+        "tokenizer_config.json",
+        dict(
+            tokenizer_class="PreTrainedTokenizerFast",
+            bos_token=special[1],
+            eos_token=special[2],
+            pad_token=special[2],
+            add_bos_token=False,
+        ),
+    )
     return path
 
 
@@ -58,7 +109,9 @@ def rows(n, seed=0, low=5, high=40):
 def store(path, model, n=24, val=6, **sizes):
     """A prepared data folder for the model directory `model`."""
     splits = dict(train=rows(n, 1, **sizes)) | (dict(val=rows(val, 2, **sizes)) if val else {})
-    data.write_store(path, splits, dict(vocab_size=264, tokenizer=tokenizer.load(model).fingerprint))
+    data.write_store(
+        path, splits, dict(vocab_size=264, tokenizer=tokenizer.load(model).fingerprint)
+    )
     return path
 
 
@@ -66,17 +119,26 @@ def ranked(n, seed=0, completions=(2, 4)):
     """n groups of rows, best first: what a completion is worth shows in its first letter, H down to A."""
     rng, out = np.random.default_rng(seed), []
     for _ in range(n):
-        prompt, count = rng.integers(97, 110, rng.integers(3, 8)), rng.integers(completions[0], completions[1] + 1)
+        prompt, count = (
+            rng.integers(97, 110, rng.integers(3, 8)),
+            rng.integers(completions[0], completions[1] + 1),
+        )
         worths = sorted(rng.choice(8, count, replace=False) + 65, reverse=True)
         answers = [[worth, *rng.integers(97, 110, rng.integers(2, 9)), 258] for worth in worths]
-        out.append([([*prompt, *answer], [0] * len(prompt) + [1] * len(answer)) for answer in answers])
+        out.append(
+            [([*prompt, *answer], [0] * len(prompt) + [1] * len(answer)) for answer in answers]
+        )
     return out
 
 
 def preferences(path, model, n=48, val=16, **settings):
     """A prepared folder of groups for the model directory `model`."""
-    splits = dict(train=ranked(n, 1, **settings)) | (dict(val=ranked(val, 2, **settings)) if val else {})
-    data.write_store(path, splits, dict(vocab_size=264, tokenizer=tokenizer.load(model).fingerprint))
+    splits = dict(train=ranked(n, 1, **settings)) | (
+        dict(val=ranked(val, 2, **settings)) if val else {}
+    )
+    data.write_store(
+        path, splits, dict(vocab_size=264, tokenizer=tokenizer.load(model).fingerprint)
+    )
     return path
 
 
@@ -88,7 +150,9 @@ def batch(packs, length, **settings):
 def first_moments(out):
     """exp_avg, whole, in the training state of a run folder, one file or one a rank. After one step: (1 - beta1) x the gradient."""
     reader = dcp.HuggingFaceStorageReader(out / "state")
-    found = {k: v for k, v in reader.read_metadata().state_dict_metadata.items() if k.endswith("exp_avg")}
+    found = {
+        k: v for k, v in reader.read_metadata().state_dict_metadata.items() if k.endswith("exp_avg")
+    }
     tensors = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in found.items()}
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
@@ -97,7 +161,7 @@ def first_moments(out):
 WORKER = """
 import importlib, json, sys
 import torch.distributed as dist
-import config, runtime
+from nano import config, runtime
 
 begin = dist.init_process_group  # several runs in one process: one start is slow enough
 dist.init_process_group = lambda *args: dist.is_initialized() or begin(*args)
@@ -114,11 +178,21 @@ config.leave(0)
 
 def processes(dir, jobs, world=2, before="", after="", timeout=100, **environment):
     """Runs jobs, each a stage and its arguments, on `world` processes -> (exit status, output). before, after: code around them."""
-    root, script = Path(__file__).resolve().parent.parent, Path(dir) / "worker.py"
+    script = Path(dir) / "worker.py"
     script.write_text(WORKER.format(before=before, after=after))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", script, json.dumps(jobs)]
-    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(root)) | environment
-    process = subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={world}",
+        script,
+        json.dumps(jobs),
+    ]
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) | environment
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:

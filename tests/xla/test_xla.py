@@ -13,16 +13,25 @@ import sys
 
 import pytest
 from conftest import ROOT
-from test_parallel import STAGES, alone, assert_same_curve, assert_same_weights, folder, job, quiet, records  # noqa: F401
+from test_parallel import (  # noqa: F401
+    STAGES,
+    alone,
+    assert_same_curve,
+    assert_same_weights,
+    folder,
+    job,
+    quiet,
+    records,
+)
 
-import checkpoint
+from nano import checkpoint
 
 if importlib.util.find_spec("torch_xla") is None:
     pytest.skip("no torch_xla here: bash test.sh xla", allow_module_level=True)
 
 WORKER = """
 import importlib, json, sys
-import config
+from nano import config
 
 for stage, argv in json.loads(sys.argv[1]):
     stage = importlib.import_module(stage)
@@ -34,7 +43,8 @@ import importlib, json, os, signal, sys
 import torch.distributed as dist
 import torch_xla.debug.metrics as metrics
 import torch_xla.runtime as xr
-import config, optim, ppo, runtime
+import ppo
+from nano import config, optim, runtime
 
 host, out = int(sys.argv[2]), sys.argv[3]
 xr.process_index, xr.process_count = lambda: host, lambda: 2
@@ -68,10 +78,14 @@ SPMD |= {"ddp tensor=2": ["sft"], "fsdp tensor=2": ["pretrain", "ppo_lora"]}
 
 def process(devices, script, *args, **env):
     flags = "--xla_backend_optimization_level=0"  # compiles in half the time
-    env |= dict(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(devices), TF_CPP_MIN_LOG_LEVEL="2", XLA_FLAGS=flags)
+    env |= dict(
+        PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(devices), TF_CPP_MIN_LOG_LEVEL="2", XLA_FLAGS=flags
+    )
     env |= dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen([sys.executable, "-c", script, *args], cwd=ROOT, env=os.environ | env, **pipes)
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *args], cwd=ROOT, env=os.environ | env, **pipes
+    )
 
 
 def launch(devices, jobs):
@@ -86,16 +100,30 @@ def launch_hosts(jobs, dir):
         s.bind(("localhost", 0))
         address = dict(MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]))
     graphs, found = [dir / f"graphs.{host}" for host in (0, 1)], []
-    hosts = [process(2, HOST, json.dumps(jobs[host]), str(host), str(dir), XLA_SAVE_TENSORS_FILE=str(graphs[host]), **address)
-             for host in (0, 1)]  # fmt: skip
+    hosts = [
+        process(
+            2,
+            HOST,
+            json.dumps(jobs[host]),
+            str(host),
+            str(dir),
+            XLA_SAVE_TENSORS_FILE=str(graphs[host]),
+            **address,
+        )
+        for host in (0, 1)
+    ]
     try:
         outputs = [host.communicate(timeout=600)[0] for host in hosts]
     finally:
         for host in hosts:
             host.kill()
     for host, output, path in zip(hosts, outputs, graphs, strict=True):
-        lines = [line for path in dir.glob(path.name + "*") for line in path.read_text().splitlines()]
-        found.append((host.returncode, output, [line for line in lines if line.startswith("Graph Hash")]))
+        lines = [
+            line for path in dir.glob(path.name + "*") for line in path.read_text().splitlines()
+        ]
+        found.append(
+            (host.returncode, output, [line for line in lines if line.startswith("Graph Hash")])
+        )
     return found
 
 
@@ -105,7 +133,11 @@ def one(folder):  # noqa: F811
         return job(folder, name, folder / "xla" / out, "device=xla", "parallel=none", *more)
 
     drop = "lora_dropout=0.1"
-    whole, half, rest = run("sft_lora", "whole", drop), run("sft_lora", "cut", drop, "steps=2"), run("sft_lora", "cut", drop)
+    whole, half, rest = (
+        run("sft_lora", "whole", drop),
+        run("sft_lora", "cut", drop, "steps=2"),
+        run("sft_lora", "cut", drop),
+    )
     launch(1, [*(run(name, name) for name in ONE), whole, half, rest])
     return folder / "xla"
 
@@ -113,7 +145,9 @@ def one(folder):  # noqa: F811
 @pytest.fixture(scope="module")
 def four(folder):  # noqa: F811
     def run(name, mode, out, *more):
-        return job(folder, name, folder / "spmd" / out, "device=xla", *f"parallel={mode}".split(), *more)
+        return job(
+            folder, name, folder / "spmd" / out, "device=xla", *f"parallel={mode}".split(), *more
+        )
 
     jobs = [run(name, mode, f"{mode}-{name}") for mode, names in SPMD.items() for name in names]
     launch(4, [*jobs, run("sft", "fsdp", "cut", "steps=2"), run("sft", "fsdp", "cut")])
@@ -124,7 +158,9 @@ def assert_runs_alike(out, reference):
     assert_same_curve(out, reference, tolerance=1e-4)
     assert_same_weights(out / "last", reference / "last")
     graphs = [r["graphs"] for r in records(out) if r["kind"] == "train"]
-    assert 0 < graphs[0] and len(set(graphs[2:])) == 1  # nothing is compiled after the first save, which follows the second step
+    assert (
+        0 < graphs[0] and len(set(graphs[2:])) == 1
+    )  # nothing is compiled after the first save, which follows the second step
 
 
 @pytest.mark.parametrize("name", ONE)
@@ -132,7 +168,9 @@ def test_one_device_does_what_eager_torch_does(folder, one, name):  # noqa: F811
     assert_runs_alike(one / name, folder / "one" / name)
 
 
-@pytest.mark.parametrize("mode, name", [(mode, name) for mode, names in SPMD.items() for name in names])
+@pytest.mark.parametrize(
+    "mode, name", [(mode, name) for mode, names in SPMD.items() for name in names]
+)
 def test_four_devices_do_what_eager_torch_does(folder, four, mode, name):  # noqa: F811
     assert_runs_alike(four / f"{mode}-{name}", folder / "one" / name)
 
@@ -143,7 +181,10 @@ def same(a, b, name):
 
 
 def test_a_resume_is_exact(one, four):
-    for whole, cut, name in ((one / "whole", one / "cut", "adapter_model"), (four / "fsdp-sft", four / "cut", "model")):
+    for whole, cut, name in (
+        (one / "whole", one / "cut", "adapter_model"),
+        (four / "fsdp-sft", four / "cut", "model"),
+    ):
         assert same(whole / "last", cut / "last", name)
         losses = [[r["loss"] for r in records(out) if "loss" in r] for out in (whole, cut)]
         assert losses[0] == losses[1]
@@ -155,8 +196,15 @@ def test_hosts_of_a_slice_do_the_same(folder, tmp_path):  # noqa: F811
     def run(name, mode, out):
         return job(folder, name, tmp_path / out, "device=xla", f"parallel={mode}")
 
-    jobs = [run("sft", "fsdp", "cut"), run("sft", "fsdp", "cut"), run("dpo", "ddp", "dpo"), run("grpo", "fsdp", "grpo")]
-    (status, output, graphs), (other_status, other_output, other_graphs) = launch_hosts([jobs, jobs], tmp_path)
+    jobs = [
+        run("sft", "fsdp", "cut"),
+        run("sft", "fsdp", "cut"),
+        run("dpo", "ddp", "dpo"),
+        run("grpo", "fsdp", "grpo"),
+    ]
+    (status, output, graphs), (other_status, other_output, other_graphs) = launch_hosts(
+        [jobs, jobs], tmp_path
+    )
     assert status == other_status == 0, output[-5000:] + other_output[-5000:]
     assert "stopped at step 2" in output and "step" not in other_output
     assert graphs == other_graphs and len(graphs) > 100
@@ -166,8 +214,10 @@ def test_hosts_of_a_slice_do_the_same(folder, tmp_path):  # noqa: F811
 
 
 def test_a_host_that_fails_ends_the_job(folder, tmp_path):  # noqa: F811
-    jobs = [[job(folder, "sft", tmp_path / "out", "device=xla", "parallel=fsdp", f"model={model}")]
-            for model in (folder / "model", tmp_path / "lost")]  # fmt: skip
+    jobs = [
+        [job(folder, "sft", tmp_path / "out", "device=xla", "parallel=fsdp", f"model={model}")]
+        for model in (folder / "model", tmp_path / "lost")
+    ]
     (status, output, _), (other_status, other_output, _) = launch_hosts(jobs, tmp_path)
     assert other_status == 1 and f"there is no model directory {tmp_path}/lost" in other_output
     assert status == 1 and "gloo" in output.lower()

@@ -1,0 +1,146 @@
+"""Parameter groups, AdamW and Muon, the learning-rate schedule, gradient clipping. Depends on torch alone.
+
+    optimizer = optim.build(model, "adamw", lr=2e-5, weight_decay=0.1)
+    norm = optim.clip_(model.parameters(), 1.0)
+    optim.set_lr(optimizer, optim.lr_at(step, total_steps, lr=2e-5, schedule="cosine", warmup_steps=10))
+    optimizer.step()
+
+The trained parameters are to be fp32 and the forward under autocast: next to a bf16 weight of 0.02 an AdamW step of
+1e-5 is less than half a unit in the last place, so five weights of six would round back to where they were.
+"""
+
+import math
+from itertools import islice
+
+import torch
+from torch import nn
+
+from nano.config import UserError
+
+FUSED = ("cpu", "cuda", "mps", "xpu")  # device types with a fused AdamW kernel; XLA raises on it
+
+
+def choose_trained(model, train, freeze_layers):
+    """Leaves requires_grad on what `train` names, above the first `freeze_layers` layers."""
+    parts = dict(all=("",), attention=(".self_attn.",), qv=(".q_proj.", ".v_proj."))[train]
+    for name, p in model.named_parameters():
+        p.requires_grad = any(part in name for part in parts)
+    if freeze_layers > len(model.layers):
+        raise UserError(f"freeze_layers={freeze_layers}: the model has {len(model.layers)} layers")
+    if freeze_layers:
+        for module in (model.model["embed_tokens"], *model.layers[:freeze_layers]):
+            module.requires_grad_(False)
+
+
+def param_groups(model, weight_decay):
+    """The trainable parameters as two groups: matrices, which decay, and embeddings, norms and biases, which do not."""
+    embeddings = {
+        id(p)
+        for m in model.modules()
+        if isinstance(m, nn.Embedding)
+        for p in m.parameters(recurse=False)
+    }
+    params = [p for p in model.parameters() if p.requires_grad]
+    decay = [p for p in params if p.ndim >= 2 and id(p) not in embeddings]
+    decayed = {id(p) for p in decay}
+    rest = [p for p in params if id(p) not in decayed]
+    groups = [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(groups, lr, betas=(0.9, 0.999), eps=1e-8):
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over `param_groups`, fused where the device has the kernel."""
+    fused = all(p.device.type in FUSED for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+
+
+def build(model, optimizer="adamw", lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+    """The optimizer of the trainable parameters of `model`: "adamw" or "muon", one torch.optim.Optimizer either way.
+
+    "muon" orthogonalises the updates of the matrices between embedding and head, scaled to the size of AdamW's so that
+    one lr serves both (Liu et al. 2025, arXiv:2502.16982); embeddings, head, norms and biases stay with AdamW.
+    """
+    if optimizer == "adamw":
+        return adamw(param_groups(model, weight_decay), lr, betas, eps)
+    if optimizer != "muon":
+        raise ValueError(f"no optimizer {optimizer!r}: adamw or muon")
+    head = {
+        id(p)
+        for name, p in model.named_parameters()
+        if name.split(".")[-2:-1] in (["lm_head"], ["score"])
+    }
+    decay, *rest = param_groups(model, weight_decay)
+    matrices = [p for p in decay["params"] if p.ndim == 2 and id(p) not in head]
+    hidden = {id(p) for p in matrices}
+    decay["params"] = [p for p in decay["params"] if id(p) not in hidden]
+    others = adamw([group for group in (decay, *rest) if group["params"]], lr, betas, eps)
+    muon = torch.optim.Muon(
+        matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return Chain(others, muon)
+
+
+class Chain(torch.optim.Optimizer):
+    """Several optimizers over disjoint parameters as one: one list of groups, one state, one state_dict."""
+
+    def __init__(self, *optimizers):
+        self.optimizers = optimizers
+        super().__init__([group for o in optimizers for group in o.param_groups], {})
+        self.share()
+
+    def share(self):
+        groups = iter(self.param_groups)
+        for o in self.optimizers:
+            o.state, o.param_groups = self.state, list(islice(groups, len(o.param_groups)))
+
+    def step(self, closure=None):
+        for o in self.optimizers:
+            o.step()
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)  # puts new dicts in place of the shared ones
+        self.share()
+
+
+def lr_at(step, total_steps, lr, schedule="cosine", warmup_steps=0, min_lr=0.0, decay_ratio=0.1):
+    """The learning rate of optimizer step `step`, counted from 0 to total_steps - 1.
+
+    A linear warm-up of `warmup_steps` steps (the first is lr / (warmup_steps + 1), never 0) leads to lr. Then
+    "constant" stays, "linear" and "cosine" fall to reach min_lr at the last step, and "wsd" (warmup-stable-decay, Hu et
+    al. 2024, arXiv:2404.06395) stays until it falls in a line over the last `decay_ratio` of all steps.
+    """
+    if step < warmup_steps:
+        return lr * (step + 1) / (warmup_steps + 1)
+    last = total_steps - 1
+    start = (
+        max(warmup_steps, last - round(decay_ratio * total_steps))
+        if schedule == "wsd"
+        else warmup_steps
+    )
+    x = min(
+        max((step - start) / max(last - start, 1), 0.0), 1.0
+    )  # 0 at the last step with lr, 1 at the last of all
+    if schedule == "constant":
+        return lr
+    if schedule == "cosine":
+        return min_lr + (lr - min_lr) * (0.5 + 0.5 * math.cos(math.pi * x))
+    if schedule in ("linear", "wsd"):
+        return min_lr + (lr - min_lr) * (1 - x)
+    raise ValueError(f"no schedule {schedule!r}: constant, linear, cosine or wsd")
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clip_(params, max_norm):
+    """Scale the gradients down to a global 2-norm of at most `max_norm` (0: leave them) and return the norm they had.
+
+    The norm is a 0-d tensor on the device, the same on every rank of a sharded model; nothing waits for the device.
+    """
+    norm = nn.utils.clip_grad_norm_(params, max_norm or math.inf)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor under FSDP
