@@ -27,17 +27,19 @@ import torch.nn.functional as F
 
 import lora
 from nano import (
-    checkpoint,
     config,
     data,
     estimate,
+    files,
     generate,
     log,
     losses,
     optim,
     rankings,
     runtime,
+    state,
     tokenizer,
+    weights,
 )
 from nano.config import UserError
 
@@ -230,7 +232,7 @@ def reference_logprobs(rt, net, model, batches, path):
         values = rt.all_sum(values)
         if rt.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_bytes(path, values.numpy().tobytes())
+            files.write_bytes(path, values.numpy().tobytes())
         rt.barrier()
     if path.stat().st_size != 4 * count:
         raise UserError(
@@ -284,11 +286,11 @@ def main(cfg):
     rt = runtime.start(cfg)
     rt.catch_signals()
     out = Path(cfg.out)
-    resume = checkpoint.resumes(out, cfg.resume, rt, cfg.model)
+    resume = state.resumes(out, cfg.resume, rt, cfg.model)
 
     # ------------------------------------------------------------------------------------------ model, data
-    model, base = lora.open_whole(cfg.model, as_base=cfg.lora_rank > 0)
-    tok = tokenizer.load(base, data.chat_template(cfg.data) or lora.chat_template(cfg.model))
+    model, base = weights.open_whole(cfg.model, as_base=cfg.lora_rank > 0)
+    tok = tokenizer.load(base, data.chat_template(cfg.data) or weights.chat_template(cfg.model))
     tok.check_embeddings(model.cfg.vocab_size, base)
     rows = rankings.load(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
     val_rows = rankings.load(cfg.data, split="val", tokenizer=tok)
@@ -345,7 +347,7 @@ def main(cfg):
         lora.use(model, "default")
     start, best, warned = 0, math.inf, False
     if resume:
-        meta, _ = checkpoint.load_training(out / "state", rt, "dpo", trained, dict(adamw=optimizer))
+        meta, _ = state.load_training(out / "state", rt, "dpo", trained, dict(adamw=optimizer))
         start, best, warned = meta["step"], meta["best"], meta["warned"]
         if meta["reference"] != key:
             raise UserError(
@@ -383,9 +385,9 @@ def main(cfg):
     def save(dir):
         tensors = rt.full(trained if cfg.lora_rank else dict(model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
-            lora.save(model, dir, base=base, tensors=tensors, tok=tok)
+            weights.save_adapter(model, dir, base=base, tensors=tensors, tok=tok)
         elif rt.is_main:
-            checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors, tok=tok)
+            weights.save_model(model, dir, rt.dtype, like=base, tensors=tensors, tok=tok)
 
     # ------------------------------------------------------------------------------------------ loop
     sums, tokens, seen_best = (
@@ -412,7 +414,7 @@ def main(cfg):
             if step > start and (stop or step == steps or step % save_every == 0):
                 save(out / "last")
                 meta = dict(step=step, best=best, warned=warned, reference=key)
-                checkpoint.save_training(
+                state.save_training(
                     out / "state", rt, "dpo", trained, dict(adamw=optimizer), **meta
                 )
         if stop or step == steps:

@@ -28,7 +28,19 @@ import numpy as np
 import torch
 
 import lora
-from nano import checkpoint, config, data, generate, log, losses, optim, roles, runtime, tokenizer
+from nano import (
+    config,
+    data,
+    generate,
+    log,
+    losses,
+    optim,
+    roles,
+    runtime,
+    state,
+    tokenizer,
+    weights,
+)
 from nano.config import UserError
 
 
@@ -402,13 +414,13 @@ def main(cfg):
     rt.catch_signals()
     check(cfg, rt)
     out = Path(cfg.out)
-    resume = checkpoint.resumes(out, cfg.resume, rt, cfg.model, cfg.reward)
+    resume = state.resumes(out, cfg.resume, rt, cfg.model, cfg.reward)
     reward_function = load_function(cfg.reward) if ".py:" in cfg.reward else None
     gold_function = load_function(cfg.gold) if cfg.gold else None
 
     # ------------------------------------------------------------------------------------------ models, data, optimizers
-    base = lora.base_of(cfg.model)
-    tok = tokenizer.load(base, data.chat_template(cfg.data) or lora.chat_template(cfg.model))
+    base = weights.base_of(cfg.model)
+    tok = tokenizer.load(base, data.chat_template(cfg.data) or weights.chat_template(cfg.model))
     prompts, too_long = prompts_of(cfg, tok)
     if cfg.compile:  # round to bf16 where eager code does: or else graphs with and without gradients differ by tenths of a nat
         torch._inductor.config.emulate_precision_casts = True
@@ -448,7 +460,7 @@ def main(cfg):
     trained = {f"{name}:{n}": p for name, role in learners.items() for n, p in role.params.items()}
     start, updates, first, warned = 0, 0, None, []
     if resume:
-        meta, _ = checkpoint.load_training(out / "state", rt, "ppo", trained, optimizers)
+        meta, _ = state.load_training(out / "state", rt, "ppo", trained, optimizers)
         start, updates, first, warned = meta["step"], meta["updates"], meta["first"], meta["warned"]
         controller.coef = meta["kl_coef"]
     logger = log.Log(out, rt.is_main, cfg.steps, start, device=rt.name, devices=rt.devices)
@@ -465,13 +477,15 @@ def main(cfg):
     def save(step):
         tensors = rt.full(policy.params if cfg.lora_rank else dict(policy.model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
-            lora.save(policy.model, out / "last", "policy", base=base, tensors=tensors, tok=tok)
+            weights.save_adapter(
+                policy.model, out / "last", "policy", base=base, tensors=tensors, tok=tok
+            )
         elif rt.is_main:
-            checkpoint.save_model(
+            weights.save_model(
                 policy.model, out / "last", rt.dtype, like=base, tensors=tensors, tok=tok
             )
         meta = dict(step=step, updates=updates, first=first, warned=warned, kl_coef=controller.coef)
-        checkpoint.save_training(out / "state", rt, "ppo", trained, optimizers, **meta)
+        state.save_training(out / "state", rt, "ppo", trained, optimizers, **meta)
 
     def mean(x):
         """Over the episodes of all ranks."""

@@ -25,7 +25,6 @@ import torch
 
 from model import ModelConfig, Transformer
 from nano import (
-    checkpoint,
     config,
     data,
     estimate,
@@ -34,7 +33,9 @@ from nano import (
     losses,
     optim,
     runtime,
+    state,
     tokenizer,
+    weights,
 )
 from nano.config import UserError
 
@@ -140,9 +141,9 @@ def fresh(rt, shape, dir):
     if rt.processes == 1 or rt.weight_shards == 1:
         return Transformer(shape).init_weights()
     if rt.is_main:
-        checkpoint.save_model(Transformer(shape).init_weights(), dir)
+        weights.save_model(Transformer(shape).init_weights(), dir)
     rt.barrier()
-    return checkpoint.load_model(dir)
+    return weights.load_model(dir)
 
 
 def forward(net, batch, isolate):
@@ -226,7 +227,7 @@ def main(cfg):
     rt = runtime.start(cfg)
     rt.catch_signals()
     out = Path(cfg.out)
-    resume = checkpoint.resumes(out, cfg.resume, rt, cfg.model)
+    resume = state.resumes(out, cfg.resume, rt, cfg.model)
     own = {"tokenizer", "size", "n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "rope_theta"}
     ignored = [pair for pair in config.diff(cfg) if pair.split("=")[0] in own]
     if cfg.model and ignored:
@@ -271,7 +272,7 @@ def main(cfg):
 
     # ------------------------------------------------------------------------------------------ model
     if cfg.model:
-        model = checkpoint.load_model(cfg.model)
+        model = weights.load_model(cfg.model)
         data.check_reach(cfg.max_length, model.cfg.max_positions, cfg.model)
         tok.check_embeddings(model.cfg.vocab_size, base)
     else:
@@ -289,7 +290,7 @@ def main(cfg):
     rt.prime(optimizer)
     start, best = 0, math.inf
     if resume:
-        meta, _ = checkpoint.load_training(
+        meta, _ = state.load_training(
             out / "state", rt, "pretrain", trained, {cfg.optimizer: optimizer}
         )
         start, best = meta["step"], meta["best"]
@@ -326,7 +327,7 @@ def main(cfg):
                 if cfg.model
                 else dict(bos_token_id=tok.bos_id, eos_token_id=tok.eos_id, pad_token_id=tok.pad_id)
             )
-            checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors, **ids)
+            weights.save_model(model, dir, rt.dtype, like=base, tensors=tensors, **ids)
 
     # ------------------------------------------------------------------------------------------ loop
     tokens = targets = 0  # of this rank, since the last line of the log
@@ -352,7 +353,7 @@ def main(cfg):
                 logger.samples(step, continuations(rt, model, tok, (held or stores)[0], cfg))
             if step > start and (stop or step == steps or step % save_every == 0):
                 save(out / "last")
-                checkpoint.save_training(
+                state.save_training(
                     out / "state",
                     rt,
                     "pretrain",

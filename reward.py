@@ -27,16 +27,18 @@ import torch.nn.functional as F
 
 import lora
 from nano import (
-    checkpoint,
     config,
     data,
     estimate,
+    files,
     generate,
     log,
     optim,
     rankings,
     runtime,
+    state,
     tokenizer,
+    weights,
 )
 from nano.config import UserError
 
@@ -165,7 +167,7 @@ def evaluate(rt, net, model, batches, cfg):
 def draw_samples(rt, cfg, rows, tok):
     """What the policy says to prompts of the data: tokens (n, T) int64, prompt and response, zeros behind; (start, end) (n, 2) of
     the response. The ranks share the work and all get all."""
-    policy, base = lora.open_model(cfg.policy or cfg.model, dtype=rt.dtype)
+    policy, base = weights.open_model(cfg.policy or cfg.model, dtype=rt.dtype)
     if policy.cfg.head != "lm":
         raise UserError(
             f"{cfg.policy or cfg.model} is no language model: name one with policy=, or set norm_samples=0"
@@ -241,10 +243,10 @@ def main(cfg):
     rt = runtime.start(cfg)
     rt.catch_signals()
     out = Path(cfg.out)
-    resume = checkpoint.resumes(out, cfg.resume, rt, cfg.model)
+    resume = state.resumes(out, cfg.resume, rt, cfg.model)
 
     # ------------------------------------------------------------------------------------------ model
-    model, base = lora.open_whole(cfg.model, head="score", as_base=cfg.lora_rank > 0)
+    model, base = weights.open_whole(cfg.model, head="score", as_base=cfg.lora_rank > 0)
     if cfg.lora_rank:
         lora.apply(
             model,
@@ -257,7 +259,7 @@ def main(cfg):
     else:
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
     model.score.requires_grad_(True)  # the head is trained in full whatever else is
-    tok = tokenizer.load(base, data.chat_template(cfg.data) or lora.chat_template(cfg.model))
+    tok = tokenizer.load(base, data.chat_template(cfg.data) or weights.chat_template(cfg.model))
     tok.check_embeddings(model.cfg.vocab_size, base)
     # transformers reads the score at the last token that is not padding: no completion may end in the id that says so
     ids = range(model.cfg.vocab_size)
@@ -296,7 +298,7 @@ def main(cfg):
     rt.prime(optimizer)
     start, best = 0, math.inf
     if resume:
-        meta, extra = checkpoint.load_training(
+        meta, extra = state.load_training(
             out / "state", rt, "reward", trained, dict(adamw=optimizer)
         )
         start, best = meta["step"], meta["best"]
@@ -339,12 +341,12 @@ def main(cfg):
             )
         )
         if rt.is_main and cfg.lora_rank:
-            lora.save(model, dir, base=base, tensors=tensors, tok=tok)
-            checkpoint.write_text(
+            weights.save_adapter(model, dir, base=base, tensors=tensors, tok=tok)
+            files.write_text(
                 dir / "score_scale.json", json.dumps(dict(pad_token_id=pad_id, **scale)) + "\n"
             )
         elif rt.is_main:
-            checkpoint.save_model(
+            weights.save_model(
                 model,
                 dir,
                 rt.dtype,
@@ -383,7 +385,7 @@ def main(cfg):
             if saving:
                 save(out / "last", scores)
                 extra = dict(samples=samples[0], spans=samples[1]) if samples else {}
-                checkpoint.save_training(
+                state.save_training(
                     out / "state",
                     rt,
                     "reward",

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import lora
-from nano import checkpoint, config, runtime, tokenizer
+from nano import config, files, runtime, tokenizer, weights
 from nano.config import UserError
 from nano.generate import generate
 
@@ -57,12 +56,12 @@ class Sampler:
 
     def __init__(self, cfg):
         self.cfg, self.rt = cfg, runtime.Runtime(cfg.device, "none", cfg.dtype, cfg.seed)
-        self.model, base = lora.open_model(
+        self.model, base = weights.open_model(
             cfg.model, base=cfg.base, device=self.rt.device, dtype=self.rt.dtype
         )
         if self.model.cfg.head != "lm":
             raise UserError(f"{cfg.model} is a score model: it cannot write text")
-        self.tok = tokenizer.load(base, template=cfg.template or lora.chat_template(cfg.model))
+        self.tok = tokenizer.load(base, template=cfg.template or weights.chat_template(cfg.model))
         self.chats = self.tok.template not in (None, "plain")
         if self.tok.template is None:
             self.tok = tokenizer.load(base, template="plain")
@@ -181,7 +180,7 @@ def answer_file(sampler, entries, cfg):
     records = [dict(input=entry, output=text) for entry, text in zip(entries, texts, strict=True)]
     result = json.dumps(records, ensure_ascii=False, indent=2) + "\n"
     if cfg.out:
-        checkpoint.write_text(cfg.out, result)
+        files.write_text(cfg.out, result)
     else:
         print(result, end="")
     print(

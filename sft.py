@@ -21,7 +21,6 @@ import torch
 
 import lora
 from nano import (
-    checkpoint,
     config,
     data,
     estimate,
@@ -30,7 +29,9 @@ from nano import (
     losses,
     optim,
     runtime,
+    state,
     tokenizer,
+    weights,
 )
 from nano.config import UserError
 
@@ -156,14 +157,14 @@ def main(cfg):
     rt = runtime.start(cfg)
     rt.catch_signals()
     out = Path(cfg.out)
-    resume = checkpoint.resumes(out, cfg.resume, rt, cfg.model)
+    resume = state.resumes(out, cfg.resume, rt, cfg.model)
     if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
         raise UserError(
             "train= and freeze_layers= choose among the model's own weights: with lora_rank= use lora_targets="
         )
 
     # ------------------------------------------------------------------------------------------ model
-    model, base = lora.open_whole(cfg.model, as_base=cfg.lora_rank > 0)
+    model, base = weights.open_whole(cfg.model, as_base=cfg.lora_rank > 0)
     if cfg.lora_rank:
         lora.apply(
             model,
@@ -179,7 +180,7 @@ def main(cfg):
         raise UserError(
             f"freeze_layers={cfg.freeze_layers} of {model.cfg.n_layers} with train={cfg.train} leaves nothing to train"
         )
-    tok = tokenizer.load(base, data.chat_template(cfg.data) or lora.chat_template(cfg.model))
+    tok = tokenizer.load(base, data.chat_template(cfg.data) or weights.chat_template(cfg.model))
     tok.check_embeddings(model.cfg.vocab_size, base)
 
     # ------------------------------------------------------------------------------------------ data
@@ -215,7 +216,7 @@ def main(cfg):
     rt.prime(optimizer)
     start, best = 0, math.inf
     if resume:
-        meta, _ = checkpoint.load_training(out / "state", rt, "sft", trained, dict(adamw=optimizer))
+        meta, _ = state.load_training(out / "state", rt, "sft", trained, dict(adamw=optimizer))
         start, best = meta["step"], meta["best"]
 
     length = (
@@ -243,9 +244,9 @@ def main(cfg):
     def save(dir):
         tensors = rt.full(trained if cfg.lora_rank else dict(model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
-            lora.save(model, dir, base=base, tensors=tensors, tok=tok)
+            weights.save_adapter(model, dir, base=base, tensors=tensors, tok=tok)
         elif rt.is_main:
-            checkpoint.save_model(model, dir, rt.dtype, like=base, tensors=tensors, tok=tok)
+            weights.save_model(model, dir, rt.dtype, like=base, tensors=tensors, tok=tok)
 
     # ------------------------------------------------------------------------------------------ loop
     tokens = targets = 0  # of this rank, since the last line of the log
@@ -272,7 +273,7 @@ def main(cfg):
                 logger.samples(step, answer(rt, model, tok, val_rows, cfg))
             if step > start and (stop or step == steps or step % save_every == 0):
                 save(out / "last")
-                checkpoint.save_training(
+                state.save_training(
                     out / "state", rt, "sft", trained, dict(adamw=optimizer), step=step, best=best
                 )
         if stop or step == steps:

@@ -13,7 +13,7 @@ import json
 import statistics
 from dataclasses import dataclass
 
-from nano import config
+from nano import config, weights
 
 
 @dataclass
@@ -29,7 +29,6 @@ class Config:
 
 
 def main(cfg):
-    import lora
     from nano import generate, runtime, tokenizer
     from prepare.toy import three_bullets
 
@@ -46,7 +45,7 @@ def main(cfg):
             f"{cfg.data}: each line must be a JSON record with messages, as prepare.toy writes them"
         ) from None
     rt = runtime.Runtime(cfg.device, "none", cfg.dtype, cfg.seed)
-    model, base = lora.open_model(cfg.model, dtype=rt.dtype)
+    model, base = weights.open_model(cfg.model, dtype=rt.dtype)
     rt.place(model)
     tok = tokenizer.load(base)
     prompts = [tok.render(messages, add_generation_prompt=True)[0] for messages in asked]

@@ -11,7 +11,7 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 
-from nano import config
+from nano import config, weights
 
 
 @dataclass
@@ -27,7 +27,6 @@ class Config:
 
 
 def main(cfg):
-    import lora
     from nano import generate, runtime, tokenizer
     from prepare.instructions import recognise
     from prepare.toy import exact_match
@@ -41,7 +40,7 @@ def main(cfg):
             f"there is no file {cfg.data}: python -m prepare.toy out=data/toy writes one"
         ) from None
     rt = runtime.Runtime(cfg.device, cfg.parallel, cfg.dtype, cfg.seed)
-    model, base = lora.open_model(cfg.model, dtype=rt.dtype)
+    model, base = weights.open_model(cfg.model, dtype=rt.dtype)
     rt.place(model)
     tok = tokenizer.load(base)
     prompts = [

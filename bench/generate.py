@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nano import config
+from nano import config, weights
 
 
 @dataclass
@@ -41,7 +41,6 @@ def random_model(dir):
     import torch
 
     from model import ModelConfig, Transformer
-    from nano import checkpoint
 
     cfg = ModelConfig(
         vocab_size=128256,
@@ -56,7 +55,7 @@ def random_model(dir):
         tie_embeddings=True,
     )
     if not (Path(dir) / "config.json").exists():
-        checkpoint.save_model(Transformer(cfg).init_weights(), dir, dtype=torch.bfloat16)
+        weights.save_model(Transformer(cfg).init_weights(), dir, dtype=torch.bfloat16)
     return dir
 
 
@@ -65,13 +64,13 @@ def main(cfg):
     import numpy as np
     import torch
 
-    from nano import checkpoint, runtime
+    from nano import runtime
     from nano.generate import generate
 
     torch.set_num_threads(cfg.threads)
     rt = runtime.Runtime(cfg.device, "none", cfg.dtype, cfg.seed)
     dir = random_model("out/bench/random-1b") if cfg.model == "random-1b" else cfg.model
-    ours = checkpoint.load_model(dir, device=rt.device, dtype=rt.dtype)
+    ours = weights.load_model(dir, device=rt.device, dtype=rt.dtype)
     rng = np.random.default_rng(cfg.seed)
     prompts = rng.integers(5, ours.cfg.vocab_size, (cfg.prompts, cfg.prompt)).tolist()
     unequal = np.minimum(rng.geometric(4 / cfg.new, cfg.prompts), cfg.new).tolist()
@@ -120,12 +119,12 @@ def main(cfg):
         reads.append(big.nbytes / (time.perf_counter() - began))
     bandwidth = max(reads)
     del big
-    weights = sum(p.numel() for p in ours.parameters()) * rt.dtype.itemsize
+    size = sum(p.numel() for p in ours.parameters()) * rt.dtype.itemsize
     slot = (
         2 * ours.cfg.n_layers * ours.cfg.n_kv_heads * ours.cfg.head_dim * rt.dtype.itemsize
     )  # bytes of cache a token
     print(
-        f"{rt.name}, {cfg.threads} threads, {cfg.dtype}: {weights / 1e6:.0f} MB of weights, reads at {bandwidth / 1e9:.1f} GB/s"
+        f"{rt.name}, {cfg.threads} threads, {cfg.dtype}: {size / 1e6:.0f} MB of weights, reads at {bandwidth / 1e9:.1f} GB/s"
     )
 
     cases = dict(
@@ -150,7 +149,7 @@ def main(cfg):
             # every step reads the weights once for a full batch, and each row its cache
             steps = tokens / min(cfg.batch_size, len(asked))
             bound = (
-                steps * weights + sum(n * (cfg.prompt + n / 2) for n in lengths) * slot
+                steps * size + sum(n * (cfg.prompt + n / 2) for n in lengths) * slot
             ) / bandwidth
             print(
                 f"  {side:<13} {tokens / seconds:8.1f} tokens/s   {tokens / statistics.median(cpu[side]):8.1f} tokens/CPU-s   "

@@ -25,7 +25,7 @@ import torch
 import lora
 import pretrain
 from model import ModelConfig, Transformer
-from nano import checkpoint, config, estimate, log
+from nano import config, estimate, families, log
 from nano.config import UserError
 
 # From the makers' data sheets: memory GB, its bandwidth GB/s, GB/s that a device sends within its node; assumed, to other nodes: an
@@ -90,7 +90,7 @@ class Config:
 def build(cfg, head):
     """The model without memory: a Transformer on the meta device, in the dtypes that the stages give it."""
     if cfg.model:
-        shape = checkpoint.load_config(cfg.model)
+        shape = families.load_config(cfg.model)
     else:
         sizes = pretrain.SIZES | SIZES
         if cfg.size not in sizes:

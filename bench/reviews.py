@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from nano import config
+from nano import config, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,7 +82,7 @@ def measure(root, samples):
     """{stage: {column: value}} from fresh samples of every stage's model, the same prompts and random numbers for each."""
     import torch
 
-    from nano import checkpoint, generate, losses, tokenizer
+    from nano import generate, losses, tokenizer
     from prepare.toy import gold
 
     torch.set_num_threads(1)
@@ -93,13 +93,13 @@ def measure(root, samples):
     asked = (asked * (samples // len(asked) + 1))[:samples]
     prompts = [tok.encode(text) for text in asked]
     sft, scorer = (
-        checkpoint.load_model(f"{root}/sft/last"),
-        checkpoint.load_model(f"{root}/reward/last"),
+        weights.load_model(f"{root}/sft/last"),
+        weights.load_model(f"{root}/reward/last"),
     )
-    gain, bias = checkpoint.read_score_scale(f"{root}/reward/last")
+    gain, bias = weights.read_score_scale(f"{root}/reward/last")
     table, worth_of_sft = {}, None
     for stage in STAGES:
-        model = checkpoint.load_model(f"{root}/{stage.replace(', no KL', '-no-kl')}/last").float()
+        model = weights.load_model(f"{root}/{stage.replace(', no KL', '-no-kl')}/last").float()
         made = generate.generate(model, prompts, 16, stop_ids=tok.stop_ids, seed=1, batch_size=256)
         worth = [
             gold(p, tok.decode(t), f)

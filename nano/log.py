@@ -22,7 +22,7 @@ import textwrap
 import time
 from pathlib import Path
 
-from nano import checkpoint, config
+from nano import config, files
 
 # Peak dense bf16 FLOP/s (fp32 accumulation) from the makers' data sheets; V100: fp16, by words of the device's name.
 PEAK_FLOPS = {
@@ -100,7 +100,7 @@ class Log:
         path = self.dir / "config.cfg"
         old = path.read_text(encoding="utf-8") if resumed and path.exists() else ""
         if self.is_main:
-            checkpoint.write_text(
+            files.write_text(
                 path, config.to_cfg(dataclasses.replace(cfg, resume="auto"))
             )  # the file continues it
         self.text(" ".join([f"{stage}:", *config.diff(cfg)]))

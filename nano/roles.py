@@ -16,7 +16,7 @@ import torch
 
 import lora
 from model import ScoreHead
-from nano import checkpoint, losses, optim, tokenizer
+from nano import families, losses, optim, tokenizer, weights
 from nano.config import UserError
 
 
@@ -135,11 +135,11 @@ def build(cfg, tok):
 
 def check_scorer(dir, tok):
     """UserError unless `dir` is a score model, or an adapter of one, that reads the policy's tokens."""
-    base, adapter = lora.base_of(dir), lora.is_adapter(dir)
+    base, adapter = weights.base_of(dir), weights.is_adapter(dir)
     if (
-        (lora.read_config(dir).get("task_type") != "SEQ_CLS")
+        (weights.read_adapter_config(dir).get("task_type") != "SEQ_CLS")
         if adapter
-        else (checkpoint.load_config(dir).head != "score")
+        else (families.load_config(dir).head != "score")
     ):
         raise UserError(
             f"reward={dir} is a language model: train a score model with reward.py, or give file.py:function"
@@ -155,10 +155,10 @@ def full_models(cfg, judged):
     fp32: policy and reference start equal to the bit."""
 
     def frozen(dir, head=None):
-        return lora.open_whole(dir, head)[0].requires_grad_(False)
+        return weights.open_whole(dir, head)[0].requires_grad_(False)
 
     def trainable(dir, head=None):
-        model, _ = lora.open_whole(dir, head)
+        model, _ = weights.open_whole(dir, head)
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
         return model
 
@@ -174,7 +174,7 @@ def full_models(cfg, judged):
         )
     if not judged:
         model = frozen(cfg.reward, "score")
-        scorer = Role(model, head=model.score, scale=checkpoint.read_score_scale(cfg.reward))
+        scorer = Role(model, head=model.score, scale=weights.read_score_scale(cfg.reward))
     if cfg.algo == "ppo":  # the critic starts as the reward model and speaks in its units
         model = trainable(cfg.model if judged else cfg.reward, "score")
         model.score.requires_grad_(True)  # in full, whatever else is trained
@@ -187,26 +187,26 @@ def full_models(cfg, judged):
 def one_trunk(cfg, judged):
     """Layout (b): the roles are one frozen trunk under different adapters; the reference is the trunk alone. The reward model
     joins them when it is an adapter on the same trunk; otherwise it is a frozen model of its own."""
-    model, base = lora.open_whole(cfg.model, as_base=True)
+    model, base = weights.open_whole(cfg.model, as_base=True)
     adapter = dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, targets=cfg.lora_targets)
     lora.apply(model, name="policy", **adapter)
     policy, reference, scorer, critic = Role(model, "policy"), Role(model), None, None
     joined = (
         not judged
-        and lora.is_adapter(cfg.reward)
-        and lora.base_of(cfg.reward).resolve() == base.resolve()
+        and weights.is_adapter(cfg.reward)
+        and weights.base_of(cfg.reward).resolve() == base.resolve()
     )
-    scale = (1.0, 0.0) if judged else checkpoint.read_score_scale(cfg.reward)
+    scale = (1.0, 0.0) if judged else weights.read_score_scale(cfg.reward)
     if joined:
-        model.reward_head = lora.load_scorer(model, cfg.reward, "reward")
+        model.reward_head = weights.load_scorer(model, cfg.reward, "reward")
         scorer = Role(model, "reward", model.reward_head, scale)
     elif not judged:
-        other = lora.open_whole(cfg.reward, "score")[0].requires_grad_(False)
+        other = weights.open_whole(cfg.reward, "score")[0].requires_grad_(False)
         scorer = Role(other, head=other.score, scale=scale)
     if (
         cfg.algo == "ppo" and joined
     ):  # the critic starts as a copy of the reward adapter and its head
-        model.value_head = lora.load_scorer(model, cfg.reward, "value")
+        model.value_head = weights.load_scorer(model, cfg.reward, "value")
         critic = Role(model, "value", model.value_head, scale)
     elif cfg.algo == "ppo":
         lora.apply(model, name="value", **adapter)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nano import config
+from nano import config, weights
 from nano.config import UserError
 
 
@@ -276,11 +276,10 @@ def reviews(rows, prompts, seed=0):
 
 def preferences(model, rows, answers=4, seed=0):
     """Ranked records, best first: sampled answers to `rows` prompts, by gold + N(0, 1)."""
-    import lora
     from nano import generate, tokenizer
 
     rng = random.Random(seed + 1)
-    model, base = lora.open_model(model)
+    model, base = weights.open_model(model)
     tok = tokenizer.load(base)
     asked = [f"<u> {rng.choice(VERBS)} {rng.choice(NOUNS)} <a>" for _ in range(rows)]
     prompts = [tok.encode(a) for a in asked]

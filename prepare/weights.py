@@ -30,7 +30,7 @@ import torch
 
 import lora
 from model import ModelConfig, rope_frequencies
-from nano import checkpoint, config, data, tokenizer
+from nano import config, data, families, files, tokenizer, weights
 from nano.config import UserError
 from prepare.gguf import Gguf
 
@@ -144,7 +144,7 @@ def convert_gguf(path, out, dtype):
                 w = halves(w, heads if ".attn_q." in name else kv_heads)
             yield target, w
 
-    checkpoint.write_tensors(tensors(), out)
+    weights.write_tensors(tensors(), out)
     ids = gguf_tokenizer(gguf, out, cfg.max_positions)
     write_configs(out, cfg, dtype, **ids)
 
@@ -229,7 +229,7 @@ def gguf_tokenizer(gguf, out, max_positions):
             meta.get("scores") or [0.0] * len(tokens),
             meta.get("add_space_prefix", True),
         )
-        checkpoint.write_bytes(
+        files.write_bytes(
             out / "tokenizer.model", sentencepiece_model(tokens, scores, types, ids, prefix)
         )
         settings["legacy"] = True  # llama.cpp's way: a space before every stretch of text
@@ -399,22 +399,22 @@ def load_pickle(path):
 
 
 def convert_meta(source, out, dtype):
-    params = checkpoint.read_json(source / "params.json")
-    files = sorted(source.glob("consolidated.*.pth"))
-    parts = [load_pickle(path) for path in files]
+    params = files.read_json(source / "params.json")
+    paths = sorted(source.glob("consolidated.*.pth"))
+    parts = [load_pickle(path) for path in paths]
     vocabulary = next(
         (p for d in (source, source.parent) if (p := d / "tokenizer.model").exists()), None
     )
     if not vocabulary:
         raise UserError(
-            f"neither {source} nor its parent holds the tokenizer.model that belongs to {files[0].name}"
+            f"neither {source} nor its parent holds the tokenizer.model that belongs to {paths[0].name}"
         )
     first = parts[0]
     needed = {"tok_embeddings.weight", "layers.0.feed_forward.w1.weight"}
     if needed - first.keys() or not all(
         isinstance(params.get(key), int) for key in ("dim", "n_layers", "n_heads")
     ):
-        raise UserError(f"{source}: {files[0].name} and params.json are not of a Llama release")
+        raise UserError(f"{source}: {paths[0].name} and params.json are not of a Llama release")
     dim, heads, layers = params["dim"], params["n_heads"], params["n_layers"]
     kv_heads, theta = params.get("n_kv_heads") or heads, float(params.get("rope_theta", 10000.0))
     scaled, window = params.get("use_scaled_rope", False), params.get("sliding_window")
@@ -441,7 +441,7 @@ def convert_meta(source, out, dtype):
             raise UserError(f"{source}: no place in a Llama model for the tensor {name}")
         if any(name not in part for part in parts):
             raise UserError(
-                f"{source}: {name} is not in all of the {len(files)} files: they are not of one model"
+                f"{source}: {name} is not in all of the {len(paths)} files: they are not of one model"
             )
     tied = "output.weight" not in names or torch.equal(
         whole("output.weight"), whole("tok_embeddings.weight")
@@ -485,8 +485,8 @@ def convert_meta(source, out, dtype):
                 w = halves(w, heads if ".wq." in name else kv_heads)
             yield target, w
 
-    checkpoint.write_tensors(tensors(), out)
-    checkpoint.write_bytes(out / "tokenizer.model", vocabulary.read_bytes())
+    weights.write_tensors(tensors(), out)
+    files.write_bytes(out / "tokenizer.model", vocabulary.read_bytes())
     t = tokenizer.load(out)
     write_configs(
         out, cfg, dtype, bos_token_id=t.bos_id, eos_token_id=t.eos_id, pad_token_id=t.pad_id
@@ -498,19 +498,19 @@ def convert_meta(source, out, dtype):
 
 def convert_adapter(source, out, dtype):
     """Base and adapter as one model; the sum is made in fp32 and rounded once."""
-    model, base = lora.open_model(source, dtype=torch.float32)
-    dtype = dtype or checkpoint.read_tensors(base)["model.embed_tokens.weight"].dtype
+    model, base = weights.open_model(source, dtype=torch.float32)
+    dtype = dtype or weights.read_tensors(base)["model.embed_tokens.weight"].dtype
     extra = {}
     if model.cfg.head == "score":
-        extra["reward_gain"], extra["reward_bias"] = checkpoint.read_score_scale(source)
-    template = lora.chat_template(source)
+        extra["reward_gain"], extra["reward_bias"] = weights.read_score_scale(source)
+    template = weights.chat_template(source)
     tok = tokenizer.load(base, template=template) if template else None
-    checkpoint.save_model(lora.merge(model), out, dtype=dtype, like=base, tok=tok, **extra)
+    weights.save_model(lora.merge(model), out, dtype=dtype, like=base, tok=tok, **extra)
 
 
 def convert_hf(source, out, dtype):
     if not any(source.glob("model*.safetensors")) and any(source.glob("pytorch_model*.bin")):
-        cfg = checkpoint.load_config(source)
+        cfg = families.load_config(source)
         tensors = {}
         for path in sorted(source.glob("pytorch_model*.bin")):
             tensors |= load_pickle(path)
@@ -524,14 +524,14 @@ def convert_hf(source, out, dtype):
                 f"{source}: there is no model.embed_tokens.weight in pytorch_model*.bin"
             )
         dtype = dtype or tensors["model.embed_tokens.weight"].dtype
-        checkpoint.write_tensors(
+        weights.write_tensors(
             ((name, t.to(dtype, copy=True)) for name, t in tensors.items()), out
         )  # some share memory
-        checkpoint.copy_tokenizer(source, out)
+        weights.copy_tokenizer(source, out)
         extra = {"torch_dtype": str(dtype).removeprefix("torch.")}
-        write_json(out / "config.json", checkpoint.config_json(cfg, source, **extra))
+        write_json(out / "config.json", families.config_json(cfg, source, **extra))
     else:
-        checkpoint.save_model(checkpoint.load_model(source), out, dtype=dtype, like=source)
+        weights.save_model(weights.load_model(source), out, dtype=dtype, like=source)
 
 
 def download(repo):
@@ -542,9 +542,9 @@ def download(repo):
         raise UserError(
             f"source={repo} needs the package huggingface_hub, which `pip install datasets` brings"
         ) from None
-    files = ["*.safetensors", "*.safetensors.index.json", "config.json", *tokenizer.FILES]
+    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", *tokenizer.FILES]
     try:
-        path = Path(snapshot_download(repo, allow_patterns=files, ignore_patterns=["*/*"]))
+        path = Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=["*/*"]))
         if not any(path.glob("*.safetensors")):
             path = Path(snapshot_download(repo, allow_patterns=["pytorch_model*.bin"]))
     except Exception as e:  # whatever the hub and the network come up with
@@ -602,7 +602,7 @@ def convert(source, out, dtype, scratch):
         convert_gguf(path, out, dtype)
     elif path.is_dir() and any(path.glob("consolidated.*.pth")) and (path / "params.json").exists():
         convert_meta(path, out, dtype)
-    elif lora.is_adapter(path):
+    elif weights.is_adapter(path):
         convert_adapter(path, out, dtype)
     elif path.is_dir():
         convert_hf(path, out, dtype)
@@ -615,14 +615,14 @@ def convert(source, out, dtype, scratch):
 
 
 def write_json(path, value):
-    checkpoint.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    files.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_configs(out, cfg, dtype, **ids):
     write_json(out / "generation_config.json", {"_from_model_config": True, **ids})
     write_json(
         out / "config.json",
-        checkpoint.config_json(cfg, torch_dtype=str(dtype).removeprefix("torch."), **ids),
+        families.config_json(cfg, torch_dtype=str(dtype).removeprefix("torch."), **ids),
     )
 
 
@@ -630,7 +630,7 @@ def check_target(source, out):
     """Only a model directory is ever replaced, and never the source."""
     if Path(source).exists() and Path(source).resolve() in (out, *out.parents):
         raise UserError(f"out={out} lies in the source: give another directory")
-    if lora.is_adapter(source) and lora.base_of(source).resolve() == out:
+    if weights.is_adapter(source) and weights.base_of(source).resolve() == out:
         raise UserError(
             f"out={out} is the base of the adapter, which would be added to it once more: give another directory"
         )
@@ -654,7 +654,7 @@ def main(cfg):
         try:
             tmp.mkdir(parents=True)
             convert(cfg.source, tmp, dtype, scratch)
-            model = checkpoint.load_model(tmp)  # the proof that names and shapes are right
+            model = weights.load_model(tmp)  # the proof that names and shapes are right
             data.replace_dir(tmp, out)
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)

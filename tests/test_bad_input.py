@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 import lora
 import sft
-from nano import checkpoint, config, tokenizer
+from nano import config, files, state, tokenizer, weights
 
 BASE = dict(
     device="cpu", dtype="float32", max_length=64, batch_size=4, micro_batch=2, steps=2, samples=0
@@ -163,7 +163,7 @@ def test_a_padding_token_beyond_the_embeddings(run, good, tmp_path):
     tiny.write(
         padded,
         "tokenizer_config.json",
-        checkpoint.read_json(padded / "tokenizer_config.json") | dict(pad_token="<pad>"),
+        files.read_json(padded / "tokenizer_config.json") | dict(pad_token="<pad>"),
     )
     assert tokenizer.load(padded).vocab_size == 260
     assert run(model=padded, data=tiny.store(tmp_path / "data", padded)) == ("", 0)
@@ -202,9 +202,9 @@ def damage_model(dir, how):
     elif how == "no weights":
         (dir / "model.safetensors").unlink()
     elif how == "a tensor missing":
-        tensors = dict(checkpoint.read_tensors(dir))
+        tensors = dict(weights.read_tensors(dir))
         del tensors["model.norm.weight"]
-        checkpoint.write_tensors([(k, t.clone()) for k, t in tensors.items()], dir)
+        weights.write_tensors([(k, t.clone()) for k, t in tensors.items()], dir)
     elif how == "config is no JSON":
         path.write_text("{'a': 1}")
     else:
@@ -287,9 +287,9 @@ def test_a_data_folder_of_another_tokenizer(run, tmp_path):
 
 
 def adapter(dir, model):
-    net = checkpoint.load_model(model)
+    net = weights.load_model(model)
     lora.apply(net, rank=2, alpha=4)
-    lora.save(net, dir, base=model)
+    weights.save_adapter(net, dir, base=model)
     return dir
 
 
@@ -349,7 +349,7 @@ def test_a_full_disk_loses_nothing(run, tmp_path, monkeypatch, call, what):
     """A save of step 2 fails: the state of step 1 is whole, nothing half-written lies about, and the same command goes on."""
     settings = dict(steps=2, save_every=1, eval_every=100)  # saves last, state; best, last, state
     assert run(out=tmp_path / "whole", **settings)[1] == 0
-    save_file, calls = checkpoint.save_file, []
+    save_file, calls = weights.save_file, []
 
     def full(tensors, path, **kwargs):
         calls.append(path)
@@ -358,12 +358,12 @@ def test_a_full_disk_loses_nothing(run, tmp_path, monkeypatch, call, what):
             raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(weights, "save_file", full)
         refused(run(**settings), "disk is full", "No space left")
     assert what in str(calls[-1]) and not [
         name for name in contents(tmp_path / "out") if "tmp" in name or "old" in name
     ]
-    assert checkpoint.load_state(tmp_path / "out" / "state")[1]["meta"]["step"] == 1
+    assert state.load_state(tmp_path / "out" / "state")[1]["meta"]["step"] == 1
     assert run(**settings) == ("", 0)
     for which in ("last", "best", "state"):
         assert contents(tmp_path / "out" / which) == contents(tmp_path / "whole" / which)

@@ -7,14 +7,14 @@ import tiny
 import transformers
 
 import dpo
-import lora
 import ppo
 import reward
 import sample
 import sft
-from nano import config, data, generate, tokenizer
+from nano import config, data, generate, tokenizer, weights
 from nano.config import UserError
-from prepare import instructions, preferences, weights
+from prepare import instructions, preferences
+from prepare import weights as prepare_weights
 
 TALK = [
     dict(role="system", content="s"),
@@ -119,7 +119,9 @@ def test_adapters_bring_the_template_along(folder, tmp_path):
     adapter = run(sft, folder, "sft", tmp_path / "run", "lora_rank=2")
     sampler = sample.Sampler(config.load(sample.Config, [f"model={adapter}", "device=cpu"]))
     assert sampler.tok.template == "chatml" and sampler.chats
-    weights.main(config.load(weights.Config, [f"source={adapter}", f"out={tmp_path / 'merged'}"]))
+    prepare_weights.main(
+        config.load(prepare_weights.Config, [f"source={adapter}", f"out={tmp_path / 'merged'}"])
+    )
     assert tokenizer.load(tmp_path / "merged").template == "chatml"
     again = run(
         sft, folder, "sft", tmp_path / "again"
@@ -139,7 +141,7 @@ def test_adapters_bring_the_template_along(folder, tmp_path):
         tokenizer.load(whole).template == "chatml"
     )  # data that says nothing leaves what the adapter brought
     own = run(sft, folder, tmp_path / "plain", tmp_path / "run", "lora_rank=2", "resume=false")
-    assert lora.chat_template(own) is None  # nor does an older adapter's stay behind
+    assert weights.chat_template(own) is None  # nor does an older adapter's stay behind
 
 
 def test_data_of_two_templates_is_refused(folder, tmp_path):

@@ -23,7 +23,7 @@ from test_parallel import (  # noqa: F401
 )
 
 import sft
-from nano import checkpoint, losses, runtime
+from nano import losses, runtime, weights
 from nano.generate import generate
 
 if not torch.cuda.is_available():
@@ -93,7 +93,7 @@ def test_a_resume_is_exact(folder, tmp_path, name):  # noqa: F811
         ]
     )
     kind = "model" if (whole / "last" / "config.json").exists() else "adapter_model"
-    a, b = (checkpoint.read_tensors(out / "last", kind) for out in (whole, cut))
+    a, b = (weights.read_tensors(out / "last", kind) for out in (whole, cut))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 import dpo
 import lora
-from nano import checkpoint, config, data, rankings, runtime, tokenizer
+from nano import config, data, rankings, runtime, state, tokenizer, weights
 from nano.config import UserError
 
 FAST = "device=cpu dtype=float32 max_length=128 batch_size=8 log_every=100 samples=1 sample_tokens=4".split()
@@ -113,7 +113,7 @@ def test_losses_and_gradients_by_hand(settings):
 
 
 def test_completion_logprobs_are_sums_over_the_completions_own_tokens(folder):
-    model, rows = checkpoint.load_model(folder / "model", dtype=torch.float32), open_rows(folder)
+    model, rows = weights.load_model(folder / "model", dtype=torch.float32), open_rows(folder)
     for static in (False, True):
         for micro in rankings.Batches(rows, 6, 2, 128, static=static).batch(0):
             found = dpo.completion_logprobs(model, model, micro)
@@ -202,8 +202,8 @@ def test_loss_and_gradients_are_trls(theirs, ours, folder, tmp_path):
     their_loss.backward()
     grads = {name: p.grad for name, p in trainer.model.named_parameters()}
 
-    model = checkpoint.load_model(tmp_path / "policy", dtype=torch.float32)
-    reference = checkpoint.load_model(folder / "model", dtype=torch.float32).requires_grad_(False)
+    model = weights.load_model(tmp_path / "policy", dtype=torch.float32)
+    reference = weights.load_model(folder / "model", dtype=torch.float32).requires_grad_(False)
     cfg, total, micros = dpo.Config(beta=0.3, **ours), 0.0, batches.batch(0)
     for micro in micros:
         with torch.no_grad():
@@ -234,7 +234,7 @@ def test_learns_to_prefer(run):
     import transformers
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "last", dtype=torch.float32)
-    ours, ids = checkpoint.load_model(out / "last"), torch.arange(97, 117)[None]
+    ours, ids = weights.load_model(out / "last"), torch.arange(97, 117)[None]
     with torch.no_grad():
         assert (theirs(ids).logits - ours.logits(ours(ids))).abs().max() < 1e-4
 
@@ -291,7 +291,7 @@ def test_two_processes_do_what_one_does(run, folder, tmp_path):
 
 
 def test_the_reference_is_the_start_and_with_lora_the_bare_base(run, folder):
-    base, rows = checkpoint.load_model(folder / "model", dtype=torch.float32), open_rows(folder)
+    base, rows = weights.load_model(folder / "model", dtype=torch.float32), open_rows(folder)
     by_hand = [
         logprob(base, tokens.tolist(), mask).item()
         for tokens, mask in map(rows.stores[0].row, range(rows.first[-1]))
@@ -300,7 +300,7 @@ def test_the_reference_is_the_start_and_with_lora_the_bare_base(run, folder):
         out = run(*settings, out=f"out{len(settings)}")
         values = np.fromfile(next(out.glob("reference.train.*.bin")), np.float32)
         np.testing.assert_allclose(values, by_hand, atol=1e-4)
-    model, _ = lora.open_model(out / "last")
+    model, _ = weights.open_model(out / "last")
     ids = torch.arange(97, 117)[None]
     with torch.no_grad():
         assert not torch.equal(model(ids), base(ids))
@@ -348,9 +348,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, run, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(runtime.Runtime, "should_stop", lambda self: next(asked) >= 4)
         parts = run(*settings, out="parts")
-    assert checkpoint.load_state(parts / "state")[1]["meta"]["step"] == 4
+    assert state.load_state(parts / "state")[1]["meta"]["step"] == 4
     run(*settings, out="parts")
-    a, b = (checkpoint.load_state(out / "state") for out in (whole, parts))
+    a, b = (state.load_state(out / "state") for out in (whole, parts))
     assert (
         a[1] == b[1]
         and a[0].keys() == b[0].keys()

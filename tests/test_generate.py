@@ -7,6 +7,7 @@ import torch
 import lora
 from model import ModelConfig, Transformer
 from nano import generate as G
+from nano import weights
 from nano.config import UserError
 from nano.generate import choose, generate, keep_from
 
@@ -77,7 +78,6 @@ def test_greedy_equals_uncached(name):
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
 def test_greedy_equals_transformers(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
-    from nano import checkpoint
 
     extra = dict(llama={}, mistral=dict(sliding_window=6), qwen3=dict(head_dim=16))[kind]
     config = transformers.AutoConfig.for_model(
@@ -98,7 +98,7 @@ def test_greedy_equals_transformers(kind, tmp_path):
     torch.manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     theirs.save_pretrained(tmp_path)
-    ours = checkpoint.load_model(tmp_path)
+    ours = weights.load_model(tmp_path)
     prompts = ragged(6, low=2)
     made = generate(ours, prompts, 30, temperature=0.0, batch_size=4)
     for prompt, tokens in zip(prompts, made.tokens, strict=True):

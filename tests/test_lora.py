@@ -7,7 +7,7 @@ import tiny
 import torch
 
 import lora
-from nano import checkpoint
+from nano import files, weights
 from nano.config import UserError
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -34,15 +34,15 @@ def shake(model, name="default", seed=1):
 
 
 def adapter(dir, base, name="default", seed=1, **settings):
-    """A PEFT directory with random weights, written by lora.save."""
-    model = checkpoint.load_model(base)
+    """A PEFT directory with random weights, written by weights.save_adapter."""
+    model = weights.load_model(base)
     lora.apply(model, **dict(rank=4, alpha=8) | settings, name=name)
-    lora.save(shake(model, name, seed), dir, name=name, base=base)
+    weights.save_adapter(shake(model, name, seed), dir, name=name, base=base)
     return logits(model.eval())
 
 
 def change(dir, **settings):
-    tiny.write(dir, "adapter_config.json", lora.read_config(dir) | settings)
+    tiny.write(dir, "adapter_config.json", weights.read_adapter_config(dir) | settings)
 
 
 def digest(dir):
@@ -262,7 +262,7 @@ def test_peft_reads_what_is_written_here(base, tmp_path, settings, recwarn):
     ours = adapter(tmp_path / "adapter", base, **settings)
     assert (ours - in_peft(base, tmp_path / "adapter")).abs().max() <= 1e-5
     assert not [w for w in recwarn if "missing" in str(w.message) and "adapter" in str(w.message)]
-    model, found = lora.open_model(tmp_path / "adapter")
+    model, found = weights.open_model(tmp_path / "adapter")
     assert found == base and torch.equal(logits(model.train()), ours)  # loaded without dropout
     assert set(digest(tmp_path / "adapter")) == {"adapter_config.json", "adapter_model.safetensors"}
 
@@ -285,7 +285,7 @@ def test_what_peft_writes_is_read_here(base, tmp_path, settings):
                 p.normal_(std=0.1)
         theirs = model(TOKENS).logits
     model.save_pretrained(tmp_path / "adapter")
-    ours, _ = lora.open_model(tmp_path / "adapter", base=base)
+    ours, _ = weights.open_model(tmp_path / "adapter", base=base)
     assert (logits(ours) - theirs).abs().max() <= 1e-5
     assert (logits(lora.merge(ours)) - theirs).abs().max() <= 1e-5
 
@@ -294,16 +294,16 @@ def test_a_score_adapter_there_and_back(base, tmp_path):
     import peft
     import transformers
 
-    model = checkpoint.load_model(base, head="score")
+    model = weights.load_model(base, head="score")
     lora.apply(model, rank=4, alpha=8)
     shake(model)
-    lora.save(model, tmp_path / "ours", base=base)
+    weights.save_adapter(model, tmp_path / "ours", base=base)
     with torch.no_grad():
         ours = model.score(model(TOKENS))
     assert (
         ours - in_peft(base, tmp_path / "ours", "AutoModelForSequenceClassification")
     ).abs().max() <= 1e-5
-    again, _ = lora.open_model(tmp_path / "ours")
+    again, _ = weights.open_model(tmp_path / "ours")
     with torch.no_grad():
         assert again.cfg.head == "score" and torch.equal(again.score(again(TOKENS)), ours)
 
@@ -321,37 +321,37 @@ def test_a_score_adapter_there_and_back(base, tmp_path):
             theirs.base_model.model.model(TOKENS).last_hidden_state
         ).squeeze(-1)
     theirs.save_pretrained(tmp_path / "theirs")
-    model, _ = lora.open_model(tmp_path / "theirs", base=base)
+    model, _ = weights.open_model(tmp_path / "theirs", base=base)
     with torch.no_grad():
         assert (model.score(model(TOKENS)) - scores).abs().max() <= 1e-5
     with pytest.raises(UserError, match="score"):
-        lora.load(checkpoint.load_model(base), tmp_path / "theirs")
+        weights.load_adapter(weights.load_model(base), tmp_path / "theirs")
 
 
 def test_a_merged_model_opens_in_transformers(base, tmp_path):
     import transformers
 
     ours = adapter(tmp_path / "adapter", base)
-    model, found = lora.open_model(tmp_path / "adapter")
-    checkpoint.save_model(lora.merge(model), tmp_path / "merged", like=found)
+    model, found = weights.open_model(tmp_path / "adapter")
+    weights.save_model(lora.merge(model), tmp_path / "merged", like=found)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", dtype=torch.float32
     )
     with torch.no_grad():
         assert (theirs(TOKENS).logits - ours).abs().max() <= 1e-5
-    assert (logits(checkpoint.load_model(tmp_path / "merged")) - ours).abs().max() <= 1e-5
+    assert (logits(weights.load_model(tmp_path / "merged")) - ours).abs().max() <= 1e-5
 
 
 def test_another_base_by_key_changes_no_file(base, tmp_path):
     other = tiny.model_dir(tmp_path / "other", seed=7)
     adapter(tmp_path / "adapter", base)
     before = [digest(d) for d in (base, other, tmp_path / "adapter")]
-    model, found = lora.open_model(tmp_path / "adapter", base=other)
+    model, found = weights.open_model(tmp_path / "adapter", base=other)
     assert found == other and not torch.equal(
-        logits(model), logits(lora.open_model(tmp_path / "adapter")[0])
+        logits(model), logits(weights.open_model(tmp_path / "adapter")[0])
     )
     lora.use(model, None)
-    assert torch.equal(logits(model), logits(checkpoint.load_model(other)))
+    assert torch.equal(logits(model), logits(weights.load_model(other)))
     assert [digest(d) for d in (base, other, tmp_path / "adapter")] == before
 
 
@@ -359,25 +359,25 @@ def test_a_base_beside_the_adapter_is_found(base, tmp_path):
     ours = adapter(tmp_path / "adapter", base)
     (tmp_path / "adapter" / "base").symlink_to(base)
     change(tmp_path / "adapter", base_model_name_or_path="base")
-    assert torch.equal(logits(lora.open_model(tmp_path / "adapter")[0]), ours)
+    assert torch.equal(logits(weights.open_model(tmp_path / "adapter")[0]), ours)
 
 
 def test_a_folder_holds_an_adapter_or_a_model(base, tmp_path):
     """A run with the other kind of training in the same folder leaves no second thing behind that would be opened in its place."""
-    dir, whole = tmp_path / "last", checkpoint.load_model(base)
+    dir, whole = tmp_path / "last", weights.load_model(base)
     adapter(dir, base)
-    checkpoint.write_text(dir / "score_scale.json", "{}")
-    checkpoint.save_model(whole, dir, like=base)
+    files.write_text(dir / "score_scale.json", "{}")
+    weights.save_model(whole, dir, like=base)
     assert not {p.name for p in dir.iterdir()} & {
         "adapter_config.json",
         "adapter_model.safetensors",
         "score_scale.json",
     }
-    assert torch.equal(logits(lora.open_model(dir)[0]), logits(whole))
-    checkpoint.save_model(whole, dir, like=base, shard_bytes=20000)  # several files and their index
+    assert torch.equal(logits(weights.open_model(dir)[0]), logits(whole))
+    weights.save_model(whole, dir, like=base, shard_bytes=20000)  # several files and their index
     ours = adapter(dir, base)
     assert not (dir / "config.json").exists() and not list(dir.glob("model*"))
-    assert torch.equal(logits(lora.open_model(dir)[0]), ours)
+    assert torch.equal(logits(weights.open_model(dir)[0]), ours)
 
 
 def test_adapters_that_do_not_fit(base, tmp_path):
@@ -388,28 +388,28 @@ def test_adapters_that_do_not_fit(base, tmp_path):
 
     def refused(match, *args, **kwargs):
         with pytest.raises(UserError, match=match) as e:
-            lora.open_model(*args, **kwargs)
+            weights.open_model(*args, **kwargs)
         assert str(dir) in str(e.value) or "lonely" in str(e.value)
 
     refused("another base", dir, base=narrow)
     refused("another base", dir, base=shallow)
     refused("no model directory", dir, base=tmp_path / "nowhere")
     with pytest.raises(UserError, match="whole model"):
-        lora.open_model(base, base=base)
+        weights.open_model(base, base=base)
 
-    good = dict(checkpoint.read_tensors(dir, name="adapter_model"))
+    good = dict(weights.read_tensors(dir, name="adapter_model"))
     lonely = tmp_path / "lonely"
     for match, tensors in (
         ("incomplete", {k: t for k, t in good.items() if "lora_B" not in k}),
         ("incomplete", dict(list(good.items())[:-1])),
-        ("another base", good | {lora.PREFIX + "lm_head.lora_A.weight": torch.zeros(4, 32)}),
+        ("another base", good | {weights.PREFIX + "lm_head.lora_A.weight": torch.zeros(4, 32)}),
         (
             "another base",
-            good | {lora.PREFIX + "model.embed_tokens.lora_embedding_A": torch.zeros(4, 32)},
+            good | {weights.PREFIX + "model.embed_tokens.lora_embedding_A": torch.zeros(4, 32)},
         ),
     ):
-        checkpoint.write_tensors(tensors.items(), lonely, name="adapter_model")
-        tiny.write(lonely, "adapter_config.json", lora.read_config(dir))
+        weights.write_tensors(tensors.items(), lonely, name="adapter_model")
+        tiny.write(lonely, "adapter_config.json", weights.read_adapter_config(dir))
         refused(match, lonely)
     for settings in (
         dict(use_dora=True),
@@ -425,7 +425,7 @@ def test_adapters_that_do_not_fit(base, tmp_path):
             for how in ("pissa", "pissa_niter_4", "olora", "corda", "loftq")
         ),
     ):
-        config = lora.read_config(dir)
+        config = weights.read_adapter_config(dir)
         change(dir, **settings)
         refused(next(iter(settings)), dir)
         tiny.write(dir, "adapter_config.json", config)

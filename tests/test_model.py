@@ -25,7 +25,7 @@ from model import (
     document_attention,
     rope_frequencies,
 )
-from nano import checkpoint
+from nano import families, weights
 from nano.config import UserError
 
 TINY = dict(
@@ -121,17 +121,17 @@ def test_logits_equal_transformers_both_directions(family, tmp_path):
     assert expected.std() > 0.1
 
     reference.save_pretrained(tmp_path / "theirs")
-    model = checkpoint.load_model(tmp_path / "theirs")
+    model = weights.load_model(tmp_path / "theirs")
     assert (model.logits(model(x)) - expected).abs().max() < 1e-4
     assert model.cfg.parameter_count == reference.num_parameters()
 
-    checkpoint.save_model(model, tmp_path / "ours")
+    weights.save_model(model, tmp_path / "ours")
     back, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert (
         type(back) is type(reference) and not info["missing_keys"] and not info["unexpected_keys"]
     )
     assert (back.float().eval()(x).logits - expected).abs().max() < 1e-4
-    assert checkpoint.load_config(tmp_path / "ours") == model.cfg
+    assert families.load_config(tmp_path / "ours") == model.cfg
 
 
 @pytest.mark.parametrize("family", ["llama3.2", "mistral", "qwen2", "qwen3"])
@@ -140,13 +140,13 @@ def test_score_head_equals_sequence_classification(family, tmp_path):
     x[0, 30:] = 0  # padding: theirs scores the last token before it
     expected = reference(x).logits[:, 0]
     reference.save_pretrained(tmp_path / "theirs")
-    model = checkpoint.load_model(tmp_path / "theirs")
+    model = weights.load_model(tmp_path / "theirs")
     assert model.cfg.head == "score"
     score = model.score(model(x))
     assert score.dtype == torch.float32
     assert (score[[0, 1], [29, 39]] - expected).abs().max() < 1e-4
 
-    checkpoint.save_model(model, tmp_path / "ours", like=tmp_path / "theirs")
+    weights.save_model(model, tmp_path / "ours", like=tmp_path / "theirs")
     back = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours").float().eval()
     assert (back(x).logits[:, 0] - expected).abs().max() < 1e-4
 
@@ -155,7 +155,7 @@ def test_fresh_score_head_keeps_the_trunk(tmp_path):
     for family in ("llama2", "llama3.2"):
         reference = theirs(family)
         reference.save_pretrained(tmp_path / family)
-        model = checkpoint.load_model(tmp_path / family, head="score", dtype=torch.bfloat16)
+        model = weights.load_model(tmp_path / family, head="score", dtype=torch.bfloat16)
         assert model.score.weight.shape == (1, 64) and model.score.weight.dtype == torch.float32
         assert 0.5 < model.score.weight.std() * 65**0.5 < 1.5
         assert not hasattr(model, "lm_head")
@@ -181,7 +181,7 @@ def test_both_spellings_of_config_json(spelling, tmp_path):
     else:
         config |= dict(rope_parameters=LLAMA3_ROPE)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    cfg = checkpoint.load_config(tmp_path)
+    cfg = families.load_config(tmp_path)
     assert (cfg.n_kv_heads, cfg.head_dim, cfg.rope_theta, cfg.tie_embeddings) == (
         4,
         16,
@@ -205,7 +205,7 @@ def test_defaults_of_absent_keys_are_transformers(tmp_path):
         reference = Config(**config)
         config |= dict(architectures=[name + "ForCausalLM"], model_type=name.lower())
         (tmp_path / "config.json").write_text(json.dumps(config))
-        cfg = checkpoint.load_config(tmp_path)
+        cfg = families.load_config(tmp_path)
         assert cfg.n_kv_heads == reference.num_key_value_heads
         assert cfg.head_dim == (getattr(reference, "head_dim", None) or 8)
         assert cfg.norm_eps == reference.rms_norm_eps
@@ -245,10 +245,10 @@ def test_defaults_of_absent_keys_are_transformers(tmp_path):
 def test_what_is_not_supported_is_refused_by_name(change, said, tmp_path):
     config = dict(TINY, architectures=["LlamaForCausalLM"], model_type="llama")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    checkpoint.load_config(tmp_path)
+    families.load_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=said) as e:
-        checkpoint.load_config(tmp_path)
+        families.load_config(tmp_path)
     assert "config.json" in str(e.value) and "\n" not in str(e.value)
 
 
@@ -263,7 +263,7 @@ def test_what_is_not_supported_is_refused_by_name(change, said, tmp_path):
 )
 def test_a_model_that_transformers_lacks_is_not_saved_as_another(change):
     with pytest.raises(UserError, match=[*change][-1]):
-        checkpoint.config_json(ModelConfig(n_layers=2, **change))
+        families.config_json(ModelConfig(n_layers=2, **change))
 
 
 # --- packing ---------------------------------------------------------------------------------------------------

@@ -11,14 +11,14 @@ import pytest
 import tiny
 import torch
 
-from nano import checkpoint, config, data, runtime, tokenizer
+from nano import config, data, files, runtime, tokenizer, weights
 from nano.config import UserError
 
 # Around the runs of a process: the share of its parameters that it holds is noted, and a fault befalls it
 BEFORE = """
 import os, signal
 import torch
-from nano import checkpoint
+from nano import files, state, weights
 
 place, start, shares = runtime.Runtime.place, runtime.start, {}
 runtime.Runtime.catch_signals = lambda self: None
@@ -44,7 +44,7 @@ if fault == "raise" and rank == 1:
 if fault == "kill in the save" and rank == 0:
     rename = os.replace
     def killed(old, new):  # between the two renames that put a new state in the place of the old
-        if str(old).endswith("state.tmp") and checkpoint.read_json(f"{old}/state.json")["meta"]["step"] == 4:
+        if str(old).endswith("state.tmp") and files.read_json(f"{old}/state.json")["meta"]["step"] == 4:
             os.kill(os.getpid(), signal.SIGKILL)
         rename(old, new)
     os.replace = killed
@@ -275,7 +275,7 @@ def assert_same_curve(out, reference, tolerance=1e-5, counts=True):
 
 def assert_same_weights(a, b):
     name = "model" if (a / "config.json").exists() else "adapter_model"
-    a, b = checkpoint.read_tensors(a, name), checkpoint.read_tensors(b, name)
+    a, b = weights.read_tensors(a, name), weights.read_tensors(b, name)
     assert a.keys() == b.keys()
     for key in b:
         np.testing.assert_allclose(a[key], b[key], rtol=0, atol=2e-5, err_msg=key)
@@ -388,7 +388,7 @@ with open(os.environ["WHOLE"] + os.environ["RANK"], "w") as f:
 def test_no_process_ever_holds_a_model_that_is_cut(folder, tmp_path):
     """A model that is stored in bf16 is its file until its layers become fp32 and are cut, one after the other."""
     model = tiny.model(vocab_size=264, n_layers=8)
-    checkpoint.save_model(model, tmp_path / "model", torch.bfloat16, like=folder / "model")
+    weights.save_model(model, tmp_path / "model", torch.bfloat16, like=folder / "model")
     run = job(
         folder, "sft", tmp_path / "out", "parallel=fsdp", f"model={tmp_path / 'model'}", "steps=1"
     )
@@ -412,7 +412,7 @@ def test_weights_are_gathered_in_bf16(folder, two):
             [r["reward" if name == "ppo_lora" else "loss"] for r in rs][:2] for rs in lines
         )  # then samples may differ
         np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02, err_msg=name)
-    sharp = checkpoint.read_tensors(folder / "bf16" / "reward" / "last")["score.weight"]
+    sharp = weights.read_tensors(folder / "bf16" / "reward" / "last")["score.weight"]
     assert sharp.dtype == torch.float32 and (sharp != sharp.bfloat16()).any()
 
 
@@ -465,8 +465,7 @@ def test_one_process_goes_on_from_two(folder, two, tmp_path, run):
 
 def test_each_rank_writes_its_part_of_the_state(folder, two):
     one, shards = (
-        checkpoint.read_json(folder / run / "state" / "state.json")
-        for run in ("one/sft", "half/sft")
+        files.read_json(folder / run / "state" / "state.json") for run in ("one/sft", "half/sft")
     )
     assert "files" not in one and len(shards["files"]) == 2
     whole = (folder / "one" / "sft" / "state" / "state.safetensors").stat().st_size
@@ -479,11 +478,11 @@ def test_a_resume_with_as_many_ranks_is_exact(folder, two):
     whole, cut = folder / "dropout" / "whole", folder / "dropout" / "cut"
     states = [
         f["rng.cpu"]
-        for f in map(checkpoint.read_tensors, (cut / "state").glob("*.safetensors"))
+        for f in map(weights.read_tensors, (cut / "state").glob("*.safetensors"))
         if "rng.cpu" in f
     ]
     assert len(states) == 1 and (states[0][0] != states[0][1]).any()
-    a, b = (checkpoint.read_tensors(out / "last", "adapter_model") for out in (whole, cut))
+    a, b = (weights.read_tensors(out / "last", "adapter_model") for out in (whole, cut))
     assert all(torch.equal(a[key], b[key]) for key in a)
     a, b = ([r["loss"] for r in records(out) if r["kind"] == "train"] for out in (whole, cut))
     assert a == b and len(a) == STEPS
@@ -494,7 +493,7 @@ def test_a_state_with_a_part_missing_is_refused(folder, two, tmp_path):
     shutil.copytree(folder / "half" / "sft", tmp_path / "out")
     state = tmp_path / "out" / "state"
     (state / ".metadata").write_bytes(b"cos\n_exit\n(I1\ntR.")  # unpickled, it ends this process
-    lost = state / checkpoint.read_json(state / "state.json")["files"][0]
+    lost = state / files.read_json(state / "state.json")["files"][0]
     lost.rename(tmp_path / "lost")
     with pytest.raises(UserError, match=f"{lost.name} is missing"):
         alone([job(folder, "sft", tmp_path / "out")])
@@ -536,7 +535,7 @@ def test_a_rank_killed_while_saving_loses_nothing(folder, tmp_path, fault):
             )[0]
             == 1000
         )
-    assert checkpoint.read_json(state / "state.json")["meta"]["step"] == 2
+    assert files.read_json(state / "state.json")["meta"]["step"] == 2
     alone([settings])
     assert_same_curve(tmp_path / "out", folder / "one" / "sft")
     assert_same_weights(tmp_path / "out" / "last", folder / "one" / "sft" / "last")

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 import ppo
-from nano import checkpoint, roles, runtime
+from nano import roles, runtime, weights
 
 # ---------------------------------------------------------------------------------------------- the tabular oracle
 # A language of three words and EOS, two tokens at most: EOS, or a word and then any token. Of all policies, the one with the
@@ -154,7 +154,7 @@ def test_grpo_loss_and_gradient_are_trl_s(peer, loss_type, temperature):
     rewards = torch.tensor([1.0, 0.0, 0.5, 0.25, 2.0, 2.0, -1.0, 0.0])
 
     # ours
-    model = checkpoint.load_model(base)
+    model = weights.load_model(base)
     cfg = SimpleNamespace(temperature=temperature, clip=0.2, entropy_coef=0.0)
     rt, policy = runtime.Runtime("cpu", "none", "float32"), roles.Role(model, net=model)
     micros = [

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 import lora
 import ppo
-from nano import checkpoint, config, data, generate, losses, roles, runtime, tokenizer
+from nano import config, data, generate, losses, roles, runtime, state, tokenizer, weights
 from nano.config import UserError
 
 BASE = dict(
@@ -58,13 +58,13 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("ppo")
     tiny.model_dir(path / "base")
     tiny.store(path / "store", path / "base")
-    model, _ = lora.open_model(path / "base", head="score")
+    model, _ = weights.open_model(path / "base", head="score")
     scale = dict(reward_gain=2.0, reward_bias=-0.5)
-    checkpoint.save_model(model, path / "score", like=path / "base", **scale)
+    weights.save_model(model, path / "score", like=path / "base", **scale)
     lora.apply(model, 2, 4)
     for p in lora.parameters(model):
         torch.nn.init.normal_(p, std=0.3)
-    lora.save(model, path / "adapter", base=path / "base")
+    weights.save_adapter(model, path / "adapter", base=path / "base")
     tiny.write(path / "adapter", "score_scale.json", scale)
     (path / "rewards.py").write_text(REWARDS)
     return path
@@ -106,7 +106,7 @@ def records(out):
 
 
 def tensors(dir, name="model"):
-    return {key: tensor.clone() for key, tensor in checkpoint.read_tensors(dir, name=name).items()}
+    return {key: tensor.clone() for key, tensor in weights.read_tensors(dir, name=name).items()}
 
 
 def same(a, b):
@@ -173,11 +173,11 @@ def test_before_the_first_update_policy_is_reference(folder, tmp_path, layout, d
 
 def test_a_merged_adapter_starts_at_its_reference_too(folder, tmp_path):
     """Policy in fp32 and reference in bf16 are both rounded once, from the same sum of base and adapter."""
-    model, _ = lora.open_model(folder / "base")
+    model, _ = weights.open_model(folder / "base")
     lora.apply(model, 2, 4)
     for p in lora.parameters(model):
         torch.nn.init.normal_(p, std=0.3)
-    lora.save(model, tmp_path / "adapter", base=folder / "base")
+    weights.save_adapter(model, tmp_path / "adapter", base=folder / "base")
     train(folder, tmp_path / "out", model=tmp_path / "adapter", dtype="bfloat16", steps=1)
 
 
@@ -189,7 +189,7 @@ def test_roles(folder, tmp_path, monkeypatch, layout):
     policy, reference, scorer, critic = built[0][2]
     batch = roles.episode_batch([[5, 6], [7]], [[8, 9, 258], [10, 258]], 4)
     with torch.no_grad():
-        right = lora.open_model(folder / ("score" if layout == "full" else "adapter"))[0]
+        right = weights.open_model(folder / ("score" if layout == "full" else "adapter"))[0]
         for i, row in enumerate([[5, 6, 8, 9, 258], [7, 10, 258]]):
             scores = 2 * right.score(right(torch.tensor([row])))[0] - 0.5
             torch.testing.assert_close(scorer.scores(batch)[i], scores[-1])
@@ -221,11 +221,11 @@ def test_roles(folder, tmp_path, monkeypatch, layout):
         assert same(base, {name: everything[name] for name in base})
         for name, p in everything.items():
             original = read.get(
-                lora.PREFIX + name.removesuffix(".reward").removesuffix(".value") + ".weight"
+                weights.PREFIX + name.removesuffix(".reward").removesuffix(".value") + ".weight"
             )
             if name.endswith(".reward") or name.endswith(".value"):
                 assert torch.equal(p, original) == name.endswith(".reward")
-        score = read[lora.PREFIX + "score.weight"]
+        score = read[weights.PREFIX + "score.weight"]
         assert torch.equal(everything["reward_head.weight"], score) and not torch.equal(
             everything["value_head.weight"], score
         )
@@ -261,7 +261,7 @@ def test_the_saved_model_is_the_policy(folder, tmp_path, monkeypatch):
         train(folder, tmp_path / layout, **settings_of(folder, layout))
         policy = built[-1][2][0]
         lora.use(policy.model, policy.adapter)
-        model, base = lora.open_model(tmp_path / layout / "last")
+        model, base = weights.open_model(tmp_path / layout / "last")
         ids = torch.tensor([[5, 6, 7, 8]])
         with torch.no_grad():
             torch.testing.assert_close(
@@ -278,7 +278,7 @@ def sharp(folder):
     """A base whose frozen head can still say one thing with certainty, if an adapter asks it to."""
     model = tiny.model()
     model.lm_head.weight.data *= 4
-    checkpoint.save_model(model, folder / "sharp", like=folder / "base")
+    weights.save_model(model, folder / "sharp", like=folder / "base")
     return folder / "sharp"
 
 
@@ -352,7 +352,7 @@ def rl_gradients(cfg, role, batch):
 @pytest.fixture
 def episode(folder):
     """(policy, a batch of two episodes as the update sees it)"""
-    model = checkpoint.load_model(folder / "base")
+    model = weights.load_model(folder / "base")
     policy, batch = (
         roles.Role(model, net=model),
         roles.episode_batch([[5, 6], [7]], [[8, 9, 258], [10, 11]], 4),
@@ -488,7 +488,7 @@ def test_the_first_losses_by_hand(folder, tmp_path, monkeypatch):
     assert len(batches) == 4 and sum(args[5] for args, _, _ in found[:2]) == sum(
         map(len, samples.tokens)
     )
-    model, critic = checkpoint.load_model(folder / "base"), checkpoint.load_model(folder / "score")
+    model, critic = weights.load_model(folder / "base"), weights.load_model(folder / "score")
     values, logprobs = torch.zeros(8, 6), torch.zeros(8, 6)
     with torch.no_grad():
         for i, (prompt, response) in enumerate(zip(prompts, samples.tokens, strict=True)):
@@ -552,10 +552,10 @@ def test_an_update_does_not_depend_on_the_micro_batch(folder, tmp_path, layout):
             rollout_batch=3 * micro_batch,
         )
         runs[micro_batch] = log, tensors(out / "state", "state")
-    for log, state in runs.values():
+    for log, saved in runs.values():
         assert [r["length"] for r in log] == [r["length"] for r in runs[8][0]]
         models = [
-            {k: v for k, v in s.items() if k.startswith("model.")} for s in (state, runs[8][1])
+            {k: v for k, v in s.items() if k.startswith("model.")} for s in (saved, runs[8][1])
         ]
         assert distance(*models) < 1e-5
 
@@ -580,10 +580,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder, tmp_path, layout, at):
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, at)
         train(folder, tmp_path / "cut", **settings)
-    assert checkpoint.load_state(tmp_path / "cut" / "state")[1]["meta"]["step"] == 2
+    assert state.load_state(tmp_path / "cut" / "state")[1]["meta"]["step"] == 2
     cut = train(folder, tmp_path / "cut", **settings)
     assert cut == whole and len(whole) == 4 and len({r["kl_coef"] for r in whole}) == 4
-    a, b = (checkpoint.load_state(tmp_path / run / "state") for run in ("whole", "cut"))
+    a, b = (state.load_state(tmp_path / run / "state") for run in ("whole", "cut"))
     assert same(a[0], b[0]) and a[1] == b[1] and any(key.startswith("value.") for key in a[0])
     name = "adapter_model" if layout == "lora" else "model"
     assert same(
@@ -665,7 +665,7 @@ def test_sigterm_in_a_rollout_saves_and_the_same_command_goes_on(folder, tmp_pat
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    done = checkpoint.load_state(tmp_path / "cut" / "state")[1]["meta"]["step"]
+    done = state.load_state(tmp_path / "cut" / "state")[1]["meta"]["step"]
     assert process.returncode == 0 and not err and 2 <= done < 400
     assert (
         "SIGTERM: finishing this step" in out
@@ -676,7 +676,7 @@ def test_sigterm_in_a_rollout_saves_and_the_same_command_goes_on(folder, tmp_pat
             stop_at(patch, 2 * steps)
             train(folder, tmp_path / run, **settings)
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
-    a, b = (checkpoint.load_state(tmp_path / run / "state") for run in ("whole", "cut"))
+    a, b = (state.load_state(tmp_path / run / "state") for run in ("whole", "cut"))
     assert same(a[0], b[0]) and a[1] == b[1]
 
 
@@ -760,7 +760,7 @@ def test_samples_and_warnings(folder, tmp_path, capsys):
     assert capsys.readouterr().out.count("the entropy has collapsed") == 1
     assert any(
         "entropy" in disease
-        for disease in checkpoint.load_state(tmp_path / "state")[1]["meta"]["warned"]
+        for disease in state.load_state(tmp_path / "state")[1]["meta"]["warned"]
     )
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import pretrain
 from model import Transformer
-from nano import checkpoint, config, data, runtime, tokenizer
+from nano import config, data, runtime, tokenizer, weights
 from nano.config import UserError
 
 SMALL = dict(size="toy", dim=32, n_heads=4, n_kv_heads=2, ffn_dim=48)
@@ -58,7 +58,7 @@ def text_store(path, model, n=60, val=8, seed=1, **sizes):
         path, plain, dict(vocab_size=264, tokenizer=tokenizer.load(model).fingerprint, bytes=size)
     )
     (path / "tokenizer").mkdir()
-    checkpoint.copy_tokenizer(model, path / "tokenizer")
+    weights.copy_tokenizer(model, path / "tokenizer")
     return path
 
 
@@ -106,7 +106,7 @@ def evals(log):
 
 
 def same_tensors(a, b, name="model"):
-    a, b = (checkpoint.read_tensors(dir, name=name) for dir in (a, b))
+    a, b = (weights.read_tensors(dir, name=name) for dir in (a, b))
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -281,7 +281,7 @@ def test_the_loss_is_that_of_the_next_token(store, isolate):
 def test_bits_per_byte_by_hand(base, store, tmp_path):
     uniform = tiny.model()
     torch.nn.init.zeros_(uniform.lm_head.weight)
-    checkpoint.save_model(uniform, tmp_path / "uniform", like=base)
+    weights.save_model(uniform, tmp_path / "uniform", like=base)
     first = train(tmp_path / "out", store, model=tmp_path / "uniform", steps=1)[0]
     rows = [tokens for tokens, _ in tiny.rows(8, 2)]
     tokens, size = sum(map(len, rows)), sum(len(r) - 1 for r in rows)
@@ -303,7 +303,7 @@ def test_bits_per_byte_by_hand(base, store, tmp_path):
 
 def test_evaluation_is_over_the_validation_split(base, store, tmp_path):
     log = train(tmp_path / "out", store, model=base, steps=1, eval_windows=0)
-    model, held = checkpoint.load_model(base), data.Store(store, "val")
+    model, held = weights.load_model(base), data.Store(store, "val")
     windows = data.Windows([held], 1, 1, 32)
     with torch.no_grad():
         micros = [
@@ -365,7 +365,7 @@ def test_a_model_learns(store, tmp_path, optimizer):
     )
     losses = [r["loss"] for r in log if r["kind"] == "train"]
     assert losses[0] > 5.4 and np.mean(losses[-5:]) < 3.4  # 26 letters and EOS: ln 27 = 3.3
-    state = checkpoint.read_tensors(tmp_path / "out" / "state", name="state")
+    state = weights.read_tensors(tmp_path / "out" / "state", name="state")
     momenta = [state[name].shape for name in state if name.endswith("momentum_buffer")]
     assert len(momenta) == (7 * 2 if optimizer == "muon" else 0)
     assert all(32 in shape and max(shape) <= 48 for shape in momenta)  # neither embedding nor head
@@ -379,7 +379,7 @@ def test_what_is_written_opens_in_transformers(base, store, tmp_path):
     train(tmp_path / "out", store, steps=2)
     for name in ("last", "best"):
         peer = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / name)
-        model = checkpoint.load_model(tmp_path / "out" / name)
+        model = weights.load_model(tmp_path / "out" / name)
         ids = torch.randint(0, 264, (2, 30))
         with torch.no_grad():
             assert (peer(ids).logits - model.logits(model(ids))).abs().max() < 1e-5

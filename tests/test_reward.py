@@ -12,9 +12,8 @@ import tiny
 import torch
 from conftest import ROOT
 
-import lora
 import reward
-from nano import checkpoint, config, rankings, runtime, tokenizer
+from nano import config, rankings, runtime, state, tokenizer, weights
 from nano.config import UserError
 
 FAST = "device=cpu dtype=float32 max_length=128 norm_tokens=8 norm_samples=8 batch_size=8 log_every=100 samples=1".split()
@@ -61,8 +60,8 @@ def log(out, kind):
     ]
 
 
-def weights(dir):
-    return {name: t.clone() for name, t in checkpoint.read_tensors(dir).items()}
+def tensors(dir):
+    return {name: t.clone() for name, t in weights.read_tensors(dir).items()}
 
 
 # ------------------------------------------------------------------------------------------ the loss
@@ -251,13 +250,13 @@ def test_learns_what_can_be_learned(trained):
 
 def test_the_policys_fresh_samples_have_mean_0_and_variance_1(trained, folder):
     rt, tok = runtime.Runtime("cpu", dtype="float32"), tokenizer.load(folder / "model")
-    model, _ = lora.open_model(trained / "last")
+    model, _ = weights.open_model(trained / "last")
     cfg = reward.Config(
         model=str(folder / "model"), norm_samples=1500, norm_tokens=8, max_length=128, seed=77
     )
     samples = reward.draw_samples(rt, cfg, open_rows(folder, name="many"), tok)
     scores = reward.score_samples(rt, model, model, samples, 4, 128)
-    gain, bias = checkpoint.read_score_scale(trained / "last")
+    gain, bias = weights.read_score_scale(trained / "last")
     assert (gain, bias) != (1.0, 0.0)
     assert abs((gain * scores + bias).mean()) < 0.1 and abs((gain * scores + bias).std() - 1) < 0.1
     i = 7  # and a score is the one that the sample has by itself
@@ -303,7 +302,7 @@ def test_transformers_scores_the_same(trained, folder):
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
         trained / "last", dtype=torch.float32
     )
-    model, _ = lora.open_model(trained / "last")
+    model, _ = weights.open_model(trained / "last")
     rows = [row for group in tiny.ranked(5, seed=9) for row in group]
     ours = torch.stack([model.score(model(torch.tensor([tokens])))[0, -1] for tokens, _ in rows])
     assert theirs.config.pad_token_id not in tokenizer.load(folder / "model").stop_ids
@@ -316,7 +315,7 @@ def test_lora_trains_the_head_in_full_and_opens_in_peft(run, folder):
     import transformers
 
     out = run("lora_rank=4", "lora_targets=q_proj,down_proj", "lr=3e-2", "steps=6")
-    before, after = weights(folder / "model"), lora.open_model(out / "last")[0]
+    before, after = tensors(folder / "model"), weights.open_model(out / "last")[0]
     assert all(
         torch.equal(before[name], p) for name, p in after.named_parameters() if name in before
     )
@@ -327,11 +326,11 @@ def test_lora_trains_the_head_in_full_and_opens_in_peft(run, folder):
     )
     theirs = peft.PeftModel.from_pretrained(base, out / "last").eval()
     assert (hf_scores(theirs, rows, 257) - ours).abs().max() < 1e-5
-    assert checkpoint.read_score_scale(out / "last") != (1.0, 0.0)
-    state = checkpoint.load_state(out / "state")[0]
+    assert weights.read_score_scale(out / "last") != (1.0, 0.0)
+    saved = state.load_state(out / "state")[0]
     names = {
         name.split(".")[-2] if "lora" in name else name
-        for name in state
+        for name in saved
         if name.startswith("model.")
     }
     assert names == {"model.score.weight", "lora_A", "lora_B"}
@@ -339,12 +338,11 @@ def test_lora_trains_the_head_in_full_and_opens_in_peft(run, folder):
 
 def test_frozen_parts_stay_bit_for_bit(run, folder):
     out = run("freeze_layers=1", "lr=1e-2")
-    before, after = weights(folder / "model"), weights(out / "last")
+    before, after = tensors(folder / "model"), tensors(out / "last")
     same = {name for name in before if name in after and torch.equal(before[name], after[name])}
     assert same == {name for name in before if "embed_tokens" in name or "layers.0." in name}
     assert not any(
-        "embed_tokens" in name or "layers.0." in name
-        for name in checkpoint.load_state(out / "state")[0]
+        "embed_tokens" in name or "layers.0." in name for name in state.load_state(out / "state")[0]
     )
 
 
@@ -409,18 +407,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, run, monkeypatch):
     with monkeypatch.context() as m:
         stop_after(m, 4)
         parts = run(*settings, out="parts")
-    assert checkpoint.load_state(parts / "state")[1]["meta"] == dict(
+    assert state.load_state(parts / "state")[1]["meta"] == dict(
         step=4, best=min(r["loss"] for r in log(parts, "eval")[1:])
     )
     assert run(*settings, out="parts") == parts
-    a, b = (checkpoint.load_state(out / "state") for out in (whole, parts))
+    a, b = (state.load_state(out / "state") for out in (whole, parts))
     assert (
         a[1] == b[1]
         and a[0].keys() == b[0].keys()
         and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
     )
     for dir in ("last", "best"):
-        assert checkpoint.read_score_scale(whole / dir) == checkpoint.read_score_scale(parts / dir)
+        assert weights.read_score_scale(whole / dir) == weights.read_score_scale(parts / dir)
     strip = lambda out: [{k: v for k, v in r.items() if k != "time"} for r in log(out, "eval")]  # noqa: E731
     assert strip(whole) == strip(parts)
 
@@ -460,7 +458,7 @@ def test_mistakes_end_with_a_sentence(run, folder, trained, tmp_path):
 def test_a_reward_model_can_be_trained_on(run, trained):
     out = run(f"model={trained}/last", "norm_samples=0")
     assert log(out, "eval")[0]["accuracy"] > 0.9  # the head came along
-    assert checkpoint.read_score_scale(out / "last") == (1.0, 0.0)  # not those of the earlier run
+    assert weights.read_score_scale(out / "last") == (1.0, 0.0)  # not those of the earlier run
 
 
 def test_every_setting_is_read():

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 import lora
 import sample
-from nano import checkpoint, config, tokenizer
+from nano import config, tokenizer, weights
 from nano.generate import Samples, generate
 
 
@@ -41,7 +41,7 @@ def run(monkeypatch, capsys, *argv, lines=None):
     return status, *capsys.readouterr()
 
 
-def answer(model_dir, text, new, template="plain", open=checkpoint.load_model, messages=None):
+def answer(model_dir, text, new, template="plain", open=weights.load_model, messages=None):
     """The greedy answer, worked out without sample.py."""
     tok = tokenizer.load(model_dir, template=template)
     ids, _ = tok.render(messages or [dict(role="user", content=text)], add_generation_prompt=True)
@@ -158,15 +158,17 @@ def test_seeds(model, monkeypatch, capsys):
 
 def test_an_adapter_and_another_base(model, tmp_path, monkeypatch, capsys):
     other = tiny.model_dir(tmp_path / "other", seed=1)
-    adapted = checkpoint.load_model(model)
+    adapted = weights.load_model(model)
     lora.apply(adapted, rank=4, alpha=8)
     for p in lora.parameters(adapted):
         torch.nn.init.normal_(p, std=0.3)
-    lora.save(adapted, tmp_path / "adapter", base=model)
+    weights.save_adapter(adapted, tmp_path / "adapter", base=model)
     before = (tmp_path / "adapter" / "adapter_config.json").read_bytes()
 
     def opened(base):
-        return lambda dir, dtype: lora.open_model(tmp_path / "adapter", base=base, dtype=dtype)[0]
+        return lambda dir, dtype: weights.open_model(tmp_path / "adapter", base=base, dtype=dtype)[
+            0
+        ]
 
     args = (f"model={tmp_path / 'adapter'}", "prompt=Hello", "temperature=0", "max_new_tokens=20")
     shown = [run(monkeypatch, capsys, *args, *more)[1] for more in ((), (f"base={other}",))]
@@ -318,10 +320,10 @@ def shelf(model, tmp_path_factory):
     (dir / "object.json").write_text("{}")
     (dir / "records.jsonl").write_text('"a"\n{"prompt": "b"}\n')
     (dir / "roles.json").write_text('["a", [{"content": "b"}]]')
-    adapted = checkpoint.load_model(model)
+    adapted = weights.load_model(model)
     lora.apply(adapted, rank=2, alpha=4)
-    lora.save(adapted, dir / "adapter", base="gone")
-    checkpoint.save_model(checkpoint.load_model(model, head="score"), dir / "score", like=model)
+    weights.save_adapter(adapted, dir / "adapter", base="gone")
+    weights.save_model(weights.load_model(model, head="score"), dir / "score", like=model)
     return dir
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
-from nano import checkpoint
+from nano import weights
 
 DIR = Path(os.environ.get("SMOLLM2") or ROOT / "models" / "smollm2")
 pytestmark = pytest.mark.skipif(not (DIR / "config.json").exists(), reason=f"no SmolLM2 in {DIR}")
@@ -31,7 +31,7 @@ def ids():
 
 @torch.no_grad()
 def test_logits_and_perplexity_equal_transformers(ids):
-    model = checkpoint.load_model(DIR, dtype=torch.float32)
+    model = weights.load_model(DIR, dtype=torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(DIR, dtype=torch.float32)
     ours, expected = model.logits(model(ids)), theirs(ids).logits
     difference = (ours - expected).abs().max().item()
@@ -49,10 +49,10 @@ def test_logits_and_perplexity_equal_transformers(ids):
 
 @torch.no_grad()
 def test_bf16_is_as_good_as_theirs(ids):
-    exact = checkpoint.load_model(DIR, dtype=torch.float32)
+    exact = weights.load_model(DIR, dtype=torch.float32)
     ids = ids[:, :128]
     exact = exact.logits(exact(ids))
-    model = checkpoint.load_model(DIR, dtype=torch.bfloat16)
+    model = weights.load_model(DIR, dtype=torch.bfloat16)
     theirs = AutoModelForCausalLM.from_pretrained(DIR, dtype=torch.bfloat16)
     ours = (model.logits(model(ids)).float() - exact).pow(2).mean().sqrt()
     reference = (theirs(ids).logits.float() - exact).pow(2).mean().sqrt()

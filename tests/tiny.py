@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from conftest import ROOT
 
 from model import ModelConfig, Transformer
-from nano import checkpoint, data, tokenizer
+from nano import data, tokenizer, weights
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 256, 257, 258
 SIZES = dict(
@@ -34,7 +34,7 @@ def model(seed=0, **changes):
 
 
 def model_dir(path, seed=0, special=SPECIAL, **changes):
-    checkpoint.save_model(model(seed, **changes), path)
+    weights.save_model(model(seed, **changes), path)
     added = [
         dict(
             id=256 + i,

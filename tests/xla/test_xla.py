@@ -24,7 +24,7 @@ from test_parallel import (  # noqa: F401
     records,
 )
 
-from nano import checkpoint
+from nano import weights
 
 if importlib.util.find_spec("torch_xla") is None:
     pytest.skip("no torch_xla here: bash test.sh xla", allow_module_level=True)
@@ -176,7 +176,7 @@ def test_four_devices_do_what_eager_torch_does(folder, four, mode, name):  # noq
 
 
 def same(a, b, name):
-    a, b = checkpoint.read_tensors(a, name), checkpoint.read_tensors(b, name)
+    a, b = weights.read_tensors(a, name), weights.read_tensors(b, name)
     return a.keys() == b.keys() and all((a[key] == b[key]).all() for key in b)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from model import ModelConfig, Transformer
-from nano import checkpoint
+from nano import files, state, weights
 from nano.config import UserError
 
 CFG = ModelConfig(
@@ -52,10 +52,10 @@ def edit_config(dir, **change):
 @pytest.mark.parametrize("shard_bytes, files", [(5e9, 1), (20_000, 4), (1, 21)])
 def test_shards(shard_bytes, files, tmp_path):
     model = make()
-    checkpoint.save_model(model, tmp_path, shard_bytes=shard_bytes)
+    weights.save_model(model, tmp_path, shard_bytes=shard_bytes)
     assert len(list(tmp_path.glob("*.safetensors"))) == files
     assert (tmp_path / "model.safetensors.index.json").exists() == (files > 1)
-    assert same(checkpoint.load_model(tmp_path), model)
+    assert same(weights.load_model(tmp_path), model)
     x = torch.arange(20)[None]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.no_grad():
@@ -67,70 +67,70 @@ def test_shards(shard_bytes, files, tmp_path):
 
 def test_their_shards_open(tmp_path):
     model = make()
-    checkpoint.save_model(model, tmp_path / "one")
+    weights.save_model(model, tmp_path / "one")
     AutoModelForCausalLM.from_pretrained(tmp_path / "one").save_pretrained(
         tmp_path / "many", max_shard_size="20KB"
     )
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
-    assert same(checkpoint.load_model(tmp_path / "many"), model)
+    assert same(weights.load_model(tmp_path / "many"), model)
 
 
 def test_dtypes(tmp_path):
     model = make()
-    checkpoint.save_model(model, tmp_path, dtype=torch.bfloat16)
+    weights.save_model(model, tmp_path, dtype=torch.bfloat16)
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    stored = checkpoint.load_model(tmp_path)
+    stored = weights.load_model(tmp_path)
     assert {p.dtype for p in stored.parameters()} == {torch.bfloat16}
     assert same(stored, make().bfloat16())
-    assert same(checkpoint.load_model(tmp_path, dtype=torch.float32), make().bfloat16().float())
+    assert same(weights.load_model(tmp_path, dtype=torch.float32), make().bfloat16().float())
     assert all(p.requires_grad and not p.is_meta for p in stored.parameters())
 
 
 def test_an_old_mixed_file_becomes_one_dtype(tmp_path):
-    checkpoint.save_model(make(), tmp_path)
+    weights.save_model(make(), tmp_path)
     tensors = {name: t.bfloat16() if t.dim() > 1 else t for name, t in read(tmp_path).items()}
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(tensors, tmp_path / "model.safetensors")
-    assert {p.dtype for p in checkpoint.load_model(tmp_path).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in weights.load_model(tmp_path).parameters()} == {torch.bfloat16}
 
 
 def test_training_on_a_mapped_model_leaves_the_file_alone(tmp_path):
-    checkpoint.save_model(make(), tmp_path)
+    weights.save_model(make(), tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
-    model = checkpoint.load_model(tmp_path)
+    model = weights.load_model(tmp_path)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1)
     assert (tmp_path / "model.safetensors").read_bytes() == before
-    checkpoint.save_model(model, tmp_path)  # onto the very file that it is mapped from
-    assert same(checkpoint.load_model(tmp_path), model)
-    assert not same(checkpoint.load_model(tmp_path), make())
+    weights.save_model(model, tmp_path)  # onto the very file that it is mapped from
+    assert same(weights.load_model(tmp_path), model)
+    assert not same(weights.load_model(tmp_path), make())
 
 
 def test_tied_head_in_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "STRETCH", 1)  # row by row
+    monkeypatch.setattr(weights, "STRETCH", 1)  # row by row
     model = make(tie_embeddings=True)
-    checkpoint.save_model(model, tmp_path)
+    weights.save_model(model, tmp_path)
     tensors = read(tmp_path)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, tmp_path / "model.safetensors")
-    assert same(checkpoint.load_model(tmp_path), model)
+    assert same(weights.load_model(tmp_path), model)
     tensors["lm_head.weight"][-1, -1] += 1
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="tie_word_embeddings"):
-        checkpoint.load_model(tmp_path)
+        weights.load_model(tmp_path)
     embedding = tensors["model.embed_tokens.weight"]
     tensors["lm_head.weight"] = torch.cat(
         (embedding, embedding[:1])
     )  # equal as far as the embedding goes
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="tie_word_embeddings"):
-        checkpoint.load_model(tmp_path)
+        weights.load_model(tmp_path)
 
 
 def test_like_keeps_what_the_source_says(tmp_path):
     source = tmp_path / "source"
-    checkpoint.save_model(
+    weights.save_model(
         make(family="qwen2", qkv_bias=True),
         source,
         eos_token_id=[7, 8],
@@ -141,8 +141,8 @@ def test_like_keeps_what_the_source_says(tmp_path):
     (source / "generation_config.json").write_bytes(b'{"eos_token_id" : [7,8]}')
     (source / "chat_template.jinja").write_bytes(b"{{ messages }}")
     (source / "README.md").write_text("not ours to copy")
-    model = checkpoint.load_model(source, head="score")
-    checkpoint.save_model(model, tmp_path / "out", like=source, pad_token_id=3)
+    model = weights.load_model(source, head="score")
+    weights.save_model(model, tmp_path / "out", like=source, pad_token_id=3)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["eos_token_id"], config["note"], config["pad_token_id"]) == ([7, 8], "kept", 3)
     assert config["architectures"] == ["Qwen2ForSequenceClassification"] and config["id2label"] == {
@@ -152,7 +152,7 @@ def test_like_keeps_what_the_source_says(tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert not (tmp_path / "out" / "README.md").exists()
 
-    checkpoint.save_model(
+    weights.save_model(
         make(), tmp_path / "other", like=source
     )  # a model of another family, with this tokenizer
     config = json.loads((tmp_path / "other" / "config.json").read_text())
@@ -163,8 +163,8 @@ def test_gathered_tensors_take_the_place_of_the_models(tmp_path):
     with torch.device("meta"):
         hollow = Transformer(CFG)
     whole = make()
-    checkpoint.save_model(hollow, tmp_path, torch.bfloat16, tensors=dict(whole.named_parameters()))
-    assert same(checkpoint.load_model(tmp_path), whole.bfloat16())
+    weights.save_model(hollow, tmp_path, torch.bfloat16, tensors=dict(whole.named_parameters()))
+    assert same(weights.load_model(tmp_path), whole.bfloat16())
 
 
 # --- what a user can get wrong -------------------------------------------------------------------------------------
@@ -172,52 +172,52 @@ def test_gathered_tensors_take_the_place_of_the_models(tmp_path):
 
 def test_missing_directory_and_adapter(tmp_path):
     with pytest.raises(UserError, match="no model directory"):
-        checkpoint.load_model(tmp_path / "nowhere")
+        weights.load_model(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no config.json"):
-        checkpoint.load_model(tmp_path)
+        weights.load_model(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="LoRA adapter"):
-        checkpoint.load_model(tmp_path)
+        weights.load_model(tmp_path)
     (tmp_path / "config.json").write_text("{'single': quotes}")
     with pytest.raises(UserError, match="config.json cannot be read as JSON"):
-        checkpoint.load_model(tmp_path)
+        weights.load_model(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="config.json holds no JSON object"):
-        checkpoint.load_model(tmp_path)
+        weights.load_model(tmp_path)
 
 
 @pytest.mark.parametrize("size", [0, 5, 300, -1])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_truncated_file(size, sharded, tmp_path):
-    checkpoint.save_model(make(), tmp_path, shard_bytes=20_000 if sharded else 5e9)
+    weights.save_model(make(), tmp_path, shard_bytes=20_000 if sharded else 5e9)
     file = sorted(tmp_path.glob("*.safetensors"))[-1]
     data = file.read_bytes()
     file.write_bytes(data[:size])
     with pytest.raises(UserError, match=f"{file.name} is damaged or incomplete") as e:
-        checkpoint.load_model(tmp_path)
+        weights.load_model(tmp_path)
     assert "\n" not in str(e.value)
 
 
 def test_missing_files(tmp_path):
-    checkpoint.save_model(make(), tmp_path, shard_bytes=20_000)
+    weights.save_model(make(), tmp_path, shard_bytes=20_000)
     shards = sorted(tmp_path.glob("*.safetensors"))
     shards[1].unlink()
     with pytest.raises(UserError, match=f"{shards[1].name} is missing"):
-        checkpoint.load_model(tmp_path)
+        weights.load_model(tmp_path)
     shutil.copy(shards[0], shards[1])
     with pytest.raises(UserError, match=f"{shards[1].name} is damaged or incomplete"):
-        checkpoint.load_model(tmp_path)
+        weights.load_model(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(UserError, match="no weight_map"):
-        checkpoint.load_model(tmp_path)
+        weights.load_model(tmp_path)
     (tmp_path / "model.safetensors.index.json").unlink()
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(UserError, match="prepare.weights .* converts pytorch_model.bin"):
-        checkpoint.load_model(tmp_path)
+        weights.load_model(tmp_path)
 
 
 def test_shards_lie_beside_their_index(tmp_path):
-    checkpoint.save_model(make(), tmp_path / "model", shard_bytes=20_000)
+    weights.save_model(make(), tmp_path / "model", shard_bytes=20_000)
     index = tmp_path / "model" / "model.safetensors.index.json"
     good = json.loads(index.read_text())
     key, shard = next(iter(good["weight_map"].items()))
@@ -225,18 +225,18 @@ def test_shards_lie_beside_their_index(tmp_path):
     for other in (f"../{shard}", str(tmp_path / shard), 3):
         index.write_text(json.dumps(good | dict(weight_map=good["weight_map"] | {key: other})))
         with pytest.raises(UserError, match="names something else than files beside it"):
-            checkpoint.load_model(tmp_path / "model")
+            weights.load_model(tmp_path / "model")
 
 
 def test_tensors_that_do_not_fit(tmp_path):
-    checkpoint.save_model(make(), tmp_path)
+    weights.save_model(make(), tmp_path)
     good = read(tmp_path)
 
     def refused(said, **change):
         tensors = {name: t for name, t in (good | change).items() if t is not None}
         save_file(tensors, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=said):
-            checkpoint.load_model(tmp_path)
+            weights.load_model(tmp_path)
 
     name = "model.layers.1.mlp.up_proj.weight"
     refused(rf"missing: {name}$", **{name: None})
@@ -252,14 +252,14 @@ def test_tensors_that_do_not_fit(tmp_path):
     with pytest.raises(
         UserError, match="unexpected: model.layers.1.input_layernorm.weight, .* and 5 more"
     ):
-        checkpoint.load_model(tmp_path)
+        weights.load_model(tmp_path)
 
 
 def test_score_model_is_no_language_model(tmp_path):
-    checkpoint.save_model(make(head="score"), tmp_path)
-    assert checkpoint.load_model(tmp_path).cfg.head == "score"
+    weights.save_model(make(head="score"), tmp_path)
+    assert weights.load_model(tmp_path).cfg.head == "score"
     with pytest.raises(UserError, match="score model"):
-        checkpoint.load_model(tmp_path, head="lm")
+        weights.load_model(tmp_path, head="lm")
 
 
 # --- kills -------------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def killed_at(step, action):
 
         for name in ("replace", "unlink", "rmdir", "mkdir"):
             setattr(os, name, guarded(getattr(os, name)))
-        checkpoint.save_file = guarded(save_file)
+        weights.save_file = guarded(save_file)
         try:
             action()
             os._exit(0)
@@ -298,25 +298,22 @@ def killed_at(step, action):
     "before, after", [(5e9, 5e9), (5e9, 2e4), (2e4, 5e9), (2e4, 2e4), (2e4, 1.3e4)]
 )
 def test_a_kill_leaves_the_old_or_the_new_model(before, after, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        checkpoint, "sync", lambda path: None
-    )  # it takes its time, and a kill loses no written page
+    for module in (files, weights):  # it takes its time, and a kill loses no written page
+        monkeypatch.setattr(module, "sync", lambda path: None)
     old, new = make(1), make(2)
     step, seen = 0, []
     while True:
         step += 1
         dir = tmp_path / str(step)
-        checkpoint.save_model(old, dir, shard_bytes=before)
-        killed = killed_at(step, lambda dir=dir: checkpoint.save_model(new, dir, shard_bytes=after))
-        now = checkpoint.load_model(dir)
+        weights.save_model(old, dir, shard_bytes=before)
+        killed = killed_at(step, lambda dir=dir: weights.save_model(new, dir, shard_bytes=after))
+        now = weights.load_model(dir)
         seen.append(same(now, new))
         assert seen[-1] or same(now, old)
-        checkpoint.save_model(
-            old, dir, shard_bytes=before
-        )  # and the next save works, and clears up
-        assert same(checkpoint.load_model(dir), old)
+        weights.save_model(old, dir, shard_bytes=before)  # and the next save works, and clears up
+        assert same(weights.load_model(dir), old)
         fresh = tmp_path / "fresh"
-        checkpoint.save_model(old, fresh, shard_bytes=before)
+        weights.save_model(old, fresh, shard_bytes=before)
         assert len(list(dir.glob("*.safetensors*"))) == len(list(fresh.glob("*.safetensors*")))
         if not killed:
             break
@@ -324,20 +321,21 @@ def test_a_kill_leaves_the_old_or_the_new_model(before, after, tmp_path, monkeyp
 
 
 def test_a_kill_leaves_the_old_or_the_new_state(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "sync", lambda path: None)
+    for module in (files, weights):
+        monkeypatch.setattr(module, "sync", lambda path: None)
     states = [({"a": torch.full((3,), float(i))}, {"step": i}) for i in range(2)]
     step, seen = 0, []
     while True:
         step += 1
         dir = tmp_path / str(step) / "state"
-        checkpoint.save_state(dir, *states[0])
-        killed = killed_at(step, lambda dir=dir: checkpoint.save_state(dir, *states[1]))
-        assert checkpoint.resumes(dir.parent, "auto", Rank)
-        tensors, meta = checkpoint.load_state(dir)
+        state.save_state(dir, *states[0])
+        killed = killed_at(step, lambda dir=dir: state.save_state(dir, *states[1]))
+        assert state.resumes(dir.parent, "auto", Rank)
+        tensors, meta = state.load_state(dir)
         assert tensors["a"][0] == meta["step"]
         seen.append(meta["step"])
-        checkpoint.save_state(dir, *states[0])
-        assert checkpoint.load_state(dir)[1] == {"step": 0}
+        state.save_state(dir, *states[0])
+        assert state.load_state(dir)[1] == {"step": 0}
         assert not [p for p in dir.parent.iterdir() if p.suffix]
         if not killed:
             break
@@ -345,7 +343,7 @@ def test_a_kill_leaves_the_old_or_the_new_state(tmp_path, monkeypatch):
 
 
 def test_a_failure_leaves_nothing_half_written(tmp_path):
-    checkpoint.save_model(make(1), tmp_path / "model")
+    weights.save_model(make(1), tmp_path / "model")
     before = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
 
     def tensors():
@@ -354,10 +352,10 @@ def test_a_failure_leaves_nothing_half_written(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError):
-        checkpoint.write_tensors(tensors(), tmp_path / "model", shard_bytes=40)
+        weights.write_tensors(tensors(), tmp_path / "model", shard_bytes=40)
     assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
     with pytest.raises(TypeError):
-        checkpoint.save_state(tmp_path / "state", {}, {"not JSON": object()})
+        state.save_state(tmp_path / "state", {}, {"not JSON": object()})
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
@@ -365,14 +363,14 @@ def test_a_failure_leaves_nothing_half_written(tmp_path):
 
 MEASURE = """
 import re, sys, torch
-from nano import checkpoint
+from nano import weights
 def status(key):
     return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 dtype = getattr(torch, sys.argv[2])
-checkpoint.load_model(sys.argv[3], dtype=dtype)  # imports and allocator pools
+weights.load_model(sys.argv[3], dtype=dtype)  # imports and allocator pools
 open("/proc/self/clear_refs", "w").write("5")  # resets the peak
 before, anonymous = status("VmRSS"), status("RssAnon")
-model = checkpoint.load_model(sys.argv[1], dtype=dtype)
+model = weights.load_model(sys.argv[1], dtype=dtype)
 weights = sum(p.nbytes for p in model.parameters())
 touched = sum(float(p.sum()) for p in model.parameters())
 print((status("VmHWM") - before) / weights, (status("RssAnon") - anonymous) / weights)
@@ -395,8 +393,8 @@ def test_peak_memory_at_load(stored, wanted, tmp_path):
         tie_embeddings=True,
     )
     model = Transformer(ModelConfig(**cfg)).to(getattr(torch, stored))
-    checkpoint.save_model(model, tmp_path / "big")
-    checkpoint.save_model(make(tie_embeddings=True), tmp_path / "small", getattr(torch, stored))
+    weights.save_model(model, tmp_path / "big")
+    weights.save_model(make(tie_embeddings=True), tmp_path / "small", getattr(torch, stored))
     command = [sys.executable, "-c", MEASURE, tmp_path / "big", wanted, tmp_path / "small"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     peak, anonymous = map(float, done.stdout.split())
@@ -456,14 +454,14 @@ def test_resume_is_bit_for_bit(kind, dtype, tmp_path):
     steps(straight, optimizer, 3)
     half = dict(straight.named_parameters())
     extra = {"order": torch.arange(4)}
-    checkpoint.save_training(
+    state.save_training(
         tmp_path / "state", Rank, "sft", half, {"main": optimizer}, extra, step=3, best=0.1 + 0.2
     )
     steps(straight, optimizer, 3)
 
     resumed, other = trainer(kind, dtype)
     torch.manual_seed(99)
-    meta, back = checkpoint.load_training(
+    meta, back = state.load_training(
         tmp_path / "state", Rank, "sft", dict(resumed.named_parameters()), {"main": other}
     )
     assert meta == {"step": 3, "best": 0.1 + 0.2} and torch.equal(back["order"], extra["order"])
@@ -479,10 +477,10 @@ def test_a_resumed_run_may_have_other_settings():
     """The groups' learning rate, decay and betas are what the command says, not what an earlier one said."""
     model, optimizer = trainer(torch.optim.AdamW)
     steps(model, optimizer, 1)
-    tensors, meta = checkpoint.flatten_optimizer(optimizer)
+    tensors, meta = state.flatten_optimizer(optimizer)
     groups = [dict(params=g["params"]) for g in optimizer.param_groups]
     other = torch.optim.AdamW(groups, lr=3e-4, betas=(0.8, 0.9), weight_decay=0.5)
-    checkpoint.restore_optimizer(other, tensors, json.loads(json.dumps(meta)))
+    state.restore_optimizer(other, tensors, json.loads(json.dumps(meta)))
     assert all(
         (g["lr"], g["betas"], g["weight_decay"]) == (3e-4, (0.8, 0.9), 0.5)
         for g in other.param_groups
@@ -497,15 +495,15 @@ def test_moments_keep_their_own_dtype():
     """torch's load_state_dict would cast them to the parameter's."""
     model, optimizer = trainer(torch.optim.AdamW, torch.bfloat16)
     steps(model, optimizer, 1)
-    for state in optimizer.state.values():
-        state |= {
-            "exp_avg": state["exp_avg"].float() + 1e-6,
-            "exp_avg_sq": state["exp_avg_sq"].to(torch.uint8),
+    for moments in optimizer.state.values():
+        moments |= {
+            "exp_avg": moments["exp_avg"].float() + 1e-6,
+            "exp_avg_sq": moments["exp_avg_sq"].to(torch.uint8),
             "age": 3,
         }
-    tensors, meta = checkpoint.flatten_optimizer(optimizer)
+    tensors, meta = state.flatten_optimizer(optimizer)
     model, other = trainer(torch.optim.AdamW, torch.bfloat16)
-    checkpoint.restore_optimizer(other, tensors, json.loads(json.dumps(meta)))
+    state.restore_optimizer(other, tensors, json.loads(json.dumps(meta)))
     for a, b in zip(optimizer.state.values(), other.state.values(), strict=True):
         assert a["age"] == b["age"]
         assert all(
@@ -518,37 +516,37 @@ def test_a_state_of_another_run_is_refused(tmp_path):
     model, optimizer = trainer(torch.optim.AdamW)
     steps(model, optimizer, 1)
     named = dict(model.named_parameters())
-    checkpoint.save_training(tmp_path / "state", Rank, "sft", named, {"main": optimizer}, step=1)
+    state.save_training(tmp_path / "state", Rank, "sft", named, {"main": optimizer}, step=1)
     fewer = {name: p for name, p in named.items() if "mlp" not in name}
     with pytest.raises(UserError, match="other parameters"):
-        checkpoint.load_training(tmp_path / "state", Rank, "sft", fewer, {"main": optimizer})
+        state.load_training(tmp_path / "state", Rank, "sft", fewer, {"main": optimizer})
     with pytest.raises(UserError, match="other parameters"):
-        checkpoint.load_training(tmp_path / "state", Rank, "sft", named, {"policy": optimizer})
+        state.load_training(tmp_path / "state", Rank, "sft", named, {"policy": optimizer})
     with pytest.raises(UserError, match="other parameters"):
-        checkpoint.load_training(
+        state.load_training(
             tmp_path / "state", Rank, "sft", named, {"main": torch.optim.AdamW(fewer.values())}
         )
     with pytest.raises(UserError, match="state of a run of sft.py"):
-        checkpoint.load_training(tmp_path / "state", Rank, "dpo", named, {"main": optimizer})
+        state.load_training(tmp_path / "state", Rank, "dpo", named, {"main": optimizer})
     file = tmp_path / "state" / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match="state.safetensors is damaged or incomplete"):
-        checkpoint.load_training(tmp_path / "state", Rank, "sft", named, {"main": optimizer})
+        state.load_training(tmp_path / "state", Rank, "sft", named, {"main": optimizer})
 
 
 def test_resumes(tmp_path):
-    assert checkpoint.load_state(tmp_path / "state") is None
-    assert not checkpoint.resumes(tmp_path, "auto", Rank)
+    assert state.load_state(tmp_path / "state") is None
+    assert not state.resumes(tmp_path, "auto", Rank)
     with pytest.raises(UserError, match="no saved state"):
-        checkpoint.resumes(tmp_path, "true", Rank)
-    checkpoint.save_state(tmp_path / "state", {}, {})
-    assert checkpoint.resumes(tmp_path, "auto", Rank) and checkpoint.resumes(tmp_path, "true", Rank)
-    assert not checkpoint.resumes(tmp_path, "false", Rank)
+        state.resumes(tmp_path, "true", Rank)
+    state.save_state(tmp_path / "state", {}, {})
+    assert state.resumes(tmp_path, "auto", Rank) and state.resumes(tmp_path, "true", Rank)
+    assert not state.resumes(tmp_path, "false", Rank)
 
 
 def test_ranks_that_see_different_folders(tmp_path):
     """A disk of its own on each node: one would go on from a state and the other start anew."""
-    checkpoint.save_state(tmp_path / "here" / "state", {}, {})
+    state.save_state(tmp_path / "here" / "state", {}, {})
 
     class Two(Rank):
         world = 2
@@ -558,6 +556,6 @@ def test_ranks_that_see_different_folders(tmp_path):
     for name in ("here", "none"):
         Two.other = int(name == "none")
         with pytest.raises(UserError, match="on some nodes and not on others"):
-            checkpoint.resumes(tmp_path / name, "auto", Two)
-    assert not checkpoint.resumes(tmp_path / "here", "false", type("All", (Two,), dict(other=0)))
-    assert checkpoint.resumes(tmp_path / "here", "auto", type("All", (Two,), dict(other=1)))
+            state.resumes(tmp_path / name, "auto", Two)
+    assert not state.resumes(tmp_path / "here", "false", type("All", (Two,), dict(other=0)))
+    assert state.resumes(tmp_path / "here", "auto", type("All", (Two,), dict(other=1)))

@@ -1,0 +1,73 @@
+"""Files that are whole or absent: atomic writes, folders that are replaced as a whole, JSON.
+
+Each file is written under a temporary name, flushed to the disk and renamed, so that a kill or a power
+failure leaves either the old content or the new one.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from nano.config import UserError
+
+
+def read_json(path):
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read as JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
+
+
+def sync(path):
+    """Makes sure that a file's content, or a directory's list of names, has reached the disk."""
+    if os.name == "posix" or Path(path).is_file():
+        fd = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def write_bytes(path, data):
+    path = Path(path)
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        tmp.write_bytes(data)
+        sync(tmp)
+        os.replace(tmp, path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_text(path, text):
+    write_bytes(path, text.encode())
+
+
+def recover_dir(dir):
+    """Finishes what a kill in the middle of replace_dir left. Several ranks may do so at once."""
+    dir = Path(dir)
+    old = dir.with_name(dir.name + ".old")
+    if dir.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(old, dir)
+
+
+def replace_dir(tmp, dir):
+    """Puts the finished folder `tmp` in the place of `dir` by two renames; recover_dir repairs a kill between them."""
+    dir = Path(dir)
+    recover_dir(dir)
+    old = dir.with_name(dir.name + ".old")
+    if dir.exists():
+        os.replace(dir, old)
+    os.replace(tmp, dir)
+    sync(dir.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,557 @@
+"""Model directories, adapter directories and safetensors files.
+
+A model directory is a Hugging Face directory: config.json, safetensors (one file, or shards with an index) and the
+tokenizer's files. An adapter directory is a PEFT directory. What transformers and peft write opens here, and the
+reverse. Nothing is pickled.
+
+    opened = weights.open("models/smollm2")                       # .model, .tok, .base
+    model = weights.load_model("models/smollm2", dtype=torch.bfloat16)
+    weights.save_model(model, "out/sft/last", like="models/smollm2")   # tokenizer files come from `like`
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import lora
+from model import ScoreHead, Transformer
+from nano import tokenizer
+from nano.config import UserError
+from nano.families import config_json, load_config
+from nano.files import read_json, sync, write_bytes, write_text
+
+STRETCH = 1 << 24  # bytes of a tensor that are converted at a time
+
+
+@contextlib.contextmanager
+def damaged(path):
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is damaged or incomplete ({e}): fetch or save it again") from None
+
+
+class Tensors(Mapping):
+    """name -> tensor, memory-mapped: a tensor takes memory only where it is read. files: name -> safetensors file."""
+
+    def __init__(self, files):
+        self.files, self.opened = files, {}
+        for path in sorted(set(files.values())):
+            with damaged(path):
+                self.opened[path] = safe_open(path, framework="pt")
+
+    def __getitem__(self, name):
+        with damaged(self.files[name]):
+            return self.opened[self.files[name]].get_tensor(name)
+
+    def __iter__(self):
+        return iter(self.files)
+
+    def __len__(self):
+        return len(self.files)
+
+    def stretches(self, name):
+        """Yields (row, rows from there on) in pieces of STRETCH bytes, each through a mapping of its own: the memory
+        that the file's pages take is only given back when they are unmapped."""
+        shape, width = self[name].shape, self[name][:1].nbytes
+        step = max(1, STRETCH // max(1, width))
+        for i in range(0, shape[0], step):
+            with damaged(self.files[name]), safe_open(self.files[name], framework="pt") as f:
+                yield i, f.get_slice(name)[i : i + step]
+
+    def copy(self, name, dtype):
+        """The tensor in memory of its own, as `dtype`."""
+        out = torch.empty(self[name].shape, dtype=dtype)
+        for i, rows in self.stretches(name):
+            out[i : i + len(rows)] = rows
+            del rows  # it holds the mapping
+        return out
+
+
+def read_tensors(path, name="model"):
+    """A safetensors file, or a directory with {name}.safetensors or with {name}.safetensors.index.json -> Tensors."""
+    path = Path(path)
+    single, index = path / f"{name}.safetensors", path / f"{name}.safetensors.index.json"
+    if not path.is_dir():
+        single = path
+    elif not single.exists():
+        if index.exists():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise UserError(f"{index} has no weight_map")
+            if not all(
+                isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()
+            ):
+                raise UserError(
+                    f"{index}: its weight_map names something else than files beside it"
+                )
+            return Tensors({key: path / shard for key, shard in shards.items()})
+        pickled = next(path.glob("*.bin"), None) or next(path.glob("*.pth"), None)
+        convert = (
+            f"; `python -m prepare.weights source={path} out=NEW` converts {pickled.name}"
+            if pickled
+            else ""
+        )
+        raise UserError(f"{path} has no {single.name} and no {index.name}{convert}")
+    with damaged(single), safe_open(single, framework="pt") as f:
+        return Tensors(dict.fromkeys(f.keys(), single))
+
+
+def write_tensors(tensors, dir, name="model", shard_bytes=5e9):
+    """(key, tensor) pairs -> {name}.safetensors in `dir`, or shards with an index if they are over `shard_bytes` bytes.
+
+    The pairs are consumed one by one, and one shard of them is in memory at a time. An older save stays whole until the
+    new one is complete: new shards never take the names of those that the old index lists."""
+    dir = Path(dir)
+    tmp, single, index = (
+        dir / f"{name}.safetensors{suffix}" for suffix in (".tmp", "", ".index.json")
+    )
+    written, shard, size, total = [], {}, 0, 0  # written: (temporary file, its keys)
+
+    def flush():
+        path = tmp / str(len(written))
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(mode)  # save_file leaves a file that the owner alone can read
+        sync(path)
+        written.append((path, list(shard)))
+        shard.clear()
+
+    shutil.rmtree(tmp, ignore_errors=True)  # what a killed save left
+    try:
+        tmp.mkdir(parents=True)
+        for key, tensor in tensors:
+            if shard and size + tensor.nbytes > shard_bytes:
+                flush()
+                size = 0
+            shard[key] = tensor.detach().cpu().contiguous()
+            size += tensor.nbytes
+            total += tensor.nbytes
+        flush()
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    finals = []
+    if len(written) == 1:  # where both stand, readers take the single file
+        os.replace(written[0][0], single)
+        sync(dir)
+        index.unlink(missing_ok=True)
+    else:
+        listed = read_json(index).get("weight_map", {}).values() if index.exists() else ()
+        stem = f"{name}-b" if any(file.startswith(f"{name}-0") for file in listed) else name
+        finals = [
+            f"{stem}-{i + 1:05d}-of-{len(written):05d}.safetensors" for i in range(len(written))
+        ]
+        for (path, _), final in zip(written, finals, strict=True):
+            os.replace(path, dir / final)
+        sync(dir)
+        weight_map = {
+            key: final for (_, keys), final in zip(written, finals, strict=True) for key in keys
+        }
+        write_text(
+            tmp / "index",
+            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+            + "\n",
+        )
+        os.replace(tmp / "index", index)
+        sync(dir)
+        single.unlink(missing_ok=True)
+    for path in dir.glob(f"{name}-*-of-*.safetensors"):
+        if path.name not in finals:
+            path.unlink()
+    tmp.rmdir()
+
+
+class NoInit(torch.overrides.TorchFunctionMode):
+    """torch.nn.init does nothing. On the meta device it would compute nothing either, but import seconds of compiler."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (args or tuple(kwargs.values()))[0]
+        return func(*args, **(kwargs or {}))
+
+
+def load_model(dir, device="cpu", dtype=None, head=None):
+    """A model directory -> Transformer, on `device`, in `dtype` (None: the one its embedding is stored in).
+
+    On the CPU and in the stored dtype the parameters are the file itself, memory-mapped; otherwise they are converted
+    in stretches, so no more than the weights is ever in memory. head="score" on a language model drops its output
+    matrix and starts a fresh score head (from torch's generator); a score head is always fp32. UserError names tensors
+    that are missing, unexpected or of another shape."""
+    cfg = load_config(dir)
+    fresh = head == "score" and cfg.head == "lm"
+    if head == "lm" and cfg.head == "score":
+        raise UserError(f"{dir} is a score model: it has no language-model head")
+    cfg = dataclasses.replace(cfg, head=head or cfg.head)
+    with torch.device("meta"), NoInit():
+        model = Transformer(cfg)
+    tensors = read_tensors(dir)
+    names = {
+        name for name in tensors if not name.endswith("rotary_emb.inv_freq")
+    }  # a constant that old files hold
+    wanted = {name: p.shape for name, p in model.named_parameters()}
+    if fresh:
+        names.discard("lm_head.weight")
+        del wanted["score.weight"]
+    elif cfg.tie_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= names:
+        names.remove("lm_head.weight")
+        head, embedding = (
+            tensors[name].shape for name in ("lm_head.weight", "model.embed_tokens.weight")
+        )
+        pairs = zip(
+            tensors.stretches("lm_head.weight"),
+            tensors.stretches("model.embed_tokens.weight"),
+            strict=True,
+        )
+        if head != embedding or not all(torch.equal(a, b) for (_, a), (_, b) in pairs):
+            raise UserError(
+                f"{dir}: config.json ties the output matrix to the embedding, but lm_head.weight differs from it; "
+                'set "tie_word_embeddings" to false if lm_head.weight is meant'
+            )
+    check_tensors(dir, wanted, {name: tensors[name] for name in names})
+
+    dtype = dtype or tensors["model.embed_tokens.weight"].dtype
+    weights = {}
+    for name in wanted:
+        kind = torch.float32 if name == "score.weight" else dtype
+        weights[name] = (
+            tensors[name] if tensors[name].dtype == kind else tensors.copy(name, kind)
+        ).to(device)
+    if fresh:
+        weights["score.weight"] = ScoreHead(cfg.dim).weight.detach().to(device)
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def check_tensors(where, wanted, found):
+    """UserError unless `found` {name: tensor} holds floats of exactly the names and shapes in `wanted` {name: shape}."""
+
+    def some(names):
+        names = sorted(names)
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    shapes = {
+        name: (tuple(found[name].shape), tuple(shape))
+        for name, shape in wanted.items()
+        if name in found
+    }
+    faults = {
+        "missing": wanted.keys() - found.keys(),
+        "unexpected": found.keys() - wanted.keys(),
+        "of another shape than config.json says": {
+            f"{n} {a} for {b}" for n, (a, b) in shapes.items() if a != b
+        },
+        "not of a float type": {
+            f"{n} {t.dtype}" for n, t in found.items() if t.dtype not in floats
+        },
+    }
+    if any(faults.values()):
+        said = "; ".join(f"{fault}: {some(names)}" for fault, names in faults.items() if names)
+        raise UserError(f"the tensors in {where} do not fit its config.json - {said}")
+
+
+def save_model(model, dir, dtype=None, like=None, tensors=None, shard_bytes=5e9, tok=None, **extra):
+    """Transformer -> a model directory. dtype: of the file (None: as the model holds it; a score head stays fp32).
+
+    like: the directory that the model came from: its tokenizer files and generation_config.json are copied byte for
+    byte, and what its config.json says beyond the architecture is kept. tok: the Tokenizer that the model was trained with, whose
+    chat template may be another than the directory's. tensors {name: tensor}: the weights, where the
+    model does not hold them whole (sharded over ranks). extra: keys of config.json to set. config.json comes last:
+    without it there is no model."""
+    dir, cfg = Path(dir), model.cfg
+    tensors = dict(model.named_parameters()) if tensors is None else tensors
+    main = dtype or tensors["model.embed_tokens.weight"].dtype
+    config = config_json(cfg, like, **{"torch_dtype": str(main).removeprefix("torch.")} | extra)
+    kept = {"score.weight"} if dtype else tensors.keys()
+    casts = (
+        (name, t.detach() if name in kept else t.detach().to(dtype)) for name, t in tensors.items()
+    )
+    write_tensors(casts, dir, shard_bytes=shard_bytes)
+    copy_tokenizer(like, dir)
+    if tok and tok.adopted:
+        write_template(tok, dir, config)
+    write_text(dir / "config.json", json.dumps(config, indent=2) + "\n")
+    for name in (
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "score_scale.json",
+    ):  # of an earlier run with lora_rank=
+        (dir / name).unlink(missing_ok=True)
+
+
+def copy_tokenizer(source, dir):
+    """Copies tokenizer files and generation_config.json, byte for byte, to `dir` if that is not the source itself. Such files of
+    another model that lie there are removed."""
+    if source and Path(source).resolve() != Path(dir).resolve():
+        new, old = (
+            {p.name: p for pattern in tokenizer.FILES for p in Path(d).glob(pattern)}
+            for d in (source, dir)
+        )
+        for name in old.keys() - new.keys():
+            old[name].unlink()
+        for name, path in sorted(new.items()):
+            write_bytes(Path(dir) / name, path.read_bytes())
+
+
+def write_template(tok, dir, config):
+    """Makes the chat template of `tok` that of the model directory, and the tokens that end its turns stop what others generate.
+    config: the model's config.json, for the token ids that no generation_config.json says."""
+    write_text(dir / "chat_template.jinja", tok.chat_template)
+    settings, generation = dir / "tokenizer_config.json", dir / "generation_config.json"
+    if settings.exists() and "chat_template" in (
+        said := read_json(settings)
+    ):  # not every program looks for the .jinja first
+        del said["chat_template"]
+        write_text(settings, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
+    said = (
+        read_json(generation)
+        if generation.exists()
+        else {key: config.get(key) for key in ("bos_token_id", "pad_token_id")}
+    )
+    ends = sorted(tok.stop_ids, key=lambda id: id != tok.eos_id)  # EOS first
+    write_text(generation, json.dumps(said | {"eos_token_id": ends}, indent=2) + "\n")
+
+
+def read_score_scale(dir):
+    """(gain, bias) of a reward model's or score adapter's directory: gain * score + bias has mean 0 and variance 1 over what the
+    policy it was made for says. An adapter keeps them in score_scale.json. (1.0, 0.0) where none were fitted."""
+    path = next(
+        (
+            path
+            for path in (Path(dir) / "score_scale.json", Path(dir) / "config.json")
+            if path.exists()
+        ),
+        None,
+    )
+    values = read_json(path) if path else {}
+    return float(values.get("reward_gain", 1.0)), float(values.get("reward_bias", 0.0))
+
+
+# --- PEFT directories -------------------------------------------------------------------------
+
+PREFIX = "base_model.model."
+
+
+def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
+    """Writes the adapter as a PEFT directory. A trained head (`score`) goes along in full, as modules_to_save.
+    base: the model directory it belongs to, kept in adapter_config.json. tensors: the model's tensors where they are gathered
+    already (sharded training); default: its own. tok: the Tokenizer trained with; a chat template that is not the base's own goes
+    along."""
+    layers = [(n, m) for n, m in lora.adapted(model) if name in m.scales]
+    if not layers:
+        raise KeyError(f"there is no adapter {name!r} on this model")
+    tensors = dict(model.named_parameters()) if tensors is None else tensors
+    out = {}
+    for n, _ in layers:
+        for ab in ("lora_A", "lora_B"):
+            out[f"{PREFIX}{n}.{ab}.weight"] = (
+                tensors[f"{n}.{ab}.{name}"].detach().cpu().contiguous()
+            )
+    rank, scale = layers[0][1].lora_A[name].shape[0], layers[0][1].scales[name]
+    score = "score.weight" in tensors
+    if score:
+        out[PREFIX + "score.weight"] = tensors["score.weight"].detach().cpu().contiguous()
+    names = {n for n, _ in layers}
+    leaves = {n.rpartition(".")[2] for n in names}
+    whole = all(
+        n in names for n in lora.linear_names(model) if n.rpartition(".")[2] in leaves
+    )  # a suffix says it all
+    config = dict(
+        peft_type="LORA",
+        task_type="SEQ_CLS" if score else "CAUSAL_LM",
+        base_model_name_or_path=str(base),
+        r=rank,
+        lora_alpha=scale * rank,
+        lora_dropout=layers[0][1].dropouts[name],
+        target_modules=sorted(leaves if whole else names),
+        modules_to_save=["score"] if score else None,
+        bias="none",
+        use_rslora=False,
+        use_dora=False,
+        fan_in_fan_out=False,
+        inference_mode=True,
+        init_lora_weights=True,
+        rank_pattern={},
+        alpha_pattern={},
+        layers_to_transform=None,
+    )
+    write_tensors(out.items(), dir, name="adapter_model")
+    if tok and tok.adopted:
+        write_text(Path(dir) / "chat_template.jinja", tok.chat_template)
+    else:
+        Path(dir, "chat_template.jinja").unlink(missing_ok=True)
+    write_text(Path(dir) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    for path in (
+        Path(dir, "config.json"),
+        *Path(dir).glob("model*.safetensors*"),
+    ):  # of an earlier run without lora_rank=
+        path.unlink(missing_ok=True)
+
+
+def read_adapter_config(dir):
+    """adapter_config.json of a PEFT directory, refused when it says something that this file does not do."""
+    path = Path(dir) / "adapter_config.json"
+    if not path.exists():
+        raise UserError(f"{dir} is no adapter directory: it has no adapter_config.json")
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise UserError(
+            f"{path}: peft_type {config.get('peft_type')!r} is not supported (only 'LORA' is)"
+        )
+    unsupported = dict(
+        use_dora=False,
+        bias="none",
+        fan_in_fan_out=False,
+        rank_pattern={},
+        alpha_pattern={},
+        megatron_config=None,
+        alora_invocation_tokens=None,
+    )
+    for key, plain in unsupported.items():
+        if (config.get(key) or plain) != plain:
+            raise UserError(f"{path}: {key}={config[key]!r} is not supported (only {plain!r} is)")
+    if str(config.get("init_lora_weights")).split("_")[0] in ("pissa", "olora", "corda", "loftq"):
+        how = config["init_lora_weights"]
+        again = "save it anew with peft's path_initial_model_for_weight_conversion="
+        raise UserError(
+            f"{path}: init_lora_weights={how!r} has changed the base model too, which is not here: {again}"
+        )
+    if (
+        type(config.get("r")) is not int
+        or config["r"] < 1
+        or not isinstance(config.get("lora_alpha"), (int, float))
+    ):
+        raise UserError(
+            f"{path}: r={config.get('r')!r} and lora_alpha={config.get('lora_alpha')!r} must be numbers, r 1 or more"
+        )
+    return config
+
+
+def load_adapter(model, dir, name="default"):
+    """Reads a PEFT directory into the adapter `name`: made active, not frozen, without the dropout that it was trained with (RL
+    trains on it further, and must see the same probabilities twice). Raises UserError for another base's adapter."""
+    config = read_adapter_config(dir)
+    rank, alpha = config["r"], config["lora_alpha"]
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if not lora.adapted(model):
+        model.requires_grad_(False)
+    linears, found = (
+        set(lora.linear_names(model)),
+        {},
+    )  # found: (layer, "lora_A" or "lora_B") -> tensor
+    for key, tensor in read_tensors(dir, name="adapter_model").items():
+        module, _, ab = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if module in linears and ab in ("lora_A", "lora_B"):
+            linear = model.get_submodule(module)
+            size = (rank, linear.in_features) if ab == "lora_A" else (linear.out_features, rank)
+        elif (module, ab) in (("", "score"), ("score", "modules_to_save")):
+            if not hasattr(model, "score"):
+                raise UserError(
+                    f"{dir}: the adapter carries a score head, but the model was not opened as a score model"
+                )
+            size = tuple(model.score.weight.shape)
+        else:
+            raise UserError(
+                f"{dir}: tensor {key} belongs to no layer that is adapted here: an adapter for another base?"
+            )
+        if tuple(tensor.shape) != size:
+            raise UserError(
+                f"{dir}: {key} is {tuple(tensor.shape)}, this model takes {size}: an adapter for another base?"
+            )
+        found[module, ab] = tensor
+    layers = dict.fromkeys(module for module, ab in found if ab.startswith("lora_"))
+    if not layers or any(
+        (module, ab) not in found for module in layers for ab in ("lora_A", "lora_B")
+    ):
+        raise UserError(
+            f"{dir}: adapter_model.safetensors is incomplete: a layer needs both lora_A and lora_B"
+        )
+    for module in layers:
+        lora._wrap(model, module).add(name, rank, scale, 0.0)
+    for (module, ab), tensor in found.items():
+        target = (
+            getattr(model.get_submodule(module), ab)[name]
+            if module in layers
+            else model.score.weight
+        )
+        target.data.copy_(tensor)
+    lora.use(model, name)
+
+
+def load_scorer(model, dir, name):
+    """Reads a score adapter (reward.py's) into the adapter `name` of a language model and returns its head, a model.ScoreHead."""
+    if read_adapter_config(dir).get("task_type") != "SEQ_CLS":
+        raise UserError(f"{dir} is an adapter of a language model, not of a score model")
+    model.score = ScoreHead(model.cfg.dim).to(model.model["embed_tokens"].weight.device)
+    load_adapter(model, dir, name)
+    head = model.score
+    del model.score
+    return head
+
+
+def is_adapter(dir):
+    return (Path(dir) / "adapter_config.json").exists()
+
+
+def chat_template(dir):
+    """The chat template, in Jinja, that an adapter directory brings for the tokenizer of its base; None: the base's own serves."""
+    path = Path(dir, "chat_template.jinja")
+    return path.read_text(encoding="utf-8") if is_adapter(dir) and path.exists() else None
+
+
+def base_of(dir, base=None):
+    """The model directory, which holds config and tokenizer, of a model or adapter directory. `base` takes the place of the one
+    that the adapter names."""
+    if not is_adapter(dir):
+        if base:
+            raise UserError(f"{dir} is a whole model, not an adapter: leave out base={base}")
+        return Path(dir)
+    named = base or read_adapter_config(dir).get("base_model_name_or_path") or ""
+    found = next(
+        (p for p in (Path(named), Path(dir) / named) if named and (p / "config.json").exists()),
+        None,
+    )
+    if found is None:
+        raise UserError(
+            f"{dir}: its base {str(named)!r} is no model directory here: name it with base=, or in adapter_config.json"
+        )
+    return found
+
+
+def open_model(dir, base=None, device="cpu", dtype=None, head=None, as_base=False):
+    """Opens a model directory or an adapter directory -> (model, directory of the model that holds config and tokenizer).
+    `base` takes the place of the base that the adapter names, in memory: no file is changed. as_base: the model is to carry a
+    new adapter, whose directory will name `dir` as its base, so an adapter directory is refused."""
+    if is_adapter(dir) and as_base:
+        raise UserError(
+            f"{dir} is an adapter; a new one needs a base on disk: merge it, python -m prepare.weights source={dir}"
+        )
+    found = base_of(dir, base)
+    if head is None and is_adapter(dir) and read_adapter_config(dir).get("task_type") == "SEQ_CLS":
+        head = "score"
+    model = load_model(found, device=device, dtype=dtype, head=head)
+    if is_adapter(dir):
+        load_adapter(model, dir)
+    return model, found
+
+
+def open_whole(dir, head=None, as_base=False):
+    """open_model for training: an adapter is merged into its base, in fp32; a model is its file, memory-mapped, until runtime.place
+    gives its parameters their dtypes and devices."""
+    model, found = open_model(
+        dir, dtype=torch.float32 if is_adapter(dir) else None, head=head, as_base=as_base
+    )
+    return lora.merge(model), found
