@@ -41,7 +41,16 @@ from nano import (
     tokenizer,
     weights,
 )
-from nano.config import UserError
+from nano.config import (
+    Every,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    UnitFloat,
+    UserError,
+)
 
 
 @dataclass
@@ -56,71 +65,73 @@ class Config:
     out: str = "out/ppo"
     algo: Literal["ppo", "grpo", "rloo"] = "ppo"  # ppo: a critic; grpo, rloo: the group
     # rollouts
-    steps: int = 100  # iterations of rollout and update
-    batch_size: int = 64  # episodes of one iteration, over all ranks
-    group: int = 1  # samples of each prompt (grpo and rloo need 2 or more)
-    rollout_batch: int = 32  # responses that one device generates at the same time
-    max_prompt: int = 256  # longer prompts are left out
-    max_new_tokens: int = 128
-    temperature: float = 1.0  # of the policy, the behaviour and the reference alike
+    steps: NonNegativeInt = 100  # iterations of rollout and update
+    batch_size: PositiveInt = 64  # episodes of one iteration, over all ranks
+    group: PositiveInt = 1  # samples of each prompt (grpo and rloo need 2 or more)
+    rollout_batch: PositiveInt = 32  # responses that one device generates at the same time
+    max_prompt: PositiveInt = 256  # longer prompts are left out
+    max_new_tokens: PositiveInt = 128
+    temperature: NonNegativeFloat = 1.0  # of the policy, the behaviour and the reference alike
     # reward
     missing_eos_penalty: float = 1.0  # off the score of a response that did not end
     truncate_at: tuple[
         str, ...
     ] = ()  # a response is cut behind the first of these strings, and pays the next penalty instead
     truncate_penalty: float = 1.0
-    score_clip: float = 0.0  # scores are cut to +- this; 0: off
-    kl_coef: float = 0.05  # reward lost per nat of log(policy / reference)
+    score_clip: NonNegativeFloat = 0.0  # scores are cut to +- this; 0: off
+    kl_coef: NonNegativeFloat = 0.05  # reward lost per nat of log(policy / reference)
     kl_control: Literal["fixed", "adaptive"] = "fixed"  # adaptive: steer to kl_target
-    kl_target: float = 6.0  # nats a response
-    kl_horizon: int = 10_000  # episodes over which the adaptive controller acts
-    gamma: float = 1.0  # discount
-    lam: float = 0.95  # of GAE
+    kl_target: PositiveFloat = 6.0  # nats a response
+    kl_horizon: PositiveInt = 10_000  # episodes over which the adaptive controller acts
+    gamma: UnitFloat = 1.0  # discount
+    lam: UnitFloat = 0.95  # of GAE
     whiten_advantages: bool = True  # ppo only
     whiten_rewards: bool = False  # scale the rewards to variance 1; reported to be harmful
     # update
-    ppo_epochs: int = 4  # passes over an iteration's episodes
-    minibatches: int = 1  # optimizer steps of one pass
-    micro_batch: int = 8  # episodes of one forward on one device
-    clip: float = 0.2  # of the probability ratio
-    value_clip: float = 0.2
+    ppo_epochs: PositiveInt = 4  # passes over an iteration's episodes
+    minibatches: PositiveInt = 1  # optimizer steps of one pass
+    micro_batch: PositiveInt = 8  # episodes of one forward on one device
+    clip: NonNegativeFloat = 0.2  # of the probability ratio
+    value_clip: NonNegativeFloat = 0.2
     entropy_coef: float = 0.0
-    target_kl: float = 0.0  # ends the passes when KL(old, new) per token exceeds it; 0: off
-    value_warmup: int = 0  # iterations that train the critic alone
+    target_kl: NonNegativeFloat = (
+        0.0  # ends the passes when KL(old, new) per token exceeds it; 0: off
+    )
+    value_warmup: NonNegativeInt = 0  # iterations that train the critic alone
     ptx_data: tuple[str, ...] = ()  # prepared folders whose next-token loss is mixed in
-    ptx_coef: float = 0.0  # its weight
-    ptx_batch: int = 8  # packed rows of it in an optimizer step
+    ptx_coef: NonNegativeFloat = 0.0  # its weight
+    ptx_batch: PositiveInt = 8  # packed rows of it in an optimizer step
     # what is trained
-    freeze_layers: int = 0  # freeze the embeddings and the first N layers
+    freeze_layers: NonNegativeInt = 0  # freeze the embeddings and the first N layers
     train: Literal["all", "attention", "qv"] = "all"
-    lora_rank: int = 0  # 0: full models; otherwise one frozen trunk with adapters
-    lora_alpha: float = 32.0
+    lora_rank: NonNegativeInt = 0  # 0: full models; otherwise one frozen trunk with adapters
+    lora_alpha: PositiveFloat = 32.0
     lora_targets: tuple[str, ...] = ("all-linear",)
     # optimizer
-    lr: float = 1e-6  # of the policy
-    value_lr: float = 5e-6  # of the critic
-    min_lr: float = 0.0
+    lr: NonNegativeFloat = 1e-6  # of the policy
+    value_lr: NonNegativeFloat = 5e-6  # of the critic
+    min_lr: NonNegativeFloat = 0.0
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
-    warmup_ratio: float = 0.0
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    adam_eps: float = 1e-5
+    warmup_ratio: UnitFloat = 0.0
+    weight_decay: NonNegativeFloat = 0.0
+    grad_clip: NonNegativeFloat = 1.0
+    adam_eps: NonNegativeFloat = 1e-5
     # device
     device: str = "auto"
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
-    tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
+    tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients on their way
     compile: bool = False
     grad_checkpoint: bool = False
     offload: bool = False  # full models that are not at work wait in CPU memory; with fsdp, zero2, hsdp: weights and optimizers
     # bookkeeping
-    seed: int = 0
+    seed: Seed = 0
     resume: Literal["auto", "true", "false"] = "auto"
-    save_every: int = 20  # steps; 0: at the end
-    log_every: int = 1  # steps; 0: the last step only
-    sample_every: int = 10  # 0: never
-    samples: int = 3
+    save_every: Every = 20  # steps; 0: at the end
+    log_every: NonNegativeInt = 1  # steps; 0: the last step only
+    sample_every: Every = 10  # 0: never
+    samples: NonNegativeInt = 3
 
 
 # ---------------------------------------------------------------------------------------------- the algorithm, as pure functions

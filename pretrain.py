@@ -37,7 +37,17 @@ from nano import (
     tokenizer,
     weights,
 )
-from nano.config import UserError
+from nano.config import (
+    Every,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    UnitFloat,
+    UserError,
+)
 
 
 @dataclass
@@ -52,52 +62,52 @@ class Config:
     # the model
     model: str = ""  # model directory to continue from; "": from scratch, of the `size`
     size: Literal["toy", "15m", "124m", "350m", "1b", "3b", "7b"] = "124m"
-    n_layers: int = 0  # this and the next four: in place of the size's own; 0: its own
-    dim: int = 0
-    n_heads: int = 0
-    n_kv_heads: int = 0
-    ffn_dim: int = 0
-    rope_theta: float = 10000.0
+    n_layers: NonNegativeInt = 0  # this and the next four: in place of the size's own; 0: its own
+    dim: NonNegativeInt = 0
+    n_heads: NonNegativeInt = 0
+    n_kv_heads: NonNegativeInt = 0
+    ffn_dim: NonNegativeInt = 0
+    rope_theta: PositiveFloat = 10000.0
     # how long
-    epochs: float = 1.0
-    steps: int = 0  # optimizer steps; 0: as many as `epochs` takes
-    batch_size: int = 512  # windows of one optimizer step, over all ranks and micro-batches
-    micro_batch: int = 16  # windows of one forward on one device
-    max_length: int = 1024  # tokens of a window
+    epochs: NonNegativeFloat = 1.0
+    steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes
+    batch_size: PositiveInt = 512  # windows of one optimizer step, over all ranks and micro-batches
+    micro_batch: PositiveInt = 16  # windows of one forward on one device
+    max_length: PositiveInt = 1024  # tokens of a window
     isolate: bool = True  # documents do not see each other; false: a window is one stretch of text
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for hidden matrices
-    lr: float = 6e-4
-    min_lr: float = 6e-5
+    lr: NonNegativeFloat = 6e-4
+    min_lr: NonNegativeFloat = 6e-5
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    warmup_ratio: float = 0.02  # of all steps
-    warmup_steps: int = 0  # if set, instead of warmup_ratio
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0  # global norm; 0: off
+    warmup_ratio: UnitFloat = 0.02  # of all steps
+    warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
+    weight_decay: NonNegativeFloat = 0.1
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
     device: str = "auto"  # cpu, cuda, xla, tpu
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
-    tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
+    tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients on their way
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
     offload: bool = False  # with fsdp, zero2, hsdp: weights and optimizer wait in CPU memory; for models that fit no other way
     # bookkeeping
-    seed: int = 0
+    seed: Seed = 0
     resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
-    eval_every: int = 250  # steps; 0: once an epoch. Needs a validation split
-    eval_windows: int = 1000  # of the validation split, the same each time; 0: all
-    save_every: int = 1000  # steps; 0: once an epoch
-    log_every: int = 10  # steps; 0: the last step only
-    sample_every: int = 0  # steps; 0: with every evaluation
+    eval_every: Every = 250  # steps; 0: once an epoch. Needs a validation split
+    eval_windows: NonNegativeInt = 1000  # of the validation split, the same each time; 0: all
+    save_every: Every = 1000  # steps; 0: once an epoch
+    log_every: NonNegativeInt = 10  # steps; 0: the last step only
+    sample_every: Every = 0  # steps; 0: with every evaluation
     prompts: tuple[
         str, ...
     ] = ()  # texts to go on from; (): the beginnings of two validation documents
-    sample_tokens: int = 64  # 0: no samples
-    temperature: float = 0.8  # of the samples
+    sample_tokens: NonNegativeInt = 64  # 0: no samples
+    temperature: NonNegativeFloat = 0.8  # of the samples
 
 
 # name: layers, dim, heads, key/value heads, ffn, tied embeddings. The name counts the parameters with a vocabulary of about

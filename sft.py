@@ -33,7 +33,17 @@ from nano import (
     tokenizer,
     weights,
 )
-from nano.config import UserError
+from nano.config import (
+    Every,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    UnitFloat,
+    UserError,
+)
 
 
 @dataclass
@@ -46,52 +56,56 @@ class Config:
     ] = ()  # how much of each folder: all, a number of rows or a percentage; (): all
     out: str = "out/sft"  # run folder
     # how long
-    epochs: float = 3.0
-    steps: int = 0  # optimizer steps; 0: as many as `epochs` takes
-    batch_size: int = 16  # packed rows of one optimizer step, over all ranks and micro-batches
-    micro_batch: int = 4  # packed rows of one forward on one device
-    max_length: int = 512  # tokens of a packed row
+    epochs: NonNegativeFloat = 3.0
+    steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes
+    batch_size: PositiveInt = (
+        16  # packed rows of one optimizer step, over all ranks and micro-batches
+    )
+    micro_batch: PositiveInt = 4  # packed rows of one forward on one device
+    max_length: PositiveInt = 512  # tokens of a packed row
     packing: bool = True  # false: one document a row, rows of similar length together
     over_length: Literal["truncate", "drop"] = "truncate"  # documents over max_length
     # what is trained
     train: Literal["all", "attention", "qv"] = "all"  # which of the model's own weights
-    freeze_layers: int = 0  # the embeddings and the first N layers stay as they are
-    prompt_loss_weight: float = 0.0  # weight of the prompt's tokens in the loss (targets: 1)
-    lora_rank: int = 0  # 0: train the weights themselves
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
+    freeze_layers: NonNegativeInt = 0  # the embeddings and the first N layers stay as they are
+    prompt_loss_weight: NonNegativeFloat = (
+        0.0  # weight of the prompt's tokens in the loss (targets: 1)
+    )
+    lora_rank: NonNegativeInt = 0  # 0: train the weights themselves
+    lora_alpha: PositiveFloat = 32.0
+    lora_dropout: Fraction = 0.0
     lora_targets: tuple[str, ...] = (
         "all-linear",
     )  # suffixes of layer names; all-linear: all but the head
     lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # optimizer
-    lr: float = 2e-5
-    min_lr: float = 0.0
+    lr: NonNegativeFloat = 2e-5
+    min_lr: NonNegativeFloat = 0.0
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    warmup_ratio: float = 0.03  # of all steps
-    warmup_steps: int = 0  # if set, instead of warmup_ratio
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    grad_clip: float = 1.0  # global norm; 0: off
+    warmup_ratio: UnitFloat = 0.03  # of all steps
+    warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
+    weight_decay: NonNegativeFloat = 0.0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
     device: str = "auto"  # cpu, cuda, xla, tpu
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
-    tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
+    tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients on their way
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
     offload: bool = False  # with fsdp, zero2, hsdp: weights and optimizer wait in CPU memory; for models that fit no other way
     # bookkeeping
-    seed: int = 0
+    seed: Seed = 0
     resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
-    eval_every: int = 0  # steps; 0: once an epoch. Needs a validation split
-    save_every: int = 0  # steps; 0: once an epoch
-    log_every: int = 10  # steps; 0: the last step only
-    sample_every: int = 0  # steps; 0: with every evaluation
-    samples: int = 2  # validation prompts answered each time
-    sample_tokens: int = 64  # 0: no samples
+    eval_every: Every = 0  # steps; 0: once an epoch. Needs a validation split
+    save_every: Every = 0  # steps; 0: once an epoch
+    log_every: NonNegativeInt = 10  # steps; 0: the last step only
+    sample_every: Every = 0  # steps; 0: with every evaluation
+    samples: NonNegativeInt = 2  # validation prompts answered each time
+    sample_tokens: NonNegativeInt = 64  # 0: no samples
 
 
 def loss_sum(net, model, batch):

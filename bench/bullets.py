@@ -14,18 +14,19 @@ import statistics
 from dataclasses import dataclass
 
 from nano import config, weights
+from nano.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 
 
 @dataclass
 class Config:
     model: str = "models/smollm2"  # model or adapter directory
     data: str = "data/bullets/test.jsonl"
-    rows: int = 100  # the first ones; 0: all
-    temperature: float = 1.0
-    max_new_tokens: int = 96
+    rows: NonNegativeInt = 100  # the first ones; 0: all
+    temperature: NonNegativeFloat = 1.0
+    max_new_tokens: PositiveInt = 96
     device: str = "auto"
     dtype: str = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
 
 def main(cfg):

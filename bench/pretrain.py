@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nano import config
+from nano.config import NonNegativeInt, PositiveInt
 
 TUNED = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="-1", MALLOC_TOP_PAD_=str(256 << 20))
 
@@ -30,11 +31,11 @@ TUNED = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="-1", MALLOC_TOP_PAD_=
 class Config:
     nanogpt: str = ""  # a checkout of it; "": ours alone
     size: str = "124m"  # of pretrain.py
-    vocab_size: int = 50304
-    micro_batch: int = 4  # windows of a step
-    max_length: int = 512  # tokens of a window
+    vocab_size: PositiveInt = 50304
+    micro_batch: PositiveInt = 4  # windows of a step
+    max_length: PositiveInt = 512  # tokens of a window
     isolate: bool = True  # ours: documents do not see each other
-    steps: int = 8  # timed, after two that are not
+    steps: NonNegativeInt = 8  # timed, after two that are not
     rounds: int = 2  # how often each run is repeated, all in turn
     compile: tuple[bool, ...] = (True, False)
     malloc: tuple[str, ...] = ("default", "tuned")

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nano import config, weights
+from nano.config import NonNegativeInt
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,7 +33,7 @@ COLUMNS = ("reward", "gold", "win", "grammatical", "eos", "kl")
 class Config:
     out: str = "out/reviews"
     seeds: tuple[int, ...] = (0,)
-    samples: int = 512  # answers per model
+    samples: NonNegativeInt = 512  # answers per model
     threads: int = 1  # a model this small is fastest on one
     jobs: int = 2  # of PPO, its control, RLOO and DPO, how many run at a time
 

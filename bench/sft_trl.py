@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 
 from nano import config, data, weights
+from nano.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 
 
 @dataclass
@@ -20,17 +21,17 @@ class Config:
     model: str = "models/smollm2"
     data: str = "data/alpaca"
     out: str = "out/bench/trl"
-    epochs: float = 3.0
-    steps: int = 0  # stop earlier; 0: after `epochs`
-    micro_batch: int = 4  # rows of one forward
+    epochs: NonNegativeFloat = 3.0
+    steps: NonNegativeInt = 0  # stop earlier; 0: after `epochs`
+    micro_batch: PositiveInt = 4  # rows of one forward
     accumulate: int = 4  # forwards of one optimizer step
-    max_length: int = 512
-    lr: float = 2e-5
-    lora_rank: int = 0
-    lora_alpha: float = 32
+    max_length: PositiveInt = 512
+    lr: NonNegativeFloat = 2e-5
+    lora_rank: NonNegativeInt = 0
+    lora_alpha: PositiveFloat = 32
     packing: bool = False
     threads: int = 2
-    seed: int = 0
+    seed: Seed = 0
 
 
 def main(cfg):
