@@ -7,7 +7,7 @@ Parameter names are Hugging Face's Llama names, so a checkpoint of the family ne
     model = Transformer(ModelConfig(...))
     hidden = model.hidden(tokens)             # (B, T) -> (B, T, C)
     logits = model.logits(hidden)             # (B, T, V); training goes through losses.py, which never builds them all
-    hidden = model(batch)                     # (M, C): of the positions batch["index"], which is what a loss needs
+    hidden = model(batch)                     # (M, C) of the positions batch["index"]: what a loss needs
 
 Packed rows: `docs` (B, T) gives each token the id of its document, and attention never crosses documents. Padding is a document
 of its own (id -1), so a padded row needs nothing else.
@@ -332,10 +332,12 @@ class Transformer(nn.Module):
         return angles.cos(), angles.sin()
 
     def forward(self, batch):
-        """A batch, a dict -> hidden states (M, C) of the flat positions batch["index"] (M,), or without "index" of all, (B * T, C).
+        """batch, a dict -> hidden states (M, C) of the flat positions batch["index"] (M,); without
+        "index" of all positions, (B * T, C).
 
-        Of the batch, forward reads "tokens" (B, T), and "positions", "docs" (B, T) where they are there: see `hidden`. It reads
-        integer tensors only, because FSDP casts the floating tensors of its arguments to bf16. All else is left to the loss.
+        It reads "tokens" (B, T) and, where the batch has them, "positions" and "docs" (B, T): see
+        `hidden`. These are integers. FSDP casts the floating tensors of its arguments to bf16, so
+        weights and the like are left to the loss, which has the batch as it was.
         """
         hidden = self.hidden(batch["tokens"], batch.get("positions"), batch.get("docs"))
         hidden = hidden.flatten(0, 1)
