@@ -85,7 +85,7 @@ class Config:
     beta2: float = 0.999
     grad_clip: float = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # cpu, cuda, xla, tpu
+    device: str = "auto"  # auto, cpu, cuda or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
@@ -182,20 +182,17 @@ def summary(sums, tokens):
     return mean | dict(chosen_logprob=logprob / max(tokens, 1))  # per token
 
 
-@torch.no_grad()
 def evaluate(rt, net, model, batches, reference, cfg):
     """Loss, accuracy and rewards over all groups of all ranks."""
-    model.eval()
     sums, tokens = torch.zeros(6, device=rt.device), 0
-    for step in range(batches.steps_per_epoch):
-        for micro in batches.batch(step):
-            batch = rt.put(micro | look_up(reference, micro))
-            with rt.autocast():
-                logprobs = completion_logprobs(net, model, batch)
-            sums += statistics(logprobs, pair_losses(logprobs, batch, cfg), batch, cfg)
-            tokens += best_tokens(micro)
-            rt.sync()
-    model.train()
+    with rt.evaluating(net):
+        for step in range(batches.steps_per_epoch):
+            for micro in batches.batch(step):
+                batch = rt.put(micro | look_up(reference, micro))
+                with rt.autocast():
+                    logprobs = completion_logprobs(net, model, batch)
+                sums += statistics(logprobs, pair_losses(logprobs, batch, cfg), batch, cfg)
+                tokens += best_tokens(micro)
     return summary(rt.all_sum(sums), rt.all_sum(tokens))
 
 
@@ -208,7 +205,6 @@ def fingerprint(model, *settings):
     return digest.hexdigest()[:16]
 
 
-@torch.no_grad()
 def reference_logprobs(rt, net, model, batches, path):
     """`completion_logprobs` of all completions, (N,) float32, under the model as it stands, memory-mapped from `path`; computed and
     written first where that does not exist. The ranks share the work. Groups over max_length have no values."""
@@ -216,19 +212,14 @@ def reference_logprobs(rt, net, model, batches, path):
     if not rt.once(path.exists):
         if rt.is_main:
             print(f"computing the reference log-probabilities of {count:,} completions", flush=True)
-        model.eval()
         values = torch.zeros(count)
-        for step in range(batches.steps_per_epoch):
-            for micro in batches.batch(step):
-                with rt.autocast():
-                    part = rt.host(completion_logprobs(net, model, rt.put(micro)))
-                real = micro["real"] > 0
-                values[micro["number"][real]] = part[real]
-        model.train()
-        if hasattr(
-            model, "reshard"
-        ):  # FSDP: what the forward gathered must not outlive the weights that a resume puts in
-            model.reshard()
+        with rt.evaluating(net):
+            for step in range(batches.steps_per_epoch):
+                for micro in batches.batch(step):
+                    with rt.autocast():
+                        part = rt.to_cpu(completion_logprobs(net, model, rt.put(micro)))
+                    real = micro["real"] > 0
+                    values[micro["number"][real]] = part[real]
         values = rt.all_sum(values)
         if rt.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -295,12 +286,12 @@ def main(cfg):
     rows = rankings.load(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
     val_rows = rankings.load(cfg.data, split="val", tokenizer=tok)
     cut = dict(
-        micro_batch=cfg.micro_batch * rt.shards // rt.world,
+        micro_batch=rt.micro_batch(cfg.micro_batch),
         max_length=cfg.max_length,
         seed=cfg.seed,
         rank=rt.rank,
         world=rt.world,
-        static=rt.static_shapes or cfg.compile,
+        static=rt.fixed_shapes or cfg.compile,
     )
     train = rankings.Batches(rows, cfg.batch_size, **cut)
     val = rankings.Batches(val_rows, cfg.batch_size, **cut) if val_rows else None
@@ -333,7 +324,6 @@ def main(cfg):
     optimizer = optim.build(
         model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
-    rt.prime(optimizer)
 
     # ------------------------------------------------------------------------------------------ reference, resume
     files = {split: out / f"reference.{split}.{key}.bin" for split in ("train", "val")}
@@ -342,7 +332,6 @@ def main(cfg):
     )  # the model as it was; without adapters the weights are still untrained here
     reference = reference_logprobs(rt, net, model, train, files["train"])
     val_reference = reference_logprobs(rt, net, model, val, files["val"]) if val else None
-    rt.reshard(net)
     if cfg.lora_rank:
         lora.use(model, "default")
     start, best, warned = 0, math.inf, False
@@ -383,7 +372,7 @@ def main(cfg):
     )
 
     def save(dir):
-        tensors = rt.full(trained if cfg.lora_rank else dict(model.named_parameters()))
+        tensors = rt.gather(trained if cfg.lora_rank else dict(model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
             weights.save_adapter(model, dir, base=base, tensors=tensors, tok=tok)
         elif rt.is_main:
@@ -437,11 +426,7 @@ def main(cfg):
 
         # clip, step
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)
-        optim.set_lr(optimizer, lr)
-        norm = optim.clip_(trained.values(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        rt.sync()
+        norm = rt.step(optimizer, trained.values(), lr, cfg.grad_clip)
 
         # log
         if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:

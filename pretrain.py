@@ -77,7 +77,7 @@ class Config:
     beta2: float = 0.95
     grad_clip: float = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # cpu, cuda, xla, tpu
+    device: str = "auto"  # auto, cpu, cuda or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
@@ -189,7 +189,7 @@ def evaluate(rt, net, model, windows, steps, isolate, density):
     sums = torch.zeros(2, dtype=torch.float32, device=rt.device)  # loss, targets
     for step in range(steps):
         for micro in windows.batch(step):
-            batch = rt.put(data.target_index(micro, rt.static_shapes))
+            batch = rt.put(data.target_index(micro, rt.fixed_shapes))
             with rt.autocast():
                 part = loss_sum(net, model, batch, isolate)
             sums += torch.stack((part, batch["weights"].sum()))
@@ -250,7 +250,7 @@ def main(cfg):
         if "val" in meta["splits"]
     ]
     cut = dict(
-        micro_batch=cfg.micro_batch * rt.shards // rt.world,
+        micro_batch=rt.micro_batch(cfg.micro_batch),
         max_length=cfg.max_length,
         isolate=cfg.isolate,
         seed=cfg.seed,
@@ -287,7 +287,6 @@ def main(cfg):
     optimizer = optim.build(
         model, cfg.optimizer, cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
-    rt.prime(optimizer)
     start, best = 0, math.inf
     if resume:
         meta, _ = state.load_training(
@@ -320,7 +319,7 @@ def main(cfg):
     )
 
     def save(dir):
-        tensors = rt.full(trained)
+        tensors = rt.gather(trained)
         if rt.is_main:
             ids = (
                 {}
@@ -366,7 +365,7 @@ def main(cfg):
             break
 
         # accumulate the gradient over micro-batches
-        micros = [data.target_index(m, rt.static_shapes) for m in train.batch(step)]
+        micros = [data.target_index(m, rt.fixed_shapes) for m in train.batch(step)]
         weight = rt.all_sum(sum(float(m["weights"].sum()) for m in micros))
         loss = 0.0
         for i, micro in enumerate(micros):
@@ -380,11 +379,7 @@ def main(cfg):
 
         # clip, step
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)
-        optim.set_lr(optimizer, lr)
-        norm = optim.clip_(trained.values(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        rt.sync()
+        norm = rt.step(optimizer, trained.values(), lr, cfg.grad_clip)
 
         # log
         if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:

@@ -86,7 +86,7 @@ class Config:
     beta2: float = 0.999
     grad_clip: float = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # cpu, cuda, xla, tpu
+    device: str = "auto"  # auto, cpu, cuda or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
@@ -211,9 +211,9 @@ def score_samples(rt, net, model, samples, micro_batch, max_length):
             [(i, [(tokens[i, : ends[i]], np.ones(ends[i]))]) for i in pack]
             for pack in packs[a : a + micro_batch]
         ]
-        micro = rankings.collate(packed, micro_batch, max_length, static=rt.static_shapes)
+        micro = rankings.collate(packed, micro_batch, max_length, static=rt.fixed_shapes)
         with rt.autocast():
-            part = rt.host(score(net, model, rt.put(micro)))
+            part = rt.to_cpu(score(net, model, rt.put(micro)))
         real = micro["real"] > 0
         scores[micro["number"][real]] = part[real]
     model.train()
@@ -269,12 +269,12 @@ def main(cfg):
     rows = rankings.load(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
     val_rows = rankings.load(cfg.data, split="val", tokenizer=tok)
     cut = dict(
-        micro_batch=cfg.micro_batch * rt.shards // rt.world,
+        micro_batch=rt.micro_batch(cfg.micro_batch),
         max_length=cfg.max_length,
         seed=cfg.seed,
         rank=rt.rank,
         world=rt.world,
-        static=rt.static_shapes or cfg.compile,
+        static=rt.fixed_shapes or cfg.compile,
     )
     train = rankings.Batches(rows, cfg.batch_size, **cut)
     val = rankings.Batches(val_rows, cfg.batch_size, **cut) if val_rows else None
@@ -295,7 +295,6 @@ def main(cfg):
     optimizer = optim.build(
         model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
-    rt.prime(optimizer)
     start, best = 0, math.inf
     if resume:
         meta, extra = state.load_training(
@@ -332,7 +331,7 @@ def main(cfg):
         )
 
     def save(dir, scores):
-        tensors = rt.full(trained if cfg.lora_rank else dict(model.named_parameters()))
+        tensors = rt.gather(trained if cfg.lora_rank else dict(model.named_parameters()))
         scale = dict(
             zip(
                 ("reward_gain", "reward_bias"),
@@ -412,11 +411,7 @@ def main(cfg):
 
         # clip, step
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)
-        optim.set_lr(optimizer, lr)
-        norm = optim.clip_(trained.values(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        rt.sync()
+        norm = rt.step(optimizer, trained.values(), lr, cfg.grad_clip)
 
         # log
         if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:

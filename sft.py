@@ -75,7 +75,7 @@ class Config:
     beta2: float = 0.999
     grad_clip: float = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # cpu, cuda, xla, tpu
+    device: str = "auto"  # auto, cpu, cuda or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
@@ -113,7 +113,7 @@ def evaluate(rt, net, model, batches):
     sums = torch.zeros(3, dtype=torch.float32, device=rt.device)  # loss, hits, targets
     for step in range(batches.steps_per_epoch):
         for micro in batches.batch(step):
-            batch = rt.put(data.target_index(micro, rt.static_shapes))
+            batch = rt.put(data.target_index(micro, rt.fixed_shapes))
             with rt.autocast():
                 hidden = net(batch["tokens"], batch["positions"], batch["docs"])
                 rows = batch["index"]
@@ -187,11 +187,11 @@ def main(cfg):
     rows = data.mix(cfg.data, cfg.sizes or None, cfg.seed, tokenizer=tok)
     val_rows = data.validation(cfg.data, tok)
     cut = dict(
-        micro_batch=cfg.micro_batch * rt.shards // rt.world,
+        micro_batch=rt.micro_batch(cfg.micro_batch),
         max_length=cfg.max_length,
         packing=cfg.packing,
         over_length=cfg.over_length,
-        static=rt.static_shapes or cfg.compile,
+        static=rt.fixed_shapes or cfg.compile,
         rank=rt.rank,
         world=rt.world,
     )
@@ -213,7 +213,6 @@ def main(cfg):
     optimizer = optim.build(
         model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
-    rt.prime(optimizer)
     start, best = 0, math.inf
     if resume:
         meta, _ = state.load_training(out / "state", rt, "sft", trained, dict(adamw=optimizer))
@@ -242,7 +241,7 @@ def main(cfg):
     )
 
     def save(dir):
-        tensors = rt.full(trained if cfg.lora_rank else dict(model.named_parameters()))
+        tensors = rt.gather(trained if cfg.lora_rank else dict(model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
             weights.save_adapter(model, dir, base=base, tensors=tensors, tok=tok)
         elif rt.is_main:
@@ -280,7 +279,7 @@ def main(cfg):
             break
 
         # accumulate the gradient over micro-batches
-        micros = [data.target_index(m, rt.static_shapes) for m in train.batch(step)]
+        micros = [data.target_index(m, rt.fixed_shapes) for m in train.batch(step)]
         weight = rt.all_sum(sum(float(m["weights"].sum()) for m in micros))
         loss = 0.0
         for i, micro in enumerate(micros):
@@ -294,11 +293,7 @@ def main(cfg):
 
         # clip, step
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)
-        optim.set_lr(optimizer, lr)
-        norm = optim.clip_(trained.values(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        rt.sync()
+        norm = rt.step(optimizer, trained.values(), lr, cfg.grad_clip)
 
         # log
         if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:

@@ -44,9 +44,9 @@ def main(cfg):
         raise config.UserError(
             f"{cfg.data}: each line must be a JSON record with messages, as prepare.toy writes them"
         ) from None
-    rt = runtime.Runtime(cfg.device, "none", cfg.dtype, cfg.seed)
+    rt = runtime.start(cfg, parallel="none")
     model, base = weights.open_model(cfg.model, dtype=rt.dtype)
-    rt.place(model)
+    rt.distribute(model)
     tok = tokenizer.load(base)
     prompts = [tok.render(messages, add_generation_prompt=True)[0] for messages in asked]
     with rt.autocast():

@@ -39,9 +39,9 @@ def main(cfg):
         raise config.UserError(
             f"there is no file {cfg.data}: python -m prepare.toy out=data/toy writes one"
         ) from None
-    rt = runtime.Runtime(cfg.device, cfg.parallel, cfg.dtype, cfg.seed)
+    rt = runtime.start(cfg)
     model, base = weights.open_model(cfg.model, dtype=rt.dtype)
-    rt.place(model)
+    rt.distribute(model)
     tok = tokenizer.load(base)
     prompts = [
         tok.render(recognise(record)[:-1], add_generation_prompt=True)[0] for record in records

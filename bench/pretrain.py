@@ -88,9 +88,7 @@ def steps_of_ours(cfg, rt, windows):
                 micro["weights"].sum()
             )
         rt.backward(loss)
-        optim.clip_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        rt.step(optimizer, model.parameters(), 6e-4, 1.0)
         return loss
 
     return step, model
@@ -140,7 +138,7 @@ def measure(cfg):
         runtime._tune_cpu = lambda: None
     elif cfg.malloc[0] == "default":
         runtime._tune_cpu = lambda: torch.set_flush_denormal(True)
-    rt = runtime.Runtime(cfg.device, "none", cfg.dtype)
+    rt = runtime.start(cfg, parallel="none")
     isolate = cfg.isolate and cfg.side == "ours"
     windows = data.Windows(
         [data.Store(Path(cfg.out) / "data")],

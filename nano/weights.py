@@ -549,7 +549,7 @@ def open_model(dir, base=None, device="cpu", dtype=None, head=None, as_base=Fals
 
 
 def open_whole(dir, head=None, as_base=False):
-    """open_model for training: an adapter is merged into its base, in fp32; a model is its file, memory-mapped, until runtime.place
+    """open_model for training: an adapter is merged into its base, in fp32; a model is its file, memory-mapped, until rt.wrap
     gives its parameters their dtypes and devices."""
     model, found = open_model(
         dir, dtype=torch.float32 if is_adapter(dir) else None, head=head, as_base=as_base
