@@ -441,22 +441,22 @@ def main(cfg):
         id(role.model): role.model for role in (policy, reference, scorer, critic) if role
     }.values()
     for model in models:
-        rt.place(model, cfg.compile, cfg.grad_checkpoint)
+        rt.distribute(model, cfg.compile, cfg.grad_checkpoint)
     learners = {"policy": policy} | ({"value": critic} if critic else {})
     optimizers = {
         name: role.learn(rt, cfg.weight_decay, cfg.adam_eps) for name, role in learners.items()
     }
     parking = roles.Parking(
-        cfg.offload and rt.weight_shards == 1 and rt.kind != "cpu",
+        cfg.offload and rt.weight_shards == 1 and rt.device.type != "cpu",
         rt.device,
         [*models, *optimizers.values()],
     )
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
 
     own = cfg.batch_size // (rt.world * cfg.minibatches)  # episodes of this rank in one minibatch,
-    micro_batch = cfg.micro_batch * rt.shards // rt.world  # and in one micro-batch
+    micro_batch = rt.micro_batch(cfg.micro_batch)  # and in one micro-batch
     static_length = (
-        max(map(len, prompts)) + cfg.max_new_tokens if rt.static_shapes or cfg.compile else 0
+        max(map(len, prompts)) + cfg.max_new_tokens if rt.fixed_shapes or cfg.compile else 0
     )
     ptx = None
     if cfg.ptx_coef:
@@ -487,7 +487,9 @@ def main(cfg):
     )
 
     def save(step):
-        tensors = rt.full(policy.params if cfg.lora_rank else dict(policy.model.named_parameters()))
+        tensors = rt.gather(
+            policy.params if cfg.lora_rank else dict(policy.model.named_parameters())
+        )
         if rt.is_main and cfg.lora_rank:
             weights.save_adapter(
                 policy.model, out / "last", "policy", base=base, tensors=tensors, tok=tok
@@ -535,7 +537,7 @@ def main(cfg):
                 group=cfg.group,
                 seed=(cfg.seed, step),
                 sample_ids=episodes,
-                batch_size=cfg.rollout_batch * rt.shards // rt.world,
+                batch_size=rt.micro_batch(cfg.rollout_batch),
                 step_hook=rt.sync,
             )
         if (
@@ -564,28 +566,26 @@ def main(cfg):
                 if reward_function:
                     scores = rt.once(judge, reward_function, tok, asked, answers, finished)
                 else:
-                    scores = torch.cat([rt.host(scorer.scores(b)) for b in micros])
+                    scores = torch.cat([rt.to_cpu(scorer.scores(b)) for b in micros])
             with (
                 clock("logprobs"),
                 parking(policy),
                 rt.autocast(),
                 torch.set_grad_enabled(cfg.compile),
             ):
-                parts = [[rt.host(x) for x in policy.logprobs(b, cfg.temperature)] for b in micros]
+                parts = [
+                    [rt.to_cpu(x) for x in policy.logprobs(b, cfg.temperature)] for b in micros
+                ]
                 rollout_logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
             with clock("logprobs"), parking(reference), rt.autocast():
                 ref_logprobs = torch.cat(
-                    [rt.host(reference.logprobs(b, cfg.temperature)[0]) for b in micros]
+                    [rt.to_cpu(reference.logprobs(b, cfg.temperature)[0]) for b in micros]
                 )
             if critic:
                 with clock("values"), parking(critic), rt.autocast():
-                    values = torch.cat([rt.host(critic.values(b)) for b in micros])
+                    values = torch.cat([rt.to_cpu(critic.values(b)) for b in micros])
         log_ratio = rollout_logprobs - ref_logprobs
-        if (
-            step == 0
-            and not (cfg.compile or rt.static_shapes)
-            and not log_ratio.abs().max() <= 1e-6
-        ):
+        if step == 0 and not (cfg.compile or rt.fixed_shapes) and not log_ratio.abs().max() <= 1e-6:
             raise RuntimeError(
                 f"before the first update log(policy / reference) is {log_ratio.abs().max():.2g}, not 0"
             )
@@ -617,10 +617,10 @@ def main(cfg):
 
         # 6. update: several passes over the minibatches, each in an order of its own
         lrs, warmup = dict(policy=cfg.lr, value=cfg.value_lr), round(cfg.warmup_ratio * cfg.steps)
-        for name, optimizer in optimizers.items():
-            optim.set_lr(
-                optimizer, optim.lr_at(step, cfg.steps, lrs[name], cfg.schedule, warmup, cfg.min_lr)
-            )
+        lrs = {
+            name: optim.lr_at(step, cfg.steps, lr, cfg.schedule, warmup, cfg.min_lr)
+            for name, lr in lrs.items()
+        }
         active = {
             name: role
             for name, role in learners.items()
@@ -636,17 +636,14 @@ def main(cfg):
                     found = rl_gradient(cfg, rt, active.get("policy"), critic, batch, count)
                     if ptx and "policy" in active:
                         found["ptx_loss"] = ptx_gradient(cfg, rt, policy, ptx, updates)
-                    if not stats and not found.get("ratio", 0.0) <= 1e-3 and not rt.static_shapes:
+                    if not stats and not found.get("ratio", 0.0) <= 1e-3 and not rt.fixed_shapes:
                         raise RuntimeError(
                             f"step {step}: the first minibatch's ratios differ from 1 by {found['ratio']:.2g}"
                         )
                     for name, role in active.items():
-                        found[f"{name}_grad_norm"] = optim.clip_(
-                            role.params.values(), cfg.grad_clip
+                        found[f"{name}_grad_norm"] = rt.step(
+                            optimizers[name], role.params.values(), lrs[name], cfg.grad_clip
                         )
-                        optimizers[name].step()
-                        optimizers[name].zero_grad(set_to_none=True)
-                    rt.sync()
                     stats.append(found)
                     updates += 1
                 kl_of_pass = (
@@ -679,7 +676,7 @@ def main(cfg):
         for name in stats[0]:
             total = sum(x[name] for x in stats) / len(stats)
             metrics[name] = total if name.endswith("_norm") else rt.all_sum(total)
-        metrics |= dict(updates=len(stats), lr=optimizers["policy"].param_groups[0]["lr"])
+        metrics |= dict(updates=len(stats), lr=lrs["policy"])
         metrics = {name: float(x) for name, x in metrics.items()}
         if cfg.kl_control == "adaptive" and "policy" in active:
             controller.update(metrics["kl"], cfg.batch_size)

@@ -98,7 +98,7 @@ class Config:
     beta2: Fraction = 0.999
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # cpu, cuda, xla, tpu
+    device: str = "auto"  # auto, cpu, cuda or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
@@ -286,7 +286,7 @@ def main(cfg):
     rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok, groups=True)
     val_rows = store.validation(cfg.data, tok, groups=True)
     cut = dict(
-        micro_batch=cfg.micro_batch * rt.shards // rt.world,
+        micro_batch=rt.micro_batch(cfg.micro_batch),
         max_length=cfg.max_length,
         seed=cfg.seed,
         rank=rt.rank,
@@ -312,7 +312,6 @@ def main(cfg):
     optimizer = optim.build(
         model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
-    rt.prime(optimizer)
     start, best = 0, math.inf
     if resume:
         meta, extra = state.load_training(
@@ -347,7 +346,7 @@ def main(cfg):
         )
 
     def save(dir, scores):
-        tensors = rt.full(trained if cfg.lora_rank else dict(model.named_parameters()))
+        tensors = rt.gather(trained if cfg.lora_rank else dict(model.named_parameters()))
         scale = dict(
             zip(
                 ("reward_gain", "reward_bias"),
@@ -427,11 +426,7 @@ def main(cfg):
 
         # clip, step
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)
-        optim.set_lr(optimizer, lr)
-        norm = optim.clip_(trained.values(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        rt.sync()
+        norm = rt.step(optimizer, trained.values(), lr, cfg.grad_clip)
 
         # log
         if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:

@@ -47,7 +47,7 @@ class Config:
     seed: Seed = 0
     batch_size: PositiveInt = 16  # prompts of a file that are answered together
     # device
-    device: str = "auto"  # cpu, cuda, xla, tpu
+    device: str = "auto"  # auto, cpu, cuda or xla
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 
 
@@ -55,7 +55,7 @@ class Sampler:
     """A model with its tokenizer and the settings of a run."""
 
     def __init__(self, cfg):
-        self.cfg, self.rt = cfg, runtime.Runtime(cfg.device, "none", cfg.dtype, cfg.seed)
+        self.cfg, self.rt = cfg, runtime.start(cfg, parallel="none")
         opened = weights.open(
             cfg.model, cfg.base, self.rt.device, self.rt.dtype, template=cfg.template
         )

@@ -40,10 +40,10 @@ def main(cfg):
         raise config.UserError(
             f"there is no file {cfg.data}: python -m prepare.toy out=data/toy writes one"
         ) from None
-    rt = runtime.Runtime(cfg.device, cfg.parallel, cfg.dtype, cfg.seed)
+    rt = runtime.start(cfg)
     opened = weights.open(cfg.model, dtype=rt.dtype)
     model, tok = opened.model, opened.tok
-    rt.place(model)
+    rt.distribute(model)
     prompts = [
         tok.render(recognise(record)[:-1], add_generation_prompt=True)[0] for record in records
     ]

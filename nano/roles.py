@@ -42,14 +42,12 @@ class Role:
             )
             if p.requires_grad and mine:
                 self.params[name] = p
-        self.net, ids = rt.replicate(self.model, self.params), {id(p) for p in self.params.values()}
+        self.net, ids = rt.wrap_ddp(self.model, self.params), {id(p) for p in self.params.values()}
         groups = optim.param_groups(self.model, weight_decay)
         groups = [
             group | {"params": [p for p in group["params"] if id(p) in ids]} for group in groups
         ]
-        optimizer = optim.adamw([group for group in groups if group["params"]], lr=0.0, eps=eps)
-        rt.prime(optimizer)
-        return optimizer
+        return optim.adamw([group for group in groups if group["params"]], lr=0.0, eps=eps)
 
     def hidden(self, batch, training=False):
         """(M, C), of batch["index"]. training: in a way that the backward pass sums gradients over ranks."""
@@ -125,7 +123,7 @@ def spread(x, batch):
 
 
 def build(cfg, tok):
-    """The roles by cfg.lora_rank, before runtime.place. A cfg.reward that is file.py:function needs no scorer, other than ppo no
+    """The roles by cfg.lora_rank, before rt.distribute. A cfg.reward that is file.py:function needs no scorer, other than ppo no
     critic."""
     judged = ".py:" in cfg.reward
     if not judged:

@@ -21,7 +21,7 @@ import os, signal
 import torch
 from nano import files, state, weights
 
-place, start, shares = runtime.Runtime.place, runtime.start, {}
+place, start, shares = runtime.Runtime.distribute, runtime.start, {}
 runtime.Runtime.catch_signals = lambda self: None
 runtime.Runtime.should_stop = lambda self: False
 
@@ -35,7 +35,7 @@ def weigh(self, model, *args):
     held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters())
     shares[argv[0].removeprefix("out=")] = held / sum(p.numel() for p in model.parameters())
 
-runtime.Runtime.place, runtime.start = weigh, start_on_nodes
+runtime.Runtime.distribute, runtime.start = weigh, start_on_nodes
 fault, rank = os.environ.get("FAULT"), int(os.environ["RANK"])
 if fault == "raise" and rank == 1:
     def broken(*args, **kwargs):
@@ -365,20 +365,20 @@ def test_offloaded_shards(folder, two):
 
 
 WATCH = """
-place, hold, whole = runtime.Runtime.place, runtime.Runtime._hold, []
+place, cast, whole = runtime.Runtime.distribute, runtime.cast_parameters, []
 
 def watch_placing(self, model, *args):
     global placed
     placed = model
     place(self, model, *args)
 
-def watch_holding(self, part):
-    hold(self, part)
+def watch_casting(part, dtype):
+    cast(part, dtype)
     full = [p.dtype == torch.float32 and not hasattr(p, "placements") for p in placed.parameters()]
     whole.append(sum(p.numel() for p, f in zip(placed.parameters(), full) if f) / sum(p.numel() for p in placed.parameters()))
 
 import json, os, torch
-runtime.Runtime.place, runtime.Runtime._hold = watch_placing, watch_holding
+runtime.Runtime.distribute, runtime.cast_parameters = watch_placing, watch_casting
 """
 WHOLE = """
 with open(os.environ["WHOLE"] + os.environ["RANK"], "w") as f:

@@ -22,6 +22,7 @@ from model import Transformer
 from nano import config, estimate, losses, runtime, tokenizer, weights
 from nano.batches import Rows, pack
 from nano.store import mix, write_store
+from nano.xla import XLA
 
 BASE = dict(
     device="cpu",
@@ -261,14 +262,13 @@ def test_grad_checkpoint_on_xla_reaches_adapters_over_frozen_embeddings(base, mo
     monkeypatch.setitem(sys.modules, "torch_xla", types.ModuleType("torch_xla"))
     monkeypatch.setitem(sys.modules, "torch_xla.utils", types.ModuleType("torch_xla.utils"))
     monkeypatch.setitem(sys.modules, "torch_xla.utils.checkpoint", module)
-    rt, micro, made = runtime.Runtime("cpu", dtype="float32"), tiny.batch([tiny.rows(2)], 128), []
-    rt.kind = "xla"
-    for function in (None, rt.checkpoint):
+    rt, micro, made = object.__new__(XLA), tiny.batch([tiny.rows(2)], 128), []
+    for function in (None, rt.recompute):
         torch.manual_seed(0)
         model = weights.load_model(base)
         lora.apply(model, 4, 8)
-        model.checkpoint = function
-        sft.loss_sum(model, micro).backward()
+        model.recompute = function
+        sft.loss_sum(model, model(micro), micro).backward()
         made.append([p.grad for p in tiny.adapter_parameters(model)])
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 

@@ -523,15 +523,15 @@ def test_peak_memory_at_load(stored, wanted, tmp_path):
 
 
 class Rank:
-    """What checkpoint.py asks of a runtime, on one process."""
+    """What nano/state.py asks of a runtime, on one process."""
 
     is_main, world = True, 1
     once = staticmethod(lambda f, *args: f(*args))
     all_sum = staticmethod(lambda x: x)
     rng_state = staticmethod(lambda: {"cpu": torch.get_rng_state()})
     saving_group = staticmethod(lambda: None)
-    full = staticmethod(lambda tensors: {name: t.detach().clone() for name, t in tensors.items()})
-    prime = staticmethod(lambda optimizer: None)
+    gather = staticmethod(lambda tensors: {name: t.detach().clone() for name, t in tensors.items()})
+    init_moments = staticmethod(lambda optimizer: None)
 
     @staticmethod
     def set_rng_state(state):
