@@ -297,11 +297,11 @@ def main(cfg):
     flops = model.flops_per_token(cfg.max_length)
     total = steps * cfg.batch_size * cfg.max_length
     peak = log.peak_flops(rt.name)
-    time = f", about {log.duration(total * flops / (0.4 * peak * rt.devices))} at 40% of the peak"
+    time = log.duration(total * flops / (0.4 * peak * rt.devices)) if peak else ""
     run.log.text(
         f"{sum(len(s.tokens) for s in stores):,} tokens in {len(stores)} folders: "
         f"{train.steps_per_epoch} steps an epoch, {steps} in all from step {run.start}; "
-        f"{total:,} tokens, {total * flops:.2e} FLOPs{time if peak else ''}; "
+        f"{total:,} tokens, {total * flops:.2e} FLOPs{time and f', about {time} at 40% of the peak'}; "
         f"{rt.devices} x {rt.name}, {rt.dtype}"
     )
 
@@ -314,7 +314,7 @@ def main(cfg):
         with run.paused():
             if val and run.due(cfg.eval_every):
                 run.evaluated(evaluate(rt, net, val, eval_steps, density), keep="loss")
-            if run.due(cfg.sample_every):
+            if cfg.sample_tokens and run.due(cfg.sample_every):
                 texts = continuations(rt, model, tok, (val_stores or stores)[0], cfg)
                 run.log.samples(step, texts)
             if run.ending or run.due(cfg.save_every):
