@@ -313,7 +313,7 @@ def test_evaluation_is_over_the_validation_split(base, store, tmp_path):
     windows = Windows([held], 1, 1, 32)
     with torch.no_grad():
         micros = [windows.micro(np.array([i])) for i in range(windows.starts[-1])]
-        total = sum(pretrain.loss_sum(model, m).item() for m in micros)
+        total = sum(pretrain.loss_sum(model, model(m), m).item() for m in micros)
     np.testing.assert_allclose(
         log[0]["loss"], total / sum(float(m["weights"].sum()) for m in micros), rtol=1e-5
     )
