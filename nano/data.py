@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from nano import files
 from nano.config import UserError
 
 FORMAT, VERSION = "nanoInstruct store", 1
@@ -50,27 +51,6 @@ def check_target(dir):
         )
 
 
-def replace_dir(tmp, dir):
-    """Put the folder `tmp` in the place of `dir` by renaming; what stood there goes last."""
-    old = dir.with_name(f"{dir.name}.old-{os.getpid()}")
-    if had := dir.exists():
-        os.rename(dir, old)
-    try:
-        os.rename(tmp, dir)
-    except OSError:
-        if had:
-            os.rename(old, dir)
-        raise
-    if had:
-        shutil.rmtree(old)
-
-
-def sync(path):
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-
-
 class Writer:
     """`with Writer(dir, vocab_size, meta) as w: w.add("train", tokens, mask)` writes a store, or nothing.
 
@@ -90,6 +70,7 @@ class Writer:
         self.splits = {}
 
     def __enter__(self):
+        files.recover_dir(self.dir)
         check_target(self.dir)
         shutil.rmtree(self.tmp, ignore_errors=True)
         self.tmp.mkdir(parents=True)
@@ -182,15 +163,8 @@ class Writer:
             "dtype": self.dtype.name,
             "vocab_size": self.vocab_size,
         }
-        with open(
-            self.tmp / "meta.json", "w", encoding="ascii"
-        ) as f:  # names of files and fields need not be UTF-8
-            json.dump({**head, "splits": splits, **self.meta}, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
-        sync(self.tmp)
-        replace_dir(self.tmp, self.dir)
-        sync(self.dir.parent)
+        files.write_json(self.tmp / "meta.json", {**head, "splits": splits, **self.meta})
+        files.replace_dir(self.tmp, self.dir)
 
 
 def write_store(dir, splits, meta):
@@ -232,6 +206,7 @@ def parse_share(text, n):
 
 def read_meta(dir):
     """meta.json of a prepared data folder; UserError when there is none."""
+    files.recover_dir(dir)
     path = Path(dir) / "meta.json"
     if not path.exists():
         what = (

@@ -15,7 +15,7 @@ import torch
 
 from model import ModelConfig
 from nano.config import UserError
-from nano.files import read_json
+from nano.files import read_json, recover_dir
 
 # --- tensors ------------------------------------------------------------------------------------
 
@@ -271,6 +271,8 @@ FAMILIES = {  # by model_type
 def load_config(dir):
     """config.json of a model directory -> ModelConfig. UserError names what this model.py does not do."""
     dir = Path(dir)
+    if not dir.is_dir():
+        recover_dir(dir)
     if not dir.is_dir():
         raise UserError(f"there is no model directory {dir}")
     if not (dir / "config.json").exists():

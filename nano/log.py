@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
 import textwrap
@@ -89,9 +88,7 @@ class Log:
         kept = keep(path, start_step) if start_step else []
         # an evaluation at start_step may stand there already, from before the stop
         self.known = {(r["kind"], r["step"]) for r in kept if r["step"] == start_step}
-        temporary = path.with_name("log.jsonl.tmp")
-        temporary.write_text("".join(dumps(r) for r in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        files.write_text(path, "".join(dumps(r) for r in kept))
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # line by line: `tail -f` works
         self.board = SummaryWriter(str(dir), purge_step=start_step + 1 if start_step else None)
 

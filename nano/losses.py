@@ -239,17 +239,3 @@ def evaluate_tokens(hidden, head_weight, targets):
     for rows, logits in _chunks(hidden.to(dtype), head_weight.to(dtype)):
         loss[rows], hit[rows] = _over_blocks(_evaluated, logits, targets[rows])
     return loss, hit
-
-
-def masked_mean(x, mask):
-    """Mean of x where mask is 1; 0 where there is nothing to average."""
-    mask = mask.to(x.dtype)
-    return (x * mask).sum() / mask.sum().clamp(min=1)
-
-
-def masked_whiten(x, mask, shift_mean=True):
-    """x scaled to variance 1 (biased) and, with shift_mean, mean 0 over the mask; zero outside it."""
-    mask = mask.to(x.dtype)
-    mean = masked_mean(x, mask)
-    scale = (masked_mean((x - mean) ** 2, mask) + 1e-8).rsqrt()
-    return ((x - mean) * scale + (0 if shift_mean else mean)) * mask

@@ -4,7 +4,6 @@ state.save_training("out/sft/state", rt, "sft", trained, {"adamw": optimizer}, s
 meta, _ = state.load_training("out/sft/state", rt, "sft", trained, {"adamw": optimizer})
 """
 
-import json
 import math
 import os
 import shutil
@@ -15,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from nano.config import UserError
-from nano.files import read_json, recover_dir, replace_dir, write_text
+from nano.files import read_json, recover_dir, replace_dir, write_json
 from nano.weights import damaged, write_tensors
 
 
@@ -26,7 +25,7 @@ def save_state(dir, tensors, meta):
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         write_tensors(tensors.items(), tmp, name="state", shard_bytes=math.inf)
-        write_text(tmp / "state.json", json.dumps(meta) + "\n")
+        write_json(tmp / "state.json", meta)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
@@ -141,7 +140,7 @@ def save_shards(dir, tensors, meta, group):
 
         def finish(self, metadata, results):  # on rank 0, when all ranks have written
             files = sorted(path.name for path in tmp.glob("*.safetensors"))
-            write_text(tmp / "state.json", json.dumps(meta | {"files": files}) + "\n")
+            write_json(tmp / "state.json", meta | {"files": files})
             replace_dir(tmp, dir)
 
     saving = dcp.async_save(

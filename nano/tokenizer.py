@@ -3,7 +3,7 @@
     byte-level BPE   tokenizer.json, vocab.json + merges.txt, or a tiktoken file (Llama 3's tokenizer.model)   on tiktoken
     sentencepiece    tokenizer.model, or a byte-fallback tokenizer.json                                   on sentencepiece
 
-Text of users and data sets is encoded with special=False: nothing in it can become a control token. The control tokens
+Text of users and data sets is encoded so that nothing in it can become a control token. The control tokens
 of a conversation come from its template alone, by id. `render` is the one place that lays out conversations and gives
 them their BOS, for training, evaluation, chat and RL alike.
 """
@@ -12,7 +12,6 @@ import base64
 import hashlib
 import json
 import re
-import struct
 import unicodedata
 from itertools import chain
 from pathlib import Path
@@ -21,50 +20,56 @@ import regex  # comes with tiktoken
 import sentencepiece
 import tiktoken
 
-from nano import chat
+from nano import chat, files
 from nano.config import UserError
+from nano.vocab import (
+    BYTE,
+    BYTE_CHAR,
+    CHAR_BYTE,
+    CONTROL,
+    GPT2,
+    LLAMA3,
+    NORMAL,
+    O200K,
+    QWEN,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    one_regex,
+    pre_tokenizer,
+    sentencepiece_proto,
+)
 
 FILES = [  # of a model directory: what its tokenizer is made of
-    *(
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-    ),
-    *(
-        "vocab.json",
-        "merges.txt",
-        "*.tiktoken",
-        "chat_template.jinja",
-        "chat_template.json",
-        "generation_config.json",
-    ),
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
 ]
+
+
+def copy_files(source, dir):
+    """Copies tokenizer files and generation_config.json, byte for byte, to `dir` if that is not the source itself. Such files of
+    another model that lie there are removed."""
+    if source and Path(source).resolve() != Path(dir).resolve():
+        new, old = (
+            {p.name: p for pattern in FILES for p in Path(d).glob(pattern)} for d in (source, dir)
+        )
+        for name in old.keys() - new.keys():
+            old[name].unlink()
+        for name, path in sorted(new.items()):
+            files.write_bytes(Path(dir) / name, path.read_bytes())
+
 
 # ----------------------------------------------------------------------------------------------- pre-tokenizers
 
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# single digits are split off first, so that the spaces before a digit stay together
-DIGITS_GPT2 = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-CASED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-SPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-LLAMA3 = (
-    rf"{CASED}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACE}"
-)
-QWEN = LLAMA3.replace("{1,3}", "")
-UPPER, LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-WORDS = rf"{UPPER}*{LOWER}+{CASED}?|{UPPER}+{LOWER}*{CASED}?"
-O200K = rf"{WORDS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACE}"
-
-# GPT-2's printable stand-ins for the 256 bytes
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
-BYTE_CHAR = {
-    **{byte: chr(byte) for byte in VISIBLE},
-    **{byte: chr(256 + i) for i, byte in enumerate(HIDDEN)},
-}
-CHAR_BYTE = {ord(char): byte for byte, char in BYTE_CHAR.items()}
 UTF8 = [
     byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5
 ]  # the bytes that occur in text
@@ -83,26 +88,6 @@ def flat(node):
         for child in value
         for step in flat(child)
     ]
-
-
-def one_regex(steps):
-    """The single regex with which tiktoken does the work of these pre-tokenizer steps, or None."""
-    kinds = [step["type"] for step in steps]
-    gpt2 = steps[-1].get("use_regex", True)
-    if kinds == ["ByteLevel"] and gpt2:
-        return GPT2
-    if kinds == ["Digits", "ByteLevel"] and gpt2 and steps[0]["individual_digits"]:
-        return DIGITS_GPT2
-    if kinds == ["Split", "ByteLevel"] and not gpt2 and "Regex" in steps[0]["pattern"]:
-        pattern, how = steps[0]["pattern"]["Regex"], (steps[0]["behavior"], steps[0]["invert"])
-        if how == ("Removed", True):
-            return pattern
-        if how == (
-            "Isolated",
-            False,
-        ):  # keeps what lies between matches, which tiktoken alone would drop
-            return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
-    return None
 
 
 def grouped(pattern):
@@ -367,18 +352,6 @@ class SentencePiece:
 def proto_from_json(spec, prefix):
     """The sentencepiece ModelProto of a byte-fallback BPE tokenizer.json: a piece's score is minus its merge rank."""
 
-    def varint(n):
-        head = b""
-        while n > 127:
-            head, n = head + bytes([n & 127 | 128]), n >> 7
-        return head + bytes([n])
-
-    def field(number, value):
-        if isinstance(value, bytes):
-            return varint(number << 3 | 2) + varint(len(value)) + value
-        return varint(number << 3) + varint(value % (1 << 64))
-
-    NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
     model, pieces = spec["model"], []
     tokens = {id: token for token, id in model["vocab"].items()}
     special = {entry["id"]: entry["special"] for entry in spec["added_tokens"]}
@@ -401,30 +374,9 @@ def proto_from_json(spec, prefix):
             kind = CONTROL if special.get(id, True) else USER_DEFINED
         if re.fullmatch("<0x..>", token):
             kind = BYTE
-        score = struct.pack("<f", -1e7 - id if len(token) == 1 else -rank.get(token, 0))
-        pieces.append(
-            field(
-                1,
-                field(1, token.encode())
-                + b"\x15"
-                + score
-                + field(3, UNKNOWN if id == unknown else kind),
-            )
-        )
-    # trainer_spec: model_type BPE, byte_fallback, unk_id, no bos, eos, pad
-    trainer = (
-        field(3, 2)
-        + field(35, 1)
-        + field(40, unknown)
-        + field(41, -1)
-        + field(42, -1)
-        + field(43, -1)
-    )
-    # normalizer_spec: name, add_dummy_prefix, no remove_extra_whitespaces, escape_whitespaces
-    normalizer = (
-        field(1, b"identity") + field(3, int(prefix != "never")) + field(4, 0) + field(5, 1)
-    )
-    return b"".join(pieces) + field(2, trainer) + field(3, normalizer)
+        score = -1e7 - id if len(token) == 1 else -rank.get(token, 0)
+        pieces.append((token, score, UNKNOWN if id == unknown else kind))
+    return sentencepiece_proto(pieces, prefix != "never", unknown)
 
 
 # ----------------------------------------------------------------------------------------------- files
@@ -462,10 +414,7 @@ TIKTOKEN = {
 
 
 def read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    return files.read_json(path) if path.exists() else {}
 
 
 def read_tiktoken(path):
@@ -522,38 +471,31 @@ def read_vocabulary(folder, spec, config, added, names):
     whole, proto, vocab, merges = (
         folder / f for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
     )
-    files, model = [whole], spec.get("model", {})
+    read, model = [whole], spec.get("model", {})
     if not spec and vocab.exists() and merges.exists():
-        files, kind = [vocab, merges], config.get("tokenizer_class") or "GPT2Tokenizer"
-        steps, normal = {
-            "GPT2Tokenizer": ([], None),
-            "Qwen2Tokenizer": ([QWEN], {"type": "NFC"}),
-        }.get(kind, (None, None))
-        if steps is None:
+        read, kind = [vocab, merges], config.get("tokenizer_class") or "GPT2Tokenizer"
+        pattern = {"GPT2Tokenizer": GPT2, "Qwen2Tokenizer": QWEN}.get(kind)
+        if pattern is None:
             raise UserError(
                 f"{folder} needs a tokenizer.json: vocab.json does not tell how a {kind} splits text"
             )
-        steps = [
-            {"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}
-            for p in steps
-        ]
+        *steps, last = pre_tokenizer(pattern)
+        last = last | {"add_prefix_space": config.get("add_prefix_space", False)}
         lines = [
             line
             for line in merges.read_text(encoding="utf-8").split("\n")
             if line and not line.startswith("#version")
         ]
         model = {"vocab": read_json(vocab), "merges": lines}
-        last = {
-            "type": "ByteLevel",
-            "use_regex": not steps,
-            "add_prefix_space": config.get("add_prefix_space", False),
+        spec = {
+            "model": model,
+            "normalizer": {"type": "NFC"} if pattern == QWEN else None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, last]},
         }
-        pre = {"type": "Sequence", "pretokenizers": [*steps, last]}
-        spec = {"model": model, "normalizer": normal, "pre_tokenizer": pre}
     if any(step["type"] == "ByteLevel" for step in flat(spec.get("pre_tokenizer"))):
         for name in filter(model["vocab"].__contains__, names.values()):
             added.setdefault(name, token(name, model["vocab"][name]))
-        return bpe_from_json(spec, added), files, {}
+        return bpe_from_json(spec, added), read, {}
 
     for file in [proto, *sorted(folder.glob("*.tiktoken"))]:
         if ranks := file.exists() and read_tiktoken(file):
@@ -610,7 +552,7 @@ def read_vocabulary(folder, spec, config, added, names):
         ends = {key: getattr(back.model, f"{key}_id")() for key in ("bos", "eos", "pad")}
         return (
             back,
-            [proto] if proto.exists() else files,
+            [proto] if proto.exists() else read,
             {key: id for key, id in ends.items() if id >= 0},
         )
 
@@ -647,7 +589,7 @@ def load(path, template=None):
         added.setdefault(entry["content"], token(**entry | {"id": int(id)}))
     for name, id in read_json(folder / "added_tokens.json").items():
         added.setdefault(name, token(name, id, name in names.values()))
-    back, files, ends = read_vocabulary(folder, spec, config, added, names)
+    back, read, ends = read_vocabulary(folder, spec, config, added, names)
     for key in ("bos", "eos", "pad"):
         if names[key] in added:
             ends[key] = added[names[key]]["id"]
@@ -665,7 +607,7 @@ def load(path, template=None):
     add_bos = config.get(
         "add_bos_token", "SpecialToken" in singles[0][0] if singles else not spec and "bos" in ends
     )
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in read))
     digest.update(
         json.dumps(
             sorted((name, entry["id"], entry["special"]) for name, entry in added.items())
@@ -771,19 +713,10 @@ class Tokenizer:
                 f"{dir} has {count} embeddings, none for id {last} of its tokenizer: take the one it was trained with"
             )
 
-    def encode(self, text, bos=False, eos=False, special=False):
-        """list[int]. bos: begins with BOS, where the model has one. eos: ends with EOS; UserError where it has none.
-
-        special: names of control tokens in the text become these tokens. Never set it for what a user wrote.
-        """
-        ids, position = [self.bos_id] if bos and self.bos_id is not None else [], START
-        for piece in self._pieces(text, self._all) if special else [text]:
-            ids += (
-                [piece]
-                if isinstance(piece, int)
-                else self._text(piece, position, None if special else self._plain)
-            )
-            position = AFTER
+    def encode(self, text, bos=False, eos=False):
+        """list[int]. bos: begins with BOS, where the model has one. eos: ends with EOS; UserError where it has none."""
+        ids = [self.bos_id] if bos and self.bos_id is not None else []
+        ids += self._text(text, START, self._plain)
         if eos and self.eos_id is None:
             raise UserError(
                 "this tokenizer has no EOS token: name one as eos_token in its tokenizer_config.json"

@@ -11,7 +11,6 @@ reverse. Nothing is pickled.
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
@@ -29,7 +28,7 @@ from model import ScoreHead, Transformer
 from nano import tokenizer
 from nano.config import UserError
 from nano.families import FAMILIES, config_json, load_config, places
-from nano.files import read_json, sync, write_bytes, write_text
+from nano.files import read_json, sync, write_json, write_text
 
 STRETCH = 1 << 24  # bytes of a tensor that are converted at a time
 EMBEDDING = "model.embed_tokens.weight"  # its dtype is the model's
@@ -163,11 +162,8 @@ def write_tensors(tensors, dir, name="model", shard_bytes=5e9):
         weight_map = {
             key: final for (_, keys), final in zip(written, finals, strict=True) for key in keys
         }
-        write_text(
-            tmp / "index",
-            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-            + "\n",
-        )
+        # within `tmp`, which the next save removes if this one is killed
+        write_json(tmp / "index", {"metadata": {"total_size": total}, "weight_map": weight_map})
         os.replace(tmp / "index", index)
         sync(dir)
         single.unlink(missing_ok=True)
@@ -297,30 +293,16 @@ def save_model(model, dir, dtype=None, like=None, tensors=None, shard_bytes=5e9,
         for name, (parts, layout) in places(cfg, tensors).items()
     )
     write_tensors(stored, dir, shard_bytes=shard_bytes)
-    copy_tokenizer(like, dir)
+    tokenizer.copy_files(like, dir)
     if tok and tok.adopted:
         write_template(tok, dir, config)
-    write_text(dir / "config.json", json.dumps(config, indent=2) + "\n")
+    write_json(dir / "config.json", config)
     for name in (
         "adapter_config.json",
         "adapter_model.safetensors",
         "score_scale.json",
     ):  # of an earlier run with lora_rank=
         (dir / name).unlink(missing_ok=True)
-
-
-def copy_tokenizer(source, dir):
-    """Copies tokenizer files and generation_config.json, byte for byte, to `dir` if that is not the source itself. Such files of
-    another model that lie there are removed."""
-    if source and Path(source).resolve() != Path(dir).resolve():
-        new, old = (
-            {p.name: p for pattern in tokenizer.FILES for p in Path(d).glob(pattern)}
-            for d in (source, dir)
-        )
-        for name in old.keys() - new.keys():
-            old[name].unlink()
-        for name, path in sorted(new.items()):
-            write_bytes(Path(dir) / name, path.read_bytes())
 
 
 def write_template(tok, dir, config):
@@ -332,14 +314,14 @@ def write_template(tok, dir, config):
         said := read_json(settings)
     ):  # not every program looks for the .jinja first
         del said["chat_template"]
-        write_text(settings, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
+        write_json(settings, said, ensure_ascii=False)
     said = (
         read_json(generation)
         if generation.exists()
         else {key: config.get(key) for key in ("bos_token_id", "pad_token_id")}
     )
     ends = sorted(tok.stop_ids, key=lambda id: id != tok.eos_id)  # EOS first
-    write_text(generation, json.dumps(said | {"eos_token_id": ends}, indent=2) + "\n")
+    write_json(generation, said | {"eos_token_id": ends})
 
 
 def read_score_scale(dir):
@@ -410,7 +392,7 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
         write_text(Path(dir) / "chat_template.jinja", tok.chat_template)
     else:
         Path(dir, "chat_template.jinja").unlink(missing_ok=True)
-    write_text(Path(dir) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    write_json(Path(dir) / "adapter_config.json", config)
     for path in (
         Path(dir, "config.json"),
         *Path(dir).glob("model*.safetensors*"),

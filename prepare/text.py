@@ -36,9 +36,9 @@ import numpy as np
 import regex
 import sentencepiece
 
-from nano import config, tokenizer
+from nano import config, files, tokenizer, vocab
 from nano.config import UserError
-from nano.data import Writer, check_target, parse_share, read_meta, sync
+from nano.data import Writer, check_target, parse_share, read_meta
 from prepare import records
 from prepare.records import BadRecord
 
@@ -123,17 +123,17 @@ def read_text(path, separator, bar, counts):
         raise UserError(f"{path} cannot be read: permission denied") from None
 
 
-def documents(cfg, files, bar, counts):
+def documents(cfg, paths, bar, counts):
     """(where, plain, raw) of every document: raw is bytes of text where `plain`, otherwise what records.parse takes."""
     separator = cfg.separator.replace("\\n", "\n").encode()
-    if files is None:
+    if paths is None:
         for line, record in records.read_hub(cfg.source, [cfg.subset], cfg.split):
             yield (
                 f"{cfg.source}:{line}",
                 False,
                 {k: v for k, v in record.items() if k == cfg.text_field} or record,
             )
-    for path in files or ():
+    for path in paths or ():
         plain = records.suffix(path) == ".txt"
         if plain:
             items = read_text(path, separator, bar, counts)
@@ -145,17 +145,17 @@ def documents(cfg, files, bar, counts):
             yield f"{path}:{line}", plain, raw
 
 
-def chunks(cfg, files, bar, counts):
+def chunks(cfg, paths, bar, counts):
     """(size, documents) of about CHUNK characters each, until max_mb."""
     chunk, size, left = [], 0, cfg.max_mb * 1e6 or math.inf
-    for item in documents(cfg, files, bar, counts):
+    for item in documents(cfg, paths, bar, counts):
         raw = item[2]
         text = raw.get(cfg.text_field) if isinstance(raw, dict) else raw
         chunk.append(item)
         size += len(text) if isinstance(text, (str, bytes)) else 0
         if size >= CHUNK or len(chunk) == 1 << 16:
             yield size, chunk
-            if files is None:
+            if paths is None:
                 bar.update(size)
             left -= size
             chunk, size = [], 0
@@ -235,10 +235,6 @@ def convert(chunk):
 # ---------------------------------------------------------------------------------------------------------------------
 # documents -> a new tokenizer
 
-STEPS = [
-    {"type": "Digits", "individual_digits": True},
-    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-]
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -249,7 +245,7 @@ SENTENCE = 4096  # characters that sentencepiece gets at once
 
 def count_words(chunk):
     """Counter of the pieces (bytes) that byte-level BPE merges within."""
-    find, words = regex.compile(tokenizer.one_regex(STEPS)).findall, Counter()
+    find, words = regex.compile(vocab.DIGITS_GPT2).findall, Counter()
     for _, plain, raw in chunk[1]:
         with contextlib.suppress(BadRecord):  # the tokenizing pass reports it
             words.update(find(read(plain, raw, state.cfg.text_field)))
@@ -323,30 +319,14 @@ def byte_level_bpe(words, size):
         raise UserError(
             f"the text has no more than {len(specials) + 256 + len(merges)} tokens to learn, not {size}: ask for less"
         )
-    tokens = [tokenizer.BYTE_CHAR[b] for b in range(256)]
+    tokens = [vocab.BYTE_CHAR[b] for b in range(256)]
     for a, b in merges:
         tokens.append(tokens[a] + tokens[b])
-    flags = dict(special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
-    spec = dict(
-        version="1.0",
-        truncation=None,
-        padding=None,
-        normalizer=None,
-        post_processor=None,
-        decoder=STEPS[1],
-        added_tokens=[dict(id=i, content=name, **flags) for i, name in enumerate(specials)],
-        pre_tokenizer=dict(type="Sequence", pretokenizers=STEPS),
-        model=dict(
-            type="BPE",
-            dropout=None,
-            unk_token=None,
-            continuing_subword_prefix=None,
-            end_of_word_suffix=None,
-            fuse_unk=False,
-            byte_fallback=False,
-            vocab={token: i for i, token in enumerate([*specials, *tokens])},
-            merges=[f"{tokens[a]} {tokens[b]}" for a, b in merges],
-        ),
+    spec = vocab.byte_level_json(
+        {token: i for i, token in enumerate([*specials, *tokens])},
+        [f"{tokens[a]} {tokens[b]}" for a, b in merges],
+        [vocab.added_token(i, name) for i, name in enumerate(specials)],
+        vocab.DIGITS_GPT2,
     )
     settings = dict(
         tokenizer_class="PreTrainedTokenizerFast",
@@ -394,8 +374,8 @@ def sentencepiece_bpe(texts, size):
             else str(e)
         )
         raise UserError(f"sentencepiece trains no tokenizer: {reason}") from None
-    names = {0: "<unk>", 1: "<s>", 2: "</s>"} | dict(enumerate(specials, 3))
-    flags = dict(special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
+    names = ["<unk>", "<s>", "</s>", *specials]
+    added = [vocab.added_token(i, name) for i, name in enumerate(names)]
     settings = dict(
         tokenizer_class="LlamaTokenizer",
         legacy=False,
@@ -407,23 +387,23 @@ def sentencepiece_bpe(texts, size):
         pad_token="<pad>",
         clean_up_tokenization_spaces=False,
         chat_template=CHATML,
-        added_tokens_decoder={str(i): dict(content=name, **flags) for i, name in names.items()},
+        added_tokens_decoder=vocab.added_tokens_decoder(added),
     )
     return {"tokenizer.model": model.getvalue(), "tokenizer_config.json": settings}
 
 
-def train_tokenizer(cfg, files, size, folder, workers):
+def train_tokenizer(cfg, paths, size, folder, workers):
     """A tokenizer of `size` tokens into `folder`."""
     if size < 300:
         raise UserError(
             f"tokenizer=train:{size}: 256 bytes and the special tokens need 300 or more"
         )
-    total = sum(f.stat().st_size for f in files) if files else None
+    total = sum(f.stat().st_size for f in paths) if paths else None
     every = max(1, round((total or 0) / (cfg.train_mb * 1e6)))  # one chunk of so many
 
     def sample(bar):
         taken = 0
-        for chunk in islice(chunks(cfg, files, bar, Counter()), 0, None, every):
+        for chunk in islice(chunks(cfg, paths, bar, Counter()), 0, None, every):
             yield chunk
             taken += chunk[0]
             if taken >= cfg.train_mb * 1e6:
@@ -451,13 +431,11 @@ def train_tokenizer(cfg, files, size, folder, workers):
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
     for name, value in content.items():
-        value = (
-            value
-            if isinstance(value, bytes)
-            else json.dumps(value, ensure_ascii=False, indent=1).encode()
-        )
-        (tmp / name).write_bytes(value)
-    os.rename(tmp, folder)
+        if isinstance(value, bytes):
+            files.write_bytes(tmp / name, value)
+        else:
+            files.write_json(tmp / name, value, ensure_ascii=False)
+    files.replace_dir(tmp, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -469,9 +447,9 @@ def work_folder(cfg):
     return out.with_name(out.name + ".work")
 
 
-def open_work(cfg, files):
+def open_work(cfg, paths):
     """The folder of finished shards: what lies there of the same job, or an empty one."""
-    inputs = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files or ()]
+    inputs = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in paths or ()]
     same = (
         "source",
         "tokenizer",
@@ -500,8 +478,8 @@ def open_work(cfg, files):
         shutil.rmtree(work)
     tmp = work.with_name(f"{work.name}.tmp-{os.getpid()}")
     tmp.mkdir(parents=True)
-    (tmp / "job.json").write_text(text, encoding="utf-8")
-    os.rename(tmp, work)
+    files.write_text(tmp / "job.json", text)
+    files.replace_dir(tmp, work)
     return work
 
 
@@ -510,17 +488,15 @@ def write_shard(path, parts):
     _, tokens, lengths, sizes, hashes, empty, bad = zip(*parts, strict=True)
     bad = [error for errors in bad for error in errors]
     about = dict(chunks=len(parts), empty=sum(empty), bad=len(bad), first_bad=bad[:20])
-    tmp = path.with_suffix(".tmp")
-    with open(tmp, "wb") as f:
-        columns = map(np.concatenate, (tokens, lengths, sizes, hashes))
+    with files.replacing(path) as f:
         np.savez(
             f,
-            **dict(zip(("tokens", "lengths", "sizes", "hashes"), columns, strict=True)),
+            tokens=np.concatenate(tokens),
+            lengths=np.concatenate(lengths),
+            sizes=np.concatenate(sizes),
+            hashes=np.concatenate(hashes),
             about=np.array(json.dumps(about)),
         )
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
 
 
 def read_about(path):
@@ -533,7 +509,7 @@ def check_errors(cfg, errors):
         raise UserError(f"{errors[0]}; mend it, or skip and count such records with on_error=skip")
 
 
-def fill(cfg, files, work, directory, workers, counts):
+def fill(cfg, paths, work, directory, workers, counts):
     """Tokenizes what the finished shards in `work` do not hold yet; the paths of all shards."""
     shards = []
     while (path := work / f"{len(shards):05d}.npz").exists():
@@ -544,7 +520,7 @@ def fill(cfg, files, work, directory, workers, counts):
         check_errors(cfg, about["first_bad"])
     if shards:
         print(f"going on after the {len(shards)} finished shards in {work}")
-    total = sum(f.stat().st_size for f in files) if files else None
+    total = sum(f.stat().st_size for f in paths) if paths else None
     parts, size = [], 0
 
     def close():
@@ -553,7 +529,7 @@ def fill(cfg, files, work, directory, workers, counts):
         shards.append(path)
 
     with records.progress(total, "B") as bar:
-        todo = islice(chunks(cfg, files, bar, counts), done, None)
+        todo = islice(chunks(cfg, paths, bar, counts), done, None)
         with contextlib.closing(
             records.ordered_map(convert, todo, workers, setup, (cfg, directory))
         ) as results:
@@ -621,26 +597,24 @@ def assemble(cfg, directory, shards, counts):
                 size[split] += int(sizes[rows].sum())
         size += Counter()  # drops a split without bytes
         (own := writer.tmp / "tokenizer").mkdir()
-        for path in [path for pattern in tokenizer.FILES for path in directory.glob(pattern)]:
-            shutil.copyfile(path, own / path.name)
-            sync(own / path.name)
+        tokenizer.copy_files(directory, own)
 
 
 def main(cfg):
     check_target(cfg.out)
     train = re.fullmatch(r"train:(\d[\d_]*)", cfg.tokenizer)
-    files = find_files(cfg)
-    work, counts = open_work(cfg, files), Counter()
+    paths = find_files(cfg)
+    work, counts = open_work(cfg, paths), Counter()
     directory = work / "tokenizer" if train else Path(cfg.tokenizer)
     workers = cfg.workers or (
-        records.cores() if files is None or sum(f.stat().st_size for f in files) > 4e6 else 1
+        records.cores() if paths is None or sum(f.stat().st_size for f in paths) > 4e6 else 1
     )
     try:
         setup(cfg)
         if train and not directory.exists():
-            train_tokenizer(cfg, files, int(train[1]), directory, workers)
+            train_tokenizer(cfg, paths, int(train[1]), directory, workers)
         setup(cfg, directory)
-        shards = fill(cfg, files, work, directory, workers, counts)
+        shards = fill(cfg, paths, work, directory, workers, counts)
         assemble(cfg, directory, shards, counts)
     except BaseException:
         if any(work.glob("*.npz")) or directory == work / "tokenizer" and directory.exists():

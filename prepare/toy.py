@@ -18,14 +18,13 @@ reward (reward=prepare/toy.py:three_bullets); the answer that stands in the reco
 """
 
 import json
-import os
 import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nano import config, weights
+from nano import config, files, vocab, weights
 from nano.config import UserError
 
 
@@ -40,14 +39,7 @@ class Config:
 
 
 def write_jsonl(path, records):
-    """Whole or not at all: under another name first, then renamed."""
-    tmp = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(tmp, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+    files.write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,29 +218,17 @@ def write_tokenizer(dir):
         "<u>",
         *(f" {w}" for w in ["<a>", "the", "is", "and", ".", *VERBS, *NOUNS, *GOOD, *BAD, *NEUTRAL]),
     ]
-    tokens = {token: i for i, token in enumerate(["<pad>", "<eos>", *words])}
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
-    spec = dict(
-        version="1.0",
-        truncation=None,
-        padding=None,
-        normalizer=None,
-        post_processor=None,
-        added_tokens=[dict(id=i, content=t, **flags, special=i < 2) for t, i in tokens.items()],
-        pre_tokenizer=dict(
-            type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True
-        ),
-        decoder=dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True),
-        model=dict(type="BPE", vocab={"<pad>": 0, "<eos>": 1}, merges=[]),
-    )
+    tokens = enumerate(["<pad>", "<eos>", *words])
+    added = [vocab.added_token(i, token, special=i < 2) for i, token in tokens]
     settings = dict(
         tokenizer_class="PreTrainedTokenizerFast",
         eos_token="<eos>",
         pad_token="<pad>",
         model_max_length=64,
     )
-    for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", settings)):
-        (dir / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    spec = vocab.byte_level_json({"<pad>": 0, "<eos>": 1}, [], added)
+    files.write_json(dir / "tokenizer.json", spec)
+    files.write_json(dir / "tokenizer_config.json", settings)
 
 
 def reviews(rows, prompts, seed=0):
