@@ -35,6 +35,7 @@ from nano.vocab import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    added_token,
     one_regex,
     pre_tokenizer,
     sentencepiece_proto,
@@ -55,17 +56,21 @@ FILES = [  # of a model directory: what its tokenizer is made of
 ]
 
 
+def files_of(dir):
+    return [path for pattern in FILES for path in Path(dir).glob(pattern)]
+
+
 def copy_files(source, dir):
     """Copies tokenizer files and generation_config.json, byte for byte, to `dir` if that is not the source itself. Such files of
     another model that lie there are removed."""
-    if source and Path(source).resolve() != Path(dir).resolve():
-        new, old = (
-            {p.name: p for pattern in FILES for p in Path(d).glob(pattern)} for d in (source, dir)
-        )
-        for name in old.keys() - new.keys():
-            old[name].unlink()
-        for name, path in sorted(new.items()):
-            files.write_bytes(Path(dir) / name, path.read_bytes())
+    if Path(source).resolve() == Path(dir).resolve():
+        return
+    names = {path.name for path in files_of(source)}
+    for path in files_of(dir):
+        if path.name not in names:
+            path.unlink()
+    for path in files_of(source):
+        files.write_bytes(Path(dir) / path.name, path.read_bytes())
 
 
 # ----------------------------------------------------------------------------------------------- pre-tokenizers
@@ -429,18 +434,6 @@ def read_tiktoken(path):
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def token(content, id, special=True, lstrip=False, rstrip=False, single_word=False, **_):
-    """An added token, as tokenizer.json lists them."""
-    return dict(
-        content=content,
-        id=id,
-        special=special,
-        lstrip=lstrip,
-        rstrip=rstrip,
-        single_word=single_word,
-    )
-
-
 def check_sentencepiece(path, spec):
     """UserError where a byte-fallback tokenizer.json prepares text otherwise than sentencepiece: by a space that becomes ▁, before
     the text too perhaps, and nothing else."""
@@ -494,7 +487,7 @@ def read_vocabulary(folder, spec, config, added, names):
         }
     if any(step["type"] == "ByteLevel" for step in flat(spec.get("pre_tokenizer"))):
         for name in filter(model["vocab"].__contains__, names.values()):
-            added.setdefault(name, token(name, model["vocab"][name]))
+            added.setdefault(name, added_token(model["vocab"][name], name))
         return bpe_from_json(spec, added), read, {}
 
     for file in [proto, *sorted(folder.glob("*.tiktoken"))]:
@@ -507,7 +500,7 @@ def read_vocabulary(folder, spec, config, added, names):
             taken = {entry["id"] for entry in added.values()}
             for id, name in enumerate(special, first):
                 if id not in taken:
-                    added.setdefault(name, token(name, id))
+                    added.setdefault(name, added_token(id, name))
             ends = {
                 key: added[name]["id"]
                 for key, name in (("bos", bos), ("eos", eos))
@@ -543,7 +536,7 @@ def read_vocabulary(folder, spec, config, added, names):
             proto.read_bytes() if proto.exists() else proto_from_json(spec, prefix), prefix
         )
         for name in back.control:
-            added.setdefault(name, token(name, back.model.piece_to_id(name)))
+            added.setdefault(name, added_token(back.model.piece_to_id(name), name))
         if (
             not proto.exists() and prefix == "never"
         ):  # sentencepiece finds the other added tokens by itself
@@ -584,11 +577,11 @@ def load(path, template=None):
     names = {
         key: name["content"] if isinstance(name, dict) else name for key, name in names.items()
     }
-    added = {entry["content"]: token(**entry) for entry in spec.get("added_tokens", [])}
+    added = {entry["content"]: added_token(**entry) for entry in spec.get("added_tokens", [])}
     for id, entry in config.get("added_tokens_decoder", {}).items():
-        added.setdefault(entry["content"], token(**entry | {"id": int(id)}))
+        added.setdefault(entry["content"], added_token(**entry | {"id": int(id)}))
     for name, id in read_json(folder / "added_tokens.json").items():
-        added.setdefault(name, token(name, id, name in names.values()))
+        added.setdefault(name, added_token(id, name, name in names.values()))
     back, read, ends = read_vocabulary(folder, spec, config, added, names)
     for key in ("bos", "eos", "pad"):
         if names[key] in added:

@@ -72,14 +72,17 @@ def one_regex(steps):
 # ----------------------------------------------------------------------------------------------- tokenizer.json
 
 
-def added_token(id, content, special=True):
+def added_token(
+    id, content, special=True, single_word=False, lstrip=False, rstrip=False, normalized=False, **_
+):
+    """An added token, as tokenizer.json lists them."""
     return {
         "id": id,
         "content": content,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
+        "single_word": single_word,
+        "lstrip": lstrip,
+        "rstrip": rstrip,
+        "normalized": normalized,
         "special": special,
     }
 

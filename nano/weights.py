@@ -243,8 +243,9 @@ def equal(tensors, a, b):
     return all(torch.equal(x, y) for (_, x), (_, y) in pairs)
 
 
-def check_tensors(where, wanted, found):
-    """UserError unless `found` {name: tensor} holds floats of exactly the names and shapes in `wanted` {name: shape}."""
+def check_tensors(where, wanted, found, what="its config.json"):
+    """UserError unless `found` {name: tensor} holds floats of exactly the names and shapes in `wanted` {name: shape}, which
+    `what` asks for."""
 
     def some(names):
         names = sorted(names)
@@ -259,16 +260,14 @@ def check_tensors(where, wanted, found):
     faults = {
         "missing": wanted.keys() - found.keys(),
         "unexpected": found.keys() - wanted.keys(),
-        "of another shape than config.json says": {
-            f"{n} {a} for {b}" for n, (a, b) in shapes.items() if a != b
-        },
+        "of another shape": {f"{n} {a} for {b}" for n, (a, b) in shapes.items() if a != b},
         "not of a float type": {
             f"{n} {t.dtype}" for n, t in found.items() if t.dtype not in floats
         },
     }
     if any(faults.values()):
         said = "; ".join(f"{fault}: {some(names)}" for fault, names in faults.items() if names)
-        raise UserError(f"the tensors in {where} do not fit its config.json - {said}")
+        raise UserError(f"the tensors in {where} do not fit {what} - {said}")
 
 
 def save_model(model, dir, dtype=None, like=None, tensors=None, shard_bytes=5e9, tok=None, **extra):
@@ -293,7 +292,8 @@ def save_model(model, dir, dtype=None, like=None, tensors=None, shard_bytes=5e9,
         for name, (parts, layout) in places(cfg, tensors).items()
     )
     write_tensors(stored, dir, shard_bytes=shard_bytes)
-    tokenizer.copy_files(like, dir)
+    if like:
+        tokenizer.copy_files(like, dir)
     if tok and tok.adopted:
         write_template(tok, dir, config)
     write_json(dir / "config.json", config)
@@ -327,15 +327,10 @@ def write_template(tok, dir, config):
 def read_score_scale(dir):
     """(gain, bias) of a reward model's or score adapter's directory: gain * score + bias has mean 0 and variance 1 over what the
     policy it was made for says. An adapter keeps them in score_scale.json. (1.0, 0.0) where none were fitted."""
-    path = next(
-        (
-            path
-            for path in (Path(dir) / "score_scale.json", Path(dir) / "config.json")
-            if path.exists()
-        ),
-        None,
-    )
-    values = read_json(path) if path else {}
+    values = {}
+    for path in (Path(dir) / "config.json", Path(dir) / "score_scale.json"):
+        if path.exists():
+            values |= read_json(path)
     return float(values.get("reward_gain", 1.0)), float(values.get("reward_bias", 0.0))
 
 
@@ -353,39 +348,31 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
     if not layers:
         raise KeyError(f"there is no adapter {name!r} on this model")
     tensors = dict(model.named_parameters()) if tensors is None else tensors
-    out = {}
-    for n, _ in layers:
-        for ab in ("lora_A", "lora_B"):
-            out[f"{PREFIX}{n}.{ab}.weight"] = (
-                tensors[f"{n}.{ab}.{name}"].detach().cpu().contiguous()
-            )
-    rank, scale = layers[0][1].lora_A[name].shape[0], layers[0][1].scales[name]
+    names = [n for n, _ in layers]
+    out = {
+        f"{PREFIX}{n}.{ab}.weight": tensors[f"{n}.{ab}.{name}"]
+        for n in names
+        for ab in ("lora_A", "lora_B")
+    }
     score = "score.weight" in tensors
     if score:
-        out[PREFIX + "score.weight"] = tensors["score.weight"].detach().cpu().contiguous()
-    names = {n for n, _ in layers}
+        out[PREFIX + "score.weight"] = tensors["score.weight"]
+    first = layers[0][1]
+    rank = len(first.lora_A[name])
+    # a suffix says it all where every layer of that name is adapted
     leaves = {n.rpartition(".")[2] for n in names}
-    whole = all(
-        n in names for n in lora.linear_names(model) if n.rpartition(".")[2] in leaves
-    )  # a suffix says it all
-    config = dict(
+    whole = all(n in names for n in lora.linear_names(model) if n.rpartition(".")[2] in leaves)
+    config = dict(  # what else there is has peft's defaults
         peft_type="LORA",
         task_type="SEQ_CLS" if score else "CAUSAL_LM",
         base_model_name_or_path=str(base),
         r=rank,
-        lora_alpha=scale * rank,
-        lora_dropout=layers[0][1].dropouts[name],
+        lora_alpha=first.scales[name] * rank,
+        lora_dropout=first.dropouts[name],
         target_modules=sorted(leaves if whole else names),
         modules_to_save=["score"] if score else None,
         bias="none",
-        use_rslora=False,
-        use_dora=False,
-        fan_in_fan_out=False,
         inference_mode=True,
-        init_lora_weights=True,
-        rank_pattern={},
-        alpha_pattern={},
-        layers_to_transform=None,
     )
     write_tensors(out.items(), dir, name="adapter_model")
     if tok and tok.adopted:
@@ -447,46 +434,38 @@ def load_adapter(model, dir, name="default"):
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     if not lora.adapted(model):
         model.requires_grad_(False)
-    linears, found = (
-        set(lora.linear_names(model)),
-        {},
-    )  # found: (layer, "lora_A" or "lora_B") -> tensor
+    linears, layers, found = set(lora.linear_names(model)), {}, {}
     for key, tensor in read_tensors(dir, name="adapter_model").items():
-        module, _, ab = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if module in linears and ab in ("lora_A", "lora_B"):
-            linear = model.get_submodule(module)
-            size = (rank, linear.in_features) if ab == "lora_A" else (linear.out_features, rank)
-        elif (module, ab) in (("", "score"), ("score", "modules_to_save")):
-            if not hasattr(model, "score"):
-                raise UserError(
-                    f"{dir}: the adapter carries a score head, but the model was not opened as a score model"
-                )
-            size = tuple(model.score.weight.shape)
+        stem = key.removeprefix(PREFIX).removesuffix(".weight")
+        module, _, ab = stem.rpartition(".")
+        if stem in ("score", "score.modules_to_save"):
+            found["score.weight"] = tensor
+        elif module in linears and ab in ("lora_A", "lora_B"):
+            found[f"{module}.{ab}.{name}"] = tensor
+            layers[module] = None
         else:
             raise UserError(
                 f"{dir}: tensor {key} belongs to no layer that is adapted here: an adapter for another base?"
             )
-        if tuple(tensor.shape) != size:
-            raise UserError(
-                f"{dir}: {key} is {tuple(tensor.shape)}, this model takes {size}: an adapter for another base?"
-            )
-        found[module, ab] = tensor
-    layers = dict.fromkeys(module for module, ab in found if ab.startswith("lora_"))
-    if not layers or any(
-        (module, ab) not in found for module in layers for ab in ("lora_A", "lora_B")
-    ):
+    if "score.weight" in found and not hasattr(model, "score"):
         raise UserError(
-            f"{dir}: adapter_model.safetensors is incomplete: a layer needs both lora_A and lora_B"
+            f"{dir}: the adapter carries a score head, but the model was not opened as a score model"
         )
+    if not layers:
+        raise UserError(f"{dir}: adapter_model.safetensors is incomplete: it adapts no layer")
     for module in layers:
         lora._wrap(model, module).add(name, rank, scale, 0.0)
-    for (module, ab), tensor in found.items():
-        target = (
-            getattr(model.get_submodule(module), ab)[name]
-            if module in layers
-            else model.score.weight
-        )
-        target.data.copy_(tensor)
+    targets = {
+        key: p for key, p in model.named_parameters() if key in found or key.endswith(f".{name}")
+    }
+    check_tensors(
+        dir,
+        {key: p.shape for key, p in targets.items()},
+        found,
+        "the model: they are incomplete, or of an adapter for another base",
+    )
+    for key, p in targets.items():
+        p.data.copy_(found[key])
     lora.use(model, name)
 
 
