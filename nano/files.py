@@ -1,8 +1,7 @@
 """Files that are whole or absent: atomic writes, folders that are replaced as a whole, JSON.
 
-Each file is written under a temporary name, flushed to the disk and renamed, so that a kill or a power
-failure leaves either the old content or the new one.
-"""
+Each file is written under a temporary name, flushed to the disk and renamed, so that a kill or a
+power failure leaves either the old content or the new one."""
 
 import contextlib
 import json
@@ -77,7 +76,8 @@ def recover_dir(dir):
 
 
 def replace_dir(tmp, dir):
-    """Puts the finished folder `tmp` in the place of `dir` by two renames; recover_dir repairs a kill between them."""
+    """Puts the finished folder `tmp` in the place of `dir` by two renames; recover_dir repairs a
+    kill between them."""
     dir = Path(dir)
     recover_dir(dir)
     old = dir.with_name(dir.name + REPLACED)

@@ -1,12 +1,13 @@
-"""The tokenizer of a model directory: text to ids and back, and conversations, laid out by chat.py, to (ids, mask).
+"""The tokenizer of a model directory: text to ids and back, and conversations, laid out by chat.py,
+to (ids, mask).
 
-    byte-level BPE   tokenizer.json, vocab.json + merges.txt, or a tiktoken file (Llama 3's tokenizer.model)   on tiktoken
-    sentencepiece    tokenizer.model, or a byte-fallback tokenizer.json                                   on sentencepiece
+    byte-level BPE   on tiktoken: tokenizer.json, vocab.json + merges.txt, or a tiktoken file (Llama
+                     3's tokenizer.model)
+    sentencepiece    on sentencepiece: tokenizer.model, or a byte-fallback tokenizer.json
 
-Text of users and data sets is encoded so that nothing in it can become a control token. The control tokens
-of a conversation come from its template alone, by id. `render` is the one place that lays out conversations and gives
-them their BOS, for training, evaluation, chat and RL alike.
-"""
+Text of users and data sets is encoded so that nothing in it can become a control token. The control
+tokens of a conversation come from its template alone, by id. `render` is the one place that lays
+out conversations and gives them their BOS, for training, evaluation, chat and RL alike."""
 
 import base64
 import hashlib
@@ -61,8 +62,8 @@ def files_of(dir):
 
 
 def copy_files(source, dir):
-    """Copies tokenizer files and generation_config.json, byte for byte, to `dir` if that is not the source itself. Such files of
-    another model that lie there are removed."""
+    """Copies tokenizer files and generation_config.json, byte for byte, to `dir` if that is not the
+    source itself. Such files of another model that lie there are removed."""
     if Path(source).resolve() == Path(dir).resolve():
         return
     names = {path.name for path in files_of(source)}
@@ -73,7 +74,7 @@ def copy_files(source, dir):
         files.write_bytes(Path(dir) / path.name, path.read_bytes())
 
 
-# ----------------------------------------------------------------------------------------------- pre-tokenizers
+# ----------------------------------------------------------------------------------- pre-tokenizers
 
 UTF8 = [
     byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5
@@ -83,7 +84,8 @@ LONG = 250_000  # characters; tiktoken's regex engine runs out of stack on runs 
 
 
 def flat(node):
-    """The steps of a normalizer, pre-tokenizer or post-processor of tokenizer.json, with sequences unrolled."""
+    """The steps of a normalizer, pre-tokenizer or post-processor of tokenizer.json, with sequences
+    unrolled."""
     if not node or node["type"] != "Sequence":
         return [node] if node else []
     return [
@@ -96,8 +98,9 @@ def flat(node):
 
 
 def grouped(pattern):
-    """The same regex with the alternatives before the usual lookahead in a group. A group without lookaround is one automaton to
-    tiktoken's engine; alternatives beside a lookahead are tried one after another, which takes half as long again."""
+    """The same regex with the alternatives before the usual lookahead in a group. A group without
+    lookaround is one automaton to tiktoken's engine; alternatives beside a lookahead are tried one
+    after another, which takes half as long again."""
     head, mark, tail = pattern.partition(r"|\s+(?!")
     try:
         regex.compile(head, regex.V1)
@@ -171,7 +174,8 @@ def cutter(pattern, matches=True, gaps=True):
 
 
 def bounded(text):
-    """`text`, cut inside runs of whitespace, or of anything else, that are longer than LONG to 2 * LONG characters."""
+    """`text`, cut inside runs of whitespace, or of anything else, that are longer than LONG to 2 *
+    LONG characters."""
     cuts, end = [0], 0
     for at in range(
         0, len(text), LONG
@@ -195,15 +199,18 @@ class Cache(dict):
         return ids
 
 
-# ----------------------------------------------------------------------------------------------- back ends
-# .encode(text, lead): ids of a stretch of text; lead: with the space in front that some vocabularies ask for
-# .prefix: where they do: "always" (every stretch between control tokens), "missing" (the same, but for stretches that
-# begin with a space), "first" (the text's start, unless it begins with a space) or "never"
+# ---------------------------------------------------------------------------------------- back ends
+# .encode(text, lead): ids of a stretch of text; lead: with the space in front that some
+#     vocabularies ask for
+# .prefix: where they do: "always" (every stretch between control tokens), "missing" (the same, but
+#     for stretches that begin with a space), "first" (the text's start, unless it begins with a
+#     space) or "never"
 # .bytes: id -> bytes
 
 
 class BytePairs:
-    """Byte-level BPE on tiktoken. ranks: bytes -> merge order; ids: rank -> id, None where they are the same."""
+    """Byte-level BPE on tiktoken. ranks: bytes -> merge order; ids: rank -> id, None where they are
+    the same."""
 
     def __init__(
         self,
@@ -245,7 +252,8 @@ class BytePairs:
         return list(chain.from_iterable(map(self.pieces.__getitem__, self.split(text))))
 
     def _piece(self, piece):
-        # a byte that the vocabulary lacks is dropped from its piece, and merges reach across the hole
+        # a byte that the vocabulary lacks is dropped from its piece, and merges reach across the
+        # hole
         piece = piece.translate(None, self.holes)
         return self._ids(self.core._encode_single_piece(piece)) if piece else []
 
@@ -256,9 +264,9 @@ class BytePairs:
 def bpe_from_json(spec, added):
     """BytePairs from the content of a tokenizer.json; no merge makes the `added` tokens.
 
-    tiktoken merges the pair whose product has the lowest rank, tokenizer.json the pair that stands first in a list.
-    These are the same where every merge has a product of its own and parts made before it; the rest is refused.
-    """
+    tiktoken merges the pair whose product has the lowest rank, tokenizer.json the pair that stands
+    first in a list. These are the same where every merge has a product of its own and parts made
+    before it; the rest is refused."""
     model, vocab = spec["model"], spec["model"]["vocab"]
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise UserError(
@@ -341,7 +349,8 @@ class SentencePiece:
             else token.replace("▁", " ").encode()
             for id, token in enumerate(tokens)
         }
-        # text is encoded word by word where the model leaves it as it is and no piece reaches into the next word
+        # text is encoded word by word where the model leaves it as it is and no piece reaches into
+        # the next word
         probe = " a  b\u00a0ﬁ１e\u0301\u3000\t\u0085.  "
         kept = b"".join(map(self.bytes.get, self.bare.encode(probe))) == probe.encode()
         self.by_word = kept and not any("▁" in token.lstrip("▁") for token in tokens)
@@ -355,7 +364,8 @@ class SentencePiece:
 
 
 def proto_from_json(spec, prefix):
-    """The sentencepiece ModelProto of a byte-fallback BPE tokenizer.json: a piece's score is minus its merge rank."""
+    """The sentencepiece ModelProto of a byte-fallback BPE tokenizer.json: a piece's score is minus
+    its merge rank."""
 
     model, pieces = spec["model"], []
     tokens = {id: token for token, id in model["vocab"].items()}
@@ -384,7 +394,7 @@ def proto_from_json(spec, prefix):
     return sentencepiece_proto(pieces, prefix != "never", unknown)
 
 
-# ----------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(248)]
 LLAMA3_SPECIAL = [
@@ -408,7 +418,8 @@ QWEN_SPECIAL = [
     "<|im_end|>",
     *(f"<|extra_{i}|>" for i in range(205)),
 ]
-# what tiktoken files do not say, by their number of ranks: regex, normalization, BOS, EOS, special tokens from an id on
+# what tiktoken files do not say, by their number of ranks: regex, normalization, BOS, EOS, special
+# tokens from an id on
 TIKTOKEN = {
     50_256: (GPT2, None, None, "<|endoftext|>", 50_256, ["<|endoftext|>"]),  # r50k, GPT-2's
     100_256: (LLAMA3, None, None, "<|endoftext|>", 100_257, ["<|endoftext|>"]),  # cl100k
@@ -423,7 +434,8 @@ def read_json(path):
 
 
 def read_tiktoken(path):
-    """The ranks (bytes -> int) of a file of lines "base64 rank"; None for a file of another kind."""
+    """The ranks (bytes -> int) of a file of lines "base64 rank"; None for a file of another
+    kind."""
     with open(path, "rb") as file:
         if not re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", file.readline(1000)):
             return None
@@ -435,8 +447,8 @@ def read_tiktoken(path):
 
 
 def check_sentencepiece(path, spec):
-    """UserError where a byte-fallback tokenizer.json prepares text otherwise than sentencepiece: by a space that becomes ▁, before
-    the text too perhaps, and nothing else."""
+    """UserError where a byte-fallback tokenizer.json prepares text otherwise than sentencepiece: by
+    a space that becomes ▁, before the text too perhaps, and nothing else."""
     known = {
         ("Prepend", None, "▁"),
         ("Replace", " ", "▁"),
@@ -460,7 +472,8 @@ def check_sentencepiece(path, spec):
 
 
 def read_vocabulary(folder, spec, config, added, names):
-    """(back end, the files it was read from, {"bos": id, ...} where these files say so); completes `added`."""
+    """(back end, the files it was read from, {"bos": id, ...} where these files say so); completes
+    `added`."""
     whole, proto, vocab, merges = (
         folder / f for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
     )
@@ -561,10 +574,10 @@ def read_vocabulary(folder, spec, config, added, names):
 def load(path, template=None):
     """The Tokenizer of a model directory.
 
-    template: a key of chat.TEMPLATES, or a chat template in Jinja; None: the directory's own chat template, where it has one. A
-    key that names the directory's own template means that one, with its default system prompt. UserError for files that are
-    missing, damaged, or of a kind whose ids would not come out exactly, and for a template whose tokens are not there.
-    """
+    template: a key of chat.TEMPLATES, or a chat template in Jinja; None: the directory's own chat
+    template, where it has one. A key that names the directory's own template means that one, with
+    its default system prompt. UserError for files that are missing, damaged, or of a kind whose ids
+    would not come out exactly, and for a template whose tokens are not there."""
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"there is no model directory {folder}")
@@ -626,7 +639,8 @@ def as_list(value):
 
 
 def mend(text):
-    """The text as UTF-8 can hold it: halves of surrogate pairs are put together, lone ones replaced."""
+    """The text as UTF-8 can hold it: halves of surrogate pairs are put together, lone ones
+    replaced."""
     if not text.isascii():
         try:
             text.encode()
@@ -656,12 +670,13 @@ START, AFTER, INSIDE = range(
 class Tokenizer:
     """Text <-> ids, and conversations -> (ids, mask). Made by `load`.
 
-    .bos_id .eos_id .pad_id     None where the model has none
-    .vocab_size                 the tokenizer's own: its highest id + 1 (a model's embedding may be larger)
-    .stop_ids                   tuple: EOS, the template's end of turn, the EOS ids of generation_config.json
-    .template                   name of the chat template ("model": the directory's own, of no other name), or None
-    .chat_template              the same in Jinja, or None; .adopted: it is not the directory's own
-    .fingerprint                sha256 in hex over the vocabulary files and the special tokens
+    .bos_id .eos_id .pad_id   None where the model has none
+    .vocab_size     the tokenizer's own: its highest id + 1 (a model's embedding may be larger)
+    .stop_ids       tuple: EOS, the template's end of turn, the EOS ids of generation_config.json
+    .template       name of the chat template ("model": the directory's own, of no other name), or
+                    None
+    .chat_template  the same in Jinja, or None; .adopted: it is not the directory's own
+    .fingerprint    sha256 in hex over the vocabulary files and the special tokens
     """
 
     def __init__(self, model, added, ends, add_bos, fingerprint, template, layout, marks, stops):
@@ -671,7 +686,8 @@ class Tokenizer:
         self.bos_first = bool(add_bos) and self.bos_id is not None and getattr(layout, "bos", True)
         self.bytes = model.bytes | {entry["id"]: name.encode() for name, entry in added.items()}
         self.vocab_size = max(self.bytes) + 1
-        # control tokens: the special ones, and those of the template; text of users never turns into one of them
+        # control tokens: the special ones, and those of the template; text of users never turns
+        # into one of them
         self._all = alternation(added.values())
         turns = (
             layout if isinstance(layout, chat.Turns) else chat.Turns(user="", assistant="{}{eos}")
@@ -684,7 +700,8 @@ class Tokenizer:
         self._plain = alternation(
             entry for entry in added.values() if entry["id"] not in self.control
         )
-        # a vocabulary may hold a control token as an ordinary piece, into which text turns, normalised perhaps
+        # a vocabulary may hold a control token as an ordinary piece, into which text turns,
+        # normalised perhaps
         self._leaks = {
             e["id"]
             for name, e in added.items()
@@ -698,8 +715,9 @@ class Tokenizer:
         self.stop_ids = tuple(sorted({*stops, *end, self.eos_id} - {None}))
 
     def check_embeddings(self, count, dir):
-        """UserError when text may turn into an id for which the model of `dir` has no embedding. One that only pads may lie beyond
-        its `count`: many a Llama was given such a token, and nothing here pads with it."""
+        """UserError when text may turn into an id for which the model of `dir` has no embedding.
+        One that only pads may lie beyond its `count`: many a Llama was given such a token, and
+        nothing here pads with it."""
         padding = {self.pad_id} - {self.bos_id, *self.stop_ids}
         if (last := max(self.bytes.keys() - padding)) >= count:
             raise UserError(
@@ -707,7 +725,8 @@ class Tokenizer:
             )
 
     def encode(self, text, bos=False, eos=False):
-        """list[int]. bos: begins with BOS, where the model has one. eos: ends with EOS; UserError where it has none."""
+        """list[int]. bos: begins with BOS, where the model has one. eos: ends with EOS; UserError
+        where it has none."""
         ids = [self.bos_id] if bos and self.bos_id is not None else []
         ids += self._text(text, START, self._plain)
         if eos and self.eos_id is None:
@@ -723,8 +742,9 @@ class Tokenizer:
         return b"".join(self.bytes.get(id, b"") for id in ids)
 
     def decode(self, ids, skip_special=True, inside=False):
-        """str. Bytes that are not UTF-8 are replaced; skip_special leaves the control tokens out. inside: the ids go on from
-        other text, so that a space before them is meant; else it is the one that sentencepiece puts before a text."""
+        """str. Bytes that are not UTF-8 are replaced; skip_special leaves the control tokens out.
+        inside: the ids go on from other text, so that a space before them is meant; else it is the
+        one that sentencepiece puts before a text."""
         text = self.bytes_of(id for id in ids if not (skip_special and id in self.control)).decode(
             "utf-8", "replace"
         )
@@ -734,14 +754,15 @@ class Tokenizer:
         return text.removeprefix(" ") if spaced else text
 
     def render(self, messages, add_generation_prompt=False, last_only=False):
-        """(ids, mask) of a conversation: mask 1 on what the assistant has to produce, the end of its turn included.
+        """(ids, mask) of a conversation: mask 1 on what the assistant has to produce, the end of
+        its turn included.
 
-        messages: list of {"role": "system" | "user" | "assistant" | "tool", "content": str}; "input": str, as in Alpaca
-        records, "columns": list of [name, text], and "weight": 0 on an assistant's turn that is no target are optional.
-        last_only: targets in the last assistant turn alone.
-        A turn begins with its prompt: render(messages[:-1], True) is a prefix of render(messages), and where they meet
-        nothing is merged. UserError for messages that the template cannot lay out.
-        """
+        messages: list of {"role": "system" | "user" | "assistant" | "tool", "content": str};
+        "input": str, as in Alpaca records, "columns": list of [name, text], and "weight": 0 on an
+        assistant's turn that is no target are optional.
+        last_only: targets in the last assistant turn alone. A turn begins with its prompt:
+        render(messages[:-1], True) is a prefix of render(messages), and where they meet nothing is
+        merged. UserError for messages that the template cannot lay out."""
         if self.layout is None:
             raise UserError(
                 f"the model has no chat template that can be followed: choose template={'|'.join(chat.TEMPLATES)}"
@@ -801,7 +822,8 @@ class Tokenizer:
         return self._known[text]
 
     def _text(self, text, position, added):
-        """ids of text in which names of control tokens are but text; `added`: the tokens that count, or None."""
+        """ids of text in which names of control tokens are but text; `added`: the tokens that
+        count, or None."""
         ids, prefix = [], self.model.prefix
         for piece in self._pieces(mend(text), added):
             if isinstance(piece, int):

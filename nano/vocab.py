@@ -1,9 +1,9 @@
-"""What tokenizer files are made of, without a tokenizer: the regexes that split text before its merges, the stand-ins of bytes,
-a byte-level tokenizer.json and sentencepiece's tokenizer.model."""
+"""What tokenizer files are made of, without a tokenizer: the regexes that split text before its
+merges, the stand-ins of bytes, a byte-level tokenizer.json and sentencepiece's tokenizer.model."""
 
 import struct
 
-# ----------------------------------------------------------------------------------------------- pre-tokenizers
+# ----------------------------------------------------------------------------------- pre-tokenizers
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # single digits are split off first, so that the spaces before a digit stay together
@@ -35,7 +35,8 @@ BYTE_LEVEL = {
 
 
 def pre_tokenizer(pattern):
-    """The steps of tokenizer.json that split text by one of the regexes above; one_regex is the reverse."""
+    """The steps of tokenizer.json that split text by one of the regexes above; one_regex is the
+    reverse."""
     if pattern == GPT2:
         return [BYTE_LEVEL]
     if pattern == DIGITS_GPT2:
@@ -69,7 +70,7 @@ def one_regex(steps):
     return None
 
 
-# ----------------------------------------------------------------------------------------------- tokenizer.json
+# ----------------------------------------------------------------------------------- tokenizer.json
 
 
 def added_token(
@@ -95,7 +96,8 @@ def added_tokens_decoder(added):
 def byte_level_json(vocab, merges, added, pattern=GPT2, nfc=False, bos=None, ignore_merges=False):
     """The dict of a byte-level BPE's tokenizer.json.
 
-    vocab: {token: id}; merges: "left right" each; added: of added_token. bos: a token to put before every text.
+    vocab: {token: id}; merges: "left right" each; added: of added_token. bos: a token to put before
+    every text.
     nfc: text is normalized. ignore_merges: a piece that is a token is taken whole."""
     post = None
     if bos:
@@ -131,15 +133,17 @@ def byte_level_json(vocab, merges, added, pattern=GPT2, nfc=False, bos=None, ign
     }
 
 
-# ----------------------------------------------------------------------------------------------- sentencepiece
+# ------------------------------------------------------------------------------------ sentencepiece
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces, GGUF's too
 
 
 def sentencepiece_proto(pieces, prefix, unk=0, bos=None, eos=None, pad=None):
-    """The bytes of a BPE's tokenizer.model, a protobuf of pieces (1), trainer (2) and normalizer (3) settings.
+    """The bytes of a BPE's tokenizer.model, a protobuf of pieces (1), trainer (2) and normalizer
+    (3) settings.
 
-    pieces: (text, score, kind) each. prefix: whether a space goes before every text. unk, bos, eos, pad: ids."""
+    pieces: (text, score, kind) each. prefix: whether a space goes before every text. unk, bos, eos,
+    pad: ids."""
 
     def varint(n):
         head = b""

