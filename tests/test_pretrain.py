@@ -60,7 +60,7 @@ def text_store(path, model, n=60, val=8, seed=1, **sizes):
         path, plain, dict(vocab_size=264, tokenizer=tokenizer.load(model).fingerprint, bytes=size)
     )
     (path / "tokenizer").mkdir()
-    weights.copy_tokenizer(model, path / "tokenizer")
+    tokenizer.copy_files(model, path / "tokenizer")
     return path
 
 
