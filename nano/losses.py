@@ -14,7 +14,9 @@ import torch
 CHUNK_LOGITS = 2**25  # on a CPU: 64 MB in bf16
 BLOCK_LOGITS = 2**21  # on a CPU: 8 MB in fp32, which its cache holds
 
-compiled = False  # whether torch.compile takes what is done with a chunk's logits; runtime.py sets it with compile=true
+# Whether torch.compile fuses what is done with a chunk's logits: Runtime.distribute sets it, from
+# compile=. A global, since a process compiles all of its models or none.
+compiled = False
 _compiled = functools.cache(torch.compile)
 
 
