@@ -34,7 +34,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 
-from model import ScoreHead, by_document
+from lora import LoRA
+from model import ScoreHead
 from nano import losses
 from nano.config import UserError
 
@@ -247,18 +248,14 @@ class Runtime:
         if self.world > 1 and self.parallel == "none":
             raise UserError(f"{self.world} processes need parallel=ddp or parallel=fsdp")
         if grad_checkpoint:
-            model.checkpoint = self.checkpoint
+            model.recompute = self.checkpoint
         if compile and self.kind == "xla":
             raise UserError(
                 "compile=true is for cpu and cuda: device=xla compiles whole steps in any case"
             )
         losses.compiled = compile
         if compile:
-            apart = torch.compiler.disable(
-                by_document
-            )  # lengths of documents would each be a new graph
             for layer in model.layers:
-                layer.self_attn.by_document = apart
                 layer.compile()
         cfg = model.cfg
         if any(n % self.tensor for n in (cfg.n_heads, cfg.n_kv_heads, cfg.ffn_dim)):
@@ -310,9 +307,9 @@ class Runtime:
             )  # each rank has read the whole
             owner.register_parameter(key, nn.Parameter(cut, requires_grad=p.requires_grad))
         for name, module in model.named_modules():
-            if module._parameters and not isinstance(
-                module, nn.ParameterDict
-            ):  # a dict of adapters goes with its layer
+            owns = module._parameters and not isinstance(module, nn.ParameterDict)
+            # an adapted layer takes and gives as a whole, its base and its adapters do not
+            if isinstance(module, LoRA) or owns and not name.endswith(".base"):
                 layer = name.rpartition(".")[2]
                 per_head = Shard(2) if layer in PER_HEAD else Replicate()
                 inside, outside = (
@@ -667,10 +664,9 @@ def _leave(place, module, inputs, output):
 
 def tensor_dim(name):
     """The dimension along which the devices of a tensor group cut the parameter of this name; None: each has it whole."""
-    words = name.split(".")
-    layer, kind = (
-        words[-3:-1] if words[-2].startswith("lora_") else words[-2:]
-    )  # an adapter's name comes last
+    words = [word for word in name.split(".") if word != "base"]  # of an adapted layer
+    # an adapter's name comes last
+    layer, kind = words[-3:-1] if words[-2].startswith("lora_") else words[-2:]
     if layer in COLUMN:
         return None if kind == "lora_A" else 0
     if layer in ROW:

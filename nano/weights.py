@@ -480,7 +480,7 @@ def load_adapter(model, dir, name="default"):
             f"{dir}: adapter_model.safetensors is incomplete: a layer needs both lora_A and lora_B"
         )
     for module in layers:
-        lora._wrap(model, module).add(name, rank, scale, 0.0)
+        lora.wrap(model, module).add(name, rank, scale, 0.0)
     for (module, ab), tensor in found.items():
         target = (
             getattr(model.get_submodule(module), ab)[name]

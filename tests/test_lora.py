@@ -21,7 +21,7 @@ def base(tmp_path_factory):
 
 def logits(model):
     with torch.no_grad():
-        return model.logits(model(TOKENS))
+        return model.logits(model.hidden(TOKENS))
 
 
 def shake(model, name="default", seed=1):
@@ -65,7 +65,7 @@ def test_the_update_is_scale_times_b_a(rslora, scale):
     lora.apply(model, rank=4, alpha=8, rslora=rslora)
     shake(model)
     layer, x = model.layers[1].mlp.up_proj, torch.randn(3, 32)
-    right = x @ (layer.weight + scale * layer.lora_B["default"] @ layer.lora_A["default"]).t()
+    right = x @ (layer.base.weight + scale * layer.lora_B["default"] @ layer.lora_A["default"]).t()
     torch.testing.assert_close(layer(x), right)
 
 
@@ -103,13 +103,13 @@ def test_targets_and_parameter_count(targets):
     "targets", [["w_proj"], ["lm_head"], ["q_proj", "roj"], ["embed_tokens"], []]
 )
 def test_unknown_targets(targets):
-    with pytest.raises(UserError, match="lora_targets"):
+    with pytest.raises(ValueError, match="lora_targets"):
         lora.apply(tiny.model(), rank=4, alpha=8, targets=targets)
 
 
 @pytest.mark.parametrize("rank", [0, -1])
 def test_a_rank_below_one(rank):
-    with pytest.raises(UserError, match="lora_rank"):
+    with pytest.raises(ValueError, match="lora_rank"):
         lora.apply(tiny.model(), rank=rank, alpha=8)
 
 
@@ -133,50 +133,6 @@ def test_merging_a_bare_model_or_a_switched_off_adapter_gives_the_base():
     assert torch.equal(logits(lora.merge(model)), before)
 
 
-def test_within_merged_the_adapter_is_folded_in_and_after_it_the_same_tensors_are_back():
-    model = tiny.model()
-    base = logits(model)
-    lora.apply(model, rank=4, alpha=8)
-    before = logits(shake(model))
-    weights = [(m.weight, m.weight.data_ptr(), m.weight.clone()) for _, m in lora.adapted(model)]
-    with lora.merged(model) as same:
-        assert same is model and all(m.active is None for _, m in lora.adapted(model))
-        assert (logits(model) - before).abs().max() <= 1e-5
-        assert (
-            model.head_weight.requires_grad is False and torch.is_grad_enabled()
-        )  # no_grad ends at the yield
-    for (_, m), (weight, place, value) in zip(lora.adapted(model), weights, strict=True):
-        assert (
-            m.weight is weight
-            and weight.data_ptr() == place
-            and torch.equal(weight, value)
-            and m.active == "default"
-        )
-    assert torch.equal(logits(model), before)
-    lora.use(model, None)
-    assert torch.equal(logits(model), base)
-
-
-def test_merged_restores_after_an_error(monkeypatch):
-    model = tiny.model()
-    lora.apply(model, rank=4, alpha=8)
-    before = logits(shake(model))
-    with pytest.raises(RuntimeError, match="inside"), lora.merged(model):
-        raise RuntimeError("inside")
-    assert torch.equal(logits(model), before)
-    delta, layers = lora.LoRALinear.delta, [m for _, m in lora.adapted(model)]
-
-    def fails(self):  # as if memory ran out in the middle of the model
-        if self is layers[5]:
-            raise MemoryError
-        return delta(self)
-
-    monkeypatch.setattr(lora.LoRALinear, "delta", fails)
-    with pytest.raises(MemoryError), lora.merged(model):
-        pass
-    assert torch.equal(logits(model), before)
-
-
 def test_named_adapters_share_one_base():
     model = tiny.model()
     base = logits(model)
@@ -193,7 +149,7 @@ def test_named_adapters_share_one_base():
 
     lora.use(model, "policy")  # training one leaves the other and the base alone
     optimizer = torch.optim.AdamW(lora.parameters(model, "policy"), lr=1e-2)
-    model.logits(model(TOKENS)).square().mean().backward()
+    model.logits(model.hidden(TOKENS)).square().mean().backward()
     assert all(p.grad is None for p in lora.parameters(model, "value"))
     assert all(p.grad is None for n, p in model.named_parameters() if "lora_" not in n)
     optimizer.step()
@@ -224,7 +180,7 @@ def test_a_bf16_base_carries_fp32_adapters():
     lora.apply(model, rank=4, alpha=8)
     assert all(p.dtype == torch.float32 for p in lora.parameters(model))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        model.logits(model(TOKENS)).float().square().mean().backward()
+        model.logits(model.hidden(TOKENS)).float().square().mean().backward()
     assert all(p.grad.dtype == torch.float32 for p in lora.parameters(model))
 
 
@@ -299,13 +255,13 @@ def test_a_score_adapter_there_and_back(base, tmp_path):
     shake(model)
     weights.save_adapter(model, tmp_path / "ours", base=base)
     with torch.no_grad():
-        ours = model.score(model(TOKENS))
+        ours = model.score(model.hidden(TOKENS))
     assert (
         ours - in_peft(base, tmp_path / "ours", "AutoModelForSequenceClassification")
     ).abs().max() <= 1e-5
     again, _ = weights.open_model(tmp_path / "ours")
     with torch.no_grad():
-        assert again.cfg.head == "score" and torch.equal(again.score(again(TOKENS)), ours)
+        assert again.cfg.head == "score" and torch.equal(again.score(again.hidden(TOKENS)), ours)
 
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
         base, num_labels=1, dtype=torch.float32
@@ -323,7 +279,7 @@ def test_a_score_adapter_there_and_back(base, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     model, _ = weights.open_model(tmp_path / "theirs", base=base)
     with torch.no_grad():
-        assert (model.score(model(TOKENS)) - scores).abs().max() <= 1e-5
+        assert (model.score(model.hidden(TOKENS)) - scores).abs().max() <= 1e-5
     with pytest.raises(UserError, match="score"):
         weights.load_adapter(weights.load_model(base), tmp_path / "theirs")
 
