@@ -1,13 +1,14 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), put around the layers of a model from outside, several by name on one base.
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), put around the layers of a model from
+outside, several by name on one base.
 
-    lora.apply(model, rank=16, alpha=32)            # freezes the base, trains the adapter "default"
-    lora.use(model, None)                           # the base alone: the reference policy of DPO and PPO
-    lora.merge(model)                               # folds the adapter into the weights and takes it off
+    lora.apply(model, rank=16, alpha=32)   # freezes the base, trains the adapter "default"
+    lora.use(model, None)                  # the base alone: the reference policy of DPO and PPO
+    lora.merge(model)                      # folds the adapter into the weights and takes it off
 
-An adapted layer computes  base(x) + scale * B (A x)  with A (r, in), B (out, r) in fp32, scale = alpha / r, or alpha / sqrt(r)
-when rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732). It asks nothing of the base but in_features and out_features.
-nano/weights.py reads and writes adapters as PEFT directories.
-"""
+An adapted layer computes  base(x) + scale * B (A x)  with A (r, in), B (out, r) in fp32, scale =
+alpha / r, or alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732). It asks
+nothing of the base but in_features and out_features. nano/weights.py reads and writes adapters as
+PEFT directories."""
 
 import math
 
@@ -22,7 +23,8 @@ def dense(module):
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer `base` with named adapters around it, of which `active` (a name or None) takes part in forward."""
+    """A frozen linear layer `base` with named adapters around it, of which `active` (a name or
+    None) takes part in forward."""
 
     def __init__(self, base):
         super().__init__()
@@ -74,8 +76,8 @@ def adapted(model):
 
 
 def linear_names(model):
-    """The layers that may carry adapters: the linear ones of the blocks, adapted already or not. The head never does, because
-    losses.py reads its weight."""
+    """The layers that may carry adapters: the linear ones of the blocks, adapted already or not.
+    The head never does, because losses.py reads its weight."""
     inside = set(model.layers.modules())
     bases = {m.base for m in inside if isinstance(m, LoRA)}
     able = {m for m in inside - bases if hasattr(m, "in_features")}
@@ -92,9 +94,10 @@ def wrap(model, name):
 
 
 def apply(model, rank, alpha, dropout=0.0, targets="all-linear", name="default", rslora=False):
-    """Freezes the base and adds a trainable adapter to the linear layers that `targets` names: a list of suffixes such as
-    ["q_proj", "v_proj"], or "all-linear": every linear layer of the blocks, not the head. Makes it the active one.
-    ValueError for a rank below 1 and for targets that name no layer."""
+    """Freezes the base and adds a trainable adapter to the linear layers that `targets` names: a
+    list of suffixes such as ["q_proj", "v_proj"], or "all-linear": every linear layer of the
+    blocks, not the head. Makes it the active one. ValueError for a rank below 1 and for targets
+    that name no layer."""
     if rank < 1:
         raise ValueError(f"lora_rank={rank}: must be 1 or more")
     linears = linear_names(model)
@@ -106,7 +109,8 @@ def apply(model, rank, alpha, dropout=0.0, targets="all-linear", name="default",
         if not names:
             leaves = sorted({n.rpartition(".")[2] for n in linears})
             raise ValueError(
-                f"lora_targets: no layer ends in {suffix!r}; the linear layers are {', '.join(leaves)}"
+                f"lora_targets: no layer ends in {suffix!r}; the linear layers are "
+                + ", ".join(leaves)
             )
     chosen = set().union(*ends.values())
     if not chosen:
@@ -123,7 +127,8 @@ def apply(model, rank, alpha, dropout=0.0, targets="all-linear", name="default",
 
 
 def use(model, name):
-    """Switches every adapted layer to the adapter `name`, or to the bare base with None. Layers without it run bare."""
+    """Switches every adapted layer to the adapter `name`, or to the bare base with None. Layers
+    without it run bare."""
     layers = adapted(model)
     if name is not None and not any(name in m.scales for _, m in layers):
         raise KeyError(f"there is no adapter {name!r} on this model")
@@ -139,7 +144,8 @@ def parameters(model, name="default"):
 
 @torch.no_grad()
 def merge(model):
-    """Folds the active adapter into the weights for good, in fp32, and takes all adapters off. Returns the model."""
+    """Folds the active adapter into the weights for good, in fp32, and takes all adapters off.
+    Returns the model."""
     for name, m in adapted(model):
         plain = m.base
         if m.active is not None:

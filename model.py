@@ -1,17 +1,17 @@
 """A decoder-only transformer with slots, in one file that needs torch alone.
 
-A slot is a field of ModelConfig with a named choice: norm, positions, mlp, activation, biases, windows, the head. Llama, SmolLM2,
-Mistral, Qwen2, Qwen3 and GPT-2 are choices, and nothing here asks for a family's name: nano/families.py does. Parameter names are
-Hugging Face's Llama names, for every family.
+A slot is a field of ModelConfig with a named choice: norm, positions, mlp, activation, biases,
+windows, the head. Llama, SmolLM2, Mistral, Qwen2, Qwen3 and GPT-2 are choices, and nothing here
+asks for a family's name: nano/families.py does. Parameter names are Hugging Face's Llama names, for
+every family.
 
     model = Transformer(ModelConfig(...))
-    hidden = model.hidden(tokens)             # (B, T) -> (B, T, C)
-    hidden = model(batch)                     # what training calls: (M, C), the positions batch["index"] that predict
-    logits = model.logits(hidden)             # (..., V); training goes through losses.py, which never builds them all
+    hidden = model.hidden(tokens)   # (B, T) -> (B, T, C)
+    logits = model.logits(hidden)   # (B, T, V); losses.py never builds them all
+    hidden = model(batch)           # (M, C): of the positions batch["index"], which a loss needs
 
-Packed rows: `docs` (B, T) gives each token the id of its document, and attention never crosses documents. Padding is a document
-of its own (id -1), so a padded row needs nothing else.
-"""
+Packed rows: `docs` (B, T) gives each token the id of its document, and attention never crosses
+documents. Padding is a document of its own (id -1), so a padded row needs nothing else."""
 
 import functools
 import math
@@ -47,7 +47,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": "llama3" | "linear", ...} as in config.json
     max_positions: int = 2048
-    windows: tuple = ()  # tokens each layer looks back, itself included; 0: all; (): all, in every layer
+    windows: tuple = ()  # tokens each layer looks back, itself included; 0: all; (): all everywhere
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False  # RMSNorm over each head's q and k
@@ -65,13 +65,14 @@ class ModelConfig:
         return sum(p.numel() for p in empty(self).parameters())
 
 
-# ---------------------------------------------------------------------------------------- positions
+# ---------------------------------------------------------------------- positions
 
 
 def rope_frequencies(cfg):
-    """Inverse frequencies (D/2,) of the rotary embedding, fp32. Source: Su et al. 2021 (arXiv:2104.09864). "llama3" scaling is the
-    Llama 3.1 release's: it stretches long wavelengths by `factor` and blends those between the two cut-offs.
-    ValueError for a scaling that is none of default, linear and llama3."""
+    """Inverse frequencies (D/2,) of the rotary embedding, fp32. Source: Su et al. 2021
+    (arXiv:2104.09864). "llama3" scaling is the Llama 3.1 release's: it stretches long wavelengths
+    by `factor` and blends those between the two cut-offs. ValueError for a scaling that is none of
+    default, linear and llama3."""
     steps = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device="cpu")
     inv = 1.0 / cfg.rope_theta ** (steps / cfg.head_dim)
     scaling = cfg.rope_scaling or {}
@@ -96,7 +97,7 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
-# ---------------------------------------------------------------------------------------- what a token sees
+# ---------------------------------------------------------------------- what a token sees
 
 
 def begins(docs):
@@ -107,8 +108,9 @@ def begins(docs):
 
 
 def block_mask(docs, window, size=128):
-    """attention_mask's for flex_attention. What a token sees is one stretch of its row. So two numbers for each block of queries
-    tell which blocks of keys to visit; torch's create_block_mask would look at all T x T pairs, in 20 times the time."""
+    """attention_mask's for flex_attention. What a token sees is one stretch of its row. So two
+    numbers for each block of queries tell which blocks of keys to visit; torch's create_block_mask
+    would look at all T x T pairs, in 20 times the time."""
     T = docs.shape[1]
     index = torch.arange(T, device=docs.device)
     oldest = begins(docs)
@@ -134,9 +136,9 @@ def block_mask(docs, window, size=128):
 
 
 def attention_mask(docs, window, head_dim):
-    """What each token of a row may see: earlier tokens of its document, at most `window` back (0: all). A document is one stretch
-    of a row. docs (B, T) -> a BlockMask on CUDA; on a CPU without a window Documents, for there attention runs document by
-    document; else a bool (B, 1, T, T)."""
+    """What each token of a row may see: earlier tokens of its document, at most `window` back (0:
+    all). A document is one stretch of a row. docs (B, T) -> a BlockMask on CUDA; on a CPU without a
+    window Documents, for there attention runs document by document; else a bool (B, 1, T, T)."""
     B, T = docs.shape
     if not window and docs.device.type == "cpu":
         starts = torch.ones(B, T, dtype=torch.bool)
@@ -151,7 +153,8 @@ def attention_mask(docs, window, head_dim):
 
 
 def cache_mask(positions, span, window):
-    """A token at position p sees the slots 0..p of a cache. positions (B, T) -> bool (B, 1, T, span)."""
+    """A token at position p sees the slots 0..p of a cache. positions (B, T) -> bool (B, 1, T,
+    span)."""
     slots = torch.arange(span, device=positions.device)
     mask = slots <= positions[..., None]
     if window:
@@ -159,24 +162,26 @@ def cache_mask(positions, span, window):
     return mask[:, None]
 
 
-# ---------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------- attention
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What a layer adds to softmax(scale * q k^T) v. ALiBi slopes, a soft cap, sinks: a field here and its branch in attend."""
+    """What a layer adds to softmax(scale * q k^T) v. ALiBi slopes, a soft cap, sinks: a field here
+    and its branch in attend."""
 
     scale: float
 
 
 def attend(q, k, v, seen, extras):
-    """Attention. All of it: training, prompts and decoding come through here, and this is where the kernel is chosen.
+    """Attention. All of it: training, prompts and decoding come through here, and this is where the
+    kernel is chosen.
 
-    q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). seen: what attention_mask or cache_mask returned; None: every token sees
-    itself and all before it, which the fastest kernels have built in.
-    """
+    q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). seen: what attention_mask or cache_mask
+    returned; None: every token sees itself and all before it, which the fastest kernels have built
+    in."""
     if isinstance(seen, BlockMask):
-        # a layer that is compiled takes flex_attention into its graph; uncompiled it would build all scores
+        # uncompiled, flex_attention builds all scores; a compiled layer takes it into its graph
         flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
         return flex(q, k, v, block_mask=seen, scale=extras.scale, enable_gqa=True)
     if isinstance(seen, Documents):
@@ -194,8 +199,9 @@ def _compiled_flex():
 
 
 def one_query(q, k, v, seen, extras):
-    """A decoding step: q (B, H, 1, D), seen (B, 1, 1, S). The query heads that share a key/value head are taken as one block, so
-    that the cache is read once for all of them. On a CPU plain products beat the fused kernel, which is made for long queries."""
+    """A decoding step: q (B, H, 1, D), seen (B, 1, 1, S). The query heads that share a key/value
+    head are taken as one block, so that the cache is read once for all of them. On a CPU plain
+    products beat the fused kernel, which is made for long queries."""
     B, K, S, D = k.shape
     if q.device.type != "cpu":
         q = q.reshape(B, K, -1, D)
@@ -208,9 +214,10 @@ def one_query(q, k, v, seen, extras):
 
 
 def document_attention(q, k, v, extras):
-    """Causal attention within one document, on a CPU: q (H, T, D), k and v (K, T, D) -> (H, T, D). A short one in bf16 is two
-    matrix products, which take a third of the time of torch's CPU kernel (bench/attention.py). autograd then keeps the H x T x T
-    probabilities, which is why longer ones stay with the kernel."""
+    """Causal attention within one document, on a CPU: q (H, T, D), k and v (K, T, D) -> (H, T, D).
+    A short one in bf16 is two matrix products, which take a third of the time of torch's CPU kernel
+    (bench/attention.py). autograd then keeps the H x T x T probabilities, which is why longer ones
+    stay with the kernel."""
     H = len(q)
     K, T, D = k.shape
     if q.dtype != torch.bfloat16 or T > SHORT:
@@ -225,7 +232,8 @@ def document_attention(q, k, v, extras):
 
 
 def by_document(documents, q, k, v, extras):
-    """Attention of packed rows on a CPU, each document alone: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D)."""
+    """Attention of packed rows on a CPU, each document alone: q (B, H, T, D), k and v (B, K, T, D)
+    -> (B, H, T, D)."""
     B, _, T, D = q.shape
     flat = [t.transpose(0, 1).reshape(-1, B * T, D) for t in (q, k, v)]
     parts = zip(*(t.split(documents.lengths, dim=1) for t in flat), strict=True)
@@ -239,8 +247,9 @@ def _uncompiled_by_document():
 
 
 class Documents:
-    """What the tokens of packed rows see on a CPU: the lengths of the documents along the flattened rows. A class and not a list,
-    because torch.compile guards on what is in a list, and would compile anew for every batch."""
+    """What the tokens of packed rows see on a CPU: the lengths of the documents along the flattened
+    rows. A class and not a list, because torch.compile guards on what is in a list, and would
+    compile anew for every batch."""
 
     attend = by_document
 
@@ -248,7 +257,7 @@ class Documents:
         self.lengths = lengths
 
 
-# ---------------------------------------------------------------------------------------- layers
+# ---------------------------------------------------------------------- layers
 
 
 class RMSNorm(nn.Module):
@@ -273,10 +282,10 @@ NORMS = dict(rms=RMSNorm, layer=LayerNorm)
 
 
 class Attention(nn.Module):
-    # tensor parallelism: the devices of a group split COLUMN by output rows (heads), ROW by input
-    # columns, and sum what comes out of ROW
+    # how the devices of a tensor group share the layers, see nano/tensor.py
     COLUMN = ("q_proj", "k_proj", "v_proj")
     ROW = ("o_proj",)
+    PER_HEAD = ("q_norm", "k_norm")
 
     def __init__(self, cfg):
         super().__init__()
@@ -305,9 +314,10 @@ class Attention(nn.Module):
 
 
 def remember(k, v, slots, cache):
-    """Writes k, v (B, K, T, D) to a layer's cache (keys, values), (B, K, S, D) each, and returns the keys and values that `seen`
-    speaks of. slots (B, T): where the tokens go, row by row; what is seen is the whole cache. None: they begin their rows, in the
-    slots 0..T-1, and there is nothing else to see."""
+    """Writes k, v (B, K, T, D) to a layer's cache (keys, values), (B, K, S, D) each, and returns
+    the keys and values that `seen` speaks of. slots (B, T): where the tokens go, row by row; what
+    is seen is the whole cache. None: they begin their rows, in the slots 0..T-1, and there is
+    nothing else to see."""
     keys, values = cache
     if slots is None:
         T = k.shape[2]
@@ -353,13 +363,14 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def compile(self, *args, **kwargs):
-        # the lengths of documents would each be a new graph, so a compiled layer leaves its graph for them
+        # each list of lengths would be a new graph, so a compiled layer leaves its graph for them
         Documents.attend = _uncompiled_by_document()
         super().compile(*args, **kwargs)
 
 
 class ScoreHead(nn.Linear):
-    """hidden (..., C) -> one fp32 number a token (...). fp32 because a bf16 score has 8 significant bits: pairs would tie."""
+    """hidden (..., C) -> one fp32 number a token (...). fp32 because a bf16 score has 8 significant
+    bits: pairs would tie."""
 
     def __init__(self, dim):
         super().__init__(dim, 1, bias=False)
@@ -371,10 +382,12 @@ class ScoreHead(nn.Linear):
             return F.linear(hidden.float(), self.weight.float()).squeeze(-1)
 
 
-# ---------------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------- the model
 
 
 class Transformer(nn.Module):
+    VOCABULARY = ("model.embed_tokens", "lm_head")
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -390,11 +403,12 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         # no buffer, because it must stay fp32 whatever dtype the model is cast to
         self.inv_freq = rope_frequencies(cfg) if cfg.positions == "rope" else None
-        # a function(layer, *inputs) that computes activations again in the backward pass; None: keep them
+        # a function(layer, *inputs) that computes activations again in backward; None: keep them
         self.recompute = None
 
     def init_weights(self, std=0.02):
-        """N(0, std) for matrices, with the two projections that write to the residual stream scaled by 1/sqrt(2L) (GPT-2)."""
+        """N(0, std) for matrices, with the two projections that write to the residual stream scaled
+        by 1/sqrt(2L) (GPT-2)."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 nn.init.ones_(p) if name.endswith("weight") else nn.init.zeros_(p)
@@ -416,20 +430,24 @@ class Transformer(nn.Module):
         return F.linear(hidden, self.head_weight)
 
     def forward(self, batch):
-        """What training calls, under DDP and FSDP too. batch: integer tensors tokens (B, T) and, where there are any, positions and
-        docs (B, T) and index (M,), flat positions. -> their hidden states (M, C), or without index all, (B * T, C)."""
+        """A batch, a dict -> hidden states (M, C) of the flat positions batch["index"] (M,), or
+        without "index" of all, (B * T, C).
+
+        Of the batch, forward reads "tokens" (B, T), and "positions", "docs" (B, T) where they are
+        there: see `hidden`. It reads integer tensors only, because FSDP casts the floating tensors
+        of its arguments to bf16. All else is left to the loss."""
         hidden = self.hidden(batch["tokens"], batch.get("positions"), batch.get("docs"))
         hidden = hidden.flatten(0, 1)
-        index = batch.get("index")
-        return hidden if index is None else hidden[index]
+        return hidden[batch["index"]] if "index" in batch else hidden
 
     def hidden(self, tokens, positions=None, docs=None, cache=None):
-        """tokens (B, T) -> hidden states (B, T, C) after the last norm; feed them to .logits, .score or losses.py.
+        """tokens (B, T) -> hidden states (B, T, C) after the last norm; feed them to .logits,
+        .score or losses.py.
 
-        positions (B, T): of the tokens in their documents; default: counted from 0 in each document. docs (B, T): document ids;
-        default: a row is one. cache: per layer (keys, values), each (B, K, S, D). With a cache, `positions` are also the slots that
-        the tokens go to, and they see all slots up to their own; without positions they begin their rows.
-        """
+        positions (B, T): of the tokens in their documents; default: counted from 0 in each
+        document. docs (B, T): document ids; default: a row is one. cache: per layer (keys, values),
+        each (B, K, S, D). With a cache, `positions` are also the slots that the tokens go to, and
+        they see all slots up to their own; without positions they begin their rows."""
         slots = positions
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -489,9 +507,10 @@ class Transformer(nn.Module):
         return [(new(), new()) for _ in range(self.cfg.n_layers)]
 
     def flops_per_token(self, length, trained="all"):
-        """Floating-point operations a token costs in one training step (forward and backward) on rows of `length` tokens.
-        6 per matrix weight (4 where only adapters are trained: no weight gradients) + 12 L H D T/2 for causal attention
-        (Chowdhery et al. 2022, arXiv:2204.02311, appendix B)."""
+        """Floating-point operations a token costs in one training step (forward and backward) on
+        rows of `length` tokens. 6 per matrix weight (4 where only adapters are trained: no weight
+        gradients) + 12 L H D T/2 for causal attention (Chowdhery et al. 2022, arXiv:2204.02311,
+        appendix B)."""
         matrices = 0
         for module in self.modules():
             if not isinstance(module, nn.Embedding):  # looking a row up is no product
@@ -504,7 +523,8 @@ class Transformer(nn.Module):
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
-    """torch.nn.init does nothing. On the meta device it would compute nothing either, but import seconds of compiler."""
+    """torch.nn.init does nothing. On the meta device it would compute nothing either, but import
+    seconds of compiler."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == "torch.nn.init":

@@ -1,12 +1,13 @@
-"""Batched sampling with a key/value cache: prompts of any lengths in, tokens and their log-probabilities out.
+"""Batched sampling with a key/value cache: prompts of any lengths in, tokens and their
+log-probabilities out.
 
-    samples = generate(model, prompts, max_new_tokens=128, stop_ids=tok.stop_ids)      # prompts: lists of ids
+    samples = generate(model, prompts, max_new_tokens=128, stop_ids=tok.stop_ids)  # lists of ids
     samples.tokens[i], samples.logprobs[i], samples.finished[i]
 
-`batch_size` rows are decoded together, one token a step. A row that ends makes room: the next prompt moves in, and when none
-waits the batch shrinks, so that answers of unequal length cost their sum and not rows x longest. The sample drawn depends on
-(seed, sample index) and the model alone, not on its neighbours in the batch, the order of refills or the device.
-"""
+`batch_size` rows are decoded together, one token a step. A row that ends makes room: the next
+prompt moves in, and when none waits the batch shrinks, so that answers of unequal length cost their
+sum and not rows x longest. The sample drawn depends on (seed, sample index) and the model alone,
+not on its neighbours in the batch, the order of refills or the device."""
 
 from collections import deque
 from dataclasses import dataclass, replace
@@ -25,7 +26,8 @@ PREFILL = 8192  # tokens of prompt that one forward takes
 
 @dataclass
 class Samples:
-    """One entry per sample, sample g of prompt i at i * group + g. A stop id is part of the tokens, the prompt is not."""
+    """One entry per sample, sample g of prompt i at i * group + g. A stop id is part of the tokens,
+    the prompt is not."""
 
     tokens: list  # lists of ids
     logprobs: list  # lists of floats, see `choose`
@@ -33,12 +35,13 @@ class Samples:
     row_steps: int = 0  # rows computed, summed over the steps; the tokens' share of it was of use
 
 
-# ---------------------------------------------------------------------------------------------------- sampling
+# ---------------------------------------------------------------------- sampling
 
 
 def keep_from(logits, top_k=0, top_p=1.0):
-    """The smallest logit that stays in each row, (R, 1): of the top_k likeliest tokens (0: all), the fewest whose probabilities
-    add up to top_p (Holtzman et al. 2019, arXiv:1904.09751). What equals it stays too."""
+    """The smallest logit that stays in each row, (R, 1): of the top_k likeliest tokens (0: all),
+    the fewest whose probabilities add up to top_p (Holtzman et al. 2019, arXiv:1904.09751). What
+    equals it stays too."""
     V = logits.shape[-1]
     # sorting a whole vocabulary is slow on a CPU, and 1,024 tokens mostly hold top_p
     for count in (top_k,) if top_k else (1024, V) if logits.device.type == "cpu" else (V,):
@@ -51,12 +54,13 @@ def keep_from(logits, top_k=0, top_p=1.0):
 
 
 def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
-    """One token a row, drawn by inverting the distribution function at `uniform`. logits (R, V), uniform (R,) in [0, 1).
+    """One token a row, drawn by inverting the distribution function at `uniform`. logits (R, V),
+    uniform (R,) in [0, 1).
 
-    -> tokens (R,), logprobs (R,) fp32. Temperature 0 takes the likeliest token. The log-probability is that under
-    softmax(logits / temperature) *before* top_k and top_p (temperature 0: softmax(logits)): without those filters it is the
-    distribution sampled from, which is what policy gradients need; with them the token was likelier than it says.
-    """
+    -> tokens (R,), logprobs (R,) fp32. Temperature 0 takes the likeliest token. The log-probability
+    is that under softmax(logits / temperature) *before* top_k and top_p (temperature 0:
+    softmax(logits)): without those filters it is the distribution sampled from, which is what
+    policy gradients need; with them the token was likelier than it says."""
     logits = logits.float()
     if temperature == 0:
         best, token = logits.log_softmax(-1).max(-1)
@@ -76,12 +80,12 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 
-# ----------------------------------------------------------------------------------- the model, as decoding wants it
+# ---------------------------------------------------------------------- the model for decoding
 
 
 class FrozenLinear(nn.Module):
-    """A linear layer that is only read. With `pack` the weight is stored as oneDNN's kernels read it, where F.linear would lay it
-    out anew in each call: on a CPU steps are 1.5x faster."""
+    """A linear layer that is only read. With `pack` the weight is stored as oneDNN's kernels read
+    it, where F.linear would lay it out anew in each call: on a CPU steps are 1.5x faster."""
 
     def __init__(self, weight, bias, pack):
         super().__init__()
@@ -105,15 +109,16 @@ def device_of(p):
 
 
 def frozen(p, dtype):
-    """A parameter in `dtype`. Where it is sharded (FSDP) it is gathered: all ranks must then generate together."""
+    """A parameter in `dtype`. Where it is sharded (FSDP) it is gathered: all ranks must then
+    generate together."""
     if hasattr(p, "full_tensor"):
         p = p.to(device_of(p)).full_tensor()
     return None if p is None else p.detach().to(dtype)
 
 
 def frozen_linear(module, dtype, pack):
-    """A linear layer of the model for decoding. Where its weight is copied in any case, the adapter is folded into it. A base that
-    is no plain matrix is called as it is."""
+    """A linear layer of the model for decoding. Where its weight is copied in any case, the adapter
+    is folded into it. A base that is no plain matrix is called as it is."""
     base = module.base if isinstance(module, LoRA) else module
     active = getattr(module, "active", None)
     linear = base
@@ -134,9 +139,10 @@ def frozen_linear(module, dtype, pack):
 
 
 def snapshot(model, dtype, pack):
-    """The model for decoding: a new one of the same shape, in evaluation mode, with nothing of FSDP, tensor parallelism or
-    torch.compile around it. It shares the tensors that need neither a cast nor packing, and is built anew for each call of
-    generate, since training changes the weights. The head is not part of it."""
+    """The model for decoding: a new one of the same shape, in evaluation mode, with nothing of
+    FSDP, tensor parallelism or torch.compile around it. It shares the tensors that need neither a
+    cast nor packing, and is built anew for each call of generate, since training changes the
+    weights. The head is not part of it."""
     new = empty(model.cfg).eval()
     for name, module in list(new.named_modules()):
         if not name.startswith("model."):
@@ -154,8 +160,9 @@ def snapshot(model, dtype, pack):
 
 
 class Batch:
-    """The rows being decoded: key/value cache and state, on the device and updated in place, so that a step has a fixed shape,
-    nothing in it waits for the device, and CUDA can replay it as one graph."""
+    """The rows being decoded: key/value cache and state, on the device and updated in place, so
+    that a step has a fixed shape, nothing in it waits for the device, and CUDA can replay it as one
+    graph."""
 
     def __init__(self, model, rows, request, plan):
         device = device_of(model.head_weight)
@@ -177,7 +184,7 @@ class Batch:
         self.count = zeros()  # tokens sampled
         self.limit = zeros()  # tokens allowed
         self.done = ~zeros(dtype=torch.bool)
-        # a row that is done writes on behind its end, where nobody reads: hence one column more than there are tokens
+        # a row that is done writes on behind its end, where nobody reads: hence one column more
         width = request.longest + 1
         self.tokens = zeros(width)
         self.logprobs = zeros(width, dtype=torch.float32)
@@ -198,15 +205,17 @@ class Batch:
         return self.cache[0][0].shape[2]
 
     def resize(self, slots):
-        """Another number of slots. Copied rather than viewed: kernels want the cache of a row and head in one piece."""
+        """Another number of slots. Copied rather than viewed: kernels want the cache of a row and
+        head in one piece."""
         change = slots - self.slots
         self.cache = [tuple(F.pad(t, (0, 0, 0, change)) for t in layer) for layer in self.cache]
         if self.graphs:
             self.graphs.clear()  # they point to the old cache
 
     def prefill(self, prompts, rows, width):
-        """Cache (rows, K, width, D) of the prompts, right-padded; what stands behind a prompt's end is overwritten before any
-        token can see it. The last token of a prompt is left to the first step."""
+        """Cache (rows, K, width, D) of the prompts, right-padded; what stands behind a prompt's end
+        is overwritten before any token can see it. The last token of a prompt is left to the first
+        step."""
         tokens = torch.zeros(rows, width, dtype=torch.int64)
         for row, ids in zip(tokens, prompts, strict=False):
             row[: len(ids) - 1] = torch.tensor(ids[:-1])
@@ -216,7 +225,8 @@ class Batch:
         return cache
 
     def place(self, slots, prompts, limits, uniforms, cache, sources):
-        """New samples for the rows `slots`: their prompts, and where in a prefilled cache each prompt stands."""
+        """New samples for the rows `slots`: their prompts, and where in a prefilled cache each
+        prompt stands."""
         slots, sources = (torch.tensor(i, device=self.device) for i in (slots, sources))
         for layer, filled in zip(self.cache, cache, strict=True):
             for t, new in zip(layer, filled, strict=True):
@@ -265,12 +275,13 @@ class Batch:
         self.graphs[rows].replay()
 
 
-# ---------------------------------------------------------------------------------------------------- who is decoded when
+# ---------------------------------------------------------------------- who is decoded when
 
 
 @dataclass
 class Request:
-    """What is wanted: `group` samples of each prompt, of which sample s continues prompt s // group."""
+    """What is wanted: `group` samples of each prompt, of which sample s continues prompt s //
+    group."""
 
     prompts: list  # lists of ids
     limits: list  # most new tokens, for each prompt
@@ -291,7 +302,8 @@ class Request:
         return self.limits[sample // self.group]
 
     def uniforms(self, sample):
-        """The random numbers (longest + 1,) of a sample, which depend on its number and the seed alone."""
+        """The random numbers (longest + 1,) of a sample, which depend on its number and the seed
+        alone."""
         if self.sampling["temperature"] == 0:
             return np.zeros(self.longest + 1, dtype=np.float32)
         entropy = [*self.seed, self.sample_ids[sample]]
@@ -302,8 +314,9 @@ def check(prompts, limits, temperature, top_k, top_p, group, batch_size, cfg):
     """UserError for what no model, or not this one, can do."""
     if not (temperature >= 0 and 0 < top_p <= 1 and top_k >= 0 and group >= 1 and batch_size >= 1):
         raise UserError(
-            f"temperature={temperature} top_k={top_k} top_p={top_p} group={group} batch_size={batch_size}: temperature and "
-            "top_k must be 0 or more, top_p in (0, 1], group and batch_size 1 or more"
+            f"temperature={temperature} top_k={top_k} top_p={top_p} group={group} "
+            f"batch_size={batch_size}: temperature and top_k must be 0 or more, top_p in (0, 1], "
+            "group and batch_size 1 or more"
         )
     for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         if not prompt:
@@ -312,11 +325,13 @@ def check(prompts, limits, temperature, top_k, top_p, group, batch_size, cfg):
             )
         if len(prompt) >= cfg.max_positions:
             raise UserError(
-                f"prompt {i} has {len(prompt)} tokens, but the model takes {cfg.max_positions} in all: shorten it"
+                f"prompt {i} has {len(prompt)} tokens, but the model takes {cfg.max_positions} in "
+                "all: shorten it"
             )
         if not 0 <= min(prompt) <= max(prompt) < cfg.vocab_size:
             raise UserError(
-                f"prompt {i} holds ids outside 0..{cfg.vocab_size - 1}: it was encoded with another model's tokenizer"
+                f"prompt {i} holds ids outside 0..{cfg.vocab_size - 1}: it was encoded with "
+                "another model's tokenizer"
             )
         if limit < 1:
             raise UserError(f"max_new_tokens={limit}: must be 1 or more")
@@ -326,7 +341,9 @@ def check(prompts, limits, temperature, top_k, top_p, group, batch_size, cfg):
 class Plan:
     """How a device likes to decode. `for_device` knows; generate(plan=) changes some of it."""
 
-    shapes: str  # free: computes the live rows and no others; few: the batch, its half, quarter ...; fixed: a batch to its end
+    # free: computes the live rows and no others; few: the batch, its half, quarter ...; fixed: runs
+    # each batch to its end in one shape
+    shapes: str
     sync_every: int  # steps between two looks at which rows are done
     pack: bool  # copies the weights into oneDNN's layout, which takes as much memory as they do
     graphs: bool  # replays steps as CUDA graphs
@@ -334,7 +351,8 @@ class Plan:
 
     @classmethod
     def for_device(cls, device, longest):
-        """longest: most new tokens of a sample. A copy of the weights is worth its time from 16 on."""
+        """longest: most new tokens of a sample. A copy of the weights is worth its time from 16
+        on."""
         if device.type == "cpu":
             able = torch.backends.mkldnn.is_available()
             able = able and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -369,13 +387,15 @@ class Scheduler:
         return -(-n // self.plan.span) * self.plan.span
 
     def wants_refill(self):
-        """Whether enough rows are free for the next prompts: a few at a time, or all where shapes are fixed."""
+        """Whether enough rows are free for the next prompts: a few at a time, or all where shapes
+        are fixed."""
         if not self.waiting or not self.live:
             return bool(self.waiting)
         return self.plan.shapes != "fixed" and self.rows - len(self.live) >= self.rows / 8
 
     def refill(self, step_hook):
-        """Moves waiting samples into the free rows. Each prompt is prefilled once for its whole group."""
+        """Moves waiting samples into the free rows. Each prompt is prefilled once for its whole
+        group."""
         free = deque(row for row in range(self.rows) if row not in self.live)
         while free and self.waiting:
             if self.waiting[0] // self.request.group not in self.where:
@@ -389,7 +409,8 @@ class Scheduler:
                 step_hook()
 
     def prefill(self, free):
-        """Prefills the next waiting prompts, no more than there are free rows, and not too many tokens at once."""
+        """Prefills the next waiting prompts, no more than there are free rows, and not too many
+        tokens at once."""
         fixed = self.plan.shapes == "fixed"
         width = self.whole_width or len(self.request.prompt(self.waiting[0])) - 1
         samples = [s for _, s in zip(range(free), self.waiting, strict=False)]
@@ -422,7 +443,8 @@ class Scheduler:
         self.batch.place(rows, prompts, limits, np.stack(uniforms), self.prefilled, sources)
 
     def shrink(self):
-        """Moves live rows to the front, where there are few -> how many rows the next steps compute."""
+        """Moves live rows to the front, where there are few -> how many rows the next steps
+        compute."""
         rows = len(self.live) if self.plan.shapes == "free" else self.rows
         while self.plan.shapes == "few" and len(self.live) <= rows // 2:
             rows //= 2
@@ -447,7 +469,8 @@ class Scheduler:
         return steps
 
     def collect(self, on_token):
-        """Shows the new tokens to on_token, and takes the samples that are done out of the batch."""
+        """Shows the new tokens to on_token, and takes the samples that are done out of the
+        batch."""
         batch = self.batch
         counts, dones = torch.stack((batch.count, batch.done.long())).tolist()
         if on_token or any(dones[row] for row in self.live):
@@ -488,18 +511,19 @@ def generate(
     sample_ids=None,
     plan=None,
 ):
-    """Samples `group` continuations of each prompt (a list of ids) under the caller's autocast -> Samples.
+    """Samples `group` continuations of each prompt (a list of ids) under the caller's autocast ->
+    Samples.
 
-    max_new_tokens: an int, or a list with one a prompt; a sample also ends at the model's max_positions.
-    temperature (0: greedy), top_k (0: off), top_p: a token that they remove has probability exactly 0.
-    stop_ids end a sample and belong to it. on_token(sample, token) sees each token in order and ends the sample by returning
-    True: streaming and stop strings. seed: an int or a sequence of them, for instance (seed, step). sample_ids: the number that
-    each sample draws its random numbers by (default 0, 1, ...), so that ranks can share out the samples of one call.
+    max_new_tokens: an int, or a list with one a prompt; a sample also ends at the model's
+    max_positions. temperature (0: greedy), top_k (0: off), top_p: a token that they remove has
+    probability exactly 0. stop_ids end a sample and belong to it. on_token(sample, token) sees each
+    token in order and ends the sample by returning True: streaming and stop strings. seed: an int
+    or a sequence of them, for instance (seed, step). sample_ids: the number that each sample draws
+    its random numbers by (default 0, 1, ...), so that ranks can share out the samples of one call.
     batch_size: rows decoded together; the first prefill of a prompt serves its whole group.
-    step_hook is called after each step and prefill: XLA cuts its graph there.
-    plan: fields of Plan that are to differ from what the device likes, for instance dict(sync_every=1) to stream smoothly.
-    Raises UserError for an empty or too long prompt, and for settings out of range.
-    """
+    step_hook is called after each step and prefill: XLA cuts its graph there. plan: fields of Plan
+    that are to differ from what the device likes, for instance dict(sync_every=1) to stream
+    smoothly. Raises UserError for an empty or too long prompt, and for settings out of range."""
     several = isinstance(max_new_tokens, (list, tuple))
     limits = list(max_new_tokens) if several else [max_new_tokens] * len(prompts)
     check(prompts, limits, temperature, top_k, top_p, group, batch_size, model.cfg)
