@@ -28,12 +28,13 @@ def memory(
     FSDP does the rest. keep_gathered: FSDP keeps what a forward gathered. document: the length that
     the average token finds its document to have.
 
-    weights      as the parameters are held gradients    fp32, of what is trained optimizer    two
-    fp32 moments of what is trained activations  what autograd keeps of each block, see block_bytes;
-    with grad_checkpoint its input, and one block whole head         a chunk of logits, its softmax
-    in fp32, the output matrix in `dtype` and its gradient; a tensor group gathers it gathered
-    FSDP: embedding, head and two layers (keep_gathered: all), and the gradients of one layer casts
-    autocast's copies of trained weights, which FSDP does without
+    weights      as the parameters are held
+    gradients    fp32, of what is trained
+    optimizer    two fp32 moments of what is trained
+    activations  what autograd keeps of each block; with grad_checkpoint of one, and all inputs
+    head         a chunk of logits and a block of it in fp32, the output matrix, its gradient
+    gathered     by FSDP: embedding, head, two layers or all, and the gradients of one layer
+    casts        autocast's copies of trained weights, which FSDP does without
 
     torch.compile keeps less.
     """
