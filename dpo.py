@@ -38,7 +38,6 @@ from nano import (
     rankings,
     runtime,
     state,
-    tokenizer,
     weights,
 )
 from nano.config import UserError
@@ -289,9 +288,13 @@ def main(cfg):
     resume = state.resumes(out, cfg.resume, rt, cfg.model)
 
     # ------------------------------------------------------------------------------------------ model, data
-    model, base = weights.open_whole(cfg.model, as_base=cfg.lora_rank > 0)
-    tok = tokenizer.load(base, data.chat_template(cfg.data) or weights.chat_template(cfg.model))
-    tok.check_embeddings(model.cfg.vocab_size, base)
+    opened = weights.open(
+        cfg.model,
+        merge=True,
+        as_base=cfg.lora_rank > 0,
+        template=data.chat_template(cfg.data),
+    )
+    model, tok, base = opened.model, opened.tok, opened.base
     rows = rankings.load(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
     val_rows = rankings.load(cfg.data, split="val", tokenizer=tok)
     cut = dict(
@@ -316,7 +319,7 @@ def main(cfg):
         model, rt.dtype, cfg.max_length, rows.fingerprint(), val_rows and val_rows.fingerprint()
     )
     if cfg.lora_rank:
-        lora.apply(
+        weights.add_adapter(
             model,
             cfg.lora_rank,
             cfg.lora_alpha,

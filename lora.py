@@ -136,12 +136,6 @@ def use(model, name):
         m.active = name if name in m.scales else None
 
 
-def parameters(model, name="default"):
-    """The adapter's own tensors."""
-    layers = [m for _, m in adapted(model) if name in m.scales]
-    return [p for m in layers for p in (m.lora_A[name], m.lora_B[name])]
-
-
 @torch.no_grad()
 def merge(model):
     """Folds the active adapter into the weights for good, in fp32, and takes all adapters off.

@@ -38,7 +38,6 @@ from nano import (
     roles,
     runtime,
     state,
-    tokenizer,
     weights,
 )
 from nano.config import UserError
@@ -420,7 +419,7 @@ def main(cfg):
 
     # ------------------------------------------------------------------------------------------ models, data, optimizers
     base = weights.base_of(cfg.model)
-    tok = tokenizer.load(base, data.chat_template(cfg.data) or weights.chat_template(cfg.model))
+    tok = weights.load_tokenizer(cfg.model, template=data.chat_template(cfg.data))
     prompts, too_long = prompts_of(cfg, tok)
     if cfg.compile:  # round to bf16 where eager code does: or else graphs with and without gradients differ by tenths of a nat
         torch._inductor.config.emulate_precision_casts = True

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import lora
 from nano import (
     config,
     data,
@@ -37,7 +36,6 @@ from nano import (
     rankings,
     runtime,
     state,
-    tokenizer,
     weights,
 )
 from nano.config import UserError
@@ -167,16 +165,17 @@ def evaluate(rt, net, model, batches, cfg):
 def draw_samples(rt, cfg, rows, tok):
     """What the policy says to prompts of the data: tokens (n, T) int64, prompt and response, zeros behind; (start, end) (n, 2) of
     the response. The ranks share the work and all get all."""
-    policy, base = weights.open_model(cfg.policy or cfg.model, dtype=rt.dtype)
+    opened = weights.open(cfg.policy or cfg.model, dtype=rt.dtype, merge=True)
+    policy = opened.model
     if policy.cfg.head != "lm":
         raise UserError(
             f"{cfg.policy or cfg.model} is no language model: name one with policy=, or set norm_samples=0"
         )
-    if tokenizer.load(base).fingerprint != tok.fingerprint:
+    if opened.tok.fingerprint != tok.fingerprint:
         raise UserError(
             f"policy={cfg.policy} has another tokenizer than model={cfg.model}: their scores cannot be matched"
         )
-    lora.merge(policy).to(rt.device)
+    policy.to(rt.device)
     room, prompts = min(cfg.max_length, policy.cfg.max_positions) - cfg.norm_tokens, []
     for g in np.random.default_rng([cfg.seed, 1]).permutation(len(rows)):
         if len(prompts) == cfg.norm_samples:
@@ -246,9 +245,16 @@ def main(cfg):
     resume = state.resumes(out, cfg.resume, rt, cfg.model)
 
     # ------------------------------------------------------------------------------------------ model
-    model, base = weights.open_whole(cfg.model, head="score", as_base=cfg.lora_rank > 0)
+    opened = weights.open(
+        cfg.model,
+        head="score",
+        merge=True,
+        as_base=cfg.lora_rank > 0,
+        template=data.chat_template(cfg.data),
+    )
+    model, tok, base = opened.model, opened.tok, opened.base
     if cfg.lora_rank:
-        lora.apply(
+        weights.add_adapter(
             model,
             cfg.lora_rank,
             cfg.lora_alpha,
@@ -259,8 +265,6 @@ def main(cfg):
     else:
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
     model.score.requires_grad_(True)  # the head is trained in full whatever else is
-    tok = tokenizer.load(base, data.chat_template(cfg.data) or weights.chat_template(cfg.model))
-    tok.check_embeddings(model.cfg.vocab_size, base)
     # transformers reads the score at the last token that is not padding: no completion may end in the id that says so
     ids = range(model.cfg.vocab_size)
     pad_id = next(i for i in (tok.pad_id, tok.bos_id, *ids) if i in ids and i not in tok.stop_ids)

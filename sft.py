@@ -19,7 +19,6 @@ from typing import Literal
 
 import torch
 
-import lora
 from nano import (
     config,
     data,
@@ -30,7 +29,6 @@ from nano import (
     optim,
     runtime,
     state,
-    tokenizer,
     weights,
 )
 from nano.config import UserError
@@ -164,9 +162,15 @@ def main(cfg):
         )
 
     # ------------------------------------------------------------------------------------------ model
-    model, base = weights.open_whole(cfg.model, as_base=cfg.lora_rank > 0)
+    opened = weights.open(
+        cfg.model,
+        merge=True,
+        as_base=cfg.lora_rank > 0,
+        template=data.chat_template(cfg.data),
+    )
+    model, tok, base = opened.model, opened.tok, opened.base
     if cfg.lora_rank:
-        lora.apply(
+        weights.add_adapter(
             model,
             cfg.lora_rank,
             cfg.lora_alpha,
@@ -180,8 +184,6 @@ def main(cfg):
         raise UserError(
             f"freeze_layers={cfg.freeze_layers} of {model.cfg.n_layers} with train={cfg.train} leaves nothing to train"
         )
-    tok = tokenizer.load(base, data.chat_template(cfg.data) or weights.chat_template(cfg.model))
-    tok.check_embeddings(model.cfg.vocab_size, base)
 
     # ------------------------------------------------------------------------------------------ data
     rows = data.mix(cfg.data, cfg.sizes or None, cfg.seed, tokenizer=tok)

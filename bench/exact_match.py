@@ -27,7 +27,7 @@ class Config:
 
 
 def main(cfg):
-    from nano import generate, runtime, tokenizer
+    from nano import generate, runtime
     from prepare.instructions import recognise
     from prepare.toy import exact_match
 
@@ -40,9 +40,9 @@ def main(cfg):
             f"there is no file {cfg.data}: python -m prepare.toy out=data/toy writes one"
         ) from None
     rt = runtime.Runtime(cfg.device, cfg.parallel, cfg.dtype, cfg.seed)
-    model, base = weights.open_model(cfg.model, dtype=rt.dtype)
+    opened = weights.open(cfg.model, dtype=rt.dtype)
+    model, tok = opened.model, opened.tok
     rt.place(model)
-    tok = tokenizer.load(base)
     prompts = [
         tok.render(recognise(record)[:-1], add_generation_prompt=True)[0] for record in records
     ]

@@ -16,7 +16,7 @@ import torch
 
 import lora
 from model import ScoreHead
-from nano import families, losses, optim, tokenizer, weights
+from nano import families, losses, optim, weights
 from nano.config import UserError
 
 
@@ -135,7 +135,7 @@ def build(cfg, tok):
 
 def check_scorer(dir, tok):
     """UserError unless `dir` is a score model, or an adapter of one, that reads the policy's tokens."""
-    base, adapter = weights.base_of(dir), weights.is_adapter(dir)
+    adapter = weights.is_adapter(dir)
     if (
         (weights.read_adapter_config(dir).get("task_type") != "SEQ_CLS")
         if adapter
@@ -144,7 +144,7 @@ def check_scorer(dir, tok):
         raise UserError(
             f"reward={dir} is a language model: train a score model with reward.py, or give file.py:function"
         )
-    if tokenizer.load(base).fingerprint != tok.fingerprint:
+    if weights.load_tokenizer(dir).fingerprint != tok.fingerprint:
         raise UserError(
             f"reward={dir} has another tokenizer than the policy: its tokens would mean something else there"
         )
@@ -155,10 +155,10 @@ def full_models(cfg, judged):
     fp32: policy and reference start equal to the bit."""
 
     def frozen(dir, head=None):
-        return weights.open_whole(dir, head)[0].requires_grad_(False)
+        return weights.open(dir, head=head, merge=True).model.requires_grad_(False)
 
     def trainable(dir, head=None):
-        model, _ = weights.open_whole(dir, head)
+        model = weights.open(dir, head=head, merge=True).model
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
         return model
 
@@ -187,9 +187,10 @@ def full_models(cfg, judged):
 def one_trunk(cfg, judged):
     """Layout (b): the roles are one frozen trunk under different adapters; the reference is the trunk alone. The reward model
     joins them when it is an adapter on the same trunk; otherwise it is a frozen model of its own."""
-    model, base = weights.open_whole(cfg.model, as_base=True)
+    opened = weights.open(cfg.model, merge=True, as_base=True)
+    model, base = opened.model, opened.base
     adapter = dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, targets=cfg.lora_targets)
-    lora.apply(model, name="policy", **adapter)
+    weights.add_adapter(model, name="policy", **adapter)
     policy, reference, scorer, critic = Role(model, "policy"), Role(model), None, None
     joined = (
         not judged
@@ -201,7 +202,7 @@ def one_trunk(cfg, judged):
         model.reward_head = weights.load_scorer(model, cfg.reward, "reward")
         scorer = Role(model, "reward", model.reward_head, scale)
     elif not judged:
-        other = weights.open_whole(cfg.reward, "score")[0].requires_grad_(False)
+        other = weights.open(cfg.reward, head="score", merge=True).model.requires_grad_(False)
         scorer = Role(other, head=other.score, scale=scale)
     if (
         cfg.algo == "ppo" and joined
@@ -209,7 +210,7 @@ def one_trunk(cfg, judged):
         model.value_head = weights.load_scorer(model, cfg.reward, "value")
         critic = Role(model, "value", model.value_head, scale)
     elif cfg.algo == "ppo":
-        lora.apply(model, name="value", **adapter)
+        weights.add_adapter(model, name="value", **adapter)
         model.value_head = ScoreHead(model.cfg.dim)
         torch.nn.init.zeros_(model.value_head.weight)
         critic = Role(model, "value", model.value_head)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from nano.config import UserError
 from nano.files import read_json, recover_dir, replace_dir, write_text
-from nano.weights import damaged, read_tensors, write_tensors
+from nano.weights import damaged, write_tensors
 
 
 def save_state(dir, tensors, meta):
@@ -31,14 +31,6 @@ def save_state(dir, tensors, meta):
         shutil.rmtree(tmp, ignore_errors=True)
         raise
     replace_dir(tmp, dir)
-
-
-def load_state(dir):
-    """(tensors, meta) as save_state got them, the tensors memory-mapped; None where there is no state."""
-    recover_dir(dir)
-    if not Path(dir).is_dir():
-        return None
-    return dict(read_tensors(dir, name="state")), read_json(Path(dir) / "state.json")
 
 
 def flatten_optimizer(optimizer, prefix="optimizer."):

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from conftest import ROOT
 
 from model import ModelConfig, Transformer
-from nano import data, tokenizer, weights
+from nano import data, files, tokenizer, weights
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 256, 257, 258
 SIZES = dict(
@@ -145,6 +145,16 @@ def preferences(path, model, n=48, val=16, **settings):
 def batch(packs, length, **settings):
     """Packs of rows as the micro-batch that sft.loss_sum takes."""
     return data.target_index(data.collate(packs, length, **settings))
+
+
+def adapter_parameters(model, name="default"):
+    """The tensors of one adapter."""
+    return [p for key, p in model.named_parameters() if key.endswith(f".{name}")]
+
+
+def state(dir):
+    """(tensors, meta) of a training state in one file."""
+    return dict(weights.read_tensors(dir, name="state")), files.read_json(Path(dir) / "state.json")
 
 
 def first_moments(out):
