@@ -39,7 +39,8 @@ class LoRA(nn.Module):
 
     def add(self, name, rank, scale, dropout=0.0):
         """A new adapter, which changes nothing yet: B is 0."""
-        new = dict(dtype=torch.float32, device=next(self.base.parameters()).device)
+        held = next(iter(self.base.state_dict().values()))  # a parameter or a buffer
+        new = dict(dtype=torch.float32, device=held.device)
         A = torch.empty(rank, self.in_features, **new)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as nn.Linear's, and peft's
         self.put(name, A, torch.zeros(self.out_features, rank, **new), scale, dropout)

@@ -28,7 +28,7 @@ import lora
 from model import ScoreHead, Transformer, empty
 from nano import tokenizer
 from nano.config import UserError
-from nano.families import FAMILIES, config_json, load_config, places
+from nano.families import CONV1D, FAMILIES, config_json, load_config, places
 from nano.files import read_json, sync, write_bytes, write_text
 
 STRETCH = 1 << 24  # bytes of a tensor that are converted at a time
@@ -352,43 +352,62 @@ def read_score_scale(dir):
 PREFIX = "base_model.model."
 
 
+def adapter_places(cfg, names):
+    """Which layers of a file carry the adapters of the linear layers `names`: {layer in the file: [names here]}. A layer that the
+    file fuses has several names here."""
+    stored = places(cfg, [f"{name}.weight" for name in names])
+    return {
+        layer.removesuffix(".weight"): [part.removesuffix(".weight") for part in parts]
+        for layer, (parts, _) in stored.items()
+    }
+
+
 def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
     """Writes the adapter as a PEFT directory. A trained head (`score`) goes along in full, as modules_to_save.
     base: the model directory it belongs to, kept in adapter_config.json. tensors: the model's tensors where they are gathered
     already (sharded training); default: its own. tok: the Tokenizer trained with; a chat template that is not the base's own goes
-    along."""
-    layers = [(n, m) for n, m in lora.adapted(model) if name in m.scales]
+    along.
+
+    The adapters of k layers that the family's files fuse into one become one of k times the rank, see fuse_adapters. A directory
+    has one rank: other layers are filled up with zeros."""
+    layers = {n: m for n, m in lora.adapted(model) if name in m.scales}
     if not layers:
         raise KeyError(f"there is no adapter {name!r} on this model")
     tensors = dict(model.named_parameters()) if tensors is None else tensors
+    stored = adapter_places(model.cfg, lora.linear_names(model))
+    adapted = {layer: parts for layer, parts in stored.items() if layers.keys() & set(parts)}
+    first = next(iter(layers.values()))
+    ranks = {n: m.lora_A[name].shape[0] for n, m in layers.items()}
+    rank = max(sum(ranks.get(part, 0) for part in parts) for parts in adapted.values())
     out = {}
-    for n, _ in layers:
-        for ab in ("lora_A", "lora_B"):
-            out[f"{PREFIX}{n}.{ab}.weight"] = (
-                tensors[f"{n}.{ab}.{name}"].detach().cpu().contiguous()
-            )
-    rank, scale = layers[0][1].lora_A[name].shape[0], layers[0][1].scales[name]
+    for layer, parts in adapted.items():
+        pairs = []
+        for part in parts:
+            A, B = (tensors.get(f"{part}.{ab}.{name}") for ab in ("lora_A", "lora_B"))
+            pairs.append((A, B, model.get_submodule(part).out_features))
+        A, B = fuse_adapters(pairs, rank)
+        out[f"{PREFIX}{layer}.lora_A.weight"] = A
+        out[f"{PREFIX}{layer}.lora_B.weight"] = B
     score = "score.weight" in tensors
     if score:
         out[PREFIX + "score.weight"] = tensors["score.weight"].detach().cpu().contiguous()
-    names = {n for n, _ in layers}
-    leaves = {n.rpartition(".")[2] for n in names}
-    whole = all(
-        n in names for n in lora.linear_names(model) if n.rpartition(".")[2] in leaves
-    )  # a suffix says it all
+    leaves = {layer.rpartition(".")[2] for layer in adapted}
+    # whether a suffix names these layers and no others
+    whole = all(layer in adapted for layer in stored if layer.rpartition(".")[2] in leaves)
+    layouts = [layout for _, layout in places(model.cfg, [f"{n}.weight" for n in layers]).values()]
     config = dict(
         peft_type="LORA",
         task_type="SEQ_CLS" if score else "CAUSAL_LM",
         base_model_name_or_path=str(base),
         r=rank,
-        lora_alpha=scale * rank,
-        lora_dropout=layers[0][1].dropouts[name],
-        target_modules=sorted(leaves if whole else names),
+        lora_alpha=first.scales[name] * rank,
+        lora_dropout=first.dropouts[name],
+        target_modules=sorted(leaves if whole else adapted),
         modules_to_save=["score"] if score else None,
         bias="none",
         use_rslora=False,
         use_dora=False,
-        fan_in_fan_out=False,
+        fan_in_fan_out=CONV1D in layouts,
         inference_mode=True,
         init_lora_weights=True,
         rank_pattern={},
@@ -408,6 +427,24 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
         path.unlink(missing_ok=True)
 
 
+def fuse_adapters(pairs, rank):
+    """The adapters of layers that are one in the file, [(A, B, rows of the layer)], as one: A (rank, in), B (out, rank). Each has
+    rows of A and columns of B for itself, so that the products are theirs. A and B are None where a layer has none."""
+    rows = sum(size for _, _, size in pairs)
+    filled = [(A, B) for A, B, _ in pairs if A is not None]
+    A = torch.zeros(rank, filled[0][0].shape[1])
+    B = torch.zeros(rows, rank)
+    row = column = 0
+    for part_A, part_B, size in pairs:
+        if part_A is not None:
+            end = column + len(part_A)
+            A[column:end] = part_A.detach()
+            B[row : row + size, column:end] = part_B.detach()
+            column = end
+        row += size
+    return A, B
+
+
 def read_adapter_config(dir):
     """adapter_config.json of a PEFT directory, refused when it says something that this file does not do."""
     path = Path(dir) / "adapter_config.json"
@@ -421,7 +458,6 @@ def read_adapter_config(dir):
     unsupported = dict(
         use_dora=False,
         bias="none",
-        fan_in_fan_out=False,
         rank_pattern={},
         alpha_pattern={},
         megatron_config=None,
@@ -449,27 +485,28 @@ def read_adapter_config(dir):
 
 def load_adapter(model, dir, name="default"):
     """Reads a PEFT directory into the adapter `name`: made active, not frozen, without the dropout that it was trained with (RL
-    trains on it further, and must see the same probabilities twice). Raises UserError for another base's adapter."""
+    trains on it further, and must see the same probabilities twice). The adapter of a layer that the family's files fuse becomes
+    adapters of its parts here, each with the same A. Raises UserError for another base's adapter."""
     config = read_adapter_config(dir)
     rank, alpha = config["r"], config["lora_alpha"]
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    if not lora.adapted(model):
-        model.requires_grad_(False)
-    linears, found = (
-        set(lora.linear_names(model)),
-        {},
-    )  # found: (layer, "lora_A" or "lora_B") -> tensor
+    stored = adapter_places(model.cfg, lora.linear_names(model))
+    layers = {}  # layer in the file -> {"lora_A": tensor, "lora_B": tensor}
+    head = None
     for key, tensor in read_tensors(dir, name="adapter_model").items():
-        module, _, ab = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if module in linears and ab in ("lora_A", "lora_B"):
-            linear = model.get_submodule(module)
-            size = (rank, linear.in_features) if ab == "lora_A" else (linear.out_features, rank)
-        elif (module, ab) in (("", "score"), ("score", "modules_to_save")):
+        layer, _, ab = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if layer in stored and ab in ("lora_A", "lora_B"):
+            parts = [model.get_submodule(part) for part in stored[layer]]
+            rows = sum(part.out_features for part in parts)
+            size = (rank, parts[0].in_features) if ab == "lora_A" else (rows, rank)
+            layers.setdefault(layer, {})[ab] = tensor
+        elif (layer, ab) in (("", "score"), ("score", "modules_to_save")):
             if not hasattr(model, "score"):
                 raise UserError(
                     f"{dir}: the adapter carries a score head, but the model was not opened as a score model"
                 )
             size = tuple(model.score.weight.shape)
+            head = tensor
         else:
             raise UserError(
                 f"{dir}: tensor {key} belongs to no layer that is adapted here: an adapter for another base?"
@@ -478,23 +515,20 @@ def load_adapter(model, dir, name="default"):
             raise UserError(
                 f"{dir}: {key} is {tuple(tensor.shape)}, this model takes {size}: an adapter for another base?"
             )
-        found[module, ab] = tensor
-    layers = dict.fromkeys(module for module, ab in found if ab.startswith("lora_"))
-    if not layers or any(
-        (module, ab) not in found for module in layers for ab in ("lora_A", "lora_B")
-    ):
+    if not layers or any(len(pair) < 2 for pair in layers.values()):
         raise UserError(
             f"{dir}: adapter_model.safetensors is incomplete: a layer needs both lora_A and lora_B"
         )
-    for module in layers:
-        lora.wrap(model, module).add(name, rank, scale, 0.0)
-    for (module, ab), tensor in found.items():
-        target = (
-            getattr(model.get_submodule(module), ab)[name]
-            if module in layers
-            else model.score.weight
-        )
-        target.data.copy_(tensor)
+    if not lora.adapted(model):
+        model.requires_grad_(False)
+    new = dict(dtype=torch.float32, device=model.model["embed_tokens"].weight.device, copy=True)
+    for layer, pair in layers.items():
+        parts = [lora.wrap(model, part) for part in stored[layer]]
+        pieces = pair["lora_B"].split([part.out_features for part in parts])
+        for part, B in zip(parts, pieces, strict=True):
+            part.put(name, pair["lora_A"].to(**new), B.to(**new), scale)
+    if head is not None:
+        model.score.weight.data.copy_(head)
     lora.use(model, name)
 
 
