@@ -27,20 +27,30 @@ import torch.nn.functional as F
 
 import lora
 from nano import (
+    batches,
     config,
-    data,
     estimate,
     files,
     generate,
     log,
     losses,
     optim,
-    rankings,
     runtime,
     state,
+    store,
     weights,
 )
-from nano.config import UserError
+from nano.config import (
+    Every,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    UnitFloat,
+    UserError,
+)
 
 
 @dataclass
@@ -53,53 +63,55 @@ class Config:
     ] = ()  # how much of each folder: all, a number of groups or a percentage; (): all
     out: str = "out/dpo"  # run folder
     # how long
-    epochs: float = 1.0
-    steps: int = 0  # optimizer steps; 0: as many as `epochs` takes
-    batch_size: int = 8  # groups of one optimizer step, over all ranks and micro-batches
-    micro_batch: int = 1  # packed rows of one forward on one device
-    max_length: int = 4096  # tokens of a packed row of whole groups; longer groups are dropped
+    epochs: NonNegativeFloat = 1.0
+    steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes
+    batch_size: PositiveInt = 8  # groups of one optimizer step, over all ranks and micro-batches
+    micro_batch: PositiveInt = 1  # packed rows of one forward on one device
+    max_length: PositiveInt = (
+        4096  # tokens of a packed row of whole groups; longer groups are dropped
+    )
     # the loss
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO, or IPO
-    beta: float = 0.1  # how dear it is to leave the reference; IPO: the log-probabilities' target difference is 1 / (2 beta)
+    beta: PositiveFloat = 0.1  # pull to the reference; IPO: the target difference is 1 / (2 beta)
     label_smoothing: float = 0.0  # share of pairs taken to be ranked wrongly (cDPO); sigmoid only
-    nll_weight: float = 0.0  # of the next-token loss on the best completions
+    nll_weight: NonNegativeFloat = 0.0  # of the next-token loss on the best completions
     # what is trained
     train: Literal["all", "attention", "qv"] = "all"  # which of the model's own weights
-    freeze_layers: int = 0  # the embeddings and the first N layers stay as they are
-    lora_rank: int = 0  # 0: train the weights themselves
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
+    freeze_layers: NonNegativeInt = 0  # the embeddings and the first N layers stay as they are
+    lora_rank: NonNegativeInt = 0  # 0: train the weights themselves
+    lora_alpha: PositiveFloat = 32.0
+    lora_dropout: Fraction = 0.0
     lora_targets: tuple[str, ...] = (
         "all-linear",
     )  # suffixes of layer names; all-linear: all but the head
     lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # optimizer
-    lr: float = 5e-6
-    min_lr: float = 0.0
+    lr: NonNegativeFloat = 5e-6
+    min_lr: NonNegativeFloat = 0.0
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
-    warmup_ratio: float = 0.1  # of all steps
-    warmup_steps: int = 0  # if set, instead of warmup_ratio
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    grad_clip: float = 1.0  # global norm; 0: off
+    warmup_ratio: UnitFloat = 0.1  # of all steps
+    warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
+    weight_decay: NonNegativeFloat = 0.0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # cpu, cuda, xla, tpu
+    device: str = "auto"  # auto, cpu, cuda or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
-    tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
+    tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients on their way
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
     offload: bool = False  # with fsdp, zero2, hsdp: weights and optimizer wait in CPU memory; for models that fit no other way
     # bookkeeping
-    seed: int = 0
+    seed: Seed = 0
     resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
-    eval_every: int = 0  # steps; 0: once an epoch. Needs a validation split
-    save_every: int = 0  # steps; 0: once an epoch
-    log_every: int = 5  # steps; 0: the last step only
-    samples: int = 2  # validation prompts answered at every evaluation
-    sample_tokens: int = 64  # 0: no samples
+    eval_every: Every = 0  # steps; 0: once an epoch. Needs a validation split
+    save_every: Every = 0  # steps; 0: once an epoch
+    log_every: NonNegativeInt = 5  # steps; 0: the last step only
+    samples: NonNegativeInt = 2  # validation prompts answered at every evaluation
+    sample_tokens: NonNegativeInt = 64  # 0: no samples
 
 
 def dpo_loss(
@@ -125,18 +137,15 @@ def dpo_loss(
     )
 
 
-def completion_logprobs(net, model, batch):
+def completion_logprobs(net, batch):
     """Summed log-probabilities of the target tokens of each completion of a micro-batch, (N,) fp32."""
-    hidden = net(batch["tokens"], batch["positions"], batch["docs"])  # (B, T, C)
-    rows = batch["index"]  # the head runs on target tokens only
-    logprobs = losses.token_logprobs(
-        hidden.flatten(0, 1)[rows], model.head_weight, batch["targets"].flatten()[rows]
-    )
-    logprobs = logprobs * batch["weights"].flatten()[rows]
-    own = batch["of"] == torch.arange(len(batch["real"]), device=logprobs.device)[:, None]  # (N, M)
-    return torch.where(own, logprobs, 0.0).sum(
-        1
-    )  # unlike index_add, the same in every run on a GPU
+    index = batch["index"]  # the head runs on target tokens only
+    logprobs = losses.token_logprobs(net(batch), net.head_weight, batch["targets"].flatten()[index])
+    logprobs = logprobs * batch["weights"].flatten()[index]
+    completions = torch.arange(len(batch["real"]), device=logprobs.device)
+    its_own = batch["rows"] == completions[:, None]  # (N, M)
+    # unlike index_add, a sum is the same in every run on a GPU
+    return torch.where(its_own, logprobs, 0.0).sum(1)
 
 
 def pair_losses(logprobs, batch, cfg):
@@ -155,7 +164,7 @@ def pair_losses(logprobs, batch, cfg):
 
 def best_tokens(micro):
     """How many target tokens the best completions of a micro-batch have."""
-    return int((micro["weights"].flatten()[micro["index"]] * micro["best"][micro["of"]]).sum())
+    return int((micro["weights"].flatten()[micro["index"]] * micro["best"][micro["rows"]]).sum())
 
 
 def statistics(logprobs, loss, batch, cfg):
@@ -182,19 +191,19 @@ def summary(sums, tokens):
 
 
 @torch.no_grad()
-def evaluate(rt, net, model, batches, reference, cfg):
+def evaluate(rt, net, val, reference, cfg):
     """Loss, accuracy and rewards over all groups of all ranks."""
-    model.eval()
+    net.eval()
     sums, tokens = torch.zeros(6, device=rt.device), 0
-    for step in range(batches.steps_per_epoch):
-        for micro in batches.batch(step):
+    for step in range(val.steps_per_epoch):
+        for micro in val.batch(step):
             batch = rt.put(micro | look_up(reference, micro))
             with rt.autocast():
-                logprobs = completion_logprobs(net, model, batch)
+                logprobs = completion_logprobs(net, batch)
             sums += statistics(logprobs, pair_losses(logprobs, batch, cfg), batch, cfg)
             tokens += best_tokens(micro)
             rt.sync()
-    model.train()
+    net.train()
     return summary(rt.all_sum(sums), rt.all_sum(tokens))
 
 
@@ -208,26 +217,24 @@ def fingerprint(model, *settings):
 
 
 @torch.no_grad()
-def reference_logprobs(rt, net, model, batches, path):
+def reference_logprobs(rt, net, rows, path):
     """`completion_logprobs` of all completions, (N,) float32, under the model as it stands, memory-mapped from `path`; computed and
     written first where that does not exist. The ranks share the work. Groups over max_length have no values."""
-    count = int(batches.rows.first[-1])
+    count = int(rows.groups.first[-1])
     if not rt.once(path.exists):
         if rt.is_main:
             print(f"computing the reference log-probabilities of {count:,} completions", flush=True)
-        model.eval()
+        net.eval()
         values = torch.zeros(count)
-        for step in range(batches.steps_per_epoch):
-            for micro in batches.batch(step):
+        for step in range(rows.steps_per_epoch):
+            for micro in rows.batch(step):
                 with rt.autocast():
-                    part = rt.host(completion_logprobs(net, model, rt.put(micro)))
+                    part = rt.host(completion_logprobs(net, rt.put(micro)))
                 real = micro["real"] > 0
                 values[micro["number"][real]] = part[real]
-        model.train()
-        if hasattr(
-            model, "reshard"
-        ):  # FSDP: what the forward gathered must not outlive the weights that a resume puts in
-            model.reshard()
+        net.train()
+        # what the forward gathered must not outlive the weights that a resume puts in
+        rt.reshard(net)
         values = rt.all_sum(values)
         if rt.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -292,22 +299,22 @@ def main(cfg):
         cfg.model,
         merge=True,
         as_base=cfg.lora_rank > 0,
-        template=data.chat_template(cfg.data),
+        template=store.chat_template(cfg.data),
     )
     model, tok, base = opened.model, opened.tok, opened.base
-    rows = rankings.load(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
-    val_rows = rankings.load(cfg.data, split="val", tokenizer=tok)
+    rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok, groups=True)
+    val_rows = store.validation(cfg.data, tok, groups=True)
     cut = dict(
-        micro_batch=cfg.micro_batch * rt.shards // rt.world,
+        micro_batch=rt.micro_batch(cfg.micro_batch),
         max_length=cfg.max_length,
         seed=cfg.seed,
         rank=rt.rank,
         world=rt.world,
-        static=rt.static_shapes or cfg.compile,
+        fixed_shapes=rt.static_shapes or cfg.compile,
     )
-    train = rankings.Batches(rows, cfg.batch_size, **cut)
-    val = rankings.Batches(val_rows, cfg.batch_size, **cut) if val_rows else None
-    data.check_reach(rows.longest[train.index].max(), model.cfg.max_positions, cfg.model)
+    train = batches.Groups(rows, cfg.batch_size, **cut)
+    val = batches.Groups(val_rows, cfg.batch_size, **cut) if val_rows else None
+    batches.check_reach(train.longest, model.cfg.max_positions, cfg.model)
     steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
     eval_every, save_every = (
         cfg.eval_every or train.steps_per_epoch,
@@ -336,16 +343,14 @@ def main(cfg):
     optimizer = optim.build(
         model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
-    rt.prime(optimizer)
 
     # ------------------------------------------------------------------------------------------ reference, resume
     files = {split: out / f"reference.{split}.{key}.bin" for split in ("train", "val")}
     lora.use(
         model, None
     )  # the model as it was; without adapters the weights are still untrained here
-    reference = reference_logprobs(rt, net, model, train, files["train"])
-    val_reference = reference_logprobs(rt, net, model, val, files["val"]) if val else None
-    rt.reshard(net)
+    reference = reference_logprobs(rt, net, train, files["train"])
+    val_reference = reference_logprobs(rt, net, val, files["val"]) if val else None
     if cfg.lora_rank:
         lora.use(model, "default")
     start, best, warned = 0, math.inf, False
@@ -357,9 +362,7 @@ def main(cfg):
                 f"{out} was trained from another model or on other data: give the run's own, or resume=false"
             )
 
-    length = (
-        rows.squares[train.index].sum() / rows.lengths[train.index].sum()
-    )  # that the average token finds its document to have
+    length = train.document_length
     flops = model.flops_per_token(length, "adapter" if cfg.lora_rank else "all")
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     if rt.is_main:
@@ -386,7 +389,7 @@ def main(cfg):
     )
 
     def save(dir):
-        tensors = rt.full(trained if cfg.lora_rank else dict(model.named_parameters()))
+        tensors = rt.gather(trained if cfg.lora_rank else dict(model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
             weights.save_adapter(model, dir, base=base, tensors=tensors, tok=tok)
         elif rt.is_main:
@@ -407,7 +410,7 @@ def main(cfg):
         with logger.paused():
             evaluated = val and not stop and (step % eval_every == 0 or step == steps)
             if evaluated:
-                metrics = evaluate(rt, net, model, val, val_reference, cfg)
+                metrics = evaluate(rt, net, val, val_reference, cfg)
                 logger.eval(step, **metrics)
                 if cfg.samples and cfg.sample_tokens:
                     logger.samples(step, answer(rt, model, tok, val_rows, cfg))
@@ -430,21 +433,17 @@ def main(cfg):
             rt.accumulate(i == len(micros) - 1, net)
             batch = rt.put(micro | look_up(reference, micro))
             with rt.autocast():
-                logprobs = completion_logprobs(net, model, batch)
+                logprobs = completion_logprobs(net, batch)
             loss = pair_losses(logprobs, batch, cfg)
             nll = -(logprobs * batch["best"]).sum() / count_best
             rt.backward((loss * batch["share"]).sum() / count + cfg.nll_weight * nll)
             sums += statistics(logprobs.detach(), loss.detach(), batch, cfg)
-            tokens += int((micro["docs"] >= 0).sum())
+            tokens += micro["n_tokens"]
         seen_best += count_best
 
         # clip, step
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)
-        optim.set_lr(optimizer, lr)
-        norm = optim.clip_(trained.values(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        rt.sync()
+        norm = rt.step(optimizer, trained.values(), lr, cfg.grad_clip)
 
         # log
         if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:

@@ -430,12 +430,13 @@ class Transformer(nn.Module):
         return F.linear(hidden, self.head_weight)
 
     def forward(self, batch):
-        """A batch, a dict -> hidden states (M, C) of the flat positions batch["index"] (M,), or
-        without "index" of all, (B * T, C).
+        """batch, a dict -> hidden states (M, C) of the flat positions batch["index"] (M,); without
+        "index" of all positions, (B * T, C).
 
-        Of the batch, forward reads "tokens" (B, T), and "positions", "docs" (B, T) where they are
-        there: see `hidden`. It reads integer tensors only, because FSDP casts the floating tensors
-        of its arguments to bf16. All else is left to the loss."""
+        It reads "tokens" (B, T) and, where the batch has them, "positions" and "docs" (B, T): see
+        `hidden`. These are integers. FSDP casts the floating tensors of its arguments to bf16, so
+        weights and the like are left to the loss, which has the batch as it was.
+        """
         hidden = self.hidden(batch["tokens"], batch.get("positions"), batch.get("docs"))
         hidden = hidden.flatten(0, 1)
         return hidden[batch["index"]] if "index" in batch else hidden

@@ -29,8 +29,8 @@ import torch
 
 import lora
 from nano import (
+    batches,
     config,
-    data,
     generate,
     log,
     losses,
@@ -38,9 +38,19 @@ from nano import (
     roles,
     runtime,
     state,
+    store,
     weights,
 )
-from nano.config import UserError
+from nano.config import (
+    Every,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    UnitFloat,
+    UserError,
+)
 
 
 @dataclass
@@ -55,71 +65,73 @@ class Config:
     out: str = "out/ppo"
     algo: Literal["ppo", "grpo", "rloo"] = "ppo"  # ppo: a critic; grpo, rloo: the group
     # rollouts
-    steps: int = 100  # iterations of rollout and update
-    batch_size: int = 64  # episodes of one iteration, over all ranks
-    group: int = 1  # samples of each prompt (grpo and rloo need 2 or more)
-    rollout_batch: int = 32  # responses that one device generates at the same time
-    max_prompt: int = 256  # longer prompts are left out
-    max_new_tokens: int = 128
-    temperature: float = 1.0  # of the policy, the behaviour and the reference alike
+    steps: NonNegativeInt = 100  # iterations of rollout and update
+    batch_size: PositiveInt = 64  # episodes of one iteration, over all ranks
+    group: PositiveInt = 1  # samples of each prompt (grpo and rloo need 2 or more)
+    rollout_batch: PositiveInt = 32  # responses that one device generates at the same time
+    max_prompt: PositiveInt = 256  # longer prompts are left out
+    max_new_tokens: PositiveInt = 128
+    temperature: NonNegativeFloat = 1.0  # of the policy, the behaviour and the reference alike
     # reward
     missing_eos_penalty: float = 1.0  # off the score of a response that did not end
     truncate_at: tuple[
         str, ...
     ] = ()  # a response is cut behind the first of these strings, and pays the next penalty instead
     truncate_penalty: float = 1.0
-    score_clip: float = 0.0  # scores are cut to +- this; 0: off
-    kl_coef: float = 0.05  # reward lost per nat of log(policy / reference)
+    score_clip: NonNegativeFloat = 0.0  # scores are cut to +- this; 0: off
+    kl_coef: NonNegativeFloat = 0.05  # reward lost per nat of log(policy / reference)
     kl_control: Literal["fixed", "adaptive"] = "fixed"  # adaptive: steer to kl_target
-    kl_target: float = 6.0  # nats a response
-    kl_horizon: int = 10_000  # episodes over which the adaptive controller acts
-    gamma: float = 1.0  # discount
-    lam: float = 0.95  # of GAE
+    kl_target: PositiveFloat = 6.0  # nats a response
+    kl_horizon: PositiveInt = 10_000  # episodes over which the adaptive controller acts
+    gamma: UnitFloat = 1.0  # discount
+    lam: UnitFloat = 0.95  # of GAE
     whiten_advantages: bool = True  # ppo only
     whiten_rewards: bool = False  # scale the rewards to variance 1; reported to be harmful
     # update
-    ppo_epochs: int = 4  # passes over an iteration's episodes
-    minibatches: int = 1  # optimizer steps of one pass
-    micro_batch: int = 8  # episodes of one forward on one device
-    clip: float = 0.2  # of the probability ratio
-    value_clip: float = 0.2
+    ppo_epochs: PositiveInt = 4  # passes over an iteration's episodes
+    minibatches: PositiveInt = 1  # optimizer steps of one pass
+    micro_batch: PositiveInt = 8  # episodes of one forward on one device
+    clip: NonNegativeFloat = 0.2  # of the probability ratio
+    value_clip: NonNegativeFloat = 0.2
     entropy_coef: float = 0.0
-    target_kl: float = 0.0  # ends the passes when KL(old, new) per token exceeds it; 0: off
-    value_warmup: int = 0  # iterations that train the critic alone
+    target_kl: NonNegativeFloat = (
+        0.0  # ends the passes when KL(old, new) per token exceeds it; 0: off
+    )
+    value_warmup: NonNegativeInt = 0  # iterations that train the critic alone
     ptx_data: tuple[str, ...] = ()  # prepared folders whose next-token loss is mixed in
-    ptx_coef: float = 0.0  # its weight
-    ptx_batch: int = 8  # packed rows of it in an optimizer step
+    ptx_coef: NonNegativeFloat = 0.0  # its weight
+    ptx_batch: PositiveInt = 8  # packed rows of it in an optimizer step
     # what is trained
-    freeze_layers: int = 0  # freeze the embeddings and the first N layers
+    freeze_layers: NonNegativeInt = 0  # freeze the embeddings and the first N layers
     train: Literal["all", "attention", "qv"] = "all"
-    lora_rank: int = 0  # 0: full models; otherwise one frozen trunk with adapters
-    lora_alpha: float = 32.0
+    lora_rank: NonNegativeInt = 0  # 0: full models; otherwise one frozen trunk with adapters
+    lora_alpha: PositiveFloat = 32.0
     lora_targets: tuple[str, ...] = ("all-linear",)
     # optimizer
-    lr: float = 1e-6  # of the policy
-    value_lr: float = 5e-6  # of the critic
-    min_lr: float = 0.0
+    lr: NonNegativeFloat = 1e-6  # of the policy
+    value_lr: NonNegativeFloat = 5e-6  # of the critic
+    min_lr: NonNegativeFloat = 0.0
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
-    warmup_ratio: float = 0.0
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    adam_eps: float = 1e-5
+    warmup_ratio: UnitFloat = 0.0
+    weight_decay: NonNegativeFloat = 0.0
+    grad_clip: NonNegativeFloat = 1.0
+    adam_eps: NonNegativeFloat = 1e-5
     # device
     device: str = "auto"
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
-    tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
+    tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients on their way
     compile: bool = False
     grad_checkpoint: bool = False
     offload: bool = False  # full models that are not at work wait in CPU memory; with fsdp, zero2, hsdp: weights and optimizers
     # bookkeeping
-    seed: int = 0
+    seed: Seed = 0
     resume: Literal["auto", "true", "false"] = "auto"
-    save_every: int = 20  # steps; 0: at the end
-    log_every: int = 1  # steps; 0: the last step only
-    sample_every: int = 10  # 0: never
-    samples: int = 3
+    save_every: Every = 20  # steps; 0: at the end
+    log_every: NonNegativeInt = 1  # steps; 0: the last step only
+    sample_every: Every = 10  # 0: never
+    samples: NonNegativeInt = 3
 
 
 # ---------------------------------------------------------------------------------------------- the algorithm, as pure functions
@@ -290,7 +302,7 @@ def judge(function, tok, prompts, responses, finished):
 def prompts_of(cfg, tok):
     """(the prompts of the prepared folders as lists of ids: each row's tokens before its first target, every prompt once; how many
     are left out as too long)."""
-    rows = data.mix(cfg.data, None, cfg.seed, tokenizer=tok)
+    rows = store.mix(cfg.data, seed=cfg.seed, tokenizer=tok)
     prompts = (
         tuple(tokens[: int(mask.argmax())].tolist())
         for tokens, mask in map(rows.row, range(len(rows)))
@@ -385,16 +397,16 @@ def rl_gradient(cfg, rt, policy, critic, micros, count):
     }
 
 
-def ptx_gradient(cfg, rt, policy, batches, update):
+def ptx_gradient(cfg, rt, policy, other, update):
     """Adds ptx_coef times the gradient of the next-token loss on a batch of other text (Ouyang et al. 2022, Eq. 2) -> the loss."""
-    micros = [data.target_index(m, rt.static_shapes) for m in batches.batch(update)]
+    micros = other.batch(update)
     count = rt.all_sum(sum(float(m["weights"].sum()) for m in micros))
     total = 0.0
     for i, micro in enumerate(micros):
         rt.accumulate(i == len(micros) - 1, policy.net)
         b = rt.put(micro)
         with rt.autocast():
-            hidden = policy.hidden(b, training=True).flatten(0, 1)[b["index"]]
+            hidden = policy.hidden(b, training=True)
             targets, weights = (b[key].flatten()[b["index"]] for key in ("targets", "weights"))
             loss = losses.cross_entropy(hidden, policy.model.head_weight, targets, weights) / max(
                 count, 1e-9
@@ -419,7 +431,7 @@ def main(cfg):
 
     # ------------------------------------------------------------------------------------------ models, data, optimizers
     base = weights.base_of(cfg.model)
-    tok = weights.load_tokenizer(cfg.model, template=data.chat_template(cfg.data))
+    tok = weights.load_tokenizer(cfg.model, template=store.chat_template(cfg.data))
     prompts, too_long = prompts_of(cfg, tok)
     if cfg.compile:  # round to bf16 where eager code does: or else graphs with and without gradients differ by tenths of a nat
         torch._inductor.config.emulate_precision_casts = True
@@ -429,31 +441,32 @@ def main(cfg):
         id(role.model): role.model for role in (policy, reference, scorer, critic) if role
     }.values()
     for model in models:
-        rt.place(model, cfg.compile, cfg.grad_checkpoint)
+        rt.distribute(model, cfg.compile, cfg.grad_checkpoint)
     learners = {"policy": policy} | ({"value": critic} if critic else {})
     optimizers = {
         name: role.learn(rt, cfg.weight_decay, cfg.adam_eps) for name, role in learners.items()
     }
     parking = roles.Parking(
-        cfg.offload and rt.weight_shards == 1 and rt.kind != "cpu",
+        cfg.offload and rt.weight_shards == 1 and rt.device.type != "cpu",
         rt.device,
         [*models, *optimizers.values()],
     )
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
 
     own = cfg.batch_size // (rt.world * cfg.minibatches)  # episodes of this rank in one minibatch,
-    micro_batch = cfg.micro_batch * rt.shards // rt.world  # and in one micro-batch
+    micro_batch = rt.micro_batch(cfg.micro_batch)  # and in one micro-batch
     static_length = (
-        max(map(len, prompts)) + cfg.max_new_tokens if rt.static_shapes or cfg.compile else 0
+        max(map(len, prompts)) + cfg.max_new_tokens if rt.fixed_shapes or cfg.compile else 0
     )
     ptx = None
     if cfg.ptx_coef:
         rows, size = (
-            data.mix(cfg.ptx_data, None, cfg.seed, tokenizer=tok),
+            store.mix(cfg.ptx_data, seed=cfg.seed, tokenizer=tok),
             min(micro_batch, cfg.ptx_batch // rt.world),
         )
         cut = dict(max_length=cfg.max_prompt + cfg.max_new_tokens, rank=rt.rank, world=rt.world)
-        ptx = data.Batches(rows, cfg.ptx_batch, size, seed=cfg.seed, **cut)
+        cut["fixed_shapes"] = rt.static_shapes
+        ptx = batches.Rows(rows, cfg.ptx_batch, size, seed=cfg.seed, **cut)
 
     # ------------------------------------------------------------------------------------------ resume
     trained = {f"{name}:{n}": p for name, role in learners.items() for n, p in role.params.items()}
@@ -474,7 +487,9 @@ def main(cfg):
     )
 
     def save(step):
-        tensors = rt.full(policy.params if cfg.lora_rank else dict(policy.model.named_parameters()))
+        tensors = rt.gather(
+            policy.params if cfg.lora_rank else dict(policy.model.named_parameters())
+        )
         if rt.is_main and cfg.lora_rank:
             weights.save_adapter(
                 policy.model, out / "last", "policy", base=base, tensors=tensors, tok=tok
@@ -522,7 +537,7 @@ def main(cfg):
                 group=cfg.group,
                 seed=(cfg.seed, step),
                 sample_ids=episodes,
-                batch_size=cfg.rollout_batch * rt.shards // rt.world,
+                batch_size=rt.micro_batch(cfg.rollout_batch),
                 step_hook=rt.sync,
             )
         if (
@@ -551,28 +566,26 @@ def main(cfg):
                 if reward_function:
                     scores = rt.once(judge, reward_function, tok, asked, answers, finished)
                 else:
-                    scores = torch.cat([rt.host(scorer.scores(b)) for b in micros])
+                    scores = torch.cat([rt.to_cpu(scorer.scores(b)) for b in micros])
             with (
                 clock("logprobs"),
                 parking(policy),
                 rt.autocast(),
                 torch.set_grad_enabled(cfg.compile),
             ):
-                parts = [[rt.host(x) for x in policy.logprobs(b, cfg.temperature)] for b in micros]
+                parts = [
+                    [rt.to_cpu(x) for x in policy.logprobs(b, cfg.temperature)] for b in micros
+                ]
                 rollout_logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
             with clock("logprobs"), parking(reference), rt.autocast():
                 ref_logprobs = torch.cat(
-                    [rt.host(reference.logprobs(b, cfg.temperature)[0]) for b in micros]
+                    [rt.to_cpu(reference.logprobs(b, cfg.temperature)[0]) for b in micros]
                 )
             if critic:
                 with clock("values"), parking(critic), rt.autocast():
-                    values = torch.cat([rt.host(critic.values(b)) for b in micros])
+                    values = torch.cat([rt.to_cpu(critic.values(b)) for b in micros])
         log_ratio = rollout_logprobs - ref_logprobs
-        if (
-            step == 0
-            and not (cfg.compile or rt.static_shapes)
-            and not log_ratio.abs().max() <= 1e-6
-        ):
+        if step == 0 and not (cfg.compile or rt.fixed_shapes) and not log_ratio.abs().max() <= 1e-6:
             raise RuntimeError(
                 f"before the first update log(policy / reference) is {log_ratio.abs().max():.2g}, not 0"
             )
@@ -604,10 +617,10 @@ def main(cfg):
 
         # 6. update: several passes over the minibatches, each in an order of its own
         lrs, warmup = dict(policy=cfg.lr, value=cfg.value_lr), round(cfg.warmup_ratio * cfg.steps)
-        for name, optimizer in optimizers.items():
-            optim.set_lr(
-                optimizer, optim.lr_at(step, cfg.steps, lrs[name], cfg.schedule, warmup, cfg.min_lr)
-            )
+        lrs = {
+            name: optim.lr_at(step, cfg.steps, lr, cfg.schedule, warmup, cfg.min_lr)
+            for name, lr in lrs.items()
+        }
         active = {
             name: role
             for name, role in learners.items()
@@ -623,17 +636,14 @@ def main(cfg):
                     found = rl_gradient(cfg, rt, active.get("policy"), critic, batch, count)
                     if ptx and "policy" in active:
                         found["ptx_loss"] = ptx_gradient(cfg, rt, policy, ptx, updates)
-                    if not stats and not found.get("ratio", 0.0) <= 1e-3 and not rt.static_shapes:
+                    if not stats and not found.get("ratio", 0.0) <= 1e-3 and not rt.fixed_shapes:
                         raise RuntimeError(
                             f"step {step}: the first minibatch's ratios differ from 1 by {found['ratio']:.2g}"
                         )
                     for name, role in active.items():
-                        found[f"{name}_grad_norm"] = optim.clip_(
-                            role.params.values(), cfg.grad_clip
+                        found[f"{name}_grad_norm"] = rt.step(
+                            optimizers[name], role.params.values(), lrs[name], cfg.grad_clip
                         )
-                        optimizers[name].step()
-                        optimizers[name].zero_grad(set_to_none=True)
-                    rt.sync()
                     stats.append(found)
                     updates += 1
                 kl_of_pass = (
@@ -666,7 +676,7 @@ def main(cfg):
         for name in stats[0]:
             total = sum(x[name] for x in stats) / len(stats)
             metrics[name] = total if name.endswith("_norm") else rt.all_sum(total)
-        metrics |= dict(updates=len(stats), lr=optimizers["policy"].param_groups[0]["lr"])
+        metrics |= dict(updates=len(stats), lr=lrs["policy"])
         metrics = {name: float(x) for name, x in metrics.items()}
         if cfg.kl_control == "adaptive" and "policy" in active:
             controller.update(metrics["kl"], cfg.batch_size)

@@ -25,8 +25,8 @@ import torch
 
 from model import ModelConfig, Transformer
 from nano import (
+    batches,
     config,
-    data,
     estimate,
     generate,
     log,
@@ -34,10 +34,21 @@ from nano import (
     optim,
     runtime,
     state,
+    store,
     tokenizer,
     weights,
 )
-from nano.config import UserError
+from nano.config import (
+    Every,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    UnitFloat,
+    UserError,
+)
 
 
 @dataclass
@@ -52,52 +63,52 @@ class Config:
     # the model
     model: str = ""  # model directory to continue from; "": from scratch, of the `size`
     size: Literal["toy", "15m", "124m", "350m", "1b", "3b", "7b"] = "124m"
-    n_layers: int = 0  # this and the next four: in place of the size's own; 0: its own
-    dim: int = 0
-    n_heads: int = 0
-    n_kv_heads: int = 0
-    ffn_dim: int = 0
-    rope_theta: float = 10000.0
+    n_layers: NonNegativeInt = 0  # this and the next four: in place of the size's own; 0: its own
+    dim: NonNegativeInt = 0
+    n_heads: NonNegativeInt = 0
+    n_kv_heads: NonNegativeInt = 0
+    ffn_dim: NonNegativeInt = 0
+    rope_theta: PositiveFloat = 10000.0
     # how long
-    epochs: float = 1.0
-    steps: int = 0  # optimizer steps; 0: as many as `epochs` takes
-    batch_size: int = 512  # windows of one optimizer step, over all ranks and micro-batches
-    micro_batch: int = 16  # windows of one forward on one device
-    max_length: int = 1024  # tokens of a window
+    epochs: NonNegativeFloat = 1.0
+    steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes
+    batch_size: PositiveInt = 512  # windows of one optimizer step, over all ranks and micro-batches
+    micro_batch: PositiveInt = 16  # windows of one forward on one device
+    max_length: PositiveInt = 1024  # tokens of a window
     isolate: bool = True  # documents do not see each other; false: a window is one stretch of text
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for hidden matrices
-    lr: float = 6e-4
-    min_lr: float = 6e-5
+    lr: NonNegativeFloat = 6e-4
+    min_lr: NonNegativeFloat = 6e-5
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    warmup_ratio: float = 0.02  # of all steps
-    warmup_steps: int = 0  # if set, instead of warmup_ratio
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0  # global norm; 0: off
+    warmup_ratio: UnitFloat = 0.02  # of all steps
+    warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
+    weight_decay: NonNegativeFloat = 0.1
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # cpu, cuda, xla, tpu
+    device: str = "auto"  # auto, cpu, cuda or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
-    tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
+    tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients on their way
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
     offload: bool = False  # with fsdp, zero2, hsdp: weights and optimizer wait in CPU memory; for models that fit no other way
     # bookkeeping
-    seed: int = 0
+    seed: Seed = 0
     resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
-    eval_every: int = 250  # steps; 0: once an epoch. Needs a validation split
-    eval_windows: int = 1000  # of the validation split, the same each time; 0: all
-    save_every: int = 1000  # steps; 0: once an epoch
-    log_every: int = 10  # steps; 0: the last step only
-    sample_every: int = 0  # steps; 0: with every evaluation
+    eval_every: Every = 250  # steps; 0: once an epoch. Needs a validation split
+    eval_windows: NonNegativeInt = 1000  # of the validation split, the same each time; 0: all
+    save_every: Every = 1000  # steps; 0: once an epoch
+    log_every: NonNegativeInt = 10  # steps; 0: the last step only
+    sample_every: Every = 0  # steps; 0: with every evaluation
     prompts: tuple[
         str, ...
     ] = ()  # texts to go on from; (): the beginnings of two validation documents
-    sample_tokens: int = 64  # 0: no samples
-    temperature: float = 0.8  # of the samples
+    sample_tokens: NonNegativeInt = 64  # 0: no samples
+    temperature: NonNegativeFloat = 0.8  # of the samples
 
 
 # name: layers, dim, heads, key/value heads, ffn, tied embeddings. The name counts the parameters with a vocabulary of about
@@ -146,20 +157,12 @@ def fresh(rt, shape, dir):
     return weights.load_model(dir)
 
 
-def forward(net, batch, isolate):
-    """hidden (B, T, C). One stretch of text needs no document ids: plain causal attention has the fastest kernels."""
-    return (
-        net(batch["tokens"], batch["positions"], batch["docs"]) if isolate else net(batch["tokens"])
-    )
-
-
-def loss_sum(net, model, batch, isolate):
+def loss_sum(net, batch):
     """The sum of next-token losses over the target tokens of a micro-batch, fp32."""
-    hidden = forward(net, batch, isolate)
     rows = batch["index"]  # the head runs on target tokens only
     return losses.cross_entropy(
-        hidden.flatten(0, 1)[rows],
-        model.head_weight,
+        net(batch),  # (M, C)
+        net.head_weight,
         batch["targets"].flatten()[rows],
         batch["weights"].flatten()[rows],
     )
@@ -183,29 +186,29 @@ def tokens_per_byte(stores, free_bos):
 
 
 @torch.no_grad()
-def evaluate(rt, net, model, windows, steps, isolate, density):
+def evaluate(rt, net, windows, steps, density):
     """Loss, perplexity and, given `density` in tokens per byte, bits per byte over the first `steps` steps of `windows`."""
-    model.eval()
+    net.eval()
     sums = torch.zeros(2, dtype=torch.float32, device=rt.device)  # loss, targets
     for step in range(steps):
         for micro in windows.batch(step):
-            batch = rt.put(data.target_index(micro, rt.static_shapes))
+            batch = rt.put(micro)
             with rt.autocast():
-                part = loss_sum(net, model, batch, isolate)
+                part = loss_sum(net, batch)
             sums += torch.stack((part, batch["weights"].sum()))
             rt.sync()
-    model.train()
+    net.train()
     loss, count = rt.all_sum(sums).tolist()
     loss /= max(count, 1)
     bits = {} if density is None else dict(bits_per_byte=loss / math.log(2) * density)
     return dict(loss=loss, perplexity=math.exp(min(loss, 700)), **bits)
 
 
-def continuations(rt, model, tok, store, cfg):
+def continuations(rt, model, tok, documents, cfg):
     """What the model writes after each prompt, or after the first words of two documents."""
     prompts = [tok.encode(text, bos=tok.bos_first) or [tok.eos_id] for text in cfg.prompts]
     if not prompts:
-        rows = [store.row(i)[0] for i in range(min(2, len(store)))]
+        rows = [documents.row(i)[0] for i in range(min(2, len(documents)))]
         prompts = [row[: max(1, min(8, len(row) // 2))].tolist() for row in rows]
     with rt.autocast():
         made = generate.generate(
@@ -236,29 +239,30 @@ def main(cfg):
         )
 
     # ------------------------------------------------------------------------------------------ data
-    metas = [data.read_meta(dir) for dir in cfg.data]
+    metas = [store.read_meta(dir) for dir in cfg.data]
     base = cfg.model or cfg.tokenizer or Path(cfg.data[0]) / "tokenizer"
     if not Path(base).is_dir() and not cfg.model and not cfg.tokenizer:
         raise UserError(
             f"there is no {base}: name the tokenizer that the data was prepared with by tokenizer= or model="
         )
     tok = tokenizer.load(base, template="plain")
-    stores = [data.Store(dir, "train", tok) for dir in cfg.data]
+    stores = [store.Store(dir, "train", tok) for dir in cfg.data]
     held = [
-        data.Store(dir, "val", tok)
+        store.Store(dir, "val", tok)
         for dir, meta in zip(cfg.data, metas, strict=True)
         if "val" in meta["splits"]
     ]
     cut = dict(
-        micro_batch=cfg.micro_batch * rt.shards // rt.world,
+        micro_batch=rt.micro_batch(cfg.micro_batch),
         max_length=cfg.max_length,
         isolate=cfg.isolate,
         seed=cfg.seed,
         rank=rt.rank,
         world=rt.world,
+        fixed_shapes=rt.static_shapes,
     )
-    train = data.Windows(stores, cfg.batch_size, weights=cfg.weights, **cut)
-    val = data.Windows(held, cut["micro_batch"] * rt.world, **cut) if held else None
+    train = batches.Windows(stores, cfg.batch_size, weights=cfg.weights, **cut)
+    val = batches.Windows(held, cut["micro_batch"] * rt.world, **cut) if held else None
     steps = cfg.steps or max(1, round(cfg.epochs * train.steps_per_epoch))
     eval_every, save_every = (
         cfg.eval_every or train.steps_per_epoch,
@@ -273,7 +277,7 @@ def main(cfg):
     # ------------------------------------------------------------------------------------------ model
     if cfg.model:
         model = weights.load_model(cfg.model)
-        data.check_reach(cfg.max_length, model.cfg.max_positions, cfg.model)
+        batches.check_reach(cfg.max_length, model.cfg.max_positions, cfg.model)
         tok.check_embeddings(model.cfg.vocab_size, base)
     else:
         model = fresh(rt, model_config(cfg, tok.vocab_size), out / "init.tmp")
@@ -287,7 +291,6 @@ def main(cfg):
     optimizer = optim.build(
         model, cfg.optimizer, cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
-    rt.prime(optimizer)
     start, best = 0, math.inf
     if resume:
         meta, _ = state.load_training(
@@ -320,7 +323,7 @@ def main(cfg):
     )
 
     def save(dir):
-        tensors = rt.full(trained)
+        tensors = rt.gather(trained)
         if rt.is_main:
             ids = (
                 {}
@@ -340,7 +343,7 @@ def main(cfg):
         with logger.paused():
             evaluated = val and not stop and (step % eval_every == 0 or step == steps)
             if evaluated:
-                metrics = evaluate(rt, net, model, val, eval_steps, cfg.isolate, density)
+                metrics = evaluate(rt, net, val, eval_steps, density)
                 logger.eval(step, **metrics)
                 if step and metrics["loss"] < best:
                     best = metrics["loss"]
@@ -366,25 +369,21 @@ def main(cfg):
             break
 
         # accumulate the gradient over micro-batches
-        micros = [data.target_index(m, rt.static_shapes) for m in train.batch(step)]
+        micros = train.batch(step)
         weight = rt.all_sum(sum(float(m["weights"].sum()) for m in micros))
         loss = 0.0
         for i, micro in enumerate(micros):
             rt.accumulate(i == len(micros) - 1, net)
             with rt.autocast():
-                part = loss_sum(net, model, rt.put(micro), cfg.isolate) / max(weight, 1e-9)
+                part = loss_sum(net, rt.put(micro)) / max(weight, 1e-9)
             rt.backward(part)
             loss = loss + part.detach()
-            tokens += int((micro["docs"] >= 0).sum())
-            targets += int(micro["weights"].sum())
+            tokens += micro["n_tokens"]
+            targets += micro["n_targets"]
 
         # clip, step
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)
-        optim.set_lr(optimizer, lr)
-        norm = optim.clip_(trained.values(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        rt.sync()
+        norm = rt.step(optimizer, trained.values(), lr, cfg.grad_clip)
 
         # log
         if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:

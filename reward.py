@@ -26,19 +26,29 @@ import torch
 import torch.nn.functional as F
 
 from nano import (
+    batches,
     config,
-    data,
     estimate,
     files,
     generate,
     log,
     optim,
-    rankings,
     runtime,
     state,
+    store,
     weights,
 )
-from nano.config import UserError
+from nano.config import (
+    Every,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    UnitFloat,
+    UserError,
+)
 
 
 @dataclass
@@ -51,54 +61,58 @@ class Config:
     ] = ()  # how much of each folder: all, a number of groups or a percentage; (): all
     out: str = "out/reward"  # run folder
     # how long
-    epochs: float = 1.0  # more overfits soon
-    steps: int = 0  # optimizer steps; 0: as many as `epochs` takes
-    batch_size: int = 16  # groups of one optimizer step, over all ranks and micro-batches
-    micro_batch: int = 1  # packed rows of one forward on one device
-    max_length: int = 4096  # tokens of a packed row of whole groups; longer groups are dropped
+    epochs: NonNegativeFloat = 1.0  # more overfits soon
+    steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes
+    batch_size: PositiveInt = 16  # groups of one optimizer step, over all ranks and micro-batches
+    micro_batch: PositiveInt = 1  # packed rows of one forward on one device
+    max_length: PositiveInt = (
+        4096  # tokens of a packed row of whole groups; longer groups are dropped
+    )
     # the loss
     margin: float = 0.0  # by which the better score is to lead
-    centring: float = 0.0  # weight of (s_i + s_j)^2, which holds scores near 0; 0.01 is usual
+    centring: NonNegativeFloat = (
+        0.0  # weight of (s_i + s_j)^2, which holds scores near 0; 0.01 is usual
+    )
     # what is trained, beside the score head
     train: Literal["all", "attention", "qv"] = "all"  # which of the model's own weights
-    freeze_layers: int = 0  # the embeddings and the first N layers stay as they are
-    lora_rank: int = 0  # 0: train the weights themselves
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
+    freeze_layers: NonNegativeInt = 0  # the embeddings and the first N layers stay as they are
+    lora_rank: NonNegativeInt = 0  # 0: train the weights themselves
+    lora_alpha: PositiveFloat = 32.0
+    lora_dropout: Fraction = 0.0
     lora_targets: tuple[str, ...] = (
         "all-linear",
     )  # suffixes of layer names; all-linear: all but the head
     lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # gain and bias
     policy: str = ""  # the model whose own samples score 0 +- 1; empty: `model`
-    norm_samples: int = 256  # samples of it; 0: leave scores as they are
-    norm_tokens: int = 128  # tokens of a sample
+    norm_samples: NonNegativeInt = 256  # samples of it; 0: leave scores as they are
+    norm_tokens: PositiveInt = 128  # tokens of a sample
     # optimizer
-    lr: float = 2e-5
-    min_lr: float = 0.0
+    lr: NonNegativeFloat = 2e-5
+    min_lr: NonNegativeFloat = 0.0
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    warmup_ratio: float = 0.03  # of all steps
-    warmup_steps: int = 0  # if set, instead of warmup_ratio
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    grad_clip: float = 1.0  # global norm; 0: off
+    warmup_ratio: UnitFloat = 0.03  # of all steps
+    warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
+    weight_decay: NonNegativeFloat = 0.0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # cpu, cuda, xla, tpu
+    device: str = "auto"  # auto, cpu, cuda or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
-    tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
+    tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients on their way
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
     offload: bool = False  # with fsdp, zero2, hsdp: weights and optimizer wait in CPU memory; for models that fit no other way
     # bookkeeping
-    seed: int = 0
+    seed: Seed = 0
     resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
-    eval_every: int = 0  # steps; 0: once an epoch. Needs a validation split
-    save_every: int = 0  # steps; 0: once an epoch
-    log_every: int = 10  # steps; 0: the last step only
-    samples: int = 2  # best and worst samples shown with their scores
+    eval_every: Every = 0  # steps; 0: once an epoch. Needs a validation split
+    save_every: Every = 0  # steps; 0: once an epoch
+    log_every: NonNegativeInt = 10  # steps; 0: the last step only
+    samples: NonNegativeInt = 2  # best and worst samples shown with their scores
 
 
 def pair_losses(scores, better, worse, margin=0.0, centring=0.0):
@@ -114,14 +128,13 @@ def ranking_loss(scores, groups, margin=0.0, centring=0.0):
     """Scalar, fp32: the mean over groups of the mean of `pair_losses` over a group's pairs i < j. scores (N,), each group's best
     first; groups (G+1,): the offsets of the groups in them."""
     offsets = torch.as_tensor(groups).tolist()
-    better, worse, share = (torch.from_numpy(x).to(scores.device) for x in rankings.pairs(offsets))
+    better, worse, share = (torch.from_numpy(x).to(scores.device) for x in batches.pairs(offsets))
     return (pair_losses(scores, better, worse, margin, centring) * share).sum() / (len(offsets) - 1)
 
 
-def score(net, model, batch):
+def score(net, batch):
     """A micro-batch's completions -> (N,) fp32, read at the last token of each."""
-    hidden = net(batch["tokens"], batch["positions"], batch["docs"])  # (B, T, C)
-    return model.score(hidden.flatten(0, 1)[batch["last"]])
+    return net.score(net(batch | dict(index=batch["last"])))
 
 
 def statistics(scores, loss, batch):
@@ -143,22 +156,22 @@ def summary(sums):
 
 
 @torch.no_grad()
-def evaluate(rt, net, model, batches, cfg):
+def evaluate(rt, net, val, cfg):
     """Loss, accuracy, gap and the scores' mean and standard deviation over all groups of all ranks."""
-    model.eval()
+    net.eval()
     sums = torch.zeros(7, device=rt.device)
-    for step in range(batches.steps_per_epoch):
-        for micro in batches.batch(step):
+    for step in range(val.steps_per_epoch):
+        for micro in val.batch(step):
             batch = rt.put(micro)
             with rt.autocast():
-                scores = score(net, model, batch)
+                scores = score(net, batch)
             sums += statistics(
                 scores,
                 pair_losses(scores, batch["better"], batch["worse"], cfg.margin, cfg.centring),
                 batch,
             )
             rt.sync()
-    model.train()
+    net.train()
     return summary(rt.all_sum(sums))
 
 
@@ -200,22 +213,22 @@ def draw_samples(rt, cfg, rows, tok):
 
 
 @torch.no_grad()
-def score_samples(rt, net, model, samples, micro_batch, max_length):
+def score_samples(rt, net, samples, micro_batch, max_length):
     """Scores (n,) fp32 on the CPU of what draw_samples gave. Every rank does them all."""
-    model.eval()
+    net.eval()
     tokens, ends = samples[0].numpy(), samples[1][:, 1].numpy()
-    scores, packs = torch.zeros(len(ends)), data.pack(ends, max_length)
+    scores, packs = torch.zeros(len(ends)), batches.pack(ends, max_length)
     for a in range(0, len(packs), micro_batch):
         packed = [
             [(i, [(tokens[i, : ends[i]], np.ones(ends[i]))]) for i in pack]
             for pack in packs[a : a + micro_batch]
         ]
-        micro = rankings.collate(packed, micro_batch, max_length, static=rt.static_shapes)
+        micro = batches.collate_groups(packed, micro_batch, max_length, rt.static_shapes)
         with rt.autocast():
-            part = rt.host(score(net, model, rt.put(micro)))
+            part = rt.host(score(net, rt.put(micro)))
         real = micro["real"] > 0
         scores[micro["number"][real]] = part[real]
-    model.train()
+    net.train()
     return scores
 
 
@@ -250,7 +263,7 @@ def main(cfg):
         head="score",
         merge=True,
         as_base=cfg.lora_rank > 0,
-        template=data.chat_template(cfg.data),
+        template=store.chat_template(cfg.data),
     )
     model, tok, base = opened.model, opened.tok, opened.base
     if cfg.lora_rank:
@@ -270,19 +283,19 @@ def main(cfg):
     pad_id = next(i for i in (tok.pad_id, tok.bos_id, *ids) if i in ids and i not in tok.stop_ids)
 
     # ------------------------------------------------------------------------------------------ data
-    rows = rankings.load(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
-    val_rows = rankings.load(cfg.data, split="val", tokenizer=tok)
+    rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok, groups=True)
+    val_rows = store.validation(cfg.data, tok, groups=True)
     cut = dict(
-        micro_batch=cfg.micro_batch * rt.shards // rt.world,
+        micro_batch=rt.micro_batch(cfg.micro_batch),
         max_length=cfg.max_length,
         seed=cfg.seed,
         rank=rt.rank,
         world=rt.world,
-        static=rt.static_shapes or cfg.compile,
+        fixed_shapes=rt.static_shapes or cfg.compile,
     )
-    train = rankings.Batches(rows, cfg.batch_size, **cut)
-    val = rankings.Batches(val_rows, cfg.batch_size, **cut) if val_rows else None
-    data.check_reach(rows.longest[train.index].max(), model.cfg.max_positions, cfg.model)
+    train = batches.Groups(rows, cfg.batch_size, **cut)
+    val = batches.Groups(val_rows, cfg.batch_size, **cut) if val_rows else None
+    batches.check_reach(train.longest, model.cfg.max_positions, cfg.model)
     steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
     eval_every, save_every = (
         cfg.eval_every or train.steps_per_epoch,
@@ -299,7 +312,6 @@ def main(cfg):
     optimizer = optim.build(
         model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
-    rt.prime(optimizer)
     start, best = 0, math.inf
     if resume:
         meta, extra = state.load_training(
@@ -308,9 +320,7 @@ def main(cfg):
         start, best = meta["step"], meta["best"]
         samples = (extra["samples"], extra["spans"]) if "samples" in extra else None
 
-    length = (
-        rows.squares[train.index].sum() / rows.lengths[train.index].sum()
-    )  # that the average token finds its document to have
+    length = train.document_length
     flops = model.flops_per_token(length, "adapter" if cfg.lora_rank else "all")
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     logger.settings("reward", cfg, resume)
@@ -336,7 +346,7 @@ def main(cfg):
         )
 
     def save(dir, scores):
-        tensors = rt.full(trained if cfg.lora_rank else dict(model.named_parameters()))
+        tensors = rt.gather(trained if cfg.lora_rank else dict(model.named_parameters()))
         scale = dict(
             zip(
                 ("reward_gain", "reward_bias"),
@@ -377,9 +387,9 @@ def main(cfg):
             saving = step > start and (stop or step == steps or step % save_every == 0)
             scores = None
             if samples and (evaluated or saving):
-                scores = score_samples(rt, net, model, samples, cut["micro_batch"], cfg.max_length)
+                scores = score_samples(rt, net, samples, cut["micro_batch"], cfg.max_length)
             if evaluated:
-                metrics = evaluate(rt, net, model, val, cfg)
+                metrics = evaluate(rt, net, val, cfg)
                 logger.eval(step, **metrics)
                 if samples and cfg.samples:
                     logger.samples(step, extremes(tok, samples, scores, cfg.samples))
@@ -408,19 +418,15 @@ def main(cfg):
             rt.accumulate(i == len(micros) - 1, net)
             batch = rt.put(micro)
             with rt.autocast():
-                scores = score(net, model, batch)
+                scores = score(net, batch)
             loss = pair_losses(scores, batch["better"], batch["worse"], cfg.margin, cfg.centring)
             rt.backward((loss * batch["share"]).sum() / count)
             sums += statistics(scores.detach(), loss.detach(), batch)
-            tokens += int((micro["docs"] >= 0).sum())
+            tokens += micro["n_tokens"]
 
         # clip, step
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)
-        optim.set_lr(optimizer, lr)
-        norm = optim.clip_(trained.values(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        rt.sync()
+        norm = rt.step(optimizer, trained.values(), lr, cfg.grad_clip)
 
         # log
         if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config, files, runtime, tokenizer, weights
-from nano.config import UserError
+from nano.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, Share, UserError
 from nano.generate import generate
 
 HELP = """/reset         forget the conversation
@@ -39,15 +39,15 @@ class Config:
     template: str | None = None  # chat template: none: the model's own; plain: text completion
     system: str | None = None  # system message; the conversations of prompts= bring their own
     # how it is sampled
-    max_new_tokens: int = 256
-    temperature: float = 0.7  # 0: always the likeliest token
-    top_k: int = 0  # 0: off
-    top_p: float = 0.95
+    max_new_tokens: PositiveInt = 256
+    temperature: NonNegativeFloat = 0.7  # 0: always the likeliest token
+    top_k: NonNegativeInt = 0  # 0: off
+    top_p: Share = 0.95
     stop: tuple[str, ...] = ()  # strings that end an answer; they are cut off
-    seed: int = 0
-    batch_size: int = 16  # prompts of a file that are answered together
+    seed: Seed = 0
+    batch_size: PositiveInt = 16  # prompts of a file that are answered together
     # device
-    device: str = "auto"  # cpu, cuda, xla, tpu
+    device: str = "auto"  # auto, cpu, cuda or xla
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 
 
@@ -55,7 +55,7 @@ class Sampler:
     """A model with its tokenizer and the settings of a run."""
 
     def __init__(self, cfg):
-        self.cfg, self.rt = cfg, runtime.Runtime(cfg.device, "none", cfg.dtype, cfg.seed)
+        self.cfg, self.rt = cfg, runtime.start(cfg, parallel="none")
         opened = weights.open(
             cfg.model, cfg.base, self.rt.device, self.rt.dtype, template=cfg.template
         )

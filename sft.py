@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 
 from nano import (
+    batches,
     config,
-    data,
     estimate,
     generate,
     log,
@@ -29,9 +29,20 @@ from nano import (
     optim,
     runtime,
     state,
+    store,
     weights,
 )
-from nano.config import UserError
+from nano.config import (
+    Every,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    UnitFloat,
+    UserError,
+)
 
 
 @dataclass
@@ -44,84 +55,86 @@ class Config:
     ] = ()  # how much of each folder: all, a number of rows or a percentage; (): all
     out: str = "out/sft"  # run folder
     # how long
-    epochs: float = 3.0
-    steps: int = 0  # optimizer steps; 0: as many as `epochs` takes
-    batch_size: int = 16  # packed rows of one optimizer step, over all ranks and micro-batches
-    micro_batch: int = 4  # packed rows of one forward on one device
-    max_length: int = 512  # tokens of a packed row
+    epochs: NonNegativeFloat = 3.0
+    steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes
+    batch_size: PositiveInt = (
+        16  # packed rows of one optimizer step, over all ranks and micro-batches
+    )
+    micro_batch: PositiveInt = 4  # packed rows of one forward on one device
+    max_length: PositiveInt = 512  # tokens of a packed row
     packing: bool = True  # false: one document a row, rows of similar length together
     over_length: Literal["truncate", "drop"] = "truncate"  # documents over max_length
     # what is trained
     train: Literal["all", "attention", "qv"] = "all"  # which of the model's own weights
-    freeze_layers: int = 0  # the embeddings and the first N layers stay as they are
-    prompt_loss_weight: float = 0.0  # weight of the prompt's tokens in the loss (targets: 1)
-    lora_rank: int = 0  # 0: train the weights themselves
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
+    freeze_layers: NonNegativeInt = 0  # the embeddings and the first N layers stay as they are
+    prompt_loss_weight: NonNegativeFloat = (
+        0.0  # weight of the prompt's tokens in the loss (targets: 1)
+    )
+    lora_rank: NonNegativeInt = 0  # 0: train the weights themselves
+    lora_alpha: PositiveFloat = 32.0
+    lora_dropout: Fraction = 0.0
     lora_targets: tuple[str, ...] = (
         "all-linear",
     )  # suffixes of layer names; all-linear: all but the head
     lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # optimizer
-    lr: float = 2e-5
-    min_lr: float = 0.0
+    lr: NonNegativeFloat = 2e-5
+    min_lr: NonNegativeFloat = 0.0
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    warmup_ratio: float = 0.03  # of all steps
-    warmup_steps: int = 0  # if set, instead of warmup_ratio
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    grad_clip: float = 1.0  # global norm; 0: off
+    warmup_ratio: UnitFloat = 0.03  # of all steps
+    warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
+    weight_decay: NonNegativeFloat = 0.0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # cpu, cuda, xla, tpu
+    device: str = "auto"  # auto, cpu, cuda or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
-    tensor: int = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
+    tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients on their way
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
     offload: bool = False  # with fsdp, zero2, hsdp: weights and optimizer wait in CPU memory; for models that fit no other way
     # bookkeeping
-    seed: int = 0
+    seed: Seed = 0
     resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
-    eval_every: int = 0  # steps; 0: once an epoch. Needs a validation split
-    save_every: int = 0  # steps; 0: once an epoch
-    log_every: int = 10  # steps; 0: the last step only
-    sample_every: int = 0  # steps; 0: with every evaluation
-    samples: int = 2  # validation prompts answered each time
-    sample_tokens: int = 64  # 0: no samples
+    eval_every: Every = 0  # steps; 0: once an epoch. Needs a validation split
+    save_every: Every = 0  # steps; 0: once an epoch
+    log_every: NonNegativeInt = 10  # steps; 0: the last step only
+    sample_every: Every = 0  # steps; 0: with every evaluation
+    samples: NonNegativeInt = 2  # validation prompts answered each time
+    sample_tokens: NonNegativeInt = 64  # 0: no samples
 
 
-def loss_sum(net, model, batch):
+def loss_sum(net, batch):
     """The weighted sum of next-token losses over the target tokens of a micro-batch, fp32."""
-    hidden = net(batch["tokens"], batch["positions"], batch["docs"])  # (B, T, C)
     rows = batch["index"]  # the head runs on target tokens only
     return losses.cross_entropy(
-        hidden.flatten(0, 1)[rows],
-        model.head_weight,
+        net(batch),  # (M, C)
+        net.head_weight,
         batch["targets"].flatten()[rows],
         batch["weights"].flatten()[rows],
     )
 
 
 @torch.no_grad()
-def evaluate(rt, net, model, batches):
+def evaluate(rt, net, val):
     """Validation loss, perplexity and token accuracy over all target tokens of all ranks."""
-    model.eval()
+    net.eval()
     sums = torch.zeros(3, dtype=torch.float32, device=rt.device)  # loss, hits, targets
-    for step in range(batches.steps_per_epoch):
-        for micro in batches.batch(step):
-            batch = rt.put(data.target_index(micro, rt.static_shapes))
+    for step in range(val.steps_per_epoch):
+        for micro in val.batch(step):
+            batch = rt.put(micro)
+            rows = batch["index"]
             with rt.autocast():
-                hidden = net(batch["tokens"], batch["positions"], batch["docs"])
-                rows = batch["index"]
                 nll, hit = losses.evaluate_tokens(
-                    hidden.flatten(0, 1)[rows], model.head_weight, batch["targets"].flatten()[rows]
+                    net(batch), net.head_weight, batch["targets"].flatten()[rows]
                 )
             weights = batch["weights"].flatten()[rows]
             sums += torch.stack(((nll * weights).sum(), (hit * weights).sum(), weights.sum()))
             rt.sync()
-    model.train()
+    net.train()
     loss, hits, count = rt.all_sum(sums).tolist()
     loss /= max(count, 1)
     return dict(loss=loss, perplexity=math.exp(min(loss, 700)), accuracy=hits / max(count, 1))
@@ -166,7 +179,7 @@ def main(cfg):
         cfg.model,
         merge=True,
         as_base=cfg.lora_rank > 0,
-        template=data.chat_template(cfg.data),
+        template=store.chat_template(cfg.data),
     )
     model, tok, base = opened.model, opened.tok, opened.base
     if cfg.lora_rank:
@@ -186,22 +199,23 @@ def main(cfg):
         )
 
     # ------------------------------------------------------------------------------------------ data
-    rows = data.mix(cfg.data, cfg.sizes or None, cfg.seed, tokenizer=tok)
-    val_rows = data.validation(cfg.data, tok)
+    rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
+    val_rows = store.validation(cfg.data, tok)
     cut = dict(
-        micro_batch=cfg.micro_batch * rt.shards // rt.world,
+        micro_batch=rt.micro_batch(cfg.micro_batch),
         max_length=cfg.max_length,
         packing=cfg.packing,
         over_length=cfg.over_length,
-        static=rt.static_shapes or cfg.compile,
+        fixed_length=cfg.compile,
+        fixed_shapes=rt.static_shapes,
         rank=rt.rank,
         world=rt.world,
     )
-    train = data.Batches(
+    train = batches.Rows(
         rows, cfg.batch_size, seed=cfg.seed, prompt_weight=cfg.prompt_loss_weight, **cut
     )
-    val = data.Batches(val_rows, cut["micro_batch"] * rt.world, **cut) if val_rows else None
-    data.check_reach(train.lengths.max(), model.cfg.max_positions, cfg.model)
+    val = batches.Rows(val_rows, cut["micro_batch"] * rt.world, **cut) if val_rows else None
+    batches.check_reach(train.longest, model.cfg.max_positions, cfg.model)
     steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
     eval_every, save_every = (
         cfg.eval_every or train.steps_per_epoch,
@@ -215,15 +229,12 @@ def main(cfg):
     optimizer = optim.build(
         model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
-    rt.prime(optimizer)
     start, best = 0, math.inf
     if resume:
         meta, _ = state.load_training(out / "state", rt, "sft", trained, dict(adamw=optimizer))
         start, best = meta["step"], meta["best"]
 
-    length = (
-        train.lengths**2
-    ).sum() / train.lengths.sum()  # that the average token finds its document to have
+    length = train.document_length
     flops = model.flops_per_token(length, "adapter" if cfg.lora_rank else "all")
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     logger.settings("sft", cfg, resume)
@@ -244,7 +255,7 @@ def main(cfg):
     )
 
     def save(dir):
-        tensors = rt.full(trained if cfg.lora_rank else dict(model.named_parameters()))
+        tensors = rt.gather(trained if cfg.lora_rank else dict(model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
             weights.save_adapter(model, dir, base=base, tensors=tensors, tok=tok)
         elif rt.is_main:
@@ -262,7 +273,7 @@ def main(cfg):
         with logger.paused():
             evaluated = val and not stop and (step % eval_every == 0 or step == steps)
             if evaluated:
-                metrics = evaluate(rt, net, model, val)
+                metrics = evaluate(rt, net, val)
                 logger.eval(step, **metrics)
                 if step and metrics["loss"] < best:
                     best = metrics["loss"]
@@ -282,25 +293,21 @@ def main(cfg):
             break
 
         # accumulate the gradient over micro-batches
-        micros = [data.target_index(m, rt.static_shapes) for m in train.batch(step)]
+        micros = train.batch(step)
         weight = rt.all_sum(sum(float(m["weights"].sum()) for m in micros))
         loss = 0.0
         for i, micro in enumerate(micros):
             rt.accumulate(i == len(micros) - 1, net)
             with rt.autocast():
-                part = loss_sum(net, model, rt.put(micro)) / max(weight, 1e-9)
+                part = loss_sum(net, rt.put(micro)) / max(weight, 1e-9)
             rt.backward(part)
             loss = loss + part.detach()
-            tokens += int((micro["docs"] >= 0).sum())
-            targets += int((micro["weights"] == 1).sum())
+            tokens += micro["n_tokens"]
+            targets += micro["n_targets"]
 
         # clip, step
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)
-        optim.set_lr(optimizer, lr)
-        norm = optim.clip_(trained.values(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        rt.sync()
+        norm = rt.step(optimizer, trained.values(), lr, cfg.grad_clip)
 
         # log
         if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:

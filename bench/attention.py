@@ -19,14 +19,15 @@ import torch.nn.functional as F
 
 from model import Extras, document_attention
 from nano import config, runtime
+from nano.config import NonNegativeInt
 
 
 @dataclass
 class Config:
     documents: tuple[int, ...] = (352, 301, 270, 240, 220, 190, 160, 130, 90, 53)  # their lengths
-    n_heads: int = 9
-    n_kv_heads: int = 3
-    dim: int = 64  # of a head
+    n_heads: NonNegativeInt = 9
+    n_kv_heads: NonNegativeInt = 3
+    dim: NonNegativeInt = 64  # of a head
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     rounds: int = 15
     threads: int = 2

@@ -14,18 +14,19 @@ import statistics
 from dataclasses import dataclass
 
 from nano import config, weights
+from nano.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 
 
 @dataclass
 class Config:
     model: str = "models/smollm2"  # model or adapter directory
     data: str = "data/bullets/test.jsonl"
-    rows: int = 100  # the first ones; 0: all
-    temperature: float = 1.0
-    max_new_tokens: int = 96
+    rows: NonNegativeInt = 100  # the first ones; 0: all
+    temperature: NonNegativeFloat = 1.0
+    max_new_tokens: PositiveInt = 96
     device: str = "auto"
     dtype: str = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
 
 def main(cfg):
@@ -44,10 +45,10 @@ def main(cfg):
         raise config.UserError(
             f"{cfg.data}: each line must be a JSON record with messages, as prepare.toy writes them"
         ) from None
-    rt = runtime.Runtime(cfg.device, "none", cfg.dtype, cfg.seed)
+    rt = runtime.start(cfg, parallel="none")
     opened = weights.open(cfg.model, dtype=rt.dtype)
     model, tok = opened.model, opened.tok
-    rt.place(model)
+    rt.distribute(model)
     prompts = [tok.render(messages, add_generation_prompt=True)[0] for messages in asked]
     with rt.autocast():
         made = generate.generate(

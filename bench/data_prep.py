@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config
+from nano.config import PositiveInt
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Config:
     data: str  # JSON array of Alpaca records
     model: str = "models/smollm2"  # its tokenizer is used
     copies: int = 4  # of the file's records
-    max_length: int = 512  # of a row
+    max_length: PositiveInt = 512  # of a row
     runs: int = 3  # of each side
     side: Literal["all", "ours", "trl", "trl-packed"] = "all"  # one side: a single run, as JSON
 

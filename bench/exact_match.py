@@ -12,18 +12,19 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from nano import config, weights
+from nano.config import NonNegativeInt, PositiveInt, Seed
 
 
 @dataclass
 class Config:
     model: str = "models/smollm2"  # model or adapter directory
     data: str = "data/toy/test.jsonl"
-    rows: int = 100  # the first ones; 0: all
-    max_new_tokens: int = 48
+    rows: NonNegativeInt = 100  # the first ones; 0: all
+    max_new_tokens: PositiveInt = 48
     device: str = "auto"
     dtype: str = "auto"
     parallel: str = "none"
-    seed: int = 0
+    seed: Seed = 0
 
 
 def main(cfg):
@@ -39,10 +40,10 @@ def main(cfg):
         raise config.UserError(
             f"there is no file {cfg.data}: python -m prepare.toy out=data/toy writes one"
         ) from None
-    rt = runtime.Runtime(cfg.device, cfg.parallel, cfg.dtype, cfg.seed)
+    rt = runtime.start(cfg)
     opened = weights.open(cfg.model, dtype=rt.dtype)
     model, tok = opened.model, opened.tok
-    rt.place(model)
+    rt.distribute(model)
     prompts = [
         tok.render(recognise(record)[:-1], add_generation_prompt=True)[0] for record in records
     ]

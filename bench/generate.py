@@ -18,23 +18,24 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config, weights
+from nano.config import NonNegativeFloat, PositiveInt, Seed
 
 
 @dataclass
 class Config:
     model: str = "models/smollm2"  # directory; random-1b: Llama-3.2-1B's shape
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     prompts: int = 64  # of the unequal case
     prompt: int = 32  # tokens of a prompt
     new: int = 128  # tokens of a sample
-    temperature: float = 0.0
+    temperature: NonNegativeFloat = 0.0
     rounds: int = 3
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     device: str = "cpu"  # cpu, cuda
     threads: int = 1
     static: bool = False  # transformers' static cache (which it compiles on CUDA)
     peer: bool = True  # false: ours alone
-    seed: int = 0
+    seed: Seed = 0
 
 
 def random_model(dir):
@@ -68,7 +69,7 @@ def main(cfg):
     from nano.generate import generate
 
     torch.set_num_threads(cfg.threads)
-    rt = runtime.Runtime(cfg.device, "none", cfg.dtype, cfg.seed)
+    rt = runtime.start(cfg, parallel="none")
     dir = random_model("out/bench/random-1b") if cfg.model == "random-1b" else cfg.model
     ours = weights.load_model(dir, device=rt.device, dtype=rt.dtype)
     rng = np.random.default_rng(cfg.seed)

@@ -25,8 +25,8 @@ import torch
 import lora
 import pretrain
 from model import ModelConfig, Transformer
-from nano import config, estimate, families, log
-from nano.config import UserError
+from nano import config, estimate, families, log, tensor
+from nano.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
 
 # From the makers' data sheets: memory GB, its bandwidth GB/s, GB/s that a device sends within its node; assumed, to other nodes: an
 # adapter of 400 Gbit/s a device, 200 for A100, 100 for cards; and to the CPU: PCIe 5 or 4. TPUs: all links of a chip together.
@@ -60,31 +60,33 @@ class Config:
     # what
     model: str = ""  # model directory, of which only config.json is read; "": the size
     size: str = "8b"  # toy, 15m, 124m, 350m, 1b, 3b, 7b as in pretrain.py; 8b, 70b, 405b
-    vocab_size: int = 128_256  # with size=
+    vocab_size: PositiveInt = 128_256  # with size=
     stage: Literal["pretrain", "sft", "reward", "dpo", "ppo"] = "sft"
-    lora_rank: int = 0  # 0: all weights are trained
+    lora_rank: NonNegativeInt = 0  # 0: all weights are trained
     # on what
     device: str = "H100"
-    devices: int = 8
-    node: int = 8  # devices of one node
-    memory: float = 0.0  # GB of a device; 0: the data sheet's
+    devices: PositiveInt = 8
+    node: PositiveInt = 8  # devices of one node
+    memory: NonNegativeFloat = 0.0  # GB of a device; 0: the data sheet's
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp"] = "fsdp"
-    tensor: int = 1  # neighbouring devices of a node that share each layer
+    tensor: PositiveInt = 1  # neighbouring devices of a node that share each layer
     offload: bool = False  # weights, gradients and moments in CPU memory
-    host_bandwidth: float = 200.0  # GB/s of a node's CPU memory, which AdamW reads and writes then
-    utilisation: float = 0.4  # of the peak FLOP/s, recomputation included
-    link_utilisation: float = 0.7
+    host_bandwidth: PositiveFloat = (
+        200.0  # GB/s of a node's CPU memory, which AdamW reads and writes then
+    )
+    utilisation: PositiveFloat = 0.4  # of the peak FLOP/s, recomputation included
+    link_utilisation: PositiveFloat = 0.7
     # how
-    batch_size: int = 64  # rows (ppo: episodes) of one step, over all devices
-    micro_batch: int = 1  # rows of one forward on one device
-    max_length: int = 4096  # tokens of a row (ppo: of prompt and response)
+    batch_size: PositiveInt = 64  # rows (ppo: episodes) of one step, over all devices
+    micro_batch: PositiveInt = 1  # rows of one forward on one device
+    max_length: PositiveInt = 4096  # tokens of a row (ppo: of prompt and response)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     grad_checkpoint: bool = True
     # ppo
-    max_new_tokens: int = 512
-    rollout_batch: int = 32  # responses that one device generates at the same time
-    ppo_epochs: int = 4
+    max_new_tokens: PositiveInt = 512
+    rollout_batch: PositiveInt = 32  # responses that one device generates at the same time
+    ppo_epochs: PositiveInt = 4
 
 
 def build(cfg, head):
@@ -125,9 +127,7 @@ def check(cfg, shape):
         raise UserError(f"tensor={cfg.tensor} must be 1 with offload=true")
     if local % cfg.tensor:
         raise UserError(f"tensor={cfg.tensor} must divide the number of devices of a node, {local}")
-    if any(n % cfg.tensor for n in (shape.n_heads, shape.n_kv_heads, shape.ffn_dim)):
-        sizes = f"{shape.n_heads} heads, {shape.n_kv_heads} key/value heads and {shape.ffn_dim} units of its MLP"
-        raise UserError(f"tensor={cfg.tensor} must divide the model's {sizes}")
+    tensor.check(shape, cfg.tensor)
     if cfg.batch_size % (cfg.devices // cfg.tensor * cfg.micro_batch):
         devices = f"{cfg.devices} devices" + f" / tensor={cfg.tensor}" * (cfg.tensor > 1)
         raise UserError(

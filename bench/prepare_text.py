@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config
+from nano.config import NonNegativeInt
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,7 +35,7 @@ class Config:
     format: Literal["jsonl", "txt"] = "jsonl"
     tokenizer: str = "train:8000"  # as in prepare/text.py
     kind: str = "sentencepiece"
-    workers: int = 2
+    workers: NonNegativeInt = 2
     out: str = "out/bench/text"
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nano import config
+from nano.config import NonNegativeInt, PositiveInt
 
 TUNED = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="-1", MALLOC_TOP_PAD_=str(256 << 20))
 
@@ -30,11 +31,11 @@ TUNED = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="-1", MALLOC_TOP_PAD_=
 class Config:
     nanogpt: str = ""  # a checkout of it; "": ours alone
     size: str = "124m"  # of pretrain.py
-    vocab_size: int = 50304
-    micro_batch: int = 4  # windows of a step
-    max_length: int = 512  # tokens of a window
+    vocab_size: PositiveInt = 50304
+    micro_batch: PositiveInt = 4  # windows of a step
+    max_length: PositiveInt = 512  # tokens of a window
     isolate: bool = True  # ours: documents do not see each other
-    steps: int = 8  # timed, after two that are not
+    steps: NonNegativeInt = 8  # timed, after two that are not
     rounds: int = 2  # how often each run is repeated, all in turn
     compile: tuple[bool, ...] = (True, False)
     malloc: tuple[str, ...] = ("default", "tuned")
@@ -73,7 +74,7 @@ def steps_of_ours(cfg, rt, windows):
     """(a function of the step's number that trains one step, the model)"""
     import pretrain
     from model import Transformer
-    from nano import data, optim
+    from nano import optim
 
     sizes = pretrain.Config(size=cfg.size, max_length=cfg.max_length)
     model = Transformer(pretrain.model_config(sizes, cfg.vocab_size)).init_weights()
@@ -81,16 +82,12 @@ def steps_of_ours(cfg, rt, windows):
     optimizer = optim.build(model, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
     def step(i):
-        micro = data.target_index(windows.batch(i)[0])
+        micro = windows.batch(i)[0]
         rt.accumulate(True, net)
         with rt.autocast():
-            loss = pretrain.loss_sum(net, model, rt.put(micro), cfg.isolate) / float(
-                micro["weights"].sum()
-            )
+            loss = pretrain.loss_sum(net, rt.put(micro)) / float(micro["weights"].sum())
         rt.backward(loss)
-        optim.clip_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        rt.step(optimizer, model.parameters(), 6e-4, 1.0)
         return loss
 
     return step, model
@@ -133,17 +130,17 @@ def measure(cfg):
     """One run in this process."""
     import torch
 
-    from nano import data, log, runtime
+    from nano import batches, log, runtime, store
 
     torch.set_num_threads(cfg.threads)
     if cfg.side == "nanogpt":
         runtime._tune_cpu = lambda: None
     elif cfg.malloc[0] == "default":
         runtime._tune_cpu = lambda: torch.set_flush_denormal(True)
-    rt = runtime.Runtime(cfg.device, "none", cfg.dtype)
+    rt = runtime.start(cfg, parallel="none")
     isolate = cfg.isolate and cfg.side == "ours"
-    windows = data.Windows(
-        [data.Store(Path(cfg.out) / "data")],
+    windows = batches.Windows(
+        [store.Store(Path(cfg.out) / "data")],
         cfg.micro_batch,
         cfg.micro_batch,
         cfg.max_length,

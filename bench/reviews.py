@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nano import config, weights
+from nano.config import NonNegativeInt
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,7 +33,7 @@ COLUMNS = ("reward", "gold", "win", "grammatical", "eos", "kl")
 class Config:
     out: str = "out/reviews"
     seeds: tuple[int, ...] = (0,)
-    samples: int = 512  # answers per model
+    samples: NonNegativeInt = 512  # answers per model
     threads: int = 1  # a model this small is fastest on one
     jobs: int = 2  # of PPO, its control, RLOO and DPO, how many run at a time
 
@@ -109,11 +110,11 @@ def measure(root, samples):
         with torch.no_grad():
             for prompt, answer, logprobs in zip(prompts, made.tokens, made.logprobs, strict=True):
                 row = torch.tensor([prompt + answer])
-                hidden = sft.float()(row)[0, len(prompt) - 1 : -1]
+                hidden = sft.float().hidden(row)[0, len(prompt) - 1 : -1]
                 kl += sum(logprobs) - float(
                     losses.token_logprobs(hidden, sft.head_weight, row[0, len(prompt) :]).sum()
                 )
-                score += float(scorer.score(scorer.float()(row))[0, -1]) * gain + bias
+                score += float(scorer.score(scorer.float().hidden(row))[0, -1]) * gain + bias
         worth_of_sft = worth_of_sft or worth
         table[stage] = dict(
             reward=score / samples,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config
-from nano.config import UserError
+from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,19 +32,19 @@ SIDES = ("ours", "trl")
 class Config:
     model: str = "models/smollm2"
     out: str = "out/bench/rl"  # scratch folder
-    batch_size: int = 16  # episodes of an iteration
-    group: int = 8  # samples of a prompt
-    micro_batch: int = 8  # episodes of one forward of the update
+    batch_size: PositiveInt = 16  # episodes of an iteration
+    group: PositiveInt = 8  # samples of a prompt
+    micro_batch: PositiveInt = 8  # episodes of one forward of the update
     prompt: int = 32  # tokens of a prompt
     new: int = 128  # tokens of a response
     ends: bool = False  # false: every response has `new` tokens; true: or fewer, up to the end that the model samples
-    steps: int = 4  # iterations of a run; the first is not timed
+    steps: NonNegativeInt = 4  # iterations of a run; the first is not timed
     repeats: int = 3
     kl: float = 0.05  # coefficient of the KL to the reference model; 0: TRL then has none
-    lora_rank: int = 0  # 0: all weights
+    lora_rank: NonNegativeInt = 0  # 0: all weights
     device: str = "cpu"  # cpu, cuda
     threads: int = 2
-    seed: int = 0
+    seed: Seed = 0
     side: Literal["both", "ours", "trl"] = "both"  # one: a run in this process
 
 
@@ -73,11 +73,11 @@ def prompts(cfg):
 def run_ours(cfg, folder):
     """-> (seconds of each iteration, of its rollout, response tokens of each)"""
     import ppo
-    from nano import data, tokenizer
+    from nano import store, tokenizer
 
     tok, asked = prompts(cfg)
     rows = [(ids + [ids[0]], [0] * len(ids) + [1]) for _, ids in asked]
-    data.write_store(
+    store.write_store(
         folder / "data",
         dict(train=rows),
         dict(vocab_size=tok.vocab_size, tokenizer=tok.fingerprint),

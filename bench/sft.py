@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config
-from nano.config import UserError
+from nano.config import NonNegativeInt, PositiveInt, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,13 +41,13 @@ class Config:
         "trl",
         "trl-packed",
     )
-    steps: int = 8  # optimizer steps of a run
+    steps: NonNegativeInt = 8  # optimizer steps of a run
     repeats: int = 3
-    micro_batch: int = 4  # rows of one forward
+    micro_batch: PositiveInt = 4  # rows of one forward
     accumulate: int = 1  # forwards of one optimizer step
-    max_length: int = 512
+    max_length: PositiveInt = 512
     trl_batch: int = 0  # rows of TRL's padded forward, which hold a document each; 0: micro_batch
-    lora_rank: int = 16
+    lora_rank: NonNegativeInt = 16
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 2
 

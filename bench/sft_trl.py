@@ -12,7 +12,8 @@ import os
 import time
 from dataclasses import dataclass
 
-from nano import config, data, weights
+from nano import config, store, weights
+from nano.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 
 
 @dataclass
@@ -20,17 +21,17 @@ class Config:
     model: str = "models/smollm2"
     data: str = "data/alpaca"
     out: str = "out/bench/trl"
-    epochs: float = 3.0
-    steps: int = 0  # stop earlier; 0: after `epochs`
-    micro_batch: int = 4  # rows of one forward
+    epochs: NonNegativeFloat = 3.0
+    steps: NonNegativeInt = 0  # stop earlier; 0: after `epochs`
+    micro_batch: PositiveInt = 4  # rows of one forward
     accumulate: int = 4  # forwards of one optimizer step
-    max_length: int = 512
-    lr: float = 2e-5
-    lora_rank: int = 0
-    lora_alpha: float = 32
+    max_length: PositiveInt = 512
+    lr: NonNegativeFloat = 2e-5
+    lora_rank: NonNegativeInt = 0
+    lora_alpha: PositiveFloat = 32
     packing: bool = False
     threads: int = 2
-    seed: int = 0
+    seed: Seed = 0
 
 
 def main(cfg):
@@ -45,10 +46,10 @@ def main(cfg):
     from trl import SFTConfig, SFTTrainer
 
     torch.set_num_threads(cfg.threads)
-    store = data.Store(cfg.data, "train")
+    data = store.Store(cfg.data, "train")
     rows = [
         dict(input_ids=ids.tolist(), completion_mask=mask.tolist())
-        for ids, mask in map(store.row, range(len(store)))
+        for ids, mask in map(data.row, range(len(data)))
     ]
     steps = []
 

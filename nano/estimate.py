@@ -8,7 +8,7 @@ import torch
 
 from model import SHORT
 from nano.losses import block_logits, chunk_logits
-from nano.runtime import tensor_dim
+from nano.tensor import shard_dims
 
 
 def memory(
@@ -39,8 +39,11 @@ def memory(
     torch.compile keeps less.
     """
     cfg, size = model.cfg, dtype.itemsize
+    dims = shard_dims(model, tensor)
     # numbers of each parameter that a device of a tensor group holds, before FSDP shards them
-    numbers = {p: p.numel() / tensor_parts(name, p, tensor) for name, p in model.named_parameters()}
+    numbers = {
+        p: p.numel() / (1 if dims[name] is None else tensor) for name, p in model.named_parameters()
+    }
     fsdp = shards / tensor
     trained = sum(n for p, n in numbers.items() if p.requires_grad) / fsdp
     weights = sum(n * p.itemsize for p, n in numbers.items()) / fsdp
@@ -102,12 +105,6 @@ def block_bytes(model, size, tensor, document):
     units = 4 if cfg.mlp == "gated" else 2
     shared = attention + units * cfg.ffn_dim * size
     return 2 * cfg.dim * (norm + size) + shared / tensor
-
-
-def tensor_parts(name, p, tensor):
-    """Into how many parts the devices of a tensor group cut this parameter."""
-    dim = tensor_dim(name)
-    return 1 if dim is None or p.shape[dim] % tensor else tensor
 
 
 def describe(

@@ -116,7 +116,7 @@ def save_training(dir, rt, stage, trained, optimizers, extra=None, **meta):
         rt.finish_saving()
         rt.saving = save_shards(dir, tensors, saved, rt.saving_group())
     else:
-        tensors = rt.full(tensors)
+        tensors = rt.gather(tensors)
         if rt.is_main:
             save_state(dir, tensors, saved)
 
@@ -213,7 +213,7 @@ def load_training(dir, rt, stage, trained, optimizers):
             p.copy_(tensors[name])
     for name, optimizer in optimizers.items():
         restore_optimizer(optimizer, tensors, saved["optimizers"][name], f"{name}.")
-        rt.prime(optimizer)
+        rt.init_moments(optimizer)
     rt.set_rng_state(
         {name.removeprefix("rng."): t for name, t in tensors.items() if name.startswith("rng.")}
     )

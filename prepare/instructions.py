@@ -26,8 +26,8 @@ from typing import Literal
 import numpy as np
 
 from nano import config, tokenizer
-from nano.config import UserError
-from nano.data import Store, Writer, check_target, read_meta
+from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
+from nano.store import Store, Writer, check_target, read_meta
 from prepare import records
 from prepare.records import BadRecord
 
@@ -47,13 +47,13 @@ class Config:
     response_template: str | None = None  # the target is the text after it; none: all
     train_on: Literal["all", "last"] = "all"  # targets: every assistant turn, or the last one
     # how much
-    max_length: int = 2048  # tokens of a row
+    max_length: PositiveInt = 2048  # tokens of a row
     over_length: Literal["drop", "truncate"] = "drop"  # a longer row goes, or loses its end
     val: str = "0"  # rows to hold out: 100, or a share such as 5%
-    seed: int = 0  # of the choice of those rows
+    seed: Seed = 0  # of the choice of those rows
     on_error: Literal["stop", "skip"] = "stop"  # at a record that cannot be used
-    workers: int = 0  # processes; 0: one a core, and one in all for small files
-    show: int = 0  # examples to print, target tokens coloured
+    workers: NonNegativeInt = 0  # processes; 0: one a core, and one in all for small files
+    show: NonNegativeInt = 0  # examples to print, target tokens coloured
 
 
 # ---------------------------------------------------------------------------------------------------------------------

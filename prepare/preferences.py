@@ -30,8 +30,8 @@ from typing import Literal
 import numpy as np
 
 from nano import config, tokenizer
-from nano.config import UserError
-from nano.data import Store, Writer, check_target, read_meta
+from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
+from nano.store import Store, Writer, check_target, read_meta
 from prepare import records
 from prepare.instructions import Drop, history, show, task, text, turns
 from prepare.records import BadRecord
@@ -48,13 +48,13 @@ class Config:
     # how it is rendered
     template: str | None = None  # chat template by name; none: the model's own
     # how much
-    max_length: int = 1024  # tokens of a prompt with one completion
+    max_length: PositiveInt = 1024  # tokens of a prompt with one completion
     max_completions: int = 8  # of a prompt; the best ones stay
     val: str = "0"  # groups to hold out: 100, or 5%
-    seed: int = 0  # of the choice of those groups
+    seed: Seed = 0  # of the choice of those groups
     on_error: Literal["stop", "skip"] = "stop"  # at a record that cannot be used
-    workers: int = 0  # processes; 0: one a core, and one in all for small files
-    show: int = 0  # groups to print, target tokens coloured
+    workers: NonNegativeInt = 0  # processes; 0: one a core, and one in all for small files
+    show: NonNegativeInt = 0  # groups to print, target tokens coloured
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -37,8 +37,9 @@ import regex
 import sentencepiece
 
 from nano import config, tokenizer
-from nano.config import UserError
-from nano.data import Writer, check_target, parse_share, read_meta, sync
+from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
+from nano.files import sync
+from nano.store import Writer, check_target, parse_share, read_meta
 from prepare import records
 from prepare.records import BadRecord
 
@@ -59,15 +60,17 @@ class Config:
     separator: str = ""  # of .txt files: what stands between documents (\n for a line's end); "": a file is one document
     subset: str | None = None  # of a hub id: the configuration
     split: str = "train"  # of a hub id
-    max_mb: int = 0  # stop after so many megabytes of the source; 0: all of it
+    max_mb: NonNegativeInt = 0  # stop after so many megabytes of the source; 0: all of it
     # a new tokenizer
     kind: Literal["sentencepiece", "bpe"] = "sentencepiece"  # what train: makes
-    train_mb: int = 200  # megabytes of the source it is trained on, spread evenly (hub: the first)
+    train_mb: PositiveInt = (
+        200  # megabytes of the source it is trained on, spread evenly (hub: the first)
+    )
     # how
     val: str = "0.01"  # documents to hold out: a share such as 0.01 or 1%, or a number of them
-    seed: int = 0  # of the choice of those documents
+    seed: Seed = 0  # of the choice of those documents
     on_error: Literal["stop", "skip"] = "stop"  # at a record that cannot be used
-    workers: int = 0  # processes; 0: one a core, and one in all for small files
+    workers: NonNegativeInt = 0  # processes; 0: one a core, and one in all for small files
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config, weights
-from nano.config import UserError
+from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
 
 
 @dataclass
@@ -34,9 +34,9 @@ class Config:
     task: Literal["instructions", "reviews", "preferences", "bullets"] = "instructions"
     out: str = "data/toy"  # folder
     model: str = ""  # preferences: the model whose answers are ranked
-    rows: int = 0  # to train on; 0: 3,000 instructions, 10,000 reviews, 1,000 ranked prompts, 300 prompts for bullets
-    test: int = 300  # instructions or bullets held out, or prompts of reviews
-    seed: int = 0
+    rows: NonNegativeInt = 0  # to train on; 0: 3,000 instructions, 10,000 reviews, 1,000 ranked prompts, 300 prompts for bullets
+    test: PositiveInt = 300  # instructions or bullets held out, or prompts of reviews
+    seed: Seed = 0
 
 
 def write_jsonl(path, records):

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from model import ModelConfig, rope_frequencies
-from nano import config, data, families, files, tokenizer, weights
+from nano import config, families, files, store, tokenizer, weights
 from nano.config import UserError
 from prepare.gguf import Gguf
 
@@ -652,7 +652,7 @@ def main(cfg):
             tmp.mkdir(parents=True)
             convert(cfg.source, tmp, dtype, scratch)
             model = weights.load_model(tmp)  # the proof that names and shapes are right
-            data.replace_dir(tmp, out)
+            store.replace_dir(tmp, out)
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             raise

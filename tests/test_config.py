@@ -4,7 +4,7 @@ import sys
 import textwrap
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, Optional
+from typing import ClassVar, Literal, Optional
 
 import pytest
 from conftest import ROOT
@@ -390,3 +390,21 @@ def test_run_is_quiet_when_the_reader_leaves(script):
         p.stdout.close()
         assert p.stderr.read() == ""
     assert p.returncode == 141
+
+
+@dataclass
+class Preset:
+    PRESETS: ClassVar = {"algo": {"ppo": dict(kind="gae"), "grpo": dict(kind="std", coef=0.1)}}
+    kind: str = "gae"
+    coef: config.NonNegativeFloat = 0.5
+
+
+def test_a_built_in_preset_expands_where_it_stands(capsys):
+    assert config.load(Preset, ["algo=grpo"]) == Preset("std", 0.1)
+    assert config.load(Preset, ["algo=grpo", "coef=0.3"]) == Preset("std", 0.3)
+    assert config.load(Preset, ["coef=0.3", "algo=grpo"]) == Preset("std", 0.1)
+    assert "algo" not in config.to_cfg(config.load(Preset, ["algo=grpo"]))
+    with pytest.raises(SystemExit):
+        config.load(Preset, ["algo=dpo"])
+    assert "algo=dpo: expected one of ppo, grpo" in capsys.readouterr().err
+    assert "algo=grpo" in config.help_text(Preset)

@@ -220,7 +220,7 @@ def test_defaults_of_absent_keys_are_transformers(tmp_path):
 @pytest.mark.parametrize(
     "change, said",
     [
-        (dict(architectures=["GPT2LMHeadModel"], model_type="gpt2"), "GPT2LMHeadModel"),
+        (dict(architectures=["BloomForCausalLM"], model_type="bloom"), "BloomForCausalLM"),
         (dict(architectures=["MixtralForCausalLM"], model_type="mixtral"), "MixtralForCausalLM"),
         (dict(model_type="gemma"), "gemma"),
         (dict(hidden_act="gelu"), "gelu"),

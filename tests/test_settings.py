@@ -5,6 +5,7 @@ import importlib
 import re
 import subprocess
 import sys
+import typing
 
 import pytest
 import tiny
@@ -28,7 +29,7 @@ FREE = {
 }
 TABLE = {  # key: (values that are refused, values at the edge that are not)
     **dict.fromkeys(
-        "lr weight_decay grad_clip epochs steps eval_every lora_rank temperature seed top_k".split(),
+        "lr weight_decay grad_clip epochs steps lora_rank temperature seed top_k".split(),
         ([-1], [0]),
     ),
     **dict.fromkeys(
@@ -37,6 +38,7 @@ TABLE = {  # key: (values that are refused, values at the edge that are not)
     **dict.fromkeys("beta lora_alpha rope_theta".split(), ([0, -0.1], [0.001])),
     **dict.fromkeys("beta1 beta2 lora_dropout".split(), ([-0.1, 1, 1.5], [0, 0.999])),
     **dict.fromkeys("warmup_ratio gamma lam".split(), ([-0.1, 1.1], [0, 1])),
+    **dict.fromkeys("eval_every save_every sample_every".split(), ([-2], [-1, 0])),
     "top_p": ([0, -0.1, 1.1], [1]),
 }
 
@@ -53,7 +55,8 @@ def needed(Config):
 def test_numbers_out_of_range(script):
     Config = importlib.import_module(script).Config
     numbers = {f.name for f in dataclasses.fields(Config) if type(f.default) in (int, float)}
-    ranged = {key for _, keys in config.RANGES.values() for key in keys.split()}
+    kinds = typing.get_type_hints(Config, include_extras=True)
+    ranged = {key for key, kind in kinds.items() if hasattr(kind, "__metadata__")}
     assert numbers <= ranged | FREE  # a new number has to be given its range
     for key in numbers & TABLE.keys():
         whole = type(next(f.default for f in dataclasses.fields(Config) if f.name == key)) is int

@@ -61,7 +61,7 @@ def test_shards(shard_bytes, files, tmp_path):
     x = torch.arange(20)[None]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.no_grad():
-        assert (theirs(x).logits - model.logits(model(x))).abs().max() < 1e-3
+        assert (theirs(x).logits - model.logits(model.hidden(x))).abs().max() < 1e-3
     mode = (tmp_path / "config.json").stat().st_mode
     assert all(path.stat().st_mode == mode for path in tmp_path.iterdir())
     assert not list(tmp_path.glob("*.tmp"))
@@ -523,15 +523,15 @@ def test_peak_memory_at_load(stored, wanted, tmp_path):
 
 
 class Rank:
-    """What checkpoint.py asks of a runtime, on one process."""
+    """What nano/state.py asks of a runtime, on one process."""
 
     is_main, world = True, 1
     once = staticmethod(lambda f, *args: f(*args))
     all_sum = staticmethod(lambda x: x)
     rng_state = staticmethod(lambda: {"cpu": torch.get_rng_state()})
     saving_group = staticmethod(lambda: None)
-    full = staticmethod(lambda tensors: {name: t.detach().clone() for name, t in tensors.items()})
-    prime = staticmethod(lambda optimizer: None)
+    gather = staticmethod(lambda tensors: {name: t.detach().clone() for name, t in tensors.items()})
+    init_moments = staticmethod(lambda optimizer: None)
 
     @staticmethod
     def set_rng_state(state):
@@ -556,7 +556,7 @@ def trainer(kind, dtype=torch.float32):
 def steps(model, optimizer, n):
     for _ in range(n):
         x = torch.randint(0, 50, (2, 8))  # from the generator that the state holds
-        model.logits(model(x)).float().square().mean().backward()
+        model.logits(model.hidden(x)).float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
