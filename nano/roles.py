@@ -65,14 +65,17 @@ class Role:
 
     def values(self, batch, training=False):
         """The head's number before each action, (b, R) fp32."""
-        return spread(self._heads(batch, training), batch)
+        return spread(self._heads(batch, training)[batch["index"]], batch)
 
     def scores(self, batch):
         """The head's number at each episode's last token, (b,) fp32."""
-        return self._heads(batch | dict(index=batch["last"]))
+        return self._heads(batch)[batch["last"]]
 
     def _heads(self, batch, training=False):
-        return self.head(self.hidden(batch, training)) * self.scale[0] + self.scale[1]
+        # of all positions: how a product of one column rounds depends on its number of rows
+        every = torch.arange(batch["tokens"].numel(), device=batch["tokens"].device)
+        hidden = self.hidden(batch | dict(index=every), training)
+        return self.head(hidden) * self.scale[0] + self.scale[1]
 
 
 # ---------------------------------------------------------------------------------------------- episodes
