@@ -172,6 +172,37 @@ def write_qwen(cfg):
     return out
 
 
+def read_gpt2(c, fields):
+    name = c["activation_function"]
+    if name not in GPT2_ACTIVATIONS:
+        known = ", ".join(GPT2_ACTIVATIONS)
+        raise UserError(f"activation_function {name!r} is not supported ({known} are)")
+    for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        if c.get(key):
+            raise UserError(f"{key} is not supported")
+    if c.get("scale_attn_weights") is False:
+        raise UserError("scale_attn_weights=false is not supported")
+    return {
+        "n_kv_heads": fields["n_heads"],
+        "head_dim": fields["dim"] // fields["n_heads"],
+        "ffn_dim": checked(c.get("n_inner") or 4 * fields["dim"], "n_inner", int),
+        "activation": GPT2_ACTIVATIONS[name],
+    }
+
+
+def write_gpt2(cfg):
+    names = {ours: theirs for theirs, ours in reversed(GPT2_ACTIVATIONS.items())}
+    return {"n_inner": cfg.ffn_dim, "activation_function": names.get(cfg.activation)}
+
+
+# activation_function -> activation
+GPT2_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
 FULL, SLIDING = "full_attention", "sliding_attention"
 ROPE = {  # kinds of rope scaling, and the numbers that they need
     "default": (),
@@ -264,6 +295,57 @@ FAMILIES = {  # by model_type
         read=read_qwen,
         write=write_qwen,
         always={"qk_norm": True},
+    ),
+    "gpt2": Family(
+        {"lm": "GPT2LMHeadModel", "score": "GPT2ForSequenceClassification"},
+        keys={
+            "vocab_size": "vocab_size",
+            "dim": "n_embd",
+            "n_layers": "n_layer",
+            "n_heads": "n_head",
+            "max_positions": "n_positions",
+            "norm_eps": "layer_norm_epsilon",
+            "tie_embeddings": "tie_word_embeddings",
+        },
+        defaults={
+            "n_positions": 1024,
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+            "activation_function": "gelu_new",
+        },
+        read=read_gpt2,
+        write=write_gpt2,
+        always={
+            "norm": "layer",
+            "positions": "learned",
+            "mlp": "plain",
+            "qkv_bias": True,
+            "o_bias": True,
+            "mlp_bias": True,
+        },
+        tensors={
+            "transformer.wte": "model.embed_tokens",
+            "transformer.wpe": "model.embed_positions",
+            "transformer.h.{}.ln_1": "model.layers.{}.input_layernorm",
+            "transformer.h.{}.attn.c_attn": (
+                "model.layers.{}.self_attn.q_proj",
+                "model.layers.{}.self_attn.k_proj",
+                "model.layers.{}.self_attn.v_proj",
+            ),
+            "transformer.h.{}.attn.c_proj": "model.layers.{}.self_attn.o_proj",
+            "transformer.h.{}.ln_2": "model.layers.{}.post_attention_layernorm",
+            "transformer.h.{}.mlp.c_fc": "model.layers.{}.mlp.up_proj",
+            "transformer.h.{}.mlp.c_proj": "model.layers.{}.mlp.down_proj",
+            "transformer.ln_f": "model.norm",
+        },
+        layouts={
+            "transformer.h.{}.attn.c_attn": CONV1D,
+            "transformer.h.{}.attn.c_proj": CONV1D,
+            "transformer.h.{}.mlp.c_fc": CONV1D,
+            "transformer.h.{}.mlp.c_proj": CONV1D,
+        },
+        prefix="transformer.",
+        ignored=r"\.attn\.(masked_)?bias$",
     ),
 }
 

@@ -34,7 +34,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 
-from model import ScoreHead, by_document
+from model import ScoreHead
 from nano import losses, optim, tensor
 from nano.config import UserError
 
@@ -170,7 +170,8 @@ class Runtime:
             model.recompute = self.recompute
         losses.compiled = compile  # a global: a process runs all of its models compiled, or none
         if compile:
-            compile_layers(model)
+            for layer in model.layers:
+                layer.compile()
         if self.grid is not None and self.tensor > 1:
             dtype_of = functools.partial(parameter_dtype, dtype=self.dtype)
             tensor.shard(model, self.grid["tensor"], dtype_of)
@@ -417,15 +418,6 @@ def join(device):
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     sys.excepthook = end_at_once
     return ranks
-
-
-def compile_layers(model):
-    """torch.compile of each layer, except for attention by document, where each list of lengths
-    would compile a new graph."""
-    eager = torch.compiler.disable(by_document)
-    for layer in model.layers:
-        layer.self_attn.by_document = eager
-        layer.compile()
 
 
 def parameter_dtype(module, p, dtype):

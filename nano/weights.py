@@ -24,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import lora
-from model import ScoreHead, Transformer
+from model import ScoreHead, Transformer, empty
 from nano import tokenizer
 from nano.config import UserError
-from nano.families import FAMILIES, config_json, load_config, places
+from nano.families import CONV1D, FAMILIES, config_json, load_config, places
 from nano.files import read_json, sync, write_json, write_text
 
 STRETCH = 1 << 24  # bytes of a tensor that are converted at a time
@@ -177,16 +177,6 @@ def write_tensors(tensors, dir, name="model", shard_bytes=5e9):
     tmp.rmdir()
 
 
-class NoInit(torch.overrides.TorchFunctionMode):
-    """torch.nn.init does nothing. On the meta device it would compute nothing either, but import
-    seconds of compiler."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return (args or tuple(kwargs.values()))[0]
-        return func(*args, **(kwargs or {}))
-
-
 def load_model(dir, device="cpu", dtype=None, head=None):
     """A model directory -> Transformer, on `device`, in `dtype` (None: the one its embedding is
     stored in).
@@ -202,8 +192,7 @@ def load_model(dir, device="cpu", dtype=None, head=None):
         raise UserError(f"{dir} is a score model: it has no language-model head")
     cfg = dataclasses.replace(cfg, head=head or cfg.head)
     try:
-        with torch.device("meta"), NoInit():
-            model = Transformer(cfg)
+        model = empty(cfg)
     except ValueError as e:
         raise UserError(f"{dir}: {e}") from None
     family = FAMILIES[cfg.family]
@@ -350,30 +339,49 @@ def read_score_scale(dir):
 PREFIX = "base_model.model."
 
 
+def adapter_places(cfg, names):
+    """Which layers of a file carry the adapters of the linear layers `names`: {layer in the file: [names here]}. A layer that the
+    file fuses has several names here."""
+    stored = places(cfg, [f"{name}.weight" for name in names])
+    return {
+        layer.removesuffix(".weight"): [part.removesuffix(".weight") for part in parts]
+        for layer, (parts, _) in stored.items()
+    }
+
+
 def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
-    """Writes the adapter as a PEFT directory. A trained head (`score`) goes along in full, as
-    modules_to_save.
-    base: the model directory it belongs to, kept in adapter_config.json. tensors: the model's
-    tensors where they are gathered already (sharded training); default: its own. tok: the Tokenizer
-    trained with; a chat template that is not the base's own goes along."""
-    layers = [(n, m) for n, m in lora.adapted(model) if name in m.scales]
+    """Writes the adapter as a PEFT directory. A trained head (`score`) goes along in full, as modules_to_save.
+    base: the model directory it belongs to, kept in adapter_config.json. tensors: the model's tensors where they are gathered
+    already (sharded training); default: its own. tok: the Tokenizer trained with; a chat template that is not the base's own goes
+    along.
+
+    The adapters of k layers that the family's files fuse into one become one of k times the rank, see fuse_adapters. A directory
+    has one rank: other layers are filled up with zeros."""
+    layers = {n: m for n, m in lora.adapted(model) if name in m.scales}
     if not layers:
         raise KeyError(f"there is no adapter {name!r} on this model")
     tensors = dict(model.named_parameters()) if tensors is None else tensors
-    names = [n for n, _ in layers]
-    out = {
-        f"{PREFIX}{n}.{ab}.weight": tensors[f"{n}.{ab}.{name}"]
-        for n in names
-        for ab in ("lora_A", "lora_B")
-    }
+    stored = adapter_places(model.cfg, lora.linear_names(model))
+    adapted = {layer: parts for layer, parts in stored.items() if layers.keys() & set(parts)}
+    first = next(iter(layers.values()))
+    ranks = {n: m.lora_A[name].shape[0] for n, m in layers.items()}
+    rank = max(sum(ranks.get(part, 0) for part in parts) for parts in adapted.values())
+    out = {}
+    for layer, parts in adapted.items():
+        pairs = []
+        for part in parts:
+            A, B = (tensors.get(f"{part}.{ab}.{name}") for ab in ("lora_A", "lora_B"))
+            pairs.append((A, B, model.get_submodule(part).out_features))
+        A, B = fuse_adapters(pairs, rank)
+        out[f"{PREFIX}{layer}.lora_A.weight"] = A
+        out[f"{PREFIX}{layer}.lora_B.weight"] = B
     score = "score.weight" in tensors
     if score:
-        out[PREFIX + "score.weight"] = tensors["score.weight"]
-    first = layers[0][1]
-    rank = len(first.lora_A[name])
-    # a suffix says it all where every layer of that name is adapted
-    leaves = {n.rpartition(".")[2] for n in names}
-    whole = all(n in names for n in lora.linear_names(model) if n.rpartition(".")[2] in leaves)
+        out[PREFIX + "score.weight"] = tensors["score.weight"].detach().cpu().contiguous()
+    leaves = {layer.rpartition(".")[2] for layer in adapted}
+    # whether a suffix names these layers and no others
+    whole = all(layer in adapted for layer in stored if layer.rpartition(".")[2] in leaves)
+    layouts = [layout for _, layout in places(model.cfg, [f"{n}.weight" for n in layers]).values()]
     config = dict(  # what else there is has peft's defaults
         peft_type="LORA",
         task_type="SEQ_CLS" if score else "CAUSAL_LM",
@@ -381,9 +389,10 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
         r=rank,
         lora_alpha=first.scales[name] * rank,
         lora_dropout=first.dropouts[name],
-        target_modules=sorted(leaves if whole else names),
+        target_modules=sorted(leaves if whole else adapted),
         modules_to_save=["score"] if score else None,
         bias="none",
+        fan_in_fan_out=CONV1D in layouts,
         inference_mode=True,
     )
     write_tensors(out.items(), dir, name="adapter_model")
@@ -397,6 +406,24 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
         *Path(dir).glob("model*.safetensors*"),
     ):  # of an earlier run without lora_rank=
         path.unlink(missing_ok=True)
+
+
+def fuse_adapters(pairs, rank):
+    """The adapters of layers that are one in the file, [(A, B, rows of the layer)], as one: A (rank, in), B (out, rank). Each has
+    rows of A and columns of B for itself, so that the products are theirs. A and B are None where a layer has none."""
+    rows = sum(size for _, _, size in pairs)
+    filled = [(A, B) for A, B, _ in pairs if A is not None]
+    A = torch.zeros(rank, filled[0][0].shape[1])
+    B = torch.zeros(rows, rank)
+    row = column = 0
+    for part_A, part_B, size in pairs:
+        if part_A is not None:
+            end = column + len(part_A)
+            A[column:end] = part_A.detach()
+            B[row : row + size, column:end] = part_B.detach()
+            column = end
+        row += size
+    return A, B
 
 
 def read_adapter_config(dir):
@@ -413,7 +440,6 @@ def read_adapter_config(dir):
     unsupported = dict(
         use_dora=False,
         bias="none",
-        fan_in_fan_out=False,
         rank_pattern={},
         alpha_pattern={},
         megatron_config=None,
@@ -440,46 +466,51 @@ def read_adapter_config(dir):
 
 
 def load_adapter(model, dir, name="default"):
-    """Reads a PEFT directory into the adapter `name`: made active, not frozen, without the dropout
-    that it was trained with (RL trains on it further, and must see the same probabilities twice).
-    Raises UserError for another base's adapter."""
+    """Reads a PEFT directory into the adapter `name`: made active, not frozen, without the dropout that it was trained with (RL
+    trains on it further, and must see the same probabilities twice). The adapter of a layer that the family's files fuse becomes
+    adapters of its parts here, each with the same A. Raises UserError for another base's adapter."""
     config = read_adapter_config(dir)
     rank, alpha = config["r"], config["lora_alpha"]
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    if not lora.adapted(model):
-        model.requires_grad_(False)
-    linears, layers, found = set(lora.linear_names(model)), {}, {}
+    stored = adapter_places(model.cfg, lora.linear_names(model))
+    layers = {}  # layer in the file -> {"lora_A": tensor, "lora_B": tensor}
+    head = None
     for key, tensor in read_tensors(dir, name="adapter_model").items():
-        stem = key.removeprefix(PREFIX).removesuffix(".weight")
-        module, _, ab = stem.rpartition(".")
-        if stem in ("score", "score.modules_to_save"):
-            found["score.weight"] = tensor
-        elif module in linears and ab in ("lora_A", "lora_B"):
-            found[f"{module}.{ab}.{name}"] = tensor
-            layers[module] = None
+        layer, _, ab = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if layer in stored and ab in ("lora_A", "lora_B"):
+            parts = [model.get_submodule(part) for part in stored[layer]]
+            rows = sum(part.out_features for part in parts)
+            size = (rank, parts[0].in_features) if ab == "lora_A" else (rows, rank)
+            layers.setdefault(layer, {})[ab] = tensor
+        elif (layer, ab) in (("", "score"), ("score", "modules_to_save")):
+            if not hasattr(model, "score"):
+                raise UserError(
+                    f"{dir}: the adapter carries a score head, but the model was not opened as a score model"
+                )
+            size = tuple(model.score.weight.shape)
+            head = tensor
         else:
             raise UserError(
                 f"{dir}: tensor {key} belongs to no layer that is adapted here: an adapter for another base?"
             )
-    if "score.weight" in found and not hasattr(model, "score"):
+        if tuple(tensor.shape) != size:
+            raise UserError(
+                f"{dir}: {key} is {tuple(tensor.shape)}, this model takes {size}: an adapter for another base?"
+            )
+    if not layers or any(len(pair) < 2 for pair in layers.values()):
         raise UserError(
             f"{dir}: the adapter carries a score head, but the model was not opened as a score model"
         )
-    if not layers:
-        raise UserError(f"{dir}: adapter_model.safetensors is incomplete: it adapts no layer")
-    for module in layers:
-        lora._wrap(model, module).add(name, rank, scale, 0.0)
-    targets = {
-        key: p for key, p in model.named_parameters() if key in found or key.endswith(f".{name}")
-    }
-    check_tensors(
-        dir,
-        {key: p.shape for key, p in targets.items()},
-        found,
-        "the model: they are incomplete, or of an adapter for another base",
-    )
-    for key, p in targets.items():
-        p.data.copy_(found[key])
+    if not lora.adapted(model):
+        model.requires_grad_(False)
+    new = dict(dtype=torch.float32, device=model.model["embed_tokens"].weight.device, copy=True)
+    for layer, pair in layers.items():
+        parts = [lora.wrap(model, part) for part in stored[layer]]
+        pieces = pair["lora_B"].split([part.out_features for part in parts])
+        for part, B in zip(parts, pieces, strict=True):
+            part.put(name, pair["lora_A"].to(**new), B.to(**new), scale)
+    if head is not None:
+        model.score.weight.data.copy_(head)
     lora.use(model, name)
 
 

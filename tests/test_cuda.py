@@ -183,7 +183,7 @@ def test_samples_equal_the_cpus(settings):
 def test_graphs_do_what_steps_do(dtype):
     model, prompts = moved(small()).to(dtype), ragged(9)
     made = [
-        generate(model, prompts, 150, batch_size=4, seed=1, stop_ids=(5,), graphs=graphs)
+        generate(model, prompts, 150, batch_size=4, seed=1, stop_ids=(5,), plan=dict(graphs=graphs))
         for graphs in (True, False)
     ]
     assert made[0].tokens == made[1].tokens and made[0].logprobs == made[1].logprobs

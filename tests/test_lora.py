@@ -67,7 +67,7 @@ def test_the_update_is_scale_times_b_a(rslora, scale):
     lora.apply(model, rank=4, alpha=8, rslora=rslora)
     shake(model)
     layer, x = model.layers[1].mlp.up_proj, torch.randn(3, 32)
-    right = x @ (layer.weight + scale * layer.lora_B["default"] @ layer.lora_A["default"]).t()
+    right = x @ (layer.base.weight + scale * layer.lora_B["default"] @ layer.lora_A["default"]).t()
     torch.testing.assert_close(layer(x), right)
 
 
@@ -186,6 +186,49 @@ def test_a_bf16_base_carries_fp32_adapters():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model.logits(model.hidden(TOKENS)).float().square().mean().backward()
     assert all(p.grad.dtype == torch.float32 for p in tiny.adapter_parameters(model))
+
+
+class Halves(torch.nn.Module):
+    """A linear layer that keeps its weight in another form than a matrix: as a quantised one would."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self.register_buffer("ints", (linear.weight.detach() * 256).round().to(torch.int16))
+
+    def dense(self):
+        return self.ints.float() / 256
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.dense().to(x.dtype), self.bias)
+
+
+def test_a_base_that_is_no_matrix():
+    """An adapter stands around whatever multiplies: forward, merge, decoding, names."""
+    model, plain = tiny.model(), tiny.model()
+    for name in lora.linear_names(model):
+        model.set_submodule(name, Halves(model.get_submodule(name)))
+        layer = plain.get_submodule(name)
+        layer.weight.data = model.get_submodule(name).dense()
+    assert lora.linear_names(model) == lora.linear_names(plain)
+    for m in (model, plain):
+        lora.apply(m, rank=4, alpha=8)
+        shake(m)
+    assert lora.linear_names(model) == lora.linear_names(plain) and len(lora.adapted(model)) == 14
+    assert torch.equal(logits(model), logits(plain))
+    samples = [
+        generate.generate(m, [[1, 2, 3]], 20, temperature=0.0, plan=dict(pack=pack)).tokens
+        for m in (model, plain)
+        for pack in (False, True)
+    ]
+    assert samples[0] == samples[1] == samples[2] == samples[3]
+    lora.use(model, None)
+    assert generate.generate(model, [[1, 2, 3]], 20, temperature=0.0).tokens != samples[0]
+    assert model.training and all(m.training for m in model.modules())
+    lora.use(model, "default")
+    merged = lora.merge(model)
+    assert torch.equal(logits(merged), logits(lora.merge(plain)))
 
 
 # ---------------------------------------------------------------------------------------------- PEFT directories
