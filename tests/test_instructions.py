@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from nano import config, data, tokenizer
 from nano.config import UserError
-from prepare import instructions, records
+from prepare import convert, instructions, records
 
 
 @pytest.fixture(scope="session")
@@ -426,7 +426,7 @@ def spoil(rng, value):
 def test_no_record_is_a_traceback(model, template):
     rng, bad, good = random.Random(0), 0, 0
     job = instructions.Config(source="any", model=model, out="", template=template)
-    instructions.setup(job)
+    tok = tokenizer.load(model, template=template)
     for _ in range(3000):
         job.source, record = rng.choice(
             [(n, r[0]) for n, r in SETS.items()] + [("any", r) for r in MORE] * 2
@@ -434,12 +434,12 @@ def test_no_record_is_a_traceback(model, template):
         for _ in range(rng.randint(1, 2)):
             record = spoil(rng, record)
         try:
-            ids, mask, truncated = instructions.encode(records.parse(record))
-        except (instructions.Drop, records.BadRecord) as e:
+            [(ids, mask)], _, counts = instructions.encode(job, tok, records.parse(record))
+        except (convert.Drop, records.BadRecord) as e:
             assert str(e)
             bad += 1
         else:
-            assert len(ids) == len(mask) and mask[-1] == 1 and not truncated
+            assert len(ids) == len(mask) and mask[-1] == 1 and not counts["truncated"]
             good += 1
     assert bad > 1000 and good > 100
 
