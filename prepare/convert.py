@@ -1,13 +1,16 @@
-"""The conversion program of prepare.instructions and prepare.preferences: records to a prepared data folder.
+"""Records to a prepared data folder: what prepare.instructions and prepare.preferences share.
 
-A script says what a record becomes. It has a function encode(cfg, tok, record) that returns (rows, key, counts):
+A script has a function encode(cfg, tok, record) that returns (rows, key, counts):
 
-    rows      [(ids, mask), ...]: the one row of an instruction, or the completions of a prompt, best first
-    key       ids; their hash decides whether the rows are held out, so that equal keys are never on both sides
-    counts    {name: number} of what else the script wants summed over all records
+    rows      [(ids, mask), ...]: one row, or the completions of a prompt, best first
+    key       ids whose hash decides whether the rows are held out: equal keys are in one split
+    counts    {name: number} of anything else that is to be summed over all records
 
-It raises Drop or BadRecord for a record without rows. This file reads the records, encodes them on all cores, writes the
-rows in the order of the records, holds some of them out, and prints a report. A unit is a row or a group of rows.
+It raises Drop or BadRecord for a record without rows.
+
+This file reads the records and encodes them on all cores. It writes the rows in the order of the
+records, holds some of them out, and prints a report. A unit is what one record gives: a row, or a
+group of rows.
 """
 
 import contextlib
@@ -28,15 +31,14 @@ from nano.data import Store, Writer, check_target, read_meta
 from prepare import records
 from prepare.records import BadRecord
 
-RUN = 1024  # units that are copied into a split at once
+RUN = 1024  # rows that are copied into a split at once
 
 
 class Drop(Exception):
-    """A record that is in order but gives no rows. The text is the reason that it is counted under."""
+    """A record that is in order but gives no rows. It is counted under the exception's text."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the fields of a record -> messages
+# --------------------------------------------------------------- the fields of a record -> messages
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -47,11 +49,12 @@ ROLES = {
 
 
 def message(role, content, **more):
+    """A message as tok.render takes it."""
     return {"role": role, "content": content, **more}
 
 
 def text(record, key):
-    """The text in a field; BadRecord when there is none."""
+    """The text in a field of a record; BadRecord when there is none."""
     value = record.get(key)
     if isinstance(value, str):
         return value
@@ -61,12 +64,12 @@ def text(record, key):
 
 
 def system(record):
-    """The system prompt that stands in a field of its own: a list of one message or none."""
+    """[the message of the field "system"], or [] where the record has none."""
     return [message("system", record["system"])] if record.get("system") else []
 
 
 def history(record):
-    """The rounds before an instruction: [[question, answer], ...]."""
+    """The rounds before an instruction, [[question, answer], ...]."""
     rounds = record.get("history") or []
     if not isinstance(rounds, list) or not all(
         isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in rounds
@@ -103,9 +106,9 @@ def turns(items):
 
 
 def task(columns, name, answer):
-    """A question in named parts and its answer, as two messages.
+    """Two messages: a question in parts, columns [[name, part], ...], and its answer of that name.
 
-    The column template lays the parts out under their names. The others join them.
+    The template "columns" lays the parts out under their names. Other templates take them joined.
     """
     columns = [[column, part] for column, part in columns if part]
     question = "\n\n".join(part for _, part in columns)
@@ -115,14 +118,13 @@ def task(columns, name, answer):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# records -> rows, in a worker process
+# ------------------------------------------------------------- records -> rows, in a worker process
 
-job = SimpleNamespace()  # of this process: cfg, encode, template and the tokenizer, tok
+job = SimpleNamespace()  # cfg, encode, template and tok of this process; `setup` fills it
 
 
 def setup(cfg, encode, template):
-    """Readies this process for encode_chunk. template: that of tokenizer.load. Returns the tokenizer."""
+    """Prepares this process for encode_chunk. `template` goes to tokenizer.load. Returns tok."""
     job.cfg = cfg
     job.encode = encode
     job.template = template
@@ -131,7 +133,10 @@ def setup(cfg, encode, template):
 
 
 def render(tok, messages, last_only):
-    """(ids, mask bytes) of a conversation up to its last target: nothing is learned from what follows."""
+    """(ids (T,), mask (T,) bytes) of a conversation; BadRecord where the template does not fit it.
+
+    They end with the last target, because nothing is learned from what follows it.
+    """
     try:
         ids, mask = tok.render(messages, last_only=last_only)
     except UserError as e:
@@ -142,11 +147,15 @@ def render(tok, messages, last_only):
 
 
 def encode_chunk(chunk):
-    """What a chunk of records.chunks becomes: U units of N rows.
+    """What the records of a chunk become: U units of N rows.
 
-    .tokens and .mask of all rows, one after another; .lengths (N,) of the rows in tokens; .sizes (U,) of the units in rows;
-    .hashes (U,) of the keys; .counts and .dropped: Counters of the script's counts, and of the records without rows by
-    reason; .bad: "file:line: reason" of each record that cannot be used.
+    .tokens, .mask     of all rows, one after another
+    .lengths (N,)      of the rows, in tokens
+    .sizes (U,)        of the units, in rows
+    .hashes (U,)       of their keys
+    .counts            Counter of the counts of `encode`
+    .dropped           Counter of the records without rows, by reason
+    .bad               "file:line: reason" of each record that cannot be used
     """
     name, items = chunk
     part = SimpleNamespace(
@@ -171,7 +180,8 @@ def encode_chunk(chunk):
             digest = hashlib.blake2b(key, digest_size=8, key=seed).digest()
             part.hashes.append(int.from_bytes(digest, "little"))
             part.sizes.append(len(rows))
-            part.counts.update(counts)
+            for what, number in counts.items():
+                part.counts[what] += number
             for ids, mask in rows:
                 part.tokens += ids
                 part.mask += mask
@@ -179,12 +189,11 @@ def encode_chunk(chunk):
     return part
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the whole job
+# ------------------------------------------------------------------------------------ the whole job
 
 
 def start(cfg, encode, template):
-    """(tokenizer, Writer of the prepared folder). What a script adds to the Writer's .meta is kept in meta.json."""
+    """(tokenizer, Writer of the prepared folder). A script may add to .meta of the Writer."""
     check_target(cfg.out)
     tok = setup(cfg, encode, template)
     meta = dict(tokenizer=tok.fingerprint, template=tok.template, chat_template=tok.chat_template)
@@ -193,24 +202,24 @@ def start(cfg, encode, template):
 
 
 def fill(cfg, writer, unit, files, hub):
-    """Writes the units that cfg.val holds out into the split val, the others into train.
+    """Writes the units that cfg.val asks for into the split val, and the others into train.
 
-    unit: "row", or "group" where the rows of a record are a group. files: paths to read; None:
-    records.read_hub(*hub) is read.
-    Returns .rows, their number; .sizes and .hashes of the units; .counts and .dropped, {name:
-    number}, most first; .bad, for meta.json.
-    Raises UserError for a bad record under on_error=stop, and where no unit is left.
+    unit: "group" where the rows of a record are a group, else "row". files: the paths to read, or
+    None for records.read_hub(*hub).
+    Returns .rows, their number; .sizes and .hashes as encode_chunk does; .counts and .dropped as
+    dicts, largest number first; .bad, a dict for meta.json.
+    Raises UserError for a bad record under on_error=stop, and where there is no unit.
     """
     if cfg.val == "0" and unit == "row":
         return fill_split(cfg, writer, "train", unit, files, hub)
-    # a unit can only be held out when all hashes are known
+    # the hashes of all units decide which ones are held out, so all rows are copied a second time
     with Writer(writer.tmp / "all", writer.vocab_size) as every:
         total = fill_split(cfg, every, "all", unit, files, hub)
     held_out = records.held_out(np.asarray(total.hashes), cfg.val)
     store = Store(writer.tmp / "all", "all")
-    first_rows = np.cumsum([0, *total.sizes])  # (U + 1,)
+    first_rows = np.insert(np.cumsum(total.sizes, dtype=np.int64), 0, 0)  # (U + 1,)
     edges = np.arange(len(held_out) + 1)
-    if unit == "row":  # neighbours of one split are copied together
+    if unit == "row":  # copy neighbours that go into one split together
         changes = np.flatnonzero(np.diff(held_out)) + 1
         edges = np.union1d(changes, [*edges[::RUN], edges[-1]])
     for a, b in pairwise(edges):
@@ -225,7 +234,7 @@ def fill(cfg, writer, unit, files, hub):
 
 
 def fill_split(cfg, writer, split, unit, files, hub):
-    """The rows into one split, without their groups; returns what `fill` does."""
+    """Writes all rows into one split, without groups; returns and raises what `fill` does."""
     size = sum(f.stat().st_size for f in files) if files else None
     workers = cfg.workers or (records.cores() if size is None or size > 4e6 else 1)
     total = SimpleNamespace(rows=0, sizes=array("I"), hashes=array("Q"))
@@ -266,7 +275,7 @@ def fill_split(cfg, writer, split, unit, files, hub):
 
 
 def show(part, count):
-    """Prints the first `count` units, target tokens green (or in guillemets where NO_COLOR is set)."""
+    """Prints the first `count` units of a chunk. Targets are green, or in «» if NO_COLOR is set."""
     on, off = ("«", "»") if os.environ.get("NO_COLOR") else ("\033[32m", "\033[0m")
     pairs = zip(part.tokens, part.mask, strict=True)
     for length in part.lengths[: sum(part.sizes[:count])]:
@@ -277,9 +286,10 @@ def show(part, count):
 
 
 def report(cfg, unit, total, each, after_kept=(), before_tokens=()):
-    """Prints a line (name, number, note) for each thing that was counted; the last two arguments are lines of the script.
+    """Prints a table of lines (name, number, note).
 
-    total: what `fill` returned; each: what a row is called beside the mean number of its tokens.
+    total: what `fill` returned. each: what follows the mean length of a row. The last two are
+    lines of the script.
     """
     meta = read_meta(cfg.out)
     tokens = sum(split["tokens"] for split in meta["splits"].values())
@@ -291,7 +301,7 @@ def report(cfg, unit, total, each, after_kept=(), before_tokens=()):
         (f"{unit}s kept", kept, ", ".join(splits)),
         *after_kept,
         *((f"{unit}s dropped", n, reason) for reason, n in total.dropped.items()),
-        *(("bad records", bad, f"skipped; the first: {x}") for x in total.bad["first_bad"][:1]),
+        *(("bad records", bad, f"skipped; the first: {e}") for e in total.bad["first_bad"][:1]),
         *before_tokens,
         ("tokens", tokens, f"{tokens / total.rows:.1f} {each}"),
         ("target tokens", targets, f"{targets / tokens:.1%} of all"),

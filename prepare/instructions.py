@@ -1,14 +1,17 @@
-"""Instruction records to a prepared data folder: rendered, tokenized on all cores, with the target tokens marked.
+"""Instruction records to a prepared data folder: rendered, tokenized, the target tokens marked.
 
     python -m prepare.instructions source=alpaca.json model=models/smollm2 out=data/alpaca val=100
-    python -m prepare.instructions source=chats/ model=models/llama max_length=4096 train_on=last out=data/chats
-    python -m prepare.instructions source=tweets.jsonl text_field=output response_template="### Label:" ...
-    python -m prepare.instructions source=gsm8k path=gsm8k_train.jsonl template=columns model=... out=data/gsm8k
+    python -m prepare.instructions source=chats/ model=models/llama train_on=last out=data/chats
+    python -m prepare.instructions source=tweets.csv text_field=text response_template="Label:" ...
+    python -m prepare.instructions source=gsm8k path=train.jsonl template=columns model=... out=...
 
-`source` is a JSON, JSONL, CSV, TSV or Parquet file (.gz too), a folder of such files, a known set's name or a hub id.
-Record shapes are recognised one by one: Alpaca (instruction, input, output), messages or conversations (role/content or
-from/value), prompt/completion and its like; text_field= takes whole texts. Rows keep their order (sft.py shuffles them
-in every epoch); those to hold out are chosen by the hash of their content.
+`source` is a JSON, JSONL, CSV, TSV or Parquet file (.gz too), a folder of such files, the name of a
+known set, or a hub id. The shape of each record is recognised: Alpaca (instruction, input, output),
+messages or conversations (role/content or from/value), or pairs such as prompt/completion.
+With text_field= a record is one text.
+
+Rows keep the order of the records; sft.py shuffles them in every epoch. The rows to hold out are
+chosen by the hash of their content.
 """
 
 import re
@@ -47,8 +50,7 @@ class Config:
     show: int = 0  # examples to print, target tokens coloured
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# record -> messages
+# ------------------------------------------------------------------------------- record -> messages
 
 PAIRS = "prompt/completion prompt/response question/answer query/response input/output".split()
 
@@ -57,14 +59,14 @@ def recognise(record):
     """Messages of a record in one of the common shapes."""
     if record.get("tools") not in (None, "", [], "[]"):
         raise Drop("tool definitions (not rendered)")
-    # a table has nulls where another shape has fields
+    # a table has nulls in the fields that a record does not use
     record = {key: value for key, value in record.items() if value is not None}
     before = system(record)
     for key in ("messages", "conversations", "conversation"):
         if key in record:
             messages = before + turns(record[key])
             if messages[-1]["role"] != "assistant" and isinstance(record.get("chosen"), dict):
-                messages += turns([record["chosen"]])  # preference data: the better answer
+                messages += turns([record["chosen"]])  # the better answer of preference data
             return messages
     if "instruction" in record:
         answer = text(record, "response" if "response" in record else "output")
@@ -91,7 +93,7 @@ def recognise(record):
     )
 
 
-# the training sets that go by name, each to the columns of its template
+# Training sets that are known by name. The parts of a record become columns.
 
 
 def cot(r):
@@ -102,7 +104,7 @@ def cot(r):
 def slimorca(r):
     messages = turns(r.get("conversations"))
     if [m["role"] for m in messages].count("assistant") == 1:
-        # the column template lays out conversations of several answers like this itself
+        # the template "columns" lays out conversations with more answers like this by itself
         for m, speaker in zip(messages, r["conversations"], strict=True):
             m["columns"] = [["FROM", text(speaker, "from")], ["VALUE", m["content"]]]
         messages[-1]["columns"] = [["GPT", messages[-1]["content"]]]
@@ -118,6 +120,7 @@ def openorca(r):
 
 
 def choices(r, column, labels, texts, label):
+    """Messages of a question with several answers, of which the one with `label` is right."""
     if not (isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels)):
         raise BadRecord("'choices' is not a list of answers, with a label each")
     if label not in labels:
@@ -163,7 +166,7 @@ SETS = {  # name: (hub id, configurations, split, record -> messages)
 
 
 def split_text(cfg, record):
-    """A whole text as prompt and answer: the answer is what follows the last occurrence of the response template."""
+    """Messages of a whole text. The answer begins after the last response template in it."""
     whole = text(record, cfg.text_field)
     if not cfg.response_template:
         return [message("assistant", whole)]
@@ -173,12 +176,11 @@ def split_text(cfg, record):
     return [message("user", before + mark), message("assistant", answer)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# messages -> a row
+# -------------------------------------------------------------------------------- messages -> a row
 
 
 def encode(cfg, tok, record):
-    """([(ids (T,), mask (T,) bytes)], ids, counts) of a record, as convert.py takes them."""
+    """([(ids (T,), mask (T,) bytes)], ids, {"truncated": 0 or 1}) of a record, for convert.py."""
     if cfg.text_field:
         messages = split_text(cfg, record)
     elif cfg.source in SETS:
@@ -202,12 +204,11 @@ def encode(cfg, tok, record):
     return [(ids, mask)], ids, {"truncated": int(truncated)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the whole job
+# ------------------------------------------------------------------------------------ the whole job
 
 
 def find_files(cfg, hub):
-    """The files of the source; None: they are on the hub."""
+    """The files of the source; None for those of the hub. UserError where it can be neither."""
     known = cfg.source in SETS
     if cfg.path and not known:
         raise UserError(
@@ -216,7 +217,7 @@ def find_files(cfg, hub):
         )
     path = cfg.path or cfg.source
     files = records.find_files(path, cfg.out) if path != cfg.source or not known else None
-    # org/name is an id of the hub, unless it looks like a path with a slip in it
+    # org/name is an id of the hub, unless it looks like a mistyped path
     is_path = records.suffix(Path(hub)) in records.SUFFIXES or Path(hub).parent.exists()
     if not files and (cfg.path or is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", hub)):
         near = config.nearest(cfg.source, SETS)

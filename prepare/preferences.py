@@ -1,18 +1,22 @@
-"""Preference records to a prepared data folder of groups: one prompt's completions, best first, for reward.py and dpo.py.
+"""Preference records to a prepared data folder of groups, for reward.py and dpo.py.
 
-    python -m prepare.preferences source=hh_harmless_test.jsonl.gz model=models/smollm2 out=data/hh val=462
-    python -m prepare.preferences source=dpo_en_demo.json model=models/smollm2 out=data/dpo val=50 max_length=2048
-    python -m prepare.preferences source=HuggingFaceH4/stack-exchange-preferences model=... out=data/stack val=1%
+    python -m prepare.preferences source=hh_harmless_test.jsonl.gz model=... out=data/hh val=462
+    python -m prepare.preferences source=dpo_en_demo.json model=models/smollm2 out=data/dpo val=50
+    python -m prepare.preferences source=HuggingFaceH4/stack-exchange-preferences model=... out=...
 
-`source` is a JSON, JSONL, CSV, TSV or Parquet file (.gz too), a folder of such files, or a hub id. Record shapes are recognised
-one by one, for any of the usual names of the prompt (a text, or messages):
+A group is a prompt's completions, best first. `source` is a JSON, JSONL, CSV, TSV or Parquet file
+(.gz too), a folder of such files, or a hub id. The shape of each record is recognised. The prompt
+has any of its usual names and is a text or messages. The completions are
 
-    chosen, rejected        texts, messages or lists of messages; whole transcripts of \\n\\nHuman: and \\n\\nAssistant: turns
-    completions             or responses, answers, candidates, output: a list, best first, or with scores (a list `scores`, or a
-                            score, overall_score, pm_score or rank in each): then they are sorted, and of equal ones the first stays
+    chosen, rejected   texts, messages, lists of messages, or whole transcripts of \\n\\nHuman: and
+                       \\n\\nAssistant: turns
+    completions        (or responses, answers, candidates, output) a list, best first. It is sorted
+                       where there are scores: a list `scores`, or a score, overall_score, pm_score
+                       or rank in each completion. Of equal scores the first completion stays.
 
-Every completion is rendered behind its prompt as in supervised fine-tuning, and its row ends with the last target token: the
-end of turn. Completions that are empty, too long, or there twice are dropped, never cut; so is a group with fewer than two left.
+Every completion is rendered behind its prompt as in supervised fine-tuning. Its row ends with the
+last target token, the end of turn. Completions that are empty, too long or there twice are dropped,
+and so is a group with fewer than two left. Nothing is truncated.
 """
 
 import math
@@ -50,24 +54,18 @@ class Config:
     show: int = 0  # groups to print, target tokens coloured
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# record -> prompt and ranked completions
+# ---------------------------------------------------------- record -> prompt and ranked completions
 
 PROMPTS = "prompt question instruction query input".split()
 TURNS = "conversations conversation messages".split()
 LISTS = "completions responses answers candidates output".split()
 TEXTS = "response text answer completion output".split()
-SCORES = {
-    "overall_score": 1,
-    "score": 1,
-    "pm_score": 1,
-    "rank": -1,
-}  # field: whether more is better
+SCORES = {"overall_score": 1, "score": 1, "pm_score": 1, "rank": -1}  # -1: less is better
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 class Post(HTMLParser):
-    """The text of a forum's post: paragraphs, lists and code as plain text would have them."""
+    """The text of a forum's post in HTML; str() gives it with paragraphs, lists and code marked."""
 
     MARKS = {
         "p": "\n\n",
@@ -84,7 +82,7 @@ class Post(HTMLParser):
     def __init__(self, html):
         super().__init__()
         self.parts = []
-        self.depth = 0  # of <pre>, in which <code> needs no mark and spaces count
+        self.depth = 0  # of <pre>, where <code> has no mark and white space is kept
         self.feed(html)
         self.close()
 
@@ -113,7 +111,7 @@ class Post(HTMLParser):
 def transcript(whole):
     """Messages of a text of Human: and Assistant: turns.
 
-    Neighbouring turns of one side are joined, but the last turn stays alone.
+    Neighbouring turns of one side are joined, except for the last turn, which may be the answer.
     """
     start, *pieces = TURN.split(whole)
     if start.strip() or not pieces:
@@ -130,7 +128,7 @@ def transcript(whole):
 
 
 def prompt(record):
-    """Messages of the prompt, [] where the record has none of its own."""
+    """Messages of the prompt; [] where the record has no field for it."""
     before = system(record)
     key = next((key for key in (*TURNS, *PROMPTS) if record.get(key)), None)
     if key is None:
@@ -140,7 +138,7 @@ def prompt(record):
     question = text(record, key)
     if question.lstrip().startswith("Human:"):
         messages = transcript(question)
-        if not messages[-1]["content"]:  # the Assistant's turn, that the completions fill
+        if not messages[-1]["content"]:  # the Assistant's turn, which a completion fills
             messages.pop()
         return before + messages
     context = record.get("input") or "" if key == "instruction" else ""
@@ -155,7 +153,7 @@ def prompt(record):
 
 
 def ranked(record):
-    """(values best first, number of them dropped for equal scores); a value is a completion in any form."""
+    """(completions best first, in any form; the number of others, whose score is not their own)."""
     for better, worse in (("chosen", "rejected"), ("response_j", "response_k")):
         if record.get(better) is not None and record.get(worse) is not None:
             return [record[better], record[worse]], 0
@@ -179,7 +177,7 @@ def ranked(record):
     try:
         keys = [-sign * float(score) for score in scores]
         order = sorted(zip(keys, range(len(values)), strict=True))
-        if not all(map(math.isfinite, keys)):  # missing ones, of a table
+        if not all(map(math.isfinite, keys)):  # a table has NaN where a score is missing
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         raise BadRecord(
@@ -192,13 +190,11 @@ def ranked(record):
 
 
 def conversation(before, value):
-    """Messages of one completion behind its prompt."""
+    """Messages of a prompt and one completion in any form."""
     if isinstance(value, str) and TURN.match(value.lstrip()):
         whole = transcript(value.lstrip())
-        prompt = [m for m in before if m["role"] != "system"]
-        texts = [(m["role"], m["content"]) for m in prompt]
-        if [(m["role"], m["content"]) for m in whole[:-1]][: len(prompt)] == texts:
-            # the transcript begins with the prompt
+        prompt = [message(m["role"], m["content"]) for m in before if m["role"] != "system"]
+        if whole[:-1][: len(prompt)] == prompt:  # the transcript begins with the prompt
             return before[: len(before) - len(prompt)] + whole
     if isinstance(value, dict) and not {"role", "from"} & value.keys():
         key = next((key for key in TEXTS if key in value), None)
@@ -210,13 +206,13 @@ def conversation(before, value):
     messages = turns([value] if isinstance(value, dict) else value)
     if messages[0]["role"] == "system":
         return messages
-    if messages[0]["role"] == "user":  # the whole conversation, but the system prompt may be apart
+    if messages[0]["role"] == "user":  # the whole conversation, perhaps without its system prompt
         before = [m for m in before[:1] if m["role"] == "system"]
     return before + messages
 
 
 def recognise(record):
-    """(messages of the prompt, texts of the completions best first, Counter of the completions left out)."""
+    """(messages of the prompt, texts of the completions best first, Counter of those dropped)."""
     values, ties = ranked(record)
     before = prompt(record)
     prefix, completions = None, []
@@ -240,12 +236,14 @@ def recognise(record):
     return prefix, completions, Counter({"score equal to another's": ties})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# messages -> rows
+# --------------------------------------------------------------------------------- messages -> rows
 
 
 def encode(cfg, tok, record):
-    """([(ids (T,), mask (T,) bytes), ...] best first, ids of the prompt, Counter of the completions left out)."""
+    """([(ids (T,), mask (T,) bytes), ...] best first, ids of the prompt, Counter), for convert.py.
+
+    The Counter has the completions that are dropped, by reason.
+    """
     before, completions, dropped = recognise(record)
     rows, seen = [], set()
     for completion in completions:
@@ -253,7 +251,7 @@ def encode(cfg, tok, record):
             dropped["empty"] += 1
             continue
         answer = message("assistant", completion, columns=[["RESPONSE", completion]])
-        # the last token is a target: the score is read there
+        # the row ends with a target, where the score is read
         ids, mask = convert.render(tok, [*before, answer], last_only=True)
         if ids.tobytes() in seen:
             dropped["the same text twice"] += 1
@@ -264,7 +262,7 @@ def encode(cfg, tok, record):
         else:
             seen.add(ids.tobytes())
             rows.append((ids, mask))
-    dropped = +dropped  # without what is 0
+    dropped = +dropped  # without zeros
     if len(rows) < 2:
         reason = "fewer than two completions left"
         if dropped:
@@ -274,12 +272,11 @@ def encode(cfg, tok, record):
     return rows, ids[: mask.index(1)], dropped
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the whole job
+# ------------------------------------------------------------------------------------ the whole job
 
 
 def find_files(cfg):
-    """The files of the source; None: they are on the hub."""
+    """The files of the source; None for those of the hub. UserError where it can be neither."""
     files = records.find_files(cfg.source, cfg.out)
     is_path = "/" not in cfg.source or records.suffix(Path(cfg.source)) in records.SUFFIXES
     if not files and is_path:

@@ -66,7 +66,7 @@ def files_below(path, suffixes, outputs):
 
 
 def find_files(source, out):
-    """The files of `source`, a file or a folder, without those below `out`; None: it is neither."""
+    """The files of a file or folder `source`, without those below `out`; None if it is neither."""
     path = Path(source)
     if path.is_dir():
         return files_below(path, SUFFIXES, {Path(out).resolve()})
@@ -154,10 +154,10 @@ def read_array(f, name):
         )
 
     next_char()
-    move(at + 1)  # the opening bracket
+    at += 1  # behind the opening bracket
     more = next_char() != "]"
     if not more:
-        move(at + 1)
+        at += 1
     while more:
         next_char()
         start = line
@@ -180,7 +180,7 @@ def read_array(f, name):
         more = next_char() == ","
         if not more and next_char() != "]":
             broken("no comma or closing bracket after a record", line)
-        move(at + 1)
+        at += 1
     if next_char():
         broken("something follows the closing bracket", line)
 
@@ -300,7 +300,7 @@ def read_file(path, bar):
 
 @contextlib.contextmanager
 def open_file(path):
-    """(the bytes of a file without its gzip, the file on disk); UserError for what cannot be read."""
+    """(the file, decompressed if it is .gz; the file on disk). UserError if it cannot be read."""
     try:
         with open(path, "rb") as on_disk:
             if path.suffix.lower() == ".gz":
