@@ -63,6 +63,8 @@ def build(model, optimizer="adamw", lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weigh
     "muon" orthogonalises the updates of the matrices between embedding and head, scaled to the size of AdamW's so that
     one lr serves both (Liu et al. 2025, arXiv:2502.16982); embeddings, head, norms and biases stay with AdamW.
     """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("train= and freeze_layers= leave nothing to train")
     if optimizer == "adamw":
         return adamw(param_groups(model, weight_decay), lr, betas, eps)
     if optimizer != "muon":

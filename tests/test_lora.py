@@ -9,6 +9,7 @@ import tiny
 import torch
 
 import lora
+import sft
 from nano import files, generate, tokenizer, weights
 from nano.config import UserError
 
@@ -108,7 +109,7 @@ def test_unknown_targets(targets):
     with pytest.raises(ValueError, match="lora_targets"):
         lora.apply(tiny.model(), rank=4, alpha=8, targets=targets)
     with pytest.raises(UserError, match="lora_targets"):
-        weights.add_adapter(tiny.model(), rank=4, alpha=8, targets=targets)
+        weights.add_adapter(tiny.model(), sft.Config(lora_rank=4, lora_targets=tuple(targets)))
 
 
 @pytest.mark.parametrize("rank", [0, -1])

@@ -254,6 +254,7 @@ def test_labels_are_shifted():
         right = F.cross_entropy(
             model.logits(model.hidden(ids[None]))[0, :-1], ids[1:], reduction="none"
         )
-        loss = sft.loss_sum(model, tiny.batch([[(tokens, mask)]], 64))
+        batch = tiny.batch([[(tokens, mask)]], 64)
+        loss = sft.loss_sum(model, model(batch), batch)
         assert mask[1:].count(0) > 0
         torch.testing.assert_close(loss, (right * torch.tensor(mask[1:])).sum())

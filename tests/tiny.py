@@ -59,6 +59,13 @@ def write(dir, name, value):
     (Path(dir) / name).write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
+def jsonl(path, records):
+    """A file with one record a line."""
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
 def rows(n, seed=0, low=5, high=40):
     """n documents of `low` to `high` tokens, the later half of each a copy of bytes that its first half determines."""
     rng = np.random.default_rng(seed)
