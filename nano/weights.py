@@ -353,8 +353,8 @@ PREFIX = "base_model.model."
 
 
 def adapter_places(cfg, names):
-    """Which layers of a file carry the adapters of the linear layers `names`: {layer in the file: [names here]}. A layer that the
-    file fuses has several names here."""
+    """Which layers of a file carry the adapters of the linear layers `names`: {layer in the file:
+    [names here]}. A layer that the file fuses has several names here."""
     stored = places(cfg, [f"{name}.weight" for name in names])
     return {
         layer.removesuffix(".weight"): [part.removesuffix(".weight") for part in parts]
@@ -363,13 +363,13 @@ def adapter_places(cfg, names):
 
 
 def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
-    """Writes the adapter as a PEFT directory. A trained head (`score`) goes along in full, as modules_to_save.
-    base: the model directory it belongs to, kept in adapter_config.json. tensors: the model's tensors where they are gathered
-    already (sharded training); default: its own. tok: the Tokenizer trained with; a chat template that is not the base's own goes
-    along.
+    """Writes the adapter as a PEFT directory. A trained head (`score`) goes along in full, as
+    modules_to_save. base: the model directory it belongs to, kept in adapter_config.json. tensors:
+    the model's tensors where they are gathered already (sharded training); default: its own. tok:
+    the Tokenizer trained with; a chat template that is not the base's own goes along.
 
-    The adapters of k layers that the family's files fuse into one become one of k times the rank, see fuse_adapters. A directory
-    has one rank: other layers are filled up with zeros."""
+    The adapters of k layers that the family's files fuse into one become one of k times the rank,
+    see fuse_adapters. A directory has one rank: other layers are filled up with zeros."""
     layers = {n: m for n, m in lora.adapted(model) if name in m.scales}
     if not layers:
         raise KeyError(f"there is no adapter {name!r} on this model")
@@ -428,8 +428,9 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
 
 
 def fuse_adapters(pairs, rank):
-    """The adapters of layers that are one in the file, [(A, B, rows of the layer)], as one: A (rank, in), B (out, rank). Each has
-    rows of A and columns of B for itself, so that the products are theirs. A and B are None where a layer has none."""
+    """The adapters of layers that are one in the file, [(A, B, rows of the layer)], as one: A
+    (rank, in), B (out, rank). Each has rows of A and columns of B for itself, so that the products
+    are theirs. A and B are None where a layer has none."""
     rows = sum(size for _, _, size in pairs)
     filled = [(A, B) for A, B, _ in pairs if A is not None]
     A = torch.zeros(rank, filled[0][0].shape[1])
@@ -484,9 +485,10 @@ def read_adapter_config(dir):
 
 
 def load_adapter(model, dir, name="default"):
-    """Reads a PEFT directory into the adapter `name`: made active, not frozen, without the dropout that it was trained with (RL
-    trains on it further, and must see the same probabilities twice). The adapter of a layer that the family's files fuse becomes
-    adapters of its parts here, each with the same A. Raises UserError for another base's adapter."""
+    """Reads a PEFT directory into the adapter `name`: made active, not frozen, without the dropout
+    that it was trained with (RL trains on it further, and must see the same probabilities twice).
+    The adapter of a layer that the family's files fuse becomes adapters of its parts here, each
+    with the same A. Raises UserError for another base's adapter."""
     config = read_adapter_config(dir)
     rank, alpha = config["r"], config["lora_alpha"]
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
