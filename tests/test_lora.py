@@ -3,7 +3,6 @@ import importlib
 import json
 import math
 from types import SimpleNamespace
-from types import SimpleNamespace
 
 import pytest
 import tiny
