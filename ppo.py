@@ -222,7 +222,7 @@ def variance(x, mask, rt):
 
 
 def whiten(x, mask, rt, shift_mean=True):
-    """losses.masked_whiten over the actions of all ranks."""
+    """x scaled to variance 1 (biased) and, with shift_mean, mean 0 over the actions of all ranks; 0 elsewhere."""
     mean = rt.all_sum((x * mask).sum()) / rt.all_sum(mask.sum())
     return (
         (x - mean) * (variance(x, mask, rt) + 1e-8).rsqrt() + (0 if shift_mean else mean)

@@ -242,6 +242,7 @@ def main(cfg):
     # A store is one long array of tokens on disk, memory-mapped. A window is max_length of them. Which
     # windows a step takes is a function of the seed and the step's number alone, so a resume needs no
     # data position.
+    metas = [store.read_meta(dir) for dir in cfg.data]
     base = cfg.model or cfg.tokenizer or Path(cfg.data[0]) / "tokenizer"
     if not Path(base).is_dir() and not cfg.model and not cfg.tokenizer:
         raise UserError(
@@ -249,7 +250,8 @@ def main(cfg):
         )
     tok = tokenizer.load(base, template="plain")
     stores = [store.Store(dir, "train", tok) for dir in cfg.data]
-    val_stores = [store.Store(d, "val", tok) for d in cfg.data if store.has_split([d], "val")]
+    with_val = [dir for dir, meta in zip(cfg.data, metas, strict=True) if "val" in meta["splits"]]
+    val_stores = [store.Store(dir, "val", tok) for dir in with_val]
     layout = dict(
         micro_batch=rt.micro_batch(cfg.micro_batch),
         max_length=cfg.max_length,

@@ -1,8 +1,7 @@
-"""Model families: one entry each. config.json <-> model.ModelConfig, and names of tensors in files <-> names here.
+"""Model families, one entry each: config.json <-> ModelConfig, tensors in files <-> parameters.
 
-A family is an entry of FAMILIES: tables for what tables can say, two functions for the rest. A family whose files name,
-fuse and lay out tensors as this model does needs no `tensors`.
-"""
+A family is an entry of FAMILIES: tables for what tables can say, two functions for the rest. A
+family whose files name, fuse and lay out tensors as this model does needs no `tensors`."""
 
 import dataclasses
 import difflib
@@ -15,7 +14,7 @@ import torch
 
 from model import ModelConfig
 from nano.config import UserError
-from nano.files import read_json
+from nano.files import read_json, recover_dir
 
 # --- tensors ------------------------------------------------------------------------------------
 
@@ -46,7 +45,8 @@ CONV1D = Layout(
 
 
 def places(cfg, names, bare=False):
-    """Where a file of the family keeps the parameters `names`: {name in the file: ([names here], Layout)}.
+    """Where a file of the family keeps the parameters `names`: {name in the file: ([names here],
+    Layout)}.
 
     bare: the file leaves out the family's prefix."""
     family = FAMILIES[cfg.family]
@@ -68,7 +68,8 @@ NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
 
 def renamed(name, table):
-    """The name of a tensor after a table of modules, {old: new}, in which {} stands for a number. None: not in the table."""
+    """The name of a tensor after a table of modules, {old: new}, in which {} stands for a number.
+    None: not in the table."""
     module, _, leaf = name.rpartition(".")
     new = table.get(NUMBER.sub(".{}", module))
     return new and f"{new.format(*NUMBER.findall(module))}.{leaf}"
@@ -216,7 +217,8 @@ ROPE = {  # kinds of rope scaling, and the numbers that they need
 
 
 def read_rope(c):
-    """(theta, scaling): from rope_theta and rope_scaling (transformers 4) or the one dict rope_parameters (5)."""
+    """(theta, scaling): from rope_theta and rope_scaling (transformers 4) or the one dict
+    rope_parameters (5)."""
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise UserError(f"rope scaling {rope!r} is not supported")
@@ -351,8 +353,10 @@ FAMILIES = {  # by model_type
 
 
 def load_config(dir):
-    """config.json of a model directory -> ModelConfig. UserError names what this model.py does not do."""
+    """config.json of a model directory -> ModelConfig. UserError names what is not supported."""
     dir = Path(dir)
+    if not dir.is_dir():
+        recover_dir(dir)
     if not dir.is_dir():
         raise UserError(f"there is no model directory {dir}")
     if not (dir / "config.json").exists():
@@ -414,7 +418,7 @@ TYPES = {f.name: f.type for f in dataclasses.fields(ModelConfig)}
 
 
 def checked(value, key, kind):
-    """The value of a key of config.json as a field of ModelConfig; UserError where it is of another kind."""
+    """The value of a key of config.json; UserError where a field of ModelConfig cannot hold it."""
     if kind is bool:
         return bool(value)
     if kind is int and (type(value) is not int or value < 1):
@@ -452,8 +456,10 @@ def unknown(what, name, known):
 def config_json(cfg, like=None, **extra):
     """The dict of a config.json, in the spelling that transformers 4 and 5 both read.
 
-    like: a model directory; what its config.json says beyond the architecture is kept (from another family: token ids).
-    extra: keys to set, such as eos_token_id. UserError when no architecture of transformers is what `cfg` describes."""
+    like: a model directory; what its config.json says beyond the architecture is kept (from another
+    family: token ids).
+    extra: keys to set, such as eos_token_id. UserError when no architecture of transformers is what
+    `cfg` describes."""
     if cfg.family not in FAMILIES:
         raise unknown("model family", cfg.family, FAMILIES)
     family = FAMILIES[cfg.family]

@@ -21,7 +21,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nano import config, tokenizer
+from nano import config, files, tokenizer, vocab
 from nano.config import UserError
 from nano.store import Store
 from prepare import instructions, records
@@ -31,18 +31,10 @@ from prepare import instructions, records
 def model(tmp_path_factory):
     """A model directory whose tokens are bytes, so that tokens can be read as text; ChatML's tokens and EOS."""
     dir = tmp_path_factory.mktemp("bytes")
-    vocab = {char: i for i, char in enumerate(tokenizer.BYTE_CHAR.values())}
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    added = [
-        dict(id=256 + i, content=t, **flags)
-        for i, t in enumerate(["<|im_start|>", "<|im_end|>", "</s>"])
-    ]
-    spec = dict(
-        added_tokens=added,
-        pre_tokenizer=dict(type="ByteLevel", use_regex=True, add_prefix_space=False),
-    )
-    spec |= dict(normalizer=None, model=dict(type="BPE", vocab=vocab, merges=[]))
-    (dir / "tokenizer.json").write_text(json.dumps(spec))
+    tokens = {char: i for i, char in enumerate(vocab.BYTE_CHAR.values())}
+    names = ["<|im_start|>", "<|im_end|>", "</s>"]
+    added = [vocab.added_token(256 + i, name) for i, name in enumerate(names)]
+    files.write_json(dir / "tokenizer.json", vocab.byte_level_json(tokens, [], added))
     (dir / "tokenizer_config.json").write_text(json.dumps(dict(eos_token="</s>")))
     return str(dir)
 

@@ -483,9 +483,8 @@ def test_benchmarks_ask_under_the_template_of_the_adapter(bench, base, tmp_path,
 def test_the_scale_survives_the_directory(base, tmp_path):
     adapter(tmp_path / "a", base, rank=3, alpha=5, rslora=True)
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert (
-        math.isclose(config["lora_alpha"] / config["r"], 5 / math.sqrt(3))
-        and config["use_rslora"] is False
+    assert math.isclose(config["lora_alpha"] / config["r"], 5 / math.sqrt(3)) and not config.get(
+        "use_rslora"
     )
     assert config["base_model_name_or_path"] == str(base) and config["target_modules"] == sorted(
         ALL

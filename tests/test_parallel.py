@@ -567,7 +567,7 @@ def test_a_rank_killed_while_saving_loses_nothing(folder, tmp_path, fault):
     assert status == 1 and "Signal 9 (SIGKILL)" in output
     if fault == "kill in the save":  # between the two renames
         assert not state.exists()
-        state = state.with_name("state.old")
+        state = state.with_name("state.replaced")
     else:
         assert (
             sorted(

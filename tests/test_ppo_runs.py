@@ -15,7 +15,7 @@ from conftest import ROOT
 
 import lora
 import ppo
-from nano import config, generate, losses, roles, runtime, tokenizer, weights
+from nano import config, generate, roles, runtime, tokenizer, weights
 from nano.batches import Rows
 from nano.config import UserError
 from nano.store import mix, write_store
@@ -521,7 +521,7 @@ def test_the_first_losses_by_hand(folder, tmp_path, monkeypatch):
     right = dict(
         old_logprobs=logprobs,
         old_values=values,
-        advantages=losses.masked_whiten(advantages, mask),
+        advantages=ppo.whiten(advantages, mask, runtime.Runtime("cpu", "none", "float32")),
         returns=returns,
     )
     for key, x in right.items():
