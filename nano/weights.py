@@ -475,44 +475,48 @@ def load_adapter(model, dir, name="default"):
     rank, alpha = config["r"], config["lora_alpha"]
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     stored = adapter_places(model.cfg, lora.linear_names(model))
-    layers = {}  # layer in the file -> {"lora_A": tensor, "lora_B": tensor}
-    head = None
+    found, wanted = {}, {}
+    layers = {}  # layer in the file -> its parts here
     for key, tensor in read_tensors(dir, name="adapter_model").items():
-        layer, _, ab = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if layer in stored and ab in ("lora_A", "lora_B"):
-            parts = [model.get_submodule(part) for part in stored[layer]]
-            rows = sum(part.out_features for part in parts)
-            size = (rank, parts[0].in_features) if ab == "lora_A" else (rows, rank)
-            layers.setdefault(layer, {})[ab] = tensor
-        elif (layer, ab) in (("", "score"), ("score", "modules_to_save")):
-            if not hasattr(model, "score"):
-                raise UserError(
-                    f"{dir}: the adapter carries a score head, but the model was not opened as a score model"
-                )
-            size = tuple(model.score.weight.shape)
-            head = tensor
+        stem = key.removeprefix(PREFIX).removesuffix(".weight")
+        layer, _, ab = stem.rpartition(".")
+        if stem in ("score", "score.modules_to_save"):
+            found["score"] = tensor
+        elif layer in stored and ab in ("lora_A", "lora_B"):
+            found[stem] = tensor
+            layers[layer] = stored[layer]
         else:
             raise UserError(
                 f"{dir}: tensor {key} belongs to no layer that is adapted here: an adapter for another base?"
             )
-        if tuple(tensor.shape) != size:
+    if "score" in found:
+        if not hasattr(model, "score"):
             raise UserError(
-                f"{dir}: {key} is {tuple(tensor.shape)}, this model takes {size}: an adapter for another base?"
+                f"{dir}: the adapter carries a score head, but the model was not opened as a score model"
             )
-    if not layers or any(len(pair) < 2 for pair in layers.values()):
-        raise UserError(
-            f"{dir}: the adapter carries a score head, but the model was not opened as a score model"
-        )
+        wanted["score"] = model.score.weight.shape
+    if not layers:
+        raise UserError(f"{dir}: adapter_model.safetensors is incomplete: it adapts no layer")
+    for layer, parts in layers.items():
+        modules = [model.get_submodule(part) for part in parts]
+        wanted[f"{layer}.lora_A"] = rank, modules[0].in_features
+        wanted[f"{layer}.lora_B"] = sum(m.out_features for m in modules), rank
+    check_tensors(
+        dir,
+        wanted,
+        found,
+        "the model: they are incomplete, or of an adapter for another base",
+    )
     if not lora.adapted(model):
         model.requires_grad_(False)
     new = dict(dtype=torch.float32, device=model.model["embed_tokens"].weight.device, copy=True)
-    for layer, pair in layers.items():
-        parts = [lora.wrap(model, part) for part in stored[layer]]
-        pieces = pair["lora_B"].split([part.out_features for part in parts])
-        for part, B in zip(parts, pieces, strict=True):
-            part.put(name, pair["lora_A"].to(**new), B.to(**new), scale)
-    if head is not None:
-        model.score.weight.data.copy_(head)
+    for layer, parts in layers.items():
+        modules = [lora.wrap(model, part) for part in parts]
+        pieces = found[f"{layer}.lora_B"].split([m.out_features for m in modules])
+        for module, B in zip(modules, pieces, strict=True):
+            module.put(name, found[f"{layer}.lora_A"].to(**new), B.to(**new), scale)
+    if "score" in found:
+        model.score.weight.data.copy_(found["score"])
     lora.use(model, name)
 
 
