@@ -28,7 +28,8 @@ def choose_trained(model, train, freeze_layers):
     if freeze_layers > len(model.layers):
         raise UserError(f"freeze_layers={freeze_layers}: the model has {len(model.layers)} layers")
     if freeze_layers:
-        for module in (model.model["embed_tokens"], *model.layers[:freeze_layers]):
+        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        for module in (*embeddings, *model.layers[:freeze_layers]):
             module.requires_grad_(False)
 
 

@@ -340,8 +340,8 @@ PREFIX = "base_model.model."
 
 
 def adapter_places(cfg, names):
-    """Which layers of a file carry the adapters of the linear layers `names`: {layer in the file: [names here]}. A layer that the
-    file fuses has several names here."""
+    """Which layers of a file carry the adapters of the linear layers `names`: {layer in the file:
+    [names here]}. A layer that the file fuses has several names here."""
     stored = places(cfg, [f"{name}.weight" for name in names])
     return {
         layer.removesuffix(".weight"): [part.removesuffix(".weight") for part in parts]
@@ -350,13 +350,13 @@ def adapter_places(cfg, names):
 
 
 def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
-    """Writes the adapter as a PEFT directory. A trained head (`score`) goes along in full, as modules_to_save.
-    base: the model directory it belongs to, kept in adapter_config.json. tensors: the model's tensors where they are gathered
-    already (sharded training); default: its own. tok: the Tokenizer trained with; a chat template that is not the base's own goes
-    along.
+    """Writes the adapter as a PEFT directory. A trained head (`score`) goes along in full, as
+    modules_to_save. base: the model directory it belongs to, kept in adapter_config.json. tensors:
+    the model's tensors where they are gathered already (sharded training); default: its own. tok:
+    the Tokenizer trained with; a chat template that is not the base's own goes along.
 
-    The adapters of k layers that the family's files fuse into one become one of k times the rank, see fuse_adapters. A directory
-    has one rank: other layers are filled up with zeros."""
+    The adapters of k layers that the family's files fuse into one become one of k times the rank,
+    see fuse_adapters. A directory has one rank: other layers are filled up with zeros."""
     layers = {n: m for n, m in lora.adapted(model) if name in m.scales}
     if not layers:
         raise KeyError(f"there is no adapter {name!r} on this model")
@@ -409,8 +409,9 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
 
 
 def fuse_adapters(pairs, rank):
-    """The adapters of layers that are one in the file, [(A, B, rows of the layer)], as one: A (rank, in), B (out, rank). Each has
-    rows of A and columns of B for itself, so that the products are theirs. A and B are None where a layer has none."""
+    """The adapters of layers that are one in the file, [(A, B, rows of the layer)], as one: A
+    (rank, in), B (out, rank). Each has rows of A and columns of B for itself, so that the products
+    are theirs. A and B are None where a layer has none."""
     rows = sum(size for _, _, size in pairs)
     filled = [(A, B) for A, B, _ in pairs if A is not None]
     A = torch.zeros(rank, filled[0][0].shape[1])
@@ -466,51 +467,56 @@ def read_adapter_config(dir):
 
 
 def load_adapter(model, dir, name="default"):
-    """Reads a PEFT directory into the adapter `name`: made active, not frozen, without the dropout that it was trained with (RL
-    trains on it further, and must see the same probabilities twice). The adapter of a layer that the family's files fuse becomes
-    adapters of its parts here, each with the same A. Raises UserError for another base's adapter."""
+    """Reads a PEFT directory into the adapter `name`: made active, not frozen, without the dropout
+    that it was trained with (RL trains on it further, and must see the same probabilities twice).
+    The adapter of a layer that the family's files fuse becomes adapters of its parts here, each
+    with the same A. Raises UserError for another base's adapter."""
     config = read_adapter_config(dir)
     rank, alpha = config["r"], config["lora_alpha"]
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     stored = adapter_places(model.cfg, lora.linear_names(model))
-    layers = {}  # layer in the file -> {"lora_A": tensor, "lora_B": tensor}
-    head = None
+    found, wanted = {}, {}
+    layers = {}  # layer in the file -> its parts here
     for key, tensor in read_tensors(dir, name="adapter_model").items():
-        layer, _, ab = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if layer in stored and ab in ("lora_A", "lora_B"):
-            parts = [model.get_submodule(part) for part in stored[layer]]
-            rows = sum(part.out_features for part in parts)
-            size = (rank, parts[0].in_features) if ab == "lora_A" else (rows, rank)
-            layers.setdefault(layer, {})[ab] = tensor
-        elif (layer, ab) in (("", "score"), ("score", "modules_to_save")):
-            if not hasattr(model, "score"):
-                raise UserError(
-                    f"{dir}: the adapter carries a score head, but the model was not opened as a score model"
-                )
-            size = tuple(model.score.weight.shape)
-            head = tensor
+        stem = key.removeprefix(PREFIX).removesuffix(".weight")
+        layer, _, ab = stem.rpartition(".")
+        if stem in ("score", "score.modules_to_save"):
+            found["score"] = tensor
+        elif layer in stored and ab in ("lora_A", "lora_B"):
+            found[stem] = tensor
+            layers[layer] = stored[layer]
         else:
             raise UserError(
                 f"{dir}: tensor {key} belongs to no layer that is adapted here: an adapter for another base?"
             )
-        if tuple(tensor.shape) != size:
+    if "score" in found:
+        if not hasattr(model, "score"):
             raise UserError(
-                f"{dir}: {key} is {tuple(tensor.shape)}, this model takes {size}: an adapter for another base?"
+                f"{dir}: the adapter carries a score head, but the model was not opened as a score model"
             )
-    if not layers or any(len(pair) < 2 for pair in layers.values()):
-        raise UserError(
-            f"{dir}: the adapter carries a score head, but the model was not opened as a score model"
-        )
+        wanted["score"] = model.score.weight.shape
+    if not layers:
+        raise UserError(f"{dir}: adapter_model.safetensors is incomplete: it adapts no layer")
+    for layer, parts in layers.items():
+        modules = [model.get_submodule(part) for part in parts]
+        wanted[f"{layer}.lora_A"] = rank, modules[0].in_features
+        wanted[f"{layer}.lora_B"] = sum(m.out_features for m in modules), rank
+    check_tensors(
+        dir,
+        wanted,
+        found,
+        "the model: they are incomplete, or of an adapter for another base",
+    )
     if not lora.adapted(model):
         model.requires_grad_(False)
     new = dict(dtype=torch.float32, device=model.model["embed_tokens"].weight.device, copy=True)
-    for layer, pair in layers.items():
-        parts = [lora.wrap(model, part) for part in stored[layer]]
-        pieces = pair["lora_B"].split([part.out_features for part in parts])
-        for part, B in zip(parts, pieces, strict=True):
-            part.put(name, pair["lora_A"].to(**new), B.to(**new), scale)
-    if head is not None:
-        model.score.weight.data.copy_(head)
+    for layer, parts in layers.items():
+        modules = [lora.wrap(model, part) for part in parts]
+        pieces = found[f"{layer}.lora_B"].split([m.out_features for m in modules])
+        for module, B in zip(modules, pieces, strict=True):
+            module.put(name, found[f"{layer}.lora_A"].to(**new), B.to(**new), scale)
+    if "score" in found:
+        model.score.weight.data.copy_(found["score"])
     lora.use(model, name)
 
 

@@ -1,4 +1,5 @@
-"""GPT-2, whose files name, fuse and transpose what this model keeps apart: against transformers and peft, both directions."""
+"""GPT-2, whose files fuse and transpose what this model keeps apart: against transformers and peft,
+in both directions."""
 
 import peft
 import pytest
@@ -30,7 +31,7 @@ SETTINGS = {
 
 
 def theirs(kind=GPT2LMHeadModel, **settings):
-    """A random model of transformers in which no bias is 0 and no norm 1, and which drops nothing out."""
+    """A random model of transformers in which no bias is 0 and no norm 1."""
     torch.manual_seed(0)
     model = kind(GPT2Config(**SIZES | NONE | settings))
     with torch.no_grad():
@@ -78,7 +79,7 @@ def test_logits_loss_and_gradients_equal_transformers(name, tmp_path):
     for layer, (parts, layout) in stored.items():
         fused = layout.fuse([grads[f"{part}.grad"] for part in parts], model.cfg)
         assert worst(fused, wanted[layer].grad) < 1e-4, layer
-    assert {layer for layer in wanted} == stored.keys()
+    assert wanted.keys() == stored.keys()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
