@@ -207,12 +207,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 ROPE = {  # kinds of rope scaling, and the numbers that they need
     "default": (),
     "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
 
@@ -272,11 +267,7 @@ FAMILIES = {  # by model_type
         {"lm": "MistralForCausalLM", "score": "MistralForSequenceClassification"},
         keys=KEYS,
         defaults=DEFAULTS
-        | {
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "sliding_window": 4096,
-        },
+        | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
         read=read_mistral,
         write=write_mistral,
     ),

@@ -502,10 +502,7 @@ def load_adapter(model, dir, name="default"):
         wanted[f"{layer}.lora_A"] = rank, modules[0].in_features
         wanted[f"{layer}.lora_B"] = sum(m.out_features for m in modules), rank
     check_tensors(
-        dir,
-        wanted,
-        found,
-        "the model: they are incomplete, or of an adapter for another base",
+        dir, wanted, found, "the model: they are incomplete, or of an adapter for another base"
     )
     if not lora.adapted(model):
         model.requires_grad_(False)
@@ -590,14 +587,7 @@ class Opened:
 
 
 def open(
-    dir,
-    base=None,
-    device="cpu",
-    dtype=None,
-    head=None,
-    merge=False,
-    as_base=False,
-    template=None,
+    dir, base=None, device="cpu", dtype=None, head=None, merge=False, as_base=False, template=None
 ):
     """Opens a model directory or an adapter directory with its tokenizer -> Opened.
 

@@ -54,10 +54,7 @@ def test_pack_is_best_fit_decreasing(lengths, more, seed):
 
 
 def test_pack_by_hand():
-    assert sorted(sorted(p.tolist()) for p in pack([6, 5, 4, 3, 2], 10)) == [
-        [0, 2],
-        [1, 3, 4],
-    ]
+    assert sorted(sorted(p.tolist()) for p in pack([6, 5, 4, 3, 2], 10)) == [[0, 2], [1, 3, 4]]
     assert pack([], 10) == []
     for bad in ([0, 3], [11]):
         with pytest.raises(ValueError, match="1 ... 10"):

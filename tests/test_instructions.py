@@ -127,11 +127,7 @@ CHAT = f"{U}Hi{E}\n{A}Hello.{E}\n{U}Bye{E}\n{A}So long.{E}"
             f"{U}P{E}\n{A}C{E}",
             [f"C{E}"],
         ),
-        (
-            dict(conversations=TALK),
-            CHAT,
-            [f"Hello.{E}", f"So long.{E}"],
-        ),
+        (dict(conversations=TALK), CHAT, [f"Hello.{E}", f"So long.{E}"]),
         (
             dict(messages=messages([("system", "S"), ("user", "P"), ("assistant", "C")])),
             f"{S}S{E}\n{U}P{E}\n{A}C{E}",

@@ -111,11 +111,7 @@ def test_unknown_targets(targets):
     cfg = SimpleNamespace(lora_rank=4, lora_alpha=8.0, lora_dropout=0.0, lora_rslora=False)
     cfg.lora_targets = targets
     with pytest.raises(UserError, match="lora_targets"):
-<<<<<<< HEAD
         weights.add_adapter(tiny.model(), sft.Config(lora_rank=4, lora_targets=tuple(targets)))
-=======
-        weights.add_adapter(tiny.model(), cfg)
->>>>>>> land-f
 
 
 @pytest.mark.parametrize("rank", [0, -1])

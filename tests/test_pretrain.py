@@ -332,11 +332,7 @@ def test_micro_batches_do_not_change_a_run(store, tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        dict(),
-        dict(optimizer="muon", isolate=False),
-        dict(weights=[0.6, 0.4], schedule="wsd"),
-    ],
+    [dict(), dict(optimizer="muon", isolate=False), dict(weights=[0.6, 0.4], schedule="wsd")],
     ids=["adamw", "muon", "weights"],
 )
 def test_a_run_goes_on_bit_for_bit(base, store, tmp_path, monkeypatch, settings):

@@ -327,14 +327,7 @@ def tiktoken_file(path, extra=("the", " the", "ab")):
 def test_tiktoken_files(name, tmp_path, monkeypatch):
     ranks = tiktoken_file(tmp_path / name)
     n = len(ranks)
-    kind = (
-        vocab.LLAMA3,
-        None,
-        "<|begin_of_text|>",
-        "<|end_of_text|>",
-        n,
-        tokenizer.LLAMA3_SPECIAL,
-    )
+    kind = (vocab.LLAMA3, None, "<|begin_of_text|>", "<|end_of_text|>", n, tokenizer.LLAMA3_SPECIAL)
     monkeypatch.setitem(tokenizer.TIKTOKEN, n, kind)
     ours = tokenizer.load(tmp_path)
     specials = {name: n + i for i, name in enumerate(tokenizer.LLAMA3_SPECIAL)}
