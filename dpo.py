@@ -27,17 +27,17 @@ import torch.nn.functional as F
 
 import lora
 from nano import (
+    batches,
     config,
-    data,
     estimate,
     files,
     generate,
     log,
     losses,
     optim,
-    rankings,
     runtime,
     state,
+    store,
     tokenizer,
     weights,
 )
@@ -138,18 +138,15 @@ def dpo_loss(
     )
 
 
-def completion_logprobs(net, model, batch):
+def completion_logprobs(net, batch):
     """Summed log-probabilities of the target tokens of each completion of a micro-batch, (N,) fp32."""
-    hidden = net(batch["tokens"], batch["positions"], batch["docs"])  # (B, T, C)
-    rows = batch["index"]  # the head runs on target tokens only
-    logprobs = losses.token_logprobs(
-        hidden.flatten(0, 1)[rows], model.head_weight, batch["targets"].flatten()[rows]
-    )
-    logprobs = logprobs * batch["weights"].flatten()[rows]
-    own = batch["of"] == torch.arange(len(batch["real"]), device=logprobs.device)[:, None]  # (N, M)
-    return torch.where(own, logprobs, 0.0).sum(
-        1
-    )  # unlike index_add, the same in every run on a GPU
+    index = batch["index"]  # the head runs on target tokens only
+    logprobs = losses.token_logprobs(net(batch), net.head_weight, batch["targets"].flatten()[index])
+    logprobs = logprobs * batch["weights"].flatten()[index]
+    completions = torch.arange(len(batch["real"]), device=logprobs.device)
+    its_own = batch["rows"] == completions[:, None]  # (N, M)
+    # unlike index_add, a sum is the same in every run on a GPU
+    return torch.where(its_own, logprobs, 0.0).sum(1)
 
 
 def pair_losses(logprobs, batch, cfg):
@@ -168,7 +165,7 @@ def pair_losses(logprobs, batch, cfg):
 
 def best_tokens(micro):
     """How many target tokens the best completions of a micro-batch have."""
-    return int((micro["weights"].flatten()[micro["index"]] * micro["best"][micro["of"]]).sum())
+    return int((micro["weights"].flatten()[micro["index"]] * micro["best"][micro["rows"]]).sum())
 
 
 def statistics(logprobs, loss, batch, cfg):
@@ -195,19 +192,19 @@ def summary(sums, tokens):
 
 
 @torch.no_grad()
-def evaluate(rt, net, model, batches, reference, cfg):
+def evaluate(rt, net, val, reference, cfg):
     """Loss, accuracy and rewards over all groups of all ranks."""
-    model.eval()
+    net.eval()
     sums, tokens = torch.zeros(6, device=rt.device), 0
-    for step in range(batches.steps_per_epoch):
-        for micro in batches.batch(step):
+    for step in range(val.steps_per_epoch):
+        for micro in val.batch(step):
             batch = rt.put(micro | look_up(reference, micro))
             with rt.autocast():
-                logprobs = completion_logprobs(net, model, batch)
+                logprobs = completion_logprobs(net, batch)
             sums += statistics(logprobs, pair_losses(logprobs, batch, cfg), batch, cfg)
             tokens += best_tokens(micro)
             rt.sync()
-    model.train()
+    net.train()
     return summary(rt.all_sum(sums), rt.all_sum(tokens))
 
 
@@ -221,26 +218,24 @@ def fingerprint(model, *settings):
 
 
 @torch.no_grad()
-def reference_logprobs(rt, net, model, batches, path):
+def reference_logprobs(rt, net, rows, path):
     """`completion_logprobs` of all completions, (N,) float32, under the model as it stands, memory-mapped from `path`; computed and
     written first where that does not exist. The ranks share the work. Groups over max_length have no values."""
-    count = int(batches.rows.first[-1])
+    count = int(rows.groups.first[-1])
     if not rt.once(path.exists):
         if rt.is_main:
             print(f"computing the reference log-probabilities of {count:,} completions", flush=True)
-        model.eval()
+        net.eval()
         values = torch.zeros(count)
-        for step in range(batches.steps_per_epoch):
-            for micro in batches.batch(step):
+        for step in range(rows.steps_per_epoch):
+            for micro in rows.batch(step):
                 with rt.autocast():
-                    part = rt.host(completion_logprobs(net, model, rt.put(micro)))
+                    part = rt.host(completion_logprobs(net, rt.put(micro)))
                 real = micro["real"] > 0
                 values[micro["number"][real]] = part[real]
-        model.train()
-        if hasattr(
-            model, "reshard"
-        ):  # FSDP: what the forward gathered must not outlive the weights that a resume puts in
-            model.reshard()
+        net.train()
+        # what the forward gathered must not outlive the weights that a resume puts in
+        rt.reshard(net)
         values = rt.all_sum(values)
         if rt.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -302,21 +297,21 @@ def main(cfg):
 
     # ------------------------------------------------------------------------------------------ model, data
     model, base = weights.open_whole(cfg.model, as_base=cfg.lora_rank > 0)
-    tok = tokenizer.load(base, data.chat_template(cfg.data) or weights.chat_template(cfg.model))
+    tok = tokenizer.load(base, store.chat_template(cfg.data) or weights.chat_template(cfg.model))
     tok.check_embeddings(model.cfg.vocab_size, base)
-    rows = rankings.load(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
-    val_rows = rankings.load(cfg.data, split="val", tokenizer=tok)
+    rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok, groups=True)
+    val_rows = store.validation(cfg.data, tok, groups=True)
     cut = dict(
         micro_batch=cfg.micro_batch * rt.shards // rt.world,
         max_length=cfg.max_length,
         seed=cfg.seed,
         rank=rt.rank,
         world=rt.world,
-        static=rt.static_shapes or cfg.compile,
+        fixed_shapes=rt.static_shapes or cfg.compile,
     )
-    train = rankings.Batches(rows, cfg.batch_size, **cut)
-    val = rankings.Batches(val_rows, cfg.batch_size, **cut) if val_rows else None
-    data.check_reach(rows.longest[train.index].max(), model.cfg.max_positions, cfg.model)
+    train = batches.Groups(rows, cfg.batch_size, **cut)
+    val = batches.Groups(val_rows, cfg.batch_size, **cut) if val_rows else None
+    batches.check_reach(train.longest, model.cfg.max_positions, cfg.model)
     steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
     eval_every, save_every = (
         cfg.eval_every or train.steps_per_epoch,
@@ -352,9 +347,8 @@ def main(cfg):
     lora.use(
         model, None
     )  # the model as it was; without adapters the weights are still untrained here
-    reference = reference_logprobs(rt, net, model, train, files["train"])
-    val_reference = reference_logprobs(rt, net, model, val, files["val"]) if val else None
-    rt.reshard(net)
+    reference = reference_logprobs(rt, net, train, files["train"])
+    val_reference = reference_logprobs(rt, net, val, files["val"]) if val else None
     if cfg.lora_rank:
         lora.use(model, "default")
     start, best, warned = 0, math.inf, False
@@ -366,9 +360,7 @@ def main(cfg):
                 f"{out} was trained from another model or on other data: give the run's own, or resume=false"
             )
 
-    length = (
-        rows.squares[train.index].sum() / rows.lengths[train.index].sum()
-    )  # that the average token finds its document to have
+    length = train.document_length
     flops = model.flops_per_token(length, "adapter" if cfg.lora_rank else "all")
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     if rt.is_main:
@@ -416,7 +408,7 @@ def main(cfg):
         with logger.paused():
             evaluated = val and not stop and (step % eval_every == 0 or step == steps)
             if evaluated:
-                metrics = evaluate(rt, net, model, val, val_reference, cfg)
+                metrics = evaluate(rt, net, val, val_reference, cfg)
                 logger.eval(step, **metrics)
                 if cfg.samples and cfg.sample_tokens:
                     logger.samples(step, answer(rt, model, tok, val_rows, cfg))
@@ -439,12 +431,12 @@ def main(cfg):
             rt.accumulate(i == len(micros) - 1, net)
             batch = rt.put(micro | look_up(reference, micro))
             with rt.autocast():
-                logprobs = completion_logprobs(net, model, batch)
+                logprobs = completion_logprobs(net, batch)
             loss = pair_losses(logprobs, batch, cfg)
             nll = -(logprobs * batch["best"]).sum() / count_best
             rt.backward((loss * batch["share"]).sum() / count + cfg.nll_weight * nll)
             sums += statistics(logprobs.detach(), loss.detach(), batch, cfg)
-            tokens += int((micro["docs"] >= 0).sum())
+            tokens += micro["n_tokens"]
         seen_best += count_best
 
         # clip, step

@@ -5,8 +5,9 @@ attention, SwiGLU; what differs between them (biases, q/k norm, windows, rope sc
 Parameter names are Hugging Face's Llama names, so a checkpoint of the family needs no renaming.
 
     model = Transformer(ModelConfig(...))
-    hidden = model(tokens)                    # (B, T) -> (B, T, C)
+    hidden = model.hidden(tokens)             # (B, T) -> (B, T, C)
     logits = model.logits(hidden)             # (B, T, V); training goes through losses.py, which never builds them all
+    hidden = model(batch)                     # (M, C): of the positions batch["index"], which is what a loss needs
 
 Packed rows: `docs` (B, T) gives each token the id of its document, and attention never crosses documents. Padding is a document
 of its own (id -1), so a padded row needs nothing else.
@@ -330,7 +331,17 @@ class Transformer(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)[:, :, None]
         return angles.cos(), angles.sin()
 
-    def forward(self, tokens, positions=None, docs=None, cache=None):
+    def forward(self, batch):
+        """A batch, a dict -> hidden states (M, C) of the flat positions batch["index"] (M,), or without "index" of all, (B * T, C).
+
+        Of the batch, forward reads "tokens" (B, T), and "positions", "docs" (B, T) where they are there: see `hidden`. It reads
+        integer tensors only, because FSDP casts the floating tensors of its arguments to bf16. All else is left to the loss.
+        """
+        hidden = self.hidden(batch["tokens"], batch.get("positions"), batch.get("docs"))
+        hidden = hidden.flatten(0, 1)
+        return hidden[batch["index"]] if "index" in batch else hidden
+
+    def hidden(self, tokens, positions=None, docs=None, cache=None):
         """tokens (B, T) -> hidden (B, T, C) after the last norm; feed it to .logits, .score or losses.py.
 
         positions (B, T): rotary positions; default: restarting with each document. docs (B, T): document ids; default: one.

@@ -29,8 +29,8 @@ import torch
 
 import lora
 from nano import (
+    batches,
     config,
-    data,
     generate,
     log,
     losses,
@@ -38,6 +38,7 @@ from nano import (
     roles,
     runtime,
     state,
+    store,
     tokenizer,
     weights,
 )
@@ -302,7 +303,7 @@ def judge(function, tok, prompts, responses, finished):
 def prompts_of(cfg, tok):
     """(the prompts of the prepared folders as lists of ids: each row's tokens before its first target, every prompt once; how many
     are left out as too long)."""
-    rows = data.mix(cfg.data, None, cfg.seed, tokenizer=tok)
+    rows = store.mix(cfg.data, seed=cfg.seed, tokenizer=tok)
     prompts = (
         tuple(tokens[: int(mask.argmax())].tolist())
         for tokens, mask in map(rows.row, range(len(rows)))
@@ -397,16 +398,16 @@ def rl_gradient(cfg, rt, policy, critic, micros, count):
     }
 
 
-def ptx_gradient(cfg, rt, policy, batches, update):
+def ptx_gradient(cfg, rt, policy, other, update):
     """Adds ptx_coef times the gradient of the next-token loss on a batch of other text (Ouyang et al. 2022, Eq. 2) -> the loss."""
-    micros = [data.target_index(m, rt.static_shapes) for m in batches.batch(update)]
+    micros = other.batch(update)
     count = rt.all_sum(sum(float(m["weights"].sum()) for m in micros))
     total = 0.0
     for i, micro in enumerate(micros):
         rt.accumulate(i == len(micros) - 1, policy.net)
         b = rt.put(micro)
         with rt.autocast():
-            hidden = policy.hidden(b, training=True).flatten(0, 1)[b["index"]]
+            hidden = policy.hidden(b, training=True)
             targets, weights = (b[key].flatten()[b["index"]] for key in ("targets", "weights"))
             loss = losses.cross_entropy(hidden, policy.model.head_weight, targets, weights) / max(
                 count, 1e-9
@@ -431,7 +432,7 @@ def main(cfg):
 
     # ------------------------------------------------------------------------------------------ models, data, optimizers
     base = weights.base_of(cfg.model)
-    tok = tokenizer.load(base, data.chat_template(cfg.data) or weights.chat_template(cfg.model))
+    tok = tokenizer.load(base, store.chat_template(cfg.data) or weights.chat_template(cfg.model))
     prompts, too_long = prompts_of(cfg, tok)
     if cfg.compile:  # round to bf16 where eager code does: or else graphs with and without gradients differ by tenths of a nat
         torch._inductor.config.emulate_precision_casts = True
@@ -461,11 +462,12 @@ def main(cfg):
     ptx = None
     if cfg.ptx_coef:
         rows, size = (
-            data.mix(cfg.ptx_data, None, cfg.seed, tokenizer=tok),
+            store.mix(cfg.ptx_data, seed=cfg.seed, tokenizer=tok),
             min(micro_batch, cfg.ptx_batch // rt.world),
         )
         cut = dict(max_length=cfg.max_prompt + cfg.max_new_tokens, rank=rt.rank, world=rt.world)
-        ptx = data.Batches(rows, cfg.ptx_batch, size, seed=cfg.seed, **cut)
+        cut["fixed_shapes"] = rt.static_shapes
+        ptx = batches.Rows(rows, cfg.ptx_batch, size, seed=cfg.seed, **cut)
 
     # ------------------------------------------------------------------------------------------ resume
     trained = {f"{name}:{n}": p for name, role in learners.items() for n, p in role.params.items()}

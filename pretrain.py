@@ -25,8 +25,8 @@ import torch
 
 from model import ModelConfig, Transformer
 from nano import (
+    batches,
     config,
-    data,
     estimate,
     generate,
     log,
@@ -34,6 +34,7 @@ from nano import (
     optim,
     runtime,
     state,
+    store,
     tokenizer,
     weights,
 )
@@ -156,20 +157,12 @@ def fresh(rt, shape, dir):
     return weights.load_model(dir)
 
 
-def forward(net, batch, isolate):
-    """hidden (B, T, C). One stretch of text needs no document ids: plain causal attention has the fastest kernels."""
-    return (
-        net(batch["tokens"], batch["positions"], batch["docs"]) if isolate else net(batch["tokens"])
-    )
-
-
-def loss_sum(net, model, batch, isolate):
+def loss_sum(net, batch):
     """The sum of next-token losses over the target tokens of a micro-batch, fp32."""
-    hidden = forward(net, batch, isolate)
     rows = batch["index"]  # the head runs on target tokens only
     return losses.cross_entropy(
-        hidden.flatten(0, 1)[rows],
-        model.head_weight,
+        net(batch),  # (M, C)
+        net.head_weight,
         batch["targets"].flatten()[rows],
         batch["weights"].flatten()[rows],
     )
@@ -193,29 +186,29 @@ def tokens_per_byte(stores, free_bos):
 
 
 @torch.no_grad()
-def evaluate(rt, net, model, windows, steps, isolate, density):
+def evaluate(rt, net, windows, steps, density):
     """Loss, perplexity and, given `density` in tokens per byte, bits per byte over the first `steps` steps of `windows`."""
-    model.eval()
+    net.eval()
     sums = torch.zeros(2, dtype=torch.float32, device=rt.device)  # loss, targets
     for step in range(steps):
         for micro in windows.batch(step):
-            batch = rt.put(data.target_index(micro, rt.static_shapes))
+            batch = rt.put(micro)
             with rt.autocast():
-                part = loss_sum(net, model, batch, isolate)
+                part = loss_sum(net, batch)
             sums += torch.stack((part, batch["weights"].sum()))
             rt.sync()
-    model.train()
+    net.train()
     loss, count = rt.all_sum(sums).tolist()
     loss /= max(count, 1)
     bits = {} if density is None else dict(bits_per_byte=loss / math.log(2) * density)
     return dict(loss=loss, perplexity=math.exp(min(loss, 700)), **bits)
 
 
-def continuations(rt, model, tok, store, cfg):
+def continuations(rt, model, tok, documents, cfg):
     """What the model writes after each prompt, or after the first words of two documents."""
     prompts = [tok.encode(text, bos=tok.bos_first) or [tok.eos_id] for text in cfg.prompts]
     if not prompts:
-        rows = [store.row(i)[0] for i in range(min(2, len(store)))]
+        rows = [documents.row(i)[0] for i in range(min(2, len(documents)))]
         prompts = [row[: max(1, min(8, len(row) // 2))].tolist() for row in rows]
     with rt.autocast():
         made = generate.generate(
@@ -246,16 +239,16 @@ def main(cfg):
         )
 
     # ------------------------------------------------------------------------------------------ data
-    metas = [data.read_meta(dir) for dir in cfg.data]
+    metas = [store.read_meta(dir) for dir in cfg.data]
     base = cfg.model or cfg.tokenizer or Path(cfg.data[0]) / "tokenizer"
     if not Path(base).is_dir() and not cfg.model and not cfg.tokenizer:
         raise UserError(
             f"there is no {base}: name the tokenizer that the data was prepared with by tokenizer= or model="
         )
     tok = tokenizer.load(base, template="plain")
-    stores = [data.Store(dir, "train", tok) for dir in cfg.data]
+    stores = [store.Store(dir, "train", tok) for dir in cfg.data]
     held = [
-        data.Store(dir, "val", tok)
+        store.Store(dir, "val", tok)
         for dir, meta in zip(cfg.data, metas, strict=True)
         if "val" in meta["splits"]
     ]
@@ -266,9 +259,10 @@ def main(cfg):
         seed=cfg.seed,
         rank=rt.rank,
         world=rt.world,
+        fixed_shapes=rt.static_shapes,
     )
-    train = data.Windows(stores, cfg.batch_size, weights=cfg.weights, **cut)
-    val = data.Windows(held, cut["micro_batch"] * rt.world, **cut) if held else None
+    train = batches.Windows(stores, cfg.batch_size, weights=cfg.weights, **cut)
+    val = batches.Windows(held, cut["micro_batch"] * rt.world, **cut) if held else None
     steps = cfg.steps or max(1, round(cfg.epochs * train.steps_per_epoch))
     eval_every, save_every = (
         cfg.eval_every or train.steps_per_epoch,
@@ -283,7 +277,7 @@ def main(cfg):
     # ------------------------------------------------------------------------------------------ model
     if cfg.model:
         model = weights.load_model(cfg.model)
-        data.check_reach(cfg.max_length, model.cfg.max_positions, cfg.model)
+        batches.check_reach(cfg.max_length, model.cfg.max_positions, cfg.model)
         tok.check_embeddings(model.cfg.vocab_size, base)
     else:
         model = fresh(rt, model_config(cfg, tok.vocab_size), out / "init.tmp")
@@ -350,7 +344,7 @@ def main(cfg):
         with logger.paused():
             evaluated = val and not stop and (step % eval_every == 0 or step == steps)
             if evaluated:
-                metrics = evaluate(rt, net, model, val, eval_steps, cfg.isolate, density)
+                metrics = evaluate(rt, net, val, eval_steps, density)
                 logger.eval(step, **metrics)
                 if step and metrics["loss"] < best:
                     best = metrics["loss"]
@@ -376,17 +370,17 @@ def main(cfg):
             break
 
         # accumulate the gradient over micro-batches
-        micros = [data.target_index(m, rt.static_shapes) for m in train.batch(step)]
+        micros = train.batch(step)
         weight = rt.all_sum(sum(float(m["weights"].sum()) for m in micros))
         loss = 0.0
         for i, micro in enumerate(micros):
             rt.accumulate(i == len(micros) - 1, net)
             with rt.autocast():
-                part = loss_sum(net, model, rt.put(micro), cfg.isolate) / max(weight, 1e-9)
+                part = loss_sum(net, rt.put(micro)) / max(weight, 1e-9)
             rt.backward(part)
             loss = loss + part.detach()
-            tokens += int((micro["docs"] >= 0).sum())
-            targets += int(micro["weights"].sum())
+            tokens += micro["n_tokens"]
+            targets += micro["n_targets"]
 
         # clip, step
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)

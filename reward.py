@@ -27,16 +27,16 @@ import torch.nn.functional as F
 
 import lora
 from nano import (
+    batches,
     config,
-    data,
     estimate,
     files,
     generate,
     log,
     optim,
-    rankings,
     runtime,
     state,
+    store,
     tokenizer,
     weights,
 )
@@ -130,14 +130,13 @@ def ranking_loss(scores, groups, margin=0.0, centring=0.0):
     """Scalar, fp32: the mean over groups of the mean of `pair_losses` over a group's pairs i < j. scores (N,), each group's best
     first; groups (G+1,): the offsets of the groups in them."""
     offsets = torch.as_tensor(groups).tolist()
-    better, worse, share = (torch.from_numpy(x).to(scores.device) for x in rankings.pairs(offsets))
+    better, worse, share = (torch.from_numpy(x).to(scores.device) for x in batches.pairs(offsets))
     return (pair_losses(scores, better, worse, margin, centring) * share).sum() / (len(offsets) - 1)
 
 
-def score(net, model, batch):
+def score(net, batch):
     """A micro-batch's completions -> (N,) fp32, read at the last token of each."""
-    hidden = net(batch["tokens"], batch["positions"], batch["docs"])  # (B, T, C)
-    return model.score(hidden.flatten(0, 1)[batch["last"]])
+    return net.score(net(batch | dict(index=batch["last"])))
 
 
 def statistics(scores, loss, batch):
@@ -159,22 +158,22 @@ def summary(sums):
 
 
 @torch.no_grad()
-def evaluate(rt, net, model, batches, cfg):
+def evaluate(rt, net, val, cfg):
     """Loss, accuracy, gap and the scores' mean and standard deviation over all groups of all ranks."""
-    model.eval()
+    net.eval()
     sums = torch.zeros(7, device=rt.device)
-    for step in range(batches.steps_per_epoch):
-        for micro in batches.batch(step):
+    for step in range(val.steps_per_epoch):
+        for micro in val.batch(step):
             batch = rt.put(micro)
             with rt.autocast():
-                scores = score(net, model, batch)
+                scores = score(net, batch)
             sums += statistics(
                 scores,
                 pair_losses(scores, batch["better"], batch["worse"], cfg.margin, cfg.centring),
                 batch,
             )
             rt.sync()
-    model.train()
+    net.train()
     return summary(rt.all_sum(sums))
 
 
@@ -215,22 +214,22 @@ def draw_samples(rt, cfg, rows, tok):
 
 
 @torch.no_grad()
-def score_samples(rt, net, model, samples, micro_batch, max_length):
+def score_samples(rt, net, samples, micro_batch, max_length):
     """Scores (n,) fp32 on the CPU of what draw_samples gave. Every rank does them all."""
-    model.eval()
+    net.eval()
     tokens, ends = samples[0].numpy(), samples[1][:, 1].numpy()
-    scores, packs = torch.zeros(len(ends)), data.pack(ends, max_length)
+    scores, packs = torch.zeros(len(ends)), batches.pack(ends, max_length)
     for a in range(0, len(packs), micro_batch):
         packed = [
             [(i, [(tokens[i, : ends[i]], np.ones(ends[i]))]) for i in pack]
             for pack in packs[a : a + micro_batch]
         ]
-        micro = rankings.collate(packed, micro_batch, max_length, static=rt.static_shapes)
+        micro = batches.collate_groups(packed, micro_batch, max_length, rt.static_shapes)
         with rt.autocast():
-            part = rt.host(score(net, model, rt.put(micro)))
+            part = rt.host(score(net, rt.put(micro)))
         real = micro["real"] > 0
         scores[micro["number"][real]] = part[real]
-    model.train()
+    net.train()
     return scores
 
 
@@ -273,26 +272,26 @@ def main(cfg):
     else:
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
     model.score.requires_grad_(True)  # the head is trained in full whatever else is
-    tok = tokenizer.load(base, data.chat_template(cfg.data) or weights.chat_template(cfg.model))
+    tok = tokenizer.load(base, store.chat_template(cfg.data) or weights.chat_template(cfg.model))
     tok.check_embeddings(model.cfg.vocab_size, base)
     # transformers reads the score at the last token that is not padding: no completion may end in the id that says so
     ids = range(model.cfg.vocab_size)
     pad_id = next(i for i in (tok.pad_id, tok.bos_id, *ids) if i in ids and i not in tok.stop_ids)
 
     # ------------------------------------------------------------------------------------------ data
-    rows = rankings.load(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
-    val_rows = rankings.load(cfg.data, split="val", tokenizer=tok)
+    rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok, groups=True)
+    val_rows = store.validation(cfg.data, tok, groups=True)
     cut = dict(
         micro_batch=cfg.micro_batch * rt.shards // rt.world,
         max_length=cfg.max_length,
         seed=cfg.seed,
         rank=rt.rank,
         world=rt.world,
-        static=rt.static_shapes or cfg.compile,
+        fixed_shapes=rt.static_shapes or cfg.compile,
     )
-    train = rankings.Batches(rows, cfg.batch_size, **cut)
-    val = rankings.Batches(val_rows, cfg.batch_size, **cut) if val_rows else None
-    data.check_reach(rows.longest[train.index].max(), model.cfg.max_positions, cfg.model)
+    train = batches.Groups(rows, cfg.batch_size, **cut)
+    val = batches.Groups(val_rows, cfg.batch_size, **cut) if val_rows else None
+    batches.check_reach(train.longest, model.cfg.max_positions, cfg.model)
     steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
     eval_every, save_every = (
         cfg.eval_every or train.steps_per_epoch,
@@ -318,9 +317,7 @@ def main(cfg):
         start, best = meta["step"], meta["best"]
         samples = (extra["samples"], extra["spans"]) if "samples" in extra else None
 
-    length = (
-        rows.squares[train.index].sum() / rows.lengths[train.index].sum()
-    )  # that the average token finds its document to have
+    length = train.document_length
     flops = model.flops_per_token(length, "adapter" if cfg.lora_rank else "all")
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     logger.settings("reward", cfg, resume)
@@ -387,9 +384,9 @@ def main(cfg):
             saving = step > start and (stop or step == steps or step % save_every == 0)
             scores = None
             if samples and (evaluated or saving):
-                scores = score_samples(rt, net, model, samples, cut["micro_batch"], cfg.max_length)
+                scores = score_samples(rt, net, samples, cut["micro_batch"], cfg.max_length)
             if evaluated:
-                metrics = evaluate(rt, net, model, val, cfg)
+                metrics = evaluate(rt, net, val, cfg)
                 logger.eval(step, **metrics)
                 if samples and cfg.samples:
                     logger.samples(step, extremes(tok, samples, scores, cfg.samples))
@@ -418,11 +415,11 @@ def main(cfg):
             rt.accumulate(i == len(micros) - 1, net)
             batch = rt.put(micro)
             with rt.autocast():
-                scores = score(net, model, batch)
+                scores = score(net, batch)
             loss = pair_losses(scores, batch["better"], batch["worse"], cfg.margin, cfg.centring)
             rt.backward((loss * batch["share"]).sum() / count)
             sums += statistics(scores.detach(), loss.detach(), batch)
-            tokens += int((micro["docs"] >= 0).sum())
+            tokens += micro["n_tokens"]
 
         # clip, step
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)

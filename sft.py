@@ -21,8 +21,8 @@ import torch
 
 import lora
 from nano import (
+    batches,
     config,
-    data,
     estimate,
     generate,
     log,
@@ -30,6 +30,7 @@ from nano import (
     optim,
     runtime,
     state,
+    store,
     tokenizer,
     weights,
 )
@@ -108,36 +109,34 @@ class Config:
     sample_tokens: NonNegativeInt = 64  # 0: no samples
 
 
-def loss_sum(net, model, batch):
+def loss_sum(net, batch):
     """The weighted sum of next-token losses over the target tokens of a micro-batch, fp32."""
-    hidden = net(batch["tokens"], batch["positions"], batch["docs"])  # (B, T, C)
     rows = batch["index"]  # the head runs on target tokens only
     return losses.cross_entropy(
-        hidden.flatten(0, 1)[rows],
-        model.head_weight,
+        net(batch),  # (M, C)
+        net.head_weight,
         batch["targets"].flatten()[rows],
         batch["weights"].flatten()[rows],
     )
 
 
 @torch.no_grad()
-def evaluate(rt, net, model, batches):
+def evaluate(rt, net, val):
     """Validation loss, perplexity and token accuracy over all target tokens of all ranks."""
-    model.eval()
+    net.eval()
     sums = torch.zeros(3, dtype=torch.float32, device=rt.device)  # loss, hits, targets
-    for step in range(batches.steps_per_epoch):
-        for micro in batches.batch(step):
-            batch = rt.put(data.target_index(micro, rt.static_shapes))
+    for step in range(val.steps_per_epoch):
+        for micro in val.batch(step):
+            batch = rt.put(micro)
+            rows = batch["index"]
             with rt.autocast():
-                hidden = net(batch["tokens"], batch["positions"], batch["docs"])
-                rows = batch["index"]
                 nll, hit = losses.evaluate_tokens(
-                    hidden.flatten(0, 1)[rows], model.head_weight, batch["targets"].flatten()[rows]
+                    net(batch), net.head_weight, batch["targets"].flatten()[rows]
                 )
             weights = batch["weights"].flatten()[rows]
             sums += torch.stack(((nll * weights).sum(), (hit * weights).sum(), weights.sum()))
             rt.sync()
-    model.train()
+    net.train()
     loss, hits, count = rt.all_sum(sums).tolist()
     loss /= max(count, 1)
     return dict(loss=loss, perplexity=math.exp(min(loss, 700)), accuracy=hits / max(count, 1))
@@ -194,26 +193,27 @@ def main(cfg):
         raise UserError(
             f"freeze_layers={cfg.freeze_layers} of {model.cfg.n_layers} with train={cfg.train} leaves nothing to train"
         )
-    tok = tokenizer.load(base, data.chat_template(cfg.data) or weights.chat_template(cfg.model))
+    tok = tokenizer.load(base, store.chat_template(cfg.data) or weights.chat_template(cfg.model))
     tok.check_embeddings(model.cfg.vocab_size, base)
 
     # ------------------------------------------------------------------------------------------ data
-    rows = data.mix(cfg.data, cfg.sizes or None, cfg.seed, tokenizer=tok)
-    val_rows = data.validation(cfg.data, tok)
+    rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
+    val_rows = store.validation(cfg.data, tok)
     cut = dict(
         micro_batch=cfg.micro_batch * rt.shards // rt.world,
         max_length=cfg.max_length,
         packing=cfg.packing,
         over_length=cfg.over_length,
-        static=rt.static_shapes or cfg.compile,
+        fixed_length=cfg.compile,
+        fixed_shapes=rt.static_shapes,
         rank=rt.rank,
         world=rt.world,
     )
-    train = data.Batches(
+    train = batches.Rows(
         rows, cfg.batch_size, seed=cfg.seed, prompt_weight=cfg.prompt_loss_weight, **cut
     )
-    val = data.Batches(val_rows, cut["micro_batch"] * rt.world, **cut) if val_rows else None
-    data.check_reach(train.lengths.max(), model.cfg.max_positions, cfg.model)
+    val = batches.Rows(val_rows, cut["micro_batch"] * rt.world, **cut) if val_rows else None
+    batches.check_reach(train.longest, model.cfg.max_positions, cfg.model)
     steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
     eval_every, save_every = (
         cfg.eval_every or train.steps_per_epoch,
@@ -233,9 +233,7 @@ def main(cfg):
         meta, _ = state.load_training(out / "state", rt, "sft", trained, dict(adamw=optimizer))
         start, best = meta["step"], meta["best"]
 
-    length = (
-        train.lengths**2
-    ).sum() / train.lengths.sum()  # that the average token finds its document to have
+    length = train.document_length
     flops = model.flops_per_token(length, "adapter" if cfg.lora_rank else "all")
     logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
     logger.settings("sft", cfg, resume)
@@ -274,7 +272,7 @@ def main(cfg):
         with logger.paused():
             evaluated = val and not stop and (step % eval_every == 0 or step == steps)
             if evaluated:
-                metrics = evaluate(rt, net, model, val)
+                metrics = evaluate(rt, net, val)
                 logger.eval(step, **metrics)
                 if step and metrics["loss"] < best:
                     best = metrics["loss"]
@@ -294,17 +292,17 @@ def main(cfg):
             break
 
         # accumulate the gradient over micro-batches
-        micros = [data.target_index(m, rt.static_shapes) for m in train.batch(step)]
+        micros = train.batch(step)
         weight = rt.all_sum(sum(float(m["weights"].sum()) for m in micros))
         loss = 0.0
         for i, micro in enumerate(micros):
             rt.accumulate(i == len(micros) - 1, net)
             with rt.autocast():
-                part = loss_sum(net, model, rt.put(micro)) / max(weight, 1e-9)
+                part = loss_sum(net, rt.put(micro)) / max(weight, 1e-9)
             rt.backward(part)
             loss = loss + part.detach()
-            tokens += int((micro["docs"] >= 0).sum())
-            targets += int((micro["weights"] == 1).sum())
+            tokens += micro["n_tokens"]
+            targets += micro["n_targets"]
 
         # clip, step
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)

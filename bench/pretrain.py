@@ -74,7 +74,7 @@ def steps_of_ours(cfg, rt, windows):
     """(a function of the step's number that trains one step, the model)"""
     import pretrain
     from model import Transformer
-    from nano import data, optim
+    from nano import optim
 
     sizes = pretrain.Config(size=cfg.size, max_length=cfg.max_length)
     model = Transformer(pretrain.model_config(sizes, cfg.vocab_size)).init_weights()
@@ -82,12 +82,10 @@ def steps_of_ours(cfg, rt, windows):
     optimizer = optim.build(model, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
     def step(i):
-        micro = data.target_index(windows.batch(i)[0])
+        micro = windows.batch(i)[0]
         rt.accumulate(True, net)
         with rt.autocast():
-            loss = pretrain.loss_sum(net, model, rt.put(micro), cfg.isolate) / float(
-                micro["weights"].sum()
-            )
+            loss = pretrain.loss_sum(net, rt.put(micro)) / float(micro["weights"].sum())
         rt.backward(loss)
         optim.clip_(model.parameters(), 1.0)
         optimizer.step()
@@ -134,7 +132,7 @@ def measure(cfg):
     """One run in this process."""
     import torch
 
-    from nano import data, log, runtime
+    from nano import batches, log, runtime, store
 
     torch.set_num_threads(cfg.threads)
     if cfg.side == "nanogpt":
@@ -143,8 +141,8 @@ def measure(cfg):
         runtime._tune_cpu = lambda: torch.set_flush_denormal(True)
     rt = runtime.Runtime(cfg.device, "none", cfg.dtype)
     isolate = cfg.isolate and cfg.side == "ours"
-    windows = data.Windows(
-        [data.Store(Path(cfg.out) / "data")],
+    windows = batches.Windows(
+        [store.Store(Path(cfg.out) / "data")],
         cfg.micro_batch,
         cfg.micro_batch,
         cfg.max_length,

@@ -110,11 +110,11 @@ def measure(root, samples):
         with torch.no_grad():
             for prompt, answer, logprobs in zip(prompts, made.tokens, made.logprobs, strict=True):
                 row = torch.tensor([prompt + answer])
-                hidden = sft.float()(row)[0, len(prompt) - 1 : -1]
+                hidden = sft.float().hidden(row)[0, len(prompt) - 1 : -1]
                 kl += sum(logprobs) - float(
                     losses.token_logprobs(hidden, sft.head_weight, row[0, len(prompt) :]).sum()
                 )
-                score += float(scorer.score(scorer.float()(row))[0, -1]) * gain + bias
+                score += float(scorer.score(scorer.float().hidden(row))[0, -1]) * gain + bias
         worth_of_sft = worth_of_sft or worth
         table[stage] = dict(
             reward=score / samples,

@@ -73,11 +73,11 @@ def prompts(cfg):
 def run_ours(cfg, folder):
     """-> (seconds of each iteration, of its rollout, response tokens of each)"""
     import ppo
-    from nano import data, tokenizer
+    from nano import store, tokenizer
 
     tok, asked = prompts(cfg)
     rows = [(ids + [ids[0]], [0] * len(ids) + [1]) for _, ids in asked]
-    data.write_store(
+    store.write_store(
         folder / "data",
         dict(train=rows),
         dict(vocab_size=tok.vocab_size, tokenizer=tok.fingerprint),

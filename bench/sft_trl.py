@@ -12,7 +12,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from nano import config, data, weights
+from nano import config, store, weights
 from nano.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 
 
@@ -46,10 +46,10 @@ def main(cfg):
     from trl import SFTConfig, SFTTrainer
 
     torch.set_num_threads(cfg.threads)
-    store = data.Store(cfg.data, "train")
+    data = store.Store(cfg.data, "train")
     rows = [
         dict(input_ids=ids.tolist(), completion_mask=mask.tolist())
-        for ids, mask in map(store.row, range(len(store)))
+        for ids, mask in map(data.row, range(len(data)))
     ]
     steps = []
 

@@ -227,7 +227,7 @@ class Batch:
         cache = self.model.new_cache(rows, width, self.dtype)
         if width:
             positions = torch.arange(width, device=self.device).expand(rows, width)
-            self.model(tokens.to(self.device), positions, cache=cache)
+            self.model.hidden(tokens.to(self.device), positions, cache=cache)
         return cache
 
     def place(self, slots, prompts, limits, uniforms, cache, sources):
@@ -256,7 +256,7 @@ class Batch:
             t[:rows] for t in self.state
         )
         cache = [(keys[:rows], values[:rows]) for keys, values in self.cache]
-        hidden = self.model(last[:, None], position[:, None], cache=cache)
+        hidden = self.model.hidden(last[:, None], position[:, None], cache=cache)
         at = count[:, None]
         token, logprob = choose(
             self.head(hidden[:, 0]), uniform.gather(1, at)[:, 0], **self.sampling

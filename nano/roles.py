@@ -52,13 +52,13 @@ class Role:
         return optimizer
 
     def hidden(self, batch, training=False):
-        """(B, T, C). training: in a way that the backward pass sums gradients over ranks."""
+        """(M, C), of batch["index"]. training: in a way that the backward pass sums gradients over ranks."""
         lora.use(self.model, self.adapter)
-        return (self.net if training else self.model)(batch["tokens"], docs=batch["docs"])
+        return (self.net if training else self.model)(batch)
 
     def logprobs(self, batch, temperature, training=False):
         """Of the actions, under the distribution that they were sampled from: log-probabilities and entropies, both (b, R)."""
-        hidden = self.hidden(batch, training).flatten(0, 1)[batch["where"]]
+        hidden = self.hidden(batch, training)
         actions = batch["response"].flatten()[batch["slots"]]
         logprobs, entropy = losses.token_logprobs(
             hidden, self.model.head_weight, actions, temperature, entropy=True
@@ -67,14 +67,14 @@ class Role:
 
     def values(self, batch, training=False):
         """The head's number before each action, (b, R) fp32."""
-        return spread(self._heads(batch, training)[batch["where"]], batch)
+        return spread(self._heads(batch, training), batch)
 
     def scores(self, batch):
         """The head's number at each episode's last token, (b,) fp32."""
-        return self._heads(batch)[batch["last"]]
+        return self._heads(batch | dict(index=batch["last"]))
 
     def _heads(self, batch, training=False):
-        return self.head(self.hidden(batch, training)).flatten() * self.scale[0] + self.scale[1]
+        return self.head(self.hidden(batch, training)) * self.scale[0] + self.scale[1]
 
 
 # ---------------------------------------------------------------------------------------------- episodes
@@ -85,7 +85,7 @@ def episode_batch(prompts, responses, response_length, static_length=0):
 
     tokens, docs: the episodes one after another in one row without padding, (1, sum of lengths); with static_length, for backends
     that compile each shape anew, a row of that many slots each, (b, static_length).
-    response, mask (b, R). where: flat positions in tokens whose hidden state predicts an action; slots: the flat positions in
+    response, mask (b, R). index: flat positions in tokens whose hidden state predicts an action; slots: the flat positions in
     (b, R) of these actions; last (b,): flat position in tokens of each episode's last token.
     """
     b, R = len(prompts), response_length
@@ -99,7 +99,7 @@ def episode_batch(prompts, responses, response_length, static_length=0):
         response[i, : len(answer)], mask[i, : len(answer)] = torch.tensor(answer), 1.0
     first = torch.tensor([a + len(p) - 1 for a, p in zip(starts, prompts, strict=True)])
     slots = torch.arange(b * R) if static_length else mask.flatten().nonzero().squeeze(1)
-    where = (first[:, None] + torch.arange(R)).flatten()[slots].clamp(max=len(tokens) - 1)
+    index = (first[:, None] + torch.arange(R)).flatten()[slots].clamp(max=len(tokens) - 1)
     last = torch.tensor([a + len(row) - 1 for a, row in zip(starts, rows, strict=True)])
     shape = (b, static_length) if static_length else (1, -1)
     return dict(
@@ -107,7 +107,7 @@ def episode_batch(prompts, responses, response_length, static_length=0):
         docs=docs.view(shape),
         response=response,
         mask=mask,
-        where=where,
+        index=index,
         slots=slots,
         last=last,
     )

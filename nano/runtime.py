@@ -52,6 +52,16 @@ PER_HEAD = ("q_norm", "k_norm")
 TRIM = 30.0  # seconds between two trims, after which a step takes a second longer
 
 
+class Replica(DistributedDataParallel):
+    """A replicated model. An attribute that DistributedDataParallel does not have is the model's."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
 class Runtime:
     """One per process. kind: cpu | cuda | xla | tpu; rank, world: of processes that see rows of their own; process, processes: of
     all; shards: parts that the batch is cut into; tensor: devices that share a layer; devices: all of them."""
@@ -365,7 +375,7 @@ class Runtime:
         for p in trainable:
             p.requires_grad = id(p) in mine
         ids = [self.local_rank] if self.kind == "cuda" else None
-        net = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        net = Replica(model, device_ids=ids, gradient_as_bucket_view=True)
         if self.reduce_dtype == torch.bfloat16:
             net.register_comm_hook(None, _mean_in_bf16)
         for p in trainable:
@@ -436,10 +446,16 @@ class Runtime:
     # ------------------------------------------------------------------------------------------ step
 
     def put(self, batch):
-        """dict of CPU tensors (B, ...) -> on the device, cut along B under SPMD."""
+        """dict of CPU tensors (B, ...) -> on the device, cut along B under SPMD. What is no tensor stays."""
         pin = self.kind == "cuda"
-        move = lambda t: (t.pin_memory() if pin else t).to(self.device, non_blocking=pin)  # noqa: E731
-        return {k: self._mark_batch(move(t)) if t.dim() > 1 else move(t) for k, t in batch.items()}
+
+        def move(t):
+            if not torch.is_tensor(t):
+                return t
+            t = (t.pin_memory() if pin else t).to(self.device, non_blocking=pin)
+            return self._mark_batch(t) if t.dim() > 1 else t
+
+        return {k: move(t) for k, t in batch.items()}
 
     def autocast(self):
         if self.dtype == torch.float32:

@@ -31,7 +31,7 @@ import numpy as np
 
 from nano import config, tokenizer
 from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
-from nano.data import Store, Writer, check_target, read_meta
+from nano.store import Store, Writer, check_target, read_meta
 from prepare import records
 from prepare.instructions import Drop, history, show, task, text, turns
 from prepare.records import BadRecord

@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nano.config import UserError
-from nano.data import parse_share
+from nano.store import parse_share
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 MAX_RECORD = (

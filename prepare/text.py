@@ -38,7 +38,8 @@ import sentencepiece
 
 from nano import config, tokenizer
 from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
-from nano.data import Writer, check_target, parse_share, read_meta, sync
+from nano.files import sync
+from nano.store import Writer, check_target, parse_share, read_meta
 from prepare import records
 from prepare.records import BadRecord
 

@@ -30,7 +30,7 @@ import torch
 
 import lora
 from model import ModelConfig, rope_frequencies
-from nano import config, data, families, files, tokenizer, weights
+from nano import config, families, files, store, tokenizer, weights
 from nano.config import UserError
 from prepare.gguf import Gguf
 
@@ -655,7 +655,7 @@ def main(cfg):
             tmp.mkdir(parents=True)
             convert(cfg.source, tmp, dtype, scratch)
             model = weights.load_model(tmp)  # the proof that names and shapes are right
-            data.replace_dir(tmp, out)
+            store.replace_dir(tmp, out)
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             raise

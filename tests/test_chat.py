@@ -11,7 +11,7 @@ import ppo
 import reward
 import sample
 import sft
-from nano import config, data, generate, tokenizer, weights
+from nano import config, generate, store, tokenizer, weights
 from nano.config import UserError
 from prepare import instructions, preferences
 from prepare import weights as prepare_weights
@@ -129,9 +129,9 @@ def test_adapters_bring_the_template_along(folder, tmp_path):
     before = (tmp_path / "merged" / "tokenizer_config.json").read_bytes()
     assert (again / "tokenizer_config.json").read_bytes() == before
 
-    rows = data.Store(folder / "sft")
+    rows = store.Store(folder / "sft")
     plain = [(rows.row(i)[0], rows.row(i)[1]) for i in range(8)]
-    data.write_store(
+    store.write_store(
         tmp_path / "plain",
         dict(train=plain),
         dict(vocab_size=264, tokenizer=rows.meta["tokenizer"]),
@@ -153,8 +153,8 @@ def test_data_of_two_templates_is_refused(folder, tmp_path):
     ]
     instructions.main(config.load(instructions.Config, settings))
     with pytest.raises(UserError, match="different chat templates"):
-        data.chat_template([folder / "sft", tmp_path / "other"])
+        store.chat_template([folder / "sft", tmp_path / "other"])
     assert (
-        data.chat_template([folder / "sft", folder / "dpo"])
+        store.chat_template([folder / "sft", folder / "dpo"])
         == tokenizer.load(folder / "model", template="chatml").chat_template
     )

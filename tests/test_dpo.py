@@ -12,8 +12,10 @@ from conftest import ROOT
 
 import dpo
 import lora
-from nano import config, data, rankings, runtime, state, tokenizer, weights
+from nano import config, runtime, state, tokenizer, weights
+from nano.batches import Groups
 from nano.config import UserError
+from nano.store import mix, write_store
 
 FAST = "device=cpu dtype=float32 max_length=128 batch_size=8 log_every=100 samples=1 sample_tokens=4".split()
 
@@ -60,13 +62,14 @@ def log(out, kind):
 
 
 def open_rows(folder, split="train", name="data"):
-    return rankings.load([folder / name], split=split, tokenizer=tokenizer.load(folder / "model"))
+    tok = tokenizer.load(folder / "model")
+    return mix([folder / name], split=split, tokenizer=tok, groups=True)
 
 
 def logprob(model, tokens, mask):
     """Of the targets of one row, in float64, by the definition."""
     ids = torch.tensor(tokens)[None]
-    logits = model.logits(model(ids))[0, :-1].double()
+    logits = model.logits(model.hidden(ids))[0, :-1].double()
     picked = torch.log_softmax(logits, -1)[torch.arange(len(tokens) - 1), ids[0, 1:]]
     return (picked * torch.tensor(mask[1:])).sum()
 
@@ -115,8 +118,8 @@ def test_losses_and_gradients_by_hand(settings):
 def test_completion_logprobs_are_sums_over_the_completions_own_tokens(folder):
     model, rows = weights.load_model(folder / "model", dtype=torch.float32), open_rows(folder)
     for static in (False, True):
-        for micro in rankings.Batches(rows, 6, 2, 128, static=static).batch(0):
-            found = dpo.completion_logprobs(model, model, micro)
+        for micro in Groups(rows, 6, 2, 128, fixed_shapes=static).batch(0):
+            found = dpo.completion_logprobs(model, micro)
             for n, real, value in zip(micro["number"].tolist(), micro["real"], found, strict=True):
                 tokens, mask = rows.stores[0].row(n)
                 assert not real or value.item() == pytest.approx(
@@ -128,7 +131,7 @@ def test_all_pairs_of_a_group_weigh_as_one(folder):
     """Loss and gradient of a step on groups of 2 to 4, against a loop over groups and pairs."""
     model, reference = tiny.model(1), tiny.model(0).requires_grad_(False)
     rows, cfg = open_rows(folder), dpo.Config(beta=0.3)
-    batches = rankings.Batches(rows, 6, 2, 128)
+    batches = Groups(rows, 6, 2, 128)
     members = batches.members(0)
     by_hand = 0.0
     for g in members:
@@ -146,8 +149,8 @@ def test_all_pairs_of_a_group_weigh_as_one(folder):
     total = 0.0
     for micro in batches.batch(0):
         with torch.no_grad():
-            micro["reference"] = dpo.completion_logprobs(reference, reference, micro)
-        loss = dpo.pair_losses(dpo.completion_logprobs(model, model, micro), micro, cfg)
+            micro["reference"] = dpo.completion_logprobs(reference, micro)
+        loss = dpo.pair_losses(dpo.completion_logprobs(model, micro), micro, cfg)
         part = (loss * micro["share"]).sum() / len(members)
         part.backward()
         total += part.item()
@@ -184,7 +187,7 @@ def test_loss_and_gradients_are_trls(theirs, ours, folder, tmp_path):
         processing_class=transformers.AutoTokenizer.from_pretrained(folder / "model"),
     )
     rows = open_rows(folder, name="pairs")
-    batches = rankings.Batches(rows, 8, 2, 128)
+    batches = Groups(rows, 8, 2, 128)
     groups = [
         [(tokens.tolist(), mask.tolist()) for tokens, mask in rows.group(g)]
         for g in batches.members(0)
@@ -207,8 +210,8 @@ def test_loss_and_gradients_are_trls(theirs, ours, folder, tmp_path):
     cfg, total, micros = dpo.Config(beta=0.3, **ours), 0.0, batches.batch(0)
     for micro in micros:
         with torch.no_grad():
-            micro["reference"] = dpo.completion_logprobs(reference, reference, micro)
-        logprobs = dpo.completion_logprobs(model, model, micro)
+            micro["reference"] = dpo.completion_logprobs(reference, micro)
+        logprobs = dpo.completion_logprobs(model, micro)
         part = (dpo.pair_losses(logprobs, micro, cfg) * micro["share"]).sum() / 8
         part = part - cfg.nll_weight * (logprobs * micro["best"]).sum() / sum(
             map(dpo.best_tokens, micros)
@@ -236,7 +239,7 @@ def test_learns_to_prefer(run):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "last", dtype=torch.float32)
     ours, ids = weights.load_model(out / "last"), torch.arange(97, 117)[None]
     with torch.no_grad():
-        assert (theirs(ids).logits - ours.logits(ours(ids))).abs().max() < 1e-4
+        assert (theirs(ids).logits - ours.logits(ours.hidden(ids))).abs().max() < 1e-4
 
 
 def test_both_falling_is_said_in_words(run, capsys):
@@ -303,9 +306,9 @@ def test_the_reference_is_the_start_and_with_lora_the_bare_base(run, folder):
     model, _ = weights.open_model(out / "last")
     ids = torch.arange(97, 117)[None]
     with torch.no_grad():
-        assert not torch.equal(model(ids), base(ids))
+        assert not torch.equal(model.hidden(ids), base.hidden(ids))
         lora.use(model, None)
-        assert torch.equal(model(ids), base(ids))
+        assert torch.equal(model.hidden(ids), base.hidden(ids))
 
 
 def test_the_reference_is_kept_and_a_stale_one_is_not_used(
@@ -391,9 +394,7 @@ def test_mistakes_end_with_a_sentence(run, folder, tmp_path):
 def test_prompts_that_leave_no_room_are_not_answered(run, folder, tmp_path):
     group = [([97] * 256 + [98 + i, 258], [0] * 256 + [1, 1]) for i in range(2)]
     meta = dict(vocab_size=264, tokenizer=tokenizer.load(folder / "model").fingerprint)
-    data.write_store(
-        tmp_path / "long", dict(train=tiny.ranked(2), val=[group, tiny.ranked(1)[0]]), meta
-    )
+    write_store(tmp_path / "long", dict(train=tiny.ranked(2), val=[group, tiny.ranked(1)[0]]), meta)
     out = run("steps=1", f"data={tmp_path / 'long'}", "max_length=1024", "samples=2")
     assert len(log(out, "samples")[0]["rows"]) == 1
 

@@ -9,7 +9,8 @@ import shutil
 import pytest
 from conftest import ROOT
 
-from nano import config, data, tokenizer
+from nano import config, tokenizer
+from nano.store import Store
 
 FOLDER = ROOT / "tests" / "first_edition"
 RUNS = {"sft_lora": "sft", "grpo": "ppo"}  # of the others, the folder is named like the stage
@@ -42,5 +43,5 @@ def test_a_run_goes_on(folder, run):
 @pytest.mark.parametrize("kind", ["text", "instructions", "preferences"])
 def test_a_prepared_folder_opens(folder, kind):
     tok = tokenizer.load("model", template="plain" if kind == "text" else None)
-    store = data.Store(f"data/{kind}", "train", tok)
+    store = Store(f"data/{kind}", "train", tok)
     assert len(store) and all(len(store.row(i)[0]) for i in range(len(store)))

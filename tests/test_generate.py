@@ -36,7 +36,7 @@ def ragged(n, low=1, high=20, seed=0, vocab=97):
 def greedy_uncached(model, prompt, new, stop_ids=()):
     ids = list(prompt)
     for _ in range(new):
-        ids.append(int(model.logits(model(torch.tensor([ids]))[0, -1]).argmax()))
+        ids.append(int(model.logits(model.hidden(torch.tensor([ids]))[0, -1]).argmax()))
         if ids[-1] in stop_ids:
             break
     return ids[len(prompt) :]
@@ -45,7 +45,7 @@ def greedy_uncached(model, prompt, new, stop_ids=()):
 @torch.no_grad()
 def forward_logprobs(model, prompt, tokens, temperature=1.0):
     ids = torch.tensor([prompt + tokens])
-    logits = model.logits(model(ids))[0, len(prompt) - 1 : -1] / temperature
+    logits = model.logits(model.hidden(ids))[0, len(prompt) - 1 : -1] / temperature
     return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
 
 
@@ -178,7 +178,7 @@ def test_frequencies_are_the_softmax():
     counts = np.bincount([t[0] for t in made.tokens], minlength=40)
     with torch.no_grad():
         expected = (
-            model.logits(model(torch.tensor([prompt])))[0, -1].double() / temperature
+            model.logits(model.hidden(torch.tensor([prompt])))[0, -1].double() / temperature
         ).softmax(-1).numpy() * 20_000
     assert expected.min() > 5
     chi2 = ((counts - expected) ** 2 / expected).sum()
@@ -368,7 +368,7 @@ def test_the_model_is_left_as_it_was():
             torch.nn.init.normal_(p, std=0.3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         generate(model, ragged(2), 20)
-        hidden = model(torch.tensor([[1, 2, 3]]))
+        hidden = model.hidden(torch.tensor([[1, 2, 3]]))
     assert model.training and all(m.training for m in model.modules())
     hidden.float().sum().backward()  # no cast of a weight made without gradient is left in autocast's cache
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
@@ -425,7 +425,7 @@ def test_sharded_and_compiled_models(tmp_path):
         )
         for pack in (False, True):
             assert generate(model, ragged(3), 20, pack=pack).tokens == expected.tokens
-        model(torch.tensor([[1, 2, 3]])).sum().backward()
+        model(dict(tokens=torch.tensor([[1, 2, 3]]))).sum().backward()
         assert all(p.grad is not None for n, p in model.named_parameters() if "lm_head" not in n)
         assert generate(model, ragged(3), 20).tokens == expected.tokens
     finally:

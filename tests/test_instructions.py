@@ -21,8 +21,9 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nano import config, data, tokenizer
+from nano import config, tokenizer
 from nano.config import UserError
+from nano.store import Store
 from prepare import instructions, records
 
 
@@ -49,7 +50,7 @@ def model(tmp_path_factory):
 def prepare(model, out, source, **keys):
     keys = dict(template=None if "text_field" in keys else "chatml") | keys
     instructions.main(instructions.Config(source=str(source), model=model, out=str(out), **keys))
-    return data.Store(out)
+    return Store(out)
 
 
 def write(path, items):
@@ -481,10 +482,10 @@ def contents(store):
 def test_val_is_exact(model, tmp_path, val, count):
     rows = [dict(prompt=f"p{i}", completion="c") for i in range(400)]
     train = prepare(model, tmp_path / "out", write(tmp_path / "in.jsonl", rows), val=val)
-    held = data.Store(tmp_path / "out", "val")
+    held = Store(tmp_path / "out", "val")
     assert (len(train), len(held)) == (400 - count, count)
     prepare(model, tmp_path / "whole", tmp_path / "in.jsonl")
-    whole = contents(data.Store(tmp_path / "whole"))
+    whole = contents(Store(tmp_path / "whole"))
     assert sorted(contents(train) + contents(held)) == sorted(whole)
     assert contents(train) == [
         row for row in whole if row not in set(contents(held))
@@ -500,7 +501,7 @@ def test_val_goes_by_content(model, tmp_path):
     held = {}
     for name, seed in (("a", 0), ("b", 0), ("a", 1)):
         train = prepare(model, tmp_path / "out", tmp_path / f"{name}.jsonl", val="40", seed=seed)
-        val = data.Store(tmp_path / "out", "val")
+        val = Store(tmp_path / "out", "val")
         assert len(val) == 40 and not set(contents(train)) & set(contents(val))
         held[name, seed] = sorted(contents(val))
     assert held["a", 0] == held["b", 0] != held["a", 1]

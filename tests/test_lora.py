@@ -21,7 +21,7 @@ def base(tmp_path_factory):
 
 def logits(model):
     with torch.no_grad():
-        return model.logits(model(TOKENS))
+        return model.logits(model.hidden(TOKENS))
 
 
 def shake(model, name="default", seed=1):
@@ -193,7 +193,7 @@ def test_named_adapters_share_one_base():
 
     lora.use(model, "policy")  # training one leaves the other and the base alone
     optimizer = torch.optim.AdamW(lora.parameters(model, "policy"), lr=1e-2)
-    model.logits(model(TOKENS)).square().mean().backward()
+    model.logits(model.hidden(TOKENS)).square().mean().backward()
     assert all(p.grad is None for p in lora.parameters(model, "value"))
     assert all(p.grad is None for n, p in model.named_parameters() if "lora_" not in n)
     optimizer.step()
@@ -224,7 +224,7 @@ def test_a_bf16_base_carries_fp32_adapters():
     lora.apply(model, rank=4, alpha=8)
     assert all(p.dtype == torch.float32 for p in lora.parameters(model))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        model.logits(model(TOKENS)).float().square().mean().backward()
+        model.logits(model.hidden(TOKENS)).float().square().mean().backward()
     assert all(p.grad.dtype == torch.float32 for p in lora.parameters(model))
 
 
@@ -299,13 +299,13 @@ def test_a_score_adapter_there_and_back(base, tmp_path):
     shake(model)
     weights.save_adapter(model, tmp_path / "ours", base=base)
     with torch.no_grad():
-        ours = model.score(model(TOKENS))
+        ours = model.score(model.hidden(TOKENS))
     assert (
         ours - in_peft(base, tmp_path / "ours", "AutoModelForSequenceClassification")
     ).abs().max() <= 1e-5
     again, _ = weights.open_model(tmp_path / "ours")
     with torch.no_grad():
-        assert again.cfg.head == "score" and torch.equal(again.score(again(TOKENS)), ours)
+        assert again.cfg.head == "score" and torch.equal(again.score(again.hidden(TOKENS)), ours)
 
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
         base, num_labels=1, dtype=torch.float32
@@ -323,7 +323,7 @@ def test_a_score_adapter_there_and_back(base, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     model, _ = weights.open_model(tmp_path / "theirs", base=base)
     with torch.no_grad():
-        assert (model.score(model(TOKENS)) - scores).abs().max() <= 1e-5
+        assert (model.score(model.hidden(TOKENS)) - scores).abs().max() <= 1e-5
     with pytest.raises(UserError, match="score"):
         weights.load_adapter(weights.load_model(base), tmp_path / "theirs")
 

@@ -256,8 +256,10 @@ def test_labels_are_shifted():
     model, rows = tiny.model(), tiny.rows(3)
     for tokens, mask in rows:
         ids = torch.tensor(tokens)
-        right = F.cross_entropy(model.logits(model(ids[None]))[0, :-1], ids[1:], reduction="none")
-        loss = sft.loss_sum(model, model, tiny.batch([[(tokens, mask)]], 64))
+        right = F.cross_entropy(
+            model.logits(model.hidden(ids[None]))[0, :-1], ids[1:], reduction="none"
+        )
+        loss = sft.loss_sum(model, tiny.batch([[(tokens, mask)]], 64))
         assert mask[1:].count(0) > 0
         torch.testing.assert_close(loss, (right * torch.tensor(mask[1:])).sum())
 

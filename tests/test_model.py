@@ -122,7 +122,7 @@ def test_logits_equal_transformers_both_directions(family, tmp_path):
 
     reference.save_pretrained(tmp_path / "theirs")
     model = weights.load_model(tmp_path / "theirs")
-    assert (model.logits(model(x)) - expected).abs().max() < 1e-4
+    assert (model.logits(model.hidden(x)) - expected).abs().max() < 1e-4
     assert model.cfg.parameter_count == reference.num_parameters()
 
     weights.save_model(model, tmp_path / "ours")
@@ -142,7 +142,7 @@ def test_score_head_equals_sequence_classification(family, tmp_path):
     reference.save_pretrained(tmp_path / "theirs")
     model = weights.load_model(tmp_path / "theirs")
     assert model.cfg.head == "score"
-    score = model.score(model(x))
+    score = model.score(model.hidden(x))
     assert score.dtype == torch.float32
     assert (score[[0, 1], [29, 39]] - expected).abs().max() < 1e-4
 
@@ -162,7 +162,7 @@ def test_fresh_score_head_keeps_the_trunk(tmp_path):
         for p in reference.parameters():
             p.copy_(p.bfloat16())
         assert (
-            model.float()(tokens()) - reference.model(tokens()).last_hidden_state
+            model.float().hidden(tokens()) - reference.model(tokens()).last_hidden_state
         ).abs().max() < 1e-4
 
 
@@ -289,15 +289,15 @@ def test_packed_rows_equal_unpacked(windows):
     for row, (edges, end) in enumerate(zip(cuts, (17, 24), strict=True)):
         for i, (a, b) in enumerate(zip(edges, [*edges[1:], end], strict=True)):
             docs[row, a:b] = i
-    packed = model.logits(model(x, docs=docs))
+    packed = model.logits(model.hidden(x, docs=docs))
     assert packed.isfinite().all()
     for row in range(2):
         for i in docs[row].unique():
             here = docs[row] == i
-            alone = model.logits(model(x[row, here][None]))[0]
+            alone = model.logits(model.hidden(x[row, here][None]))[0]
             assert (packed[row, here] - alone).abs().max() < 1e-5
     assert (
-        packed[0, 6:17] - model.logits(model(x))[0, 6:17]
+        packed[0, 6:17] - model.logits(model.hidden(x))[0, 6:17]
     ).abs().max() > 1e-3  # which a plain forward does not
 
 
@@ -337,7 +337,7 @@ def test_no_gradient_crosses_documents(windows):
     with torch.enable_grad():
         x = model.model["embed_tokens"](tokens(1, 16)).detach().requires_grad_()
         model.model["embed_tokens"].forward = lambda _: x
-        model(tokens(1, 16), docs=docs)[0, 6:12].square().sum().backward()
+        model.hidden(tokens(1, 16), docs=docs)[0, 6:12].square().sum().backward()
     reached = x.grad[0].abs().sum(-1) > 0
     assert reached.tolist() == [False] * 6 + [True] * 6 + [False] * 4
 
@@ -374,26 +374,26 @@ def test_explicit_positions_are_the_default_ones():
     model, x = tiny(), tokens(1, 12)
     docs = torch.tensor([[3] * 5 + [7] * 7])
     positions = torch.tensor([[*range(5), *range(7)]])
-    assert torch.equal(model(x, docs=docs), model(x, positions=positions, docs=docs))
-    shifted = model(x, positions=positions + 50, docs=docs)  # rotary positions are relative
-    assert (shifted - model(x, docs=docs)).abs().max() < 1e-4
+    assert torch.equal(model.hidden(x, docs=docs), model.hidden(x, positions=positions, docs=docs))
+    shifted = model.hidden(x, positions=positions + 50, docs=docs)  # rotary positions are relative
+    assert (shifted - model.hidden(x, docs=docs)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("windows", [(), (5, 0)])
 def test_cache_equals_a_whole_forward(windows):
     """Rows of unequal prompts: each row's tokens go to the slots of its own positions."""
     model, x = tiny(windows=windows), tokens(2, 20)
-    whole = model(x)
+    whole = model.hidden(x)
     cache = model.new_cache(2, 24)
     starts = torch.tensor([4, 9])
     prompt = torch.arange(9).expand(2, 9)
-    out = model(
+    out = model.hidden(
         x[:, :9], positions=prompt, cache=cache
     )  # row 0 runs past its prompt; those slots are overwritten below
     assert (out[1] - whole[1, :9]).abs().max() < 1e-5
     for step in range(11):
         at = (starts + step)[:, None]
-        out = model(x.gather(1, at), positions=at, cache=cache)
+        out = model.hidden(x.gather(1, at), positions=at, cache=cache)
         for row in range(2):
             assert (out[row, 0] - whole[row, at[row, 0]]).abs().max() < 1e-5
 

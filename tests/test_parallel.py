@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from nano import config, data, files, runtime, tokenizer, weights
+from nano import config, files, runtime, store, tokenizer, weights
 from nano.config import UserError
 
 # Around the runs of a process: the share of its parameters that it holds is noted, and a fault befalls it
@@ -242,7 +242,7 @@ def folder(tmp_path_factory, quiet):
     tiny.preferences(path / "groups", path / "model", n=60, val=8)
     texts = [(ids, [1] * len(ids)) for ids, _ in tiny.rows(60, 3)]
     meta = dict(vocab_size=264, tokenizer=tokenizer.load(path / "model").fingerprint)
-    data.write_store(path / "text", dict(train=texts, val=texts[:8]), meta)
+    store.write_store(path / "text", dict(train=texts, val=texts[:8]), meta)
     # hardly ever the same for two responses: over their spread, which GRPO divides by, differences of the last digit grow
     letters = "sum(i * ord(c) for i, c in enumerate(response, 1)) % 101 / 16 - 3.0"
     (path / "rewards.py").write_text(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import ppo
-from nano import data, losses, roles, tokenizer
+from nano import losses, roles, store, tokenizer
 from nano.config import UserError
 
 NAN, INF = math.nan, math.inf
@@ -226,7 +226,11 @@ def test_a_batch_of_episodes_gives_what_each_gives_alone(static):
             role.scores(batch),
         )
         for i, (prompt, response) in enumerate(zip(*EPISODES.values(), strict=True)):
-            hidden, n, m = model(torch.tensor([prompt + response])), len(prompt), len(response)
+            hidden, n, m = (
+                model.hidden(torch.tensor([prompt + response])),
+                len(prompt),
+                len(response),
+            )
             right = (model.logits(hidden)[0, n - 1 : -1] / 0.7).log_softmax(-1)
             padding = (0, 4 - m)
             torch.testing.assert_close(logprobs[i], F.pad(right[range(m), response], padding))
@@ -255,7 +259,7 @@ def test_prompts_of_a_folder(base, tmp_path):
         ([5, 5], [1, 1]),
         ([6, 6], [0, 0]),
     ]
-    data.write_store(tmp_path, dict(train=rows), dict(vocab_size=264, tokenizer=tok.fingerprint))
+    store.write_store(tmp_path, dict(train=rows), dict(vocab_size=264, tokenizer=tok.fingerprint))
     prompts, left_out = ppo.prompts_of(
         SimpleNamespace(data=[str(tmp_path)], seed=0, max_prompt=3), tok
     )

@@ -15,8 +15,10 @@ from conftest import ROOT
 
 import lora
 import ppo
-from nano import config, data, generate, losses, roles, runtime, state, tokenizer, weights
+from nano import config, generate, losses, roles, runtime, state, tokenizer, weights
+from nano.batches import Rows
 from nano.config import UserError
+from nano.store import mix, write_store
 
 BASE = dict(
     device="cpu",
@@ -191,7 +193,7 @@ def test_roles(folder, tmp_path, monkeypatch, layout):
     with torch.no_grad():
         right = weights.open_model(folder / ("score" if layout == "full" else "adapter"))[0]
         for i, row in enumerate([[5, 6, 8, 9, 258], [7, 10, 258]]):
-            scores = 2 * right.score(right(torch.tensor([row])))[0] - 0.5
+            scores = 2 * right.score(right.hidden(torch.tensor([row])))[0] - 0.5
             torch.testing.assert_close(scorer.scores(batch)[i], scores[-1])
             n = (2, 1)[i]
             torch.testing.assert_close(critic.values(batch)[i, : len(row) - n], scores[n - 1 : -1])
@@ -265,7 +267,7 @@ def test_the_saved_model_is_the_policy(folder, tmp_path, monkeypatch):
         ids = torch.tensor([[5, 6, 7, 8]])
         with torch.no_grad():
             torch.testing.assert_close(
-                model.logits(model(ids)), policy.model.logits(policy.model(ids))
+                model.logits(model.hidden(ids)), policy.model.logits(policy.model.hidden(ids))
             )
         assert tokenizer.load(base).fingerprint == tokenizer.load(folder / "base").fingerprint
 
@@ -383,19 +385,21 @@ def test_ptx_adds_its_gradient(folder, episode):
     policy, batch = episode
     batch["advantages"] = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
     cfg, rt = ppo.Config(ptx_coef=3.0), runtime.Runtime("cpu", "none", "float32")
-    rows = data.mix([str(folder / "store")])
-    batches = data.Batches(rows, 8, 2, 64)
+    rows = mix([str(folder / "store")])
+    batches = Rows(rows, 8, 2, 64)
     alone = rl_gradients(cfg, policy, batch)
     loss = ppo.ptx_gradient(cfg, rt, policy, batches, update=1)
     both = {n: p.grad.clone() for n, p in policy.model.named_parameters()}
     policy.model.zero_grad()
     total = count = 0
-    for pack in batches.plan(0)[1 % batches.steps_per_epoch]:
+    for pack in batches.plan(1):
         for i in pack:
             tokens, mask = (
                 torch.from_numpy(np.array(x, dtype=np.int64)) for x in rows.row(batches.index[i])
             )
-            logprobs = policy.model.logits(policy.model(tokens[None]))[0, :-1].log_softmax(-1)
+            logprobs = policy.model.logits(policy.model.hidden(tokens[None]))[0, :-1].log_softmax(
+                -1
+            )
             total = total - (logprobs[range(len(tokens) - 1), tokens[1:]] * mask[1:]).sum()
             count += mask[1:].sum()
     (3.0 * total / count).backward()
@@ -423,7 +427,7 @@ def test_what_is_scored(folder, tmp_path, monkeypatch):
     prompts here hold stop ids too."""
     tok = tokenizer.load(folder / "base")
     rows = [([97 + i, 258, 98, 256, 99, 258], [0, 0, 0, 0, 1, 1]) for i in range(8)]
-    data.write_store(
+    write_store(
         tmp_path / "store", dict(train=rows), dict(vocab_size=264, tokenizer=tok.fingerprint)
     )
     made, shaped = spy(monkeypatch, generate, "generate"), spy(monkeypatch, ppo, "shape_rewards")
@@ -493,12 +497,12 @@ def test_the_first_losses_by_hand(folder, tmp_path, monkeypatch):
     with torch.no_grad():
         for i, (prompt, response) in enumerate(zip(prompts, samples.tokens, strict=True)):
             ids, n, m = torch.tensor([prompt + response]), len(prompt), len(response)
-            right = (model.logits(model(ids))[0, n - 1 : -1] / 0.7).log_softmax(-1)
+            right = (model.logits(model.hidden(ids))[0, n - 1 : -1] / 0.7).log_softmax(-1)
             logprobs[i, :m] = right[range(m), response]
             torch.testing.assert_close(
                 torch.tensor(samples.logprobs[i]), logprobs[i, :m], atol=1e-4, rtol=0
             )
-            values[i, :m] = 2 * critic.score(critic(ids))[0, n - 1 : -1] - 0.5
+            values[i, :m] = 2 * critic.score(critic.hidden(ids))[0, n - 1 : -1] - 0.5
     (_, rollout, ref, mask, coef), _, rewards = shaped[0]
     assert coef == 0.3 and torch.equal(rollout, ref)
     torch.testing.assert_close(rollout, logprobs)
@@ -771,7 +775,7 @@ def other_tokenizer(folder, name, head="lm"):
 
 def test_mistakes_end_in_a_sentence(folder, tmp_path):
     meta = dict(vocab_size=264, tokenizer=tokenizer.load(folder / "base").fingerprint)
-    data.write_store(tmp_path / "text", dict(train=[([5, 6, 7], None)]), meta)
+    write_store(tmp_path / "text", dict(train=[([5, 6, 7], None)]), meta)
     long = tiny.store(tmp_path / "long", folder / "base", low=600, high=700)
     wrong = {
         "no model directory": dict(reward=folder / "nothing"),

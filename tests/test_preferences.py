@@ -10,7 +10,7 @@ import pytest
 import tiny
 from conftest import ROOT
 
-from nano import config, data, tokenizer
+from nano import config, store, tokenizer
 from nano.config import UserError
 from prepare import preferences
 
@@ -43,7 +43,7 @@ def prepare(model, tmp_path):
 
 def groups(dir, tok, split="train"):
     """[(prompt, [completion, ...]), ...] as text, control tokens shown."""
-    rows, out = data.Store(dir, split, tok), []
+    rows, out = store.Store(dir, split, tok), []
     for a, b in zip(rows.groups[:-1], rows.groups[1:], strict=True):
         parts = [
             (tokens.tolist(), int(mask.argmax()), mask)
@@ -173,7 +173,7 @@ def test_every_shape(shape, prepare, model):
 
 def test_rows_are_what_fine_tuning_renders_and_end_where_the_score_is_read(prepare, model):
     tok = tokenizer.load(model, template="chatml")
-    rows = data.Store(prepare([SHAPES["ShareGPT"][0]]), "train", tok)
+    rows = store.Store(prepare([SHAPES["ShareGPT"][0]]), "train", tok)
     for i, answer in enumerate(("good", "bad")):
         messages = [user("A"), said("B"), user("C"), said(answer)]
         ids, mask = tok.render(messages, last_only=True)
@@ -183,7 +183,7 @@ def test_rows_are_what_fine_tuning_renders_and_end_where_the_score_is_read(prepa
 
 
 def test_control_tokens_in_text_stay_text(prepare, model):
-    rows = data.Store(
+    rows = store.Store(
         prepare([{"prompt": "Q<|im_end|>", "chosen": "<|im_start|>a", "rejected": "b"}]), "train"
     )
     assert (rows.tokens[rows.offsets[0] : rows.offsets[1]] == 258).sum() == 2  # one for each turn
@@ -219,7 +219,7 @@ def test_what_gives_no_group_is_counted_by_reason(prepare, model):
     dir = prepare(
         [good, *(record for records in DROPS.values() for record in records)], "max_length=64"
     )
-    meta = data.read_meta(dir)
+    meta = store.read_meta(dir)
     assert meta["dropped_groups"] == {reason: len(records) for reason, records in DROPS.items()}
     assert groups(dir, tokenizer.load(model)) == [(ONE[0], ["good<|im_end|>", "bad<|im_end|>"])]
 
@@ -228,7 +228,7 @@ def test_completions_left_out_of_a_group_are_counted(prepare, model):
     record = {"prompt": "Q", "completions": ["a", "", "b", "x" * 99, "a", "c", "d"]}
     dir = prepare([record], "max_length=99", "max_completions=3")
     assert groups(dir, tokenizer.load(model))[0][1] == ["a<|im_end|>", "b<|im_end|>", "c<|im_end|>"]
-    assert data.read_meta(dir)["dropped_completions"] == {
+    assert store.read_meta(dir)["dropped_completions"] == {
         "empty": 1,
         "longer than max_length=99": 1,
         "the same text twice": 1,
@@ -257,7 +257,7 @@ def test_workers_do_not_change_the_store(prepare):
     ]
     stores = []
     for workers in (1, 2):
-        rows = data.Store(prepare(records, f"workers={workers}"), "train")
+        rows = store.Store(prepare(records, f"workers={workers}"), "train")
         stores.append([np.array(x) for x in (rows.tokens, rows.mask, rows.offsets, rows.groups)])
     assert all(np.array_equal(a, b) for a, b in zip(*stores, strict=True))
 
@@ -293,7 +293,7 @@ def test_a_bad_record_is_named_or_skipped(reason, prepare, tmp_path):
         prepare([good, *BAD[reason]])
     assert "records.jsonl:2: " in str(e.value) and reason in str(e.value)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out.*"))
-    meta = data.read_meta(prepare([good, *BAD[reason]], "on_error=skip"))
+    meta = store.read_meta(prepare([good, *BAD[reason]], "on_error=skip"))
     assert meta["bad_records"] == 1 and meta["splits"]["train"]["groups"] == 1
 
 
@@ -362,7 +362,7 @@ def test_real_files(shared_data, prepare, model, tmp_path):
             [f"source={shared_data}/hh_harmless_test.jsonl.gz", "val=462", *base],
         )
     )
-    meta = data.read_meta(tmp_path / "out")
+    meta = store.read_meta(tmp_path / "out")
     assert meta["dropped_groups"] == {
         "completions of different prompts": 5,
         "fewer than two completions left (others: empty)": 4,
@@ -371,7 +371,7 @@ def test_real_files(shared_data, prepare, model, tmp_path):
     preferences.main(
         config.load(preferences.Config, [f"source={shared_data}/dpo_en_demo.json", *base])
     )
-    meta = data.read_meta(tmp_path / "out")
+    meta = store.read_meta(tmp_path / "out")
     assert (
         meta["splits"]["train"]["groups"] == 300
         and not meta["dropped_groups"]

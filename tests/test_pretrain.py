@@ -15,8 +15,10 @@ import torch.nn.functional as F
 
 import pretrain
 from model import Transformer
-from nano import config, data, runtime, tokenizer, weights
+from nano import config, runtime, tokenizer, weights
+from nano.batches import Windows
 from nano.config import UserError
+from nano.store import Store, write_store
 
 SMALL = dict(size="toy", dim=32, n_heads=4, n_kv_heads=2, ffn_dim=48)
 BASE = dict(
@@ -54,7 +56,7 @@ def text_store(path, model, n=60, val=8, seed=1, **sizes):
     plain = {
         split: [(tokens, None) for tokens, _ in rows] for split, rows in splits.items() if rows
     }
-    data.write_store(
+    write_store(
         path, plain, dict(vocab_size=264, tokenizer=tokenizer.load(model).fingerprint, bytes=size)
     )
     (path / "tokenizer").mkdir()
@@ -123,8 +125,8 @@ def numbered(path, lengths, first=0):
     """A store whose tokens are first, first + 1, ...: a token tells its place."""
     ends = np.cumsum([first, *lengths])
     rows = [(np.arange(a, b), None) for a, b in zip(ends, ends[1:], strict=False)]
-    data.write_store(path, dict(train=rows), dict(vocab_size=60_000))
-    return data.Store(path)
+    write_store(path, dict(train=rows), dict(vocab_size=60_000))
+    return Store(path)
 
 
 def targets(micros):
@@ -148,7 +150,7 @@ def test_ranks_together_visit_every_window_once(tmp_path, isolate):
     count = sum(-(-(len(s.tokens) - 1) // 4) for s in (a, b))
     for world in range(1, 9) if isolate else (1, 3):
         ranks = [
-            data.Windows([a, b], 840, 1, 4, isolate=isolate, rank=rank, world=world)
+            Windows([a, b], 840, 1, 4, isolate=isolate, rank=rank, world=world)
             for rank in range(world)
         ]
         steps = ranks[0].steps_per_epoch
@@ -170,7 +172,7 @@ def test_another_number_of_ranks_goes_on_where_the_first_stopped(tmp_path):
         seen = []
         for world, steps in ((before, [0]), (9 - before, [1, 2])):
             ranks = [
-                data.Windows([a], 840, 1, 4, isolate=False, rank=rank, world=world)
+                Windows([a], 840, 1, 4, isolate=False, rank=rank, world=world)
                 for rank in range(world)
             ]
             seen += [t for rank in ranks for step in steps for t in targets(rank.batch(step))]
@@ -179,26 +181,31 @@ def test_another_number_of_ranks_goes_on_where_the_first_stopped(tmp_path):
 
 def test_epochs_are_shuffled_anew_and_by_seed(tmp_path):
     a = numbered(tmp_path / "a", [400])
-    w = data.Windows([a], 100, 1, 4)
+    w = Windows([a], 100, 1, 4)
     first, second, other = (
         w.plan(0).tolist(),
         w.plan(1).tolist(),
-        data.Windows([a], 100, 1, 4, seed=1).plan(0).tolist(),
+        Windows([a], 100, 1, 4, seed=1).plan(0).tolist(),
     )
     assert first != second != other != first and sorted(first) == sorted(second) == sorted(
         other
     ) == list(range(100))
     assert (
-        data.Windows([a], 100, 1, 4).plan(1).tolist() == second
+        Windows([a], 100, 1, 4).plan(1).tolist() == second
     )  # no need to have gone through the first
 
 
 @pytest.mark.parametrize("isolate", [True, False])
 def test_targets_at_the_edges(tmp_path, isolate):
     rows = [([1, 2, 3, 9], None), ([4, 9], None), ([5, 6, 7, 8, 9], None)]
-    data.write_store(tmp_path / "a", dict(train=rows), dict(vocab_size=10))
-    batch = data.Windows([data.Store(tmp_path / "a")], 4, 4, 4, isolate=isolate).micro(np.arange(3))
-    got = {name: t.tolist() for name, t in batch.items()}
+    write_store(tmp_path / "a", dict(train=rows), dict(vocab_size=10))
+    batch = Windows([Store(tmp_path / "a")], 4, 4, 4, isolate=isolate).micro(np.arange(3))
+    assert ("docs" in batch) == isolate and (batch["n_tokens"], batch["n_targets"]) == (
+        11,
+        int(batch["weights"].sum()),
+    )
+    assert batch["index"].tolist() == batch["weights"].flatten().nonzero()[:, 0].tolist()
+    got = {name: batch[name].tolist() for name in batch.keys() - {"n_tokens", "n_targets"}}
     assert got["tokens"] == [[1, 2, 3, 9], [4, 9, 5, 6], [7, 8, 9, 0], [0, 0, 0, 0]]
     if isolate:
         assert got["targets"] == [[2, 3, 9, 0], [9, 0, 6, 7], [8, 9, 0, 0], [0, 0, 0, 0]]
@@ -215,7 +222,7 @@ def test_weights_are_kept_and_a_store_that_is_used_up_begins_again(tmp_path):
     a, b, c = (
         numbered(tmp_path / name, [4 * n + 1]) for name, n in (("a", 500), ("b", 10), ("c", 70))
     )
-    w = data.Windows([a, b, c], 20, 5, 4, weights=(7, 1, 2), seed=3)
+    w = Windows([a, b, c], 20, 5, 4, weights=(7, 1, 2), seed=3)
     assert w.share.tolist() == [45875, 6554, 13107] and w.steps_per_epoch == 29
     drawn = np.concatenate([w.plan(step) for step in range(200)])
     stores = np.searchsorted(w.starts, drawn, "right") - 1
@@ -231,7 +238,7 @@ def test_weights_are_kept_and_a_store_that_is_used_up_begins_again(tmp_path):
         )
     for world in (1, 2, 4):  # what is drawn depends on neither the ranks nor the steps before
         ranks = [
-            data.Windows([a, b, c], 20, 5, 4, weights=(0.7, 0.1, 0.2), seed=3, rank=r, world=world)
+            Windows([a, b, c], 20, 5, 4, weights=(0.7, 0.1, 0.2), seed=3, rank=r, world=world)
             for r in range(world)
         ]
         firsts = [int(t) for rank in ranks for m in rank.batch(150) for t in m["tokens"][:, 0]]
@@ -250,8 +257,8 @@ def test_weights_are_kept_and_a_store_that_is_used_up_begins_again(tmp_path):
 
 @pytest.mark.parametrize("isolate", [True, False])
 def test_the_loss_is_that_of_the_next_token(store, isolate):
-    model, rows = tiny.model(), data.Store(store)
-    windows = data.Windows([rows], 6, 6, 32, isolate=isolate)
+    model, rows = tiny.model(), Store(store)
+    windows = Windows([rows], 6, 6, 32, isolate=isolate)
     micro = windows.micro(np.arange(6))
     expected, stream = 0.0, torch.from_numpy(rows.tokens[: 6 * 32 + 1].astype(np.int64))
     with torch.no_grad():
@@ -262,7 +269,7 @@ def test_the_loss_is_that_of_the_next_token(store, isolate):
                 else [a, a + 33]
             )
             for i, j in zip(cuts, cuts[1:], strict=False):
-                logits = model.logits(model(stream[None, i : min(j, a + 32)]))[0]
+                logits = model.logits(model.hidden(stream[None, i : min(j, a + 32)]))[0]
                 count = j - i - 1
                 expected += (
                     F.cross_entropy(
@@ -271,7 +278,7 @@ def test_the_loss_is_that_of_the_next_token(store, isolate):
                     if count
                     else 0
                 )
-        got = pretrain.loss_sum(model, model, data.target_index(micro), isolate)
+        got = pretrain.loss_sum(model, micro)
     np.testing.assert_allclose(got.item(), expected, rtol=1e-5)
     assert micro["weights"].sum() == (
         6 * 32 if not isolate else 6 * 32 - sum(0 < c <= 6 * 32 for c in rows.offsets)
@@ -292,24 +299,22 @@ def test_bits_per_byte_by_hand(base, store, tmp_path):
         first["bits_per_byte"], 8.0443941 * tokens / size, rtol=1e-5
     )  # log2(264) bits a token
 
-    held = data.Store(store, "val")
+    held = Store(store, "val")
     assert pretrain.tokens_per_byte([held], False) == tokens / size
     assert (
         pretrain.tokens_per_byte([held, held], True) == (tokens - 8) / size
     )  # a BOS that is given costs nothing
-    data.write_store(tmp_path / "old", dict(val=[([1, 2], None)]), dict(vocab_size=264))
-    assert pretrain.tokens_per_byte([held, data.Store(tmp_path / "old", "val")], False) is None
+    write_store(tmp_path / "old", dict(val=[([1, 2], None)]), dict(vocab_size=264))
+    assert pretrain.tokens_per_byte([held, Store(tmp_path / "old", "val")], False) is None
 
 
 def test_evaluation_is_over_the_validation_split(base, store, tmp_path):
     log = train(tmp_path / "out", store, model=base, steps=1, eval_windows=0)
-    model, held = weights.load_model(base), data.Store(store, "val")
-    windows = data.Windows([held], 1, 1, 32)
+    model, held = weights.load_model(base), Store(store, "val")
+    windows = Windows([held], 1, 1, 32)
     with torch.no_grad():
-        micros = [
-            data.target_index(windows.micro(np.array([i]))) for i in range(windows.starts[-1])
-        ]
-        total = sum(pretrain.loss_sum(model, model, m, True).item() for m in micros)
+        micros = [windows.micro(np.array([i])) for i in range(windows.starts[-1])]
+        total = sum(pretrain.loss_sum(model, m).item() for m in micros)
     np.testing.assert_allclose(
         log[0]["loss"], total / sum(float(m["weights"].sum()) for m in micros), rtol=1e-5
     )
@@ -382,7 +387,7 @@ def test_what_is_written_opens_in_transformers(base, store, tmp_path):
         model = weights.load_model(tmp_path / "out" / name)
         ids = torch.randint(0, 264, (2, 30))
         with torch.no_grad():
-            assert (peer(ids).logits - model.logits(model(ids))).abs().max() < 1e-5
+            assert (peer(ids).logits - model.logits(model.hidden(ids))).abs().max() < 1e-5
     assert model.cfg.vocab_size == 320 and model.cfg.max_positions == 32  # 259 tokens, rounded up
     assert (
         peer.config.bos_token_id,
@@ -411,7 +416,7 @@ def test_a_model_directory_is_continued(base, store, tmp_path):
 
 def test_two_corpora_without_weights_are_one(base, store, tmp_path):
     other = text_store(tmp_path / "other", base, n=10, val=0, seed=5)
-    windows = data.Windows([data.Store(store), data.Store(other)], 4, 2, 32)
+    windows = Windows([Store(store), Store(other)], 4, 2, 32)
     log = train(tmp_path / "out", f"{store},{other}", epochs=1, log_every=1)
     steps = [r for r in log if r["kind"] == "train"]
     assert len(steps) == windows.steps_per_epoch == -(-windows.counts.sum() // 4)
@@ -510,7 +515,7 @@ def test_two_processes_do_what_one_does(base, store, tmp_path):
 def test_mistakes_are_told(base, store, tmp_path, monkeypatch, capsys):
     other = tiny.model_dir(tmp_path / "other", special=["<a>", "<b>", "<c>"])
     foreign = text_store(tmp_path / "foreign", other)
-    data.write_store(
+    write_store(
         tmp_path / "one",
         dict(train=[([1], None)]),
         dict(vocab_size=264, tokenizer=tokenizer.load(base).fingerprint),

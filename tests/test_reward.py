@@ -1,4 +1,5 @@
-"""reward.py: the ranking loss by hand, the place where a score is read, what is trained, saved and resumed; and rankings.py."""
+"""reward.py: the ranking loss by hand, the place where a score is read, what is trained, saved and resumed; and the batches of
+groups."""
 
 import contextlib
 import dataclasses
@@ -13,8 +14,10 @@ import torch
 from conftest import ROOT
 
 import reward
-from nano import config, rankings, runtime, state, tokenizer, weights
+from nano import config, runtime, state, tokenizer, weights
+from nano.batches import Groups, collate_groups
 from nano.config import UserError
+from nano.store import GroupMix, mix, validation
 
 FAST = "device=cpu dtype=float32 max_length=128 norm_tokens=8 norm_samples=8 batch_size=8 log_every=100 samples=1".split()
 
@@ -113,15 +116,15 @@ def test_a_constant_scorer_is_at_ln_2_and_pushes_nothing_on_the_whole():
 
 
 def open_rows(folder, split="train", name="data"):
-    return rankings.load([folder / name], split=split, tokenizer=tokenizer.load(folder / "model"))
+    tok = tokenizer.load(folder / "model")
+    return mix([folder / name], split=split, tokenizer=tok, groups=True)
 
 
 def test_batches_hold_every_group_once_and_whole(folder):
     rows = open_rows(folder)
     for world, micro_batch in ((1, 1), (2, 3)):
         parts = [
-            rankings.Batches(rows, 10, micro_batch, 128, seed=3, rank=r, world=world)
-            for r in range(world)
+            Groups(rows, 10, micro_batch, 128, seed=3, rank=r, world=world) for r in range(world)
         ]
         seen = []
         for step in range(parts[0].steps_per_epoch):
@@ -134,7 +137,7 @@ def test_batches_hold_every_group_once_and_whole(folder):
                 for n, at in zip(micro["number"].tolist(), micro["last"].tolist(), strict=True):
                     tokens, mask = rows.stores[0].row(n)
                     assert flat[at - len(tokens) + 1 : at + 1].tolist() == tokens.tolist()
-                    assert (micro["of"] == micro["number"].tolist().index(n)).sum() == mask.sum()
+                    assert (micro["rows"] == micro["number"].tolist().index(n)).sum() == mask.sum()
                 seen += micro["number"].tolist()
         assert sorted(seen) == list(range(rows.first[-1]))
 
@@ -142,8 +145,8 @@ def test_batches_hold_every_group_once_and_whole(folder):
 def test_what_a_step_holds_does_not_depend_on_how_it_is_cut(folder):
     rows = open_rows(folder)
     for step in (0, 3, 9):
-        a = rankings.Batches(rows, 8, 1, 64, seed=1).batch(step)
-        b = rankings.Batches(rows, 8, 4, 128, seed=1, static=True).batch(step)
+        a = Groups(rows, 8, 1, 64, seed=1).batch(step)
+        b = Groups(rows, 8, 4, 128, seed=1, fixed_shapes=True).batch(step)
         real = [np.concatenate([m["number"][m["real"] > 0] for m in micros]) for micros in (a, b)]
         assert sorted(real[0]) == sorted(real[1])
     assert (
@@ -155,20 +158,20 @@ def test_what_a_step_holds_does_not_depend_on_how_it_is_cut(folder):
 
 def test_groups_over_max_length_are_dropped_and_counted(folder, run):
     rows = open_rows(folder)
-    batches = rankings.Batches(rows, 4, 1, 40)
+    batches = Groups(rows, 4, 1, 40)
     assert batches.dropped == (rows.lengths > 40).sum() > 0
     with pytest.raises(UserError, match="none of the 48 groups"):
-        rankings.Batches(rows, 4, 1, 10)
+        Groups(rows, 4, 1, 10)
 
 
 def test_sizes_pick_groups_and_stores_are_checked(folder, tmp_path):
     dirs, tok = [folder / "data", folder / "many"], tokenizer.load(folder / "model")
-    rows = rankings.load(dirs, ["10", "5%"], seed=1, tokenizer=tok)
+    rows = mix(dirs, ["10", "5%"], seed=1, tokenizer=tok, groups=True)
     assert (
         len(rows) == 10 + 20
-        and rows.fingerprint() == rankings.load(dirs, ["10", "5%"], seed=1).fingerprint()
+        and rows.fingerprint() == mix(dirs, ["10", "5%"], seed=1, groups=True).fingerprint()
     )
-    assert rows.fingerprint() != rankings.load(dirs, ["10", "5%"], seed=2).fingerprint()
+    assert rows.fingerprint() != mix(dirs, ["10", "5%"], seed=2, groups=True).fingerprint()
     lengths = [[len(tokens) for tokens, _ in rows.group(g)] for g in range(len(rows))]
     assert rows.lengths.tolist() == [sum(n) for n in lengths] and rows.longest.tolist() == [
         max(n) for n in lengths
@@ -177,12 +180,12 @@ def test_sizes_pick_groups_and_stores_are_checked(folder, tmp_path):
     assert rows.prompt(12) == rows.group(12)[1][0][: len(rows.prompt(12))].tolist()
     for sizes in (["1"], ["49", "all"]):
         with pytest.raises(UserError):
-            rankings.load(dirs, sizes)
+            mix(dirs, sizes, groups=True)
     tiny.store(tmp_path / "plain", folder / "model")
     with pytest.raises(UserError, match="holds no groups"):
-        rankings.load([tmp_path / "plain"])
+        mix([tmp_path / "plain"], groups=True)
     tiny.preferences(tmp_path / "noval", folder / "model", val=0)
-    assert rankings.load([tmp_path / "noval"], split="val") is None
+    assert validation([tmp_path / "noval"], groups=True) is None
 
 
 # ------------------------------------------------------------------------------------------ where the score is read
@@ -196,25 +199,27 @@ def scorer(**changes):
 def test_scores_depend_on_no_padding_and_no_neighbour(changes):
     model, rows = scorer(**changes), [row for group in tiny.ranked(4, seed=5) for row in group]
     rows[0] = (rows[0][0][:3] + [0, 0], rows[0][1][:3] + [1, 1])  # ends in the padding's own id
-    alone = torch.cat([model.score(model(torch.tensor([tokens])))[:, -1] for tokens, _ in rows])
+    alone = torch.cat(
+        [model.score(model.hidden(torch.tensor([tokens])))[:, -1] for tokens, _ in rows]
+    )
     for order in (range(len(rows)), np.random.default_rng(0).permutation(len(rows))):
         groups = [(int(i), [rows[i]]) for i in order]
         longest = max(sum(len(rows[i][0]) for i in p) for p in (order[:5], order[5:]))
         for extra in (0, 7, 50):
-            micro = rankings.collate([groups[:5], groups[5:]], 2, longest + extra, static=True)
+            micro = collate_groups([groups[:5], groups[5:]], 2, longest + extra, fixed_shapes=True)
             real = micro["real"] > 0
             scores = torch.empty(len(rows))
-            scores[micro["number"][real]] = reward.score(model, model, micro)[real]
+            scores[micro["number"][real]] = reward.score(model, micro)[real]
             assert (scores - alone).abs().max() < 1e-5
 
 
 def test_reversed_ranking_turns_accuracy_around(folder):
     model, rt, cfg = scorer(), runtime.Runtime("cpu", dtype="float32"), reward.Config()
     rows = open_rows(folder, "val")
-    straight = reward.evaluate(rt, model, model, rankings.Batches(rows, 4, 2, 128), cfg)
-    group = rankings.Groups.group
+    straight = reward.evaluate(rt, model, Groups(rows, 4, 2, 128), cfg)
+    group = GroupMix.group
     rows.group = lambda g: group(rows, g)[::-1]
-    reversed_ = reward.evaluate(rt, model, model, rankings.Batches(rows, 4, 2, 128), cfg)
+    reversed_ = reward.evaluate(rt, model, Groups(rows, 4, 2, 128), cfg)
     assert straight["accuracy"] + reversed_["accuracy"] == pytest.approx(1)
     assert straight["gap"] == pytest.approx(-reversed_["gap"]) and straight[
         "score_std"
@@ -255,14 +260,14 @@ def test_the_policys_fresh_samples_have_mean_0_and_variance_1(trained, folder):
         model=str(folder / "model"), norm_samples=1500, norm_tokens=8, max_length=128, seed=77
     )
     samples = reward.draw_samples(rt, cfg, open_rows(folder, name="many"), tok)
-    scores = reward.score_samples(rt, model, model, samples, 4, 128)
+    scores = reward.score_samples(rt, model, samples, 4, 128)
     gain, bias = weights.read_score_scale(trained / "last")
     assert (gain, bias) != (1.0, 0.0)
     assert abs((gain * scores + bias).mean()) < 0.1 and abs((gain * scores + bias).std() - 1) < 0.1
     i = 7  # and a score is the one that the sample has by itself
     start, end = samples[1][i].tolist()
     assert scores[i] == pytest.approx(
-        model.score(model(samples[0][i : i + 1, :end]))[0, -1].item(), abs=1e-5
+        model.score(model.hidden(samples[0][i : i + 1, :end]))[0, -1].item(), abs=1e-5
     )
     assert end - start == 8 or samples[0][i, end - 1] == 258
 
@@ -304,7 +309,9 @@ def test_transformers_scores_the_same(trained, folder):
     )
     model, _ = weights.open_model(trained / "last")
     rows = [row for group in tiny.ranked(5, seed=9) for row in group]
-    ours = torch.stack([model.score(model(torch.tensor([tokens])))[0, -1] for tokens, _ in rows])
+    ours = torch.stack(
+        [model.score(model.hidden(torch.tensor([tokens])))[0, -1] for tokens, _ in rows]
+    )
     assert theirs.config.pad_token_id not in tokenizer.load(folder / "model").stop_ids
     assert (hf_scores(theirs, rows, theirs.config.pad_token_id) - ours).abs().max() < 1e-5
     assert ours.std() > 0.1
@@ -320,7 +327,9 @@ def test_lora_trains_the_head_in_full_and_opens_in_peft(run, folder):
         torch.equal(before[name], p) for name, p in after.named_parameters() if name in before
     )
     rows = [row for group in tiny.ranked(4, seed=9) for row in group]
-    ours = torch.stack([after.score(after(torch.tensor([tokens])))[0, -1] for tokens, _ in rows])
+    ours = torch.stack(
+        [after.score(after.hidden(torch.tensor([tokens])))[0, -1] for tokens, _ in rows]
+    )
     base = transformers.AutoModelForSequenceClassification.from_pretrained(
         folder / "model", num_labels=1, pad_token_id=257
     )

@@ -19,7 +19,9 @@ from conftest import ROOT
 import lora
 import sft
 from model import Transformer
-from nano import config, data, estimate, losses, runtime, state, tokenizer, weights
+from nano import config, estimate, losses, runtime, state, tokenizer, weights
+from nano.batches import Rows, pack
+from nano.store import mix, write_store
 
 BASE = dict(
     device="cpu",
@@ -106,7 +108,7 @@ def losses_of(model, rows, temperature=1.0):
     with torch.no_grad():
         ids = [torch.tensor(tokens) for tokens, _ in rows]
         return [
-            F.cross_entropy(model.logits(model(i[None]))[0, :-1], i[1:], reduction="none")
+            F.cross_entropy(model.logits(model.hidden(i[None]))[0, :-1], i[1:], reduction="none")
             for i in ids
         ]
 
@@ -114,10 +116,9 @@ def losses_of(model, rows, temperature=1.0):
 def gradients(model, micros):
     """The gradient of a step, as the loop of sft.py makes it."""
     model.zero_grad()
-    micros = [data.target_index(micro) for micro in micros]
     weight = sum(float(micro["weights"].sum()) for micro in micros)
     for micro in micros:
-        (sft.loss_sum(model, model, micro) / weight).backward()
+        (sft.loss_sum(model, micro) / weight).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -128,11 +129,11 @@ def test_packed_logits_are_the_unpacked_ones():
     model, rows = tiny.model(), tiny.rows(7, high=30)
     batch = tiny.batch([rows[:4], rows[4:]], 128)
     with torch.no_grad():
-        packed = model.logits(model(batch["tokens"], batch["positions"], batch["docs"]))
+        packed = model.logits(model.hidden(batch["tokens"], batch["positions"], batch["docs"]))
         for b, part in enumerate((rows[:4], rows[4:])):
             a = 0
             for tokens, _ in part:
-                alone = model.logits(model(torch.tensor(tokens)[None]))[0]
+                alone = model.logits(model.hidden(torch.tensor(tokens)[None]))[0]
                 assert (packed[b, a : a + len(tokens)] - alone).abs().max() <= 1e-5
                 a += len(tokens)
 
@@ -140,11 +141,11 @@ def test_packed_logits_are_the_unpacked_ones():
 @pytest.mark.parametrize("windows", [(), (64, 64)], ids=["by document", "dense mask"])
 def test_gradients_do_not_depend_on_how_a_batch_is_cut(base, store, windows):
     """Accumulation 1x16 = 16x1 = 4x4, packed = padded, with or without empty rows at the end."""
-    rows, model = data.mix([store]), weights.load_model(base).requires_grad_()
+    rows, model = mix([store]), weights.load_model(base).requires_grad_()
     model.cfg.windows = windows
 
     def made(micro_batch, **cut):
-        batches = data.Batches(rows, 32, micro_batch, 64, **cut)
+        batches = Rows(rows, 32, micro_batch, 64, **cut)
         assert batches.steps_per_epoch == 1 and not batches.dropped + batches.truncated
         micros = batches.batch(0)
         return len(micros), gradients(model, micros)
@@ -153,11 +154,11 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(base, store, windows):
     assert packs == 1
     for micro_batch in (1, 2, 4, 16):
         count, ours = made(micro_batch)
-        assert count == -(-len(data.pack(rows.lengths, 64)) // micro_batch)
+        assert count == -(-len(pack(rows.lengths, 64)) // micro_batch)
         assert (ours - right).abs().max() <= 1e-6 * right.abs().max()
     for micro_batch in (32, 4, 1):
         assert (made(micro_batch, packing=False)[1] - right).abs().max() <= 1e-6 * right.abs().max()
-    (micro,) = data.Batches(rows, 32, 32, 64).batch(0)
+    (micro,) = Rows(rows, 32, 32, 64).batch(0)
     micro["tokens"].masked_fill_(micro["docs"] < 0, 258)
     assert (
         gradients(model, [micro]) - right
@@ -197,7 +198,8 @@ def test_evaluation_by_hand(base, store, tmp_path, packing):
     )
     with torch.no_grad():
         best = [
-            model.logits(model(torch.tensor(tokens)[None]))[0, :-1].argmax(-1) for tokens, _ in rows
+            model.logits(model.hidden(torch.tensor(tokens)[None]))[0, :-1].argmax(-1)
+            for tokens, _ in rows
         ]
     hits = [
         (b == torch.tensor(t[1:]))[mask] for b, (t, _), mask in zip(best, rows, masks, strict=True)
@@ -222,9 +224,9 @@ def test_rows_without_a_target_are_harmless(base, tmp_path):
         [(tokens, [0] * len(tokens)) for tokens, _ in tiny.rows(12, 3, high=20)],
     )
     meta = dict(vocab_size=264, tokenizer=fingerprint)
-    data.write_store(tmp_path / "some", dict(train=rows + empty, val=empty), meta)
-    data.write_store(tmp_path / "none", dict(train=empty), meta)
-    data.write_store(tmp_path / "full", dict(train=rows), meta)
+    write_store(tmp_path / "some", dict(train=rows + empty, val=empty), meta)
+    write_store(tmp_path / "none", dict(train=empty), meta)
+    write_store(tmp_path / "full", dict(train=rows), meta)
     one = dict(packing=False, micro_batch=1, batch_size=24, steps=1)
     mixed = train(tmp_path / "a", base, tmp_path / "some", **one)
     assert evals(mixed) == [(0, 0.0, 0.0), (1, 0.0, 0.0)]
@@ -237,7 +239,7 @@ def test_rows_without_a_target_are_harmless(base, tmp_path):
 
 
 def test_grad_checkpoint_changes_no_gradient(base, store):
-    rows = data.mix([store])
+    rows = mix([store])
     rt = runtime.Runtime("cpu", dtype="float32")
     for adapt in (lambda m: m.requires_grad_(), lambda m: lora.apply(m, 4, 8, dropout=0.3)):
         made = []
@@ -246,8 +248,8 @@ def test_grad_checkpoint_changes_no_gradient(base, store):
             model = weights.load_model(base)
             adapt(model)
             rt.wrap(model, grad_checkpoint=grad_checkpoint)
-            micro = data.target_index(data.Batches(rows, 32, 32, 64).batch(0)[0])
-            sft.loss_sum(model, model, micro).backward()
+            micro = Rows(rows, 32, 32, 64).batch(0)[0]
+            sft.loss_sum(model, micro).backward()
             made.append([p.grad for p in model.parameters() if p.requires_grad])
         assert all(torch.equal(a, b) for a, b in zip(*made, strict=True)) and len(made[0]) > 20
 
@@ -266,7 +268,7 @@ def test_grad_checkpoint_on_xla_reaches_adapters_over_frozen_embeddings(base, mo
         model = weights.load_model(base)
         lora.apply(model, 4, 8)
         model.checkpoint = function
-        sft.loss_sum(model, model, micro).backward()
+        sft.loss_sum(model, micro).backward()
         made.append([p.grad for p in lora.parameters(model)])
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
@@ -282,7 +284,7 @@ def test_the_memory_estimate_is_near_the_truth(base, grad_checkpoint, monkeypatc
 
     def step():
         for _ in range(2):
-            sft.loss_sum(model, model, micro).backward()
+            sft.loss_sum(model, micro).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -421,7 +423,7 @@ def test_other_software_opens_the_result(base, store, tmp_path, rank):
             peft.PeftModel.from_pretrained(theirs, tmp_path / "out" / which) if rank else theirs
         )
         with torch.no_grad():
-            assert (ours.logits(ours(batch)) - theirs(batch).logits).abs().max() <= 1e-4
+            assert (ours.logits(ours.hidden(batch)) - theirs(batch).logits).abs().max() <= 1e-4
     if not rank:
         assert (
             tokenizer.load(tmp_path / "out" / "last").fingerprint
@@ -567,7 +569,7 @@ def test_utilisation_counts_the_documents_own_lengths(base, store, tmp_path, mon
         Transformer, "flops_per_token", lambda model, length, *args: asked.append(length) or 0.0
     )
     train(tmp_path / "out", base, store, steps=1, max_length=128)
-    lengths = data.mix([store]).lengths.tolist()
+    lengths = mix([store]).lengths.tolist()
     assert asked == [pytest.approx(sum(n * n for n in lengths) / sum(lengths))]
 
 
@@ -587,7 +589,7 @@ def test_plain_text_has_no_prompts_to_answer(base, tmp_path):
         [(tokens, None) for tokens, _ in tiny.rows(12)],
         dict(vocab_size=264, tokenizer=tokenizer.load(base).fingerprint),
     )
-    data.write_store(tmp_path / "text", dict(train=rows, val=rows[:4]), meta)
+    write_store(tmp_path / "text", dict(train=rows, val=rows[:4]), meta)
     log = train(tmp_path / "out", base, tmp_path / "text", steps=1, samples=2)
     assert [r["kind"] for r in log] == ["eval", "train", "eval"]
 

@@ -14,8 +14,9 @@ import pytest
 import tiny
 from conftest import ROOT
 
-from nano import config, data, tokenizer
+from nano import config, tokenizer
 from nano.config import UserError
+from nano.store import Store, read_meta
 from prepare import records, text
 
 DOCS = [
@@ -51,7 +52,7 @@ def prepare(source, model, out, **settings):
 
 
 def rows(out, split="train"):
-    store = data.Store(out, split)
+    store = Store(out, split)
     return [store.row(i)[0].tolist() for i in range(len(store))]
 
 
@@ -96,7 +97,7 @@ def test_every_format_gives_the_same_rows(model, tmp_path):
         d.strip() for d in DOCS
     )
     assert prepare(tmp_path / "a.txt", model, tmp_path / "out") == ids([sep.join(DOCS)])
-    out = data.Store(tmp_path / "out", tokenizer=tokenizer.load(tmp_path / "out" / "tokenizer"))
+    out = Store(tmp_path / "out", tokenizer=tokenizer.load(tmp_path / "out" / "tokenizer"))
     assert (
         out.mask is None
         and out.tokens.dtype == np.uint16
@@ -124,7 +125,7 @@ def test_a_large_vocabulary_takes_four_bytes(model, tmp_path):
     assert prepare(jsonl(tmp_path / "a.jsonl", DOCS), tmp_path / "model", tmp_path / "out") == ids(
         DOCS, 70_000
     )
-    assert data.Store(tmp_path / "out").tokens.dtype == np.uint32
+    assert Store(tmp_path / "out").tokens.dtype == np.uint32
 
 
 def test_a_hub_id_is_streamed(model, tmp_path, monkeypatch):
@@ -168,7 +169,7 @@ def test_a_text_over_the_limit_is_cut_at_lines(model, tmp_path, monkeypatch, cap
     assert all(
         piece.endswith(b"\n") for piece in got if b"line" in piece and "漢".encode() not in piece
     )
-    assert data.read_meta(tmp_path / "out")["documents cut"] == len(got) - 1
+    assert read_meta(tmp_path / "out")["documents cut"] == len(got) - 1
     assert f"cut at {len(got) - 1} places" in capsys.readouterr().out
 
 
@@ -223,7 +224,7 @@ def test_held_out_documents(model, tmp_path, small):
     assert 58 <= len(val) <= 60
     order = {tuple(row): i for i, row in enumerate(ids(docs))}
     assert [order[tuple(row)] for row in val] == sorted(order[tuple(row)] for row in val)
-    sizes = data.read_meta(tmp_path / "out")["bytes"]
+    sizes = read_meta(tmp_path / "out")["bytes"]
     assert sizes == {
         split: sum(len(row) - 1 for row in part) for split, part in (("train", train), ("val", val))
     }
@@ -238,7 +239,7 @@ def test_held_out_documents(model, tmp_path, small):
 def test_a_share_that_comes_to_nothing_is_told(model, tmp_path, capsys):
     prepare(jsonl(tmp_path / "a.jsonl", DOCS), model, tmp_path / "out", val="0.01")
     assert "val=0.01 of 6 documents is none" in capsys.readouterr().out
-    assert [*data.read_meta(tmp_path / "out")["splits"]] == ["train"]
+    assert [*read_meta(tmp_path / "out")["splits"]] == ["train"]
 
 
 # ---------------------------------------------------------------------------------------------------- interruptions
@@ -435,8 +436,7 @@ def test_a_new_tokenizer_is_hugging_faces(corpus, tmp_path, kind):
         if not (kind == "sentencepiece" and doc.startswith(" "))
     )
     assert (
-        sum(map(len, rows(tmp_path / "out")))
-        < 0.6 * data.read_meta(tmp_path / "out")["bytes"]["train"]
+        sum(map(len, rows(tmp_path / "out"))) < 0.6 * read_meta(tmp_path / "out")["bytes"]["train"]
     )  # merges do merge
 
 
@@ -452,9 +452,7 @@ def test_half_an_emoji_does_not_stop_the_training(tmp_path, kind):
 def test_a_new_tokenizer_serves_another_corpus(corpus, tmp_path):
     prepare(corpus[0], "train:400", tmp_path / "a", kind="bpe")
     prepare(jsonl(tmp_path / "b.jsonl", DOCS), tmp_path / "a" / "tokenizer", tmp_path / "b")
-    assert (
-        data.read_meta(tmp_path / "a")["tokenizer"] == data.read_meta(tmp_path / "b")["tokenizer"]
-    )
+    assert read_meta(tmp_path / "a")["tokenizer"] == read_meta(tmp_path / "b")["tokenizer"]
     assert files(tmp_path / "a" / "tokenizer") == files(tmp_path / "b" / "tokenizer")
     prepare(
         jsonl(tmp_path / "b.jsonl", DOCS[:3]), tmp_path / "a" / "tokenizer", tmp_path / "a"
@@ -539,7 +537,7 @@ def test_bad_records_can_be_skipped(model, tmp_path, small):
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     got = prepare(tmp_path / "a.jsonl", model, tmp_path / "out", on_error="skip")
     assert got == ids(f"number {i}" for i in range(100) if i % 10)
-    meta = data.read_meta(tmp_path / "out")
+    meta = read_meta(tmp_path / "out")
     assert meta["bad_records"] == 10 and "a.jsonl:11: not valid JSON" in meta["first_bad"][1]
 
 

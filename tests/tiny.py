@@ -12,7 +12,9 @@ import torch.distributed.checkpoint as dcp
 from conftest import ROOT
 
 from model import ModelConfig, Transformer
-from nano import data, tokenizer, weights
+from nano import tokenizer, weights
+from nano.batches import collate
+from nano.store import write_store
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 256, 257, 258
 SIZES = dict(
@@ -109,9 +111,7 @@ def rows(n, seed=0, low=5, high=40):
 def store(path, model, n=24, val=6, **sizes):
     """A prepared data folder for the model directory `model`."""
     splits = dict(train=rows(n, 1, **sizes)) | (dict(val=rows(val, 2, **sizes)) if val else {})
-    data.write_store(
-        path, splits, dict(vocab_size=264, tokenizer=tokenizer.load(model).fingerprint)
-    )
+    write_store(path, splits, dict(vocab_size=264, tokenizer=tokenizer.load(model).fingerprint))
     return path
 
 
@@ -136,15 +136,13 @@ def preferences(path, model, n=48, val=16, **settings):
     splits = dict(train=ranked(n, 1, **settings)) | (
         dict(val=ranked(val, 2, **settings)) if val else {}
     )
-    data.write_store(
-        path, splits, dict(vocab_size=264, tokenizer=tokenizer.load(model).fingerprint)
-    )
+    write_store(path, splits, dict(vocab_size=264, tokenizer=tokenizer.load(model).fingerprint))
     return path
 
 
 def batch(packs, length, **settings):
     """Packs of rows as the micro-batch that sft.loss_sum takes."""
-    return data.target_index(data.collate(packs, length, **settings))
+    return collate(packs, length, **settings)
 
 
 def first_moments(out):

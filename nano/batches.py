@@ -1,0 +1,548 @@
+"""From prepared rows to the micro-batches of an optimizer step: pack, bucket, collate.
+
+    train = Rows(store.mix(["data/alpaca"]), batch_size=16, micro_batch=4, max_length=512)
+    for micro in train.batch(step):            # dicts of CPU tensors, see `collate`
+        hidden = net(rt.put(micro))            # (M, C), of the positions micro["index"]
+
+Rows are documents (sft), Windows are stretches of a text (pretrain), Groups are ranked completions
+(reward, dpo), episodes are what a policy has sampled (ppo). All go through one `collate`.
+
+What a step holds is a function of (seed, step, batch_size). It depends neither on the number of ranks
+nor on micro_batch, so the step number is all that a resumed run needs to know. An epoch's last step
+may be smaller. Ranks without rows get padding of weight 0, so that all run the same number of
+micro-batches.
+"""
+
+import numpy as np
+import torch
+
+from nano.config import UserError
+
+STEP = 64  # lengths are rounded up to a multiple of this, so that few shapes occur
+
+
+# ------------------------------------------------------------------------------------------ rows into packs
+
+
+def pack(lengths, max_length, seed=0):
+    """Rows into packs of at most `max_length` tokens by best fit, longest first: a list of int arrays
+    of row indices, every row once. `seed` decides which of equally long rows goes where, but not the
+    number of packs. ValueError for a length outside 1 ... max_length.
+
+    A run of equal lengths is placed at once: best fit fills the fullest open pack that has room until
+    it has none, so all packs of equal room are filled alike. The cost is O(N log N) for the sort, and
+    one numpy call for each run and room.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    if not len(lengths):
+        return []
+    if lengths.min() < 1 or lengths.max() > max_length:
+        raise ValueError(f"lengths must lie in 1 ... {max_length}")
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    pack_of = np.empty(len(lengths), np.int64)
+    n_packs = 0
+    open_packs = {}  # room -> list of arrays of packs with that much room
+    rooms = 0  # bit r is set when open_packs[r] is not empty: the smallest room that fits is a shift away
+    sizes, starts = np.unique(-lengths[order], return_index=True)
+    ends = [*starts[1:].tolist(), len(order)]
+    for size, a, end in zip((-sizes).tolist(), starts.tolist(), ends, strict=True):
+        while a < end:
+            if fitting := rooms >> size:
+                room = size + (fitting & -fitting).bit_length() - 1
+                packs = open_packs[room].pop()
+                if not open_packs[room]:
+                    rooms ^= 1 << room
+            else:
+                room = max_length
+                new = -(-(end - a) // (max_length // size))
+                packs = np.arange(n_packs, n_packs + new)
+                n_packs += new
+            each = min(room // size, end - a)
+            count = min(len(packs), (end - a) // each)
+            pack_of[order[a : a + count * each]] = np.repeat(packs[:count], each)
+            a += count * each
+            for left, some in ((room - size * each, packs[:count]), (room, packs[count:])):
+                if left and len(some):
+                    open_packs.setdefault(left, []).append(some)
+                    rooms |= 1 << left
+    return np.split(np.argsort(pack_of, kind="stable"), np.cumsum(np.bincount(pack_of))[:-1])
+
+
+def bucket(lengths, rows, seed=0):
+    """Lists of `rows` row indices of similar length, in random order; one list may be shorter. The
+    rows are shuffled, then sorted by length within stretches of 32 lists."""
+    rng = np.random.default_rng(seed)
+    lengths = np.asarray(lengths)
+    order = rng.permutation(len(lengths))
+    lists = []
+    for a in range(0, len(order), 32 * rows):
+        part = order[a : a + 32 * rows]
+        part = part[np.argsort(-lengths[part], kind="stable")]
+        lists += [part[i : i + rows] for i in range(0, len(part), rows)]
+    return [lists[i] for i in rng.permutation(len(lists))]
+
+
+def fit(rows, max_length, over_length="truncate"):
+    """(index (M,) of the rows that can be trained on, how many are dropped, how many truncated). A row
+    over `max_length` is dropped, or loses its end; when that leaves no target, it is dropped too."""
+    keep = np.ones(len(rows), bool)
+    long = np.flatnonzero(rows.lengths > max_length)
+    for i in long:
+        keep[i] = over_length == "truncate" and rows.row(i)[1][1:max_length].any()
+    return np.flatnonzero(keep), int((~keep).sum()), int(keep[long].sum())
+
+
+def check_reach(longest, reach, dir):
+    """UserError when a row of `longest` tokens goes beyond the `reach` positions of the model in `dir`:
+    the configuration that is saved with the trained model would deny the positions it was trained on."""
+    if longest > reach:
+        raise UserError(
+            f"a row has {longest:,} tokens, {dir} takes {reach:,} "
+            "(max_position_embeddings in its config.json): lower max_length="
+        )
+
+
+def check_sizes(batch_size, micro_batch, world):
+    """UserError unless every rank gets the same number of whole micro-batches of a step."""
+    if batch_size < 1 or micro_batch < 1 or batch_size % (micro_batch * world):
+        raise UserError(
+            f"batch_size={batch_size} is not a multiple of micro_batch={micro_batch} x {world} ranks: "
+            "change one"
+        )
+
+
+def micro_batches(packs, micro_batch, rank, world):
+    """The packs of a step -> this rank's micro-batches, lists of `micro_batch` packs. The last ones may
+    be shorter or empty; every rank has the same number."""
+    across = micro_batch * world
+    starts = range(rank * micro_batch, -(-len(packs) // across) * across, across)
+    return [packs[a : a + micro_batch] for a in starts]
+
+
+# ------------------------------------------------------------------------------------------ packs into tensors
+
+
+def collate(packs, length, prompt_weight=0.0, fixed_shapes=False):
+    """Packs, each a list of rows (tokens, mask), as a micro-batch of CPU tensors. (B, T = length):
+
+    tokens     int64, padded with 0
+    targets    int64, the next token of the same document; 0 where there is none
+    weights    float32, of the target: its mask, with `prompt_weight` in place of 0; 0 at the end of a
+               document and on padding
+    positions  int64, from 0 in each document
+    docs       int64, 0, 1, ... along a row of the batch; -1 on padding
+
+    index      int64 (M,), flat positions whose hidden state predicts a target of weight other than 0;
+               with `fixed_shapes` all B x T
+    n_tokens   int, tokens that are no padding
+    n_targets  int, targets of weight 1
+
+    A pack may have one token more than `length`, which is a target only.
+    """
+    shape = len(packs), length + 1
+    tokens = np.zeros(shape, np.int64)
+    targets = np.zeros(shape, np.int64)
+    weights = np.zeros(shape, np.float32)
+    positions = np.zeros(shape, np.int64)
+    docs = np.full(shape, -1, np.int64)
+    for b, rows in enumerate(packs):
+        a = 0
+        for doc, (row, mask) in enumerate(rows):
+            end = a + len(row)
+            tokens[b, a:end] = row
+            targets[b, a : end - 1] = row[1:]
+            weights[b, a : end - 1] = np.where(mask[1:], np.float32(1), np.float32(prompt_weight))
+            positions[b, a:end] = np.arange(len(row))
+            docs[b, a:end] = doc
+            a = end
+    arrays = dict(tokens=tokens, targets=targets, weights=weights, positions=positions, docs=docs)
+    arrays = {name: np.ascontiguousarray(array[:, :length]) for name, array in arrays.items()}
+    weights = arrays["weights"]
+    arrays["index"] = np.arange(weights.size) if fixed_shapes else np.flatnonzero(weights)
+    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    n_tokens = int((arrays["docs"] >= 0).sum())
+    return batch | dict(n_tokens=n_tokens, n_targets=int((weights == 1).sum()))
+
+
+def tell_rows_apart(batch, packs):
+    """For a collated batch of packs with N rows in all:
+
+    rows   int64 (M,), which of the N rows the target of each position in `index` belongs to
+    last   int64 (N,), flat position of each row's last token
+    """
+    T = batch["tokens"].shape[1]
+    above = np.cumsum([0, *map(len, packs)])  # rows in the packs before each pack
+    rows = batch["docs"].clamp(min=0) + torch.from_numpy(above[:-1])[:, None]
+    rows = rows.clamp(max=max(above[-1] - 1, 0))  # padding behind the last row
+    lengths = [np.array([len(tokens) for tokens, _ in pack], np.int64) for pack in packs]
+    last = np.concatenate([b * T + np.cumsum(n) - 1 for b, n in enumerate(lengths)])
+    return dict(rows=rows.flatten()[batch["index"]], last=torch.from_numpy(last))
+
+
+def pairs(offsets):
+    """Row offsets (G+1,) of groups that are ranked best first -> better (P,), worse (P,), share (P,):
+    the two rows of every pair, and 1 / the number of pairs in its group, so that each group counts
+    once."""
+    better, worse, share = [], [], []
+    for a, b in zip(offsets[:-1], offsets[1:], strict=True):
+        i, j = np.triu_indices(b - a, 1)
+        better.append(a + i)
+        worse.append(a + j)
+        share.append(np.full(len(i), 1 / max(len(i), 1), np.float32))
+    return [np.concatenate(x) if x else np.zeros(0, np.int64) for x in (better, worse, share)]
+
+
+def collate_groups(packs, B, max_length, fixed_shapes=False):
+    """Packs, each a list of groups (number of the first completion, [(tokens, mask), ...] best first),
+    as the tensors of `collate` (T <= max_length) and, for their N completions and P pairs,
+
+    rows    int64 (M,), which completion the target of each position in `index` belongs to
+    last    int64 (N,), flat position of each completion's last token. Its length tells, and no token id
+    number  int64 (N,), number of the completion in the data: that of its group's first, and so on
+    real    float32 (N,), 1
+    best    float32 (N,), 1 where the completion is its group's best
+    better, worse int64 (P,), share float32 (P,): see `pairs`
+
+    fixed_shapes: T is max_length, `index` is all positions, and N and P are filled up with zeros to
+    multiples of 64.
+    """
+    documents = [[row for _, group in pack for row in group] for pack in packs]
+    documents += [[]] * (B - len(packs))
+    longest = max(max(sum(len(tokens) for tokens, _ in rows) for rows in documents), 1)
+    T = max_length if fixed_shapes else min(-(-longest // STEP) * STEP, max_length)
+    batch = collate(documents, T, fixed_shapes=fixed_shapes)
+    batch |= tell_rows_apart(batch, documents)
+
+    groups = [group for pack in packs for group in pack]
+    offsets = np.cumsum([0, *(len(rows) for _, rows in groups)])
+    numbers = [first + np.arange(len(rows)) for first, rows in groups]
+    best = np.zeros(offsets[-1], np.float32)
+    best[offsets[:-1]] = 1
+    better, worse, share = pairs(offsets)
+    arrays = dict(
+        last=batch["last"].numpy(),
+        number=np.concatenate([np.zeros(0, np.int64), *numbers]),
+        real=np.ones(offsets[-1], np.float32),
+        best=best,
+        better=better,
+        worse=worse,
+        share=share.astype(np.float32),
+    )
+    if fixed_shapes:
+        for name, a in arrays.items():
+            arrays[name] = np.pad(a, (0, -len(a) % STEP if len(a) else STEP))
+    return batch | {name: torch.from_numpy(a) for name, a in arrays.items()}
+
+
+def episodes(rows, length=0):
+    """Episodes, N rows (tokens, action mask), as the tensors of `collate` and, for their M actions,
+
+    actions  int64 (M,), the token ids at whose prediction `index` points
+    rows     int64 (M,), which episode each action belongs to
+    last     int64 (N,), flat position of each episode's last token
+
+    The actions of an episode need not stand side by side. Its first token, which nothing predicts, is
+    no action. The episodes are packed without padding (B = 1). With `length`, for shapes that stay
+    fixed, each has a row of so many tokens (B = N), and `index` is all positions: where there is no
+    action, weights.flatten() is 0.
+    """
+    packs = [[row] for row in rows] if length else [rows]
+    T = length or sum(len(tokens) for tokens, _ in rows)
+    batch = collate(packs, T, fixed_shapes=length > 0)
+    actions = batch["targets"].flatten()[batch["index"]]
+    return batch | tell_rows_apart(batch, packs) | dict(actions=actions)
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+
+class Rows:
+    """The micro-batches of documents, for one rank. `rows` is a Store or a Mix.
+
+    A step takes `batch_size` packs (with packing=False rows) over all ranks. Packs have T = max_length.
+    Without packing T is the length of the longest row of a micro-batch, rounded up to a multiple of 64,
+    unless `fixed_length` or `fixed_shapes`.
+
+    .index (N,) numbers of the rows that are trained on, .lengths (N,) their tokens, .steps_per_epoch,
+    .dropped and .truncated: how many rows over max_length.
+    """
+
+    def __init__(
+        self,
+        rows,
+        batch_size,
+        micro_batch,
+        max_length,
+        packing=True,
+        seed=0,
+        rank=0,
+        world=1,
+        prompt_weight=0.0,
+        over_length="truncate",
+        fixed_length=False,
+        fixed_shapes=False,
+    ):
+        check_sizes(batch_size, micro_batch, world)
+        self.rows = rows
+        self.batch_size = batch_size
+        self.micro_batch = micro_batch
+        self.max_length = max_length
+        self.packing = packing
+        self.seed = seed
+        self.rank, self.world = rank, world
+        self.prompt_weight = prompt_weight
+        self.fixed_length = packing or fixed_length or fixed_shapes
+        self.fixed_shapes = fixed_shapes
+        self.index, self.dropped, self.truncated = fit(rows, max_length, over_length)
+        if not len(self.index):
+            raise UserError(
+                f"none of the {len(rows)} rows fits into max_length={max_length}: raise it"
+            )
+        self.lengths = np.minimum(rows.lengths[self.index], max_length)
+        self.epoch = None
+        self.steps_per_epoch = len(self.steps_of(0))  # the same in every epoch
+
+    @property
+    def longest(self):
+        return self.lengths.max()
+
+    @property
+    def document_length(self):
+        """Mean length of the documents, weighted by tokens: the cost of attention depends on it."""
+        return (self.lengths**2).sum() / self.lengths.sum()
+
+    def steps_of(self, epoch):
+        """The epoch's steps, each a list of packs (arrays of indices into self.index)."""
+        if epoch == self.epoch:
+            return self.steps
+        seed = [self.seed, epoch]
+        if self.packing:
+            packs = pack(self.lengths, self.max_length, seed)
+            # packs are made longest rows first
+            packs = [packs[i] for i in np.random.default_rng([*seed, 1]).permutation(len(packs))]
+            starts = range(0, len(packs), self.batch_size)
+            self.steps = [packs[i : i + self.batch_size] for i in starts]
+        else:
+            lists = bucket(self.lengths, self.batch_size, seed)
+            self.steps = [np.split(rows, len(rows)) for rows in lists]
+        self.epoch = epoch
+        return self.steps
+
+    def plan(self, step):
+        """The packs of a step, over all ranks."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        return self.steps_of(epoch)[i]
+
+    def batch(self, step):
+        """This rank's micro-batches at a step counted from the start of training, B = micro_batch."""
+        parts = micro_batches(self.plan(step), self.micro_batch, self.rank, self.world)
+        return [self.micro(part) for part in parts]
+
+    def micro(self, packs):
+        packs = [
+            [tuple(x[: self.max_length] for x in self.rows.row(self.index[i])) for i in numbers]
+            for numbers in packs
+        ]
+        length = self.max_length
+        if not self.fixed_length:
+            longest = max((len(tokens) for rows in packs for tokens, _ in rows), default=1)
+            length = min(length, -(-longest // STEP) * STEP)
+        packs += [[]] * (self.micro_batch - len(packs))
+        return collate(packs, length, self.prompt_weight, self.fixed_shapes)
+
+
+class Windows:
+    """The micro-batches of pretraining, for one rank: windows of `max_length` tokens over whole stores.
+
+    Windows follow each other without a gap. The target of a window's last token is the next window's
+    first token, so that every token but a store's first is predicted. A store's last window may be
+    shorter. isolate: documents do not see each other, positions restart with each document, and the
+    token behind a document's end is no target. Otherwise a window is one stretch of text, and a
+    micro-batch has no "docs": plain causal attention has the fastest kernels.
+
+    Without `weights` an epoch has every window of all stores once, shuffled together. With `weights`
+    each store gets its share of every CYCLE windows, evenly spread. It goes through its windows in
+    random order, then again in another order, at its own pace; steps_per_epoch then counts as many
+    windows as all stores have.
+    """
+
+    CYCLE = 1 << 16
+
+    def __init__(
+        self,
+        stores,
+        batch_size,
+        micro_batch,
+        max_length,
+        weights=(),
+        isolate=True,
+        seed=0,
+        rank=0,
+        world=1,
+        fixed_shapes=False,
+    ):
+        check_sizes(batch_size, micro_batch, world)
+        if weights and (len(weights) != len(stores) or min(weights) <= 0):
+            raise UserError(
+                f"weights= has {len(weights)} for {len(stores)} data folders: give each one above 0"
+            )
+        self.stores = stores
+        self.batch_size = batch_size
+        self.micro_batch = micro_batch
+        self.max_length = max_length
+        self.isolate = isolate
+        self.seed = seed
+        self.rank, self.world = rank, world
+        self.fixed_shapes = fixed_shapes
+        self.counts = np.array([-(-(len(s.tokens) - 1) // max_length) for s in stores])
+        self.starts = np.cumsum([0, *self.counts])  # windows are numbered through all stores
+        if self.counts.min() < 1:
+            raise UserError(
+                f"{stores[self.counts.argmin()].dir} holds a single token: there is nothing to predict"
+            )
+        self.steps_per_epoch = int(-(-self.starts[-1] // batch_size))
+        self.orders = {}
+        self.share = None
+        if weights:
+            self._share(weights)
+
+    def _share(self, weights):
+        """Which store each place of a cycle draws from, and how many of the cycle's draws from that
+        store come before it."""
+        ends = np.rint(np.cumsum(weights) / sum(weights) * self.CYCLE).astype(np.int64)
+        self.share = np.maximum(np.diff(ends, prepend=0), 1)  # windows of each store in a cycle
+        rng = np.random.default_rng([self.seed, 0])
+        times = np.concatenate([(np.arange(n) + rng.random(n)) / n for n in self.share])
+        order = np.argsort(times)
+        self.store_at = np.repeat(np.arange(len(self.stores)), self.share)[order]
+        self.draw_at = np.concatenate([np.arange(n) for n in self.share])[order]
+
+    def order(self, store, epoch):
+        """The numbers of a store's windows (None: of all windows) in the order of an epoch."""
+        if self.orders.get(store, (None,))[0] != epoch:
+            first, end = (0, self.starts[-1]) if store is None else self.starts[store : store + 2]
+            rng = np.random.default_rng([self.seed, epoch, 1 if store is None else store + 2])
+            self.orders[store] = epoch, first + rng.permutation(end - first)
+        return self.orders[store][1]
+
+    def plan(self, step):
+        """The numbers of a step's windows, over all ranks."""
+        if self.share is None:
+            epoch, i = divmod(step, self.steps_per_epoch)
+            return self.order(None, epoch)[i * self.batch_size : (i + 1) * self.batch_size]
+        draws = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        cycles, places = np.divmod(draws, len(self.store_at))
+        stores = self.store_at[places]
+        draws = cycles * self.share[stores] + self.draw_at[places]  # each store's own count
+        epochs, places = np.divmod(draws, self.counts[stores])
+        drawn = zip(stores.tolist(), epochs.tolist(), places.tolist(), strict=True)
+        return np.array([self.order(store, epoch)[i] for store, epoch, i in drawn])
+
+    def batch(self, step):
+        """This rank's micro-batches at a step counted from the start of training: B = micro_batch,
+        T = max_length."""
+        parts = micro_batches(self.plan(step), self.micro_batch, self.rank, self.world)
+        return [self.micro(part) for part in parts]
+
+    def micro(self, windows):
+        packs = [self.documents(w) for w in windows]
+        packs += [[]] * (self.micro_batch - len(packs))
+        batch = collate(packs, self.max_length, fixed_shapes=self.fixed_shapes)
+        if not self.isolate:
+            del batch["docs"]
+        return batch
+
+    def documents(self, window):
+        """The rows of `collate` for a window and the one token behind it."""
+        i = int(np.searchsorted(self.starts, window, "right")) - 1
+        store = self.stores[i]
+        a = int(window - self.starts[i]) * self.max_length
+        b = min(a + self.max_length + 1, len(store.tokens))
+        edges = [a, b]
+        if self.isolate:
+            inside = slice(*np.searchsorted(store.offsets, (a + 1, b)))
+            edges = [a, *store.offsets[inside].tolist(), b]
+        spans = [slice(*span) for span in zip(edges, edges[1:], strict=False)]
+        return [
+            (store.tokens[s], np.ones(s.stop - s.start) if store.mask is None else store.mask[s])
+            for s in spans
+        ]
+
+
+class Groups:
+    """The micro-batches of ranked completions, for one rank. `groups` is a GroupMix.
+
+    A step takes `batch_size` groups over all ranks and packs them into rows of at most max_length
+    tokens. A group stays together: its completions are neighbouring documents of one packed row, so
+    that one forward sees all of its pairs. For the tensors see `collate_groups`.
+
+    .index (N,) numbers of the groups that are trained on, .steps_per_epoch, .dropped: how many groups
+    are over max_length.
+    """
+
+    def __init__(
+        self,
+        groups,
+        batch_size,
+        micro_batch,
+        max_length,
+        seed=0,
+        rank=0,
+        world=1,
+        fixed_shapes=False,
+    ):
+        if batch_size < 1 or micro_batch < 1:
+            raise UserError(
+                f"batch_size={batch_size} micro_batch={micro_batch}: both must be 1 or more"
+            )
+        self.groups = groups
+        self.batch_size = batch_size
+        self.micro_batch = micro_batch
+        self.max_length = max_length
+        self.seed = seed
+        self.rank, self.world = rank, world
+        self.fixed_shapes = fixed_shapes
+        self.index = np.flatnonzero(groups.lengths <= max_length)
+        self.dropped = len(groups) - len(self.index)
+        if not len(self.index):
+            raise UserError(
+                f"none of the {len(groups)} groups fits into max_length={max_length}, "
+                "all completions together: raise it"
+            )
+        self.steps_per_epoch = -(-len(self.index) // batch_size)
+        self.epoch = None
+
+    @property
+    def longest(self):
+        return self.groups.longest[self.index].max()
+
+    @property
+    def document_length(self):
+        """Mean length of the documents, weighted by tokens: the cost of attention depends on it."""
+        return self.groups.squares[self.index].sum() / self.groups.lengths[self.index].sum()
+
+    def members(self, step):
+        """The numbers of a step's groups, over all ranks."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.order = np.random.default_rng([self.seed, epoch]).permutation(self.index)
+            self.epoch = epoch
+        return self.order[i * self.batch_size : (i + 1) * self.batch_size]
+
+    def plan(self, step):
+        """The packs of a step, over all ranks: arrays of numbers of groups."""
+        members = self.members(step)
+        packs = pack(self.groups.lengths[members], self.max_length, [self.seed, step])
+        return [members[numbers] for numbers in packs]
+
+    def batch(self, step):
+        """This rank's micro-batches at a step counted from the start of training, B = micro_batch."""
+        parts = micro_batches(self.plan(step), self.micro_batch, self.rank, self.world)
+        return [self.micro(part) for part in parts]
+
+    def micro(self, packs):
+        packs = [
+            [(self.groups.first[g], self.groups.group(g)) for g in numbers] for numbers in packs
+        ]
+        return collate_groups(packs, self.micro_batch, self.max_length, self.fixed_shapes)
