@@ -1,7 +1,8 @@
 """One log for every stage: a console line, `log.jsonl`, TensorBoard events, tables of samples.
 
-    log = Log(out, rt.is_main, total_steps, start_step, flops_per_token=..., device=rt.name, devices=rt.devices)
+    log = Log(out, rt, start_step)
     log.settings("sft", cfg, resumed=False)
+    log.begin(total_steps, flops_per_token)
     log.step(step, tokens=n, targets=m, memory=rt.peak_memory(), loss=loss, lr=lr)
     with log.paused():
         log.eval(step, loss=val_loss, accuracy=accuracy)
@@ -13,9 +14,9 @@ device; they are read here and nowhere else. Every rank makes the same calls, th
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
-import os
 import re
 import shutil
 import textwrap
@@ -59,68 +60,65 @@ def peak_flops(device):
     )
 
 
-class Log:
-    """dir: the run folder. start_step: the steps done before a resume; what an earlier run wrote after it is dropped.
+WIDTH = 120  # columns of a line on the console
+IN_WORDS = ("tokens_per_s", "targets_per_s", "mfu", "memory_gb")  # shown in words of their own
 
-    flops_per_token: of forward and backward, for model FLOPs utilisation on `devices` devices named `device`.
+
+class Log:
+    """What a run says: on the console, in dir/log.jsonl and in TensorBoard events.
+
+    dir: the run folder. start_step: the steps done before a resume. What an earlier run wrote behind
+    that step is dropped. Every rank makes the same calls, and the main one writes.
     """
 
-    def __init__(
-        self, dir, is_main, total_steps, start_step=0, flops_per_token=0.0, device="cpu", devices=1
-    ):
-        self.dir, self.is_main, self.total_steps, self.start_step = (
-            Path(dir),
-            is_main,
-            total_steps,
-            start_step,
-        )
-        self.flops, self.peak = flops_per_token, (peak_flops(device) or 0.0) * devices
-        self.began = self.mark = (
-            time.perf_counter()
-        )  # mark: when the tokens of the next line began to be counted
-        if not is_main:
+    def __init__(self, dir, rt, start_step=0):
+        self.dir, self.is_main, self.start_step = Path(dir), rt.is_main, start_step
+        self.peak = (peak_flops(rt.name) or 0.0) * rt.devices
+        self.columns = {}  # kind of line: the names of its metrics that the console shows
+        self.begin(0)
+        if not self.is_main:
             return
-        from torch.utils.tensorboard import (
-            SummaryWriter,
-        )  # a quarter of a second that other ranks need not wait
+        # The import takes a quarter of a second, which other ranks need not wait.
+        from torch.utils.tensorboard import SummaryWriter
 
-        Path(dir).mkdir(parents=True, exist_ok=True)
-        path = Path(dir, "log.jsonl")
-        kept = keep(path, start_step) if start_step else []
-        # an evaluation at start_step may stand there already, from before the stop
-        self.known = {(r["kind"], r["step"]) for r in kept if r["step"] == start_step}
-        temporary = path.with_name("log.jsonl.tmp")
-        temporary.write_text("".join(dumps(r) for r in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        path = self.dir / "log.jsonl"
+        records = keep(path, start_step) if start_step else []
+        # an evaluation at start_step may be there already, from before the stop
+        self.known = {(r["kind"], r["step"]) for r in records if r["step"] == start_step}
+        files.write_text(path, "".join(map(dumps, records)))
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # line by line: `tail -f` works
         self.board = SummaryWriter(str(dir), purge_step=start_step + 1 if start_step else None)
 
+    def begin(self, total_steps, flops_per_token=0.0):
+        """The clock starts. flops_per_token: of forward and backward, for the FLOPs utilisation."""
+        self.total_steps, self.flops = total_steps, flops_per_token
+        self.began = self.mark = time.perf_counter()  # mark: from when the next line counts tokens
+
     def settings(self, stage, cfg, resumed):
-        """Says what differs from the defaults and, when the run goes on, from its config.cfg; keeps `cfg` as this."""
+        """Says what differs from the defaults, and from the run's config.cfg; then writes config.cfg."""
         path = self.dir / "config.cfg"
         old = path.read_text(encoding="utf-8") if resumed and path.exists() else ""
-        if self.is_main:
-            files.write_text(
-                path, config.to_cfg(dataclasses.replace(cfg, resume="auto"))
-            )  # the file continues it
+        if self.is_main:  # with resume=auto the file continues the run
+            files.write_text(path, config.to_cfg(dataclasses.replace(cfg, resume="auto")))
         self.text(" ".join([f"{stage}:", *config.diff(cfg)]))
         if changed := config.changes(cfg, old):
             self.text(f"note: the run goes on with other settings: {', '.join(changed)}")
 
     def step(self, step, tokens=0, targets=0, memory=0, **metrics):
-        """The line of a training step. tokens, targets: of all ranks since the last line; memory: peak bytes."""
+        """The line of a training step. tokens, targets: of all ranks since the last line; memory: bytes."""
         metrics = {name: plain(value) for name, value in metrics.items()}
         now = time.perf_counter()
         seconds, self.mark = now - self.mark, now
         speed = int(tokens) / seconds
-        eta = (now - self.began) / max(step - self.start_step, 1) * (self.total_steps - step)
-        words = [f"{name} {show(value)}" for name, value in metrics.items()]
+        left = self.total_steps - step
+        eta = (now - self.began) / max(step - self.start_step, 1) * left
+        words = []
         if tokens:
             metrics["tokens_per_s"] = speed
             words.append(f"{speed:,.0f} tok/s")
         if targets:
             metrics["targets_per_s"] = int(targets) / seconds
-            words[-1] += f" ({metrics['targets_per_s']:,.0f} target)"
         if tokens and self.flops and self.peak:
             metrics["mfu"] = speed * self.flops / self.peak
             words.append(f"mfu {metrics['mfu']:.1%}")
@@ -131,10 +129,7 @@ class Log:
 
     def eval(self, step, **metrics):
         """The line of an evaluation."""
-        metrics = {name: plain(value) for name, value in metrics.items()}
-        self._write(
-            "eval", step, metrics, [f"{name} {show(value)}" for name, value in metrics.items()]
-        )
+        self._write("eval", step, {name: plain(value) for name, value in metrics.items()}, [])
 
     def samples(self, step, rows):
         """A table of what the model writes: one dict a row, the same keys in each."""
@@ -169,12 +164,22 @@ class Log:
             self.file.close()
             self.board.close()
 
-    def _write(self, kind, step, values, words):
-        if self.is_main and self._record(kind, step, values):
-            for name, value in values.items():
-                self.board.add_scalar(f"{kind}/{name}", value, step)
-            head = f"{'step' if kind == 'train' else kind} {step:>{len(str(self.total_steps))}}/{self.total_steps}"
-            print(" | ".join([head, *words]), flush=True)
+    def _write(self, kind, step, metrics, words):
+        """All metrics go to the files. The console gets the first ones, as many as WIDTH takes."""
+        if not self.is_main or not self._record(kind, step, metrics):
+            return
+        for name, value in metrics.items():
+            self.board.add_scalar(f"{kind}/{name}", value, step)
+        head = "step" if kind == "train" else kind
+        head = f"{head} {step:>{len(str(self.total_steps))}}/{self.total_steps}"
+        if kind not in self.columns:  # chosen once, so that all lines show the same
+            room = WIDTH - len(" | ".join([head, *words]))
+            names = [name for name in metrics if name not in IN_WORDS]
+            # two more characters each, for numbers that grow
+            sizes = itertools.accumulate(len(f" | {n} {show(metrics[n])}") + 2 for n in names)
+            self.columns[kind] = [n for n, size in zip(names, sizes, strict=True) if size <= room]
+        shown = [f"{n} {show(metrics[n])}" for n in self.columns[kind] if n in metrics]
+        print(" | ".join([head, *shown, *words]), flush=True)
 
     def _record(self, kind, step, values):
         if (kind, step) in self.known:

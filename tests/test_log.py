@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import types
 
 import pytest
 import torch
@@ -8,6 +9,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nano import log as log_module
 from nano.log import Log
+
+
+def new_log(dir, total, start_step=0, flops=0.0, device="cpu", devices=1, is_main=True):
+    rt = types.SimpleNamespace(is_main=is_main, name=device, devices=devices)
+    log = Log(dir, rt, start_step)
+    log.begin(total, flops)
+    return log
 
 
 class Clock:
@@ -36,14 +44,14 @@ def records(dir):
 
 
 def test_step_line(tmp_path, capsys, clock):
-    log = Log(tmp_path, True, 600, flops_per_token=1e9, device="NVIDIA A100-SXM4-80GB", devices=2)
+    log = new_log(tmp_path, 600, flops=1e9, device="NVIDIA A100-SXM4-80GB", devices=2)
     clock.now += 10
     loss, memory = torch.tensor(1.23449), 3_100_000_000
     log.step(
         120, tokens=12340, targets=torch.tensor(9000), memory=memory, loss=loss, lr=2e-5, n=12345
     )
     log.close()
-    rates = "1,234 tok/s (900 target) | mfu 0.2% | mem 3.1 GB | eta 40s"
+    rates = "1,234 tok/s | mfu 0.2% | mem 3.1 GB | eta 40s"
     assert (
         capsys.readouterr().out == f"step 120/600 | loss 1.234 | lr 2.0e-05 | n 12,345 | {rates}\n"
     )
@@ -60,7 +68,7 @@ def test_step_line(tmp_path, capsys, clock):
 
 
 def test_rates_count_from_line_to_line_without_pauses(tmp_path, capsys, clock):
-    log = Log(tmp_path, True, 8, start_step=2)
+    log = new_log(tmp_path, 8, start_step=2)
     clock.now += 2
     log.step(3, tokens=100)
     with log.paused():
@@ -73,7 +81,7 @@ def test_rates_count_from_line_to_line_without_pauses(tmp_path, capsys, clock):
 
 
 def test_steps_are_aligned(tmp_path, capsys):
-    log = Log(tmp_path, True, 1000)
+    log = new_log(tmp_path, 1000)
     log.eval(7, loss=1.0)
     log.eval(1000, loss=1.0)
     a, b = capsys.readouterr().out.splitlines()
@@ -81,7 +89,7 @@ def test_steps_are_aligned(tmp_path, capsys):
 
 
 def test_not_finite(tmp_path, capsys):
-    log = Log(tmp_path, True, 5)
+    log = new_log(tmp_path, 5)
     log.eval(1, loss=torch.tensor(math.nan), gap=math.inf)
     log.samples(1, [{"reward": math.nan}])
     assert "loss nan | gap inf" in capsys.readouterr().out
@@ -94,7 +102,7 @@ def losses(dir):
 
 
 def test_resume_has_each_step_once(tmp_path, capsys):
-    log = Log(tmp_path, True, 4)
+    log = new_log(tmp_path, 4)
     log.eval(0, loss=10)
     for step in (1, 2, 3):
         log.step(step, loss=step)
@@ -103,7 +111,7 @@ def test_resume_has_each_step_once(tmp_path, capsys):
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"kind": "train", "step": 4, "lo')  # a crash in the middle of a line
 
-    log = Log(tmp_path, True, 4, start_step=2)
+    log = new_log(tmp_path, 4, start_step=2)
     log.eval(
         2, loss=-1
     )  # the loop begins with the evaluation at the step it stopped at: it stands there already
@@ -130,21 +138,21 @@ def test_resume_has_each_step_once(tmp_path, capsys):
 
 def test_a_run_from_the_start_begins_a_new_file(tmp_path):
     for loss in (1, 2):
-        log = Log(tmp_path, True, 4)
+        log = new_log(tmp_path, 4)
         log.eval(0, loss=loss)
         log.close()
     assert losses(tmp_path) == [("eval", 0, 2)]
 
 
 def test_each_line_is_on_disk_when_it_is_logged(tmp_path):
-    log = Log(tmp_path, True, 4)
+    log = new_log(tmp_path, 4)
     log.step(1, loss=1)
     assert losses(tmp_path) == [("train", 1, 1)]
 
 
 def test_samples(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
-    log = Log(tmp_path, True, 5)
+    log = new_log(tmp_path, 5)
     rows = [
         {
             "prompt": "What is 2 | 3?\nSay.",
@@ -176,7 +184,7 @@ def test_samples(tmp_path, capsys, monkeypatch):
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
-    log = Log(tmp_path / "run", False, 5)
+    log = new_log(tmp_path / "run", 5, is_main=False)
     log.step(1, tokens=1, loss=torch.tensor(1.0))
     log.eval(1, loss=1)
     log.samples(1, [{"a": 1}])
@@ -238,3 +246,15 @@ def test_duration(seconds, text):
 def test_show(value, text):
     assert log_module.show(value) == text
     assert re.fullmatch(r"\S+", text)
+
+
+def test_the_console_shows_what_fits_and_the_files_have_all(tmp_path, capsys):
+    log = new_log(tmp_path, 1000)
+    metrics = {f"a_long_metric_{i}": float(i) for i in range(20)}
+    log.step(1, tokens=10, memory=10**9, **metrics)
+    log.step(2, tokens=10, memory=10**9, **{name: 1e6 for name in metrics})
+    log.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 120 for line in lines)
+    assert [re.findall(r"a_long_metric_\d+", line) for line in lines] == [list(metrics)[:2]] * 2
+    assert all(metrics.keys() <= record.keys() for record in records(tmp_path))

@@ -1,0 +1,173 @@
+"""The book-keeping of a run: its folder, log, resume, saved models and state, stop and end message.
+
+    run = Run("sft", cfg, rt)                                     # refuses a folder that will not do
+    run.attach(model, trained, {"adamw": optimizer}, tok, base)   # on a resume, loads the state
+    steps = run.total_steps(train.steps_per_epoch)
+    for step in run.steps():
+        with run.paused():
+            if val and run.due(cfg.eval_every):
+                run.evaluated(evaluate(rt, net, val), keep="loss")       # logs; saves best/
+            if run.due(cfg.save_every) or run.ending:
+                run.save()                                               # last/ and state/
+        if run.ending:
+            break
+        ...                                                              # one optimizer step
+        if run.logs:
+            run.log_step(loss=rt.all_sum(loss), grad_norm=norm, lr=lr)
+    run.close()
+
+The stage calls Run and Run never calls the stage: it takes no function and knows no loss.
+"""
+
+import math
+from pathlib import Path
+
+from nano import state, weights
+from nano.log import Log
+
+SOURCES = ("model", "reward", "policy")  # the keys that name a model from which a run starts
+
+
+class Run:
+    """One per process; every rank makes the same calls, and the main one writes.
+
+    out: the run folder. resumes: the folder holds a state, and this run continues from it. start: the
+    steps done before. best: the lowest value of what `evaluated` keeps best/ by. meta: JSON values of
+    the stage that a resume needs. tensors: the same for tensors. model_keys: what the stage wants to
+    be written beside the model's configuration, such as the scale of a reward model's scores.
+    """
+
+    def __init__(self, stage, cfg, rt):
+        self.stage, self.cfg, self.rt = stage, cfg, rt
+        self.out = Path(cfg.out)
+        self.start = self.step = 0
+        self.best = math.inf
+        self.meta, self.tensors, self.model_keys = {}, {}, {}
+        self.tokens = self.targets = 0  # of this rank since the last line of the log
+        self.stopped = False
+        sources = [getattr(cfg, key, "") for key in SOURCES]
+        self.resumes = state.resumes(self.out, cfg.resume, rt, *sources)
+        rt.catch_signals()
+
+    def attach(self, model, trained, optimizers, tok, base, adapter=None):
+        """What the run trains and saves. On a resume this loads the state, and opens the log either way.
+
+        model: the module that owns the weights. trained {name: parameter}, optimizers {name: optimizer}.
+        tok, base: the tokenizer, and the directory that it and the configuration come from.
+        adapter: the name of the adapter to save; None: the whole model is saved.
+        """
+        self.model, self.trained, self.optimizers = model, trained, optimizers
+        self.tok, self.base, self.adapter = tok, base, adapter
+        if self.resumes:
+            folder = self.out / "state"
+            meta, self.tensors = state.load_training(
+                folder, self.rt, self.stage, trained, optimizers
+            )
+            self.start = self.step = meta.pop("step")
+            self.best = meta.pop("best", math.inf)
+            self.meta |= meta
+        self.log = Log(self.out, self.rt, self.start)
+        self.log.settings(self.stage, self.cfg, self.resumes)
+
+    # ---- the loop
+
+    def total_steps(self, steps_per_epoch):
+        """How many optimizer steps the run takes: steps=, or else epochs= of `steps_per_epoch`."""
+        self.epoch = steps_per_epoch
+        epochs = getattr(self.cfg, "epochs", 0)
+        self.total = self.cfg.steps or max(round(epochs * steps_per_epoch), int(epochs > 0))
+        return self.total
+
+    def steps(self, flops_per_token=0.0):
+        """Yields the number of each step from the start to the last one, and then the total.
+
+        Step `total` trains nothing. It is there to evaluate and save what the last step left."""
+        self.log.begin(self.total, flops_per_token)
+        self.model.train()
+        for step in range(self.start, self.total + 1):
+            self.step = step
+            self.poll()
+            yield step
+
+    def poll(self):
+        """True on every rank as soon as one of them was asked to stop (SIGTERM, Ctrl-C)."""
+        self.stopped = self.rt.should_stop()
+        return self.stopped
+
+    @property
+    def ending(self):
+        """The run was asked to stop, or all steps are done: save and leave the loop."""
+        return self.stopped or self.step == self.total
+
+    def due(self, every):
+        """Whether what happens `every` so many steps is due now. 0: once an epoch; -1: never."""
+        if self.stopped or every == -1:
+            return False
+        return self.step % (every or self.epoch) == 0 or self.step == self.total
+
+    def paused(self):
+        """A context whose time does not count in the tokens per second: evaluation, saving."""
+        return self.log.paused()
+
+    # ---- what a run says and keeps
+
+    @property
+    def logs(self):
+        """Whether the step that was just made gets a line. log_every=0: the last step only."""
+        done = self.step + 1
+        return done == self.total or bool(self.cfg.log_every) and done % self.cfg.log_every == 0
+
+    def log_step(self, **metrics):
+        """The line of the step that was just made. The device is read here and nowhere else."""
+        rt = self.rt
+        counts = dict(tokens=rt.all_sum(self.tokens), targets=rt.all_sum(self.targets))
+        self.log.step(self.step + 1, memory=rt.peak_memory(), **counts, **metrics, **rt.compiles())
+        self.tokens = self.targets = 0
+
+    def evaluated(self, metrics, keep):
+        """Logs an evaluation. The model is saved as best/ when metrics[keep] is the lowest so far."""
+        self.log.eval(self.step, **metrics)
+        if self.step and metrics[keep] < self.best:
+            self.best = metrics[keep]
+            self.save_model(self.out / "best")
+
+    def save(self):
+        """Saves last/ and state/, unless this run has not made a step yet."""
+        if self.step == self.start:
+            return
+        self.save_model(self.out / "last")
+        meta = self.meta | dict(step=self.step, best=self.best)
+        where = self.out / "state"
+        state.save_training(
+            where, self.rt, self.stage, self.trained, self.optimizers, self.tensors, **meta
+        )
+
+    def save_model(self, dir):
+        """Writes the model, or its adapter, to `dir`. All ranks gather the weights, one writes."""
+        whole = dict(self.model.named_parameters())
+        tensors = self.rt.full(self.trained if self.adapter else whole)
+        if not self.rt.is_main:
+            return
+        common = dict(tensors=tensors, tok=self.tok)
+        if self.adapter:
+            weights.save_adapter(self.model, dir, self.adapter, self.base, **common)
+            weights.write_score_scale(dir, self.model_keys)
+        else:
+            weights.save_model(
+                self.model, dir, self.rt.dtype, like=self.base, **common, **self.model_keys
+            )
+
+    def close(self):
+        """The last words, and the end of the process group."""
+        if self.stopped:
+            self.log.text(
+                f"stopped at step {self.step}: the same command continues from here, "
+                "unless it says resume=false"
+            )
+        elif self.resumes and self.start >= self.total:
+            self.log.text(
+                f"{self.out} is at step {self.start} already: raise steps= or epochs= to go on, "
+                "or start anew with resume=false"
+            )
+        self.log.close()
+        self.rt.close()
