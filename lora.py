@@ -2,21 +2,17 @@
 
     lora.apply(model, rank=16, alpha=32)            # freezes the base, trains the adapter "default"
     lora.use(model, None)                           # the base alone: the reference policy of DPO and PPO
-    lora.save(model, "out/adapter", base="models/smollm2")     # a PEFT directory, which `peft` loads
-    model, base = lora.open_model("out/adapter")    # a model or adapter directory, whichever it is
+    lora.merge(model)                               # adds the active adapter to the weights for good
 
 Every adapted layer computes  W x + scale * B (A x)  with A (r, in), B (out, r) in fp32, scale = alpha / r, or alpha / sqrt(r)
 when rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732).
 """
 
-import contextlib
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from nano.config import UserError
 
 
 class LoRALinear(nn.Linear):
@@ -84,7 +80,7 @@ def apply(model, rank, alpha, dropout=0.0, targets="all-linear", name="default",
     """Freezes the base and adds a trainable adapter to the linear layers that `targets` names: a list of suffixes such as
     ["q_proj", "v_proj"], or "all-linear": every linear layer of the blocks, not the head. Makes it the active one."""
     if rank < 1:
-        raise UserError(f"lora_rank={rank}: must be 1 or more")
+        raise ValueError(f"lora_rank={rank}: must be 1 or more")
     linears = linear_names(model)
     chosen = linears
     suffixes = [targets] if isinstance(targets, str) else list(targets)
@@ -92,12 +88,12 @@ def apply(model, rank, alpha, dropout=0.0, targets="all-linear", name="default",
         for s in suffixes:
             if not any(n == s or n.endswith("." + s) for n in linears):
                 leaves = sorted({n.rpartition(".")[2] for n in linears})
-                raise UserError(
+                raise ValueError(
                     f"lora_targets: no layer ends in {s!r}; the linear layers are {', '.join(leaves)}"
                 )
         chosen = [n for n in linears if any(n == s or n.endswith("." + s) for s in suffixes)]
     if not chosen:
-        raise UserError(
+        raise ValueError(
             "lora_targets names no layer: give suffixes such as [q_proj,v_proj], or all-linear"
         )
     if not adapted(model):
@@ -114,29 +110,6 @@ def use(model, name):
         raise KeyError(f"there is no adapter {name!r} on this model")
     for _, m in layers:
         m.active = name if name in m.scales else None
-
-
-def parameters(model, name="default"):
-    """The adapter's own tensors."""
-    return [
-        p for _, m in adapted(model) if name in m.scales for p in (m.lora_A[name], m.lora_B[name])
-    ]
-
-
-@contextlib.contextmanager
-@torch.no_grad()
-def merged(model):
-    """Within: the active adapter is folded into the weights (added in fp32), so that a forward costs what the base's does.
-    After: the very same base tensors are back, nothing is subtracted."""
-    layers = [(m, m.active, m.weight.data) for _, m in adapted(model) if m.active is not None]
-    try:
-        for m, _, weight in layers:
-            m.weight.data = (weight.float() + m.delta()).to(weight.dtype)
-            m.active = None
-        yield model
-    finally:
-        for m, active, weight in layers:
-            m.weight.data, m.active = weight, active
 
 
 @torch.no_grad()

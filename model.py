@@ -7,7 +7,7 @@ Parameter names are Hugging Face's Llama names, so a checkpoint of the family ne
     model = Transformer(ModelConfig(...))
     hidden = model.hidden(tokens)             # (B, T) -> (B, T, C)
     logits = model.logits(hidden)             # (B, T, V); training goes through losses.py, which never builds them all
-    hidden = model(batch)                     # (M, C): of the positions batch["index"], which is what a loss needs
+    hidden = model(batch)                     # (M, C) of the positions batch["index"]: what a loss needs
 
 Packed rows: `docs` (B, T) gives each token the id of its document, and attention never crosses documents. Padding is a document
 of its own (id -1), so a padded row needs nothing else.
@@ -194,6 +194,10 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    COLUMN = ("q_proj", "k_proj", "v_proj")  # how devices share it: nano/tensor.py
+    ROW = ("o_proj",)
+    PER_HEAD = ("q_norm", "k_norm")
+
     def __init__(self, cfg):
         super().__init__()
         self.head_dim, D = cfg.head_dim, cfg.head_dim
@@ -203,7 +207,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(cfg.n_heads * D, cfg.dim, bias=cfg.o_bias)
         self.q_norm = RMSNorm(D, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
-        self.by_document = by_document  # a compiled layer leaves its graph for it (runtime.py)
+        self.by_document = by_document  # a compiled layer leaves its graph for it (nano/runtime.py)
 
     def project(self, x, rope, positions, cache):
         """q (B, T, H, D), k and v (B, T, K, D), rotated; k and v are written to the cache too, if there is one."""
@@ -242,6 +246,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    COLUMN = ("gate_proj", "up_proj")
+    ROW = ("down_proj",)
+
     def __init__(self, cfg):
         super().__init__()
         self.gate_proj = nn.Linear(cfg.dim, cfg.ffn_dim, bias=cfg.mlp_bias)
@@ -280,6 +287,8 @@ class ScoreHead(nn.Linear):
 
 
 class Transformer(nn.Module):
+    VOCABULARY = ("model.embed_tokens", "lm_head")
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -297,7 +306,7 @@ class Transformer(nn.Module):
         self.inv_freq = rope_frequencies(
             cfg
         )  # no buffer: it must stay fp32 whatever dtype the model is cast to
-        self.checkpoint = (
+        self.recompute = (
             None  # set to a function(layer, *inputs) to recompute activations in the backward pass
         )
 
@@ -332,10 +341,12 @@ class Transformer(nn.Module):
         return angles.cos(), angles.sin()
 
     def forward(self, batch):
-        """A batch, a dict -> hidden states (M, C) of the flat positions batch["index"] (M,), or without "index" of all, (B * T, C).
+        """batch, a dict -> hidden states (M, C) of the flat positions batch["index"] (M,); without
+        "index" of all positions, (B * T, C).
 
-        Of the batch, forward reads "tokens" (B, T), and "positions", "docs" (B, T) where they are there: see `hidden`. It reads
-        integer tensors only, because FSDP casts the floating tensors of its arguments to bf16. All else is left to the loss.
+        It reads "tokens" (B, T) and, where the batch has them, "positions" and "docs" (B, T): see
+        `hidden`. These are integers. FSDP casts the floating tensors of its arguments to bf16, so
+        weights and the like are left to the loss, which has the batch as it was.
         """
         hidden = self.hidden(batch["tokens"], batch.get("positions"), batch.get("docs"))
         hidden = hidden.flatten(0, 1)
@@ -376,8 +387,8 @@ class Transformer(nn.Module):
             inputs = (x, rope, masks[windows[i]])
             if cache is not None:
                 x = layer(*inputs, positions, cache[i])
-            elif self.checkpoint is not None and torch.is_grad_enabled():
-                x = self.checkpoint(layer, *inputs)
+            elif self.recompute is not None and torch.is_grad_enabled():
+                x = self.recompute(layer, *inputs)
             else:
                 x = layer(*inputs)
         return self.model["norm"](x)

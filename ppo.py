@@ -42,7 +42,6 @@ from nano import (
     optim,
     runtime,
     store,
-    tokenizer,
     weights,
 )
 from nano.config import (
@@ -364,7 +363,7 @@ class Role:
             mine = self.adapter is None or name.endswith("." + self.adapter) or p is head
             if p.requires_grad and mine:
                 self.params[name] = p
-        self.net = rt.replicate(self.model, self.params)
+        self.net = rt.wrap_ddp(self.model, self.params)
         ids = {id(p) for p in self.params.values()}
         groups = []
         for group in optim.param_groups(self.model, cfg.weight_decay):
@@ -372,9 +371,7 @@ class Role:
             if params:
                 groups.append(group | {"params": params})
         betas = (cfg.beta1, cfg.beta2)
-        optimizer = optim.adamw(groups, lr=0.0, betas=betas, eps=cfg.adam_eps)
-        rt.prime(optimizer)
-        return optimizer
+        return optim.adamw(groups, lr=0.0, betas=betas, eps=cfg.adam_eps)
 
     def hidden(self, batch, training=False):
         """(M, C), before each of the M actions. training: so that backward sums gradients over
@@ -419,7 +416,7 @@ def check_scorer(dir, tok):
             f"reward={dir} is a language model: train a score model with reward.py, or give "
             "file.py:function"
         )
-    if tokenizer.load(weights.base_of(dir)).fingerprint != tok.fingerprint:
+    if weights.load_tokenizer(dir).fingerprint != tok.fingerprint:
         raise UserError(
             f"reward={dir} has another tokenizer than the policy: its tokens would mean something "
             "else there"
@@ -428,7 +425,7 @@ def check_scorer(dir, tok):
 
 def open_scorer(cfg):
     """A frozen reward model of its own."""
-    model = weights.open_whole(cfg.reward, "score")[0].requires_grad_(False)
+    model = weights.open(cfg.reward, head="score", merge=True).model.requires_grad_(False)
     return Role(model, head=model.score, scale=weights.read_score_scale(cfg.reward))
 
 
@@ -437,7 +434,7 @@ def full_models(cfg):
     fp32 weights to the same bf16 values, so policy and reference start bitwise equal."""
 
     def trainable(dir, head=None):
-        model, _ = weights.open_whole(dir, head)
+        model = weights.open(dir, head=head, merge=True).model
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
         return model
 
@@ -448,7 +445,7 @@ def full_models(cfg):
         )
     reference = scorer = critic = None
     if cfg.has_reference:
-        reference = Role(weights.open_whole(cfg.model)[0].requires_grad_(False))
+        reference = Role(weights.open(cfg.model, merge=True).model.requires_grad_(False))
     if ".py:" not in cfg.reward:
         scorer = open_scorer(cfg)
     if cfg.has_critic and scorer:  # it starts as the reward model and speaks in its units
@@ -467,18 +464,19 @@ def one_trunk(cfg):
     """The roles are one frozen trunk under different adapters; the reference is the trunk alone.
     The reward model joins them when it is an adapter on the same trunk. Otherwise it is a frozen
     model of its own."""
-    model, base = weights.open_whole(cfg.model, as_base=True)
+    opened = weights.open(cfg.model, merge=True, as_base=True)
+    model = opened.model
 
     def new_adapter(name):
         settings = dict(alpha=cfg.lora_alpha, targets=cfg.lora_targets, rslora=cfg.lora_rslora)
-        lora.apply(model, cfg.lora_rank, name=name, **settings)
+        weights.add_adapter(model, cfg.lora_rank, name=name, **settings)
 
     new_adapter("policy")
     policy = Role(model, "policy")
     reference = Role(model) if cfg.has_reference else None
     scorer = critic = None
     joins = weights.is_adapter(cfg.reward)
-    joins = joins and weights.base_of(cfg.reward).resolve() == base.resolve()
+    joins = joins and weights.base_of(cfg.reward).resolve() == opened.base.resolve()
     if joins:
         model.reward_head = weights.load_scorer(model, cfg.reward, "reward")
         scale = weights.read_score_scale(cfg.reward)
@@ -777,7 +775,7 @@ def main(cfg):
 
     # The policy answers the prompts of prepared data. The answers that stand there are not read.
     base = weights.base_of(cfg.model)
-    tok = tokenizer.load(base, store.chat_template(cfg.data) or weights.chat_template(cfg.model))
+    tok = weights.load_tokenizer(cfg.model, template=store.chat_template(cfg.data))
     all_prompts, too_long = prompts_of(cfg, tok)
 
     # The four models, each of which may share its module with others. Policy and critic learn.
@@ -790,16 +788,16 @@ def main(cfg):
         # and without gradients would differ by tenths of a nat.
         torch._inductor.config.emulate_precision_casts = True
     for model in models:
-        rt.place(model, cfg.compile, cfg.grad_checkpoint)
+        rt.distribute(model, cfg.compile, cfg.grad_checkpoint)
     learners = {"policy": policy}
     if critic:
         learners["value"] = critic
     optimizers = {name: role.learn(cfg, rt) for name, role in learners.items()}
-    parks = cfg.offload and rt.weight_shards == 1 and rt.kind != "cpu"
+    parks = cfg.offload and rt.weight_shards == 1 and rt.device.type != "cpu"
     parking = Parking(parks, rt.device, [*models, *optimizers.values()])
 
     # Other text for the policy to keep its language by: a next-token loss beside the reward.
-    micro_batch = cfg.micro_batch * rt.shards // rt.world
+    micro_batch = rt.micro_batch(cfg.micro_batch)
     ptx = None
     if cfg.ptx_coef:
         ptx = batches.Rows(
@@ -810,7 +808,7 @@ def main(cfg):
             seed=cfg.seed,
             rank=rt.rank,
             world=rt.world,
-            fixed_shapes=rt.static_shapes,
+            fixed_shapes=rt.fixed_shapes,
         )
 
     # A resume needs what is trained, and what the loop has counted and remembers: run.meta.
@@ -845,7 +843,7 @@ def main(cfg):
         numbers += range(begin, begin + share)
     slices = [slice(i, i + micro_batch) for i in range(0, len(numbers), micro_batch)]
     # Code that is compiled for each shape gets rows of one length; otherwise there is no padding.
-    one_shape = cfg.compile or rt.static_shapes
+    one_shape = cfg.compile or rt.fixed_shapes
     length = max(map(len, all_prompts)) + cfg.max_new_tokens if one_shape else 0
 
     def mean(x):
@@ -880,7 +878,7 @@ def main(cfg):
                 group=cfg.group,
                 seed=(cfg.seed, step),
                 sample_ids=numbers,
-                batch_size=cfg.rollout_batch * rt.shards // rt.world,
+                batch_size=rt.micro_batch(cfg.rollout_batch),
                 step_hook=rt.sync,
             )
         # A rollout takes long, so we look again whether we are to stop. The iteration is then
@@ -913,7 +911,7 @@ def main(cfg):
 
         def matrix(parts):
             """What the micro-batches gave, each (M,), as a matrix (N, R) on the CPU."""
-            return to_matrix(torch.cat([rt.host(x) for x in parts]), is_action, mask)  # noqa: B023
+            return to_matrix(torch.cat([rt.to_cpu(x) for x in parts]), is_action, mask)  # noqa: B023
 
         # 3. Let each model say its part. The old log-probabilities are those of the training
         # forward: the decoder's (sampled_logprobs) come from other kernels, and the ratio would see
@@ -925,7 +923,7 @@ def main(cfg):
                     judged = (reward_function, tok, prompts, responses, finished)
                     scores = rt.once(functions.judge, *judged)
                 else:
-                    scores = torch.cat([rt.host(scorer.scores(batch)) for batch in micro_batches])
+                    scores = torch.cat([rt.to_cpu(scorer.scores(batch)) for batch in micro_batches])
             with clock("logprobs"), parking(policy), rt.autocast():
                 # compiled, a graph without gradients would round differently from the one of the
                 # update
@@ -994,7 +992,7 @@ def main(cfg):
             targets["ref_logprobs"] = ref_logprobs
         # The update wants them flat, beside the positions whose forward predicts the actions.
         for batch, part in zip(micro_batches, slices, strict=True):
-            on = rt.host(batch["is_action"])
+            on = rt.to_cpu(batch["is_action"])
             batch |= rt.put({name: to_flat(x[part], on, mask[part]) for name, x in targets.items()})
 
         # 6. Update: several passes over the minibatches, each in an order of its own. The clip
@@ -1018,7 +1016,7 @@ def main(cfg):
                     )
                     if ptx and "policy" in active:
                         stats["ptx_loss"] = ptx_gradient(cfg, rt, policy, ptx, run.meta["updates"])
-                    if not updates and not stats.get("ratio", 0.0) <= 1e-3 and not rt.static_shapes:
+                    if not updates and not stats.get("ratio", 0.0) <= 1e-3 and not rt.fixed_shapes:
                         raise RuntimeError(
                             f"step {step}: the first minibatch's ratios differ from 1 by "
                             f"{stats['ratio']:.2g}"
@@ -1027,12 +1025,9 @@ def main(cfg):
                         lr = optim.lr_at(
                             step, steps, learning_rates[name], cfg.schedule, warmup, cfg.min_lr
                         )
-                        optim.set_lr(optimizers[name], lr)
-                        norm = optim.clip_(role.params.values(), cfg.grad_clip)
-                        stats[f"{name}_grad_norm"] = norm
-                        optimizers[name].step()
-                        optimizers[name].zero_grad(set_to_none=True)
-                    rt.sync()
+                        stats[f"{name}_grad_norm"] = rt.step(
+                            optimizers[name], role.params.values(), lr, cfg.grad_clip
+                        )
                     updates.append(stats)
                     run.meta["updates"] += 1
                 passed = updates[-cfg.minibatches :]

@@ -88,7 +88,7 @@ class Config:
     beta2: Fraction = 0.95
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # cpu, cuda, xla, tpu
+    device: str = "auto"  # auto, cpu, cuda or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
@@ -253,7 +253,7 @@ def main(cfg):
         if "val" in meta["splits"]
     ]
     cut = dict(
-        micro_batch=cfg.micro_batch * rt.shards // rt.world,
+        micro_batch=rt.micro_batch(cfg.micro_batch),
         max_length=cfg.max_length,
         isolate=cfg.isolate,
         seed=cfg.seed,
@@ -291,7 +291,6 @@ def main(cfg):
     optimizer = optim.build(
         model, cfg.optimizer, cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
-    rt.prime(optimizer)
     start, best = 0, math.inf
     if resume:
         meta, _ = state.load_training(
@@ -324,7 +323,7 @@ def main(cfg):
     )
 
     def save(dir):
-        tensors = rt.full(trained)
+        tensors = rt.gather(trained)
         if rt.is_main:
             ids = (
                 {}
@@ -384,11 +383,7 @@ def main(cfg):
 
         # clip, step
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)
-        optim.set_lr(optimizer, lr)
-        norm = optim.clip_(trained.values(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        rt.sync()
+        norm = rt.step(optimizer, trained.values(), lr, cfg.grad_clip)
 
         # log
         if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:

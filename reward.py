@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import lora
 from nano import (
     batches,
     config,
@@ -37,7 +36,6 @@ from nano import (
     runtime,
     state,
     store,
-    tokenizer,
     weights,
 )
 from nano.config import (
@@ -100,7 +98,7 @@ class Config:
     beta2: Fraction = 0.999
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # cpu, cuda, xla, tpu
+    device: str = "auto"  # auto, cpu, cuda or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
@@ -180,16 +178,17 @@ def evaluate(rt, net, val, cfg):
 def draw_samples(rt, cfg, rows, tok):
     """What the policy says to prompts of the data: tokens (n, T) int64, prompt and response, zeros behind; (start, end) (n, 2) of
     the response. The ranks share the work and all get all."""
-    policy, base = weights.open_model(cfg.policy or cfg.model, dtype=rt.dtype)
+    opened = weights.open(cfg.policy or cfg.model, dtype=rt.dtype, merge=True)
+    policy = opened.model
     if policy.cfg.head != "lm":
         raise UserError(
             f"{cfg.policy or cfg.model} is no language model: name one with policy=, or set norm_samples=0"
         )
-    if tokenizer.load(base).fingerprint != tok.fingerprint:
+    if opened.tok.fingerprint != tok.fingerprint:
         raise UserError(
             f"policy={cfg.policy} has another tokenizer than model={cfg.model}: their scores cannot be matched"
         )
-    lora.merge(policy).to(rt.device)
+    policy.to(rt.device)
     room, prompts = min(cfg.max_length, policy.cfg.max_positions) - cfg.norm_tokens, []
     for g in np.random.default_rng([cfg.seed, 1]).permutation(len(rows)):
         if len(prompts) == cfg.norm_samples:
@@ -259,9 +258,16 @@ def main(cfg):
     resume = state.resumes(out, cfg.resume, rt, cfg.model)
 
     # ------------------------------------------------------------------------------------------ model
-    model, base = weights.open_whole(cfg.model, head="score", as_base=cfg.lora_rank > 0)
+    opened = weights.open(
+        cfg.model,
+        head="score",
+        merge=True,
+        as_base=cfg.lora_rank > 0,
+        template=store.chat_template(cfg.data),
+    )
+    model, tok, base = opened.model, opened.tok, opened.base
     if cfg.lora_rank:
-        lora.apply(
+        weights.add_adapter(
             model,
             cfg.lora_rank,
             cfg.lora_alpha,
@@ -272,8 +278,6 @@ def main(cfg):
     else:
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
     model.score.requires_grad_(True)  # the head is trained in full whatever else is
-    tok = tokenizer.load(base, store.chat_template(cfg.data) or weights.chat_template(cfg.model))
-    tok.check_embeddings(model.cfg.vocab_size, base)
     # transformers reads the score at the last token that is not padding: no completion may end in the id that says so
     ids = range(model.cfg.vocab_size)
     pad_id = next(i for i in (tok.pad_id, tok.bos_id, *ids) if i in ids and i not in tok.stop_ids)
@@ -282,7 +286,7 @@ def main(cfg):
     rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok, groups=True)
     val_rows = store.validation(cfg.data, tok, groups=True)
     cut = dict(
-        micro_batch=cfg.micro_batch * rt.shards // rt.world,
+        micro_batch=rt.micro_batch(cfg.micro_batch),
         max_length=cfg.max_length,
         seed=cfg.seed,
         rank=rt.rank,
@@ -308,7 +312,6 @@ def main(cfg):
     optimizer = optim.build(
         model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
-    rt.prime(optimizer)
     start, best = 0, math.inf
     if resume:
         meta, extra = state.load_training(
@@ -343,7 +346,7 @@ def main(cfg):
         )
 
     def save(dir, scores):
-        tensors = rt.full(trained if cfg.lora_rank else dict(model.named_parameters()))
+        tensors = rt.gather(trained if cfg.lora_rank else dict(model.named_parameters()))
         scale = dict(
             zip(
                 ("reward_gain", "reward_bias"),
@@ -423,11 +426,7 @@ def main(cfg):
 
         # clip, step
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)
-        optim.set_lr(optimizer, lr)
-        norm = optim.clip_(trained.values(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        rt.sync()
+        norm = rt.step(optimizer, trained.values(), lr, cfg.grad_clip)
 
         # log
         if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:

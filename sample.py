@@ -47,7 +47,7 @@ class Config:
     seed: Seed = 0
     batch_size: PositiveInt = 16  # prompts of a file that are answered together
     # device
-    device: str = "auto"  # cpu, cuda, xla, tpu
+    device: str = "auto"  # auto, cpu, cuda or xla
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 
 
@@ -55,17 +55,16 @@ class Sampler:
     """A model with its tokenizer and the settings of a run."""
 
     def __init__(self, cfg):
-        self.cfg, self.rt = cfg, runtime.Runtime(cfg.device, "none", cfg.dtype, cfg.seed)
-        self.model, base = weights.open_model(
-            cfg.model, base=cfg.base, device=self.rt.device, dtype=self.rt.dtype
+        self.cfg, self.rt = cfg, runtime.start(cfg, parallel="none")
+        opened = weights.open(
+            cfg.model, cfg.base, self.rt.device, self.rt.dtype, template=cfg.template
         )
+        self.model, self.tok = opened.model, opened.tok
         if self.model.cfg.head != "lm":
             raise UserError(f"{cfg.model} is a score model: it cannot write text")
-        self.tok = tokenizer.load(base, template=cfg.template or weights.chat_template(cfg.model))
         self.chats = self.tok.template not in (None, "plain")
         if self.tok.template is None:
-            self.tok = tokenizer.load(base, template="plain")
-        self.tok.check_embeddings(self.model.cfg.vocab_size, base)
+            self.tok = tokenizer.load(opened.base, template="plain")
 
     def messages(self, user, system, history=()):
         return [dict(role="system", content=system)] * bool(system) + [

@@ -19,7 +19,6 @@ from typing import Literal
 
 import torch
 
-import lora
 from nano import (
     batches,
     config,
@@ -31,7 +30,6 @@ from nano import (
     runtime,
     state,
     store,
-    tokenizer,
     weights,
 )
 from nano.config import (
@@ -90,7 +88,7 @@ class Config:
     beta2: Fraction = 0.999
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # cpu, cuda, xla, tpu
+    device: str = "auto"  # auto, cpu, cuda or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
@@ -177,9 +175,15 @@ def main(cfg):
         )
 
     # ------------------------------------------------------------------------------------------ model
-    model, base = weights.open_whole(cfg.model, as_base=cfg.lora_rank > 0)
+    opened = weights.open(
+        cfg.model,
+        merge=True,
+        as_base=cfg.lora_rank > 0,
+        template=store.chat_template(cfg.data),
+    )
+    model, tok, base = opened.model, opened.tok, opened.base
     if cfg.lora_rank:
-        lora.apply(
+        weights.add_adapter(
             model,
             cfg.lora_rank,
             cfg.lora_alpha,
@@ -193,14 +197,12 @@ def main(cfg):
         raise UserError(
             f"freeze_layers={cfg.freeze_layers} of {model.cfg.n_layers} with train={cfg.train} leaves nothing to train"
         )
-    tok = tokenizer.load(base, store.chat_template(cfg.data) or weights.chat_template(cfg.model))
-    tok.check_embeddings(model.cfg.vocab_size, base)
 
     # ------------------------------------------------------------------------------------------ data
     rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
     val_rows = store.validation(cfg.data, tok)
     cut = dict(
-        micro_batch=cfg.micro_batch * rt.shards // rt.world,
+        micro_batch=rt.micro_batch(cfg.micro_batch),
         max_length=cfg.max_length,
         packing=cfg.packing,
         over_length=cfg.over_length,
@@ -227,7 +229,6 @@ def main(cfg):
     optimizer = optim.build(
         model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
-    rt.prime(optimizer)
     start, best = 0, math.inf
     if resume:
         meta, _ = state.load_training(out / "state", rt, "sft", trained, dict(adamw=optimizer))
@@ -254,7 +255,7 @@ def main(cfg):
     )
 
     def save(dir):
-        tensors = rt.full(trained if cfg.lora_rank else dict(model.named_parameters()))
+        tensors = rt.gather(trained if cfg.lora_rank else dict(model.named_parameters()))
         if rt.is_main and cfg.lora_rank:
             weights.save_adapter(model, dir, base=base, tensors=tensors, tok=tok)
         elif rt.is_main:
@@ -306,11 +307,7 @@ def main(cfg):
 
         # clip, step
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)
-        optim.set_lr(optimizer, lr)
-        norm = optim.clip_(trained.values(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        rt.sync()
+        norm = rt.step(optimizer, trained.values(), lr, cfg.grad_clip)
 
         # log
         if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:

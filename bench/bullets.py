@@ -30,7 +30,7 @@ class Config:
 
 
 def main(cfg):
-    from nano import generate, runtime, tokenizer
+    from nano import generate, runtime
     from prepare.toy import three_bullets
 
     try:
@@ -45,10 +45,10 @@ def main(cfg):
         raise config.UserError(
             f"{cfg.data}: each line must be a JSON record with messages, as prepare.toy writes them"
         ) from None
-    rt = runtime.Runtime(cfg.device, "none", cfg.dtype, cfg.seed)
-    model, base = weights.open_model(cfg.model, dtype=rt.dtype)
-    rt.place(model)
-    tok = tokenizer.load(base)
+    rt = runtime.start(cfg, parallel="none")
+    opened = weights.open(cfg.model, dtype=rt.dtype)
+    model, tok = opened.model, opened.tok
+    rt.distribute(model)
     prompts = [tok.render(messages, add_generation_prompt=True)[0] for messages in asked]
     with rt.autocast():
         made = generate.generate(

@@ -28,7 +28,7 @@ class Config:
 
 
 def main(cfg):
-    from nano import generate, runtime, tokenizer
+    from nano import generate, runtime
     from prepare.instructions import recognise
     from prepare.toy import exact_match
 
@@ -40,10 +40,10 @@ def main(cfg):
         raise config.UserError(
             f"there is no file {cfg.data}: python -m prepare.toy out=data/toy writes one"
         ) from None
-    rt = runtime.Runtime(cfg.device, cfg.parallel, cfg.dtype, cfg.seed)
-    model, base = weights.open_model(cfg.model, dtype=rt.dtype)
-    rt.place(model)
-    tok = tokenizer.load(base)
+    rt = runtime.start(cfg)
+    opened = weights.open(cfg.model, dtype=rt.dtype)
+    model, tok = opened.model, opened.tok
+    rt.distribute(model)
     prompts = [
         tok.render(recognise(record)[:-1], add_generation_prompt=True)[0] for record in records
     ]

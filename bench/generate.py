@@ -69,7 +69,7 @@ def main(cfg):
     from nano.generate import generate
 
     torch.set_num_threads(cfg.threads)
-    rt = runtime.Runtime(cfg.device, "none", cfg.dtype, cfg.seed)
+    rt = runtime.start(cfg, parallel="none")
     dir = random_model("out/bench/random-1b") if cfg.model == "random-1b" else cfg.model
     ours = weights.load_model(dir, device=rt.device, dtype=rt.dtype)
     rng = np.random.default_rng(cfg.seed)

@@ -25,7 +25,7 @@ import torch
 import lora
 import pretrain
 from model import ModelConfig, Transformer
-from nano import config, estimate, families, log
+from nano import config, estimate, families, log, tensor
 from nano.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
 
 # From the makers' data sheets: memory GB, its bandwidth GB/s, GB/s that a device sends within its node; assumed, to other nodes: an
@@ -127,9 +127,7 @@ def check(cfg, shape):
         raise UserError(f"tensor={cfg.tensor} must be 1 with offload=true")
     if local % cfg.tensor:
         raise UserError(f"tensor={cfg.tensor} must divide the number of devices of a node, {local}")
-    if any(n % cfg.tensor for n in (shape.n_heads, shape.n_kv_heads, shape.ffn_dim)):
-        sizes = f"{shape.n_heads} heads, {shape.n_kv_heads} key/value heads and {shape.ffn_dim} units of its MLP"
-        raise UserError(f"tensor={cfg.tensor} must divide the model's {sizes}")
+    tensor.check(shape, cfg.tensor)
     if cfg.batch_size % (cfg.devices // cfg.tensor * cfg.micro_batch):
         devices = f"{cfg.devices} devices" + f" / tensor={cfg.tensor}" * (cfg.tensor > 1)
         raise UserError(

@@ -87,9 +87,7 @@ def steps_of_ours(cfg, rt, windows):
         with rt.autocast():
             loss = pretrain.loss_sum(net, rt.put(micro)) / float(micro["weights"].sum())
         rt.backward(loss)
-        optim.clip_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        rt.step(optimizer, model.parameters(), 6e-4, 1.0)
         return loss
 
     return step, model
@@ -139,7 +137,7 @@ def measure(cfg):
         runtime._tune_cpu = lambda: None
     elif cfg.malloc[0] == "default":
         runtime._tune_cpu = lambda: torch.set_flush_denormal(True)
-    rt = runtime.Runtime(cfg.device, "none", cfg.dtype)
+    rt = runtime.start(cfg, parallel="none")
     isolate = cfg.isolate and cfg.side == "ours"
     windows = batches.Windows(
         [store.Store(Path(cfg.out) / "data")],

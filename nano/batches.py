@@ -7,10 +7,10 @@
 Rows are documents (sft), Windows are stretches of a text (pretrain), Groups are ranked completions
 (reward, dpo), episodes are what a policy has sampled (ppo). All go through one `collate`.
 
-What a step holds is a function of (seed, step, batch_size). It depends neither on the number of ranks
-nor on micro_batch, so the step number is all that a resumed run needs to know. An epoch's last step
-may be smaller. Ranks without rows get padding of weight 0, so that all run the same number of
-micro-batches.
+What a step holds is a function of (seed, step, batch_size). It depends neither on the number of
+ranks nor on micro_batch, so the step number is all that a resumed run needs to know. An epoch's
+last step may be smaller. Ranks without rows get padding of weight 0, so that all run the same
+number of micro-batches.
 """
 
 import numpy as np
@@ -21,17 +21,17 @@ from nano.config import UserError
 STEP = 64  # lengths are rounded up to a multiple of this, so that few shapes occur
 
 
-# ------------------------------------------------------------------------------------------ rows into packs
+# ------------------------------------------------------------------------------------------ packs
 
 
 def pack(lengths, max_length, seed=0):
-    """Rows into packs of at most `max_length` tokens by best fit, longest first: a list of int arrays
-    of row indices, every row once. `seed` decides which of equally long rows goes where, but not the
-    number of packs. ValueError for a length outside 1 ... max_length.
+    """Rows into packs of at most `max_length` tokens by best fit, longest first: a list of int
+    arrays of row indices, every row once. `seed` decides which of equally long rows goes where, but
+    not the number of packs. ValueError for a length outside 1 ... max_length.
 
-    A run of equal lengths is placed at once: best fit fills the fullest open pack that has room until
-    it has none, so all packs of equal room are filled alike. The cost is O(N log N) for the sort, and
-    one numpy call for each run and room.
+    A run of equal lengths is placed at once: best fit fills the fullest open pack that has room
+    until it has none, so all packs of equal room are filled alike. The cost is O(N log N) for the
+    sort, and one numpy call for each run and room.
     """
     lengths = np.asarray(lengths, np.int64)
     if not len(lengths):
@@ -43,7 +43,7 @@ def pack(lengths, max_length, seed=0):
     pack_of = np.empty(len(lengths), np.int64)
     n_packs = 0
     open_packs = {}  # room -> list of arrays of packs with that much room
-    rooms = 0  # bit r is set when open_packs[r] is not empty: the smallest room that fits is a shift away
+    rooms = 0  # bit r is set when open_packs[r] is not empty, so a shift finds the smallest room
     sizes, starts = np.unique(-lengths[order], return_index=True)
     ends = [*starts[1:].tolist(), len(order)]
     for size, a, end in zip((-sizes).tolist(), starts.tolist(), ends, strict=True):
@@ -84,8 +84,9 @@ def bucket(lengths, rows, seed=0):
 
 
 def fit(rows, max_length, over_length="truncate"):
-    """(index (M,) of the rows that can be trained on, how many are dropped, how many truncated). A row
-    over `max_length` is dropped, or loses its end; when that leaves no target, it is dropped too."""
+    """(index (N,) of the rows that can be trained on, how many are dropped, how many truncated).
+    A row over `max_length` loses its end. It is dropped when that leaves no target, or with
+    over_length="drop"."""
     keep = np.ones(len(rows), bool)
     long = np.flatnonzero(rows.lengths > max_length)
     for i in long:
@@ -94,8 +95,8 @@ def fit(rows, max_length, over_length="truncate"):
 
 
 def check_reach(longest, reach, dir):
-    """UserError when a row of `longest` tokens goes beyond the `reach` positions of the model in `dir`:
-    the configuration that is saved with the trained model would deny the positions it was trained on."""
+    """UserError when a row of `longest` tokens goes beyond the `reach` positions of the model in
+    `dir`. The configuration saved with the trained model would deny what it was trained on."""
     if longest > reach:
         raise UserError(
             f"a row has {longest:,} tokens, {dir} takes {reach:,} "
@@ -107,20 +108,20 @@ def check_sizes(batch_size, micro_batch, world):
     """UserError unless every rank gets the same number of whole micro-batches of a step."""
     if batch_size < 1 or micro_batch < 1 or batch_size % (micro_batch * world):
         raise UserError(
-            f"batch_size={batch_size} is not a multiple of micro_batch={micro_batch} x {world} ranks: "
-            "change one"
+            f"batch_size={batch_size} is not a multiple of micro_batch={micro_batch} "
+            f"x {world} ranks: change one"
         )
 
 
 def micro_batches(packs, micro_batch, rank, world):
-    """The packs of a step -> this rank's micro-batches, lists of `micro_batch` packs. The last ones may
-    be shorter or empty; every rank has the same number."""
+    """The packs of a step -> this rank's micro-batches, lists of `micro_batch` packs. The last ones
+    may be shorter or empty; every rank has the same number."""
     across = micro_batch * world
     starts = range(rank * micro_batch, -(-len(packs) // across) * across, across)
     return [packs[a : a + micro_batch] for a in starts]
 
 
-# ------------------------------------------------------------------------------------------ packs into tensors
+# ------------------------------------------------------------------------------------------ tensors
 
 
 def collate(packs, length, prompt_weight=0.0, fixed_shapes=False):
@@ -128,13 +129,13 @@ def collate(packs, length, prompt_weight=0.0, fixed_shapes=False):
 
     tokens     int64, padded with 0
     targets    int64, the next token of the same document; 0 where there is none
-    weights    float32, of the target: its mask, with `prompt_weight` in place of 0; 0 at the end of a
-               document and on padding
+    weights    float32, of the target: its mask, with `prompt_weight` in place of 0; 0 at the end of
+               a document and on padding
     positions  int64, from 0 in each document
     docs       int64, 0, 1, ... along a row of the batch; -1 on padding
 
-    index      int64 (M,), flat positions whose hidden state predicts a target of weight other than 0;
-               with `fixed_shapes` all B x T
+    index      int64 (M,), flat positions whose hidden state predicts a target of weight other than
+               0; with `fixed_shapes` all B x T
     n_tokens   int, tokens that are no padding
     n_targets  int, targets of weight 1
 
@@ -181,7 +182,7 @@ def tell_rows_apart(batch, packs):
 
 
 def pairs(offsets):
-    """Row offsets (G+1,) of groups that are ranked best first -> better (P,), worse (P,), share (P,):
+    """Row offsets (G+1,) of groups that are ranked best first -> better, worse, share, each (P,):
     the two rows of every pair, and 1 / the number of pairs in its group, so that each group counts
     once."""
     better, worse, share = [], [], []
@@ -194,12 +195,12 @@ def pairs(offsets):
 
 
 def collate_groups(packs, B, max_length, fixed_shapes=False):
-    """Packs, each a list of groups (number of the first completion, [(tokens, mask), ...] best first),
-    as the tensors of `collate` (T <= max_length) and, for their N completions and P pairs,
+    """Packs, each a list of groups (number of the first completion, [(tokens, mask), ...] best
+    first), as the tensors of `collate` (T <= max_length) and, for their N completions and P pairs,
 
     rows    int64 (M,), which completion the target of each position in `index` belongs to
-    last    int64 (N,), flat position of each completion's last token. Its length tells, and no token id
-    number  int64 (N,), number of the completion in the data: that of its group's first, and so on
+    last    int64 (N,), flat position of each completion's last token, known by its length
+    number  int64 (N,), number of the completion in the data
     real    float32 (N,), 1
     best    float32 (N,), 1 where the completion is its group's best
     better, worse int64 (P,), share float32 (P,): see `pairs`
@@ -242,10 +243,10 @@ def episodes(rows, length=0):
     rows     int64 (M,), which episode each action belongs to
     last     int64 (N,), flat position of each episode's last token
 
-    The actions of an episode need not stand side by side. Its first token, which nothing predicts, is
-    no action. The episodes are packed without padding (B = 1). With `length`, for shapes that stay
-    fixed, each has a row of so many tokens (B = N), and `index` is all positions: where there is no
-    action, weights.flatten() is 0.
+    The actions of an episode need not stand side by side. Its first token, which nothing predicts,
+    is no action. The episodes are packed without padding (B = 1). With `length`, for shapes that
+    stay fixed, each has a row of so many tokens (B = N), and `index` is all positions: where there
+    is no action, weights.flatten() is 0.
     """
     packs = [[row] for row in rows] if length else [rows]
     T = length or sum(len(tokens) for tokens, _ in rows)
@@ -260,12 +261,12 @@ def episodes(rows, length=0):
 class Rows:
     """The micro-batches of documents, for one rank. `rows` is a Store or a Mix.
 
-    A step takes `batch_size` packs (with packing=False rows) over all ranks. Packs have T = max_length.
-    Without packing T is the length of the longest row of a micro-batch, rounded up to a multiple of 64,
+    A step takes `batch_size` packs (with packing=False rows) over all ranks. T is max_length.
+    Without packing it is the length of a micro-batch's longest row, rounded up to a multiple of 64,
     unless `fixed_length` or `fixed_shapes`.
 
-    .index (N,) numbers of the rows that are trained on, .lengths (N,) their tokens, .steps_per_epoch,
-    .dropped and .truncated: how many rows over max_length.
+    .index (N,) numbers of the rows that are trained on, .lengths (N,) their tokens,
+    .steps_per_epoch, .dropped and .truncated: how many rows over max_length.
     """
 
     def __init__(
@@ -335,7 +336,7 @@ class Rows:
         return self.steps_of(epoch)[i]
 
     def batch(self, step):
-        """This rank's micro-batches at a step counted from the start of training, B = micro_batch."""
+        """This rank's micro-batches at a step counted from the start of training."""
         parts = micro_batches(self.plan(step), self.micro_batch, self.rank, self.world)
         return [self.micro(part) for part in parts]
 
@@ -353,18 +354,18 @@ class Rows:
 
 
 class Windows:
-    """The micro-batches of pretraining, for one rank: windows of `max_length` tokens over whole stores.
+    """The micro-batches of pretraining, for one rank: windows of `max_length` tokens over stores.
 
-    Windows follow each other without a gap. The target of a window's last token is the next window's
-    first token, so that every token but a store's first is predicted. A store's last window may be
-    shorter. isolate: documents do not see each other, positions restart with each document, and the
-    token behind a document's end is no target. Otherwise a window is one stretch of text, and a
-    micro-batch has no "docs": plain causal attention has the fastest kernels.
+    Windows follow each other without a gap. The target of a window's last token is the next
+    window's first token, so that every token but a store's first is predicted. A store's last
+    window may be shorter. isolate: documents do not see each other, positions restart with each
+    document, and the token behind a document's end is no target. Otherwise a window is one stretch
+    of text, and a micro-batch has no "docs": plain causal attention has the fastest kernels.
 
-    Without `weights` an epoch has every window of all stores once, shuffled together. With `weights`
-    each store gets its share of every CYCLE windows, evenly spread. It goes through its windows in
-    random order, then again in another order, at its own pace; steps_per_epoch then counts as many
-    windows as all stores have.
+    Without `weights` an epoch has every window of all stores once, shuffled together. With
+    `weights` each store gets its share of every CYCLE windows, evenly spread. It goes through its
+    windows in random order, then again in another order, at its own pace; steps_per_epoch then
+    counts as many windows as all stores have.
     """
 
     CYCLE = 1 << 16
@@ -399,7 +400,8 @@ class Windows:
         self.starts = np.cumsum([0, *self.counts])  # windows are numbered through all stores
         if self.counts.min() < 1:
             raise UserError(
-                f"{stores[self.counts.argmin()].dir} holds a single token: there is nothing to predict"
+                f"{stores[self.counts.argmin()].dir} holds a single token: "
+                "there is nothing to predict"
             )
         self.steps_per_epoch = int(-(-self.starts[-1] // batch_size))
         self.orders = {}
@@ -440,8 +442,7 @@ class Windows:
         return np.array([self.order(store, epoch)[i] for store, epoch, i in drawn])
 
     def batch(self, step):
-        """This rank's micro-batches at a step counted from the start of training: B = micro_batch,
-        T = max_length."""
+        """This rank's micro-batches at a step counted from the start of training."""
         parts = micro_batches(self.plan(step), self.micro_batch, self.rank, self.world)
         return [self.micro(part) for part in parts]
 
@@ -477,8 +478,8 @@ class Groups:
     tokens. A group stays together: its completions are neighbouring documents of one packed row, so
     that one forward sees all of its pairs. For the tensors see `collate_groups`.
 
-    .index (N,) numbers of the groups that are trained on, .steps_per_epoch, .dropped: how many groups
-    are over max_length.
+    .index (N,) numbers of the groups that are trained on, .steps_per_epoch, .dropped: how many
+    groups are over max_length.
     """
 
     def __init__(
@@ -537,7 +538,7 @@ class Groups:
         return [members[numbers] for numbers in packs]
 
     def batch(self, step):
-        """This rank's micro-batches at a step counted from the start of training, B = micro_batch."""
+        """This rank's micro-batches at a step counted from the start of training."""
         parts = micro_batches(self.plan(step), self.micro_batch, self.rank, self.world)
         return [self.micro(part) for part in parts]
 

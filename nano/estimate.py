@@ -7,7 +7,7 @@ import torch
 
 from model import SHORT
 from nano.losses import block_logits, chunk_logits
-from nano.runtime import tensor_dim
+from nano.tensor import shard_dims
 
 
 def memory(
@@ -33,9 +33,10 @@ def memory(
     does without. torch.compile keeps less.
     """
     cfg, size = model.cfg, dtype.itemsize
-    own = {
-        p: p.numel() / tensor_parts(name, p, tensor) for name, p in model.named_parameters()
-    }  # numbers before FSDP cuts them
+    dims = shard_dims(model, tensor)
+    own = {  # numbers of a device before FSDP shards them
+        p: p.numel() / (1 if dims[name] is None else tensor) for name, p in model.named_parameters()
+    }
     fsdp = shards / tensor
     trained = sum(n for p, n in own.items() if p.requires_grad) / fsdp
     weights = sum(n * p.itemsize for p, n in own.items()) / fsdp
@@ -83,12 +84,6 @@ def memory(
         gathered=gathered,
         casts=casts,
     )
-
-
-def tensor_parts(name, p, tensor):
-    """Into how many parts the devices of a tensor group cut this parameter."""
-    dim = tensor_dim(name)
-    return 1 if dim is None or p.shape[dim] % tensor else tensor
 
 
 def describe(

@@ -1,19 +1,271 @@
-"""Model families: config.json of a Hugging Face directory <-> model.ModelConfig."""
+"""Model families: one entry each. config.json <-> model.ModelConfig, and names of tensors in files <-> names here.
+
+A family is an entry of FAMILIES: tables for what tables can say, two functions for the rest. A family whose files name,
+fuse and lay out tensors as this model does needs no `tensors`.
+"""
 
 import dataclasses
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from model import ModelConfig
 from nano.config import UserError
 from nano.files import read_json
 
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-HEADS = {"lm": "ForCausalLM", "score": "ForSequenceClassification"}
-ARCHITECTURES = {
-    name + suffix: (family, head)
-    for family, name in FAMILIES.items()
-    for head, suffix in HEADS.items()
+# --- tensors ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one tensor of a file holds one or several parameters."""
+
+    split: Callable  # (tensor of the file, shapes of the parameters, ModelConfig) -> the parameters
+    fuse: Callable  # (the parameters, ModelConfig) -> tensor of the file
+
+
+def split_rows(tensor, shapes, cfg):
+    return tensor.split([shape[0] for shape in shapes])
+
+
+def fuse_rows(parts, cfg):
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+# rows one after another: a memory-mapped tensor stays memory-mapped
+ROWS = Layout(split_rows, fuse_rows)
+# GPT-2's Conv1D: the transpose of a linear layer's weight; a bias is as ever
+CONV1D = Layout(
+    lambda tensor, shapes, cfg: split_rows(tensor.t().contiguous(), shapes, cfg),
+    lambda parts, cfg: fuse_rows(parts, cfg).t(),
+)
+
+
+def places(cfg, names, bare=False):
+    """Where a file of the family keeps the parameters `names`: {name in the file: ([names here], Layout)}.
+
+    bare: the file leaves out the family's prefix."""
+    family = FAMILIES[cfg.family]
+    table = {}  # module here -> module in the file
+    for module, parts in family.tensors.items():
+        for part in [parts] if isinstance(parts, str) else parts:
+            table[part] = module
+    out = {}
+    for name in names:
+        stored = renamed(name, table) or name
+        layout = family.layouts.get(NUMBER.sub(".{}", stored.rpartition(".")[0]), ROWS)
+        if bare:
+            stored = stored.removeprefix(family.prefix)
+        out.setdefault(stored, ([], layout))[0].append(name)
+    return out
+
+
+NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
+
+
+def renamed(name, table):
+    """The name of a tensor after a table of modules, {old: new}, in which {} stands for a number. None: not in the table."""
+    module, _, leaf = name.rpartition(".")
+    new = table.get(NUMBER.sub(".{}", module))
+    return new and f"{new.format(*NUMBER.findall(module))}.{leaf}"
+
+
+# what GGUF files and Meta's releases call the modules
+GGUF = {
+    "token_embd": "model.embed_tokens",
+    "blk.{}.attn_norm": "model.layers.{}.input_layernorm",
+    "blk.{}.attn_q": "model.layers.{}.self_attn.q_proj",
+    "blk.{}.attn_k": "model.layers.{}.self_attn.k_proj",
+    "blk.{}.attn_v": "model.layers.{}.self_attn.v_proj",
+    "blk.{}.attn_output": "model.layers.{}.self_attn.o_proj",
+    "blk.{}.attn_q_norm": "model.layers.{}.self_attn.q_norm",
+    "blk.{}.attn_k_norm": "model.layers.{}.self_attn.k_norm",
+    "blk.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
+    "blk.{}.ffn_gate": "model.layers.{}.mlp.gate_proj",
+    "blk.{}.ffn_up": "model.layers.{}.mlp.up_proj",
+    "blk.{}.ffn_down": "model.layers.{}.mlp.down_proj",
+    "output_norm": "model.norm",
+    "output": "lm_head",
 }
+META = {
+    "tok_embeddings": "model.embed_tokens",
+    "layers.{}.attention_norm": "model.layers.{}.input_layernorm",
+    "layers.{}.attention.wq": "model.layers.{}.self_attn.q_proj",
+    "layers.{}.attention.wk": "model.layers.{}.self_attn.k_proj",
+    "layers.{}.attention.wv": "model.layers.{}.self_attn.v_proj",
+    "layers.{}.attention.wo": "model.layers.{}.self_attn.o_proj",
+    "layers.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
+    "layers.{}.feed_forward.w1": "model.layers.{}.mlp.gate_proj",
+    "layers.{}.feed_forward.w3": "model.layers.{}.mlp.up_proj",
+    "layers.{}.feed_forward.w2": "model.layers.{}.mlp.down_proj",
+    "norm": "model.norm",
+    "output": "lm_head",
+}
+
+# --- the families -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    architectures: dict  # head -> class of transformers
+    keys: dict  # field of ModelConfig -> key of config.json
+    defaults: dict  # key of config.json -> what a file that leaves it out means
+    read: Callable  # (config.json over the defaults, fields read by `keys`) -> {field: value}
+    write: Callable  # ModelConfig -> {key: value}
+    always: dict = field(default_factory=dict)  # fields that all models of the family share
+    tensors: dict = field(default_factory=dict)  # module in the file -> module here, or a tuple
+    layouts: dict = field(default_factory=dict)  # module in the file -> Layout other than ROWS
+    prefix: str = ""  # of modules in the file; a file of the bare trunk leaves it out
+    ignored: str = r"\.rotary_emb\.inv_freq$"  # regex of constants that old files hold
+
+
+def read_llama(c, fields):
+    if c["hidden_act"] not in ("silu", "swish"):
+        raise UserError(f"hidden_act {c['hidden_act']!r} is not supported (silu is)")
+    theta, scaling = read_rope(c)
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def write_llama(cfg):
+    return {"hidden_act": "silu", "rope_theta": cfg.rope_theta, "rope_scaling": cfg.rope_scaling}
+
+
+def read_mistral(c, fields):
+    return read_llama(c, fields) | {"windows": (c["sliding_window"] or 0,) * fields["n_layers"]}
+
+
+def write_mistral(cfg):
+    return write_llama(cfg) | {"sliding_window": max(cfg.windows, default=0) or None}
+
+
+def read_qwen(c, fields):
+    out = read_llama(c, fields)
+    if not c.get("use_sliding_window"):
+        return out
+    kinds = c.get("layer_types")
+    if not kinds:
+        full = min(c["max_window_layers"], fields["n_layers"])
+        kinds = [FULL] * full + [SLIDING] * (fields["n_layers"] - full)
+    if len(kinds) != fields["n_layers"] or not {FULL, SLIDING}.issuperset(kinds):
+        raise UserError(
+            f"layer_types {kinds} is not supported ({SLIDING} or {FULL} for each layer is)"
+        )
+    window = c["sliding_window"] or 0
+    return out | {"windows": tuple(window if kind == SLIDING else 0 for kind in kinds)}
+
+
+def write_qwen(cfg):
+    out = write_llama(cfg)
+    if not any(cfg.windows):
+        return out | {"use_sliding_window": False}
+    first = next(i for i, window in enumerate(cfg.windows) if window)
+    out["use_sliding_window"] = True
+    out["sliding_window"] = cfg.windows[first]
+    out["max_window_layers"] = first
+    if not all(cfg.windows[first:]):
+        out["layer_types"] = [SLIDING if window else FULL for window in cfg.windows]
+    return out
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+ROPE = {  # kinds of rope scaling, and the numbers that they need
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+
+
+def read_rope(c):
+    """(theta, scaling): from rope_theta and rope_scaling (transformers 4) or the one dict rope_parameters (5)."""
+    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"rope scaling {rope!r} is not supported")
+    theta = rope.get("rope_theta") or c.get("rope_theta") or 10000.0
+    if type(theta) not in (int, float):
+        raise UserError(f"rope_theta is {theta!r}, not a number")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UserError("rope_parameters that differ by layer are not supported")
+    if (rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise UserError("partial_rotary_factor is not supported")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ROPE:
+        raise UserError(f"rope scaling {kind!r} is not supported ({', '.join(ROPE)} are)")
+    if not all(isinstance(rope.get(key), (int, float)) for key in ROPE[kind]):
+        raise UserError(f"rope scaling {kind!r} needs the numbers {', '.join(ROPE[kind])}")
+    if kind == "default":
+        return theta, None
+    return theta, {"rope_type": kind} | {key: rope[key] for key in ROPE[kind]}
+
+
+KEYS = {  # of Llama and those that follow it
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "ffn_dim": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "max_positions": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+BIASES = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
+DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6}
+QWEN = DEFAULTS | {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+
+FAMILIES = {  # by model_type
+    "llama": Family(
+        {"lm": "LlamaForCausalLM", "score": "LlamaForSequenceClassification"},
+        keys=KEYS | BIASES | {"mlp_bias": "mlp_bias"},
+        defaults=DEFAULTS | {"max_position_embeddings": 2048},
+        read=read_llama,
+        write=write_llama,
+    ),
+    "mistral": Family(
+        {"lm": "MistralForCausalLM", "score": "MistralForSequenceClassification"},
+        keys=KEYS,
+        defaults=DEFAULTS
+        | {
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+        read=read_mistral,
+        write=write_mistral,
+    ),
+    "qwen2": Family(
+        {"lm": "Qwen2ForCausalLM", "score": "Qwen2ForSequenceClassification"},
+        keys=KEYS,
+        defaults=QWEN,
+        read=read_qwen,
+        write=write_qwen,
+        always={"qkv_bias": True},
+    ),
+    "qwen3": Family(
+        {"lm": "Qwen3ForCausalLM", "score": "Qwen3ForSequenceClassification"},
+        keys=KEYS | BIASES,
+        defaults=QWEN | {"head_dim": 128},
+        read=read_qwen,
+        write=write_qwen,
+        always={"qk_norm": True},
+    ),
+}
+
+# --- config.json --------------------------------------------------------------------------------
 
 
 def load_config(dir):
@@ -38,122 +290,81 @@ def load_config(dir):
 
 def parse_config(c, where):
     """The dict of a config.json, as transformers 4 or 5 writes it -> ModelConfig."""
+    try:
+        return read_config(c)
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
 
-    def refuse(what):
-        raise UserError(f"{where}: {what}")
 
-    def size(key, default=None):
-        value = default if c.get(key) is None else c[key]
-        if type(value) is not int or value < 1:
-            refuse(f"{key} is {value!r}, not a positive whole number")
-        return value
-
-    eps = c.get("rms_norm_eps", 1e-6)
-    if type(eps) not in (int, float):
-        refuse(f"rms_norm_eps is {eps!r}, not a number")
-    architecture = (
-        c.get("architectures") or [FAMILIES.get(c.get("model_type"), "none") + "ForCausalLM"]
-    )[0]
-    if architecture not in ARCHITECTURES:
-        refuse(
-            f"architecture {architecture} is not supported; these are: {', '.join(ARCHITECTURES)}"
-        )
-    family, head = ARCHITECTURES[architecture]
-    if c.get("model_type", family) != family:
-        refuse(f"model_type {c['model_type']!r} does not belong to architecture {architecture}")
+def read_config(c):
+    kind, head = recognise(c)
+    family = FAMILIES[kind]
     if c.get("quantization_config"):
-        refuse("quantized weights are not supported: give the original checkpoint")
-    if c.get("hidden_act", "silu") not in ("silu", "swish"):
-        refuse(f"hidden_act {c['hidden_act']!r} is not supported (silu is)")
-    labels = (
-        len(c.get("id2label") or "") or c.get("num_labels") or 2
-    )  # transformers leaves two labels out
+        raise UserError("quantized weights are not supported: give the original checkpoint")
+    # transformers leaves two labels out
+    labels = len(c.get("id2label") or "") or c.get("num_labels") or 2
     if head == "score" and labels != 1:
-        refuse(f"a classifier of {labels} labels is not supported (num_labels=1, a score, is)")
-
-    layers, heads = size("num_hidden_layers"), size("num_attention_heads")
-    kv_default = {"llama": heads, "mistral": 8}.get(
-        family, 32
-    )  # absent: the family's; null: as many as heads
-    kv_heads = size("num_key_value_heads", heads if "num_key_value_heads" in c else kv_default)
-    head_dim = size(
-        "head_dim",
-        128 if family == "qwen3" and "head_dim" not in c else size("hidden_size") // heads,
-    )
-    if heads % kv_heads or head_dim % 2:
-        refuse(f"{heads} heads of {head_dim} numbers do not go with {kv_heads} key/value heads")
-
-    theta, scaling = parse_rope(c, refuse)
-    windows = ()
-    if family == "mistral":
-        windows = (c.get("sliding_window", 4096) or 0,) * layers
-    elif family in ("qwen2", "qwen3") and c.get("use_sliding_window"):
-        window, first = c.get("sliding_window", 4096) or 0, c.get("max_window_layers", 28)
-        kinds = c.get("layer_types") or [
-            "sliding_attention" if i >= first else "full_attention" for i in range(layers)
-        ]
-        if len(kinds) != layers or not {"sliding_attention", "full_attention"}.issuperset(kinds):
-            refuse(
-                f"layer_types {kinds} is not supported (sliding_attention or full_attention for each layer is)"
-            )
-        windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-    bias = bool(c.get("attention_bias")) and family in ("llama", "qwen3")
-    return ModelConfig(
-        vocab_size=size("vocab_size"),
-        dim=size("hidden_size"),
-        n_layers=layers,
-        n_heads=heads,
-        n_kv_heads=kv_heads,
-        head_dim=head_dim,
-        ffn_dim=size("intermediate_size"),
-        norm_eps=eps,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        max_positions=size(
-            "max_position_embeddings", {"llama": 2048, "mistral": 131072}.get(family, 32768)
-        ),
-        windows=windows if any(windows) else (),
-        qkv_bias=bias or family == "qwen2",
-        o_bias=bias,
-        mlp_bias=bool(c.get("mlp_bias")) and family == "llama",
-        qk_norm=family == "qwen3",
-        tie_embeddings=bool(c.get("tie_word_embeddings")),
-        head=head,
-        family=family,
-    )
+        raise UserError(
+            f"a classifier of {labels} labels is not supported (num_labels=1, a score, is)"
+        )
+    c = family.defaults | c
+    fields = {}
+    for name, key in family.keys.items():
+        # null, or absent where the family has no default of its own
+        if c.get(key) is None and name == "n_kv_heads":
+            fields[name] = fields["n_heads"]
+        elif c.get(key) is None and name == "head_dim":
+            fields[name] = fields["dim"] // fields["n_heads"]
+        else:
+            fields[name] = checked(c.get(key), key, TYPES[name])
+    fields |= family.always | family.read(c, fields)
+    if not any(fields.get("windows", ())):
+        fields["windows"] = ()
+    cfg = ModelConfig(**fields, head=head, family=kind)
+    if cfg.n_heads % cfg.n_kv_heads or cfg.head_dim % 2:
+        raise UserError(
+            f"{cfg.n_heads} heads of {cfg.head_dim} numbers do not go with {cfg.n_kv_heads} key/value heads"
+        )
+    return cfg
 
 
-def parse_rope(c, refuse):
-    """(theta, scaling): from rope_theta and rope_scaling (transformers 4) or the one dict rope_parameters (5)."""
-    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        refuse(f"rope scaling {rope!r} is not supported")
-    theta = rope.get("rope_theta") or c.get("rope_theta") or 10000.0
-    if type(theta) not in (int, float):
-        refuse(f"rope_theta is {theta!r}, not a number")
-    if any(isinstance(value, dict) for value in rope.values()):
-        refuse("rope_parameters that differ by layer are not supported")
-    if (rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0) != 1.0:
-        refuse("partial_rotary_factor is not supported")
-    keys = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        ),
+TYPES = {f.name: f.type for f in dataclasses.fields(ModelConfig)}
+
+
+def checked(value, key, kind):
+    """The value of a key of config.json as a field of ModelConfig; UserError where it is of another kind."""
+    if kind is bool:
+        return bool(value)
+    if kind is int and (type(value) is not int or value < 1):
+        raise UserError(f"{key} is {value!r}, not a positive whole number")
+    if kind is float and type(value) not in (int, float):
+        raise UserError(f"{key} is {value!r}, not a number")
+    return value
+
+
+def recognise(c):
+    """(model_type, head) of a config.json."""
+    kind = c.get("model_type")
+    if not c.get("architectures"):
+        if kind not in FAMILIES:
+            raise unknown("model_type", kind, FAMILIES)
+        return kind, "lm"
+    architecture = c["architectures"][0]
+    known = {
+        name: (kind, head)
+        for kind, family in FAMILIES.items()
+        for head, name in family.architectures.items()
     }
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in keys:
-        refuse(f"rope scaling {kind!r} is not supported ({', '.join(keys)} are)")
-    if not all(isinstance(rope.get(key), (int, float)) for key in keys[kind]):
-        refuse(f"rope scaling {kind!r} needs the numbers {', '.join(keys[kind])}")
-    return theta, None if kind == "default" else {
-        "rope_type": kind,
-        **{key: rope[key] for key in keys[kind]},
-    }
+    if architecture not in known:
+        raise unknown("architecture", architecture, known)
+    if kind not in (None, known[architecture][0]):
+        raise UserError(f"model_type {kind!r} does not belong to architecture {architecture}")
+    return known[architecture]
+
+
+def unknown(what, name, known):
+    near = difflib.get_close_matches(str(name), known, cutoff=0.0)
+    return UserError(f"{what} {name} is not supported; the nearest that are: {', '.join(near)}")
 
 
 def config_json(cfg, like=None, **extra):
@@ -161,71 +372,30 @@ def config_json(cfg, like=None, **extra):
 
     like: a model directory; what its config.json says beyond the architecture is kept (from another family: token ids).
     extra: keys to set, such as eos_token_id. UserError when no architecture of transformers is what `cfg` describes."""
-    out = {
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }  # null: transformers would assume 1 and 2
+    if cfg.family not in FAMILIES:
+        raise unknown("model family", cfg.family, FAMILIES)
+    family = FAMILIES[cfg.family]
+    # null: transformers would assume 1 and 2
+    out = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if like and (Path(like) / "config.json").exists():
         old = read_json(Path(like) / "config.json")
-        out |= (
-            old
-            if old.get("model_type") == cfg.family
-            else {key: old[key] for key in out if key in old}
-        )
-        for key in (
-            "rope_parameters",
-            "layer_types",
-            "dtype",
-            "id2label",
-            "label2id",
-            "num_labels",
-            "problem_type",
-        ):
+        if old.get("model_type") == cfg.family:
+            out |= old
+        else:
+            out |= {key: old[key] for key in out if key in old}
+        for key in REWRITTEN:
             out.pop(key, None)
-    out |= {
-        "architectures": [FAMILIES.get(cfg.family, cfg.family) + HEADS[cfg.head]],
-        "model_type": cfg.family,
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.dim,
-        "intermediate_size": cfg.ffn_dim,
-        "num_hidden_layers": cfg.n_layers,
-        "num_attention_heads": cfg.n_heads,
-        "num_key_value_heads": cfg.n_kv_heads,
-        "head_dim": cfg.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": cfg.max_positions,
-        "rms_norm_eps": cfg.norm_eps,
-        "rope_theta": cfg.rope_theta,
-        "rope_scaling": cfg.rope_scaling,
-        "tie_word_embeddings": cfg.tie_embeddings,
-    }
-    windows = cfg.windows if any(cfg.windows) else (0,) * cfg.n_layers
-    if cfg.family in ("llama", "qwen3"):
-        out["attention_bias"] = cfg.qkv_bias and cfg.o_bias
-    if cfg.family == "llama":
-        out["mlp_bias"] = cfg.mlp_bias
-    elif cfg.family == "mistral":
-        out["sliding_window"] = windows[0] or None
-    elif any(windows):
-        first = next(i for i, window in enumerate(windows) if window)
-        out |= {
-            "use_sliding_window": True,
-            "sliding_window": windows[first],
-            "max_window_layers": first,
-        }
-        if not all(windows[first:]):
-            out["layer_types"] = [
-                "sliding_attention" if window else "full_attention" for window in windows
-            ]
-    else:
-        out["use_sliding_window"] = False
+    out |= {"architectures": [family.architectures[cfg.head]], "model_type": cfg.family}
+    out |= {key: getattr(cfg, name) for name, key in family.keys.items()}
+    out |= family.write(cfg)
     if cfg.head == "score":
         out |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     out |= extra
 
     said = dataclasses.asdict(parse_config(out, "config.json"))  # what a reader will understand
-    meant = dataclasses.asdict(cfg) | {"windows": tuple(windows) if any(windows) else ()}
+    meant = dataclasses.asdict(cfg)
+    if not any(cfg.windows):
+        meant["windows"] = ()
     lost = [key for key in meant if meant[key] != said[key]]
     if lost:
         pairs = ", ".join(f"{key}={meant[key]!r}" for key in lost)
@@ -233,3 +403,14 @@ def config_json(cfg, like=None, **extra):
             f"a model of family {cfg.family} cannot be saved with {pairs}: transformers has no such model"
         )
     return out
+
+
+REWRITTEN = (  # said anew, or said in another key
+    "rope_parameters",
+    "layer_types",
+    "dtype",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "problem_type",
+)

@@ -1,19 +1,19 @@
-"""Devices and ranks: everything that differs between a CPU, one GPU, many GPUs and TPUs stands in this file.
+"""Devices and ranks: what differs between a CPU, one GPU and many GPUs. nano/xla.py does the same
+for TPUs.
 
-    rt = runtime.start(cfg)                   # reads cfg.device, .parallel, .tensor, .offload, .dtype, .reduce_dtype, .seed
-    net = rt.wrap(model)                      # DDP, FSDP2, XLA SPMD, or the model itself; parameter names stay the same
-    batch = rt.put(batch)                     # CPU tensors -> this device
-    with rt.autocast(): ...
-    rt.accumulate(last, net); ...; rt.backward(loss)     # gradients are summed over ranks in the last micro-batch's backward
-    n = rt.all_sum(n)                         # a sum over all ranks
+    rt = runtime.start(cfg)              # from the keys device=, parallel=, dtype= ... (KEYS)
+    net = rt.wrap(model)                 # DDP, FSDP2, XLA SPMD, or the model itself
+    rt.accumulate(last, net)             # before each micro-batch's forward
+    with rt.autocast():
+        loss = f(net, rt.put(batch))     # put: CPU tensors -> this device
+    rt.backward(loss)                    # reduces gradients over ranks in the last micro-batch
+    norm = rt.step(optimizer, params, lr, grad_clip)
+    n = rt.all_sum(n)                    # a sum over all ranks
+    with rt.evaluating(net): ...         # evaluation mode, no gradients
 
-CPU and CUDA run one process per device (gloo, nccl). With tensor=N, N neighbouring devices share each layer and see the same rows:
-`rank` and `world` count such groups, and sums over ranks count a group once. XLA runs one process per host that sees all chips as
-one (SPMD): there the batch is global, `world` is 1, and what is a collective elsewhere is the identity.
-The hosts of a pod slice all run the same program on the same global batch, of which each uploads what belongs on its chips, and
-every number that one reads is that of all. So they must run the same graphs and fetch the same tensors, in the same order; only
-writing and printing is for one.
-"""
+One process runs per device, and they talk through gloo (CPU) or nccl (CUDA). With tensor=N, N
+neighbouring devices share each layer and see the same rows (nano/tensor.py): `rank` and `world`
+count such groups, and sums over ranks count a group once."""
 
 import contextlib
 import ctypes
@@ -35,36 +35,32 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 
 from model import ScoreHead, by_document
-from nano import losses
+from nano import losses, optim, tensor
 from nano.config import UserError
 
+KEYS = ("device", "parallel", "dtype", "seed", "offload", "tensor", "reduce_dtype")
 SHARDED = ("fsdp", "zero2", "hsdp")
-COLUMN = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "gate_proj",
-    "up_proj",
-)  # each device computes some heads, or some of the ffn's units,
-ROW = ("o_proj", "down_proj")  # and a summand of the result
-VOCABULARY = ("embed_tokens", "lm_head")
-PER_HEAD = ("q_norm", "k_norm")
-TRIM = 30.0  # seconds between two trims, after which a step takes a second longer
+TRIM = 30.0  # seconds between two trims of the heap; the step after one takes a second longer
 
 
-class Replica(DistributedDataParallel):
-    """A replicated model. An attribute that DistributedDataParallel does not have is the model's."""
+def start(cfg, **settings):
+    """The Runtime of this process, from those of KEYS that a script's config has; `settings`
+    override them."""
+    settings = {key: getattr(cfg, key) for key in KEYS if hasattr(cfg, key)} | settings
+    if settings["device"] == "xla":
+        from nano.xla import XLA  # here, because XLA is a subclass of Runtime
 
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
+        return XLA(**settings)
+    return Runtime(**settings)
 
 
 class Runtime:
-    """One per process. kind: cpu | cuda | xla | tpu; rank, world: of processes that see rows of their own; process, processes: of
-    all; shards: parts that the batch is cut into; tensor: devices that share a layer; devices: all of them."""
+    """The devices and processes of a run, on CPU and CUDA; one object per process.
+
+    process: its number among `processes`, of which `local_world` run on this node. rank, world:
+    the same, counting a tensor group once. shards: parts into which a global batch is sharded."""
+
+    fixed_shapes = False  # True: each new shape is compiled, so batches must not change theirs
 
     def __init__(
         self,
@@ -76,159 +72,71 @@ class Runtime:
         tensor=1,
         reduce_dtype="float32",
     ):
-        kind = device
-        if device == "auto":
-            kind = present if (present := accelerator()) in ("cuda", "tpu") else "cpu"
-        self.kind, self.parallel, self.offload, self.mesh, self.net = (
-            kind,
-            parallel,
-            offload,
-            None,
-            None,
-        )
+        if tensor > 1 and offload:
+            raise UserError(f"tensor={tensor} must be 1 with offload=true")
+        if dtype not in ("auto", "bfloat16", "float32"):
+            raise UserError(f"dtype={dtype}: use auto, bfloat16 or float32")
+        self.parallel = parallel
+        self.offload = offload
+        self.tensor = tensor
+        self.reduce_dtype = getattr(torch, reduce_dtype)
         self.rank = self.process = self.local_rank = 0
-        self.world = self.processes = self.shards = 1
-        self.local_world = 1  # processes of this node
-        self.tensor, self.grid, self.group = tensor, None, None
-        if tensor < 1 or tensor > 1 and offload:
-            raise UserError(
-                f"tensor={tensor} must be 1 or more" + ", and 1 with offload=true" * offload
-            )
-        if kind == "xla":
-            if offload or reduce_dtype != "float32":
-                raise UserError(
-                    "device=xla has no offload=, and no reduce_dtype=: its gradients are summed in float32"
-                )
-            self._start_xla()
-        elif kind in ("cpu", "cuda", "tpu"):
-            self._start_processes()
-        else:
-            raise UserError(f"device={device}: use auto, cpu, cuda, xla or tpu")
+        self.world = self.processes = self.local_world = self.shards = 1
+        self.grid = None  # DeviceMesh with the dimensions "replicate", "shard" and "tensor"
+        self.group = None  # one process of each tensor group: sums go over it
+        self._libc = None
+        self._start(device)
         self.is_main = self.process == 0
-        self.dtype, self.reduce_dtype = self._matrix_dtype(dtype), getattr(torch, reduce_dtype)
-        self._libc, self._trimmed = _tune_cpu() if kind == "cpu" else None, time.monotonic()
-        self._stop, self._stop_group, self._saving_group = False, None, None
-        self.specs = {}  # on XLA: id of a parameter -> the mesh axis that cuts each of its dimensions
+        if dtype == "auto":
+            dtype = "bfloat16" if self._has_fast_bf16() else "float32"
+        self.dtype = getattr(torch, dtype)
+        self._trimmed = time.monotonic()
+        self._stop = False
+        self._stop_group = None
+        self._saving_group = None
         self.saving = None  # waits for the training state that is being written in the background
         self.seed(seed)
 
-    # ------------------------------------------------------------------------------------------ start
+    # ---------------------------------------------------------------------------------------- start
 
-    def _start_processes(self):
-        if self.kind != "cpu" and accelerator() != self.kind:
-            raise UserError(
-                f"device={self.kind}: this torch ({torch.__version__}) finds no such device"
-            )
-        if "RANK" in os.environ:
-            if not {"WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
-                raise UserError(
-                    "RANK is set, but not all of WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE: start it with torchrun"
-                )
-            self.process, self.processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            self.local_rank, self.local_world = (
-                int(os.environ["LOCAL_RANK"]),
-                int(os.environ["LOCAL_WORLD_SIZE"]),
-            )
-            backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "tpu": "cpu:gloo,tpu:tpu_dist"}[
-                self.kind
-            ]
-            if self.kind != "cpu" and self.local_world > (
-                count := torch.accelerator.device_count()
-            ):
-                raise UserError(
-                    f"{self.local_world} processes on this node share {count} devices: lower --nproc_per_node"
-                )
-            dist.init_process_group(backend)
-            sys.excepthook = end_at_once
+    def _start(self, device):
+        """Chooses the device, joins the other processes and makes the groups of devices."""
+        device = choose_device(device)
+        self.process, self.processes, self.local_rank, self.local_world = join(device)
         if self.local_world % self.tensor:
             raise UserError(
-                f"tensor={self.tensor} must divide the number of processes of a node, {self.local_world}"
+                f"tensor={self.tensor} must divide the number of processes of a node, "
+                f"{self.local_world}"
             )
-        self.rank, self.world = self.process // self.tensor, self.processes // self.tensor
-        self.shards = self.world
+        self.rank = self.process // self.tensor
+        self.world = self.shards = self.processes // self.tensor
         self.device = torch.device("cpu")
-        if (
-            self.kind != "cpu"
-        ):  # device=tpu is TorchTPU's process-per-device path: written after its documentation, never run
-            self.device = torch.device(self.kind, self.local_rank)
-            torch.accelerator.set_device_index(self.local_rank)
+        if device == "cuda":
+            self.device = torch.device("cuda", self.local_rank)
+            torch.cuda.set_device(self.device)
+        else:
+            self._libc = _tune_cpu()
         if self.processes > 1 and (self.tensor > 1 or self.parallel in SHARDED):
-            copies = dict(ddp=self.world, hsdp=self.processes // self.local_world).get(
-                self.parallel, 1
-            )
+            nodes = self.processes // self.local_world
+            copies = dict(ddp=self.world, hsdp=nodes).get(self.parallel, 1)  # of the whole model
             shape = (copies, self.world // copies, self.tensor)
-            self.grid = init_device_mesh(
-                self.kind, shape, mesh_dim_names=("replicate", "shard", "tensor")
-            )
-        if self.tensor > 1:  # sums go over one process of each tensor group
-            groups = [
-                dist.new_group(range(i, self.processes, self.tensor)) for i in range(self.tensor)
-            ]
-            self.group = groups[self.process % self.tensor]
+            names = ("replicate", "shard", "tensor")
+            self.grid = init_device_mesh(device, shape, mesh_dim_names=names)
+        if self.tensor > 1:
+            ranks = [list(range(i, self.processes, self.tensor)) for i in range(self.tensor)]
+            self.group, _ = dist.new_subgroups_by_enumeration(ranks)
 
-    def _start_xla(self):
-        try:
-            import torch_xla
-            import torch_xla.core.xla_model as xm
-            import torch_xla.distributed.spmd as xs
-            import torch_xla.runtime as xr
-        except ImportError as e:
-            raise UserError(f"device=xla needs torch_xla (see requirements-xla.txt): {e}") from None
-        self.xla, self.xm, self.xs = torch_xla, xm, xs
-        if (
-            self.parallel not in ("ddp", "fsdp", "none")
-            or self.parallel == "none"
-            and self.tensor > 1
-        ):
-            raise UserError(
-                f"parallel={self.parallel}: on device=xla use ddp, fsdp or none, with tensor= ddp or fsdp"
-            )
-        if self.parallel != "none":
-            xr.use_spmd()  # before the first XLA tensor
-        self.device = torch_xla.device()
-        torch.zeros(
-            1, device=self.device
-        ).cpu()  # starts the client: a CPU backward before it would break every later XLA one
-        self.process, self.processes = xr.process_index(), xr.process_count()
-        if self.processes > 1:  # hosts of a pod slice
-            if self.parallel == "none":
-                raise UserError(
-                    f"parallel=none uses one chip, but this slice has {self.processes} hosts: use ddp or fsdp"
-                )
-            import torch_xla.distributed.xla_backend  # noqa: F401  makes xla:// known, which finds the hosts' addresses
-
-            dist.init_process_group("gloo", init_method="xla://")
-        if self.parallel != "none":
-            count = xr.global_runtime_device_count()
-            if count % self.tensor:
-                raise UserError(f"tensor={self.tensor} must divide the number of devices, {count}")
-            self.shards = count // self.tensor
-            self.mesh = xs.Mesh(np.arange(count), (self.shards, self.tensor), ("data", "tensor"))
-            xs.set_global_mesh(self.mesh)
-
-    def _matrix_dtype(self, name):
-        if name not in ("auto", "bfloat16", "float32"):
-            raise UserError(f"dtype={name}: use auto, bfloat16 or float32")
-        if name != "auto":
-            return getattr(torch, name)
-        fast = self.kind in ("xla", "tpu")
-        if self.kind == "cpu":
-            fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        elif self.kind == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if fast else torch.float32
+    def _has_fast_bf16(self):
+        if self.device.type == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     @property
     def name(self):
-        """The device's own name, where torch tells it: then the peak-FLOPs table of log.py may know it."""
-        if self.kind == "cuda":
+        """The product's name on CUDA, by which log.py knows its peak FLOPs; else the type."""
+        if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return self.kind
-
-    @property
-    def static_shapes(self):
-        """XLA compiles a graph per shape: nothing may depend on how many target tokens a batch happens to have."""
-        return self.kind == "xla"
+        return self.device.type
 
     @property
     def devices(self):
@@ -236,248 +144,119 @@ class Runtime:
 
     @property
     def weight_shards(self):
-        """Devices over which weights, gradients and moments are cut; 1 where each holds them whole."""
+        """Devices over which weights, gradients and moments are sharded."""
         if self.parallel == "hsdp":
             return self.local_world
         return self.devices if self.parallel in ("fsdp", "zero2") else self.tensor
 
-    # ------------------------------------------------------------------------------------------ model
+    # ---------------------------------------------------------------------------------------- model
 
     def wrap(self, model, compile=False, grad_checkpoint=False):
-        """Moves the model to the device and makes it parallel. Returns what to call; `model` stays the owner of the weights."""
+        """Moves the model to the device and makes it parallel -> what to call, with the model's
+        attributes. Parameters keep their names. UserError for settings that do not fit."""
         if self.offload and self.weight_shards == 1:
             raise UserError(
-                "offload=true keeps in CPU memory what fsdp, zero2 or hsdp cuts: set parallel= to one of them"
+                "offload=true keeps in CPU memory what fsdp, zero2 or hsdp cuts: "
+                "set parallel= to one of them"
             )
-        self.place(model, compile, grad_checkpoint)
-        return self.replicate(model)
+        self.distribute(model, compile, grad_checkpoint)
+        return self.wrap_ddp(model)
 
-    def place(self, model, compile=False, grad_checkpoint=False):
-        """The part of `wrap` that is done once for a model, trained or not: device, dtypes, compilation, FSDP or SPMD sharding."""
+    def distribute(self, model, compile=False, grad_checkpoint=False):
+        """The part of `wrap` that a model without training needs too: all but DDP."""
         if self.world > 1 and self.parallel == "none":
             raise UserError(f"{self.world} processes need parallel=ddp or parallel=fsdp")
+        tensor.check(model.cfg, self.tensor)
         if grad_checkpoint:
-            model.checkpoint = self.checkpoint
-        if compile and self.kind == "xla":
-            raise UserError(
-                "compile=true is for cpu and cuda: device=xla compiles whole steps in any case"
-            )
-        losses.compiled = compile
+            model.recompute = self.recompute
+        losses.compiled = compile  # a global: a process runs all of its models compiled, or none
         if compile:
-            apart = torch.compiler.disable(
-                by_document
-            )  # lengths of documents would each be a new graph
-            for layer in model.layers:
-                layer.self_attn.by_document = apart
-                layer.compile()
-        cfg = model.cfg
-        if any(n % self.tensor for n in (cfg.n_heads, cfg.n_kv_heads, cfg.ffn_dim)):
-            sizes = f"{cfg.n_heads} heads, {cfg.n_kv_heads} key/value heads and {cfg.ffn_dim} units of its MLP"
-            raise UserError(f"tensor={self.tensor} must divide the model's {sizes}")
-        if self.tensor > 1 and self.kind != "xla":
-            self._cut(model)
-        if self.world > 1 and (self.tensor > 1 or self.parallel in SHARDED):
-            self._shard(model)
+            compile_layers(model)
+        if self.grid is not None and self.tensor > 1:
+            dtype_of = functools.partial(parameter_dtype, dtype=self.dtype)
+            tensor.shard(model, self.grid["tensor"], dtype_of)
+        if self.grid is not None and self.world > 1:
+            settings = (self.parallel, self.dtype, self.reduce_dtype, self.offload)
+            shard_layers(model, self.grid, *settings)
         else:
             for module in (*model.layers, model):
-                self._hold(module)
+                cast_parameters(module, self.dtype)
                 module.to(self.device)
-        if self.kind == "xla":
-            self._shard_xla(model)
 
-    def _held_in(self, module, p):
-        """The dtype of a parameter: fp32 for what is trained, for adapters and score heads; the matrix work's for the rest."""
-        exact = p.requires_grad or isinstance(module, (ScoreHead, nn.ParameterDict))
-        return torch.float32 if exact else self.dtype
-
-    def _hold(self, part):
-        """Gives the parameters of a part of a model their dtype. Until then they may be the model's file, memory-mapped, which the
-        processes of a node share; and where each part is cut at once, no process ever holds the model."""
-        for module in part.modules():
-            for p in module._parameters.values():
-                if p is not None and p.dtype != (dtype := self._held_in(module, p)):
-                    p.data = p.data.to(dtype)
-
-    def _cut(self, model):
-        """Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): parameters become DTensors over the tensor group, and each
-        layer takes and gives plain tensors, of which this device has its heads or units, or all. All parameters are DTensors,
-        for an optimizer's kernels take no mixture. Not by torch's parallelize_module, which knows no layers with adapters."""
-        from torch.distributed.tensor import (
-            Replicate,
-            Shard,
-            distribute_tensor,
-        )  # a second that others need not wait
-
-        mesh = self.grid["tensor"]
-        for name, p in list(model.named_parameters()):
-            owner, _, key = name.rpartition(".")
-            dim = tensor_dim(name)
-            place = Replicate() if dim is None or p.shape[dim] % self.tensor else Shard(dim)
-            owner = model.get_submodule(owner)
-            whole = p.detach().to(self._held_in(owner, p))
-            cut = distribute_tensor(
-                whole, mesh, [place], src_data_rank=None
-            )  # each rank has read the whole
-            owner.register_parameter(key, nn.Parameter(cut, requires_grad=p.requires_grad))
-        for name, module in model.named_modules():
-            if module._parameters and not isinstance(
-                module, nn.ParameterDict
-            ):  # a dict of adapters goes with its layer
-                layer = name.rpartition(".")[2]
-                per_head = Shard(2) if layer in PER_HEAD else Replicate()
-                inside, outside = (
-                    Shard(-1) if layer in ROW else per_head,
-                    Shard(-1) if layer in COLUMN else per_head,
-                )
-                module.register_forward_pre_hook(functools.partial(_enter, mesh, inside))
-                module.register_forward_hook(functools.partial(_leave, outside))
-
-    def _shard(self, model):
-        """FSDP2, a unit for each layer and one for the rest: weights are gathered in the dtype of the matrix work, gradients are
-        summed in `reduce_dtype`. fsdp gathers a layer when it is needed, zero2 keeps what the forward gathered for the backward,
-        hsdp is fsdp within a node and copies over nodes; ddp with tensor= is copies alone. A layer comes to the device when it is
-        cut, never the model as a whole. With offload a device's part of weights, gradients and moments stays in CPU memory, where
-        the optimizer works on it."""
-        from torch.distributed.fsdp import (
-            CPUOffloadPolicy,
-            MixedPrecisionPolicy,
-            OffloadPolicy,
-            fully_shard,
-        )
-
-        common = dict(
-            mesh=self.grid["replicate", "shard"]
-            if self.parallel in ("hsdp", "ddp")
-            else self.grid["shard"],
-            reshard_after_forward=self.parallel != "zero2",
-            offload_policy=CPUOffloadPolicy(pin_memory=self.kind != "cpu")
-            if self.offload
-            else OffloadPolicy(),
-        )
-        half = MixedPrecisionPolicy(self.dtype, self.reduce_dtype)
-        for layer in model.layers:
-            self._hold(layer)
-            fully_shard(layer, mp_policy=half, **common)
-        self._hold(model)
-        for module in model.modules():
-            if isinstance(module, ScoreHead):  # stays fp32
-                fully_shard(module, **common)
-        common["reshard_after_forward"] = False  # the head's weight is used after the forward
-        fully_shard(model, mp_policy=half, **common)
-
-    def replicate(self, model, params=None):
-        """The part of `wrap` that ties gradients together: what to call for a forward whose backward meets over ranks.
-        params {name: p}: those that this net trains, where several nets share one model's trunk (None: all trainable ones)."""
+    def wrap_ddp(self, model, params=None):
+        """The part of `wrap` that averages gradients over ranks -> what to call in training.
+        params {name: p}: what this net trains, where several share a trunk; None: all."""
         if self.world == 1 or self.parallel != "ddp" or self.tensor > 1:
             return model
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        mine = {id(p) for p in (trainable if params is None else params.values())}
-        for p in trainable:
-            p.requires_grad = id(p) in mine
-        ids = [self.local_rank] if self.kind == "cuda" else None
-        net = Replica(model, device_ids=ids, gradient_as_bucket_view=True)
-        if self.reduce_dtype == torch.bfloat16:
-            net.register_comm_hook(None, _mean_in_bf16)
-        for p in trainable:
-            p.requires_grad = True
-        return net
+        return DDP(model, params, self.device, self.reduce_dtype)
 
-    def reshard(self, net):
-        """FSDP keeps the embedding and the head whole after a forward, until a backward has used them, and named_parameters() then
-        gives these copies: to be called after a forward without one, before an optimizer is built or a state is loaded."""
-        if hasattr(net, "reshard"):
-            net.reshard()
-
-    def _shard_xla(self, model):
-        if self.mesh is not None:
-            for name, p in model.named_parameters():
-                if self.parallel == "fsdp" or self.tensor > 1:
-                    self.specs[id(p)] = self._shard_spec(name, p)
-                    self.xs.mark_sharding(p, self.mesh, self.specs[id(p)])
-            for layer in model.layers:  # keeps the activations cut along the batch
-                layer.register_forward_hook(
-                    lambda module, args, out: (self._mark_batch(out), None)[1]
-                )
-        self.sync()
-
-    def _shard_spec(self, name, p):
-        """By axis: tensor as tensor_dim says, but for the vocabulary, or else sampled tokens come in parts, and to fetch these is
-        compiled anew each time; fsdp the largest dimension left that the devices divide, of matrices."""
-        spec, cut = (
-            [None] * p.dim(),
-            None if name.split(".")[-2] in VOCABULARY else tensor_dim(name),
-        )
-        if cut is not None and self.tensor > 1 and p.shape[cut] % self.tensor == 0:
-            spec[cut] = "tensor"
-        dims = (
-            [d for d in range(p.dim()) if spec[d] is None and p.shape[d] % self.shards == 0]
-            if p.dim() > 1
-            else []
-        )
-        if dims and self.parallel == "fsdp":
-            spec[max(dims, key=lambda d: p.shape[d])] = "data"
-        return tuple(spec)
-
-    def _mark_batch(self, t):
-        if (
-            self.mesh is not None and t.shape[0] % self.shards == 0
-        ):  # XLA fails on some uneven cuts: a few samples stay whole
-            self.xs.mark_sharding(t, self.mesh, ("data",) + (None,) * (t.dim() - 1))
-        return t
-
-    def checkpoint(self, layer, *inputs):
-        """Runs a layer so that its activations are computed again in the backward pass instead of kept."""
-        if self.kind == "xla":
-            from torch_xla.utils.checkpoint import (
-                checkpoint,
-            )  # given a bound method, it puts the weights behind the barrier too
-
-            x, *rest = (
-                inputs  # frozen embeddings: without an input that needs a gradient no adapter would get one
-            )
-            return checkpoint(
-                layer.forward,
-                x if x.requires_grad else x.detach().requires_grad_(),
-                *rest,
-                use_reentrant=True,
-            )
+    def recompute(self, layer, *inputs):
+        """Runs a layer whose activations the backward pass recomputes."""
         return torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False)
 
-    # ------------------------------------------------------------------------------------------ step
+    # ----------------------------------------------------------------------------------------- step
+
+    def micro_batch(self, n):
+        """Rows of this process's forward, for n rows on each tensor group of devices."""
+        return n * self.shards // self.world
 
     def put(self, batch):
-        """dict of CPU tensors (B, ...) -> on the device, cut along B under SPMD. What is no tensor stays."""
-        pin = self.kind == "cuda"
-
-        def move(t):
-            if not torch.is_tensor(t):
-                return t
-            t = (t.pin_memory() if pin else t).to(self.device, non_blocking=pin)
-            return self._mark_batch(t) if t.dim() > 1 else t
-
-        return {k: move(t) for k, t in batch.items()}
+        """The tensors of a batch, (B, ...) on the CPU -> the same on the device, on XLA sharded
+        along B. What is no tensor is left out."""
+        if not torch.is_grad_enabled():
+            self.sync()  # ends the micro-batch before this one, as backward() does in training
+        pin = self.device.type == "cuda"  # pinned memory is copied while the device computes
+        return {
+            name: (t.pin_memory() if pin else t).to(self.device, non_blocking=pin)
+            for name, t in batch.items()
+            if torch.is_tensor(t)
+        }
 
     def autocast(self):
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def accumulate(self, last, *nets):
-        """To be called before the forward of a micro-batch: under DDP the ranks' gradients meet in the backward of the `last` one
-        only. Sharded gradients meet every time: to keep them whole until then would take the memory that sharding saves."""
-        for net in nets:
-            if isinstance(net, DistributedDataParallel):
-                net.require_backward_grad_sync = last
+    def accumulate(self, last, net):
+        """Call this before a micro-batch's forward. DDP reduces gradients in the last backward
+        alone; FSDP in each, because unsharded gradients take the memory that sharding saves."""
+        if isinstance(net, DDP):
+            net.require_backward_grad_sync = last
 
     def backward(self, loss):
-        """Adds the gradient of `loss`, this rank's part of the global sum."""
-        (
-            loss * self.world
-        ).backward()  # DDP and FSDP average over ranks; the losses are parts of one sum
+        """Adds the gradient of `loss`, which is this rank's part of a global sum."""
+        (loss * self.world).backward()  # DDP and FSDP average over ranks
         self.sync()
 
+    def step(self, optimizer, params, lr, grad_clip):
+        """Clips the gradients of `params` to a global norm of `grad_clip` (0: not at all), steps at
+        learning rate `lr`, and drops the gradients -> the norm before clipping, a 0-d tensor, the
+        same on all ranks. Nothing waits for the device."""
+        optim.set_lr(optimizer, lr)
+        norm = optim.clip_(params, grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.sync()
+        return norm
+
+    @contextlib.contextmanager
+    def evaluating(self, net):
+        """Within: evaluation mode and no gradients. After: training mode. FSDP leaves the root unit
+        (embedding, head) gathered until a backward, and named_parameters() would return the
+        gathered copies, so this reshards it."""
+        net.eval()
+        with torch.no_grad():
+            yield
+            self.sync()
+        if hasattr(net, "reshard"):
+            net.reshard()
+        net.train()
+
+    def init_moments(self, optimizer):
+        """On XLA, creates and shards the optimizer's state. Elsewhere the first step creates it."""
+
     def all_sum(self, x):
-        """Sum of a tensor, or of a number, over all ranks (of which a tensor group is one)."""
+        """Sum of a tensor, or of a number, over all ranks."""
         if self.world == 1:
             return x
         t = x.clone() if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
@@ -485,138 +264,80 @@ class Runtime:
         return t if torch.is_tensor(x) else t.item()
 
     def sync(self):
-        """After each backward and step: XLA runs what was recorded so far. On a CPU the kernel gets back, twice a minute, what
-        lies free between blocks: rows whose lengths change leave gaps there, and memory would grow by 1% a step."""
-        if self.kind == "xla":
-            state = self.xm.get_rng_state()
-            self.xla.sync()
-            if not torch.is_grad_enabled():  # each sync moves XLA's generator: but an evaluation, which a resume repeats, must not
-                self.xm.set_rng_state(state)
-        elif self._libc and time.monotonic() - self._trimmed > TRIM:
+        """Ends a forward, backward or step. XLA runs its graph here. On CPU, free heap pages return
+        to the OS every 30 s: rows of varying length fragment the heap, and memory would grow about
+        1% a step."""
+        if self._libc and time.monotonic() - self._trimmed > TRIM:
             self._libc.malloc_trim(0)
             self._trimmed = time.monotonic()
 
     def wait(self):
-        """Until the device has done everything: for timing."""
-        if self.kind == "xla":
-            self.xla.sync(wait=True)
-        elif self.kind != "cpu":
-            torch.accelerator.synchronize()
+        """Waits until the device has done everything: for timing."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def once(self, f, *args):
-        """f(*args); on a pod slice that of its first host for all: for what the state of the run does not decide, such as which
-        files there are or what a user's function says. Hosts that go different ways wait for each other for ever."""
-        if self.kind != "xla" or self.processes == 1:
-            return f(*args)
-        box = [None, None]
-        if self.is_main:
-            try:
-                box[0] = f(*args)
-            except UserError as e:  # ends all of them
-                box[1] = e
-        dist.broadcast_object_list(box)
-        if box[1]:
-            raise box[1]
-        return box[0]
+        """f(*args). On a TPU slice host 0 calls it for all: for what could differ between hosts."""
+        return f(*args)
 
     def barrier(self):
         if self.processes > 1:
             dist.barrier()
 
-    def prime(self, optimizer):
-        """On XLA: creates Adam's moments before step 1, so that step 1 and step 2 are one graph, sharded like their parameters."""
-        if self.kind != "xla":
-            return
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if not optimizer.state[p]:
-                    moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-                    optimizer.state[p] = dict(step=torch.tensor(0.0), **moments)
-                if id(p) in self.specs:
-                    for t in (
-                        p,
-                        optimizer.state[p]["exp_avg"],
-                        optimizer.state[p]["exp_avg_sq"],
-                    ):  # what a state was loaded into
-                        self.xs.mark_sharding(t, self.mesh, self.specs[id(p)])
-        self.sync()
-
     def compiles(self):
-        """On XLA {"graphs": how many were compiled so far}, for the log: it must stop growing. Elsewhere {}."""
-        if self.kind != "xla":
-            return {}
-        from torch_xla.debug.metrics import metric_data
+        """On XLA {"graphs": how many were compiled so far}, for the log. Elsewhere {}."""
+        return {}
 
-        return {"graphs": (metric_data("CompileTime") or (0,))[0]}
-
-    # ------------------------------------------------------------------------------------------ state
+    # ---------------------------------------------------------------------------------------- state
 
     def seed(self, seed):
-        """Ranks share the seed: what differs between them (their rows) never comes from the global generators."""
+        """Seeds the global generators, alike on all ranks: the order of rows has its own."""
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
-        if self.kind == "xla":
-            self.xla.manual_seed(seed)
 
     def rng_state(self):
-        """The generators' states as tensors, a row for each process: dropout leaves them different. A collective."""
-        state = dict(cpu=torch.get_rng_state())
-        if self.kind == "xla":
-            state["xla"] = torch.tensor(
-                divmod(self.xm.get_rng_state(), 2**32)
-            )  # it has 64 bits and no sign
-        elif self.kind != "cpu":
-            state[self.kind] = torch.get_device_module(self.device).get_rng_state(self.device)
-        if self.processes == 1:
-            return {name: t[None] for name, t in state.items()}
-        rows = {
-            name: [torch.empty_like(t) for _ in range(self.processes)] for name, t in state.items()
-        }
-        for name, t in state.items():
-            dist.all_gather(rows[name], t)
-        return {name: torch.stack(ts) for name, ts in rows.items()}
+        """The states of the generators, {name: (processes, bytes)}: dropout leaves them different.
+        A collective."""
+        states = {"cpu": torch.get_rng_state()} | self._device_rng_state()
+        return {name: stack_processes(t, self.processes) for name, t in states.items()}
 
     def set_rng_state(self, state):
-        """To what rng_state gave. Another number of processes than then draws other numbers anyway, and takes the first one's; the
-        generator of another kind of device is left out."""
+        """Restores what rng_state() returned. If the number of processes changed, every rank takes
+        the state of process 0. States of other device types are ignored."""
         state = {
-            name: t[self.process if len(t) == self.processes else 0].clone()
-            for name, t in state.items()
+            name: rows[self.process if len(rows) == self.processes else 0].clone()
+            for name, rows in state.items()
         }
         torch.set_rng_state(state["cpu"])
-        if self.kind == "cpu" or self.kind not in state:
-            return
-        if self.kind == "xla":
-            high, low = state["xla"].tolist()
-            self.xm.set_rng_state(high * 2**32 + low)
-        else:
-            torch.get_device_module(self.device).set_rng_state(state[self.kind], self.device)
+        self._set_device_rng_state(state)
 
-    def host(self, t):
+    def _device_rng_state(self):
+        if self.device.type == "cuda":
+            return {"cuda": torch.cuda.get_rng_state(self.device)}
+        return {}
+
+    def _set_device_rng_state(self, state):
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+    def to_cpu(self, t):
         """The tensor on the CPU, without a gradient."""
-        t = t.detach()
-        if self.mesh is not None and t.device.type == "xla" and t.is_floating_point() and t.dim():
-            t = (
-                t * 1
-            )  # gathered in a graph of its shape: by itself XLA compiles the gathering anew each time
-            self.xs.mark_sharding(t, self.mesh, (None,) * t.dim())
-        return t.cpu()
+        return t.detach().cpu()
 
-    def full(self, tensors):
-        """{name: tensor} -> the same on the CPU, whole, for the main process. A collective under FSDP and SPMD: every process calls
-        it, with the same names."""
-        out = {}
+    def gather(self, tensors):
+        """{name: tensor} -> the same on the CPU, unsharded, on the main process; {} on others. A
+        collective: every process calls it with the same names."""
+        gathered = {}
         for name, t in tensors.items():
-            t = t.full_tensor() if hasattr(t, "full_tensor") else t
-            if self.is_main or self.mesh is not None:
-                t = self.host(t).contiguous()
+            if hasattr(t, "full_tensor"):
+                t = t.full_tensor()
             if self.is_main:
-                out[name] = t
-        return out
+                gathered[name] = self.to_cpu(t).contiguous()
+        return gathered
 
     def saving_group(self):
-        """All processes as a group of their own for what saves and loads: it may be at work while the training goes on."""
+        """All processes, as a gloo group for saves that go on while the training does."""
         if self.processes > 1 and self._saving_group is None:
             self._saving_group = dist.new_group(backend="gloo")
         return self._saving_group
@@ -628,34 +349,31 @@ class Runtime:
 
     def peak_memory(self):
         """Peak bytes: of the device on CUDA, of the process elsewhere."""
-        if self.kind == "cuda":
+        if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-    # ------------------------------------------------------------------------------------------ stop
+    # ----------------------------------------------------------------------------------------- stop
 
     def catch_signals(self):
-        """SIGTERM and Ctrl-C ask the loop to stop after its step (`should_stop`); the second one ends the process at once."""
+        """SIGTERM and Ctrl-C ask the loop to stop after its step (`should_stop`); the second one
+        ends the process at once."""
 
         def handler(number, frame):
             self._stop = True
-            signal.signal(
-                number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
-            )
+            default = signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
+            signal.signal(number, default)
             if self.is_main:
-                print(
-                    f"\n{signal.Signals(number).name}: finishing this step, then saving (again: stop at once)",
-                    flush=True,
-                )
+                name = signal.Signals(number).name
+                text = f"{name}: finishing this step, then saving (again: stop at once)"
+                print(f"\n{text}", flush=True)
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, handler)
         if self.processes > 1 and self._stop_group is None:
-            self._stop_group = dist.new_group(
-                backend="gloo"
-            )  # a flag on the CPU: asking costs no device sync
+            # for a flag on the CPU: asking costs no device sync
+            self._stop_group = dist.new_group(backend="gloo")
 
     def should_stop(self):
         """True on every rank as soon as one was asked to stop."""
@@ -671,32 +389,141 @@ class Runtime:
             dist.destroy_process_group()
 
 
-def _enter(mesh, place, module, inputs):
-    from torch.distributed.tensor import DTensor
+def choose_device(device):
+    """auto, cpu or cuda -> cpu or cuda."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device={device}: use auto, cpu, cuda or xla")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device=cuda: this torch ({torch.__version__}) finds no such device")
+    return device
 
-    return tuple(DTensor.from_local(x, mesh, [place], run_check=False) for x in inputs)
+
+def join(device):
+    """Joins the processes that torchrun started -> (process, processes, process of this node,
+    processes of this node)."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if "RANK" not in os.environ:
+        return 0, 1, 0, 1
+    if not set(names) <= os.environ.keys():
+        raise UserError(
+            "RANK is set, but not all of WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE: "
+            "start it with torchrun"
+        )
+    ranks = tuple(int(os.environ[name]) for name in names)
+    if device == "cuda" and ranks[3] > (count := torch.cuda.device_count()):
+        raise UserError(
+            f"{ranks[3]} processes on this node share {count} devices: lower --nproc_per_node"
+        )
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    sys.excepthook = end_at_once
+    return ranks
 
 
-def _leave(place, module, inputs, output):
-    return output.redistribute(placements=[place]).to_local()
+def compile_layers(model):
+    """torch.compile of each layer, except for attention by document, where each list of lengths
+    would compile a new graph."""
+    eager = torch.compiler.disable(by_document)
+    for layer in model.layers:
+        layer.self_attn.by_document = eager
+        layer.compile()
 
 
-def tensor_dim(name):
-    """The dimension along which the devices of a tensor group cut the parameter of this name; None: each has it whole."""
-    words = name.split(".")
-    layer, kind = (
-        words[-3:-1] if words[-2].startswith("lora_") else words[-2:]
-    )  # an adapter's name comes last
-    if layer in COLUMN:
-        return None if kind == "lora_A" else 0
-    if layer in ROW:
-        return 1 if kind in ("weight", "lora_A") else None
-    return 0 if layer in VOCABULARY else None
+def parameter_dtype(module, p, dtype):
+    """fp32 for trained parameters, adapters and score heads; `dtype`, that of the matrix work, for
+    the rest."""
+    exact = p.requires_grad or isinstance(module, (ScoreHead, nn.ParameterDict))
+    return torch.float32 if exact else dtype
+
+
+def cast_parameters(submodule, dtype):
+    """Casts a submodule's parameters to their training dtype.
+
+    Called for one layer at a time, right before it is sharded. Until then parameters are views of
+    the memory-mapped checkpoint, which the processes of a node share, so no process ever holds the
+    whole model."""
+    for module in submodule.modules():
+        for p in module._parameters.values():
+            if p is not None and p.dtype != (wanted := parameter_dtype(module, p, dtype)):
+                p.data = p.data.to(wanted)
+
+
+def shard_layers(model, grid, parallel, dtype, reduce_dtype, offload):
+    """FSDP2, one unit for each layer and a root unit for the rest. A layer moves to the device when
+    it is sharded.
+
+    Weights are gathered in `dtype`, gradients are reduced in `reduce_dtype`. fsdp gathers a layer
+    when it is needed. zero2 keeps what the forward gathered for the backward. hsdp is fsdp within a
+    node and replicates over nodes; ddp with tensor= only replicates. With offload, a device's
+    shards of weights, gradients and moments stay in CPU memory, where the optimizer steps."""
+    # imported here: it takes a second that other runs need not wait
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
+
+    mesh = grid["replicate", "shard"] if parallel in ("hsdp", "ddp") else grid["shard"]
+    policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
+    common = dict(mesh=mesh, reshard_after_forward=parallel != "zero2", offload_policy=policy)
+    mixed = MixedPrecisionPolicy(dtype, reduce_dtype)
+    for layer in model.layers:
+        cast_parameters(layer, dtype)
+        fully_shard(layer, mp_policy=mixed, **common)
+    cast_parameters(model, dtype)
+    for module in model.modules():
+        if isinstance(module, ScoreHead):  # gathered in fp32
+            fully_shard(module, **common)
+    common["reshard_after_forward"] = False  # losses use the head's weight after the forward
+    fully_shard(model, mp_policy=mixed, **common)
+
+
+def stack_processes(t, processes):
+    """The t of all processes, (processes, ...)."""
+    rows = [t]
+    if processes > 1:
+        rows = [torch.empty_like(t) for _ in range(processes)]
+        dist.all_gather(rows, t)
+    return torch.stack(rows)
+
+
+class DDP(DistributedDataParallel):
+    """DistributedDataParallel with the attributes of its module, so that a stage needs the net
+    alone: net.cfg, net.head_weight."""
+
+    def __init__(self, model, params, device, reduce_dtype):
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        mine = {id(p) for p in (trainable if params is None else params.values())}
+        for p in trainable:  # it averages the gradients of what requires one now
+            p.requires_grad = id(p) in mine
+        ids = [device] if device.type == "cuda" else None
+        super().__init__(model, device_ids=ids, gradient_as_bucket_view=True)
+        if reduce_dtype == torch.bfloat16:
+            self.register_comm_hook(None, _mean_in_bf16)
+        for p in trainable:
+            p.requires_grad = True
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+def _mean_in_bf16(_, bucket):
+    """DDP's mean of a bucket of gradients, sent as bf16. torch's own hook of this kind is for nccl
+    alone."""
+    small = (bucket.buffer() / dist.get_world_size()).bfloat16()
+    sent = dist.all_reduce(small, async_op=True).get_future()
+    return sent.then(lambda done: bucket.buffer().copy_(done.value()[0]))
 
 
 def end_at_once(kind, error, trace):
-    """What an exception does to a rank, so that torchrun's report names the one that failed first, and why: the process ends
-    without the goodbyes that take a second, and one that has only lost another waits until that one's end has been noticed."""
+    """The excepthook of a rank: records the error for torchrun and exits at once, so that torchrun
+    reports the rank that failed first. A rank that merely lost its peer waits 3 s, until the peer
+    is seen to have failed."""
     sys.__excepthook__(kind, error, trace)
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         time.sleep(3)
@@ -709,47 +536,27 @@ def end_at_once(kind, error, trace):
     os._exit(1)
 
 
-def accelerator():
-    """The type of the device that torch finds beside the CPU, or None."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return found.type if found else None
-
-
 def _tune_cpu():
-    """glibc gives every large tensor back to the kernel and faults it in again; keeping it is 1.1-1.3x faster (`sync` trims it).
-    Denormals off: logsumexp of wide logits and Adam moments of unseen tokens run up to 13x slower with them. -> glibc or None."""
+    """Makes glibc keep freed memory, which is 1.1-1.3x faster: it would return each large tensor to
+    the OS, and fault it in again. `Runtime.sync` trims what it keeps. Flushes denormals, with which
+    logsumexp of wide logits and Adam moments of unseen tokens run up to 13x slower. Returns glibc,
+    or None elsewhere."""
     torch.set_flush_denormal(True)
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
-            for option, value in (
-                (-4, 0),
-                (-1, -1),
-                (-2, 256 << 20),
-            ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-                libc.mallopt(option, value)
+            libc.mallopt(-4, 0)  # M_MMAP_MAX
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+            libc.mallopt(-2, 256 << 20)  # M_TOP_PAD
             return libc
-
-
-def start(cfg):
-    """The process's Runtime, from the keys device=, parallel=, tensor=, offload=, dtype=, reduce_dtype= and seed=."""
-    return Runtime(
-        cfg.device, cfg.parallel, cfg.dtype, cfg.seed, cfg.offload, cfg.tensor, cfg.reduce_dtype
-    )
-
-
-def _mean_in_bf16(_, bucket):
-    """DDP's mean of a bucket of gradients, sent as bf16. torch's own hook of this kind is for nccl alone."""
-    small = (bucket.buffer() / dist.get_world_size()).bfloat16()
-    sent = dist.all_reduce(small, async_op=True).get_future()
-    return sent.then(lambda done: bucket.buffer().copy_(done.value()[0]))
 
 
 class Clock:
     """Wall time by phase: with clock("rollout"): ...; .seconds holds the sums."""
 
     def __init__(self, rt):
-        self.rt, self.seconds = rt, {}
+        self.rt = rt
+        self.seconds = {}
 
     @contextlib.contextmanager
     def __call__(self, phase):

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from nano.config import UserError
 from nano.files import read_json, recover_dir, replace_dir, write_text
-from nano.weights import damaged, read_tensors, write_tensors
+from nano.weights import damaged, write_tensors
 
 
 def save_state(dir, tensors, meta):
@@ -31,14 +31,6 @@ def save_state(dir, tensors, meta):
         shutil.rmtree(tmp, ignore_errors=True)
         raise
     replace_dir(tmp, dir)
-
-
-def load_state(dir):
-    """(tensors, meta) as save_state got them, the tensors memory-mapped; None where there is no state."""
-    recover_dir(dir)
-    if not Path(dir).is_dir():
-        return None
-    return dict(read_tensors(dir, name="state")), read_json(Path(dir) / "state.json")
 
 
 def flatten_optimizer(optimizer, prefix="optimizer."):
@@ -124,7 +116,7 @@ def save_training(dir, rt, stage, trained, optimizers, extra=None, **meta):
         rt.finish_saving()
         rt.saving = save_shards(dir, tensors, saved, rt.saving_group())
     else:
-        tensors = rt.full(tensors)
+        tensors = rt.gather(tensors)
         if rt.is_main:
             save_state(dir, tensors, saved)
 
@@ -221,7 +213,7 @@ def load_training(dir, rt, stage, trained, optimizers):
             p.copy_(tensors[name])
     for name, optimizer in optimizers.items():
         restore_optimizer(optimizer, tensors, saved["optimizers"][name], f"{name}.")
-        rt.prime(optimizer)
+        rt.init_moments(optimizer)
     rt.set_rng_state(
         {name.removeprefix("rng."): t for name, t in tensors.items() if name.startswith("rng.")}
     )

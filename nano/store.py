@@ -3,10 +3,10 @@
 A folder holds meta.json and, for each split NAME (`train`, `val`),
 
     NAME.tokens.bin   uint16 (vocabulary below 65,536) or uint32: all rows, one after another
-    NAME.mask.bin     uint8: 1 where the token is a target; absent for plain text, where every token is
+    NAME.mask.bin     uint8: 1 where the token is a target. Plain text has none: every token is one
     NAME.rows.bin     int64: N+1 offsets of the rows into the tokens
-    NAME.groups.bin   int64: G+1 offsets of the groups into the rows; preference data only. A group is
-                      one prompt's completions, best first
+    NAME.groups.bin   int64: G+1 offsets of the groups into the rows. Preference data only: a group
+                      is one prompt's completions, best first
 
 Tokens and masks stay on disk. Only the offsets are read into memory.
 """
@@ -69,7 +69,8 @@ class Writer:
 
     Rows stream into `<dir>.tmp-<pid>`. When the block ends without an exception, that folder takes
     the place of `dir`; otherwise it is removed. `meta` is a dict that may grow until the end. It is
-    kept in meta.json: template, source, counts, and `tokenizer`, the fingerprint that Store compares.
+    kept in meta.json: template, source, counts, and as `tokenizer` the fingerprint that Store
+    compares.
     """
 
     def __init__(self, dir, vocab_size, meta=None):
@@ -141,7 +142,7 @@ class Writer:
         s.target_tokens += len(tokens) if mask is None else int(mask.sum())
 
     def end_group(self, split):
-        """Makes one group of the rows added since the last call: a prompt's completions, best first."""
+        """Makes one group of the rows added since the last call: completions, best first."""
         s = self.splits[split]
         if "groups" not in s.files:
             s.files["groups"] = open(self.tmp / f"{split}.groups.bin", "wb")
@@ -187,8 +188,8 @@ def write_store(dir, splits, meta):
 
 
 def parse_share(text, n):
-    """How many of `n` rows `text` asks for: "all", a number such as "100", or a share such as "5%" or
-    "0.05", of which the whole part is taken. UserError for anything else, or more than `n`."""
+    """How many of `n` rows `text` asks for: "all", a number such as "100", or a share such as "5%"
+    or "0.05", of which the whole part is taken. UserError for anything else, or more than `n`."""
     text = str(text).strip()
     if text == "all":
         return n
@@ -241,10 +242,10 @@ def read_meta(dir):
 class Store:
     """One split of a prepared data folder, memory-mapped: len(), row(i).
 
-    .tokens (all tokens,), .mask (all tokens,) or None, .offsets (N+1,), .lengths (N,), .groups (G+1,)
-    or None, .meta the dict of meta.json. `tokenizer` is the one whose `.fingerprint` must fit.
-    UserError where a file is missing, has another size than meta.json says, or was made with another
-    tokenizer.
+    .tokens and .mask (all tokens,), .offsets (N+1,), .lengths (N,), .groups (G+1,), .meta the dict
+    of meta.json; mask and groups may be None. `tokenizer` is the one whose `.fingerprint` must fit.
+    UserError where a file is missing, has another size than meta.json says, or was made with
+    another tokenizer.
     """
 
     def __init__(self, dir, split="train", tokenizer=None):
@@ -257,7 +258,8 @@ class Store:
         if tokenizer is not None and prepared_with != tokenizer.fingerprint:
             raise UserError(
                 f"{dir} was prepared with another tokenizer than the model's "
-                f"(sha256 {str(prepared_with)[:12]}, the model's has {tokenizer.fingerprint[:12]}): "
+                f"(sha256 {str(prepared_with)[:12]}, "
+                f"the model's has {tokenizer.fingerprint[:12]}): "
                 "prepare it again with model= of this model"
             )
         counts = self.meta["splits"][split]
@@ -303,7 +305,7 @@ class Store:
         return tokens, np.ones(len(tokens), np.uint8) if self.mask is None else self.mask[span]
 
 
-# ------------------------------------------------------------------------------------------ several folders
+# ------------------------------------------------------------------------------------------ mixing
 
 
 class Mix:

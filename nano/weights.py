@@ -14,8 +14,10 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,10 +28,11 @@ import lora
 from model import ScoreHead, Transformer
 from nano import tokenizer
 from nano.config import UserError
-from nano.families import config_json, load_config
+from nano.families import FAMILIES, config_json, load_config, places
 from nano.files import read_json, sync, write_bytes, write_text
 
 STRETCH = 1 << 24  # bytes of a tensor that are converted at a time
+EMBEDDING = "model.embed_tokens.weight"  # its dtype is the model's
 
 
 @contextlib.contextmanager
@@ -186,53 +189,62 @@ class NoInit(torch.overrides.TorchFunctionMode):
 def load_model(dir, device="cpu", dtype=None, head=None):
     """A model directory -> Transformer, on `device`, in `dtype` (None: the one its embedding is stored in).
 
-    On the CPU and in the stored dtype the parameters are the file itself, memory-mapped; otherwise they are converted
-    in stretches, so no more than the weights is ever in memory. head="score" on a language model drops its output
-    matrix and starts a fresh score head (from torch's generator); a score head is always fp32. UserError names tensors
-    that are missing, unexpected or of another shape."""
+    On the CPU and in the stored dtype the parameters are the file itself, memory-mapped, unless the family lays a tensor
+    out in another way; otherwise they are converted in stretches, so no more than the weights is ever in memory.
+    head="score" on a language model drops its output matrix and starts a fresh score head (from torch's generator); a
+    score head is always fp32. UserError names tensors that are missing, unexpected or of another shape."""
     cfg = load_config(dir)
     fresh = head == "score" and cfg.head == "lm"
     if head == "lm" and cfg.head == "score":
         raise UserError(f"{dir} is a score model: it has no language-model head")
     cfg = dataclasses.replace(cfg, head=head or cfg.head)
-    with torch.device("meta"), NoInit():
-        model = Transformer(cfg)
+    try:
+        with torch.device("meta"), NoInit():
+            model = Transformer(cfg)
+    except ValueError as e:
+        raise UserError(f"{dir}: {e}") from None
+    family = FAMILIES[cfg.family]
     tensors = read_tensors(dir)
-    names = {
-        name for name in tensors if not name.endswith("rotary_emb.inv_freq")
-    }  # a constant that old files hold
-    wanted = {name: p.shape for name, p in model.named_parameters()}
+    names = {name for name in tensors if not re.search(family.ignored, name)}
+    bare = not any(name.startswith(family.prefix) for name in names)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    embedding = next(iter(places(cfg, [EMBEDDING], bare)))
     if fresh:
         names.discard("lm_head.weight")
-        del wanted["score.weight"]
-    elif cfg.tie_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= names:
+        del shapes["score.weight"]
+    elif cfg.tie_embeddings and {"lm_head.weight", embedding} <= names:
         names.remove("lm_head.weight")
-        head, embedding = (
-            tensors[name].shape for name in ("lm_head.weight", "model.embed_tokens.weight")
-        )
-        pairs = zip(
-            tensors.stretches("lm_head.weight"),
-            tensors.stretches("model.embed_tokens.weight"),
-            strict=True,
-        )
-        if head != embedding or not all(torch.equal(a, b) for (_, a), (_, b) in pairs):
+        if not equal(tensors, "lm_head.weight", embedding):
             raise UserError(
                 f"{dir}: config.json ties the output matrix to the embedding, but lm_head.weight differs from it; "
                 'set "tie_word_embeddings" to false if lm_head.weight is meant'
             )
+    stored = places(cfg, shapes, bare)
+    wanted = {}  # {name in the file: shape}
+    for name, (parts, layout) in stored.items():
+        hollow = [torch.empty(shapes[part], device="meta") for part in parts]
+        wanted[name] = layout.fuse(hollow, cfg).shape
     check_tensors(dir, wanted, {name: tensors[name] for name in names})
 
-    dtype = dtype or tensors["model.embed_tokens.weight"].dtype
+    dtype = dtype or tensors[embedding].dtype
     weights = {}
-    for name in wanted:
+    for name, (parts, layout) in stored.items():
         kind = torch.float32 if name == "score.weight" else dtype
-        weights[name] = (
-            tensors[name] if tensors[name].dtype == kind else tensors.copy(name, kind)
-        ).to(device)
+        tensor = tensors[name] if tensors[name].dtype == kind else tensors.copy(name, kind)
+        pieces = layout.split(tensor, [shapes[part] for part in parts], cfg)
+        weights |= {part: piece.to(device) for part, piece in zip(parts, pieces, strict=True)}
     if fresh:
         weights["score.weight"] = ScoreHead(cfg.dim).weight.detach().to(device)
     model.load_state_dict(weights, assign=True)
     return model
+
+
+def equal(tensors, a, b):
+    """Whether two matrices of a Tensors are the same, read in stretches."""
+    if tensors[a].shape != tensors[b].shape:
+        return False
+    pairs = zip(tensors.stretches(a), tensors.stretches(b), strict=True)
+    return all(torch.equal(x, y) for (_, x), (_, y) in pairs)
 
 
 def check_tensors(where, wanted, found):
@@ -273,13 +285,18 @@ def save_model(model, dir, dtype=None, like=None, tensors=None, shard_bytes=5e9,
     without it there is no model."""
     dir, cfg = Path(dir), model.cfg
     tensors = dict(model.named_parameters()) if tensors is None else tensors
-    main = dtype or tensors["model.embed_tokens.weight"].dtype
+    main = dtype or tensors[EMBEDDING].dtype
     config = config_json(cfg, like, **{"torch_dtype": str(main).removeprefix("torch.")} | extra)
-    kept = {"score.weight"} if dtype else tensors.keys()
-    casts = (
-        (name, t.detach() if name in kept else t.detach().to(dtype)) for name, t in tensors.items()
+
+    def cast(name):
+        tensor = tensors[name].detach()
+        return tensor if dtype is None or name == "score.weight" else tensor.to(dtype)
+
+    stored = (
+        (name, layout.fuse([cast(part) for part in parts], cfg))
+        for name, (parts, layout) in places(cfg, tensors).items()
     )
-    write_tensors(casts, dir, shard_bytes=shard_bytes)
+    write_tensors(stored, dir, shard_bytes=shard_bytes)
     copy_tokenizer(like, dir)
     if tok and tok.adopted:
         write_template(tok, dir, config)
@@ -502,14 +519,19 @@ def load_scorer(model, dir, name):
     return head
 
 
+def add_adapter(model, *args, **settings):
+    """lora.apply with a user's settings: what it refuses is the user's mistake."""
+    try:
+        lora.apply(model, *args, **settings)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+
+
+# --- a directory of either kind -----------------------------------------------------------------
+
+
 def is_adapter(dir):
     return (Path(dir) / "adapter_config.json").exists()
-
-
-def chat_template(dir):
-    """The chat template, in Jinja, that an adapter directory brings for the tokenizer of its base; None: the base's own serves."""
-    path = Path(dir, "chat_template.jinja")
-    return path.read_text(encoding="utf-8") if is_adapter(dir) and path.exists() else None
 
 
 def base_of(dir, base=None):
@@ -520,38 +542,62 @@ def base_of(dir, base=None):
             raise UserError(f"{dir} is a whole model, not an adapter: leave out base={base}")
         return Path(dir)
     named = base or read_adapter_config(dir).get("base_model_name_or_path") or ""
-    found = next(
-        (p for p in (Path(named), Path(dir) / named) if named and (p / "config.json").exists()),
-        None,
+    for place in (Path(named), Path(dir) / named):
+        if named and (place / "config.json").exists():
+            return place
+    raise UserError(
+        f"{dir}: its base {str(named)!r} is no model directory here: name it with base=, or in adapter_config.json"
     )
-    if found is None:
-        raise UserError(
-            f"{dir}: its base {str(named)!r} is no model directory here: name it with base=, or in adapter_config.json"
-        )
-    return found
 
 
-def open_model(dir, base=None, device="cpu", dtype=None, head=None, as_base=False):
-    """Opens a model directory or an adapter directory -> (model, directory of the model that holds config and tokenizer).
-    `base` takes the place of the base that the adapter names, in memory: no file is changed. as_base: the model is to carry a
-    new adapter, whose directory will name `dir` as its base, so an adapter directory is refused."""
-    if is_adapter(dir) and as_base:
+def load_tokenizer(dir, base=None, template=None):
+    """The Tokenizer of a model or adapter directory. template: a name or Jinja; None: the one that the adapter was trained
+    with, or else the model's own."""
+    path = Path(dir, "chat_template.jinja")
+    if template is None and is_adapter(dir) and path.exists():
+        template = path.read_text(encoding="utf-8")
+    return tokenizer.load(base_of(dir, base), template)
+
+
+@dataclass
+class Opened:
+    model: Transformer
+    tok: tokenizer.Tokenizer
+    base: Path  # the model directory that holds config.json and the tokenizer
+
+
+def open(
+    dir,
+    base=None,
+    device="cpu",
+    dtype=None,
+    head=None,
+    merge=False,
+    as_base=False,
+    template=None,
+):
+    """Opens a model directory or an adapter directory with its tokenizer -> Opened.
+
+    base: takes the place of the base that the adapter names, in memory: no file is changed.
+    dtype, head: as in load_model; an adapter of a score model opens as one.
+    merge: an adapter is added to its base, by default in fp32; a model is its file, memory-mapped.
+    as_base: the model is to carry a new adapter, whose directory will name `dir` as its base; UserError for an adapter.
+    template: as in load_tokenizer."""
+    adapter = is_adapter(dir)
+    if adapter and as_base:
         raise UserError(
             f"{dir} is an adapter; a new one needs a base on disk: merge it, python -m prepare.weights source={dir}"
         )
-    found = base_of(dir, base)
-    if head is None and is_adapter(dir) and read_adapter_config(dir).get("task_type") == "SEQ_CLS":
+    place = base_of(dir, base)
+    if adapter and head is None and read_adapter_config(dir).get("task_type") == "SEQ_CLS":
         head = "score"
-    model = load_model(found, device=device, dtype=dtype, head=head)
-    if is_adapter(dir):
+    if adapter and merge:
+        dtype = dtype or torch.float32
+    model = load_model(place, device, dtype, head)
+    if adapter:
         load_adapter(model, dir)
-    return model, found
-
-
-def open_whole(dir, head=None, as_base=False):
-    """open_model for training: an adapter is merged into its base, in fp32; a model is its file, memory-mapped, until runtime.place
-    gives its parameters their dtypes and devices."""
-    model, found = open_model(
-        dir, dtype=torch.float32 if is_adapter(dir) else None, head=head, as_base=as_base
-    )
-    return lora.merge(model), found
+    if merge:
+        model = lora.merge(model)
+    tok = load_tokenizer(dir, base, template)
+    tok.check_embeddings(model.cfg.vocab_size, place)
+    return Opened(model, tok, place)

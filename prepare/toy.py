@@ -276,15 +276,15 @@ def reviews(rows, prompts, seed=0):
 
 def preferences(model, rows, answers=4, seed=0):
     """Ranked records, best first: sampled answers to `rows` prompts, by gold + N(0, 1)."""
-    from nano import generate, tokenizer
+    from nano import generate
 
     rng = random.Random(seed + 1)
-    model, base = weights.open_model(model)
-    tok = tokenizer.load(base)
+    opened = weights.open(model)
+    tok = opened.tok
     asked = [f"<u> {rng.choice(VERBS)} {rng.choice(NOUNS)} <a>" for _ in range(rows)]
     prompts = [tok.encode(a) for a in asked]
     made = generate.generate(
-        model, prompts, 16, stop_ids=tok.stop_ids, seed=seed, group=answers, batch_size=256
+        opened.model, prompts, 16, stop_ids=tok.stop_ids, seed=seed, group=answers, batch_size=256
     )
     worth = []
     for i, (ids, finished) in enumerate(zip(made.tokens, made.finished, strict=True)):

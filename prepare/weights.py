@@ -28,7 +28,6 @@ from typing import Literal
 import numpy as np
 import torch
 
-import lora
 from model import ModelConfig, rope_frequencies
 from nano import config, families, files, store, tokenizer, weights
 from nano.config import UserError
@@ -498,14 +497,12 @@ def convert_meta(source, out, dtype):
 
 def convert_adapter(source, out, dtype):
     """Base and adapter as one model; the sum is made in fp32 and rounded once."""
-    model, base = weights.open_model(source, dtype=torch.float32)
-    dtype = dtype or weights.read_tensors(base)["model.embed_tokens.weight"].dtype
+    opened = weights.open(source, dtype=torch.float32, merge=True)
+    dtype = dtype or weights.load_model(opened.base).model["embed_tokens"].weight.dtype
     extra = {}
-    if model.cfg.head == "score":
+    if opened.model.cfg.head == "score":
         extra["reward_gain"], extra["reward_bias"] = weights.read_score_scale(source)
-    template = weights.chat_template(source)
-    tok = tokenizer.load(base, template=template) if template else None
-    weights.save_model(lora.merge(model), out, dtype=dtype, like=base, tok=tok, **extra)
+    weights.save_model(opened.model, out, dtype, like=opened.base, tok=opened.tok, **extra)
 
 
 def convert_hf(source, out, dtype):

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 import dpo
 import lora
-from nano import config, runtime, state, tokenizer, weights
+from nano import config, runtime, tokenizer, weights
 from nano.batches import Groups
 from nano.config import UserError
 from nano.store import mix, write_store
@@ -303,7 +303,7 @@ def test_the_reference_is_the_start_and_with_lora_the_bare_base(run, folder):
         out = run(*settings, out=f"out{len(settings)}")
         values = np.fromfile(next(out.glob("reference.train.*.bin")), np.float32)
         np.testing.assert_allclose(values, by_hand, atol=1e-4)
-    model, _ = weights.open_model(out / "last")
+    model = weights.open(out / "last").model
     ids = torch.arange(97, 117)[None]
     with torch.no_grad():
         assert not torch.equal(model.hidden(ids), base.hidden(ids))
@@ -351,9 +351,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, run, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(runtime.Runtime, "should_stop", lambda self: next(asked) >= 4)
         parts = run(*settings, out="parts")
-    assert state.load_state(parts / "state")[1]["meta"]["step"] == 4
+    assert tiny.state(parts / "state")[1]["meta"]["step"] == 4
     run(*settings, out="parts")
-    a, b = (state.load_state(out / "state") for out in (whole, parts))
+    a, b = (tiny.state(out / "state") for out in (whole, parts))
     assert (
         a[1] == b[1]
         and a[0].keys() == b[0].keys()

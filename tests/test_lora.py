@@ -1,13 +1,15 @@
 import hashlib
+import importlib
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 
 import lora
-from nano import files, weights
+from nano import files, generate, tokenizer, weights
 from nano.config import UserError
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -28,7 +30,7 @@ def shake(model, name="default", seed=1):
     """Random numbers into the adapter, as if it had been trained."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in lora.parameters(model, name):
+        for p in tiny.adapter_parameters(model, name):
             p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
     return model
 
@@ -93,7 +95,7 @@ def test_targets_and_parameter_count(targets):
     )
     shapes["down_proj"] = (32, 48)
     count = sum(2 * 3 * sum(shapes[s.rpartition(".")[2]]) for s in suffixes)
-    assert sum(p.numel() for p in lora.parameters(model)) == count
+    assert sum(p.numel() for p in tiny.adapter_parameters(model)) == count
     assert sum(p.numel() for p in model.parameters()) == total + count
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * len(names) and all(".lora_" in n for n in trained)
@@ -103,13 +105,15 @@ def test_targets_and_parameter_count(targets):
     "targets", [["w_proj"], ["lm_head"], ["q_proj", "roj"], ["embed_tokens"], []]
 )
 def test_unknown_targets(targets):
-    with pytest.raises(UserError, match="lora_targets"):
+    with pytest.raises(ValueError, match="lora_targets"):
         lora.apply(tiny.model(), rank=4, alpha=8, targets=targets)
+    with pytest.raises(UserError, match="lora_targets"):
+        weights.add_adapter(tiny.model(), rank=4, alpha=8, targets=targets)
 
 
 @pytest.mark.parametrize("rank", [0, -1])
 def test_a_rank_below_one(rank):
-    with pytest.raises(UserError, match="lora_rank"):
+    with pytest.raises(ValueError, match="lora_rank"):
         lora.apply(tiny.model(), rank=rank, alpha=8)
 
 
@@ -133,50 +137,6 @@ def test_merging_a_bare_model_or_a_switched_off_adapter_gives_the_base():
     assert torch.equal(logits(lora.merge(model)), before)
 
 
-def test_within_merged_the_adapter_is_folded_in_and_after_it_the_same_tensors_are_back():
-    model = tiny.model()
-    base = logits(model)
-    lora.apply(model, rank=4, alpha=8)
-    before = logits(shake(model))
-    weights = [(m.weight, m.weight.data_ptr(), m.weight.clone()) for _, m in lora.adapted(model)]
-    with lora.merged(model) as same:
-        assert same is model and all(m.active is None for _, m in lora.adapted(model))
-        assert (logits(model) - before).abs().max() <= 1e-5
-        assert (
-            model.head_weight.requires_grad is False and torch.is_grad_enabled()
-        )  # no_grad ends at the yield
-    for (_, m), (weight, place, value) in zip(lora.adapted(model), weights, strict=True):
-        assert (
-            m.weight is weight
-            and weight.data_ptr() == place
-            and torch.equal(weight, value)
-            and m.active == "default"
-        )
-    assert torch.equal(logits(model), before)
-    lora.use(model, None)
-    assert torch.equal(logits(model), base)
-
-
-def test_merged_restores_after_an_error(monkeypatch):
-    model = tiny.model()
-    lora.apply(model, rank=4, alpha=8)
-    before = logits(shake(model))
-    with pytest.raises(RuntimeError, match="inside"), lora.merged(model):
-        raise RuntimeError("inside")
-    assert torch.equal(logits(model), before)
-    delta, layers = lora.LoRALinear.delta, [m for _, m in lora.adapted(model)]
-
-    def fails(self):  # as if memory ran out in the middle of the model
-        if self is layers[5]:
-            raise MemoryError
-        return delta(self)
-
-    monkeypatch.setattr(lora.LoRALinear, "delta", fails)
-    with pytest.raises(MemoryError), lora.merged(model):
-        pass
-    assert torch.equal(logits(model), before)
-
-
 def test_named_adapters_share_one_base():
     model = tiny.model()
     base = logits(model)
@@ -192,9 +152,9 @@ def test_named_adapters_share_one_base():
     )
 
     lora.use(model, "policy")  # training one leaves the other and the base alone
-    optimizer = torch.optim.AdamW(lora.parameters(model, "policy"), lr=1e-2)
+    optimizer = torch.optim.AdamW(tiny.adapter_parameters(model, "policy"), lr=1e-2)
     model.logits(model.hidden(TOKENS)).square().mean().backward()
-    assert all(p.grad is None for p in lora.parameters(model, "value"))
+    assert all(p.grad is None for p in tiny.adapter_parameters(model, "value"))
     assert all(p.grad is None for n, p in model.named_parameters() if "lora_" not in n)
     optimizer.step()
     assert not torch.equal(logits(model), policy)
@@ -222,10 +182,10 @@ def test_dropout_acts_in_training_only():
 def test_a_bf16_base_carries_fp32_adapters():
     model = tiny.model().bfloat16()
     lora.apply(model, rank=4, alpha=8)
-    assert all(p.dtype == torch.float32 for p in lora.parameters(model))
+    assert all(p.dtype == torch.float32 for p in tiny.adapter_parameters(model))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model.logits(model.hidden(TOKENS)).float().square().mean().backward()
-    assert all(p.grad.dtype == torch.float32 for p in lora.parameters(model))
+    assert all(p.grad.dtype == torch.float32 for p in tiny.adapter_parameters(model))
 
 
 # ---------------------------------------------------------------------------------------------- PEFT directories
@@ -262,7 +222,8 @@ def test_peft_reads_what_is_written_here(base, tmp_path, settings, recwarn):
     ours = adapter(tmp_path / "adapter", base, **settings)
     assert (ours - in_peft(base, tmp_path / "adapter")).abs().max() <= 1e-5
     assert not [w for w in recwarn if "missing" in str(w.message) and "adapter" in str(w.message)]
-    model, found = weights.open_model(tmp_path / "adapter")
+    opened = weights.open(tmp_path / "adapter")
+    model, found = opened.model, opened.base
     assert found == base and torch.equal(logits(model.train()), ours)  # loaded without dropout
     assert set(digest(tmp_path / "adapter")) == {"adapter_config.json", "adapter_model.safetensors"}
 
@@ -285,7 +246,7 @@ def test_what_peft_writes_is_read_here(base, tmp_path, settings):
                 p.normal_(std=0.1)
         theirs = model(TOKENS).logits
     model.save_pretrained(tmp_path / "adapter")
-    ours, _ = weights.open_model(tmp_path / "adapter", base=base)
+    ours = weights.open(tmp_path / "adapter", base=base).model
     assert (logits(ours) - theirs).abs().max() <= 1e-5
     assert (logits(lora.merge(ours)) - theirs).abs().max() <= 1e-5
 
@@ -303,7 +264,7 @@ def test_a_score_adapter_there_and_back(base, tmp_path):
     assert (
         ours - in_peft(base, tmp_path / "ours", "AutoModelForSequenceClassification")
     ).abs().max() <= 1e-5
-    again, _ = weights.open_model(tmp_path / "ours")
+    again = weights.open(tmp_path / "ours").model
     with torch.no_grad():
         assert again.cfg.head == "score" and torch.equal(again.score(again.hidden(TOKENS)), ours)
 
@@ -321,7 +282,7 @@ def test_a_score_adapter_there_and_back(base, tmp_path):
             theirs.base_model.model.model(TOKENS).last_hidden_state
         ).squeeze(-1)
     theirs.save_pretrained(tmp_path / "theirs")
-    model, _ = weights.open_model(tmp_path / "theirs", base=base)
+    model = weights.open(tmp_path / "theirs", base=base).model
     with torch.no_grad():
         assert (model.score(model.hidden(TOKENS)) - scores).abs().max() <= 1e-5
     with pytest.raises(UserError, match="score"):
@@ -332,7 +293,8 @@ def test_a_merged_model_opens_in_transformers(base, tmp_path):
     import transformers
 
     ours = adapter(tmp_path / "adapter", base)
-    model, found = weights.open_model(tmp_path / "adapter")
+    opened = weights.open(tmp_path / "adapter")
+    model, found = opened.model, opened.base
     weights.save_model(lora.merge(model), tmp_path / "merged", like=found)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", dtype=torch.float32
@@ -346,9 +308,10 @@ def test_another_base_by_key_changes_no_file(base, tmp_path):
     other = tiny.model_dir(tmp_path / "other", seed=7)
     adapter(tmp_path / "adapter", base)
     before = [digest(d) for d in (base, other, tmp_path / "adapter")]
-    model, found = weights.open_model(tmp_path / "adapter", base=other)
+    opened = weights.open(tmp_path / "adapter", base=other)
+    model, found = opened.model, opened.base
     assert found == other and not torch.equal(
-        logits(model), logits(weights.open_model(tmp_path / "adapter")[0])
+        logits(model), logits(weights.open(tmp_path / "adapter").model)
     )
     lora.use(model, None)
     assert torch.equal(logits(model), logits(weights.load_model(other)))
@@ -359,7 +322,7 @@ def test_a_base_beside_the_adapter_is_found(base, tmp_path):
     ours = adapter(tmp_path / "adapter", base)
     (tmp_path / "adapter" / "base").symlink_to(base)
     change(tmp_path / "adapter", base_model_name_or_path="base")
-    assert torch.equal(logits(weights.open_model(tmp_path / "adapter")[0]), ours)
+    assert torch.equal(logits(weights.open(tmp_path / "adapter").model), ours)
 
 
 def test_a_folder_holds_an_adapter_or_a_model(base, tmp_path):
@@ -373,11 +336,11 @@ def test_a_folder_holds_an_adapter_or_a_model(base, tmp_path):
         "adapter_model.safetensors",
         "score_scale.json",
     }
-    assert torch.equal(logits(weights.open_model(dir)[0]), logits(whole))
+    assert torch.equal(logits(weights.open(dir).model), logits(whole))
     weights.save_model(whole, dir, like=base, shard_bytes=20000)  # several files and their index
     ours = adapter(dir, base)
     assert not (dir / "config.json").exists() and not list(dir.glob("model*"))
-    assert torch.equal(logits(weights.open_model(dir)[0]), ours)
+    assert torch.equal(logits(weights.open(dir).model), ours)
 
 
 def test_adapters_that_do_not_fit(base, tmp_path):
@@ -388,14 +351,14 @@ def test_adapters_that_do_not_fit(base, tmp_path):
 
     def refused(match, *args, **kwargs):
         with pytest.raises(UserError, match=match) as e:
-            weights.open_model(*args, **kwargs)
+            weights.open(*args, **kwargs)
         assert str(dir) in str(e.value) or "lonely" in str(e.value)
 
     refused("another base", dir, base=narrow)
     refused("another base", dir, base=shallow)
     refused("no model directory", dir, base=tmp_path / "nowhere")
     with pytest.raises(UserError, match="whole model"):
-        weights.open_model(base, base=base)
+        weights.open(base, base=base)
 
     good = dict(weights.read_tensors(dir, name="adapter_model"))
     lonely = tmp_path / "lonely"
@@ -433,6 +396,43 @@ def test_adapters_that_do_not_fit(base, tmp_path):
     refused("JSON", dir)
     (dir / "adapter_config.json").unlink()
     refused("config", dir)
+
+
+def test_an_adapter_opens_under_the_template_that_it_was_trained_with(base, tmp_path):
+    model, tok = weights.load_model(base), tokenizer.load(base, template="alpaca")
+    lora.apply(model, rank=4, alpha=8)
+    weights.save_adapter(model, tmp_path / "alpaca", base=base, tok=tok)
+    weights.save_adapter(model, tmp_path / "plain", base=base, tok=tokenizer.load(base))
+    ask = [dict(role="user", content="Why?")]
+    opened = weights.open(tmp_path / "alpaca")
+    assert opened.base == base and opened.tok.render(ask, True) == tok.render(ask, True)
+    assert weights.load_tokenizer(tmp_path / "alpaca").template == "alpaca"
+    assert weights.open(tmp_path / "alpaca", merge=True, template="zephyr").tok.template == "zephyr"
+    assert weights.open(tmp_path / "plain").tok.template == tokenizer.load(base).template
+
+
+@pytest.mark.parametrize("bench", ["exact_match", "bullets"])
+def test_benchmarks_ask_under_the_template_of_the_adapter(bench, base, tmp_path, monkeypatch):
+    model = weights.load_model(base)
+    tok = tokenizer.load(base, template="alpaca")
+    lora.apply(model, rank=4, alpha=8)
+    weights.save_adapter(model, tmp_path / "adapter", base=base, tok=tok)
+    record = dict(instruction="Why?", input="", output="So.")
+    record["messages"] = [dict(role="user", content="Why?")]
+    if bench == "exact_match":
+        del record["messages"]
+    (tmp_path / "test.jsonl").write_text(json.dumps(record) + "\n")
+    seen = []
+
+    def generated(model, prompts, *args, **kwargs):
+        seen.extend(prompts)
+        return SimpleNamespace(tokens=[[] for _ in prompts], finished=[True for _ in prompts])
+
+    monkeypatch.setattr(generate, "generate", generated)
+    module = importlib.import_module(f"bench.{bench}")
+    files = dict(model=str(tmp_path / "adapter"), data=str(tmp_path / "test.jsonl"))
+    module.main(module.Config(**files, device="cpu", dtype="float32"))
+    assert seen == [tok.render([dict(role="user", content="Why?")], True)[0]]
 
 
 def test_the_scale_survives_the_directory(base, tmp_path):

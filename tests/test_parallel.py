@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from conftest import ROOT
 
 from nano import config, files, runtime, store, tokenizer, weights
 from nano.config import UserError
@@ -20,7 +21,7 @@ import os, signal
 import torch
 from nano import files, state, weights
 
-place, start, shares = runtime.Runtime.place, runtime.start, {}
+place, start, shares = runtime.Runtime.distribute, runtime.start, {}
 runtime.Runtime.catch_signals = lambda self: None
 runtime.Runtime.should_stop = lambda self: False
 
@@ -34,7 +35,7 @@ def weigh(self, model, *args):
     held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters())
     shares[argv[0].removeprefix("out=")] = held / sum(p.numel() for p in model.parameters())
 
-runtime.Runtime.place, runtime.start = weigh, start_on_nodes
+runtime.Runtime.distribute, runtime.start = weigh, start_on_nodes
 fault, rank = os.environ.get("FAULT"), int(os.environ["RANK"])
 if fault == "raise" and rank == 1:
     def broken(*args, **kwargs):
@@ -364,20 +365,20 @@ def test_offloaded_shards(folder, two):
 
 
 WATCH = """
-place, hold, whole = runtime.Runtime.place, runtime.Runtime._hold, []
+place, cast, whole = runtime.Runtime.distribute, runtime.cast_parameters, []
 
 def watch_placing(self, model, *args):
     global placed
     placed = model
     place(self, model, *args)
 
-def watch_holding(self, part):
-    hold(self, part)
+def watch_casting(part, dtype):
+    cast(part, dtype)
     full = [p.dtype == torch.float32 and not hasattr(p, "placements") for p in placed.parameters()]
     whole.append(sum(p.numel() for p, f in zip(placed.parameters(), full) if f) / sum(p.numel() for p in placed.parameters()))
 
 import json, os, torch
-runtime.Runtime.place, runtime.Runtime._hold = watch_placing, watch_holding
+runtime.Runtime.distribute, runtime.cast_parameters = watch_placing, watch_casting
 """
 WHOLE = """
 with open(os.environ["WHOLE"] + os.environ["RANK"], "w") as f:
@@ -458,6 +459,45 @@ def test_one_process_goes_on_from_two(folder, two, tmp_path, run):
     alone([job(folder, name, tmp_path / "out")])
     assert_same_curve(tmp_path / "out", folder / "one" / name)
     assert_same_weights(tmp_path / "out" / "last", folder / "one" / name / "last")
+
+
+FLOATS = """
+import torch
+import sft
+import tiny
+from model import Transformer
+from nano.batches import collate
+
+forward, seen = Transformer.forward, {}
+
+def spy(self, batch):
+    seen.update({name: t.dtype for name, t in batch.items() if torch.is_tensor(t)})
+    return forward(self, batch)
+
+Transformer.forward = spy
+rt = runtime.Runtime("cpu", "fsdp", "bfloat16")
+net = rt.wrap(tiny.model(vocab_size=2048).requires_grad_())
+rows = [([1999, 3, 1003, 7, 2047, 5], [0, 0, 0, 1, 1, 1]), ([513, 1025, 2], [0, 1, 1])]
+with torch.no_grad(), rt.autocast():
+    sums = {}
+    for weight in (0.0, 0.3, 1.0):  # a bf16 is 0.3008
+        batch = rt.put(collate([rows], 32, prompt_weight=weight, fixed_shapes=True))
+        sums[weight] = sft.loss_sum(net, batch).item()
+    floats = {name for name, dtype in seen.items() if dtype.is_floating_point}
+    hidden = [net(b) for b in (batch, {name: t for name, t in batch.items() if name not in floats})]
+assert seen["weights"] == torch.bfloat16 and batch["weights"].dtype == torch.float32
+assert floats == {"weights"} and seen["tokens"] == torch.int64
+assert torch.equal(*hidden)
+right = sums[0.0] + 0.3 * (sums[1.0] - sums[0.0])
+assert abs(sums[0.3] / right - 1) < 1e-5, sums
+"""
+
+
+def test_floats_of_a_batch_are_exact_under_fsdp(tmp_path):
+    """FSDP hands bf16 copies of them to forward, which reads none."""
+    path = f"{ROOT}:{ROOT / 'tests'}"
+    status, output = tiny.processes(tmp_path, [], before=FLOATS, PYTHONPATH=path)
+    assert status == 0, output[-3000:]
 
 
 # ------------------------------------------------------------------------------------------ training state

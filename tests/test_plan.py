@@ -317,7 +317,8 @@ for parallel, tensor in ("fsdp", 1), ("none", 2):
         if event.name() == "[memory]":
             held += event.nbytes()
             top = max(top, held)
-    rt.reshard(net)
+    with rt.evaluating(net):
+        pass
     weights = 3 * sum(p.to_local().nbytes for p in model.parameters())  # and two moments
     parts = estimate.memory(model, 8 * 128, rt.weight_shards, rt.dtype, tensor=tensor, document=28)
     found.append([sum(parts.values()), weights + top, parts["weights"] + parts["optimizer"], weights])

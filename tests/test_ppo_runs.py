@@ -15,7 +15,7 @@ from conftest import ROOT
 
 import lora
 import ppo
-from nano import config, generate, losses, roles, runtime, state, tokenizer, weights
+from nano import config, generate, losses, roles, runtime, tokenizer, weights
 from nano.batches import Rows
 from nano.config import UserError
 from nano.store import mix, write_store
@@ -60,11 +60,11 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("ppo")
     tiny.model_dir(path / "base")
     tiny.store(path / "store", path / "base")
-    model, _ = weights.open_model(path / "base", head="score")
+    model = weights.open(path / "base", head="score").model
     scale = dict(reward_gain=2.0, reward_bias=-0.5)
     weights.save_model(model, path / "score", like=path / "base", **scale)
     lora.apply(model, 2, 4)
-    for p in lora.parameters(model):
+    for p in tiny.adapter_parameters(model):
         torch.nn.init.normal_(p, std=0.3)
     weights.save_adapter(model, path / "adapter", base=path / "base")
     tiny.write(path / "adapter", "score_scale.json", scale)
@@ -175,9 +175,9 @@ def test_before_the_first_update_policy_is_reference(folder, tmp_path, layout, d
 
 def test_a_merged_adapter_starts_at_its_reference_too(folder, tmp_path):
     """Policy in fp32 and reference in bf16 are both rounded once, from the same sum of base and adapter."""
-    model, _ = weights.open_model(folder / "base")
+    model = weights.open(folder / "base").model
     lora.apply(model, 2, 4)
-    for p in lora.parameters(model):
+    for p in tiny.adapter_parameters(model):
         torch.nn.init.normal_(p, std=0.3)
     weights.save_adapter(model, tmp_path / "adapter", base=folder / "base")
     train(folder, tmp_path / "out", model=tmp_path / "adapter", dtype="bfloat16", steps=1)
@@ -191,7 +191,7 @@ def test_roles(folder, tmp_path, monkeypatch, layout):
     policy, reference, scorer, critic = built[0][2]
     batch = roles.episode_batch([[5, 6], [7]], [[8, 9, 258], [10, 258]], 4)
     with torch.no_grad():
-        right = weights.open_model(folder / ("score" if layout == "full" else "adapter"))[0]
+        right = weights.open(folder / ("score" if layout == "full" else "adapter")).model
         for i, row in enumerate([[5, 6, 8, 9, 258], [7, 10, 258]]):
             scores = 2 * right.score(right.hidden(torch.tensor([row])))[0] - 0.5
             torch.testing.assert_close(scorer.scores(batch)[i], scores[-1])
@@ -263,7 +263,8 @@ def test_the_saved_model_is_the_policy(folder, tmp_path, monkeypatch):
         train(folder, tmp_path / layout, **settings_of(folder, layout))
         policy = built[-1][2][0]
         lora.use(policy.model, policy.adapter)
-        model, base = weights.open_model(tmp_path / layout / "last")
+        opened = weights.open(tmp_path / layout / "last")
+        model, base = opened.model, opened.base
         ids = torch.tensor([[5, 6, 7, 8]])
         with torch.no_grad():
             torch.testing.assert_close(
@@ -584,10 +585,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder, tmp_path, layout, at):
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, at)
         train(folder, tmp_path / "cut", **settings)
-    assert state.load_state(tmp_path / "cut" / "state")[1]["meta"]["step"] == 2
+    assert tiny.state(tmp_path / "cut" / "state")[1]["meta"]["step"] == 2
     cut = train(folder, tmp_path / "cut", **settings)
     assert cut == whole and len(whole) == 4 and len({r["kl_coef"] for r in whole}) == 4
-    a, b = (state.load_state(tmp_path / run / "state") for run in ("whole", "cut"))
+    a, b = (tiny.state(tmp_path / run / "state") for run in ("whole", "cut"))
     assert same(a[0], b[0]) and a[1] == b[1] and any(key.startswith("value.") for key in a[0])
     name = "adapter_model" if layout == "lora" else "model"
     assert same(
@@ -669,7 +670,7 @@ def test_sigterm_in_a_rollout_saves_and_the_same_command_goes_on(folder, tmp_pat
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    done = state.load_state(tmp_path / "cut" / "state")[1]["meta"]["step"]
+    done = tiny.state(tmp_path / "cut" / "state")[1]["meta"]["step"]
     assert process.returncode == 0 and not err and 2 <= done < 400
     assert (
         "SIGTERM: finishing this step" in out
@@ -680,7 +681,7 @@ def test_sigterm_in_a_rollout_saves_and_the_same_command_goes_on(folder, tmp_pat
             stop_at(patch, 2 * steps)
             train(folder, tmp_path / run, **settings)
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
-    a, b = (state.load_state(tmp_path / run / "state") for run in ("whole", "cut"))
+    a, b = (tiny.state(tmp_path / run / "state") for run in ("whole", "cut"))
     assert same(a[0], b[0]) and a[1] == b[1]
 
 
@@ -763,8 +764,7 @@ def test_samples_and_warnings(folder, tmp_path, capsys):
     assert [r["step"] for r in log if r["kind"] == "train"] == [3, 4]
     assert capsys.readouterr().out.count("the entropy has collapsed") == 1
     assert any(
-        "entropy" in disease
-        for disease in state.load_state(tmp_path / "state")[1]["meta"]["warned"]
+        "entropy" in disease for disease in tiny.state(tmp_path / "state")[1]["meta"]["warned"]
     )
 
 

@@ -479,7 +479,7 @@ def test_sizes():
         128,
     )
     assert (cfg.vocab_size, cfg.max_positions) == (128, 77)
-    assert Transformer(cfg)(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 96)
+    assert Transformer(cfg).hidden(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 96)
 
 
 # ---------------------------------------------------------------------------------------------------- processes

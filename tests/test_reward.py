@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 
 import reward
-from nano import config, runtime, state, tokenizer, weights
+from nano import config, runtime, tokenizer, weights
 from nano.batches import Groups, collate_groups
 from nano.config import UserError
 from nano.store import GroupMix, mix, validation
@@ -255,7 +255,7 @@ def test_learns_what_can_be_learned(trained):
 
 def test_the_policys_fresh_samples_have_mean_0_and_variance_1(trained, folder):
     rt, tok = runtime.Runtime("cpu", dtype="float32"), tokenizer.load(folder / "model")
-    model, _ = weights.open_model(trained / "last")
+    model = weights.open(trained / "last").model
     cfg = reward.Config(
         model=str(folder / "model"), norm_samples=1500, norm_tokens=8, max_length=128, seed=77
     )
@@ -307,7 +307,7 @@ def test_transformers_scores_the_same(trained, folder):
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
         trained / "last", dtype=torch.float32
     )
-    model, _ = weights.open_model(trained / "last")
+    model = weights.open(trained / "last").model
     rows = [row for group in tiny.ranked(5, seed=9) for row in group]
     ours = torch.stack(
         [model.score(model.hidden(torch.tensor([tokens])))[0, -1] for tokens, _ in rows]
@@ -322,7 +322,7 @@ def test_lora_trains_the_head_in_full_and_opens_in_peft(run, folder):
     import transformers
 
     out = run("lora_rank=4", "lora_targets=q_proj,down_proj", "lr=3e-2", "steps=6")
-    before, after = tensors(folder / "model"), weights.open_model(out / "last")[0]
+    before, after = tensors(folder / "model"), weights.open(out / "last").model
     assert all(
         torch.equal(before[name], p) for name, p in after.named_parameters() if name in before
     )
@@ -336,7 +336,7 @@ def test_lora_trains_the_head_in_full_and_opens_in_peft(run, folder):
     theirs = peft.PeftModel.from_pretrained(base, out / "last").eval()
     assert (hf_scores(theirs, rows, 257) - ours).abs().max() < 1e-5
     assert weights.read_score_scale(out / "last") != (1.0, 0.0)
-    saved = state.load_state(out / "state")[0]
+    saved = tiny.state(out / "state")[0]
     names = {
         name.split(".")[-2] if "lora" in name else name
         for name in saved
@@ -351,7 +351,7 @@ def test_frozen_parts_stay_bit_for_bit(run, folder):
     same = {name for name in before if name in after and torch.equal(before[name], after[name])}
     assert same == {name for name in before if "embed_tokens" in name or "layers.0." in name}
     assert not any(
-        "embed_tokens" in name or "layers.0." in name for name in state.load_state(out / "state")[0]
+        "embed_tokens" in name or "layers.0." in name for name in tiny.state(out / "state")[0]
     )
 
 
@@ -416,11 +416,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, run, monkeypatch):
     with monkeypatch.context() as m:
         stop_after(m, 4)
         parts = run(*settings, out="parts")
-    assert state.load_state(parts / "state")[1]["meta"] == dict(
+    assert tiny.state(parts / "state")[1]["meta"] == dict(
         step=4, best=min(r["loss"] for r in log(parts, "eval")[1:])
     )
     assert run(*settings, out="parts") == parts
-    a, b = (state.load_state(out / "state") for out in (whole, parts))
+    a, b = (tiny.state(out / "state") for out in (whole, parts))
     assert (
         a[1] == b[1]
         and a[0].keys() == b[0].keys()

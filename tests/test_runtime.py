@@ -1,4 +1,5 @@
-"""runtime.py on one process: what it refuses, which device and dtype it takes, how a model is cut, signals, random states."""
+"""The Runtime on one process: what it refuses, which device and dtype it takes, how a model is
+sharded, signals, random states."""
 
 import contextlib
 import json
@@ -14,8 +15,10 @@ import tiny
 import torch
 from conftest import ROOT
 
-from nano import runtime
+import lora
+from nano import runtime, tensor
 from nano.config import UserError
+from nano.xla import XLA, partition_spec
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def rt():
 @pytest.mark.parametrize(
     "keys, said",
     [
-        (dict(device="gpu"), "device=gpu: use auto, cpu, cuda, xla or tpu"),
+        (dict(device="gpu"), "device=gpu: use auto, cpu, cuda or xla"),
         (dict(device="xla", offload=True), "device=xla has no offload="),
         (
             dict(device="xla", reduce_dtype="bfloat16"),
@@ -39,19 +42,21 @@ def rt():
 )
 def test_wrong_keys(keys, said):
     with pytest.raises(UserError, match=said):
-        runtime.Runtime(**keys)
+        runtime.start(types.SimpleNamespace(**keys))
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
 def test_devices_that_are_not_there():
-    assert runtime.Runtime("auto").kind == "cpu"
+    assert runtime.Runtime("auto").device.type == "cpu"
     with pytest.raises(UserError, match="device=cuda: this torch .* finds no such device"):
         runtime.Runtime("cuda")
 
 
 def test_only_devices_that_are_served_are_taken(monkeypatch):
-    monkeypatch.setattr(runtime, "accelerator", lambda: "mps")
-    assert runtime.Runtime("auto").kind == "cpu"
+    mps = lambda check_available=False: torch.device("mps")  # noqa: E731
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", mps)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runtime.Runtime("auto").device.type == "cpu"
     with pytest.raises(UserError, match="device=cuda: this torch .* finds no such device"):
         runtime.Runtime("cuda")
 
@@ -69,8 +74,8 @@ def test_processes_that_torchrun_did_not_start(monkeypatch):
 def test_more_processes_than_devices(monkeypatch):
     for name, value in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2").items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(runtime, "accelerator", lambda: "cuda")
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(
         UserError, match="2 processes on this node share 1 devices: lower --nproc_per_node"
     ):
@@ -82,17 +87,17 @@ def test_xla_without_torch_xla():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "torch_xla", None)  # an import of it then fails
         with pytest.raises(UserError, match="device=xla needs torch_xla"):
-            runtime.Runtime("xla")
+            runtime.start(types.SimpleNamespace(device="xla"))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
-def test_hosts_of_a_slice_share_results_and_mistakes(rt, monkeypatch):
+def test_hosts_of_a_slice_share_results_and_mistakes(monkeypatch):
+    rt = object.__new__(XLA)  # without torch_xla
     sent = []
 
     def host(main, f):
-        rt.kind, rt.processes, rt.is_main = "xla", 2, main
+        rt.processes, rt.is_main = 2, main
         monkeypatch.setattr(
-            runtime.dist,
+            torch.distributed,
             "broadcast_object_list",
             lambda box: sent.append([*box]) if main else box.__setitem__(slice(None), sent[-1]),
         )
@@ -107,6 +112,7 @@ def test_hosts_of_a_slice_share_results_and_mistakes(rt, monkeypatch):
             host(main, mistake if main else lambda: 4)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc and /proc")
 def test_gaps_between_tensors_go_back_to_the_kernel(rt, monkeypatch):
     def resident():
         return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
@@ -134,14 +140,14 @@ def test_one_process_wraps_nothing(rt):
     assert rt.wrap(model) is model and rt.world == rt.shards == rt.weight_shards == 1 and rt.is_main
     assert rt.all_sum(3.5) == 3.5 and rt.compiles() == {} and not rt.should_stop()
     x = torch.randn(3, requires_grad=True)
-    full = rt.full({"x": x})
-    assert torch.equal(full["x"], x.detach()) and not full["x"].requires_grad
+    gathered = rt.gather({"x": x})
+    assert torch.equal(gathered["x"], x.detach()) and not gathered["x"].requires_grad
 
 
 def test_several_processes_must_say_how(rt):
     rt.world, rt.parallel = 2, "none"
     with pytest.raises(UserError, match="2 processes need parallel=ddp or parallel=fsdp"):
-        rt.place(tiny.model())
+        rt.distribute(tiny.model())
 
 
 def test_offload_needs_shards(rt):
@@ -150,7 +156,7 @@ def test_offload_needs_shards(rt):
         rt.wrap(tiny.model())
 
 
-def test_over_how_many_devices_weights_are_cut(rt):
+def test_over_how_many_devices_weights_are_sharded(rt):
     rt.world = rt.shards = 16
     rt.local_world = 8
     found = {}
@@ -159,22 +165,37 @@ def test_over_how_many_devices_weights_are_cut(rt):
     assert found == dict(none=1, ddp=1, fsdp=16, zero2=16, hsdp=8)
 
 
-def test_what_xla_cuts(rt):
-    rt.shards, rt.parallel = 4, "fsdp"
-    spec = lambda *shape, name="norm.weight": rt._shard_spec(name, torch.empty(*shape))  # noqa: E731
-    assert spec(8, 16) == (None, "data") and spec(16, 8) == ("data", None)
-    assert spec(8, 18) == ("data", None)  # the larger one does not divide
-    assert spec(6, 10) == (None, None) and spec(16) == (None,)
-    rt.shards = rt.tensor = 2
-    layer = "model.layers.0.self_attn."
-    assert spec(8, 16, name=layer + "q_proj.weight") == ("tensor", "data")
-    assert spec(8, 16, name="lm_head.weight") == (None, "data")
-    assert spec(16, 8, name=layer + "o_proj.weight") == ("data", "tensor") and spec(
-        8, name=layer + "q_proj.bias"
-    ) == ("tensor",)
-    assert spec(8, 4, name=layer + "q_proj.lora_B.default") == ("tensor", "data")
-    assert spec(3, 8, name=layer + "q_proj.lora_A.default") == (None, "data")
-    assert spec(3, 8, name=layer + "o_proj.lora_A.default") == (None, "tensor")
+def test_what_xla_shards():
+    assert partition_spec((8, 16), None, 4) == (None, "data")
+    assert partition_spec((16, 8), None, 4) == ("data", None)
+    assert partition_spec((8, 18), None, 4) == ("data", None)  # the larger one does not divide
+    assert partition_spec((6, 10), None, 4) == (None, None)
+    assert partition_spec((16,), None, 4) == (None,)
+    assert partition_spec((8, 16), 0, 2) == ("tensor", "data")
+    assert partition_spec((16, 8), 1, 2) == ("data", "tensor")
+    assert partition_spec((8,), 0, 2) == ("tensor",)
+    assert partition_spec((8, 16), None, 1) == (None, None)  # parallel=ddp
+
+
+def test_what_devices_share_of_a_layer():
+    model = tiny.model(qkv_bias=True, o_bias=True, qk_norm=True, tie_embeddings=False)
+    lora.apply(model, rank=3, alpha=8)
+    dims = tensor.shard_dims(model, 2)
+    assert dims.keys() == {name for name, _ in model.named_parameters()}
+    attention, mlp = "model.layers.1.self_attn.", "model.layers.1.mlp."
+    for column in ("q_proj", "k_proj", "v_proj"):
+        assert dims[f"{attention}{column}.weight"] == dims[f"{attention}{column}.bias"] == 0
+        assert dims[f"{attention}{column}.lora_B.default"] == 0
+        assert dims[f"{attention}{column}.lora_A.default"] is None
+    assert dims[attention + "o_proj.weight"] == dims[attention + "o_proj.lora_A.default"] == 1
+    assert dims[attention + "o_proj.bias"] is dims[attention + "o_proj.lora_B.default"] is None
+    assert dims[attention + "q_norm.weight"] is dims[attention + "k_norm.weight"] is None
+    assert dims[mlp + "gate_proj.weight"] == dims[mlp + "up_proj.weight"] == 0
+    assert dims[mlp + "down_proj.weight"] == 1
+    assert dims["model.embed_tokens.weight"] == dims["lm_head.weight"] == 0
+    assert dims["model.norm.weight"] is None
+    # what the devices cannot share equally is replicated
+    assert tensor.shard_dims(tiny.model(vocab_size=265), 2)["model.embed_tokens.weight"] is None
 
 
 def test_what_a_tensor_group_does_not_share(rt, monkeypatch):
@@ -182,12 +203,12 @@ def test_what_a_tensor_group_does_not_share(rt, monkeypatch):
     with pytest.raises(
         UserError, match="tensor=3 must divide the model's 4 heads, 2 key/value heads and 48 units"
     ):
-        rt.place(tiny.model())
+        rt.distribute(tiny.model())
     with pytest.raises(
         UserError, match="tensor=2 must divide the number of processes of a node, 1"
     ):
         runtime.Runtime("cpu", tensor=2)
-    with pytest.raises(UserError, match="tensor=2 must be 1 or more, and 1 with offload=true"):
+    with pytest.raises(UserError, match="tensor=2 must be 1 with offload=true"):
         runtime.Runtime("cpu", "fsdp", tensor=2, offload=True)
 
 
@@ -211,6 +232,40 @@ def test_recomputation_gives_the_same_gradients(rt):
         net(dict(tokens=torch.arange(12).view(2, 6))).square().sum().backward()
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(grads[0]) > 10 and all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_step_clips_and_drops_the_gradients(rt):
+    p = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = torch.optim.SGD([p], lr=100.0)
+    (p * torch.tensor([6.0, 8.0])).sum().backward()
+    norm = rt.step(optimizer, [p], 0.5, 5.0)
+    assert norm.item() == pytest.approx(10) and p.grad is None
+    torch.testing.assert_close(p.detach(), torch.tensor([1.5, 2.0]))  # less half of (3, 4)
+
+
+def test_evaluating(rt):
+    model = tiny.model().train()
+    with rt.evaluating(model):
+        assert not model.training and not model.layers[0].training
+        assert not torch.is_grad_enabled()
+    assert model.layers[0].training and torch.is_grad_enabled()
+
+
+def test_ddp_has_the_attributes_of_its_model(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = tiny.model()
+        net = runtime.DDP(model, None, torch.device("cpu"), torch.float32)
+        assert net.cfg is model.cfg and net.head_weight is model.head_weight
+        assert len(net.layers) == len(model.layers) and not hasattr(net, "nothing")
+        hidden = net(torch.arange(6).view(2, 3))
+        assert torch.equal(net.logits(hidden), model.logits(hidden))
+        one = {"norm": model.model["norm"].weight}
+        runtime.DDP(model, one, torch.device("cpu"), torch.float32)
+        assert all(p.requires_grad for p in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 SCRIPT = """

@@ -160,15 +160,13 @@ def test_an_adapter_and_another_base(model, tmp_path, monkeypatch, capsys):
     other = tiny.model_dir(tmp_path / "other", seed=1)
     adapted = weights.load_model(model)
     lora.apply(adapted, rank=4, alpha=8)
-    for p in lora.parameters(adapted):
+    for p in tiny.adapter_parameters(adapted):
         torch.nn.init.normal_(p, std=0.3)
     weights.save_adapter(adapted, tmp_path / "adapter", base=model)
     before = (tmp_path / "adapter" / "adapter_config.json").read_bytes()
 
     def opened(base):
-        return lambda dir, dtype: weights.open_model(tmp_path / "adapter", base=base, dtype=dtype)[
-            0
-        ]
+        return lambda dir, dtype: weights.open(tmp_path / "adapter", base, dtype=dtype).model
 
     args = (f"model={tmp_path / 'adapter'}", "prompt=Hello", "temperature=0", "max_new_tokens=20")
     shown = [run(monkeypatch, capsys, *args, *more)[1] for more in ((), (f"base={other}",))]

@@ -19,9 +19,10 @@ from conftest import ROOT
 import lora
 import sft
 from model import Transformer
-from nano import config, estimate, losses, runtime, state, tokenizer, weights
+from nano import config, estimate, losses, runtime, tokenizer, weights
 from nano.batches import Rows, pack
 from nano.store import mix, write_store
+from nano.xla import XLA
 
 BASE = dict(
     device="cpu",
@@ -261,15 +262,14 @@ def test_grad_checkpoint_on_xla_reaches_adapters_over_frozen_embeddings(base, mo
     monkeypatch.setitem(sys.modules, "torch_xla", types.ModuleType("torch_xla"))
     monkeypatch.setitem(sys.modules, "torch_xla.utils", types.ModuleType("torch_xla.utils"))
     monkeypatch.setitem(sys.modules, "torch_xla.utils.checkpoint", module)
-    rt, micro, made = runtime.Runtime("cpu", dtype="float32"), tiny.batch([tiny.rows(2)], 128), []
-    rt.kind = "xla"
-    for function in (None, rt.checkpoint):
+    rt, micro, made = object.__new__(XLA), tiny.batch([tiny.rows(2)], 128), []
+    for function in (None, rt.recompute):
         torch.manual_seed(0)
         model = weights.load_model(base)
         lora.apply(model, 4, 8)
-        model.checkpoint = function
-        sft.loss_sum(model, micro).backward()
-        made.append([p.grad for p in lora.parameters(model)])
+        model.recompute = function
+        sft.loss_sum(model, model(micro), micro).backward()
+        made.append([p.grad for p in tiny.adapter_parameters(model)])
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
 
@@ -397,7 +397,8 @@ def test_a_lora_run_leaves_the_base_alone(base, store, tmp_path):
     log = train(tmp_path / "out", base, store, steps=6, lora_rank=4, lora_alpha=8, lr=1e-2)
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
     assert evals(log)[-1][1] < evals(log)[0][1]
-    model, found = weights.open_model(tmp_path / "out" / "last")
+    opened = weights.open(tmp_path / "out" / "last")
+    model, found = opened.model, opened.base
     assert found == base and len(lora.adapted(model)) == 14
     again = train(
         tmp_path / "again", tmp_path / "out" / "last", store, epochs=0
@@ -415,7 +416,7 @@ def test_other_software_opens_the_result(base, store, tmp_path, rank):
     train(tmp_path / "out", base, store, steps=4, eval_every=2, lora_rank=rank, lr=1e-2)
     batch = torch.tensor(tiny.rows(1, 9, low=30)[0][0])[None]
     for which in ("last", "best"):
-        ours, _ = weights.open_model(tmp_path / "out" / which)
+        ours = weights.open(tmp_path / "out" / which).model
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
             base if rank else tmp_path / "out" / which, dtype=torch.float32
         )
@@ -627,7 +628,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(base, store, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    done = state.load_state(tmp_path / "cut" / "state")[1]["meta"]["step"]
+    done = tiny.state(tmp_path / "cut" / "state")[1]["meta"]["step"]
     assert process.returncode == 0 and not err and 3 <= done < 400
     assert (
         "SIGTERM: finishing this step" in out

@@ -1,5 +1,6 @@
 """Model directories: shards, damage, kills and memory. Training state: bit for bit."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,13 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from model import ModelConfig, Transformer
-from nano import files, state, weights
+from nano import families, files, state, weights
 from nano.config import UserError
 
 CFG = ModelConfig(
@@ -165,6 +167,119 @@ def test_gathered_tensors_take_the_place_of_the_models(tmp_path):
     whole = make()
     weights.save_model(hollow, tmp_path, torch.bfloat16, tensors=dict(whole.named_parameters()))
     assert same(weights.load_model(tmp_path), whole.bfloat16())
+
+
+# --- families whose files differ ---------------------------------------------------------------------------------
+
+
+def interleaved(heads):
+    """q, k and v of each head behind one another, as BLOOM and GPT-NeoX store them."""
+
+    def split(tensor, shapes, cfg):
+        parts = tensor.unflatten(0, (heads, 3, cfg.head_dim)).unbind(1)
+        return [part.flatten(0, 1).contiguous() for part in parts]
+
+    def fuse(parts, cfg):
+        return torch.stack([part.unflatten(0, (heads, -1)) for part in parts], 1).flatten(0, 2)
+
+    return families.Layout(split, fuse)
+
+
+STORED = {
+    "transformer.wte": "model.embed_tokens",
+    "transformer.h.{}.ln_1": "model.layers.{}.input_layernorm",
+    "transformer.h.{}.attn.c_attn": tuple(f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv"),
+    "transformer.h.{}.attn.c_proj": "model.layers.{}.self_attn.o_proj",
+    "transformer.h.{}.mlp.c_fc": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
+    "transformer.ln_f": "model.norm",
+}
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Adds a family whose files name, fuse and transpose tensors: a function of the layout of its c_attn."""
+
+    def add(layout):
+        family = dataclasses.replace(
+            families.FAMILIES["llama"],
+            architectures={"lm": "MadeUpLMHeadModel", "score": "MadeUpForSequenceClassification"},
+            tensors=STORED,
+            layouts={
+                "transformer.h.{}.attn.c_attn": layout,
+                "transformer.h.{}.attn.c_proj": families.CONV1D,
+            },
+            prefix="transformer.",
+            ignored=r"\.attn\.bias$",
+        )
+        monkeypatch.setitem(families.FAMILIES, "made_up", family)
+
+    return add
+
+
+@pytest.mark.parametrize("layout", ["rows", "transposed", "interleaved"])
+@pytest.mark.parametrize("head", ["lm", "score"])
+def test_names_and_layouts_of_a_family(layout, head, made_up, tmp_path):
+    made_up({"rows": families.ROWS, "transposed": families.CONV1D}.get(layout, interleaved(4)))
+    model = make(family="made_up", n_kv_heads=4, qkv_bias=True, o_bias=True, head=head)
+    weights.save_model(model, tmp_path, shard_bytes=20_000)
+    stored = dict(weights.read_tensors(tmp_path))
+    attention = model.layers[1].self_attn
+    q, k, v = (getattr(attention, f"{name}_proj").weight for name in "qkv")
+    fused = stored["transformer.h.1.attn.c_attn.weight"]
+    if layout == "interleaved":
+        assert torch.equal(fused[8:16], k[:8]) and torch.equal(fused[24:32], q[8:16])
+    else:
+        assert torch.equal(fused if layout == "rows" else fused.T, torch.cat((q, k, v)))
+    assert stored["transformer.h.1.attn.c_attn.bias"].shape == (96,)
+    assert torch.equal(stored["transformer.h.1.attn.c_proj.weight"], attention.o_proj.weight.T)
+    assert torch.equal(stored["transformer.h.1.attn.c_proj.bias"], attention.o_proj.bias)
+    assert stored["transformer.h.0.mlp.c_fc.weight"].shape == (96, 32)
+    assert "model.layers.0.mlp.down_proj.weight" in stored  # not in the table
+    assert not any("self_attn" in name or "embed" in name for name in stored)
+
+    again = weights.load_model(tmp_path)
+    assert again.cfg == model.cfg and same(again, model)
+    assert all(p.is_contiguous() for p in again.parameters())
+    half = weights.load_model(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(half.layers[1].self_attn.k_proj.weight, k.bfloat16())
+    weights.save_model(again, tmp_path / "again")
+    assert same(weights.load_model(tmp_path / "again"), model)
+
+
+def test_files_without_the_familys_prefix(made_up, tmp_path):
+    made_up(families.CONV1D)
+    model = make(family="made_up", tie_embeddings=True)
+    weights.save_model(model, tmp_path)
+    bare = {name.removeprefix("transformer."): t for name, t in read(tmp_path).items()}
+    bare["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)  # a constant
+    save_file(bare, tmp_path / "model.safetensors")
+    assert same(weights.load_model(tmp_path), model)
+    save_file(bare | {"lm_head.weight": bare["wte.weight"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="tie_word_embeddings"):
+        weights.load_model(tmp_path)
+    bare["h.1.attn.c_attn.weight"] = torch.ones(64, 32)
+    save_file(bare, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"h.1.attn.c_attn.weight \(64, 32\) for \(32, 64\)"):
+        weights.load_model(tmp_path)
+
+
+def test_fused_rows_stay_memory_mapped(made_up, tmp_path):
+    made_up(families.ROWS)
+    weights.save_model(make(family="made_up"), tmp_path)
+    attention = weights.load_model(tmp_path).layers[0].self_attn
+    first, second = attention.q_proj.weight, attention.k_proj.weight
+    assert second.data_ptr() == first.data_ptr() + first.nbytes  # not copied
+
+
+def test_an_unknown_family():
+    with pytest.raises(UserError, match="model_type lama is not supported; .* are: llama"):
+        families.parse_config(dict(model_type="lama"), "config.json")
+    with pytest.raises(
+        UserError, match="MixtralForCausalLM is not supported; .*MistralForCausalLM"
+    ):
+        families.parse_config(dict(architectures=["MixtralForCausalLM"]), "config.json")
+    with pytest.raises(UserError, match="model family qwen is not supported; .*qwen2"):
+        families.config_json(ModelConfig(family="qwen"))
 
 
 # --- what a user can get wrong -------------------------------------------------------------------------------------
@@ -331,11 +446,11 @@ def test_a_kill_leaves_the_old_or_the_new_state(tmp_path, monkeypatch):
         state.save_state(dir, *states[0])
         killed = killed_at(step, lambda dir=dir: state.save_state(dir, *states[1]))
         assert state.resumes(dir.parent, "auto", Rank)
-        tensors, meta = state.load_state(dir)
+        tensors, meta = tiny.state(dir)
         assert tensors["a"][0] == meta["step"]
         seen.append(meta["step"])
         state.save_state(dir, *states[0])
-        assert state.load_state(dir)[1] == {"step": 0}
+        assert tiny.state(dir)[1] == {"step": 0}
         assert not [p for p in dir.parent.iterdir() if p.suffix]
         if not killed:
             break
@@ -408,15 +523,15 @@ def test_peak_memory_at_load(stored, wanted, tmp_path):
 
 
 class Rank:
-    """What checkpoint.py asks of a runtime, on one process."""
+    """What nano/state.py asks of a runtime, on one process."""
 
     is_main, world = True, 1
     once = staticmethod(lambda f, *args: f(*args))
     all_sum = staticmethod(lambda x: x)
     rng_state = staticmethod(lambda: {"cpu": torch.get_rng_state()})
     saving_group = staticmethod(lambda: None)
-    full = staticmethod(lambda tensors: {name: t.detach().clone() for name, t in tensors.items()})
-    prime = staticmethod(lambda optimizer: None)
+    gather = staticmethod(lambda tensors: {name: t.detach().clone() for name, t in tensors.items()})
+    init_moments = staticmethod(lambda optimizer: None)
 
     @staticmethod
     def set_rng_state(state):
@@ -535,7 +650,6 @@ def test_a_state_of_another_run_is_refused(tmp_path):
 
 
 def test_resumes(tmp_path):
-    assert state.load_state(tmp_path / "state") is None
     assert not state.resumes(tmp_path, "auto", Rank)
     with pytest.raises(UserError, match="no saved state"):
         state.resumes(tmp_path, "true", Rank)

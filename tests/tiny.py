@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from conftest import ROOT
 
 from model import ModelConfig, Transformer
-from nano import tokenizer, weights
+from nano import files, tokenizer, weights
 from nano.batches import collate
 from nano.store import write_store
 
@@ -143,6 +143,16 @@ def preferences(path, model, n=48, val=16, **settings):
 def batch(packs, length, **settings):
     """Packs of rows as the micro-batch that sft.loss_sum takes."""
     return collate(packs, length, **settings)
+
+
+def adapter_parameters(model, name="default"):
+    """The tensors of one adapter."""
+    return [p for key, p in model.named_parameters() if key.endswith(f".{name}")]
+
+
+def state(dir):
+    """(tensors, meta) of a training state in one file."""
+    return dict(weights.read_tensors(dir, name="state")), files.read_json(Path(dir) / "state.json")
 
 
 def first_moments(out):

@@ -1,0 +1,104 @@
+"""Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): N devices share each layer of a
+model, and see the same rows.
+
+A module's class says how its layers are shared, as tuples of names:
+
+COLUMN      weights are sharded by output: each device computes some heads, or some units of the MLP
+ROW         weights are sharded by input: each device computes a summand of the output
+PER_HEAD    runs on each head alone: weights are replicated, inputs and outputs are sharded by head
+VOCABULARY  embedding and output matrix are sharded by token
+
+All other parameters are replicated. A LoRA adapter is shared as the layer around which it stands.
+"""
+
+import functools
+
+import torch.nn as nn
+
+from nano.config import UserError
+
+STYLES = ("COLUMN", "ROW", "PER_HEAD", "VOCABULARY")
+
+
+def check(cfg, size):
+    """UserError unless `size` devices can share the layers of a model of this ModelConfig."""
+    if any(n % size for n in (cfg.n_heads, cfg.n_kv_heads, cfg.ffn_dim)):
+        raise UserError(
+            f"tensor={size} must divide the model's {cfg.n_heads} heads, {cfg.n_kv_heads} "
+            f"key/value heads and {cfg.ffn_dim} units of its MLP"
+        )
+
+
+def shared_layers(model):
+    """{name of a module: one of STYLES} for each layer that some module of the model lists."""
+    modules = dict(model.named_modules())
+    styles = {}
+    for name, module in modules.items():
+        prefix = f"{name}." if name else ""
+        for style in STYLES:
+            for child in getattr(module, style, ()):
+                if prefix + child in modules:
+                    styles[prefix + child] = style
+    return styles
+
+
+def shard_dims(model, size):
+    """{name of a parameter: the dimension that is sharded over `size` devices, None:
+    replicated}."""
+    dims = {name: None for name, _ in model.named_parameters()}
+    for layer, style in shared_layers(model).items():
+        for name, p in model.get_submodule(layer).named_parameters():
+            dim = None
+            if style == "VOCABULARY" or style == "COLUMN" and "lora_A." not in name:
+                dim = 0
+            elif style == "ROW" and (name.endswith("weight") or "lora_A." in name):
+                dim = 1
+            if dim is not None and p.shape[dim] % size == 0:
+                dims[f"{layer}.{name}"] = dim
+    return dims
+
+
+def shard(model, mesh, dtype_of):
+    """Makes each parameter a DTensor over the devices of `mesh` (one dimension), cast to
+    dtype_of(module, parameter).
+
+    Each layer still takes and returns plain tensors: of a sharded input or output this device's
+    part, else all of it. Replicated parameters are DTensors too, because the kernels of an
+    optimizer take no mixture. torch's parallelize_module does not know layers with adapters, hence
+    these hooks. Each rank must have read the whole model: nothing is sent."""
+    # imported here: it takes a second that runs without tensor parallelism need not wait
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    dims = shard_dims(model, mesh.size())
+    for name, p in list(model.named_parameters()):
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
+        placement = Replicate() if dims[name] is None else Shard(dims[name])
+        full = p.detach().to(dtype_of(module, p))
+        sharded = distribute_tensor(full, mesh, [placement], src_data_rank=None)
+        module.register_parameter(key, nn.Parameter(sharded, requires_grad=p.requires_grad))
+
+    inputs = dict(ROW=Shard(-1), PER_HEAD=Shard(2))
+    outputs = dict(COLUMN=Shard(-1), PER_HEAD=Shard(2))
+    styles = shared_layers(model)
+    for name, module in model.named_modules():
+        # the parameters of an adapter, in a ParameterDict, are used inside its layer's forward
+        if module._parameters and not isinstance(module, nn.ParameterDict):
+            style = styles.get(name)
+            enter = functools.partial(_enter, mesh, inputs.get(style, Replicate()))
+            leave = functools.partial(_leave, outputs.get(style, Replicate()))
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
+
+
+def _enter(mesh, placement, module, inputs):
+    """Forward pre-hook: plain tensors become DTensors."""
+    from torch.distributed.tensor import DTensor
+
+    return tuple(DTensor.from_local(x, mesh, [placement], run_check=False) for x in inputs)
+
+
+def _leave(placement, module, inputs, output):
+    """Forward hook: a DTensor becomes a plain tensor, after the communication that its layout
+    needs."""
+    return output.redistribute(placements=[placement]).to_local()
