@@ -1067,16 +1067,19 @@ def main(cfg):
         metrics["updates"] = len(updates)
         metrics["lr"] = optimizers["policy"].param_groups[0]["lr"]
         metrics = {name: float(x) for name, x in metrics.items()}
+        run.tokens += int(mask.sum())
         if run.logs:
             seconds = {f"{phase}_s": seconds for phase, seconds in clock.seconds.items()}
             run.log_step(**metrics, **seconds)
         if run.due(cfg.sample_every):
-            shown = zip(prompts, responses, scores.tolist(), log_ratio.sum(1).tolist(), strict=True)
-            rows = [
-                dict(prompt=tok.decode(prompt), response=tok.decode(response), reward=score, kl=kl)
-                for prompt, response, score, kl in shown
-            ]
-            run.log.samples(step, rows[: cfg.samples])
+            rows = []
+            for i in range(min(cfg.samples, len(prompts))):
+                row = dict(prompt=tok.decode(prompts[i]), response=tok.decode(responses[i]))
+                row["reward"] = scores[i]
+                if reference:
+                    row["kl"] = log_ratio[i].sum()
+                rows.append(row)
+            run.log.samples(step, rows)
 
         # The next iteration's price of the KL, and what has gone wrong since the first one, each
         # said once.

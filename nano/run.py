@@ -154,7 +154,8 @@ class Run:
         common = dict(tensors=tensors, tok=self.tok)
         if self.adapter:
             weights.save_adapter(self.model, dir, self.adapter, self.base, **common)
-            weights.write_score_scale(dir, self.model_keys)
+            if self.model_keys:
+                weights.write_score_scale(dir, self.model_keys)
         else:
             weights.save_model(
                 self.model, dir, self.rt.dtype, like=self.base, **common, **self.model_keys

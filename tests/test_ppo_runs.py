@@ -15,8 +15,8 @@ from conftest import ROOT
 
 import lora
 import ppo
-from nano import config, generate, losses, roles, runtime, tokenizer, weights
-from nano.batches import Rows
+from nano import config, functions, generate, losses, runtime, tokenizer, weights
+from nano.batches import Rows, episodes
 from nano.config import UserError
 from nano.store import mix, write_store
 
@@ -30,7 +30,7 @@ BASE = dict(
     lr=1e-3,
     value_lr=1e-3,
     schedule="constant",
-    sample_every=0,
+    sample_every=-1,
 )
 TIMES = (
     "time",
@@ -165,6 +165,7 @@ def test_before_the_first_update_policy_is_reference(folder, tmp_path, layout, d
     """KL 0 and ratio 1, exactly: the same numbers through the same kernels."""
     (record,) = train(folder, tmp_path, **settings_of(folder, layout), dtype=dtype, steps=1)
     assert record["kl"] == record["kl_k3"] == record["first_ratio_off"] == 0
+    assert 0 < record["logprob_gap"] < (0.2 if dtype == "bfloat16" else 1e-5)
     assert record["updates"] == 4 and record["approx_kl"] > 0 and record["policy_grad_norm"] > 0
     assert (
         ("value_loss" in record)
@@ -186,17 +187,17 @@ def test_a_merged_adapter_starts_at_its_reference_too(folder, tmp_path):
 @pytest.mark.parametrize("layout", ["full", "lora"])
 def test_roles(folder, tmp_path, monkeypatch, layout):
     """The critic starts as the reward model, in its units; only policy and critic are trained, all else stays to the bit."""
-    built = spy(monkeypatch, roles, "build")
+    built = spy(monkeypatch, ppo, "build")
     train(folder, tmp_path, **settings_of(folder, layout), steps=0)
     policy, reference, scorer, critic = built[0][2]
-    batch = roles.episode_batch([[5, 6], [7]], [[8, 9, 258], [10, 258]], 4)
+    batch = episodes([([5, 6, 8, 9, 258], [0, 0, 1, 1, 1]), ([7, 10, 258], [0, 1, 1])])
     with torch.no_grad():
         right = weights.open(folder / ("score" if layout == "full" else "adapter")).model
         for i, row in enumerate([[5, 6, 8, 9, 258], [7, 10, 258]]):
             scores = 2 * right.score(right.hidden(torch.tensor([row])))[0] - 0.5
             torch.testing.assert_close(scorer.scores(batch)[i], scores[-1])
-            n = (2, 1)[i]
-            torch.testing.assert_close(critic.values(batch)[i, : len(row) - n], scores[n - 1 : -1])
+            n, actions = ((2, slice(0, 3)), (1, slice(3, 5)))[i]
+            torch.testing.assert_close(critic.values(batch)[actions], scores[n - 1 : -1])
         assert torch.equal(policy.logprobs(batch, 1.0)[0], reference.logprobs(batch, 1.0)[0])
 
     built.clear()
@@ -239,7 +240,7 @@ def test_roles(folder, tmp_path, monkeypatch, layout):
 
 @pytest.mark.parametrize("train_what, freeze", [("all", 1), ("attention", 0), ("qv", 1)])
 def test_what_is_frozen_stays(folder, tmp_path, monkeypatch, train_what, freeze):
-    built = spy(monkeypatch, roles, "build")
+    built = spy(monkeypatch, ppo, "build")
     train(folder, tmp_path, train=train_what, freeze_layers=freeze)
     policy, _, _, critic = built[0][2]
     before = tensors(folder / "base")
@@ -258,7 +259,7 @@ def test_what_is_frozen_stays(folder, tmp_path, monkeypatch, train_what, freeze)
 
 def test_the_saved_model_is_the_policy(folder, tmp_path, monkeypatch):
     """A model directory, or an adapter on the base that `peft` and transformers open."""
-    built = spy(monkeypatch, roles, "build")
+    built = spy(monkeypatch, ppo, "build")
     for layout in ("full", "lora"):
         train(folder, tmp_path / layout, **settings_of(folder, layout))
         policy = built[-1][2][0]
@@ -341,28 +342,21 @@ def test_value_warmup_leaves_the_policy(folder, tmp_path):
 
 def rl_gradients(cfg, role, batch):
     role.model.zero_grad()
-    ppo.rl_gradient(
-        cfg,
-        runtime.Runtime("cpu", "none", "float32"),
-        role,
-        None,
-        [batch],
-        float(batch["mask"].sum()),
-    )
+    rt = runtime.Runtime("cpu", "none", "float32")
+    ppo.rl_gradient(cfg, rt, role, None, [batch], float(len(batch["index"])))
     return {n: p.grad.clone() for n, p in role.model.named_parameters()}
 
 
 @pytest.fixture
 def episode(folder):
-    """(policy, a batch of two episodes as the update sees it)"""
+    """(policy, a batch of two episodes with five actions as the update sees it)"""
     model = weights.load_model(folder / "base")
-    policy, batch = (
-        roles.Role(model, net=model),
-        roles.episode_batch([[5, 6], [7]], [[8, 9, 258], [10, 11]], 4),
-    )
+    policy = ppo.Role(model, net=model)
+    batch = episodes([([5, 6, 8, 9, 258], [0, 0, 1, 1, 1]), ([7, 10, 11], [0, 1, 1])])
     with torch.no_grad():
-        batch["old_logprobs"] = policy.logprobs(batch, 1.0)[0]
-    return policy, batch | dict(advantages=torch.zeros(2, 4))
+        old_logprobs, _ = policy.logprobs(batch, 1.0)
+    batch |= dict(is_action=torch.ones(5, dtype=torch.bool), loss_weights=torch.full((5,), 0.2))
+    return policy, batch | dict(old_logprobs=old_logprobs, advantages=torch.zeros(5))
 
 
 def test_the_entropy_bonus_raises_the_entropy(episode):
@@ -384,7 +378,7 @@ def test_the_entropy_bonus_raises_the_entropy(episode):
 def test_ptx_adds_its_gradient(folder, episode):
     """ptx_coef times that of the mean next-token loss on other text, to whatever is there."""
     policy, batch = episode
-    batch["advantages"] = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    batch["advantages"] = torch.randn(5, generator=torch.Generator().manual_seed(0))
     cfg, rt = ppo.Config(ptx_coef=3.0), runtime.Runtime("cpu", "none", "float32")
     rows = mix([str(folder / "store")])
     batches = Rows(rows, 8, 2, 64)
@@ -432,7 +426,7 @@ def test_what_is_scored(folder, tmp_path, monkeypatch):
         tmp_path / "store", dict(train=rows), dict(vocab_size=264, tokenizer=tok.fingerprint)
     )
     made, shaped = spy(monkeypatch, generate, "generate"), spy(monkeypatch, ppo, "shape_rewards")
-    seen = spy(monkeypatch, ppo, "judge")
+    seen = spy(monkeypatch, functions, "judge")
     log = train(
         folder,
         tmp_path / "out",
@@ -607,7 +601,7 @@ def test_a_finished_run_says_so(folder, tmp_path, capsys):
     assert same(before, tensors(tmp_path / "last"))
 
 
-class Poisoned(roles.Parking):
+class Poisoned(ppo.Parking):
     """Parks where nothing can be computed: whoever is used without being fetched makes NaN."""
 
     kept, fetched = {}, []
@@ -637,7 +631,7 @@ class Poisoned(roles.Parking):
 def test_parked_models_are_fetched_when_they_work(folder, tmp_path, monkeypatch):
     settings = dict(reward=folder / "score", batch_size=4, steps=3)
     whole = train(folder, tmp_path / "whole", **settings)
-    monkeypatch.setattr(roles, "Parking", Poisoned)
+    monkeypatch.setattr(ppo, "Parking", Poisoned)
     assert train(folder, tmp_path / "parked", **settings) == whole
     assert set(Poisoned.fetched) == {
         1,
@@ -756,11 +750,9 @@ def test_samples_and_warnings(folder, tmp_path, capsys):
         entropy_coef=-1.0,
     )
     shown = {r["step"]: r["rows"] for r in log if r["kind"] == "samples"}
-    assert list(shown) == [1, 2, 4]
-    assert all(
-        len(rows) == 2 and list(rows[0]) == ["prompt", "response", "reward", "kl"]
-        for rows in shown.values()
-    )
+    assert list(shown) == [0, 2]
+    for rows in shown.values():
+        assert len(rows) == 2 and list(rows[0]) == ["prompt", "response", "reward"]
     assert [r["step"] for r in log if r["kind"] == "train"] == [3, 4]
     assert capsys.readouterr().out.count("the entropy has collapsed") == 1
     assert any(
@@ -789,7 +781,7 @@ def test_mistakes_end_in_a_sentence(folder, tmp_path):
         "no prompt has between 1 and max_prompt=256": dict(data=tmp_path / "text"),
         "max_prompt=1 ": dict(max_prompt=1),
         "batch_size=10 must be a multiple": dict(batch_size=10),
-        "algo=grpo compares": dict(algo="grpo"),
+        "advantage=group_std compares": dict(algo="grpo"),
         "is an adapter": dict(model=folder / "adapter", lora_rank=2),
         "leaves nothing to train": dict(freeze_layers=2, train="qv"),
         "resume=true": dict(resume="true"),
@@ -803,6 +795,6 @@ def test_mistakes_end_in_a_sentence(folder, tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert (
         result.returncode == 2
-        and result.stderr.startswith("error: algo=rloo")
+        and result.stderr.startswith("error: advantage=rloo compares")
         and result.stderr.count("\n") == 1
     )
