@@ -16,9 +16,7 @@ Source: Rafailov et al. 2023 (arXiv:2305.18290).
 """
 
 import hashlib
-import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -32,11 +30,9 @@ from nano import (
     estimate,
     files,
     generate,
-    log,
     losses,
     optim,
     runtime,
-    state,
     store,
     weights,
 )
@@ -51,6 +47,7 @@ from nano.config import (
     UnitFloat,
     UserError,
 )
+from nano.run import Run
 
 
 @dataclass
@@ -139,19 +136,25 @@ def dpo_loss(
 
 def completion_logprobs(net, batch):
     """Summed log-probabilities of the target tokens of each completion of a micro-batch, (N,) fp32."""
-    index = batch["index"]  # the head runs on target tokens only
-    logprobs = losses.token_logprobs(net(batch), net.head_weight, batch["targets"].flatten()[index])
-    logprobs = logprobs * batch["weights"].flatten()[index]
-    completions = torch.arange(len(batch["real"]), device=logprobs.device)
-    its_own = batch["rows"] == completions[:, None]  # (N, M)
-    # unlike index_add, a sum is the same in every run on a GPU
-    return torch.where(its_own, logprobs, 0.0).sum(1)
+    hidden = net(batch)  # (M, C): the head runs on target tokens only
+    logprobs = losses.token_logprobs(hidden, net.head_weight, batch["targets"])  # (M,)
+    logprobs = logprobs * batch["weights"]
+    # (N, M): a sum over a mask is the same in every run on a GPU, unlike index_add
+    belongs = batch["rows"] == torch.arange(len(batch["real"]), device=logprobs.device)[:, None]
+    return torch.where(belongs, logprobs, 0.0).sum(1)
 
 
-def pair_losses(logprobs, batch, cfg):
-    """`dpo_loss` of every pair (P,) of a micro-batch; logprobs (N,)."""
-    better, worse, ref = batch["better"], batch["worse"], batch["reference"]
-    return dpo_loss(
+def loss_and_sums(logprobs, batch, cfg):
+    """The loss of a micro-batch in two parts, and what `summary` makes metrics of. logprobs (N,).
+
+    Training and validation call it: the first part is the sum over groups of a group's mean `dpo_loss`, to
+    be divided by the number of groups; the second the sum of the best completions' log-probabilities, to be
+    divided by the number of their tokens. sums (6,): first part, pairs in the right order, rewards of the
+    better and of the worse, groups; second part.
+    """
+    better, worse, share = batch["better"], batch["worse"], batch["share"]
+    ref = batch["reference"]  # (N,)
+    pair_losses = dpo_loss(
         logprobs[better],
         logprobs[worse],
         ref[better],
@@ -159,52 +162,49 @@ def pair_losses(logprobs, batch, cfg):
         cfg.beta,
         cfg.loss,
         cfg.label_smoothing,
+    )  # (P,)
+    loss = (pair_losses * share).sum()
+    best_logprob = (logprobs * batch["best"]).sum()
+    rewards = cfg.beta * (logprobs.detach() - ref)  # DPO's implicit reward, up to a constant
+    chosen, rejected = rewards[better], rewards[worse]
+    of_groups = ((chosen > rejected) * share, chosen * share, rejected * share, share)
+    sums = [loss.detach(), *(x.sum() for x in of_groups), best_logprob.detach()]
+    return loss, best_logprob, torch.stack(sums)
+
+
+def summary(sums, best_tokens, cfg):
+    """Metrics from the sums of `loss_and_sums`. best_tokens: target tokens of the best completions."""
+    loss, hits, chosen, rejected, groups, best_logprob = sums.tolist()
+    groups = max(groups, 1)
+    chosen, rejected = chosen / groups, rejected / groups
+    chosen_logprob = best_logprob / max(best_tokens, 1)  # per token
+    return dict(
+        loss=loss / groups - cfg.nll_weight * chosen_logprob,
+        accuracy=hits / groups,
+        margin=chosen - rejected,
+        chosen=chosen,
+        rejected=rejected,
+        chosen_logprob=chosen_logprob,
     )
 
 
-def best_tokens(micro):
+def count_best(micro):
     """How many target tokens the best completions of a micro-batch have."""
-    return int((micro["weights"].flatten()[micro["index"]] * micro["best"][micro["rows"]]).sum())
+    return int((micro["weights"] * micro["best"][micro["rows"]]).sum())
 
 
-def statistics(logprobs, loss, batch, cfg):
-    """Sums (6,): loss, right order, reward of the better and of the worse of each group, groups; log-probability of the best."""
-    rewards = cfg.beta * (
-        logprobs - batch["reference"]
-    )  # DPO's implicit reward, up to a constant of the prompt
-    better, worse, share = rewards[batch["better"]], rewards[batch["worse"]], batch["share"]
-    of_groups = (loss * share, (better > worse) * share, better * share, worse * share, share)
-    return torch.stack([x.sum() for x in (*of_groups, logprobs * batch["best"])])
-
-
-def summary(sums, tokens):
-    loss, hits, chosen, rejected, n, logprob = sums.tolist()
-    n = max(n, 1)
-    mean = dict(
-        loss=loss / n,
-        accuracy=hits / n,
-        margin=(chosen - rejected) / n,
-        chosen=chosen / n,
-        rejected=rejected / n,
-    )
-    return mean | dict(chosen_logprob=logprob / max(tokens, 1))  # per token
-
-
-@torch.no_grad()
 def evaluate(rt, net, val, reference, cfg):
     """Loss, accuracy and rewards over all groups of all ranks."""
-    net.eval()
-    sums, tokens = torch.zeros(6, device=rt.device), 0
-    for step in range(val.steps_per_epoch):
-        for micro in val.batch(step):
-            batch = rt.put(micro | look_up(reference, micro))
-            with rt.autocast():
-                logprobs = completion_logprobs(net, batch)
-            sums += statistics(logprobs, pair_losses(logprobs, batch, cfg), batch, cfg)
-            tokens += best_tokens(micro)
-            rt.sync()
-    net.train()
-    return summary(rt.all_sum(sums), rt.all_sum(tokens))
+    sums, best_tokens = torch.zeros(6, device=rt.device), 0
+    with rt.evaluating(net):
+        for step in range(val.steps_per_epoch):
+            for micro in val.batch(step):
+                batch = rt.put(micro | look_up(reference, micro))
+                with rt.autocast():
+                    logprobs = completion_logprobs(net, batch)
+                sums += loss_and_sums(logprobs, batch, cfg)[-1]
+                best_tokens += count_best(micro)
+    return summary(rt.all_sum(sums), rt.all_sum(best_tokens), cfg)
 
 
 def fingerprint(model, *settings):
@@ -216,33 +216,33 @@ def fingerprint(model, *settings):
     return digest.hexdigest()[:16]
 
 
-@torch.no_grad()
 def reference_logprobs(rt, net, rows, path):
-    """`completion_logprobs` of all completions, (N,) float32, under the model as it stands, memory-mapped from `path`; computed and
-    written first where that does not exist. The ranks share the work. Groups over max_length have no values."""
+    """`completion_logprobs` of all completions, (N,) float32, under the model as it is, memory-mapped.
+
+    Where the file `path` does not exist they are computed and written first, and the ranks share the work.
+    Groups over max_length have no values.
+    """
     count = int(rows.groups.first[-1])
     if not rt.once(path.exists):
         if rt.is_main:
             print(f"computing the reference log-probabilities of {count:,} completions", flush=True)
-        net.eval()
         values = torch.zeros(count)
-        for step in range(rows.steps_per_epoch):
-            for micro in rows.batch(step):
-                with rt.autocast():
-                    part = rt.host(completion_logprobs(net, rt.put(micro)))
-                real = micro["real"] > 0
-                values[micro["number"][real]] = part[real]
-        net.train()
-        # what the forward gathered must not outlive the weights that a resume puts in
-        rt.reshard(net)
+        with rt.evaluating(net):
+            for step in range(rows.steps_per_epoch):
+                for micro in rows.batch(step):
+                    with rt.autocast():
+                        part = rt.to_cpu(completion_logprobs(net, rt.put(micro)))
+                    real = micro["real"] > 0
+                    values[micro["number"][real]] = part[real]
         values = rt.all_sum(values)
         if rt.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write_bytes(path, values.numpy().tobytes())
         rt.barrier()
-    if path.stat().st_size != 4 * count:
+    size = path.stat().st_size
+    if size != 4 * count:
         raise UserError(
-            f"{path} has {path.stat().st_size} bytes and not {4 * count}: remove it, and it is computed again"
+            f"{path} has {size} bytes and not {4 * count}: remove it, and it is computed again"
         )
     return np.memmap(path, np.float32, "r")
 
@@ -260,211 +260,159 @@ def look_up(reference, micro):
     return dict(reference=torch.from_numpy(reference[micro["number"].numpy()]))
 
 
-def answer(rt, model, tok, rows, cfg):
-    """Greedy answers to the prompts of the first validation groups, beside the best completion in the data."""
-    picks = [
-        g
-        for g in range(min(cfg.samples, len(rows)))
-        if 0 < len(rows.prompt(g)) < model.cfg.max_positions
-    ]
-    prompts = [rows.prompt(g) for g in picks]
+def answers(rt, model, tok, rows, cfg):
+    """Greedy answers to the prompts of the first validation groups, beside the data's best completion."""
+    table, prompts = [], []
+    for g in range(min(cfg.samples, len(rows))):
+        prompt = rows.prompt(g)
+        if 0 < len(prompt) < model.cfg.max_positions:
+            best, _ = rows.group(g)[0]
+            prompts.append(prompt)
+            table.append(dict(prompt=tok.decode(prompt), chosen=tok.decode(best[len(prompt) :])))
     with rt.autocast():
-        made = generate.generate(
+        samples = generate.generate(
             model, prompts, cfg.sample_tokens, temperature=0.0, stop_ids=tok.stop_ids
         )
-    best = [
-        rows.group(g)[0][0][len(prompt) :].tolist()
-        for g, prompt in zip(picks, prompts, strict=True)
-    ]
-    texts = ([tok.decode(ids) for ids in column] for column in (prompts, made.tokens, best))
-    return [
-        dict(prompt=prompt, answer=answer, chosen=chosen)
-        for prompt, answer, chosen in zip(*texts, strict=True)
-    ]
+    for row, tokens in zip(table, samples.tokens, strict=True):
+        row["answer"] = tok.decode(tokens)
+    return table
 
 
 def main(cfg):
-    # ------------------------------------------------------------------------------------------ setup
+    # ---- setup
+    # The runtime knows the device and the other processes. The run knows its folder: whether it holds
+    # a state to continue from, and where the log and the models go.
     if not 0 <= cfg.label_smoothing < 0.5 or cfg.loss == "ipo" and cfg.label_smoothing:
         raise UserError(
             f"label_smoothing={cfg.label_smoothing} must be in [0, 0.5), and 0 with loss=ipo"
         )
+    if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
+        raise UserError(
+            "train= and freeze_layers= choose among the model's own weights: "
+            "with lora_rank= use lora_targets="
+        )
     rt = runtime.start(cfg)
-    rt.catch_signals()
-    out = Path(cfg.out)
-    resume = state.resumes(out, cfg.resume, rt, cfg.model)
-
-    # ------------------------------------------------------------------------------------------ model, data
+    run = Run("dpo", cfg, rt)
     opened = weights.open(
-        cfg.model,
-        merge=True,
-        as_base=cfg.lora_rank > 0,
-        template=store.chat_template(cfg.data),
+        cfg.model, merge=True, as_base=cfg.lora_rank > 0, template=store.chat_template(cfg.data)
     )
-    model, tok, base = opened.model, opened.tok, opened.base
+    model, tok = opened.model, opened.tok
+
+    # ---- data
+    # A group is one prompt's completions, best first. It stays together in one packed row, so that one
+    # forward holds all of its pairs.
     rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok, groups=True)
     val_rows = store.validation(cfg.data, tok, groups=True)
-    cut = dict(
+    layout = dict(
         micro_batch=rt.micro_batch(cfg.micro_batch),
         max_length=cfg.max_length,
         seed=cfg.seed,
         rank=rt.rank,
         world=rt.world,
-        fixed_shapes=rt.static_shapes or cfg.compile,
+        fixed_shapes=rt.fixed_shapes or cfg.compile,
     )
-    train = batches.Groups(rows, cfg.batch_size, **cut)
-    val = batches.Groups(val_rows, cfg.batch_size, **cut) if val_rows else None
+    train = batches.Groups(rows, cfg.batch_size, **layout)
+    val = batches.Groups(val_rows, cfg.batch_size, **layout) if val_rows else None
     batches.check_reach(train.longest, model.cfg.max_positions, cfg.model)
-    steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
-    eval_every, save_every = (
-        cfg.eval_every or train.steps_per_epoch,
-        cfg.save_every or train.steps_per_epoch,
-    )
+    steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 
-    key = fingerprint(
-        model, rt.dtype, cfg.max_length, rows.fingerprint(), val_rows and val_rows.fingerprint()
-    )
+    # ---- what is trained
+    # The key names the reference's log-probabilities on disk. It is taken of the model's own weights,
+    # so it comes before an adapter changes the parameters' names.
+    val_key = val_rows and val_rows.fingerprint()
+    key = fingerprint(model, rt.dtype, cfg.max_length, rows.fingerprint(), val_key)
     if cfg.lora_rank:
-        weights.add_adapter(
-            model,
-            cfg.lora_rank,
-            cfg.lora_alpha,
-            cfg.lora_dropout,
-            cfg.lora_targets,
-            rslora=cfg.lora_rslora,
-        )
+        weights.add_adapter(model, cfg)
     else:
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
 
-    # ------------------------------------------------------------------------------------------ optimizer
+    # ---- optimizer
+    # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it in
+    # place. The trained weights are fp32 and autocast does the matrix work in bf16.
     net = rt.wrap(model, cfg.compile, cfg.grad_checkpoint)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optim.build(
         model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
 
-    # ------------------------------------------------------------------------------------------ reference, resume
-    files = {split: out / f"reference.{split}.{key}.bin" for split in ("train", "val")}
-    lora.use(
-        model, None
-    )  # the model as it was; without adapters the weights are still untrained here
-    reference = reference_logprobs(rt, net, train, files["train"])
-    val_reference = reference_logprobs(rt, net, val, files["val"]) if val else None
-    if cfg.lora_rank:
-        lora.use(model, "default")
-    start, best, warned = 0, math.inf, False
-    if resume:
-        meta, _ = state.load_training(out / "state", rt, "dpo", trained, dict(adamw=optimizer))
-        start, best, warned = meta["step"], meta["best"], meta["warned"]
-        if meta["reference"] != key:
-            raise UserError(
-                f"{out} was trained from another model or on other data: give the run's own, or resume=false"
-            )
-
-    length = train.document_length
-    flops = model.flops_per_token(length, "adapter" if cfg.lora_rank else "all")
-    logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
+    # ---- reference, resume
+    # The reference is the model as it was at the start: its adapter is switched off here, or its
+    # weights are still untrained. So its log-probabilities are computed before a resume loads a state,
+    # once, and then read from disk. Training needs no second model in memory.
+    paths = {split: run.out / f"reference.{split}.{key}.bin" for split in ("train", "val")}
+    lora.use(model, None)
+    reference = reference_logprobs(rt, net, train, paths["train"])
+    val_reference = reference_logprobs(rt, net, val, paths["val"]) if val else None
+    lora.use(model, "default" if cfg.lora_rank else None)
+    run.meta = dict(reference=key, warned=False)
+    adapter = "default" if cfg.lora_rank else None
+    run.attach(model, trained, dict(adamw=optimizer), tok, opened.base, adapter)
+    if run.meta["reference"] != key:
+        raise UserError(
+            f"{run.out} was trained from another model or on other data: "
+            "give the run's own, or resume=false"
+        )
     if rt.is_main:
-        for old in set(out.glob("reference.*.bin")) - {
-            *files.values()
-        }:  # of another model or other data
-            old.unlink()
-    logger.settings("dpo", cfg, resume)
-    spread = (
-        rt.weight_shards,
-        rt.dtype,
-        cfg.grad_checkpoint,
-        cfg.parallel == "zero2",
-        cfg.offload,
-        rt.tensor,
-    )
-    logger.text(
-        estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread, document=length)
-    )
-    logger.text(
-        f"{len(train.index):,} groups of {rows.first[-1] / len(rows):.1f} completions, {rows.lengths[train.index].sum():,} tokens "
-        f"({train.dropped} over max_length dropped); {train.steps_per_epoch} steps an epoch, {steps} in all from step {start}; "
-        f"{rt.devices} x {rt.name}, {rt.dtype}"
-    )
+        for path in set(run.out.glob("reference.*.bin")) - set(paths.values()):
+            path.unlink()  # of another model or other data
+    run.log.text(estimate.for_run(model, rt, cfg, train.document_length))
+    run.describe(train.summary)
 
-    def save(dir):
-        tensors = rt.gather(trained if cfg.lora_rank else dict(model.named_parameters()))
-        if rt.is_main and cfg.lora_rank:
-            weights.save_adapter(model, dir, base=base, tensors=tensors, tok=tok)
-        elif rt.is_main:
-            weights.save_model(model, dir, rt.dtype, like=base, tensors=tensors, tok=tok)
-
-    # ------------------------------------------------------------------------------------------ loop
-    sums, tokens, seen_best = (
-        torch.zeros(6, device=rt.device),
-        0,
-        0,
-    )  # of this rank, since the last line of the log
-    model.train()
-    stop = False
-    for step in range(start, steps + 1):
-        stop = rt.should_stop()
-
-        # evaluate, show samples, save
-        with logger.paused():
-            evaluated = val and not stop and (step % eval_every == 0 or step == steps)
-            if evaluated:
-                metrics = evaluate(rt, net, val, val_reference, cfg)
-                logger.eval(step, **metrics)
-                if cfg.samples and cfg.sample_tokens:
-                    logger.samples(step, answer(rt, model, tok, val_rows, cfg))
-                if step and metrics["loss"] < best:
-                    best = metrics["loss"]
-                    save(out / "best")
-            if step > start and (stop or step == steps or step % save_every == 0):
-                save(out / "last")
-                meta = dict(step=step, best=best, warned=warned, reference=key)
-                state.save_training(
-                    out / "state", rt, "dpo", trained, dict(adamw=optimizer), **meta
-                )
-        if stop or step == steps:
+    # ---- loop
+    # A step is counted when it is done: step 0 is the untrained model, and at the last number there is
+    # nothing left to train, only to evaluate and to save.
+    sums = torch.zeros(6, device=rt.device)  # of loss_and_sums, since the last line of the log
+    best_tokens = 0  # target tokens of the best completions, since then
+    flops = model.flops_per_token(train.document_length, "adapter" if cfg.lora_rank else "all")
+    for step in run.steps(flops):
+        # Every rank evaluates and saves at the same step, for gathering sharded weights takes them
+        # all. The time this takes is not counted in the tokens per second.
+        with run.paused():
+            if val and run.due(cfg.eval_every):
+                run.evaluated(evaluate(rt, net, val, val_reference, cfg), keep="loss")
+                if cfg.samples:
+                    run.log.samples(step, answers(rt, model, tok, val_rows, cfg))
+            if run.ending or run.due(cfg.save_every):
+                run.save()
+        if run.ending:
             break
 
-        # accumulate the gradient over micro-batches
-        micros, count = train.batch(step), len(train.members(step))
-        count_best = rt.all_sum(sum(map(best_tokens, micros)))
-        for i, micro in enumerate(micros):
-            rt.accumulate(i == len(micros) - 1, net)
+        # Accumulate the gradient over micro-batches. Each group counts once, however many pairs it
+        # has: a pair's loss is divided by the pairs of its group, and the sum by the groups of the
+        # whole step, on all ranks.
+        micro_batches = train.batch(step)
+        count = len(train.members(step))
+        best_count = rt.all_sum(sum(map(count_best, micro_batches)))
+        for i, micro in enumerate(micro_batches):
+            # DDP exchanges gradients in the backward of the last micro-batch only.
+            rt.accumulate(i == len(micro_batches) - 1, net)
             batch = rt.put(micro | look_up(reference, micro))
             with rt.autocast():
-                logprobs = completion_logprobs(net, batch)
-            loss = pair_losses(logprobs, batch, cfg)
-            nll = -(logprobs * batch["best"]).sum() / count_best
-            rt.backward((loss * batch["share"]).sum() / count + cfg.nll_weight * nll)
-            sums += statistics(logprobs.detach(), loss.detach(), batch, cfg)
-            tokens += micro["n_tokens"]
-        seen_best += count_best
+                logprobs = completion_logprobs(net, batch)  # (N,) summed over each completion
+            # The next-token loss of the best completions holds up their own likelihood. DPO alone
+            # asks only for a difference, which grows too when both become less likely.
+            loss, best_logprob, step_sums = loss_and_sums(logprobs, batch, cfg)
+            rt.backward(loss / count - cfg.nll_weight * best_logprob / max(best_count, 1))
+            sums += step_sums
+            run.count(micro)
+        best_tokens += best_count
 
-        # clip, step
+        # Clip the global gradient norm, take the AdamW step, clear the gradients.
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)
         norm = rt.step(optimizer, trained.values(), lr, cfg.grad_clip)
 
-        # log
-        if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:
-            metrics = summary(rt.all_sum(sums), seen_best)
-            seen = dict(tokens=rt.all_sum(tokens), memory=rt.peak_memory(), **rt.compiles())
-            logger.step(step + 1, **metrics, grad_norm=norm, lr=lr, **seen)
-            if not warned and max(metrics["chosen"], metrics["rejected"]) < -cfg.beta:  # by a nat
-                warned = True
-                logger.text(falling(-metrics["chosen"] / cfg.beta, -metrics["rejected"] / cfg.beta))
-            sums, tokens, seen_best = torch.zeros_like(sums), 0, 0
+        # Reading a number from the device waits for it, so we read only when a line is due.
+        if run.logs:
+            metrics = summary(rt.all_sum(sums), best_tokens, cfg)
+            run.log_step(**metrics, grad_norm=norm, lr=lr)
+            chosen, rejected = metrics["chosen"] / cfg.beta, metrics["rejected"] / cfg.beta  # nats
+            if not run.meta["warned"] and max(chosen, rejected) < -1:
+                run.meta["warned"] = True
+                run.log.text(falling(-chosen, -rejected))
+            sums, best_tokens = torch.zeros_like(sums), 0
 
-    if stop:
-        logger.text(
-            f"stopped at step {step}: the same command continues from here, unless it says resume=false"
-        )
-    elif start >= steps and resume:
-        logger.text(
-            f"{out} stands at step {start} already: more steps= or epochs= go on, resume=false starts anew"
-        )
-    logger.close()
-    rt.close()
+    run.close()
 
 
 if __name__ == "__main__":

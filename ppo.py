@@ -467,11 +467,8 @@ def one_trunk(cfg):
     opened = weights.open(cfg.model, merge=True, as_base=True)
     model = opened.model
 
-    def new_adapter(name):
-        settings = dict(alpha=cfg.lora_alpha, targets=cfg.lora_targets, rslora=cfg.lora_rslora)
-        weights.add_adapter(model, cfg.lora_rank, name=name, **settings)
-
-    new_adapter("policy")
+    # Adapters drop nothing: the ratio compares the probabilities of two forwards.
+    weights.add_adapter(model, cfg, "policy", dropout=0.0)
     policy = Role(model, "policy")
     reference = Role(model) if cfg.has_reference else None
     scorer = critic = None
@@ -487,7 +484,7 @@ def one_trunk(cfg):
         model.value_head = weights.load_scorer(model, cfg.reward, "value")
         critic = Role(model, "value", model.value_head, scorer.scale)
     elif cfg.has_critic:
-        new_adapter("value")
+        weights.add_adapter(model, cfg, "value", dropout=0.0)
         model.value_head = ScoreHead(model.cfg.dim)
         torch.nn.init.zeros_(model.value_head.weight)
         critic = Role(model, "value", model.value_head)
@@ -692,10 +689,10 @@ def ptx_gradient(cfg, rt, policy, ptx, update):
     for i, batch in enumerate(micro_batches):
         rt.accumulate(i == len(micro_batches) - 1, policy.net)
         batch = rt.put(batch)
-        targets, weights = (batch[key].flatten()[batch["index"]] for key in ("targets", "weights"))
         with rt.autocast():
             hidden = policy.hidden(batch, training=True)
-            loss = losses.cross_entropy(hidden, policy.model.head_weight, targets, weights)
+            head = policy.model.head_weight
+            loss = losses.cross_entropy(hidden, head, batch["targets"], batch["weights"])
             loss = loss / max(count, 1e-9)
         rt.backward(cfg.ptx_coef * loss)
         total = total + loss.detach()
@@ -780,7 +777,6 @@ def main(cfg):
 
     # The four models, each of which may share its module with others. Policy and critic learn.
     policy, reference, scorer, critic = build(cfg, tok)
-    tok.check_embeddings(policy.model.cfg.vocab_size, base)
     roles = [role for role in (policy, reference, scorer, critic) if role]
     models = {id(role.model): role.model for role in roles}.values()
     if cfg.compile:
@@ -905,7 +901,7 @@ def main(cfg):
         mask = torch.arange(cfg.max_new_tokens) < lengths[:, None]  # (N, R)
         micro_batches = [batches.episodes(episodes[part], length) for part in slices]
         for batch in micro_batches:
-            batch["is_action"] = batch["weights"].flatten()[batch["index"]] > 0  # (M,)
+            batch["is_action"] = batch["weights"] > 0  # (M,)
         is_action = torch.cat([batch["is_action"] for batch in micro_batches])
         micro_batches = [rt.put(batch) for batch in micro_batches]
 

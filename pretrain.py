@@ -33,7 +33,6 @@ from nano import (
     losses,
     optim,
     runtime,
-    state,
     store,
     tokenizer,
     weights,
@@ -49,6 +48,7 @@ from nano.config import (
     UnitFloat,
     UserError,
 )
+from nano.run import Run
 
 
 @dataclass
@@ -124,6 +124,10 @@ SIZES = {
 }
 
 
+# the keys that have no effect when model= brings a shape and a tokenizer of its own
+SHAPE = {"tokenizer", "size", "n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "rope_theta"}
+
+
 def model_config(cfg, vocab_size):
     """The ModelConfig of size= and the keys that change it; the vocabulary is rounded up to a multiple of 64."""
     n_layers, dim, n_heads, n_kv_heads, ffn_dim, tied = SIZES[cfg.size]
@@ -157,15 +161,13 @@ def fresh(rt, shape, dir):
     return weights.load_model(dir)
 
 
-def loss_sum(net, batch):
-    """The sum of next-token losses over the target tokens of a micro-batch, fp32."""
-    rows = batch["index"]  # the head runs on target tokens only
-    return losses.cross_entropy(
-        net(batch),  # (M, C)
-        net.head_weight,
-        batch["targets"].flatten()[rows],
-        batch["weights"].flatten()[rows],
-    )
+def loss_sum(net, hidden, batch):
+    """The sum of next-token losses over the target tokens of a micro-batch, fp32.
+
+    hidden (M, C): the last hidden states at the M positions that predict a target. sft.py's function of
+    this name says how to change it.
+    """
+    return losses.cross_entropy(hidden, net.head_weight, batch["targets"], batch["weights"])
 
 
 def tokens_per_byte(stores, free_bos):
@@ -185,19 +187,17 @@ def tokens_per_byte(stores, free_bos):
     )
 
 
-@torch.no_grad()
 def evaluate(rt, net, windows, steps, density):
-    """Loss, perplexity and, given `density` in tokens per byte, bits per byte over the first `steps` steps of `windows`."""
-    net.eval()
-    sums = torch.zeros(2, dtype=torch.float32, device=rt.device)  # loss, targets
-    for step in range(steps):
-        for micro in windows.batch(step):
-            batch = rt.put(micro)
-            with rt.autocast():
-                part = loss_sum(net, batch)
-            sums += torch.stack((part, batch["weights"].sum()))
-            rt.sync()
-    net.train()
+    """Loss and perplexity over the first `steps` steps of `windows`, and bits per byte of text where the
+    number of tokens per byte (`density`) is known."""
+    sums = torch.zeros(2, device=rt.device)  # loss, targets
+    with rt.evaluating(net):
+        for step in range(steps):
+            for micro in windows.batch(step):
+                batch = rt.put(micro)
+                with rt.autocast():
+                    loss = loss_sum(net, net(batch), batch)
+                sums += torch.stack((loss, batch["weights"].sum()))
     loss, count = rt.all_sum(sums).tolist()
     loss /= max(count, 1)
     bits = {} if density is None else dict(bits_per_byte=loss / math.log(2) * density)
@@ -211,7 +211,7 @@ def continuations(rt, model, tok, documents, cfg):
         rows = [documents.row(i)[0] for i in range(min(2, len(documents)))]
         prompts = [row[: max(1, min(8, len(row) // 2))].tolist() for row in rows]
     with rt.autocast():
-        made = generate.generate(
+        samples = generate.generate(
             model,
             prompts,
             cfg.sample_tokens,
@@ -221,191 +221,132 @@ def continuations(rt, model, tok, documents, cfg):
         )
     return [
         dict(prompt=tok.decode(p), text=tok.decode(t, inside=True))
-        for p, t in zip(prompts, made.tokens, strict=True)
+        for p, t in zip(prompts, samples.tokens, strict=True)
     ]
 
 
 def main(cfg):
-    # ------------------------------------------------------------------------------------------ setup
+    # ---- setup
+    # The runtime knows the device and the other processes. The run knows its folder: whether it holds
+    # a state to continue from, and where the log and the models go.
     rt = runtime.start(cfg)
-    rt.catch_signals()
-    out = Path(cfg.out)
-    resume = state.resumes(out, cfg.resume, rt, cfg.model)
-    own = {"tokenizer", "size", "n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "rope_theta"}
-    ignored = [pair for pair in config.diff(cfg) if pair.split("=")[0] in own]
-    if cfg.model and ignored:
+    run = Run("pretrain", cfg, rt)
+    if cfg.model and (
+        ignored := [pair for pair in config.diff(cfg) if pair.split("=")[0] in SHAPE]
+    ):
         raise UserError(
             f"model={cfg.model} has a shape and a tokenizer of its own: leave out {', '.join(ignored)}"
         )
 
-    # ------------------------------------------------------------------------------------------ data
-    metas = [store.read_meta(dir) for dir in cfg.data]
+    # ---- data
+    # A store is one long array of tokens on disk, memory-mapped. A window is max_length of them. Which
+    # windows a step takes is a function of the seed and the step's number alone, so a resume needs no
+    # data position.
     base = cfg.model or cfg.tokenizer or Path(cfg.data[0]) / "tokenizer"
     if not Path(base).is_dir() and not cfg.model and not cfg.tokenizer:
         raise UserError(
-            f"there is no {base}: name the tokenizer that the data was prepared with by tokenizer= or model="
+            f"there is no {base}: name the tokenizer of the data by tokenizer= or model="
         )
     tok = tokenizer.load(base, template="plain")
     stores = [store.Store(dir, "train", tok) for dir in cfg.data]
-    held = [
-        store.Store(dir, "val", tok)
-        for dir, meta in zip(cfg.data, metas, strict=True)
-        if "val" in meta["splits"]
-    ]
-    cut = dict(
+    val_stores = [store.Store(d, "val", tok) for d in cfg.data if store.has_split([d], "val")]
+    layout = dict(
         micro_batch=rt.micro_batch(cfg.micro_batch),
         max_length=cfg.max_length,
         isolate=cfg.isolate,
         seed=cfg.seed,
         rank=rt.rank,
         world=rt.world,
-        fixed_shapes=rt.static_shapes,
+        fixed_shapes=rt.fixed_shapes,
     )
-    train = batches.Windows(stores, cfg.batch_size, weights=cfg.weights, **cut)
-    val = batches.Windows(held, cut["micro_batch"] * rt.world, **cut) if held else None
-    steps = cfg.steps or max(1, round(cfg.epochs * train.steps_per_epoch))
-    eval_every, save_every = (
-        cfg.eval_every or train.steps_per_epoch,
-        cfg.save_every or train.steps_per_epoch,
-    )
+    train = batches.Windows(stores, cfg.batch_size, weights=cfg.weights, **layout)
+    steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
-    if val:
-        wanted = -(-cfg.eval_windows // val.batch_size) or val.steps_per_epoch
-        eval_steps = min(wanted, val.steps_per_epoch)
-        density = tokens_per_byte(held, free_bos=cfg.isolate and tok.bos_first)
+    val = None
+    if val_stores:
+        val = batches.Windows(val_stores, layout["micro_batch"] * rt.world, **layout)
+        eval_steps = -(-cfg.eval_windows // val.batch_size) or val.steps_per_epoch
+        eval_steps = min(eval_steps, val.steps_per_epoch)
+        density = tokens_per_byte(val_stores, free_bos=cfg.isolate and tok.bos_first)
 
-    # ------------------------------------------------------------------------------------------ model
+    # ---- model
+    # Random weights of the shape that size= names, or a model directory to continue from.
     if cfg.model:
         model = weights.load_model(cfg.model)
         batches.check_reach(cfg.max_length, model.cfg.max_positions, cfg.model)
         tok.check_embeddings(model.cfg.vocab_size, base)
     else:
-        model = fresh(rt, model_config(cfg, tok.vocab_size), out / "init.tmp")
+        model = fresh(rt, model_config(cfg, tok.vocab_size), run.out / "init.tmp")
+        run.model_keys = dict(
+            bos_token_id=tok.bos_id, eos_token_id=tok.eos_id, pad_token_id=tok.pad_id
+        )
 
-    # ------------------------------------------------------------------------------------------ optimizer, resume
+    # ---- optimizer, resume
+    # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it in
+    # place. The weights are fp32 and autocast does the matrix work in bf16.
     net = rt.wrap(model, cfg.compile, cfg.grad_checkpoint)
     rt.barrier()
     if rt.is_main:
-        shutil.rmtree(out / "init.tmp", ignore_errors=True)
+        shutil.rmtree(run.out / "init.tmp", ignore_errors=True)
     trained = dict(model.named_parameters())
     optimizer = optim.build(
         model, cfg.optimizer, cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
-    start, best = 0, math.inf
-    if resume:
-        meta, _ = state.load_training(
-            out / "state", rt, "pretrain", trained, {cfg.optimizer: optimizer}
-        )
-        start, best = meta["step"], meta["best"]
-
+    run.attach(model, trained, {cfg.optimizer: optimizer}, tok, base)
+    run.log.text(estimate.for_run(model, rt, cfg))
     flops = model.flops_per_token(cfg.max_length)
-    logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
-    logger.settings("pretrain", cfg, resume)
-    spread = (
-        rt.weight_shards,
-        rt.dtype,
-        cfg.grad_checkpoint,
-        cfg.parallel == "zero2",
-        cfg.offload,
-        rt.tensor,
-    )
-    logger.text(estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread))
     total = steps * cfg.batch_size * cfg.max_length
     peak = log.peak_flops(rt.name)
-    time = (
-        f", about {log.duration(total * flops / (0.4 * peak * rt.devices))} at 40% of the peak"
-        if peak
-        else ""
-    )
-    logger.text(
-        f"{sum(len(s.tokens) for s in stores):,} tokens in {len(stores)} folders: {train.steps_per_epoch} steps an epoch, {steps} "
-        f"in all from step {start}; {total:,} tokens, {total * flops:.2e} FLOPs{time}; {rt.devices} x {rt.name}, {rt.dtype}"
+    time = f", about {log.duration(total * flops / (0.4 * peak * rt.devices))} at 40% of the peak"
+    run.log.text(
+        f"{sum(len(s.tokens) for s in stores):,} tokens in {len(stores)} folders: "
+        f"{train.steps_per_epoch} steps an epoch, {steps} in all from step {run.start}; "
+        f"{total:,} tokens, {total * flops:.2e} FLOPs{time if peak else ''}; "
+        f"{rt.devices} x {rt.name}, {rt.dtype}"
     )
 
-    def save(dir):
-        tensors = rt.gather(trained)
-        if rt.is_main:
-            ids = (
-                {}
-                if cfg.model
-                else dict(bos_token_id=tok.bos_id, eos_token_id=tok.eos_id, pad_token_id=tok.pad_id)
-            )
-            weights.save_model(model, dir, rt.dtype, like=base, tensors=tensors, **ids)
-
-    # ------------------------------------------------------------------------------------------ loop
-    tokens = targets = 0  # of this rank, since the last line of the log
-    stop = False
-    model.train()
-    for step in range(start, steps + 1):
-        stop = rt.should_stop()
-
-        # evaluate, show samples, save
-        with logger.paused():
-            evaluated = val and not stop and (step % eval_every == 0 or step == steps)
-            if evaluated:
-                metrics = evaluate(rt, net, val, eval_steps, density)
-                logger.eval(step, **metrics)
-                if step and metrics["loss"] < best:
-                    best = metrics["loss"]
-                    save(out / "best")
-            if (
-                cfg.sample_tokens
-                and not stop
-                and (step % cfg.sample_every == 0 if cfg.sample_every else evaluated)
-            ):
-                logger.samples(step, continuations(rt, model, tok, (held or stores)[0], cfg))
-            if step > start and (stop or step == steps or step % save_every == 0):
-                save(out / "last")
-                state.save_training(
-                    out / "state",
-                    rt,
-                    "pretrain",
-                    trained,
-                    {cfg.optimizer: optimizer},
-                    step=step,
-                    best=best,
-                )
-        if stop or step == steps:
+    # ---- loop
+    # A step is counted when it is done: step 0 is the untrained model, and at the last number there is
+    # nothing left to train, only to evaluate and to save.
+    for step in run.steps(flops):
+        # Every rank evaluates and saves at the same step, for gathering sharded weights takes them
+        # all. The time this takes is not counted in the tokens per second.
+        with run.paused():
+            if val and run.due(cfg.eval_every):
+                run.evaluated(evaluate(rt, net, val, eval_steps, density), keep="loss")
+            if run.due(cfg.sample_every):
+                texts = continuations(rt, model, tok, (val_stores or stores)[0], cfg)
+                run.log.samples(step, texts)
+            if run.ending or run.due(cfg.save_every):
+                run.save()
+        if run.ending:
             break
 
-        # accumulate the gradient over micro-batches
-        micros = train.batch(step)
-        weight = rt.all_sum(sum(float(m["weights"].sum()) for m in micros))
+        # Accumulate the gradient over micro-batches. Each loss is a sum over target tokens, and we
+        # divide by the number of target tokens in the whole step, on all ranks. A mean of the
+        # micro-batches' means would give a token more weight where its neighbours are few.
+        micro_batches = train.batch(step)
+        count = rt.all_sum(sum(float(micro["weights"].sum()) for micro in micro_batches))
         loss = 0.0
-        for i, micro in enumerate(micros):
-            rt.accumulate(i == len(micros) - 1, net)
+        for i, micro in enumerate(micro_batches):
+            # DDP exchanges gradients in the backward of the last micro-batch only.
+            rt.accumulate(i == len(micro_batches) - 1, net)
+            batch = rt.put(micro)
             with rt.autocast():
-                part = loss_sum(net, rt.put(micro)) / max(weight, 1e-9)
+                part = loss_sum(net, net(batch), batch) / max(count, 1e-9)
             rt.backward(part)
             loss = loss + part.detach()
-            tokens += micro["n_tokens"]
-            targets += micro["n_targets"]
+            run.count(micro)
 
-        # clip, step
+        # Clip the global gradient norm, step the optimizer, clear the gradients.
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)
         norm = rt.step(optimizer, trained.values(), lr, cfg.grad_clip)
 
-        # log
-        if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:
-            seen = dict(
-                tokens=rt.all_sum(tokens),
-                targets=rt.all_sum(targets),
-                memory=rt.peak_memory(),
-                **rt.compiles(),
-            )
-            logger.step(step + 1, loss=rt.all_sum(loss), grad_norm=norm, lr=lr, **seen)
-            tokens = targets = 0
+        # Reading a number from the device waits for it, so we read only when a line is due.
+        if run.logs:
+            run.log_step(loss=rt.all_sum(loss), grad_norm=norm, lr=lr)
 
-    if stop:
-        logger.text(
-            f"stopped at step {step}: the same command continues from here, unless it says resume=false"
-        )
-    elif start >= steps and resume:
-        logger.text(
-            f"{out} stands at step {start} already: more steps= or epochs= go on, resume=false starts anew"
-        )
-    logger.close()
-    rt.close()
+    run.close()
 
 
 if __name__ == "__main__":

@@ -15,10 +15,8 @@ that give the policy's own samples scores of mean 0 and variance 1, and transfor
 Sources: Stiennon et al. 2020 (arXiv:2009.01325), Ouyang et al. 2022 (arXiv:2203.02155).
 """
 
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -29,12 +27,9 @@ from nano import (
     batches,
     config,
     estimate,
-    files,
     generate,
-    log,
     optim,
     runtime,
-    state,
     store,
     weights,
 )
@@ -49,6 +44,7 @@ from nano.config import (
     UnitFloat,
     UserError,
 )
+from nano.run import Run
 
 
 @dataclass
@@ -116,20 +112,24 @@ class Config:
 
 
 def pair_losses(scores, better, worse, margin=0.0, centring=0.0):
-    """-log sigmoid(s_i - s_j - margin) + centring * (s_i + s_j)^2 of each pair i = better, j = worse (P,) of scores (N,); fp32.
+    """-log sigmoid(s_i - s_j - margin) + centring * (s_i + s_j)^2 of each pair (P,), fp32.
 
-    Ouyang et al. 2022, Eq. 1; margin: Touvron et al. 2023 (arXiv:2307.09288), centring: Eisenstein et al. 2023 (arXiv:2312.09244)
+    scores (N,); i = better (P,), j = worse (P,). Ouyang et al. 2022 (arXiv:2203.02155), Eq. 1; margin:
+    Touvron et al. 2023 (arXiv:2307.09288); centring: Eisenstein et al. 2023 (arXiv:2312.09244).
     """
     s_i, s_j = scores.float()[better], scores.float()[worse]
     return -F.logsigmoid(s_i - s_j - margin) + centring * (s_i + s_j) ** 2
 
 
-def ranking_loss(scores, groups, margin=0.0, centring=0.0):
-    """Scalar, fp32: the mean over groups of the mean of `pair_losses` over a group's pairs i < j. scores (N,), each group's best
-    first; groups (G+1,): the offsets of the groups in them."""
-    offsets = torch.as_tensor(groups).tolist()
-    better, worse, share = (torch.from_numpy(x).to(scores.device) for x in batches.pairs(offsets))
-    return (pair_losses(scores, better, worse, margin, centring) * share).sum() / (len(offsets) - 1)
+def ranking_loss(scores, pairs, margin=0.0, centring=0.0):
+    """The sum over groups of a group's mean `pair_losses`, fp32 scalar. This is the place to change the
+    loss: training and validation call it, and divide by the number of groups.
+
+    scores (N,) of completions. pairs: better (P,), worse (P,) and share (P,), which is 1 / the number of
+    pairs in the pair's group (batches.pairs).
+    """
+    better, worse, share = pairs
+    return (pair_losses(scores, better, worse, margin, centring) * share).sum()
 
 
 def score(net, batch):
@@ -137,98 +137,109 @@ def score(net, batch):
     return net.score(net(batch | dict(index=batch["last"])))
 
 
-def statistics(scores, loss, batch):
-    """Sums (7,): loss, right order, score difference of each group, groups; score, its square of each completion, completions."""
-    gap, share, real = (
-        scores[batch["better"]] - scores[batch["worse"]],
-        batch["share"],
-        batch["real"],
-    )
-    of_groups = (loss * share, (gap > 0) * share, gap * share, share)  # a tie is no right order
-    return torch.stack([x.sum() for x in (*of_groups, scores * real, scores**2 * real, real)])
+def loss_and_sums(scores, batch, cfg):
+    """`ranking_loss` of a micro-batch, and what `summary` makes metrics of: sums (7,) of the loss, pairs in
+    the right order, score differences and groups; and of scores, squared scores and completions."""
+    better, worse, share = pairs = batch["better"], batch["worse"], batch["share"]
+    loss = ranking_loss(scores, pairs, cfg.margin, cfg.centring)
+    scores, real = scores.detach(), batch["real"]
+    gap = scores[better] - scores[worse]  # a tie is no right order
+    of_groups = [loss.detach(), ((gap > 0) * share).sum(), (gap * share).sum(), share.sum()]
+    of_completions = [(scores * real).sum(), (scores**2 * real).sum(), real.sum()]
+    return loss, torch.stack(of_groups + of_completions)
 
 
 def summary(sums):
-    loss, hits, gap, n, total, squares, count = sums.tolist()
-    n, mean = max(n, 1), total / max(count, 1)
-    std = math.sqrt(max(squares / max(count, 1) - mean**2, 0))
-    return dict(loss=loss / n, accuracy=hits / n, gap=gap / n, score_mean=mean, score_std=std)
+    """Metrics from the sums of `loss_and_sums`: means over groups, and over completions."""
+    loss, hits, gap, groups, total, squares, count = sums.tolist()
+    groups, count = max(groups, 1), max(count, 1)
+    mean = total / count
+    std = math.sqrt(max(squares / count - mean**2, 0))
+    metrics = dict(loss=loss / groups, accuracy=hits / groups, gap=gap / groups)
+    return metrics | dict(score_mean=mean, score_std=std)
 
 
-@torch.no_grad()
 def evaluate(rt, net, val, cfg):
     """Loss, accuracy, gap and the scores' mean and standard deviation over all groups of all ranks."""
-    net.eval()
     sums = torch.zeros(7, device=rt.device)
-    for step in range(val.steps_per_epoch):
-        for micro in val.batch(step):
-            batch = rt.put(micro)
-            with rt.autocast():
-                scores = score(net, batch)
-            sums += statistics(
-                scores,
-                pair_losses(scores, batch["better"], batch["worse"], cfg.margin, cfg.centring),
-                batch,
-            )
-            rt.sync()
-    net.train()
+    with rt.evaluating(net):
+        for step in range(val.steps_per_epoch):
+            for micro in val.batch(step):
+                batch = rt.put(micro)
+                with rt.autocast():
+                    scores = score(net, batch)
+                sums += loss_and_sums(scores, batch, cfg)[1]
     return summary(rt.all_sum(sums))
 
 
+def padding_id(tok, vocab_size):
+    """The id that config.json names as padding. transformers reads the score at the last token that is
+    not padding, so no completion may end in this id."""
+    ids = range(vocab_size)
+    candidates = (tok.pad_id, tok.bos_id, *ids)
+    return next(i for i in candidates if i in ids and i not in tok.stop_ids)
+
+
 def draw_samples(rt, cfg, rows, tok):
-    """What the policy says to prompts of the data: tokens (n, T) int64, prompt and response, zeros behind; (start, end) (n, 2) of
-    the response. The ranks share the work and all get all."""
-    opened = weights.open(cfg.policy or cfg.model, dtype=rt.dtype, merge=True)
-    policy = opened.model
+    """What the policy says to prompts of the data. The ranks share the work, and all get all of it.
+
+    -> samples (n, T) int64: prompt and response, zeros behind; spans (n, 2): start and end of the response.
+    """
+    source = cfg.policy or cfg.model
+    opened = weights.open(source, dtype=rt.dtype, merge=True)
+    policy = opened.model.to(rt.device)
     if policy.cfg.head != "lm":
         raise UserError(
-            f"{cfg.policy or cfg.model} is no language model: name one with policy=, or set norm_samples=0"
+            f"{source} is no language model: name one with policy=, or set norm_samples=0"
         )
     if opened.tok.fingerprint != tok.fingerprint:
         raise UserError(
-            f"policy={cfg.policy} has another tokenizer than model={cfg.model}: their scores cannot be matched"
+            f"policy={source} has another tokenizer than model={cfg.model}: "
+            "their scores cannot be matched"
         )
-    policy.to(rt.device)
-    room, prompts = min(cfg.max_length, policy.cfg.max_positions) - cfg.norm_tokens, []
-    for g in np.random.default_rng([cfg.seed, 1]).permutation(len(rows)):
-        if len(prompts) == cfg.norm_samples:
-            break
-        prompts += [p for p in [rows.prompt(g)] if 0 < len(p) <= room]
+    room = min(cfg.max_length, policy.cfg.max_positions) - cfg.norm_tokens
+    order = np.random.default_rng([cfg.seed, 1]).permutation(len(rows))
+    prompts = (rows.prompt(g) for g in order)
+    prompts = [p for p in prompts if 0 < len(p) <= room][: cfg.norm_samples]
     if not prompts:
         raise UserError(f"no prompt leaves room for norm_tokens={cfg.norm_tokens}: lower it")
-    mine = range(rt.rank, cfg.norm_samples, rt.world)
-    asked = [prompts[i % len(prompts)] for i in mine]
+    numbers = range(rt.rank, cfg.norm_samples, rt.world)  # of this rank's samples
+    rank_prompts = [prompts[i % len(prompts)] for i in numbers]
     with rt.autocast():
-        made = generate.generate(
-            policy, asked, cfg.norm_tokens, stop_ids=tok.stop_ids, seed=cfg.seed, sample_ids=mine
-        )
-    tokens = torch.zeros(
-        cfg.norm_samples, max(map(len, prompts)) + cfg.norm_tokens, dtype=torch.int64
-    )
+        responses = generate.generate(
+            policy,
+            rank_prompts,
+            cfg.norm_tokens,
+            stop_ids=tok.stop_ids,
+            seed=cfg.seed,
+            sample_ids=numbers,
+        ).tokens
+    width = max(map(len, prompts)) + cfg.norm_tokens
+    samples = torch.zeros(cfg.norm_samples, width, dtype=torch.int64)
     spans = torch.zeros(cfg.norm_samples, 2, dtype=torch.int64)
-    for i, prompt, response in zip(mine, asked, made.tokens, strict=True):
-        spans[i] = torch.tensor([len(prompt), len(prompt) + len(response)])
-        tokens[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-    return rt.all_sum(tokens), rt.all_sum(spans)
+    for i, prompt, response in zip(numbers, rank_prompts, responses, strict=True):
+        end = len(prompt) + len(response)
+        spans[i] = torch.tensor([len(prompt), end])
+        samples[i, :end] = torch.tensor(prompt + response)
+    return dict(samples=rt.all_sum(samples), spans=rt.all_sum(spans))
 
 
-@torch.no_grad()
-def score_samples(rt, net, samples, micro_batch, max_length):
-    """Scores (n,) fp32 on the CPU of what draw_samples gave. Every rank does them all."""
-    net.eval()
-    tokens, ends = samples[0].numpy(), samples[1][:, 1].numpy()
-    scores, packs = torch.zeros(len(ends)), batches.pack(ends, max_length)
-    for a in range(0, len(packs), micro_batch):
-        packed = [
-            [(i, [(tokens[i, : ends[i]], np.ones(ends[i]))]) for i in pack]
-            for pack in packs[a : a + micro_batch]
-        ]
-        micro = batches.collate_groups(packed, micro_batch, max_length, rt.static_shapes)
-        with rt.autocast():
-            part = rt.host(score(net, rt.put(micro)))
-        real = micro["real"] > 0
-        scores[micro["number"][real]] = part[real]
-    net.train()
+def score_samples(rt, net, samples, spans, micro_batch, max_length):
+    """Scores (n,) fp32 on the CPU of what draw_samples returned. Every rank does them all."""
+    tokens, ends = samples.numpy(), spans[:, 1].numpy()
+    scores = torch.zeros(len(ends))
+    packs = batches.pack(ends, max_length)
+    with rt.evaluating(net):
+        for a in range(0, len(packs), micro_batch):
+            groups = [
+                [(i, [(tokens[i, : ends[i]], np.ones(ends[i]))]) for i in numbers]
+                for numbers in packs[a : a + micro_batch]
+            ]
+            micro = batches.collate_groups(groups, micro_batch, max_length, rt.fixed_shapes)
+            with rt.autocast():
+                part = rt.to_cpu(score(net, rt.put(micro)))
+            real = micro["real"] > 0
+            scores[micro["number"][real]] = part[real]
     return scores
 
 
@@ -239,25 +250,34 @@ def normaliser(scores):
     return gain, -gain * mean.item()
 
 
-def extremes(tok, samples, scores, count):
-    """The best and the worst of the policy's samples, as rows of a table; scores as they are used, with gain and bias."""
+def extremes(tok, samples, spans, scores, count):
+    """The best and the worst of the policy's samples, as rows of a table. scores: as they are used, with
+    gain and bias."""
     order = scores.argsort(descending=True).tolist()
-    (gain, bias), out = normaliser(scores), []
+    table = []
     for i in [*order[:count], *order[count:][-count:]]:
-        tokens, (start, end) = samples[0][i].tolist(), samples[1][i].tolist()
+        start, end = spans[i].tolist()
+        tokens = samples[i].tolist()
         prompt, response = tok.decode(tokens[:start]), tok.decode(tokens[start:end])
-        out.append(dict(prompt=prompt, response=response, score=gain * scores[i].item() + bias))
-    return out
+        table.append(dict(prompt=prompt, response=response, score=scores[i].item()))
+    return table
 
 
 def main(cfg):
-    # ------------------------------------------------------------------------------------------ setup
+    # ---- setup
+    # The runtime knows the device and the other processes. The run knows its folder: whether it holds
+    # a state to continue from, and where the log and the models go.
     rt = runtime.start(cfg)
-    rt.catch_signals()
-    out = Path(cfg.out)
-    resume = state.resumes(out, cfg.resume, rt, cfg.model)
+    run = Run("reward", cfg, rt)
+    if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
+        raise UserError(
+            "train= and freeze_layers= choose among the model's own weights: "
+            "with lora_rank= use lora_targets="
+        )
 
-    # ------------------------------------------------------------------------------------------ model
+    # ---- model
+    # The language model loses its output matrix and gets a head with one number a token. The head is
+    # new, so it is trained in full, whatever else is trained.
     opened = weights.open(
         cfg.model,
         head="score",
@@ -265,188 +285,118 @@ def main(cfg):
         as_base=cfg.lora_rank > 0,
         template=store.chat_template(cfg.data),
     )
-    model, tok, base = opened.model, opened.tok, opened.base
+    model, tok = opened.model, opened.tok
     if cfg.lora_rank:
-        weights.add_adapter(
-            model,
-            cfg.lora_rank,
-            cfg.lora_alpha,
-            cfg.lora_dropout,
-            cfg.lora_targets,
-            rslora=cfg.lora_rslora,
-        )
+        weights.add_adapter(model, cfg)
     else:
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
-    model.score.requires_grad_(True)  # the head is trained in full whatever else is
-    # transformers reads the score at the last token that is not padding: no completion may end in the id that says so
-    ids = range(model.cfg.vocab_size)
-    pad_id = next(i for i in (tok.pad_id, tok.bos_id, *ids) if i in ids and i not in tok.stop_ids)
+    model.score.requires_grad_(True)
 
-    # ------------------------------------------------------------------------------------------ data
+    # transformers reads the score at the last token that is not padding. So the id that it takes for
+    # padding must not be one that ends a completion.
+    pad_id = padding_id(tok, model.cfg.vocab_size)
+
+    # ---- data
+    # A group is one prompt's completions, best first. It stays together in one packed row, so that one
+    # forward holds all of its pairs.
     rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok, groups=True)
     val_rows = store.validation(cfg.data, tok, groups=True)
-    cut = dict(
-        micro_batch=rt.micro_batch(cfg.micro_batch),
+    micro_rows = rt.micro_batch(cfg.micro_batch)
+    layout = dict(
+        micro_batch=micro_rows,
         max_length=cfg.max_length,
         seed=cfg.seed,
         rank=rt.rank,
         world=rt.world,
-        fixed_shapes=rt.static_shapes or cfg.compile,
+        fixed_shapes=rt.fixed_shapes or cfg.compile,
     )
-    train = batches.Groups(rows, cfg.batch_size, **cut)
-    val = batches.Groups(val_rows, cfg.batch_size, **cut) if val_rows else None
+    train = batches.Groups(rows, cfg.batch_size, **layout)
+    val = batches.Groups(val_rows, cfg.batch_size, **layout) if val_rows else None
     batches.check_reach(train.longest, model.cfg.max_positions, cfg.model)
-    steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
-    eval_every, save_every = (
-        cfg.eval_every or train.steps_per_epoch,
-        cfg.save_every or train.steps_per_epoch,
-    )
+    steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
-    samples = (
-        draw_samples(rt, cfg, rows, tok) if cfg.norm_samples and not resume else None
-    )  # before the optimizer takes its memory
 
-    # ------------------------------------------------------------------------------------------ optimizer, resume
+    # The scores of the policy's own samples fix gain and bias, and PPO then gets rewards of mean 0 and
+    # variance 1. We draw these samples before the optimizer takes its memory, and a resume finds
+    # them in the state.
+    if cfg.norm_samples and not run.resumes:
+        run.tensors = draw_samples(rt, cfg, rows, tok)
+
+    # ---- optimizer, resume
+    # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it in
+    # place. The trained weights are fp32 and autocast does the matrix work in bf16.
     net = rt.wrap(model, cfg.compile, cfg.grad_checkpoint)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optim.build(
         model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
-    start, best = 0, math.inf
-    if resume:
-        meta, extra = state.load_training(
-            out / "state", rt, "reward", trained, dict(adamw=optimizer)
-        )
-        start, best = meta["step"], meta["best"]
-        samples = (extra["samples"], extra["spans"]) if "samples" in extra else None
-
-    length = train.document_length
-    flops = model.flops_per_token(length, "adapter" if cfg.lora_rank else "all")
-    logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
-    logger.settings("reward", cfg, resume)
-    spread = (
-        rt.weight_shards,
-        rt.dtype,
-        cfg.grad_checkpoint,
-        cfg.parallel == "zero2",
-        cfg.offload,
-        rt.tensor,
-    )
-    logger.text(
-        estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread, document=length)
-    )
-    logger.text(
-        f"{len(train.index):,} groups of {rows.first[-1] / len(rows):.1f} completions, {rows.lengths[train.index].sum():,} tokens "
-        f"({train.dropped} over max_length dropped); {train.steps_per_epoch} steps an epoch, {steps} in all from step {start}; "
-        f"{rt.devices} x {rt.name}, {rt.dtype}"
-    )
+    adapter = "default" if cfg.lora_rank else None
+    run.attach(model, trained, dict(adamw=optimizer), tok, opened.base, adapter)
+    run.log.text(estimate.for_run(model, rt, cfg, train.document_length))
+    run.describe(train.summary)
     if pad_id != tok.pad_id:
-        logger.text(
-            f"saved with pad_token_id={pad_id}: pad with it and not with {tok.pad_id}, which may end a completion"
+        run.log.text(
+            f"saved with pad_token_id={pad_id}: pad with it and not with {tok.pad_id}, "
+            "which may end a completion"
         )
 
-    def save(dir, scores):
-        tensors = rt.gather(trained if cfg.lora_rank else dict(model.named_parameters()))
-        scale = dict(
-            zip(
-                ("reward_gain", "reward_bias"),
-                normaliser(scores) if samples else (1.0, 0.0),
-                strict=True,
-            )
-        )
-        if rt.is_main and cfg.lora_rank:
-            weights.save_adapter(model, dir, base=base, tensors=tensors, tok=tok)
-            files.write_text(
-                dir / "score_scale.json", json.dumps(dict(pad_token_id=pad_id, **scale)) + "\n"
-            )
-        elif rt.is_main:
-            weights.save_model(
-                model,
-                dir,
-                rt.dtype,
-                like=base,
-                tensors=tensors,
-                tok=tok,
-                pad_token_id=pad_id,
-                **scale,
-            )
-
-    # ------------------------------------------------------------------------------------------ loop
-    sums, tokens = (
-        torch.zeros(7, device=rt.device),
-        0,
-    )  # of this rank, since the last line of the log
-    model.train()
-    stop = False
-    for step in range(start, steps + 1):
-        stop = rt.should_stop()
-
-        # evaluate, show samples, save
-        with logger.paused():
-            evaluated = val and not stop and (step % eval_every == 0 or step == steps)
-            saving = step > start and (stop or step == steps or step % save_every == 0)
-            scores = None
-            if samples and (evaluated or saving):
-                scores = score_samples(rt, net, samples, cut["micro_batch"], cfg.max_length)
-            if evaluated:
-                metrics = evaluate(rt, net, val, cfg)
-                logger.eval(step, **metrics)
-                if samples and cfg.samples:
-                    logger.samples(step, extremes(tok, samples, scores, cfg.samples))
-                if step and metrics["loss"] < best:
-                    best = metrics["loss"]
-                    save(out / "best", scores)
-            if saving:
-                save(out / "last", scores)
-                extra = dict(samples=samples[0], spans=samples[1]) if samples else {}
-                state.save_training(
-                    out / "state",
-                    rt,
-                    "reward",
-                    trained,
-                    dict(adamw=optimizer),
-                    extra,
-                    step=step,
-                    best=best,
+    # ---- loop
+    # A step is counted when it is done: step 0 is the untrained model, and at the last number there is
+    # nothing left to train, only to evaluate and to save.
+    sums = torch.zeros(7, device=rt.device)  # of loss_and_sums, since the last line of the log
+    flops = model.flops_per_token(train.document_length, "adapter" if cfg.lora_rank else "all")
+    for step in run.steps(flops):
+        # Every rank evaluates and saves at the same step, for gathering sharded weights takes them
+        # all. The time this takes is not counted in the tokens per second.
+        with run.paused():
+            evaluating = val and run.due(cfg.eval_every)
+            saving = run.ending or run.due(cfg.save_every)
+            run.model_keys = dict(pad_token_id=pad_id, reward_gain=1.0, reward_bias=0.0)
+            if run.tensors and (evaluating or saving):
+                # Gain and bias belong to these weights, so they are fitted anew for each save.
+                scores = score_samples(
+                    rt, net, **run.tensors, micro_batch=micro_rows, max_length=cfg.max_length
                 )
-        if stop or step == steps:
+                gain, bias = normaliser(scores)
+                run.model_keys |= dict(reward_gain=gain, reward_bias=bias)
+            if evaluating:
+                run.evaluated(evaluate(rt, net, val, cfg), keep="loss")
+                if run.tensors and cfg.samples:
+                    table = extremes(
+                        tok, **run.tensors, scores=gain * scores + bias, count=cfg.samples
+                    )
+                    run.log.samples(step, table)
+            if saving:
+                run.save()
+        if run.ending:
             break
 
-        # accumulate the gradient over micro-batches
-        micros, count = train.batch(step), len(train.members(step))
-        for i, micro in enumerate(micros):
-            rt.accumulate(i == len(micros) - 1, net)
+        # Accumulate the gradient over micro-batches. Each group counts once, however many pairs it
+        # has: a pair's loss is divided by the pairs of its group, and the sum by the groups of the
+        # whole step, on all ranks.
+        micro_batches = train.batch(step)
+        count = len(train.members(step))
+        for i, micro in enumerate(micro_batches):
+            # DDP exchanges gradients in the backward of the last micro-batch only.
+            rt.accumulate(i == len(micro_batches) - 1, net)
             batch = rt.put(micro)
             with rt.autocast():
-                scores = score(net, batch)
-            loss = pair_losses(scores, batch["better"], batch["worse"], cfg.margin, cfg.centring)
-            rt.backward((loss * batch["share"]).sum() / count)
-            sums += statistics(scores.detach(), loss.detach(), batch)
-            tokens += micro["n_tokens"]
+                scores = score(net, batch)  # (N,) one a completion
+            loss, step_sums = loss_and_sums(scores, batch, cfg)
+            rt.backward(loss / count)
+            sums += step_sums
+            run.count(micro)
 
-        # clip, step
+        # Clip the global gradient norm, take the AdamW step, clear the gradients.
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)
         norm = rt.step(optimizer, trained.values(), lr, cfg.grad_clip)
 
-        # log
-        if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:
-            metrics, seen = (
-                summary(rt.all_sum(sums)),
-                dict(tokens=rt.all_sum(tokens), memory=rt.peak_memory(), **rt.compiles()),
-            )
-            logger.step(step + 1, **metrics, grad_norm=norm, lr=lr, **seen)
-            sums, tokens = torch.zeros_like(sums), 0
+        # Reading a number from the device waits for it, so we read only when a line is due.
+        if run.logs:
+            run.log_step(**summary(rt.all_sum(sums)), grad_norm=norm, lr=lr)
+            sums = torch.zeros_like(sums)
 
-    if stop:
-        logger.text(
-            f"stopped at step {step}: the same command continues from here, unless it says resume=false"
-        )
-    elif start >= steps and resume:
-        logger.text(
-            f"{out} stands at step {start} already: more steps= or epochs= go on, resume=false starts anew"
-        )
-    logger.close()
-    rt.close()
+    run.close()
 
 
 if __name__ == "__main__":

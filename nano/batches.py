@@ -160,7 +160,8 @@ def collate(packs, length, prompt_weight=0.0, fixed_shapes=False):
     arrays = dict(tokens=tokens, targets=targets, weights=weights, positions=positions, docs=docs)
     arrays = {name: np.ascontiguousarray(array[:, :length]) for name, array in arrays.items()}
     weights = arrays["weights"]
-    arrays["index"] = np.arange(weights.size) if fixed_shapes else np.flatnonzero(weights)
+    index = np.arange(weights.size) if fixed_shapes else np.flatnonzero(weights)
+    arrays |= dict(index=index, weights=weights.flat[index], targets=arrays["targets"].flat[index])
     batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
     n_tokens = int((arrays["docs"] >= 0).sum())
     return batch | dict(n_tokens=n_tokens, n_targets=int((weights == 1).sum()))
@@ -251,8 +252,7 @@ def episodes(rows, length=0):
     packs = [[row] for row in rows] if length else [rows]
     T = length or sum(len(tokens) for tokens, _ in rows)
     batch = collate(packs, T, fixed_shapes=length > 0)
-    actions = batch["targets"].flatten()[batch["index"]]
-    return batch | tell_rows_apart(batch, packs) | dict(actions=actions)
+    return batch | tell_rows_apart(batch, packs) | dict(actions=batch["targets"])
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -307,6 +307,13 @@ class Rows:
     @property
     def longest(self):
         return self.lengths.max()
+
+    @property
+    def summary(self):
+        return (
+            f"{len(self.lengths):,} rows, {self.lengths.sum():,} tokens "
+            f"({self.dropped} dropped, {self.truncated} truncated)"
+        )
 
     @property
     def document_length(self):
@@ -517,6 +524,15 @@ class Groups:
     @property
     def longest(self):
         return self.groups.longest[self.index].max()
+
+    @property
+    def summary(self):
+        completions = self.groups.first[-1] / len(self.groups)
+        tokens = self.groups.lengths[self.index].sum()
+        return (
+            f"{len(self.index):,} groups of {completions:.1f} completions, {tokens:,} tokens "
+            f"({self.dropped} over max_length dropped)"
+        )
 
     @property
     def document_length(self):

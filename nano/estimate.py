@@ -108,3 +108,18 @@ def describe(
         f"estimated peak memory per device {sum(parts.values()) / 1e9:.1f} GB = {listed}"
         + (f"; {host / 1e9:.1f} GB for each in CPU memory" if offload else "")
     )
+
+
+def for_run(model, rt, cfg, document=SHORT):
+    """`describe` of a stage's model, by its Runtime and Config."""
+    return describe(
+        model,
+        cfg.micro_batch * cfg.max_length,
+        rt.weight_shards,
+        rt.dtype,
+        cfg.grad_checkpoint,
+        cfg.parallel == "zero2",
+        cfg.offload,
+        rt.tensor,
+        document,
+    )

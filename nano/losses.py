@@ -125,12 +125,6 @@ def _picked_backward(logits, targets, temperature, entropy, grad_picked, grad_en
     return ()
 
 
-def _evaluated(logits, targets):
-    """-> (loss (n,), whether the target is the likeliest token (n,)) of a block."""
-    logprobs = _log_softmax(logits)
-    return -_pick(logprobs, targets), logprobs.argmax(-1) == targets
-
-
 class _CrossEntropy(torch.autograd.Function):
     """sum_n weights_n * -log p(target_n). The gradients are made in the forward pass, while a chunk's softmax is at hand."""
 
@@ -231,14 +225,14 @@ def token_logprobs(hidden, head_weight, targets, temperature=1.0, entropy=False)
 
 
 @torch.no_grad()
-def evaluate_tokens(hidden, head_weight, targets):
-    """For validation: (loss (N,) fp32, hit (N,) bool: the likeliest token is the target) of each row."""
+@torch.no_grad()
+def hits(hidden, head_weight, targets):
+    """For validation: whether the likeliest token is the target, (M,) float32. hidden (M, C)."""
     dtype, head_weight = _compute_dtype(hidden), _whole(head_weight)
-    loss = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    hit = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
+    hit = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     for rows, logits in _chunks(hidden.to(dtype), head_weight.to(dtype)):
-        loss[rows], hit[rows] = _over_blocks(_evaluated, logits, targets[rows])
-    return loss, hit
+        hit[rows] = (logits.argmax(-1) == targets[rows]).float()
+    return hit
 
 
 def masked_mean(x, mask):

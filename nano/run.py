@@ -19,10 +19,11 @@
 The stage calls Run and Run never calls the stage: it takes no function and knows no loss.
 """
 
+import json
 import math
 from pathlib import Path
 
-from nano import state, weights
+from nano import files, state, weights
 from nano.log import Log
 
 SOURCES = ("model", "reward", "policy")  # the keys that name a model from which a run starts
@@ -111,6 +112,19 @@ class Run:
 
     # ---- what a run says and keeps
 
+    def describe(self, data):
+        """Says what the run trains on (`data`), for how long and on what."""
+        rt = self.rt
+        self.log.text(
+            f"{data}; {self.epoch} steps an epoch, {self.total} in all from step {self.start}; "
+            f"{rt.devices} x {rt.name}, {rt.dtype}"
+        )
+
+    def count(self, micro_batch):
+        """Counts a micro-batch's tokens for the next line of the log."""
+        self.tokens += micro_batch["n_tokens"]
+        self.targets += micro_batch["n_targets"]
+
     @property
     def logs(self):
         """Whether the step that was just made gets a line. log_every=0: the last step only."""
@@ -155,7 +169,7 @@ class Run:
         if self.adapter:
             weights.save_adapter(self.model, dir, self.adapter, self.base, **common)
             if self.model_keys:
-                weights.write_score_scale(dir, self.model_keys)
+                files.write_text(dir / "score_scale.json", json.dumps(self.model_keys) + "\n")
         else:
             weights.save_model(
                 self.model, dir, self.rt.dtype, like=self.base, **common, **self.model_keys

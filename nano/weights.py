@@ -519,10 +519,20 @@ def load_scorer(model, dir, name):
     return head
 
 
-def add_adapter(model, *args, **settings):
-    """lora.apply with a user's settings: what it refuses is the user's mistake."""
+def add_adapter(model, cfg, name="default", dropout=None):
+    """Puts a new adapter on the model by the lora_* keys of a stage. What lora.apply refuses is the
+    user's mistake."""
+    dropout = cfg.lora_dropout if dropout is None else dropout
     try:
-        lora.apply(model, *args, **settings)
+        lora.apply(
+            model,
+            cfg.lora_rank,
+            cfg.lora_alpha,
+            dropout,
+            cfg.lora_targets,
+            name=name,
+            rslora=cfg.lora_rslora,
+        )
     except ValueError as e:
         raise UserError(str(e)) from None
 

@@ -1,5 +1,5 @@
-"""Packing, collate and the batches of rows: against hand-worked cases and brute force, and what must
-hold for any loader."""
+"""Packing, collate and the batches of rows: against hand-worked cases and brute force, and what
+must hold for any loader."""
 
 import json
 from collections import Counter
@@ -26,7 +26,7 @@ class InMemory:
         return len(self.lengths)
 
 
-# -------------------------------------------------------------------------------------------------------------- packing
+# ------------------------------------------------------------------------------------------ packing
 
 
 def best_fit(lengths, max_length):
@@ -93,7 +93,7 @@ def test_bucket():
     assert [b.tolist() for b in bucket(lengths, 8, 1)] == [b.tolist() for b in batches]
 
 
-# -------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 def test_collate_by_hand():
@@ -124,7 +124,7 @@ def test_a_token_behind_the_length_is_a_target_only():
     assert b["index"].tolist() == [0, 1, 2, 3, 5] and b["n_tokens"] == 6
 
 
-EPISODES = [  # of the second one, the actions are interrupted, and its first token is predicted by nothing
+EPISODES = [  # the second one's actions are interrupted, and its first token cannot be one
     ([5, 6, 7, 8, 258], [0, 0, 0, 1, 1]),
     ([1, 2, 3, 4, 5, 6], [1, 1, 0, 0, 1, 0]),
     ([9, 258], [0, 1]),
@@ -151,7 +151,7 @@ def test_episodes_of_fixed_shapes_hold_the_same_actions():
 
 
 def documents(batch):
-    """The documents of a collated batch, as a Counter of tuples of (token, weight of being predicted)."""
+    """The documents of a collated batch: a Counter of (tokens, weights of being predicted)."""
     found = Counter()
     for b in range(len(batch["tokens"])):
         for doc in range(int(batch["docs"][b].max()) + 1):
@@ -279,7 +279,7 @@ def test_batch_that_does_not_divide(tmp_path, batch, micro, world):
 
 
 def test_alpaca_packs_full(shared_data):
-    """Best fit leaves under 1.5 % of 512-token rows empty on Alpaca's lengths (in characters / 4)."""
+    """Best fit leaves under 1.5 % of 512-token rows empty on Alpaca's lengths (characters / 4)."""
     records = json.loads((shared_data / "alpaca_en_demo.json").read_text(encoding="utf-8"))
     lengths = np.array([min(512, 20 + sum(map(len, r.values())) // 4) for r in records])
     assert lengths.sum() / len(pack(lengths, 512)) / 512 > 0.985

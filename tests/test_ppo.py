@@ -303,7 +303,7 @@ def test_a_batch_of_episodes_gives_what_each_gives_alone(length):
     ]
     rows[2] = rows[2][0], [0, 1, 0, 1, 0, 1]
     batch = batches.episodes(rows, length)
-    is_action = batch["weights"].flatten()[batch["index"]] > 0
+    is_action = batch["weights"] > 0
     mask = torch.arange(4) < torch.tensor([[2], [4], [3]])
     assert batch["tokens"].shape == ((3, 16) if length else (1, 16))
     with torch.no_grad():

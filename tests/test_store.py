@@ -1,4 +1,4 @@
-"""The store of prepared data: what is written is read, or nothing is; damage; the mix of folders."""
+"""The store: what is written is read, all or nothing; damaged folders; the mix of folders."""
 
 import json
 import resource
@@ -27,7 +27,7 @@ def make_store(dir, lengths, split="train", seed=0, vocab=1000, **meta):
     return Store(dir, split)
 
 
-# ------------------------------------------------------------------------------------------------------------ the store
+# ------------------------------------------------------------------------------------------ the store
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,8 @@ def test_writer_is_all_or_nothing(tmp_path):
 
 
 def test_writer_on_a_full_disk(tmp_path):
-    """Files may not grow past 64 KB, which fails as a full disk does: when buffers are written, and again when closed."""
+    """Files may not grow past 64 KB. That fails as a full disk does: when buffers are written, and
+    again when files are closed."""
     make_store(tmp_path / "d", [3, 4])
     before = {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -216,7 +217,7 @@ def test_store_that_does_not_fit(tmp_path):
         Store(tmp_path / "nothing/here")
 
 
-# -------------------------------------------------------------------------------------------------------------- the mix
+# ------------------------------------------------------------------------------------------ the mix
 
 
 @pytest.mark.parametrize(
