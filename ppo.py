@@ -4,15 +4,11 @@ An iteration samples responses to prompts, scores them with a reward model or a 
 and takes a few clipped policy steps on them. A KL penalty holds the policy near the model it
 started from. The models are four full ones, or with lora_rank one frozen trunk under adapters.
 
-    python ppo.py model=out/sft/last reward=out/reward/last data=data/preferences  # CPU or one GPU
-    python ppo.py model=out/sft/last reward=out/reward/last data=data/preferences lora_rank=16 \\
-        lr=1e-4
-    python ppo.py model=models/smollm2 reward=prepare/toy.py:three_bullets algo=grpo group=8 \\
-        data=data/bullets/store
-    torchrun --nproc_per_node=8 ppo.py model=out/sft/last reward=out/reward/last \\
-        data=data/preferences
-    PJRT_DEVICE=TPU python ppo.py device=xla parallel=fsdp model=out/sft/last \\
-        reward=out/reward/last data=data/preferences
+    python ppo.py model=out/sft/last reward=out/reward/last data=data/hh          # CPU or one GPU
+    python ppo.py model=out/sft/last reward=out/reward/last data=data/hh lora_rank=16 lr=1e-4
+    python ppo.py reward=prepare/toy.py:three_bullets data=data/bullets/store algo=grpo group=8
+    torchrun --nproc_per_node=8 ppo.py model=out/sft/last reward=out/reward/last data=data/hh
+    PJRT_DEVICE=TPU python ppo.py device=xla parallel=fsdp model=out/sft/last data=data/hh
 
 Sources: Schulman et al. 2017 (arXiv:1707.06347), Ziegler et al. 2019 (arXiv:1909.08593), Ouyang et
 al. 2022 (arXiv:2203.02155), Huang et al. 2024 (arXiv:2403.17031); RLOO: Ahmadian et al. 2024
@@ -709,7 +705,7 @@ def rl_gradient(cfg, rt, policy, critic, micro_batches, count, kl_coef=0.0):
     parts = []
     for i, batch in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
-        mask = batch["is_action"]
+        mask = batch["weights"]  # (M,): 1 where there is an action
         part = {}
 
         # (a) the policy
@@ -761,7 +757,7 @@ def rl_gradient(cfg, rt, policy, critic, micro_batches, count, kl_coef=0.0):
 
 
 def main(cfg):
-    # ---------------------------------------------------------------------------------------- setup
+    # ---- setup
     rt = runtime.start(cfg)
     check(cfg, rt)
     run = Run("ppo", cfg, rt)
@@ -846,7 +842,7 @@ def main(cfg):
         """Over the episodes of all ranks."""
         return rt.all_sum(x.sum()) / cfg.batch_size
 
-    # ----------------------------------------------------------------------------------------- loop
+    # ---- loop
     for step in run.steps():
         # Save what the last iteration left. The last turn of the loop is there for that alone.
         if run.due(cfg.save_every) or run.ending:
@@ -900,14 +896,13 @@ def main(cfg):
         lengths = torch.tensor([sum(actions) for _, actions in episodes])
         mask = torch.arange(cfg.max_new_tokens) < lengths[:, None]  # (N, R)
         micro_batches = [batches.episodes(episodes[part], length) for part in slices]
-        for batch in micro_batches:
-            batch["is_action"] = batch["weights"] > 0  # (M,)
-        is_action = torch.cat([batch["is_action"] for batch in micro_batches])
+        is_action = [batch["weights"] > 0 for batch in micro_batches]  # each (M,)
         micro_batches = [rt.put(batch) for batch in micro_batches]
 
         def matrix(parts):
             """What the micro-batches gave, each (M,), as a matrix (N, R) on the CPU."""
-            return to_matrix(torch.cat([rt.to_cpu(x) for x in parts]), is_action, mask)  # noqa: B023
+            flat = torch.cat([rt.to_cpu(x) for x in parts])
+            return to_matrix(flat, torch.cat(is_action), mask)  # noqa: B023
 
         # 3. Let each model say its part. The old log-probabilities are those of the training
         # forward: the decoder's (sampled_logprobs) come from other kernels, and the ratio would see
@@ -987,8 +982,7 @@ def main(cfg):
         if cfg.kl_in == "loss" and reference:
             targets["ref_logprobs"] = ref_logprobs
         # The update wants them flat, beside the positions whose forward predicts the actions.
-        for batch, part in zip(micro_batches, slices, strict=True):
-            on = rt.to_cpu(batch["is_action"])
+        for batch, on, part in zip(micro_batches, is_action, slices, strict=True):
             batch |= rt.put({name: to_flat(x[part], on, mask[part]) for name, x in targets.items()})
 
         # 6. Update: several passes over the minibatches, each in an order of its own. The clip

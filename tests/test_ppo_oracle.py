@@ -169,7 +169,6 @@ def gradient(model, cfg):
         loss_weights=ppo.loss_weights(mask, cfg.loss_mean, count, len(rows), LONGEST),
     )
     for batch, part in zip(micro_batches, PARTS, strict=True):
-        batch["is_action"] = torch.ones(len(batch["index"]), dtype=torch.bool)
         batch |= {name: x[part][mask[part]] for name, x in targets.items()}
     stats = ppo.rl_gradient(cfg, rt, policy, None, micro_batches, count, cfg.kl_coef)
     return stats, targets | dict(mask=mask, scores=advantages)

@@ -355,7 +355,7 @@ def episode(folder):
     batch = episodes([([5, 6, 8, 9, 258], [0, 0, 1, 1, 1]), ([7, 10, 11], [0, 1, 1])])
     with torch.no_grad():
         old_logprobs, _ = policy.logprobs(batch, 1.0)
-    batch |= dict(is_action=torch.ones(5, dtype=torch.bool), loss_weights=torch.full((5,), 0.2))
+    batch |= dict(loss_weights=torch.full((5,), 0.2))
     return policy, batch | dict(old_logprobs=old_logprobs, advantages=torch.zeros(5))
 
 
