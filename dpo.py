@@ -371,7 +371,7 @@ def main(cfg):
         with run.paused():
             if val and run.due(cfg.eval_every):
                 run.evaluated(evaluate(rt, net, val, val_reference, cfg), keep="loss")
-                if cfg.samples:
+                if cfg.samples and cfg.sample_tokens:
                     run.log.samples(step, answers(rt, model, tok, val_rows, cfg))
             if run.ending or run.due(cfg.save_every):
                 run.save()

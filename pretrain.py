@@ -242,6 +242,7 @@ def main(cfg):
     # A store is one long array of tokens on disk, memory-mapped. A window is max_length of them. Which
     # windows a step takes is a function of the seed and the step's number alone, so a resume needs no
     # data position.
+    metas = [store.read_meta(dir) for dir in cfg.data]
     base = cfg.model or cfg.tokenizer or Path(cfg.data[0]) / "tokenizer"
     if not Path(base).is_dir() and not cfg.model and not cfg.tokenizer:
         raise UserError(
@@ -249,7 +250,8 @@ def main(cfg):
         )
     tok = tokenizer.load(base, template="plain")
     stores = [store.Store(dir, "train", tok) for dir in cfg.data]
-    val_stores = [store.Store(d, "val", tok) for d in cfg.data if store.has_split([d], "val")]
+    with_val = [dir for dir, meta in zip(cfg.data, metas, strict=True) if "val" in meta["splits"]]
+    val_stores = [store.Store(dir, "val", tok) for dir in with_val]
     layout = dict(
         micro_batch=rt.micro_batch(cfg.micro_batch),
         max_length=cfg.max_length,
@@ -297,11 +299,11 @@ def main(cfg):
     flops = model.flops_per_token(cfg.max_length)
     total = steps * cfg.batch_size * cfg.max_length
     peak = log.peak_flops(rt.name)
-    time = f", about {log.duration(total * flops / (0.4 * peak * rt.devices))} at 40% of the peak"
+    time = log.duration(total * flops / (0.4 * peak * rt.devices)) if peak else ""
     run.log.text(
         f"{sum(len(s.tokens) for s in stores):,} tokens in {len(stores)} folders: "
         f"{train.steps_per_epoch} steps an epoch, {steps} in all from step {run.start}; "
-        f"{total:,} tokens, {total * flops:.2e} FLOPs{time if peak else ''}; "
+        f"{total:,} tokens, {total * flops:.2e} FLOPs{time and f', about {time} at 40% of the peak'}; "
         f"{rt.devices} x {rt.name}, {rt.dtype}"
     )
 
@@ -314,7 +316,7 @@ def main(cfg):
         with run.paused():
             if val and run.due(cfg.eval_every):
                 run.evaluated(evaluate(rt, net, val, eval_steps, density), keep="loss")
-            if run.due(cfg.sample_every):
+            if cfg.sample_tokens and run.due(cfg.sample_every):
                 texts = continuations(rt, model, tok, (val_stores or stores)[0], cfg)
                 run.log.samples(step, texts)
             if run.ending or run.due(cfg.save_every):

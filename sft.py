@@ -85,7 +85,7 @@ class Config:
     log_every: NonNegativeInt = 10  # steps; 0: the last step only
     sample_every: Every = 0  # steps; 0: once an epoch, -1: never
     samples: NonNegativeInt = 2  # validation prompts answered each time
-    sample_tokens: PositiveInt = 64  # tokens of such an answer
+    sample_tokens: NonNegativeInt = 64  # tokens of such an answer; 0: no samples
 
 
 def loss_sum(net, hidden, batch):
@@ -212,7 +212,7 @@ def main(cfg):
         with run.paused():
             if val and run.due(cfg.eval_every):
                 run.evaluated(evaluate(rt, net, val), keep="loss")
-            if val and cfg.samples and run.due(cfg.sample_every):
+            if val and cfg.samples and cfg.sample_tokens and run.due(cfg.sample_every):
                 run.log.samples(step, answers(rt, model, tok, val_rows, cfg))
             if run.ending or run.due(cfg.save_every):
                 run.save()

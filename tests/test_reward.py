@@ -2,7 +2,6 @@
 groups."""
 
 import contextlib
-import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -11,10 +10,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import ROOT
 
 import reward
-from nano import config, runtime, tokenizer, weights
+from nano import batches, config, runtime, tokenizer, weights
 from nano.batches import Groups, collate_groups
 from nano.config import UserError
 from nano.store import GroupMix, mix, validation
@@ -70,10 +68,16 @@ def tensors(dir):
 # ------------------------------------------------------------------------------------------ the loss
 
 
+def ranking_loss(scores, offsets, **settings):
+    """The mean over groups, of which `offsets` tells the scores."""
+    pairs = [torch.from_numpy(x) for x in batches.pairs(list(offsets))]
+    return reward.ranking_loss(scores, pairs, **settings) / (len(offsets) - 1)
+
+
 def test_ranking_loss_by_hand():
     s = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
     scores = torch.tensor([1.0, 0.5, 2.0, 1.0, -1.0, 0.3, 0.1, 0.2, -0.4], requires_grad=True)
-    loss = reward.ranking_loss(scores, torch.tensor([0, 2, 5, 9]))
+    loss = ranking_loss(scores, [0, 2, 5, 9])
     two = -math.log(s(0.5))
     three = -(math.log(s(1.0)) + math.log(s(3.0)) + math.log(s(2.0))) / 3
     four = -sum(math.log(s(d)) for d in (0.2, 0.1, 0.7, -0.1, 0.5, 0.6)) / 6
@@ -99,14 +103,14 @@ def test_margin_and_centring_by_hand():
     by_hand = [
         -math.log(s(d - 0.25)) + 0.01 * t**2 for d, t in ((0.5, 1.5), (2.0, 0.0), (1.5, -0.5))
     ]
-    assert reward.ranking_loss(scores, [0, 3], margin=0.25, centring=0.01).item() == pytest.approx(
+    assert ranking_loss(scores, [0, 3], margin=0.25, centring=0.01).item() == pytest.approx(
         sum(by_hand) / 3, abs=1e-6
     )
 
 
 def test_a_constant_scorer_is_at_ln_2_and_pushes_nothing_on_the_whole():
     scores = torch.full((9,), 0.7, dtype=torch.bfloat16, requires_grad=True)
-    loss = reward.ranking_loss(scores, [0, 2, 5, 9])
+    loss = ranking_loss(scores, [0, 2, 5, 9])
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(math.log(2), abs=1e-7)
     loss.backward()
     assert scores.grad.float().abs().min() >= 0 and scores.grad.float().sum().abs() < 1e-6
@@ -230,7 +234,10 @@ def test_a_tie_is_no_right_order():
     batch = dict(
         better=torch.tensor([0]), worse=torch.tensor([1]), share=torch.ones(1), real=torch.ones(2)
     )
-    assert reward.summary(reward.statistics(torch.zeros(2), torch.zeros(1), batch))["accuracy"] == 0
+    assert (
+        reward.summary(reward.loss_and_sums(torch.zeros(2), batch, reward.Config())[1])["accuracy"]
+        == 0
+    )
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -260,14 +267,14 @@ def test_the_policys_fresh_samples_have_mean_0_and_variance_1(trained, folder):
         model=str(folder / "model"), norm_samples=1500, norm_tokens=8, max_length=128, seed=77
     )
     samples = reward.draw_samples(rt, cfg, open_rows(folder, name="many"), tok)
-    scores = reward.score_samples(rt, model, samples, 4, 128)
+    scores = reward.score_samples(rt, model, **samples, micro_batch=4, max_length=128)
     gain, bias = weights.read_score_scale(trained / "last")
     assert (gain, bias) != (1.0, 0.0)
     assert abs((gain * scores + bias).mean()) < 0.1 and abs((gain * scores + bias).std() - 1) < 0.1
     i = 7  # and a score is the one that the sample has by itself
-    start, end = samples[1][i].tolist()
+    start, end = samples["spans"][i].tolist()
     assert scores[i] == pytest.approx(
-        model.score(model.hidden(samples[0][i : i + 1, :end]))[0, -1].item(), abs=1e-5
+        model.score(model.hidden(samples["samples"][i : i + 1, :end]))[0, -1].item(), abs=1e-5
     )
     assert end - start == 8 or samples[0][i, end - 1] == 258
 
@@ -281,7 +288,7 @@ def test_the_policys_samples_do_not_depend_on_the_number_of_ranks(folder):
             rank=rank, world=world, device="cpu", dtype=torch.float32, all_sum=lambda x: x
         )
         rt.autocast = contextlib.nullcontext
-        return reward.draw_samples(rt, cfg, rows, tok)
+        return reward.draw_samples(rt, cfg, rows, tok).values()
 
     alone, first, second = draw(0, 1), draw(0, 2), draw(1, 2)
     assert all(torch.equal(a, b + c) for a, b, c in zip(alone, first, second, strict=True))
@@ -468,9 +475,3 @@ def test_a_reward_model_can_be_trained_on(run, trained):
     out = run(f"model={trained}/last", "norm_samples=0")
     assert log(out, "eval")[0]["accuracy"] > 0.9  # the head came along
     assert weights.read_score_scale(out / "last") == (1.0, 0.0)  # not those of the earlier run
-
-
-def test_every_setting_is_read():
-    source = (ROOT / "reward.py").read_text() + (ROOT / "nano" / "runtime.py").read_text()
-    unread = [f.name for f in dataclasses.fields(reward.Config) if f"cfg.{f.name}" not in source]
-    assert not unread

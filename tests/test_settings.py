@@ -1,5 +1,6 @@
 """Settings, the same way in every script: numbers out of range are refused, and a run that goes on says what has changed."""
 
+import ast
 import dataclasses
 import importlib
 import re
@@ -11,7 +12,7 @@ import pytest
 import tiny
 from conftest import ROOT
 
-from nano import config
+from nano import config, runtime
 
 STAGES = ["pretrain", "sft", "reward", "dpo", "ppo"]
 SCRIPTS = [
@@ -148,3 +149,29 @@ def test_a_run_that_goes_on_names_what_has_changed(stage, folder, tmp_path, monk
     assert run("steps=1", "lr=1e-3", "resume=false") == []  # another run
     (tmp_path / "out" / "config.cfg").unlink()
     assert run("steps=1", "lr=1e-4") == []  # nothing to compare with
+
+
+class Reads(ast.NodeVisitor):
+    """The names that a source file reads of a `cfg`, and its texts, which getattr may be given."""
+
+    def __init__(self, path):
+        self.names = set()
+        self.visit(ast.parse(path.read_text()))
+
+    def visit_Attribute(self, node):
+        owner = node.value
+        if getattr(owner, "id", None) == "cfg" or getattr(owner, "attr", None) == "cfg":
+            self.names.add(node.attr)
+        self.generic_visit(node)
+
+    def visit_Constant(self, node):
+        self.names.add(node.value)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_setting_is_read(stage):
+    Config = importlib.import_module(stage).Config
+    plumbing = ("run", "weights", "estimate", "functions")
+    paths = [ROOT / f"{stage}.py", *(ROOT / "nano" / f"{name}.py" for name in plumbing)]
+    reads = set(runtime.KEYS).union(*(Reads(path).names for path in paths if path.exists()))
+    assert {f.name for f in dataclasses.fields(Config)} <= reads

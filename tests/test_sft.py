@@ -119,7 +119,7 @@ def gradients(model, micros):
     model.zero_grad()
     weight = sum(float(micro["weights"].sum()) for micro in micros)
     for micro in micros:
-        (sft.loss_sum(model, micro) / weight).backward()
+        (sft.loss_sum(model, model(micro), micro) / weight).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -250,7 +250,7 @@ def test_grad_checkpoint_changes_no_gradient(base, store):
             adapt(model)
             rt.wrap(model, grad_checkpoint=grad_checkpoint)
             micro = Rows(rows, 32, 32, 64).batch(0)[0]
-            sft.loss_sum(model, micro).backward()
+            sft.loss_sum(model, model(micro), micro).backward()
             made.append([p.grad for p in model.parameters() if p.requires_grad])
         assert all(torch.equal(a, b) for a, b in zip(*made, strict=True)) and len(made[0]) > 20
 
@@ -284,7 +284,7 @@ def test_the_memory_estimate_is_near_the_truth(base, grad_checkpoint, monkeypatc
 
     def step():
         for _ in range(2):
-            sft.loss_sum(model, micro).backward()
+            sft.loss_sum(model, model(micro), micro).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -525,7 +525,7 @@ def test_a_finished_run_is_not_run_again_unless_asked(base, store, tmp_path, cap
     first = lines(tmp_path / "out")
     for steps in (4, 2):  # 2: fewer than were done
         train(tmp_path / "out", base, store, steps=steps, schedule="constant", warmup_ratio=0.0)
-        assert "stands at step 4 already" in capsys.readouterr().out
+        assert "is at step 4 already" in capsys.readouterr().out
         assert curve(records(tmp_path / "out")) == curve(first)
     train(tmp_path / "out", base, store, steps=6, schedule="constant", warmup_ratio=0.0)  # goes on
     train(tmp_path / "six", base, store, steps=6, schedule="constant", warmup_ratio=0.0)
