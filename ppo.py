@@ -75,14 +75,15 @@ class Config:
     truncate_at: tuple[str, ...] = ()  # a response ends behind the first of these strings
     truncate_penalty: float = 1.0  # off the score of such a response, in place of the other penalty
     score_clip: NonNegativeFloat = 0.0  # scores are clipped to +- this; 0: off
-    kl_in: Literal["reward", "loss", "none"] = "reward"  # of each action; loss: k3, as in GRPO
-    kl_coef: NonNegativeFloat = 0.05  # price of a nat of log(policy / reference)
+    kl_in: Literal["reward", "loss", "none"] = "reward"  # what the KL is added to; loss: as in GRPO
+    kl_coef: NonNegativeFloat = 0.05  # price of a nat of KL(policy, reference)
     kl_control: Literal["fixed", "adaptive"] = "fixed"  # adaptive: steer to kl_target
     kl_target: PositiveFloat = 6.0  # nats a response
     kl_horizon: PositiveInt = 10_000  # episodes over which the adaptive controller acts
-    log_kl: bool = False  # log the KL where kl_coef=0 or kl_in=none need no reference, too
+    log_kl: bool = False  # log the KL also with kl_coef=0 or kl_in=none, which need no reference
     # advantage
-    advantage: Literal["gae", "group", "group_std", "rloo"] = "gae"  # gae: by a critic
+    # gae: over a critic's prediction; group, group_std, rloo: over samples of the same prompt
+    advantage: Literal["gae", "group", "group_std", "rloo"] = "gae"
     gamma: UnitFloat = 1.0  # discount, of gae
     lam: UnitFloat = 0.95  # of gae
     whiten_advantages: bool = True  # of gae: mean 0 and variance 1 over all actions
@@ -91,7 +92,9 @@ class Config:
     ppo_epochs: PositiveInt = 4  # passes over an iteration's episodes
     minibatches: PositiveInt = 1  # optimizer steps of one pass
     micro_batch: PositiveInt = 8  # episodes of one forward on one device
-    loss_mean: Literal["tokens", "samples", "constant"] = "tokens"  # see loss_weights
+    # the policy's loss is a mean over all tokens; in each sample, then over samples; or the sum
+    # divided by batch_size x max_new_tokens
+    loss_mean: Literal["tokens", "samples", "constant"] = "tokens"
     clip: NonNegativeFloat = 0.2  # of the probability ratio
     clip_high: NonNegativeFloat = 0.0  # of the ratio above 1; 0: the same as clip
     value_clip: NonNegativeFloat = 0.2  # of the distance from the old value
@@ -130,9 +133,9 @@ class Config:
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients on their way
     compile: bool = False  # torch.compile each layer: faster after half a minute
     grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
-    offload: bool = (
-        False  # idle full models wait in CPU memory; with fsdp, zero2, hsdp: all weights
-    )
+    # full models that are not at work wait in CPU memory; with fsdp, zero2, hsdp: weights and
+    # optimizers
+    offload: bool = False
     # bookkeeping
     seed: Seed = 0
     resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
@@ -256,8 +259,10 @@ def loss_weights(mask, loss_mean, count, episodes, max_new_tokens):
     return mask / (episodes * max_new_tokens)
 
 
-def policy_loss(new, old, advantages, mask, clip, clip_high=0.0, weights=None, count=None):
-    """Clipped surrogate of log-probabilities (Schulman et al. 2017, Eq. 7) -> (loss, stats).
+def policy_loss(
+    new_logprobs, old_logprobs, advantages, mask, clip, clip_high=0.0, weights=None, count=None
+):
+    """Clipped surrogate (Schulman et al. 2017, Eq. 7) -> (loss, stats).
 
     The ratio is clipped to [1 - clip, 1 + clip_high]; clip_high=0 means clip. weights: see
     loss_weights; default: the mean over the mask. count: the number of actions by which the stats
@@ -265,7 +270,7 @@ def policy_loss(new, old, advantages, mask, clip, clip_high=0.0, weights=None, c
     "ratio", its largest distance from 1."""
     count = mask.sum().clamp(min=1) if count is None else count
     weights = mask / count if weights is None else weights
-    log_ratio = torch.where(mask > 0, new - old, 0.0).clamp(-20, 20)
+    log_ratio = torch.where(mask > 0, new_logprobs - old_logprobs, 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()
     advantages = torch.where(mask > 0, advantages, 0.0)
     free = -advantages * ratio
@@ -352,8 +357,8 @@ class Role:
     net: torch.nn.Module | None = None  # what to call so that gradients are summed over ranks
 
     def learn(self, cfg, rt):
-        """Makes the placed model ready to train -> the optimizer of this role's own parameters: all
-        that are trainable, or its adapter and head."""
+        """Call this behind rt.distribute -> the optimizer of this role's own parameters: all that
+        are trainable, or its adapter and head."""
         head = self.head.weight if self.head else None
         for name, p in self.model.named_parameters():
             mine = self.adapter is None or name.endswith("." + self.adapter) or p is head
@@ -621,16 +626,18 @@ def cut_at(strings, tok, tokens):
     return tokens[:n], True
 
 
-# What a forward gives for the positions of a micro-batch, (M,), and the same as a matrix (N, R)
-# hold the actions in the same order: episode by episode. is_action (M,) and mask (N, R) are True
-# where there is one.
+# A forward gives a number for each of M positions, the algorithm wants a matrix (N, R). Both hold
+# the actions in the same order, episode by episode. So all it takes is to know where there is one:
+# is_action (M,), which is all True unless shapes are fixed, and mask (N, R).
 
 
 def to_matrix(x, is_action, mask):
+    """(M,) -> (N, R), zero outside the mask."""
     return torch.zeros(mask.shape).masked_scatter(mask, x[is_action])
 
 
 def to_flat(x, is_action, mask):
+    """(N, R) -> (M,), zero where there is no action."""
     return torch.zeros(is_action.shape).masked_scatter(is_action, x[mask])
 
 
@@ -758,20 +765,40 @@ def rl_gradient(cfg, rt, policy, critic, micro_batches, count, kl_coef=0.0):
 
 def main(cfg):
     # ---- setup
+    # The runtime knows the device and the other processes. The run knows its folder: whether it
+    # holds a state to continue from, and where the log and the models go.
     rt = runtime.start(cfg)
     check(cfg, rt)
     run = Run("ppo", cfg, rt)
     if run.resumes:
-        check_resume(cfg.out)
+        check_resume(run.out)
     reward_function = functions.load_function(cfg.reward) if ".py:" in cfg.reward else None
     gold_function = functions.load_function(cfg.gold) if cfg.gold else None
 
+    # ---- prompts
     # The policy answers the prompts of prepared data. The answers that stand there are not read.
     base = weights.base_of(cfg.model)
     tok = weights.load_tokenizer(cfg.model, template=store.chat_template(cfg.data))
     all_prompts, too_long = prompts_of(cfg, tok)
 
-    # The four models, each of which may share its module with others. Policy and critic learn.
+    # Other text may help the policy to keep its language: a next-token loss beside the reward.
+    micro_batch = rt.micro_batch(cfg.micro_batch)
+    ptx = None
+    if cfg.ptx_coef:
+        ptx = batches.Rows(
+            store.mix(cfg.ptx_data, seed=cfg.seed, tokenizer=tok),
+            cfg.ptx_batch,
+            min(micro_batch, cfg.ptx_batch // rt.world),
+            cfg.max_prompt + cfg.max_new_tokens,
+            seed=cfg.seed,
+            rank=rt.rank,
+            world=rt.world,
+            fixed_shapes=rt.fixed_shapes,
+        )
+
+    # ---- models, optimizers
+    # Several of the four may share one module, which goes to the device once. The policy learns,
+    # and so does the critic if there is one; each has an optimizer over its own parameters.
     policy, reference, scorer, critic = build(cfg, tok)
     roles = [role for role in (policy, reference, scorer, critic) if role]
     models = {id(role.model): role.model for role in roles}.values()
@@ -788,22 +815,9 @@ def main(cfg):
     parks = cfg.offload and rt.weight_shards == 1 and rt.device.type != "cpu"
     parking = Parking(parks, rt.device, [*models, *optimizers.values()])
 
-    # Other text for the policy to keep its language by: a next-token loss beside the reward.
-    micro_batch = rt.micro_batch(cfg.micro_batch)
-    ptx = None
-    if cfg.ptx_coef:
-        ptx = batches.Rows(
-            store.mix(cfg.ptx_data, seed=cfg.seed, tokenizer=tok),
-            cfg.ptx_batch,
-            min(micro_batch, cfg.ptx_batch // rt.world),
-            cfg.max_prompt + cfg.max_new_tokens,
-            seed=cfg.seed,
-            rank=rt.rank,
-            world=rt.world,
-            fixed_shapes=rt.fixed_shapes,
-        )
-
-    # A resume needs what is trained, and what the loop has counted and remembers: run.meta.
+    # ---- resume
+    # A resume needs what is trained, and what the loop counts and remembers: run.meta. Policy and
+    # critic may have parameters of the same names, so each name says whose it is.
     trained = {}
     for name, role in learners.items():
         trained |= {f"{name}:{key}": p for key, p in role.params.items()}
@@ -814,19 +828,14 @@ def main(cfg):
         controller.coef = run.meta["kl_coef"]
     steps = run.total_steps(math.ceil(len(all_prompts) * cfg.group / cfg.batch_size))
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
-
-    sizes = [
-        f"{name} {sum(p.numel() for p in role.params.values()):,}"
-        for name, role in learners.items()
-    ]
+    sizes = {name: sum(p.numel() for p in role.params.values()) for name, role in learners.items()}
+    trains = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     left_out = f" ({too_long:,} over max_prompt left out)" if too_long else ""
-    run.log.text(
-        f"{len(all_prompts):,} prompts{left_out}; trained parameters: {', '.join(sizes)}; "
-        f"{rt.devices} x {rt.name}, {rt.dtype}"
-    )
+    run.describe(f"{len(all_prompts):,} prompts{left_out}; trained parameters: {trains}")
 
+    # ---- this rank's share
     # Every rank takes an equal share of each minibatch, in whole groups. An episode is known by its
-    # number in the iteration, and all that is random about it comes from that number: so the
+    # number in the iteration, and all that is random about it comes from that number. So the
     # episodes are the same on any number of ranks.
     share = cfg.batch_size // (rt.world * cfg.minibatches)
     numbers = []
@@ -834,7 +843,7 @@ def main(cfg):
         begin = (m * rt.world + rt.rank) * share
         numbers += range(begin, begin + share)
     slices = [slice(i, i + micro_batch) for i in range(0, len(numbers), micro_batch)]
-    # Code that is compiled for each shape gets rows of one length; otherwise there is no padding.
+    # Code that is compiled for each shape gets rows of one length. Otherwise there is no padding.
     one_shape = cfg.compile or rt.fixed_shapes
     length = max(map(len, all_prompts)) + cfg.max_new_tokens if one_shape else 0
 
@@ -844,7 +853,8 @@ def main(cfg):
 
     # ---- loop
     for step in run.steps():
-        # Save what the last iteration left. The last turn of the loop is there for that alone.
+        # Save what the iteration before has left. The last turn of the loop is there for that
+        # alone.
         if run.due(cfg.save_every) or run.ending:
             with run.paused():
                 run.save()
@@ -916,8 +926,7 @@ def main(cfg):
                 else:
                     scores = torch.cat([rt.to_cpu(scorer.scores(batch)) for batch in micro_batches])
             with clock("logprobs"), parking(policy), rt.autocast():
-                # compiled, a graph without gradients would round differently from the one of the
-                # update
+                # Compiled, a graph without gradients would not round as the update's graph does.
                 with torch.set_grad_enabled(cfg.compile):
                     outputs = [policy.logprobs(batch, cfg.temperature) for batch in micro_batches]
                 old_logprobs, entropy = map(matrix, zip(*outputs, strict=True))
@@ -950,9 +959,9 @@ def main(cfg):
         rewards = rewards - torch.where(truncated, cfg.truncate_penalty, unfinished)
         kl_in_reward = controller.coef if cfg.kl_in == "reward" else 0.0
 
-        # 5. Advantages: was an action better than expected? The critic expects something before
-        # every action, so each gets an advantage of its own. The group expects what its samples got
-        # on average, so all actions of an episode share one.
+        # 5. Advantages: did an action turn out better than expected? The critic expects something
+        # before every action, so each gets an advantage of its own. The group expects what its
+        # samples got on average, so all actions of an episode share one.
         if critic:
             action_rewards = shape_rewards(rewards, old_logprobs, ref_logprobs, mask, kl_in_reward)
             if cfg.whiten_rewards:
@@ -967,40 +976,40 @@ def main(cfg):
             )
             advantages = advantages[:, None] * mask
 
-        # A mean over a minibatch is one over all of its micro-batches on all ranks, so we count
-        # first.
-        counts = [rt.all_sum(float(part.sum())) for part in mask.split(share)]
-        loss_weight = [
-            loss_weights(part, cfg.loss_mean, count, share * rt.world, cfg.max_new_tokens)
-            for part, count in zip(mask.split(share), counts, strict=True)
-        ]
-        targets = dict(
-            old_logprobs=old_logprobs, advantages=advantages, loss_weights=torch.cat(loss_weight)
-        )
+        # The loss of a minibatch is a mean over all of its micro-batches on all ranks, so we count
+        # its actions first and give each one its weight in that mean.
+        counts, action_weights = [], []
+        for part in mask.split(share):
+            counts.append(rt.all_sum(float(part.sum())))
+            sizes = (counts[-1], share * rt.world, cfg.max_new_tokens)
+            action_weights.append(loss_weights(part, cfg.loss_mean, *sizes))
+        targets = dict(old_logprobs=old_logprobs, advantages=advantages)
+        targets["loss_weights"] = torch.cat(action_weights)
         if critic:
             targets |= dict(old_values=values, returns=returns)
-        if cfg.kl_in == "loss" and reference:
+        if cfg.kl_in == "loss":
             targets["ref_logprobs"] = ref_logprobs
-        # The update wants them flat, beside the positions whose forward predicts the actions.
+        # The update wants all of this flat, as its forwards give the new log-probabilities.
         for batch, on, part in zip(micro_batches, is_action, slices, strict=True):
             batch |= rt.put({name: to_flat(x[part], on, mask[part]) for name, x in targets.items()})
 
         # 6. Update: several passes over the minibatches, each in an order of its own. The clip
         # keeps the policy near the one that sampled. While the critic warms up it learns alone.
-        learning_rates = dict(policy=cfg.lr, value=cfg.value_lr)
-        active = {
-            name: role
-            for name, role in learners.items()
-            if name == "value" or step >= cfg.value_warmup
-        }
+        schedule = (cfg.schedule, warmup, cfg.min_lr)
+        learning_rates = dict(
+            policy=optim.lr_at(step, steps, cfg.lr, *schedule),
+            value=optim.lr_at(step, steps, cfg.value_lr, *schedule),
+        )
+        active = dict(learners)
+        if step < cfg.value_warmup:
+            del active["policy"]
         shuffle = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+        per_minibatch = share // micro_batch
         updates = []  # the stats of each optimizer step
         with clock("update"), parking(*active.values(), *optimizers.values()):
             for _ in range(cfg.ppo_epochs):
                 for m in torch.randperm(cfg.minibatches, generator=shuffle).tolist():
-                    minibatch = micro_batches[
-                        m * share // micro_batch : (m + 1) * share // micro_batch
-                    ]
+                    minibatch = micro_batches[m * per_minibatch : (m + 1) * per_minibatch]
                     stats = rl_gradient(
                         cfg, rt, active.get("policy"), critic, minibatch, counts[m], controller.coef
                     )
@@ -1012,14 +1021,11 @@ def main(cfg):
                             f"{stats['ratio']:.2g}"
                         )
                     for name, role in active.items():
-                        lr = optim.lr_at(
-                            step, steps, learning_rates[name], cfg.schedule, warmup, cfg.min_lr
-                        )
-                        stats[f"{name}_grad_norm"] = rt.step(
-                            optimizers[name], role.params.values(), lr, cfg.grad_clip
-                        )
+                        to_step = (optimizers[name], role.params.values(), learning_rates[name])
+                        stats[f"{name}_grad_norm"] = rt.step(*to_step, cfg.grad_clip)
                     updates.append(stats)
                     run.meta["updates"] += 1
+                # A policy that has moved too far from the one that sampled has used up its samples.
                 passed = updates[-cfg.minibatches :]
                 approx_kl = sum(stats.get("approx_kl", 0.0) for stats in passed) / len(passed)
                 if cfg.target_kl and rt.all_sum(approx_kl) > cfg.target_kl:
@@ -1055,7 +1061,7 @@ def main(cfg):
             total = sum(stats[name] for stats in updates) / len(updates)
             metrics[name] = total if name.endswith("_norm") else rt.all_sum(total)
         metrics["updates"] = len(updates)
-        metrics["lr"] = optimizers["policy"].param_groups[0]["lr"]
+        metrics["lr"] = learning_rates["policy"]
         metrics = {name: float(x) for name, x in metrics.items()}
         run.tokens += int(mask.sum())
         if run.logs:

@@ -18,6 +18,7 @@ import ppo
 from nano import config, functions, generate, losses, runtime, tokenizer, weights
 from nano.batches import Rows, episodes
 from nano.config import UserError
+from nano.run import Run
 from nano.store import mix, write_store
 
 BASE = dict(
@@ -143,6 +144,7 @@ LAYOUTS = {
     "lora": dict(reward="adapter", lora_rank=2, lr=1e-2, value_lr=1e-2),
     "grpo": dict(algo="grpo", group=4),
     "rloo": dict(algo="rloo", group=2, lora_rank=2),
+    "samples": dict(algo="grpo", group=2, loss_mean="samples", advantage="group", clip_high=0.3),
     "apart": dict(
         reward="score", lora_rank=2
     ),  # adapters for policy and critic, a reward model of its own
@@ -170,7 +172,8 @@ def test_before_the_first_update_policy_is_reference(folder, tmp_path, layout, d
     assert (
         ("value_loss" in record)
         == ("explained_variance" in record)
-        == (layout not in ("grpo", "rloo"))
+        == ("equal_groups" not in record)
+        == (layout in ("full", "lora", "apart"))
     )
 
 
@@ -414,6 +417,99 @@ def test_a_run_with_ptx(folder, tmp_path):
     )
 
 
+# ---------------------------------------------------------------------------------------------- the KL, groups
+
+
+@pytest.mark.parametrize("how", [dict(), dict(lora_rank=2), dict(algo="grpo", group=2)], ids=str)
+def test_no_reference_without_a_use_for_it(folder, tmp_path, monkeypatch, how):
+    """With kl_coef=0 there is no reference forward and no KL in the log, unless log_kl asks for it."""
+    built = spy(monkeypatch, ppo, "build")
+    off = [dict(kl_coef=0.0), dict(kl_in="none")]
+    logs = []
+    for i, settings in enumerate([*off, *(x | dict(log_kl=True) for x in off)]):
+        logs.append(train(folder, tmp_path / str(i), **how | settings))
+        reference = built[-1][2][1]
+        assert (reference is not None) == ("kl" in logs[-1][0]) == ("kl_coef" in logs[-1][0])
+        assert (reference is not None) == ("log_kl" in settings)
+    shown = ("kl", "kl_k3", "kl_coef")
+    for log in logs:  # and none of it has a part in the training
+        assert [{k: v for k, v in r.items() if k not in shown} for r in log] == logs[0]
+    assert logs[2][0]["kl"] == 0 and logs[2][1]["kl_k3"] > 0
+
+
+@pytest.mark.parametrize("kl_in", ["loss", "reward", "none"])
+def test_where_the_kl_goes(folder, tmp_path, monkeypatch, kl_in):
+    """In the second iteration, when there is one: into the loss with the reference's log-probabilities
+    and kl_coef, or into the advantages beside the normalised scores."""
+    calls = spy(monkeypatch, ppo, "rl_gradient")
+    judged = spy(monkeypatch, functions, "judge")
+    settings = dict(advantage="group_std", group=4, kl_in=kl_in, lr=1e-2, ppo_epochs=1, log_kl=True)
+    log = train(folder, tmp_path, **settings, kl_coef=0.5 if kl_in != "none" else 0.05)
+    (*_, micro_batches, count, kl_coef), _, stats = calls[1]
+    base, kl = ppo.Role(weights.load_model(folder / "base")), []
+    for batch in micro_batches:
+        with torch.no_grad():
+            ref_logprobs, _ = base.logprobs(batch, 1.0)
+        assert ("ref_logprobs" in batch) == (kl_in == "loss")
+        if kl_in == "loss":
+            torch.testing.assert_close(batch["ref_logprobs"], ref_logprobs)
+        log_ratio = batch["old_logprobs"] - ref_logprobs
+        kl.append(torch.zeros(4).index_add(0, batch["rows"], log_ratio))
+    kl = torch.cat(kl)
+    assert kl.abs().min() > 1e-3 and math.isclose(kl.mean(), log[1]["kl"], rel_tol=1e-3)
+    (*_, finished), _, scores = judged[1]
+    rewards = scores - (1 - finished)
+    price = 0.5 if kl_in == "reward" else 0.0
+    right = ppo.penalised_advantages(rewards, kl, 4, "group_std", price)
+    rows = torch.cat([batch["rows"] + 4 * i for i, batch in enumerate(micro_batches)])
+    advantages = torch.cat([batch["advantages"] for batch in micro_batches])
+    torch.testing.assert_close(advantages, right[rows], rtol=1e-3, atol=1e-5)
+    assert ("kl_loss" in log[1]) == ("kl_loss" in stats) == (kl_in == "loss")
+    if kl_in == "loss":  # at the old policy
+        assert kl_coef == 0.5
+        assert math.isclose(log[1]["kl_loss"], log[1]["kl_k3"] * 8 / count, rel_tol=1e-4)
+
+
+def test_equal_scores_teach_nothing(folder, tmp_path):
+    """All groups are without variance, which the log says, and the policy stays to the bit."""
+    settings = dict(reward="zero", missing_eos_penalty=0, group=4)
+    for how in ("group", "group_std", "rloo"):
+        log = train(folder, tmp_path / how, **settings, advantage=how)
+        assert [r["equal_groups"] for r in log] == [1, 1]
+        assert same(tensors(tmp_path / how / "last"), tensors(folder / "base"))
+    log = train(folder, tmp_path / "letters", group=4, algo="grpo", max_new_tokens=2)
+    assert 0 <= log[0]["equal_groups"] < 1
+
+
+def test_the_share_of_equal_groups(folder, tmp_path, monkeypatch):
+    """After penalties: two of four groups have equal rewards."""
+    scores = torch.tensor([1.0, 1, 2, 3, 0, 0, 5, 6])
+    monkeypatch.setattr(functions, "judge", lambda *_: scores)
+    settings = dict(group=2, advantage="group", missing_eos_penalty=0)
+    assert train(folder, tmp_path, **settings)[0]["equal_groups"] == 0.5
+
+
+def test_the_gap_between_decoder_and_training_forward(folder, tmp_path, monkeypatch):
+    """The mean over all actions of the distance of the two log-probabilities, and nothing else."""
+    function = generate.generate
+
+    def shifted(*args, **kwargs):
+        samples = function(*args, **kwargs)
+        samples.logprobs = [
+            [x + 0.25 - 0.5 * (i % 2) for i, x in enumerate(row)] for row in samples.logprobs
+        ]
+        return samples
+
+    right = train(folder, tmp_path / "right")
+    assert all(0 < r.pop("logprob_gap") < 1e-5 for r in right)
+    monkeypatch.setattr(generate, "generate", shifted)
+    wrong = train(folder, tmp_path / "wrong", truncate_at="e", truncate_penalty=1.0)
+    assert all(math.isclose(r["logprob_gap"], 0.25, rel_tol=1e-4) for r in wrong)
+    wrong = train(folder, tmp_path / "same")
+    assert all(math.isclose(r.pop("logprob_gap"), 0.25, rel_tol=1e-4) for r in wrong)
+    assert wrong == right
+
+
 # ---------------------------------------------------------------------------------------------- rewards of a run
 
 
@@ -534,7 +630,7 @@ def test_target_kl_ends_the_passes(folder, tmp_path):
 # ---------------------------------------------------------------------------------------------- how it is cut, stopped, parked
 
 
-@pytest.mark.parametrize("layout", ["full", "lora", "grpo"])
+@pytest.mark.parametrize("layout", ["full", "lora", "grpo", "samples"])
 def test_an_update_does_not_depend_on_the_micro_batch(folder, tmp_path, layout):
     runs = {}
     for micro_batch in (8, 2, 1):
@@ -556,7 +652,7 @@ def test_an_update_does_not_depend_on_the_micro_batch(folder, tmp_path, layout):
 
 
 @pytest.mark.parametrize("at", [4, 5], ids=["between iterations", "in a rollout"])
-@pytest.mark.parametrize("layout", ["full", "lora"])
+@pytest.mark.parametrize("layout", ["full", "lora", "grpo"])
 def test_a_stopped_run_goes_on_bit_for_bit(folder, tmp_path, layout, at):
     """Weights, both optimizers, the controller, the prompts' and the other text's order, what was warned of."""
     settings = settings_of(folder, layout) | dict(
@@ -579,7 +675,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder, tmp_path, layout, at):
     cut = train(folder, tmp_path / "cut", **settings)
     assert cut == whole and len(whole) == 4 and len({r["kl_coef"] for r in whole}) == 4
     a, b = (tiny.state(tmp_path / run / "state") for run in ("whole", "cut"))
-    assert same(a[0], b[0]) and a[1] == b[1] and any(key.startswith("value.") for key in a[0])
+    assert same(a[0], b[0]) and a[1] == b[1]
+    assert any(key.startswith("value.") for key in a[0]) == (layout != "grpo")
     name = "adapter_model" if layout == "lora" else "model"
     assert same(
         tensors(tmp_path / "whole" / "last", name), tensors(tmp_path / "cut" / "last", name)
@@ -728,6 +825,44 @@ def test_two_processes_do_what_one_does(folder, tmp_path):
         distance(*(tensors(tmp_path / run / "last", "adapter_model") for run in ("one", "two")))
         < 1e-5
     )
+
+
+def test_when_a_run_saves_and_shows_samples(folder, tmp_path, monkeypatch):
+    """0: once in a pass over the 24 prompts; -1: never, but a run saves at its end. No step: nothing."""
+    save = Run.save_model
+
+    for every, shown, saved in ((0, [0, 3, 6], [3, 6, 7]), (-1, [], [7]), (4, [0, 4], [4, 7])):
+        out, saves = tmp_path / str(every), []
+
+        def save_model(run, dir, saves=saves):
+            saves.append(run.step)
+            save(run, dir)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "save_model", save_model)
+            settings = dict(steps=7, ppo_epochs=1, sample_every=every, save_every=every)
+            log = train(folder, out, **settings, log_every=0)
+        assert [r["step"] for r in log if r["kind"] == "samples"] == shown
+        assert [r["step"] for r in log if r["kind"] == "train"] == [7] and saves == saved
+    assert train(folder, tmp_path / "none", steps=0) == []
+    assert not (tmp_path / "none" / "last").exists() and not (tmp_path / "none" / "state").exists()
+
+
+def test_warmup_and_betas_reach_the_optimizer(folder, tmp_path, monkeypatch):
+    made = spy(monkeypatch, ppo.optim, "adamw")
+    settings = dict(steps=4, lr=0.5, schedule="linear", warmup_steps=2, warmup_ratio=0.9)
+    log = train(folder, tmp_path, **settings | dict(lr=4e-3), beta1=0.8, beta2=0.95, ppo_epochs=1)
+    assert all(optimizer.defaults["betas"] == (0.8, 0.95) for _, _, optimizer in made) and made
+    assert [round(r["lr"], 9) for r in log] == [round(x, 9) for x in (4e-3 / 3, 8e-3 / 3, 4e-3, 0)]
+
+
+def test_rank_stabilised_adapters(folder, tmp_path):
+    for rslora, scale in ((False, 8.0), (True, 16.0)):
+        out = tmp_path / str(rslora)
+        train(folder, out, steps=1, lora_rank=4, lora_rslora=rslora, ppo_epochs=1)
+        config_json = json.loads((out / "last" / "adapter_config.json").read_text())
+        r, alpha = config_json["r"], config_json["lora_alpha"]
+        assert math.isclose(alpha / (r**0.5 if config_json.get("use_rslora") else r), scale)
 
 
 # ---------------------------------------------------------------------------------------------- what is shown, what is refused
