@@ -24,18 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import lora
-from nano import (
-    batches,
-    config,
-    estimate,
-    files,
-    generate,
-    losses,
-    optim,
-    runtime,
-    store,
-    weights,
-)
+from nano import batches, config, estimate, files, generate, losses, optim, runtime, store, weights
 from nano.config import (
     Every,
     Fraction,

@@ -1,12 +1,14 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) put on and taken off a model from outside, several by name on one base.
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), put around the layers of a model from
+outside, several by name on one base.
 
-    lora.apply(model, rank=16, alpha=32)            # freezes the base, trains the adapter "default"
-    lora.use(model, None)                           # the base alone: the reference policy of DPO and PPO
-    lora.merge(model)                               # adds the active adapter to the weights for good
+    lora.apply(model, rank=16, alpha=32)   # freezes the base, trains the adapter "default"
+    lora.use(model, None)                  # the base alone: the reference policy of DPO and PPO
+    lora.merge(model)                      # folds the adapter into the weights and takes it off
 
-Every adapted layer computes  W x + scale * B (A x)  with A (r, in), B (out, r) in fp32, scale = alpha / r, or alpha / sqrt(r)
-when rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732).
-"""
+An adapted layer computes  base(x) + scale * B (A x)  with A (r, in), B (out, r) in fp32, scale =
+alpha / r, or alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732). It asks
+nothing of the base but in_features and out_features. nano/weights.py reads and writes adapters as
+PEFT directories."""
 
 import math
 
@@ -15,96 +17,119 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-class LoRALinear(nn.Linear):
-    """A frozen nn.Linear with named adapters, of which `active` (a name or None) takes part in forward."""
+def dense(module):
+    """The matrix (out, in) that a linear layer multiplies by, whichever way the layer holds it."""
+    return module.dense() if hasattr(module, "dense") else module.weight
 
-    @classmethod
-    def around(cls, linear):
-        with torch.device("meta"):
-            self = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        self.weight, self.bias = linear.weight, linear.bias
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        self.scales, self.dropouts, self.active = {}, {}, None
-        return self
 
-    def add(self, name, rank, scale, dropout):
-        new = dict(dtype=torch.float32, device=self.weight.device)
-        self.lora_A[name] = nn.Parameter(torch.empty(rank, self.in_features, **new))
-        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, rank, **new))
-        nn.init.kaiming_uniform_(
-            self.lora_A[name], a=math.sqrt(5)
-        )  # peft's: the scale of nn.Linear's own
-        self.scales[name], self.dropouts[name] = scale, dropout
+class LoRA(nn.Module):
+    """A frozen linear layer `base` with named adapters around it, of which `active` (a name or
+    None) takes part in forward."""
 
-    def delta(self):
-        """scale * B A of the active adapter, (out, in), fp32."""
-        return self.scales[self.active] * (
-            self.lora_B[self.active].float() @ self.lora_A[self.active].float()
-        )
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        self.scales = {}
+        self.dropouts = {}
+        self.active = None
+
+    def add(self, name, rank, scale, dropout=0.0):
+        """A new adapter, which changes nothing yet: B is 0."""
+        held = next(iter(self.base.state_dict().values()))  # a parameter or a buffer
+        new = dict(dtype=torch.float32, device=held.device)
+        A = torch.empty(rank, self.in_features, **new)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as nn.Linear's, and peft's
+        self.put(name, A, torch.zeros(self.out_features, rank, **new), scale, dropout)
+
+    def put(self, name, A, B, scale, dropout=0.0):
+        """The adapter `name`: A (r, in), B (out, r)."""
+        self.lora_A[name] = nn.Parameter(A)
+        self.lora_B[name] = nn.Parameter(B)
+        self.scales[name] = scale
+        self.dropouts[name] = dropout
+
+    def dense(self):
+        """The base's matrix with the active adapter in it, in fp32."""
+        weight = dense(self.base)
+        if self.active is None:
+            return weight
+        A, B = self.lora_A[self.active].float(), self.lora_B[self.active].float()
+        return weight.float() + self.scales[self.active] * (B @ A)
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
+        y = self.base(x)
         if self.active is None:
             return y
+        A, B = self.lora_A[self.active], self.lora_B[self.active]
         x = F.dropout(x, self.dropouts[self.active], self.training)
-        low = (
-            F.linear(x, self.lora_A[self.active].to(x.dtype)) * self.scales[self.active]
-        )  # here, where it is `rank` wide
-        return y + F.linear(low, self.lora_B[self.active].to(low.dtype))
+        # scaled here, where it is only `rank` wide
+        low = F.linear(x, A.to(x.dtype)) * self.scales[self.active]
+        return y + F.linear(low, B.to(low.dtype))
 
 
 def adapted(model):
-    """(name, LoRALinear) of every adapted layer."""
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)]
+    """(name, LoRA) of every adapted layer."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRA)]
 
 
 def linear_names(model):
-    """The linear layers that may carry adapters: those of the blocks. The head never does, losses.py reads its weight."""
-    return [
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Linear) and n.startswith("model.layers.")
-    ]
+    """The layers that may carry adapters: the linear ones of the blocks, adapted already or not.
+    The head never does, because losses.py reads its weight."""
+    inside = set(model.layers.modules())
+    bases = {m.base for m in inside if isinstance(m, LoRA)}
+    able = {m for m in inside - bases if hasattr(m, "in_features")}
+    return [name for name, m in model.named_modules() if m in able]
 
 
-def _wrap(model, name):
-    parent, leaf = name.rpartition(".")[::2]
+def wrap(model, name):
+    """The LoRA around the layer `name`, put there if there is none yet."""
     module = model.get_submodule(name)
-    if not isinstance(module, LoRALinear):
-        module = LoRALinear.around(module)
-        setattr(model.get_submodule(parent), leaf, module)
+    if not isinstance(module, LoRA):
+        module = LoRA(module)
+        model.set_submodule(name, module)
     return module
 
 
 def apply(model, rank, alpha, dropout=0.0, targets="all-linear", name="default", rslora=False):
-    """Freezes the base and adds a trainable adapter to the linear layers that `targets` names: a list of suffixes such as
-    ["q_proj", "v_proj"], or "all-linear": every linear layer of the blocks, not the head. Makes it the active one."""
+    """Freezes the base and adds a trainable adapter to the linear layers that `targets` names: a
+    list of suffixes such as ["q_proj", "v_proj"], or "all-linear": every linear layer of the
+    blocks, not the head. Makes it the active one. ValueError for a rank below 1 and for targets
+    that name no layer."""
     if rank < 1:
         raise ValueError(f"lora_rank={rank}: must be 1 or more")
     linears = linear_names(model)
-    chosen = linears
     suffixes = [targets] if isinstance(targets, str) else list(targets)
-    if suffixes != ["all-linear"]:
-        for s in suffixes:
-            if not any(n == s or n.endswith("." + s) for n in linears):
-                leaves = sorted({n.rpartition(".")[2] for n in linears})
-                raise ValueError(
-                    f"lora_targets: no layer ends in {s!r}; the linear layers are {', '.join(leaves)}"
-                )
-        chosen = [n for n in linears if any(n == s or n.endswith("." + s) for s in suffixes)]
+    if suffixes == ["all-linear"]:
+        suffixes = linears
+    ends = {s: [n for n in linears if n == s or n.endswith("." + s)] for s in suffixes}
+    for suffix, names in ends.items():
+        if not names:
+            leaves = sorted({n.rpartition(".")[2] for n in linears})
+            raise ValueError(
+                f"lora_targets: no layer ends in {suffix!r}; the linear layers are "
+                + ", ".join(leaves)
+            )
+    chosen = set().union(*ends.values())
     if not chosen:
         raise ValueError(
             "lora_targets names no layer: give suffixes such as [q_proj,v_proj], or all-linear"
         )
     if not adapted(model):
         model.requires_grad_(False)
-    for n in chosen:
-        _wrap(model, n).add(name, rank, alpha / (math.sqrt(rank) if rslora else rank), dropout)
+    scale = alpha / (math.sqrt(rank) if rslora else rank)
+    for n in linears:
+        if n in chosen:
+            wrap(model, n).add(name, rank, scale, dropout)
     use(model, name)
 
 
 def use(model, name):
-    """Switches every adapted layer to the adapter `name`, or to the bare base with None. Layers without it run bare."""
+    """Switches every adapted layer to the adapter `name`, or to the bare base with None. Layers
+    without it run bare."""
     layers = adapted(model)
     if name is not None and not any(name in m.scales for _, m in layers):
         raise KeyError(f"there is no adapter {name!r} on this model")
@@ -114,13 +139,14 @@ def use(model, name):
 
 @torch.no_grad()
 def merge(model):
-    """Folds the active adapter into the weights for good, in fp32, and takes all adapters off. Returns the model."""
+    """Folds the active adapter into the weights for good, in fp32, and takes all adapters off.
+    Returns the model."""
     for name, m in adapted(model):
+        plain = m.base
         if m.active is not None:
-            m.weight.data = (m.weight.float() + m.delta()).to(m.weight.dtype)
-        plain = nn.Linear(1, 1, bias=False, device="meta")
-        plain.in_features, plain.out_features = m.in_features, m.out_features
-        plain.weight, plain.bias = m.weight, m.bias
-        parent, leaf = name.rpartition(".")[::2]
-        setattr(model.get_submodule(parent), leaf, plain)
+            dtype = dense(m.base).dtype
+            plain = nn.Linear(m.in_features, m.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(m.dense().to(dtype), requires_grad=False)
+            plain.bias = m.base.bias
+        model.set_submodule(name, plain)
     return model

@@ -1,17 +1,17 @@
-"""A decoder-only transformer for the Llama family, in one file that needs torch alone.
+"""A decoder-only transformer with slots, in one file that needs torch alone.
 
-Covers Llama 1/2/3/3.x, SmolLM2, Mistral, Qwen2/2.5 and Qwen3: pre-norm blocks with RMSNorm, rotary positions, grouped-query
-attention, SwiGLU; what differs between them (biases, q/k norm, windows, rope scaling, tied head) is a field of ModelConfig.
-Parameter names are Hugging Face's Llama names, so a checkpoint of the family needs no renaming.
+A slot is a field of ModelConfig with a named choice: norm, positions, mlp, activation, biases,
+windows, the head. Llama, SmolLM2, Mistral, Qwen2, Qwen3 and GPT-2 are choices, and nothing here
+asks for a family's name: nano/families.py does. Parameter names are Hugging Face's Llama names, for
+every family.
 
     model = Transformer(ModelConfig(...))
-    hidden = model.hidden(tokens)             # (B, T) -> (B, T, C)
-    logits = model.logits(hidden)             # (B, T, V); training goes through losses.py, which never builds them all
-    hidden = model(batch)                     # (M, C) of the positions batch["index"]: what a loss needs
+    hidden = model.hidden(tokens)   # (B, T) -> (B, T, C)
+    logits = model.logits(hidden)   # (B, T, V); losses.py never builds them all
+    hidden = model(batch)           # (M, C): of the positions batch["index"], which a loss needs
 
-Packed rows: `docs` (B, T) gives each token the id of its document, and attention never crosses documents. Padding is a document
-of its own (id -1), so a padded row needs nothing else.
-"""
+Packed rows: `docs` (B, T) gives each token the id of its document, and attention never crosses
+documents. Padding is a document of its own (id -1), so a padded row needs nothing else."""
 
 import functools
 import math
@@ -24,6 +24,13 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 SHORT = 512  # tokens of a document at most, for document_attention
 
+ACTIVATIONS = dict(
+    silu=F.silu,
+    gelu=F.gelu,
+    gelu_tanh=functools.partial(F.gelu, approximate="tanh"),  # GPT-2's
+    relu=F.relu,
+)
+
 
 @dataclass
 class ModelConfig:
@@ -33,32 +40,41 @@ class ModelConfig:
     n_heads: int = 8  # H
     n_kv_heads: int = 8  # K; fewer than n_heads: grouped-query attention
     head_dim: int = 64  # D; need not be C / H
-    ffn_dim: int = 1408
+    ffn_dim: int = 1408  # F
+    norm: str = "rms"  # rms | layer (with a bias); it stands before each half of a block
     norm_eps: float = 1e-5
+    positions: str = "rope"  # rope | learned: an embedding of max_positions
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": "llama3" | "linear", ...} as in config.json
     max_positions: int = 2048
-    windows: tuple = ()  # tokens each layer looks back, itself included; 0: all; (): all, in every layer
+    windows: tuple = ()  # tokens each layer looks back, itself included; 0: all; (): all everywhere
     qkv_bias: bool = False
     o_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each head's q and k
+    mlp: str = "gated"  # gated: down(act(gate(x)) * up(x)) | plain: down(act(up(x)))
+    activation: str = "silu"  # one of ACTIVATIONS
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over each head's q and k (Qwen3)
     tie_embeddings: bool = False
     head: str = "lm"  # lm: next-token logits; score: one number a token (reward and value models)
-    family: str = "llama"  # the `model_type` that config.json says
+    family: str = (
+        "llama"  # the `model_type` of config.json, for saving; this file never asks for it
+    )
 
     @property
     def parameter_count(self):
-        with torch.device("meta"):
-            return sum(p.numel() for p in Transformer(self).parameters())
+        return sum(p.numel() for p in empty(self).parameters())
+
+
+# ---------------------------------------------------------------------- positions
 
 
 def rope_frequencies(cfg):
-    """Inverse frequencies (D/2,) of the rotary embedding, fp32. Source: Su et al. 2021 (arXiv:2104.09864); "llama3" scaling:
-    the Llama 3.1 release, which stretches long wavelengths by `factor` and blends those between the two cut-offs."""
-    inv = 1.0 / cfg.rope_theta ** (
-        torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device="cpu") / cfg.head_dim
-    )
+    """Inverse frequencies (D/2,) of the rotary embedding, fp32. Source: Su et al. 2021
+    (arXiv:2104.09864). "llama3" scaling is the Llama 3.1 release's: it stretches long wavelengths
+    by `factor` and blends those between the two cut-offs. ValueError for a scaling that is none of
+    default, linear and llama3."""
+    steps = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device="cpu")
+    inv = 1.0 / cfg.rope_theta ** (steps / cfg.head_dim)
     scaling = cfg.rope_scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
@@ -66,13 +82,11 @@ def rope_frequencies(cfg):
     if kind == "linear":
         return inv / scaling["factor"]
     if kind == "llama3":
-        turns = (
-            scaling["original_max_position_embeddings"] * inv / (2 * math.pi)
-        )  # rotations over the original context
+        # full turns over the original context
+        turns = scaling["original_max_position_embeddings"] * inv / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(
-            0, 1
-        )  # 1: a short wavelength, kept; 0: a long one, stretched
+        # 1: a short wavelength, kept; 0: a long one, stretched
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
         return keep * inv + (1 - keep) * inv / scaling["factor"]
     raise ValueError(f"rope scaling {kind!r} is not supported (default, linear, llama3 are)")
 
@@ -83,9 +97,7 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
-@functools.cache
-def _compiled_flex():
-    return torch.compile(flex_attention)  # uncompiled, flex_attention builds all scores
+# ---------------------------------------------------------------------- what a token sees
 
 
 def begins(docs):
@@ -96,8 +108,9 @@ def begins(docs):
 
 
 def block_mask(docs, window, size=128):
-    """attention_mask's for flex_attention. What a token sees is one stretch of its row, so that two numbers for each block of
-    queries tell which blocks of keys to visit; torch's create_block_mask would look at all T x T pairs, in 20 times the time."""
+    """attention_mask's for flex_attention. What a token sees is one stretch of its row. So two
+    numbers for each block of queries tell which blocks of keys to visit; torch's create_block_mask
+    would look at all T x T pairs, in 20 times the time."""
     T = docs.shape[1]
     index = torch.arange(T, device=docs.device)
     oldest = begins(docs)
@@ -105,14 +118,12 @@ def block_mask(docs, window, size=128):
         oldest = torch.maximum(oldest, index - window + 1)
     keys = index[::size] // size  # blocks
     queries = keys[:, None]
-    first, last = (
-        oldest[:, ::size, None],
-        oldest[:, (index[::size] + size - 1).clamp(max=T - 1), None],
-    )
-    seen = (keys <= queries) & (keys >= first // size)  # (B, blocks of queries, blocks of keys)
-    whole = (
-        (keys < queries) & (keys * size >= last) & ((queries + 1) * size <= T)
-    )  # all pairs: no need to look at each
+    first = oldest[:, ::size, None]
+    last = oldest[:, (index[::size] + size - 1).clamp(max=T - 1), None]
+    # both (B, blocks of queries, blocks of keys)
+    seen = (keys <= queries) & (keys >= first // size)
+    # all pairs of such a block are seen: the kernel need not look at each
+    whole = (keys < queries) & (keys * size >= last) & ((queries + 1) * size <= T)
 
     def listed(blocks):
         which = blocks.int().argsort(dim=-1, descending=True, stable=True)  # those first
@@ -124,17 +135,10 @@ def block_mask(docs, window, size=128):
     return BlockMask.from_kv_blocks(*listed(seen & ~whole), *listed(whole), size, visible, (T, T))
 
 
-class Documents:
-    """The documents' lengths along flattened rows: a mask of its own kind, since torch.compile guards what is in a list."""
-
-    def __init__(self, lengths):
-        self.lengths = lengths
-
-
 def attention_mask(docs, window, head_dim):
-    """What each token may see: earlier tokens of its document, at most `window` back (0: all). A document is one stretch of a row.
-    docs (B, T) -> a BlockMask for flex_attention on CUDA; elsewhere a bool (B, 1, T, T) for scaled_dot_product_attention, or, on a
-    CPU without a window, Documents: there attention runs document by document."""
+    """What each token of a row may see: earlier tokens of its document, at most `window` back (0:
+    all). A document is one stretch of a row. docs (B, T) -> a BlockMask on CUDA; on a CPU without a
+    window Documents, for there attention runs document by document; else a bool (B, 1, T, T)."""
     B, T = docs.shape
     if not window and docs.device.type == "cpu":
         starts = torch.ones(B, T, dtype=torch.bool)
@@ -149,7 +153,8 @@ def attention_mask(docs, window, head_dim):
 
 
 def cache_mask(positions, span, window):
-    """Decoding: a token at position p sees the cache slots 0..p. positions (B, T) -> bool (B, 1, T, span)."""
+    """A token at position p sees the slots 0..p of a cache. positions (B, T) -> bool (B, 1, T,
+    span)."""
     slots = torch.arange(span, device=positions.device)
     mask = slots <= positions[..., None]
     if window:
@@ -157,30 +162,102 @@ def cache_mask(positions, span, window):
     return mask[:, None]
 
 
-def document_attention(q, k, v):
-    """Causal attention within one document, on a CPU: q (H, T, D), k and v (K, T, D) -> (H, T, D). A short one in bf16 is two
-    matrix products, which take a third of the time of torch's CPU kernel (bench/attention.py); autograd then keeps the H x T x T
-    probabilities, which is why longer ones stay with the kernel."""
-    (K, T, D), H = k.shape, len(q)
+# ---------------------------------------------------------------------- attention
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a layer adds to softmax(scale * q k^T) v. ALiBi slopes, a soft cap, sinks: a field here
+    and its branch in attend."""
+
+    scale: float
+
+
+def attend(q, k, v, seen, extras):
+    """Attention. All of it: training, prompts and decoding come through here, and this is where the
+    kernel is chosen.
+
+    q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). seen: what attention_mask or cache_mask
+    returned; None: every token sees itself and all before it, which the fastest kernels have built
+    in."""
+    if isinstance(seen, BlockMask):
+        # uncompiled, flex_attention builds all scores; a compiled layer takes it into its graph
+        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+        return flex(q, k, v, block_mask=seen, scale=extras.scale, enable_gqa=True)
+    if isinstance(seen, Documents):
+        return seen.attend(q, k, v, extras)
+    if q.shape[2] == 1 and seen is not None:
+        return one_query(q, k, v, seen, extras)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, is_causal=seen is None, scale=extras.scale, enable_gqa=True
+    )
+
+
+@functools.cache
+def _compiled_flex():
+    return torch.compile(flex_attention)
+
+
+def one_query(q, k, v, seen, extras):
+    """A decoding step: q (B, H, 1, D), seen (B, 1, 1, S). The query heads that share a key/value
+    head are taken as one block, so that the cache is read once for all of them. On a CPU plain
+    products beat the fused kernel, which is made for long queries."""
+    B, K, S, D = k.shape
+    if q.device.type != "cpu":
+        q = q.reshape(B, K, -1, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=extras.scale)
+        return y.reshape(B, -1, 1, D)
+    q, k, v = (t.reshape(B * K, -1, D) for t in (q, k, v))
+    scores = torch.bmm(q, k.mT).view(B, K, -1, S).float() * extras.scale
+    probs = scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype)
+    return torch.bmm(probs.view(B * K, -1, S), v).view(B, -1, 1, D)
+
+
+def document_attention(q, k, v, extras):
+    """Causal attention within one document, on a CPU: q (H, T, D), k and v (K, T, D) -> (H, T, D).
+    A short one in bf16 is two matrix products, which take a third of the time of torch's CPU kernel
+    (bench/attention.py). autograd then keeps the H x T x T probabilities, which is why longer ones
+    stay with the kernel."""
+    H = len(q)
+    K, T, D = k.shape
     if q.dtype != torch.bfloat16 or T > SHORT:
+        q, k, v = q[None], k[None], v[None]
         return F.scaled_dot_product_attention(
-            q[None], k[None], v[None], is_causal=True, enable_gqa=True
+            q, k, v, is_causal=True, scale=extras.scale, enable_gqa=True
         )[0]
     causal = q.new_full((T, T), -math.inf).triu(1).repeat(H // K, 1)
-    scores = torch.baddbmm(
-        causal, q.reshape(K, -1, D), k.transpose(1, 2), alpha=D**-0.5
-    )  # (K, H/K T, T)
+    # (K, H/K T, T)
+    scores = torch.baddbmm(causal, q.reshape(K, -1, D), k.transpose(1, 2), alpha=extras.scale)
     return (scores.softmax(-1) @ v).view(H, T, D)
 
 
-def by_document(q, k, v, documents):
-    """Attention of packed rows on a CPU, each document alone: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D)."""
+def by_document(documents, q, k, v, extras):
+    """Attention of packed rows on a CPU, each document alone: q (B, H, T, D), k and v (B, K, T, D)
+    -> (B, H, T, D)."""
     B, _, T, D = q.shape
-    flat = (
-        t.transpose(0, 1).reshape(-1, B * T, D).split(documents.lengths, dim=1) for t in (q, k, v)
-    )
-    y = torch.cat([document_attention(*document) for document in zip(*flat, strict=True)], dim=1)
+    flat = [t.transpose(0, 1).reshape(-1, B * T, D) for t in (q, k, v)]
+    parts = zip(*(t.split(documents.lengths, dim=1) for t in flat), strict=True)
+    y = torch.cat([document_attention(*part, extras) for part in parts], dim=1)
     return y.view(-1, B, T, D).transpose(0, 1)
+
+
+@functools.cache
+def _uncompiled_by_document():
+    return torch.compiler.disable(by_document)
+
+
+class Documents:
+    """What the tokens of packed rows see on a CPU: the lengths of the documents along the flattened
+    rows. A class and not a list, because torch.compile guards on what is in a list, and would
+    compile anew for every batch."""
+
+    attend = by_document
+
+    def __init__(self, lengths):
+        self.lengths = lengths
+
+
+# ---------------------------------------------------------------------- layers
 
 
 class RMSNorm(nn.Module):
@@ -193,56 +270,64 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        # the kernel computes in fp32 in any case; autocast would also hand on fp32
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+
+
+NORMS = dict(rms=RMSNorm, layer=LayerNorm)
+
+
 class Attention(nn.Module):
-    COLUMN = ("q_proj", "k_proj", "v_proj")  # how devices share it: nano/tensor.py
+    # how the devices of a tensor group share the layers, see nano/tensor.py
+    COLUMN = ("q_proj", "k_proj", "v_proj")
     ROW = ("o_proj",)
     PER_HEAD = ("q_norm", "k_norm")
 
     def __init__(self, cfg):
         super().__init__()
-        self.head_dim, D = cfg.head_dim, cfg.head_dim
+        self.head_dim = D = cfg.head_dim
         self.q_proj = nn.Linear(cfg.dim, cfg.n_heads * D, bias=cfg.qkv_bias)
         self.k_proj = nn.Linear(cfg.dim, cfg.n_kv_heads * D, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(cfg.dim, cfg.n_kv_heads * D, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(cfg.n_heads * D, cfg.dim, bias=cfg.o_bias)
         self.q_norm = RMSNorm(D, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
-        self.by_document = by_document  # a compiled layer leaves its graph for it (nano/runtime.py)
+        self.extras = Extras(scale=1 / math.sqrt(D))
 
-    def project(self, x, rope, positions, cache):
-        """q (B, T, H, D), k and v (B, T, K, D), rotated; k and v are written to the cache too, if there is one."""
+    def forward(self, x, rope, seen, slots=None, cache=None):
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, D)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
-        q, k = rotate(q.to(v.dtype), *rope), rotate(k.to(v.dtype), *rope)
-        if cache is not None:  # slot = position, row by row
-            keys, values = cache  # (B, K, S, D)
-            rows = torch.arange(B, device=x.device)[:, None]
-            keys[rows, :, positions], values[rows, :, positions] = (
-                k.to(keys.dtype),
-                v.to(values.dtype),
-            )
-        return q, k, v
-
-    def forward(self, x, rope, mask, positions, cache):
-        B, T, _ = x.shape
-        q, k, v = self.project(x, rope, positions, cache)
+        if rope is not None:
+            q = rotate(q.to(v.dtype), *rope)
+            k = rotate(k.to(v.dtype), *rope)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
-            k, v = (t.to(q.dtype) for t in cache)  # (B, K, S, D)
-        else:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-        q = q.transpose(1, 2)
-        if isinstance(mask, BlockMask):
-            flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-            y = flex(q, k, v, block_mask=mask, enable_gqa=True)
-        elif isinstance(mask, Documents):
-            y = self.by_document(q, k, v, mask)
-        else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-            )
+            k, v = remember(k, v, slots, cache)
+        y = attend(q, k, v, seen, self.extras)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def remember(k, v, slots, cache):
+    """Writes k, v (B, K, T, D) to a layer's cache (keys, values), (B, K, S, D) each, and returns
+    the keys and values that `seen` speaks of. slots (B, T): where the tokens go, row by row; what
+    is seen is the whole cache. None: they begin their rows, in the slots 0..T-1, and there is
+    nothing else to see."""
+    keys, values = cache
+    if slots is None:
+        T = k.shape[2]
+        keys[:, :, :T] = k
+        values[:, :, :T] = v
+        return k, v
+    rows = torch.arange(len(k), device=k.device)[:, None]
+    keys[rows, :, slots] = k.transpose(1, 2).to(keys.dtype)
+    values[rows, :, slots] = v.transpose(1, 2).to(values.dtype)
+    return keys.to(k.dtype), values.to(v.dtype)
 
 
 class MLP(nn.Module):
@@ -251,39 +336,53 @@ class MLP(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.dim, cfg.ffn_dim, bias=cfg.mlp_bias)
+        self.gated = cfg.mlp == "gated"
+        self.activation = ACTIVATIONS[cfg.activation]
+        if self.gated:
+            self.gate_proj = nn.Linear(cfg.dim, cfg.ffn_dim, bias=cfg.mlp_bias)
         self.up_proj = nn.Linear(cfg.dim, cfg.ffn_dim, bias=cfg.mlp_bias)
         self.down_proj = nn.Linear(cfg.ffn_dim, cfg.dim, bias=cfg.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gated:
+            return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.up_proj(x)))
 
 
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.input_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
+        norm = NORMS[cfg.norm]
+        self.input_layernorm = norm(cfg.dim, cfg.norm_eps)
         self.self_attn = Attention(cfg)
-        self.post_attention_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.post_attention_layernorm = norm(cfg.dim, cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, rope, mask, positions=None, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, positions, cache)
+    def forward(self, x, rope, seen, slots=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, seen, slots, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def compile(self, *args, **kwargs):
+        # each list of lengths would be a new graph, so a compiled layer leaves its graph for them
+        Documents.attend = _uncompiled_by_document()
+        super().compile(*args, **kwargs)
 
 
 class ScoreHead(nn.Linear):
-    """hidden (B, T, C) -> one fp32 number a token (B, T). fp32 because a bf16 score has 8 significant bits: pairs would tie."""
+    """hidden (..., C) -> one fp32 number a token (...). fp32 because a bf16 score has 8 significant
+    bits: pairs would tie."""
 
     def __init__(self, dim):
         super().__init__(dim, 1, bias=False)
-        nn.init.normal_(
-            self.weight, std=1 / math.sqrt(dim + 1)
-        )  # Stiennon et al. 2020 (arXiv:2009.01325)
+        # Stiennon et al. 2020 (arXiv:2009.01325)
+        nn.init.normal_(self.weight, std=1 / math.sqrt(dim + 1))
 
     def forward(self, hidden):
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), self.weight.float()).squeeze(-1)
+
+
+# ---------------------------------------------------------------------- the model
 
 
 class Transformer(nn.Module):
@@ -292,26 +391,24 @@ class Transformer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.model = nn.ModuleDict(
-            dict(
-                embed_tokens=nn.Embedding(cfg.vocab_size, cfg.dim),
-                layers=nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers)),
-                norm=RMSNorm(cfg.dim, cfg.norm_eps),
-            )
-        )
+        self.model = nn.ModuleDict()
+        self.model["embed_tokens"] = nn.Embedding(cfg.vocab_size, cfg.dim)
+        if cfg.positions == "learned":
+            self.model["embed_positions"] = nn.Embedding(cfg.max_positions, cfg.dim)
+        self.model["layers"] = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.model["norm"] = NORMS[cfg.norm](cfg.dim, cfg.norm_eps)
         if cfg.head == "score":
             self.score = ScoreHead(cfg.dim)
         elif not cfg.tie_embeddings:
             self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
-        self.inv_freq = rope_frequencies(
-            cfg
-        )  # no buffer: it must stay fp32 whatever dtype the model is cast to
-        self.recompute = (
-            None  # set to a function(layer, *inputs) to recompute activations in the backward pass
-        )
+        # no buffer, because it must stay fp32 whatever dtype the model is cast to
+        self.inv_freq = rope_frequencies(cfg) if cfg.positions == "rope" else None
+        # a function(layer, *inputs) that computes activations again in backward; None: keep them
+        self.recompute = None
 
     def init_weights(self, std=0.02):
-        """N(0, std) for matrices, with the two projections that write to the residual stream scaled by 1/sqrt(2L) (GPT-2)."""
+        """N(0, std) for matrices, with the two projections that write to the residual stream scaled
+        by 1/sqrt(2L) (GPT-2)."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 nn.init.ones_(p) if name.endswith("weight") else nn.init.zeros_(p)
@@ -332,14 +429,6 @@ class Transformer(nn.Module):
     def logits(self, hidden):
         return F.linear(hidden, self.head_weight)
 
-    def rotary(self, positions):
-        """cos, sin (B, T, 1, D) in fp32."""
-        if self.inv_freq.device != positions.device:
-            self.inv_freq = self.inv_freq.to(positions.device)
-        angles = positions[..., None].float() * self.inv_freq
-        angles = torch.cat((angles, angles), dim=-1)[:, :, None]
-        return angles.cos(), angles.sin()
-
     def forward(self, batch):
         """batch, a dict -> hidden states (M, C) of the flat positions batch["index"] (M,); without
         "index" of all positions, (B * T, C).
@@ -353,45 +442,61 @@ class Transformer(nn.Module):
         return hidden[batch["index"]] if "index" in batch else hidden
 
     def hidden(self, tokens, positions=None, docs=None, cache=None):
-        """tokens (B, T) -> hidden (B, T, C) after the last norm; feed it to .logits, .score or losses.py.
+        """tokens (B, T) -> hidden states (B, T, C) after the last norm; feed them to .logits,
+        .score or losses.py.
 
-        positions (B, T): rotary positions; default: restarting with each document. docs (B, T): document ids; default: one.
-        cache: per layer (keys, values), each (B, K, S, D); this call's go to the slots `positions`, which are then required.
-        """
-        B, T = tokens.shape
+        positions (B, T): of the tokens in their documents; default: counted from 0 in each
+        document. docs (B, T): document ids; default: a row is one. cache: per layer (keys, values),
+        each (B, K, S, D). With a cache, `positions` are also the slots that the tokens go to, and
+        they see all slots up to their own; without positions they begin their rows."""
+        slots = positions
         if positions is None:
-            index = torch.arange(T, device=tokens.device).expand(B, T)
-            positions = index
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             if docs is not None:
-                positions = index - begins(docs)
+                positions = positions - begins(docs)
         windows = self.cfg.windows or (0,) * self.cfg.n_layers
-        masks = {}  # None where plain causal attention is right: the fastest kernels have it built in
-        for w in set(windows):
-            if cache is not None:
-                masks[w] = cache_mask(positions, cache[0][0].shape[2], w)
-            elif docs is not None:
-                masks[w] = attention_mask(docs, w, self.cfg.head_dim)
-            else:
-                masks[w] = (
-                    attention_mask(torch.zeros_like(tokens), w, self.cfg.head_dim)
-                    if 0 < w < T
-                    else None
-                )
+        seen = {w: self.seen(w, positions, docs, cache, slots) for w in set(windows)}
         x = self.model["embed_tokens"](tokens)
-        if torch.is_autocast_enabled(
-            x.device.type
-        ):  # one dtype along the residual stream, whatever the weights are held in
+        if self.cfg.positions == "learned":
+            # padding counts on where no document would: whatever it gets, nobody looks at it
+            last = self.cfg.max_positions - 1
+            x = x + self.model["embed_positions"](positions.clamp(max=last))
+        if torch.is_autocast_enabled(x.device.type):
+            # one dtype along the residual stream, whatever the weights are held in
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        rope = [r.to(x.dtype) for r in self.rotary(positions)]
+        rope = None
+        if self.cfg.positions == "rope":
+            rope = [r.to(x.dtype) for r in self.rotary(positions)]
         for i, layer in enumerate(self.layers):
-            inputs = (x, rope, masks[windows[i]])
+            inputs = (x, rope, seen[windows[i]])
             if cache is not None:
-                x = layer(*inputs, positions, cache[i])
+                x = layer(*inputs, slots, cache[i])
             elif self.recompute is not None and torch.is_grad_enabled():
                 x = self.recompute(layer, *inputs)
             else:
                 x = layer(*inputs)
         return self.model["norm"](x)
+
+    def seen(self, window, positions, docs, cache, slots):
+        """attend's `seen` for the layers of one window."""
+        T = positions.shape[1]
+        if docs is not None:
+            return attention_mask(docs, window, self.cfg.head_dim)
+        if slots is not None and cache is not None:
+            return cache_mask(positions, cache[0][0].shape[2], window)
+        if not 0 < window < T:
+            return None
+        if cache is not None:  # dense, for a prompt is not worth compiling flex_attention
+            return cache_mask(positions, T, window)
+        return attention_mask(torch.zeros_like(positions), window, self.cfg.head_dim)
+
+    def rotary(self, positions):
+        """cos, sin (B, T, 1, D) in fp32."""
+        if self.inv_freq.device != positions.device:
+            self.inv_freq = self.inv_freq.to(positions.device)
+        angles = positions[..., None].float() * self.inv_freq
+        angles = torch.cat((angles, angles), dim=-1)[:, :, None]
+        return angles.cos(), angles.sin()
 
     def new_cache(self, batch, slots, dtype=None):
         """Empty key/value cache: per layer (keys, values), each (batch, K, slots, D)."""
@@ -403,16 +508,32 @@ class Transformer(nn.Module):
         return [(new(), new()) for _ in range(self.cfg.n_layers)]
 
     def flops_per_token(self, length, trained="all"):
-        """Floating-point operations a token costs in one training step (forward and backward) on rows of `length` tokens.
-        6 per matrix weight (4 where only adapters are trained: no weight gradients) + 12 L H D T/2 for causal attention
-        (Chowdhery et al. 2022, arXiv:2204.02311, appendix B)."""
-        matrices = sum(
-            p.numel()
-            for n, p in self.named_parameters()
-            if p.dim() == 2 and "embed_tokens" not in n
-        )
-        matrices += (
-            self.head_weight.numel() if self.cfg.tie_embeddings and self.cfg.head == "lm" else 0
-        )
+        """Floating-point operations a token costs in one training step (forward and backward) on
+        rows of `length` tokens. 6 per matrix weight (4 where only adapters are trained: no weight
+        gradients) + 12 L H D T/2 for causal attention (Chowdhery et al. 2022, arXiv:2204.02311,
+        appendix B)."""
+        matrices = 0
+        for module in self.modules():
+            if not isinstance(module, nn.Embedding):  # looking a row up is no product
+                own = module.parameters(recurse=False)
+                matrices += sum(p.numel() for p in own if p.dim() == 2)
+        if self.cfg.tie_embeddings and self.cfg.head == "lm":
+            matrices += self.head_weight.numel()
         attention = self.cfg.n_layers * self.cfg.n_heads * self.cfg.head_dim * length
         return (6 if trained == "all" else 4) * matrices + 6 * attention
+
+
+class NoInit(torch.overrides.TorchFunctionMode):
+    """torch.nn.init does nothing. On the meta device it would compute nothing either, but import
+    seconds of compiler."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (args or tuple(kwargs.values()))[0]
+        return func(*args, **(kwargs or {}))
+
+
+def empty(cfg):
+    """A Transformer that takes no memory: its parameters are on the meta device, to be assigned."""
+    with torch.device("meta"), NoInit():
+        return Transformer(cfg)

@@ -23,16 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nano import (
-    batches,
-    config,
-    estimate,
-    generate,
-    optim,
-    runtime,
-    store,
-    weights,
-)
+from nano import batches, config, estimate, generate, optim, runtime, store, weights
 from nano.config import (
     Every,
     Fraction,

@@ -117,7 +117,7 @@ class Sampler:
                 seed=seed,
                 batch_size=cfg.batch_size,
                 on_token=on_token if on_text or cfg.stop else None,
-                sync_every=1 if on_text else None,
+                plan=dict(sync_every=1) if on_text else None,
                 step_hook=self.rt.sync,
             )
             texts = [self.text(tokens)[0] for tokens in made.tokens]

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from nano import config
+from nano import config, tokenizer
 from nano.config import PositiveInt
 
 
@@ -43,8 +43,8 @@ def ours(cfg, path, timed):
         )
         job = instructions.Config(**keys, over_length="truncate")
         with timed("tokenizer"):
-            instructions.setup(job)
-        instructions.setup = lambda cfg: None  # it is loaded
+            tok = tokenizer.load(cfg.model)
+        tokenizer.load = lambda path, template: tok  # it is loaded
         with timed("prepare"):
             instructions.main(job)
 

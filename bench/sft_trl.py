@@ -12,7 +12,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from nano import config, store, weights
+from nano import config, store
 from nano.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 
 
@@ -115,7 +115,7 @@ def main(cfg):
     trainer.train()
     model = trainer.model.merge_and_unload() if cfg.lora_rank else trainer.model
     model.save_pretrained(cfg.out)
-    weights.copy_tokenizer(
+    tokenizer.copy_files(
         cfg.model, cfg.out
     )  # as it was: save_pretrained writes it anew, and sft.py would take it for another
     timed = steps[1:]  # the first step warms up

@@ -1,7 +1,8 @@
-"""What a training run will need, from first principles: the memory of one device, before anything is allocated.
+"""What a training run will need, from first principles: the memory of one device, before anything
+is allocated.
 
-print(estimate.describe(model, tokens=4 * 512, shards=1, dtype=torch.bfloat16, grad_checkpoint=False))
-"""
+print(estimate.describe(model, tokens=4 * 512, shards=1, dtype=torch.bfloat16,
+grad_checkpoint=False))"""
 
 import torch
 
@@ -20,61 +21,55 @@ def memory(
     tensor=1,
     document=SHORT,
 ):
-    """Peak bytes of one device by part, for AdamW under autocast. tokens: of one forward on one device (B x T).
-    shards: devices over which weights, gradients and moments are cut; 1 where each holds them whole. `tensor` of these share each
-    layer: its projections, heads and units, and the vocabulary, but not norms and residual stream; and the loss gathers the head.
-    The rest is FSDP's, and what it makes whole for a while is `gathered`: embedding, head and two layers (keep_gathered: all
-    layers), and the gradients of one layer.
+    """Peak bytes of one device by part, for AdamW under autocast.
 
-    Activations count what autograd keeps of a block: input and output of the two norms, q, k, v, the attention's output, and the
-    four (T, F) tensors of SwiGLU. On a CPU the input of a norm is in fp32, and there twice where the norm is trained; and attention
-    keeps its output twice, by document and joined, or of short documents in bf16 its probabilities, `document` numbers a token and
-    head: the length that the average token finds its document to have. Casts are autocast's copies of trained weights, which FSDP
-    does without. torch.compile keeps less.
+    tokens: of one forward on one device (B x T). shards: devices over which weights, gradients and
+    moments are sharded; 1 where each holds them whole. tensor: how many of these share each layer;
+    FSDP does the rest. keep_gathered: FSDP keeps what a forward gathered. document: the length that
+    the average token finds its document to have.
+
+    weights      as the parameters are held
+    gradients    fp32, of what is trained
+    optimizer    two fp32 moments of what is trained
+    activations  what autograd keeps of each block; with grad_checkpoint of one, and all inputs
+    head         a chunk of logits and a block of it in fp32, the output matrix, its gradient
+    gathered     by FSDP: embedding, head, two layers or all, and the gradients of one layer
+    casts        autocast's copies of trained weights, which FSDP does without
+
+    torch.compile keeps less.
     """
     cfg, size = model.cfg, dtype.itemsize
     dims = shard_dims(model, tensor)
-    own = {  # numbers of a device before FSDP shards them
+    # numbers of each parameter that a device of a tensor group holds, before FSDP shards them
+    numbers = {
         p: p.numel() / (1 if dims[name] is None else tensor) for name, p in model.named_parameters()
     }
     fsdp = shards / tensor
-    trained = sum(n for p, n in own.items() if p.requires_grad) / fsdp
-    weights = sum(n * p.itemsize for p, n in own.items()) / fsdp
-    layers = [sum(own[p] for p in layer.parameters()) for layer in model.layers]
-    q, qk = cfg.n_heads * cfg.head_dim, (cfg.n_heads + cfg.n_kv_heads) * cfg.head_dim
-    norm, attention = (
-        size,
-        2 * qk * size,
-    )  # bytes that a norm keeps of a number in its input, and attention of a token
-    if model.model["embed_tokens"].weight.device.type == "cpu":
-        norm = 4 + 4 * model.layers[0].input_layernorm.weight.requires_grad
-        attention += cfg.n_heads * document * size if size == 2 and document <= SHORT else q * size
-    block = (
-        2 * cfg.dim * (norm + size)
-        + (attention + norm * qk * cfg.qk_norm + 4 * cfg.ffn_dim * size) / tensor
-    )
+    trained = sum(n for p, n in numbers.items() if p.requires_grad) / fsdp
+    weights = sum(n * p.itemsize for p, n in numbers.items()) / fsdp
+    layers = [sum(numbers[p] for p in layer.parameters()) for layer in model.layers]
+    block = block_bytes(model, size, tensor, document)
     kept = cfg.n_layers * size * cfg.dim + block if grad_checkpoint else cfg.n_layers * block
     head = 0
     if cfg.head == "lm":
-        chunk, exact = (
-            min(f(model.head_weight.device), tokens * cfg.vocab_size)
-            for f in (chunk_logits, block_logits)
-        )
+        device = model.head_weight.device
+        chunk = min(chunk_logits(device), tokens * cfg.vocab_size)
+        exact = min(block_logits(device), tokens * cfg.vocab_size)
         head = chunk * size + exact * (4 + 4)
         head += cfg.vocab_size * cfg.dim * (size + 4 * model.head_weight.requires_grad)
         if tensor > 1:
             head += cfg.vocab_size * cfg.dim * (size if fsdp > 1 else model.head_weight.itemsize)
     gathered = casts = 0
     if fsdp > 1:
-        rest = sum(own.values()) - sum(layers)
-        grads = sum(own[p] for p in model.layers[0].parameters() if p.requires_grad)
+        rest = sum(numbers.values()) - sum(layers)
+        grads = sum(numbers[p] for p in model.layers[0].parameters() if p.requires_grad)
         gathered = size * (rest + sum(layers if keep_gathered else layers[:2])) + 4 * grads
     elif size < 4:
-        made = [
-            size * sum(own[p] for p in layer.parameters() if p.requires_grad)
+        copies = [
+            size * sum(numbers[p] for p in layer.parameters() if p.requires_grad)
             for layer in model.layers
         ]
-        casts = max(made) if grad_checkpoint else sum(made)
+        casts = max(copies) if grad_checkpoint else sum(copies)
     return dict(
         weights=weights,
         gradients=4 * trained,
@@ -84,6 +79,32 @@ def memory(
         gathered=gathered,
         casts=casts,
     )
+
+
+def block_bytes(model, size, tensor, document):
+    """Bytes of activations that autograd keeps of a token in one block: input and output of the two
+    norms; q, k, v and the attention's output; and of the MLP the (T, F) tensors, four where it is
+    gated, two where it is plain.
+
+    On a CPU RMSNorm keeps its input in fp32, and twice where it is trained. There attention keeps
+    its output twice, by document and joined, or of short documents in bf16 its probabilities,
+    `document` numbers a token and head."""
+    cfg = model.cfg
+    on_cpu = model.model["embed_tokens"].weight.device.type == "cpu"
+    q = cfg.n_heads * cfg.head_dim
+    qk = q + cfg.n_kv_heads * cfg.head_dim
+    attention = 2 * qk * size
+    if on_cpu:
+        short = size == 2 and document <= SHORT
+        attention += cfg.n_heads * document * size if short else q * size
+    norm = size  # of a number in its input
+    if on_cpu and cfg.norm == "rms":
+        norm = 4 + 4 * model.layers[0].input_layernorm.weight.requires_grad
+    if cfg.qk_norm:
+        attention += norm * qk
+    units = 4 if cfg.mlp == "gated" else 2
+    shared = attention + units * cfg.ffn_dim * size
+    return 2 * cfg.dim * (norm + size) + shared / tensor
 
 
 def describe(
@@ -97,7 +118,8 @@ def describe(
     tensor=1,
     document=SHORT,
 ):
-    """One line for people: the parameters, and the parts of `memory` in GB. offload: what is cut waits in CPU memory."""
+    """One line for people: the parameters, and the parts of `memory` in GB. offload: what is
+    sharded waits in CPU memory."""
     parts = memory(model, tokens, shards, dtype, grad_checkpoint, keep_gathered, tensor, document)
     host = sum(parts.pop(name) for name in ("weights", "gradients", "optimizer")) if offload else 0
     total = sum(p.numel() for p in model.parameters())

@@ -1,8 +1,7 @@
-"""Model families: one entry each. config.json <-> model.ModelConfig, and names of tensors in files <-> names here.
+"""Model families, one entry each: config.json <-> ModelConfig, tensors in files <-> parameters.
 
-A family is an entry of FAMILIES: tables for what tables can say, two functions for the rest. A family whose files name,
-fuse and lay out tensors as this model does needs no `tensors`.
-"""
+A family is an entry of FAMILIES: tables for what tables can say, two functions for the rest. A
+family whose files name, fuse and lay out tensors as this model does needs no `tensors`."""
 
 import dataclasses
 import difflib
@@ -15,7 +14,7 @@ import torch
 
 from model import ModelConfig
 from nano.config import UserError
-from nano.files import read_json
+from nano.files import read_json, recover_dir
 
 # --- tensors ------------------------------------------------------------------------------------
 
@@ -46,7 +45,8 @@ CONV1D = Layout(
 
 
 def places(cfg, names, bare=False):
-    """Where a file of the family keeps the parameters `names`: {name in the file: ([names here], Layout)}.
+    """Where a file of the family keeps the parameters `names`: {name in the file: ([names here],
+    Layout)}.
 
     bare: the file leaves out the family's prefix."""
     family = FAMILIES[cfg.family]
@@ -68,7 +68,8 @@ NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
 
 def renamed(name, table):
-    """The name of a tensor after a table of modules, {old: new}, in which {} stands for a number. None: not in the table."""
+    """The name of a tensor after a table of modules, {old: new}, in which {} stands for a number.
+    None: not in the table."""
     module, _, leaf = name.rpartition(".")
     new = table.get(NUMBER.sub(".{}", module))
     return new and f"{new.format(*NUMBER.findall(module))}.{leaf}"
@@ -171,21 +172,48 @@ def write_qwen(cfg):
     return out
 
 
+def read_gpt2(c, fields):
+    name = c["activation_function"]
+    if name not in GPT2_ACTIVATIONS:
+        known = ", ".join(GPT2_ACTIVATIONS)
+        raise UserError(f"activation_function {name!r} is not supported ({known} are)")
+    for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        if c.get(key):
+            raise UserError(f"{key} is not supported")
+    if c.get("scale_attn_weights") is False:
+        raise UserError("scale_attn_weights=false is not supported")
+    return {
+        "n_kv_heads": fields["n_heads"],
+        "head_dim": fields["dim"] // fields["n_heads"],
+        "ffn_dim": checked(c.get("n_inner") or 4 * fields["dim"], "n_inner", int),
+        "activation": GPT2_ACTIVATIONS[name],
+    }
+
+
+def write_gpt2(cfg):
+    names = {ours: theirs for theirs, ours in reversed(GPT2_ACTIVATIONS.items())}
+    return {"n_inner": cfg.ffn_dim, "activation_function": names.get(cfg.activation)}
+
+
+# activation_function -> activation
+GPT2_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
 FULL, SLIDING = "full_attention", "sliding_attention"
 ROPE = {  # kinds of rope scaling, and the numbers that they need
     "default": (),
     "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
 
 def read_rope(c):
-    """(theta, scaling): from rope_theta and rope_scaling (transformers 4) or the one dict rope_parameters (5)."""
+    """(theta, scaling): from rope_theta and rope_scaling (transformers 4) or the one dict
+    rope_parameters (5)."""
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise UserError(f"rope scaling {rope!r} is not supported")
@@ -239,11 +267,7 @@ FAMILIES = {  # by model_type
         {"lm": "MistralForCausalLM", "score": "MistralForSequenceClassification"},
         keys=KEYS,
         defaults=DEFAULTS
-        | {
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "sliding_window": 4096,
-        },
+        | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
         read=read_mistral,
         write=write_mistral,
     ),
@@ -263,14 +287,67 @@ FAMILIES = {  # by model_type
         write=write_qwen,
         always={"qk_norm": True},
     ),
+    "gpt2": Family(
+        {"lm": "GPT2LMHeadModel", "score": "GPT2ForSequenceClassification"},
+        keys={
+            "vocab_size": "vocab_size",
+            "dim": "n_embd",
+            "n_layers": "n_layer",
+            "n_heads": "n_head",
+            "max_positions": "n_positions",
+            "norm_eps": "layer_norm_epsilon",
+            "tie_embeddings": "tie_word_embeddings",
+        },
+        defaults={
+            "n_positions": 1024,
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+            "activation_function": "gelu_new",
+        },
+        read=read_gpt2,
+        write=write_gpt2,
+        always={
+            "norm": "layer",
+            "positions": "learned",
+            "mlp": "plain",
+            "qkv_bias": True,
+            "o_bias": True,
+            "mlp_bias": True,
+        },
+        tensors={
+            "transformer.wte": "model.embed_tokens",
+            "transformer.wpe": "model.embed_positions",
+            "transformer.h.{}.ln_1": "model.layers.{}.input_layernorm",
+            "transformer.h.{}.attn.c_attn": (
+                "model.layers.{}.self_attn.q_proj",
+                "model.layers.{}.self_attn.k_proj",
+                "model.layers.{}.self_attn.v_proj",
+            ),
+            "transformer.h.{}.attn.c_proj": "model.layers.{}.self_attn.o_proj",
+            "transformer.h.{}.ln_2": "model.layers.{}.post_attention_layernorm",
+            "transformer.h.{}.mlp.c_fc": "model.layers.{}.mlp.up_proj",
+            "transformer.h.{}.mlp.c_proj": "model.layers.{}.mlp.down_proj",
+            "transformer.ln_f": "model.norm",
+        },
+        layouts={
+            "transformer.h.{}.attn.c_attn": CONV1D,
+            "transformer.h.{}.attn.c_proj": CONV1D,
+            "transformer.h.{}.mlp.c_fc": CONV1D,
+            "transformer.h.{}.mlp.c_proj": CONV1D,
+        },
+        prefix="transformer.",
+        ignored=r"\.attn\.(masked_)?bias$",
+    ),
 }
 
 # --- config.json --------------------------------------------------------------------------------
 
 
 def load_config(dir):
-    """config.json of a model directory -> ModelConfig. UserError names what this model.py does not do."""
+    """config.json of a model directory -> ModelConfig. UserError names what is not supported."""
     dir = Path(dir)
+    if not dir.is_dir():
+        recover_dir(dir)
     if not dir.is_dir():
         raise UserError(f"there is no model directory {dir}")
     if not (dir / "config.json").exists():
@@ -332,7 +409,7 @@ TYPES = {f.name: f.type for f in dataclasses.fields(ModelConfig)}
 
 
 def checked(value, key, kind):
-    """The value of a key of config.json as a field of ModelConfig; UserError where it is of another kind."""
+    """The value of a key of config.json; UserError where a field of ModelConfig cannot hold it."""
     if kind is bool:
         return bool(value)
     if kind is int and (type(value) is not int or value < 1):
@@ -370,8 +447,10 @@ def unknown(what, name, known):
 def config_json(cfg, like=None, **extra):
     """The dict of a config.json, in the spelling that transformers 4 and 5 both read.
 
-    like: a model directory; what its config.json says beyond the architecture is kept (from another family: token ids).
-    extra: keys to set, such as eos_token_id. UserError when no architecture of transformers is what `cfg` describes."""
+    like: a model directory; what its config.json says beyond the architecture is kept (from another
+    family: token ids).
+    extra: keys to set, such as eos_token_id. UserError when no architecture of transformers is what
+    `cfg` describes."""
     if cfg.family not in FAMILIES:
         raise unknown("model family", cfg.family, FAMILIES)
     family = FAMILIES[cfg.family]

@@ -1,8 +1,7 @@
 """Files that are whole or absent: atomic writes, folders that are replaced as a whole, JSON.
 
-Each file is written under a temporary name, flushed to the disk and renamed, so that a kill or a power
-failure leaves either the old content or the new one.
-"""
+Each file is written under a temporary name, flushed to the disk and renamed, so that a kill or a
+power failure leaves either the old content or the new one."""
 
 import contextlib
 import json
@@ -11,6 +10,8 @@ import shutil
 from pathlib import Path
 
 from nano.config import UserError
+
+REPLACED = ".replaced"  # after the name of a folder: its old content, until the new one is in place
 
 
 def read_json(path):
@@ -33,11 +34,14 @@ def sync(path):
             os.close(fd)
 
 
-def write_bytes(path, data):
+@contextlib.contextmanager
+def replacing(path):
+    """A file, open for bytes, that takes the place of `path` when the block ends well."""
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
     try:
-        tmp.write_bytes(data)
+        with open(tmp, "wb") as f:
+            yield f
         sync(tmp)
         os.replace(tmp, path)
     except BaseException:
@@ -46,14 +50,24 @@ def write_bytes(path, data):
     sync(path.parent)
 
 
+def write_bytes(path, data):
+    with replacing(path) as f:
+        f.write(data)
+
+
 def write_text(path, text):
     write_bytes(path, text.encode())
+
+
+def write_json(path, value, **options):
+    """options: of json.dumps."""
+    write_text(path, json.dumps(value, indent=2, **options) + "\n")
 
 
 def recover_dir(dir):
     """Finishes what a kill in the middle of replace_dir left. Several ranks may do so at once."""
     dir = Path(dir)
-    old = dir.with_name(dir.name + ".old")
+    old = Path(f"{dir}{REPLACED}")
     if dir.exists():
         shutil.rmtree(old, ignore_errors=True)
     else:
@@ -62,10 +76,11 @@ def recover_dir(dir):
 
 
 def replace_dir(tmp, dir):
-    """Puts the finished folder `tmp` in the place of `dir` by two renames; recover_dir repairs a kill between them."""
+    """Puts the finished folder `tmp` in the place of `dir` by two renames; recover_dir repairs a
+    kill between them."""
     dir = Path(dir)
     recover_dir(dir)
-    old = dir.with_name(dir.name + ".old")
+    old = dir.with_name(dir.name + REPLACED)
     if dir.exists():
         os.replace(dir, old)
     os.replace(tmp, dir)

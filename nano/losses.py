@@ -14,7 +14,9 @@ import torch
 CHUNK_LOGITS = 2**25  # on a CPU: 64 MB in bf16
 BLOCK_LOGITS = 2**21  # on a CPU: 8 MB in fp32, which its cache holds
 
-compiled = False  # whether torch.compile takes what is done with a chunk's logits; runtime.py sets it with compile=true
+# Whether torch.compile fuses what is done with a chunk's logits: Runtime.distribute sets it, from
+# compile=. A global, since a process compiles all of its models or none.
+compiled = False
 _compiled = functools.cache(torch.compile)
 
 
@@ -225,7 +227,6 @@ def token_logprobs(hidden, head_weight, targets, temperature=1.0, entropy=False)
 
 
 @torch.no_grad()
-@torch.no_grad()
 def hits(hidden, head_weight, targets):
     """For validation: whether the likeliest token is the target, (M,) float32. hidden (M, C)."""
     dtype, head_weight = _compute_dtype(hidden), _whole(head_weight)
@@ -233,17 +234,3 @@ def hits(hidden, head_weight, targets):
     for rows, logits in _chunks(hidden.to(dtype), head_weight.to(dtype)):
         hit[rows] = (logits.argmax(-1) == targets[rows]).float()
     return hit
-
-
-def masked_mean(x, mask):
-    """Mean of x where mask is 1; 0 where there is nothing to average."""
-    mask = mask.to(x.dtype)
-    return (x * mask).sum() / mask.sum().clamp(min=1)
-
-
-def masked_whiten(x, mask, shift_mean=True):
-    """x scaled to variance 1 (biased) and, with shift_mean, mean 0 over the mask; zero outside it."""
-    mask = mask.to(x.dtype)
-    mean = masked_mean(x, mask)
-    scale = (masked_mean((x - mean) ** 2, mask) + 1e-8).rsqrt()
-    return ((x - mean) * scale + (0 if shift_mean else mean)) * mask

@@ -28,7 +28,8 @@ def choose_trained(model, train, freeze_layers):
     if freeze_layers > len(model.layers):
         raise UserError(f"freeze_layers={freeze_layers}: the model has {len(model.layers)} layers")
     if freeze_layers:
-        for module in (model.model["embed_tokens"], *model.layers[:freeze_layers]):
+        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        for module in (*embeddings, *model.layers[:freeze_layers]):
             module.requires_grad_(False)
 
 
@@ -63,6 +64,8 @@ def build(model, optimizer="adamw", lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weigh
     "muon" orthogonalises the updates of the matrices between embedding and head, scaled to the size of AdamW's so that
     one lr serves both (Liu et al. 2025, arXiv:2502.16982); embeddings, head, norms and biases stay with AdamW.
     """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("train= and freeze_layers= leave nothing to train")
     if optimizer == "adamw":
         return adamw(param_groups(model, weight_decay), lr, betas, eps)
     if optimizer != "muon":

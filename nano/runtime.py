@@ -34,12 +34,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 
-from model import ScoreHead, by_document
+from model import ScoreHead
 from nano import losses, optim, tensor
 from nano.config import UserError
 
 KEYS = ("device", "parallel", "dtype", "seed", "offload", "tensor", "reduce_dtype")
 SHARDED = ("fsdp", "zero2", "hsdp")
+GRID = ("replicate", "shard", "tensor")
 TRIM = 30.0  # seconds between two trims of the heap; the step after one takes a second longer
 
 
@@ -82,7 +83,7 @@ class Runtime:
         self.reduce_dtype = getattr(torch, reduce_dtype)
         self.rank = self.process = self.local_rank = 0
         self.world = self.processes = self.local_world = self.shards = 1
-        self.grid = None  # DeviceMesh with the dimensions "replicate", "shard" and "tensor"
+        self.grid = None  # DeviceMesh with the dimensions GRID
         self.group = None  # one process of each tensor group: sums go over it
         self._libc = None
         self._start(device)
@@ -120,8 +121,7 @@ class Runtime:
             nodes = self.processes // self.local_world
             copies = dict(ddp=self.world, hsdp=nodes).get(self.parallel, 1)  # of the whole model
             shape = (copies, self.world // copies, self.tensor)
-            names = ("replicate", "shard", "tensor")
-            self.grid = init_device_mesh(device, shape, mesh_dim_names=names)
+            self.grid = init_device_mesh(device, shape, mesh_dim_names=GRID)
         if self.tensor > 1:
             ranks = [list(range(i, self.processes, self.tensor)) for i in range(self.tensor)]
             self.group, _ = dist.new_subgroups_by_enumeration(ranks)
@@ -134,9 +134,8 @@ class Runtime:
     @property
     def name(self):
         """The product's name on CUDA, by which log.py knows its peak FLOPs; else the type."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return self.device.type
+        cuda = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if cuda else self.device.type
 
     @property
     def devices(self):
@@ -163,7 +162,7 @@ class Runtime:
         return self.wrap_ddp(model)
 
     def distribute(self, model, compile=False, grad_checkpoint=False):
-        """The part of `wrap` that a model without training needs too: all but DDP."""
+        """The part of `wrap` that a model needs without training too: all but DDP."""
         if self.world > 1 and self.parallel == "none":
             raise UserError(f"{self.world} processes need parallel=ddp or parallel=fsdp")
         tensor.check(model.cfg, self.tensor)
@@ -171,7 +170,8 @@ class Runtime:
             model.recompute = self.recompute
         losses.compiled = compile  # a global: a process runs all of its models compiled, or none
         if compile:
-            compile_layers(model)
+            for layer in model.layers:
+                layer.compile()
         if self.grid is not None and self.tensor > 1:
             dtype_of = functools.partial(parameter_dtype, dtype=self.dtype)
             tensor.shard(model, self.grid["tensor"], dtype_of)
@@ -291,7 +291,8 @@ class Runtime:
     # ---------------------------------------------------------------------------------------- state
 
     def seed(self, seed):
-        """Seeds the global generators, alike on all ranks: the order of rows has its own."""
+        """Seeds the global generators, alike on all ranks. Rows are drawn by generators of their
+        own."""
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
@@ -330,8 +331,7 @@ class Runtime:
         collective: every process calls it with the same names."""
         gathered = {}
         for name, t in tensors.items():
-            if hasattr(t, "full_tensor"):
-                t = t.full_tensor()
+            t = t.full_tensor() if hasattr(t, "full_tensor") else t
             if self.is_main:
                 gathered[name] = self.to_cpu(t).contiguous()
         return gathered
@@ -365,9 +365,8 @@ class Runtime:
             default = signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
             signal.signal(number, default)
             if self.is_main:
-                name = signal.Signals(number).name
-                text = f"{name}: finishing this step, then saving (again: stop at once)"
-                print(f"\n{text}", flush=True)
+                text = "finishing this step, then saving (again: stop at once)"
+                print(f"\n{signal.Signals(number).name}: {text}", flush=True)
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, handler)
@@ -419,15 +418,6 @@ def join(device):
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     sys.excepthook = end_at_once
     return ranks
-
-
-def compile_layers(model):
-    """torch.compile of each layer, except for attention by document, where each list of lengths
-    would compile a new graph."""
-    eager = torch.compiler.disable(by_document)
-    for layer in model.layers:
-        layer.self_attn.by_document = eager
-        layer.compile()
 
 
 def parameter_dtype(module, p, dtype):

@@ -1,10 +1,10 @@
-"""The exact state of a training run on disk: parameters, optimizer moments, random generators, position.
+"""The exact state of a training run on disk: parameters, optimizer moments, random generators,
+position.
 
 state.save_training("out/sft/state", rt, "sft", trained, {"adamw": optimizer}, step=100)
 meta, _ = state.load_training("out/sft/state", rt, "sft", trained, {"adamw": optimizer})
 """
 
-import json
 import math
 import os
 import shutil
@@ -15,18 +15,19 @@ import torch
 from safetensors import safe_open
 
 from nano.config import UserError
-from nano.files import read_json, recover_dir, replace_dir, write_text
+from nano.files import read_json, recover_dir, replace_dir, write_json
 from nano.weights import damaged, write_tensors
 
 
 def save_state(dir, tensors, meta):
-    """{name: tensor} and JSON values -> state.safetensors and state.json in a folder that is replaced as a whole."""
+    """{name: tensor} and JSON values -> state.safetensors and state.json in a folder that is
+    replaced as a whole."""
     dir = Path(dir)
     tmp = dir.with_name(dir.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         write_tensors(tensors.items(), tmp, name="state", shard_bytes=math.inf)
-        write_text(tmp / "state.json", json.dumps(meta) + "\n")
+        write_json(tmp / "state.json", meta)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
@@ -34,8 +35,9 @@ def save_state(dir, tensors, meta):
 
 
 def flatten_optimizer(optimizer, prefix="optimizer."):
-    """What a torch optimizer knows of its parameters -> ({name: tensor}, JSON values), which restore_optimizer puts back bit for
-    bit. Names carry the number of the parameter: prefix + "3.exp_avg". The groups' settings are the run's own, and may change."""
+    """What a torch optimizer knows of its parameters -> ({name: tensor}, JSON values), which
+    restore_optimizer puts back bit for bit. Names carry the number of the parameter: prefix +
+    "3.exp_avg". The groups' settings are the run's own, and may change."""
     state = optimizer.state_dict()
     tensors, scalars = {}, {}
     for i, values in state["state"].items():
@@ -49,7 +51,8 @@ def flatten_optimizer(optimizer, prefix="optimizer."):
 
 
 def restore_optimizer(optimizer, tensors, meta, prefix="optimizer."):
-    """Puts back what flatten_optimizer returned, in an optimizer that was built alike. UserError when it was not."""
+    """Puts back what flatten_optimizer returned, in an optimizer that was built alike. UserError
+    when it was not."""
     params = [(group, p) for group in optimizer.param_groups for p in group["params"]]
     if [list(p.shape) for _, p in params] != meta["shapes"]:
         raise UserError(
@@ -70,9 +73,10 @@ def restore_optimizer(optimizer, tensors, meta, prefix="optimizer."):
 
 
 def resumes(out, resume, rt, *sources):
-    """Whether a run continues from the state in its folder `out`. resume: "auto" (when there is one), "true" (an error without) or
-    "false". UserError where the folder cannot be written to, holds one of the models that the run starts from (`sources`) where it
-    will write its own, or has a state that only some ranks see."""
+    """Whether a run continues from the state in its folder `out`. resume: "auto" (when there is
+    one), "true" (an error without) or "false". UserError where the folder cannot be written to,
+    holds one of the models that the run starts from (`sources`) where it will write its own, or has
+    a state that only some ranks see."""
     for source in filter(None, sources):
         if Path(source).resolve() in [(Path(out) / name).resolve() for name in ("last", "best")]:
             raise UserError(
@@ -99,11 +103,13 @@ def _resumable(dir, resume):
 
 
 def save_training(dir, rt, stage, trained, optimizers, extra=None, **meta):
-    """Everything that a resume of a stage bit for bit needs: the trained parameters {name: p}, the optimizers {name: optimizer},
-    the generators of `rt` (a Runtime), more tensors {name: tensor}, and JSON values. Every rank calls it; one writes, or
-    each its own part where the parameters are sharded over ranks (save_shards).
+    """Everything that a resume of a stage bit for bit needs: the trained parameters {name: p}, the
+    optimizers {name: optimizer}, the generators of `rt` (a Runtime), more tensors {name: tensor},
+    and JSON values. Every rank calls it; one writes, or each its own part where the parameters are
+    sharded over ranks (save_shards).
 
-    The parameters are here because the model directory beside it is written at another instant, in another dtype."""
+    The parameters are here because the model directory beside it is written at another instant, in
+    another dtype."""
     tensors = {f"model.{name}": p.detach() for name, p in trained.items()}
     tensors |= {f"extra.{name}": t for name, t in (extra or {}).items()}
     tensors |= {f"rng.{name}": t for name, t in rt.rng_state().items()}
@@ -122,10 +128,11 @@ def save_training(dir, rt, stage, trained, optimizers, extra=None, **meta):
 
 
 def save_shards(dir, tensors, meta, group):
-    """Each rank writes its shards of `tensors` to a safetensors file of its own, in the background, from a copy in CPU memory;
-    when all have, rank 0 puts the folder in place. `dir` must be on a file system that all ranks see. group: gloo, for this
-    alone. Returns a function that waits until the state is on the disk. torch.distributed.checkpoint's own format would
-    need pickle to be read; it speaks safetensors too."""
+    """Each rank writes its shards of `tensors` to a safetensors file of its own, in the background,
+    from a copy in CPU memory; when all have, rank 0 puts the folder in place. `dir` must be on a
+    file system that all ranks see. group: gloo, for this alone. Returns a function that waits until
+    the state is on the disk. torch.distributed.checkpoint's own format would need pickle to be
+    read; it speaks safetensors too."""
     import torch.distributed.checkpoint as dcp  # a second that others need not wait
 
     dir = Path(dir)
@@ -141,7 +148,7 @@ def save_shards(dir, tensors, meta, group):
 
         def finish(self, metadata, results):  # on rank 0, when all ranks have written
             files = sorted(path.name for path in tmp.glob("*.safetensors"))
-            write_text(tmp / "state.json", json.dumps(meta | {"files": files}) + "\n")
+            write_json(tmp / "state.json", meta | {"files": files})
             replace_dir(tmp, dir)
 
     saving = dcp.async_save(
@@ -160,8 +167,9 @@ def save_shards(dir, tensors, meta, group):
 
 @torch.no_grad()
 def load_training(dir, rt, stage, trained, optimizers):
-    """Puts back what save_training saved, on any number of ranks -> (meta, extra). Each rank reads what it holds of the
-    parameters and moments, whichever way they were cut. UserError when the run's stage or parameters are others."""
+    """Puts back what save_training saved, on any number of ranks -> (meta, extra). Each rank reads
+    what it holds of the parameters and moments, whichever way they were cut. UserError when the
+    run's stage or parameters are others."""
     import torch.distributed.checkpoint as dcp
 
     recover_dir(dir)

@@ -46,23 +46,6 @@ def check_target(dir):
         )
 
 
-def replace_dir(tmp, dir):
-    """Puts the folder `tmp` in the place of `dir` by renaming, and removes what stood there last.
-    Unlike files.replace_dir it never touches DIR.old, which may be a folder of the user's."""
-    old = dir.with_name(f"{dir.name}.old-{os.getpid()}")
-    replaces = dir.exists()
-    if replaces:
-        os.rename(dir, old)
-    try:
-        os.rename(tmp, dir)
-    except OSError:
-        if replaces:
-            os.rename(old, dir)
-        raise
-    if replaces:
-        shutil.rmtree(old)
-
-
 class Writer:
     """`with Writer(dir, vocab_size, meta) as w: w.add("train", tokens, mask)` writes a whole store,
     or nothing.
@@ -82,6 +65,7 @@ class Writer:
         self.splits = {}
 
     def __enter__(self):
+        files.recover_dir(self.dir)
         check_target(self.dir)
         shutil.rmtree(self.tmp, ignore_errors=True)
         self.tmp.mkdir(parents=True)
@@ -171,8 +155,7 @@ class Writer:
         meta = head | dict(vocab_size=self.vocab_size, splits=splits) | self.meta
         # json escapes all but ASCII: the names of a user's files need not be valid UTF-8
         files.write_text(self.tmp / "meta.json", json.dumps(meta, indent=1))
-        replace_dir(self.tmp, self.dir)
-        files.sync(self.dir.parent)
+        files.replace_dir(self.tmp, self.dir)
 
 
 def write_store(dir, splits, meta):
@@ -213,6 +196,7 @@ def parse_share(text, n):
 
 def read_meta(dir):
     """meta.json of a prepared data folder as a dict. UserError when there is none."""
+    files.recover_dir(dir)
     path = Path(dir) / "meta.json"
     if not path.exists():
         what = "does not exist"

@@ -21,7 +21,7 @@ STYLES = ("COLUMN", "ROW", "PER_HEAD", "VOCABULARY")
 
 
 def check(cfg, size):
-    """UserError unless `size` devices can share the layers of a model of this ModelConfig."""
+    """UserError unless `size` devices can share the layers of this ModelConfig's model."""
     if any(n % size for n in (cfg.n_heads, cfg.n_kv_heads, cfg.ffn_dim)):
         raise UserError(
             f"tensor={size} must divide the model's {cfg.n_heads} heads, {cfg.n_kv_heads} "
@@ -81,9 +81,13 @@ def shard(model, mesh, dtype_of):
     inputs = dict(ROW=Shard(-1), PER_HEAD=Shard(2))
     outputs = dict(COLUMN=Shard(-1), PER_HEAD=Shard(2))
     styles = shared_layers(model)
+    hooked = ()
     for name, module in model.named_modules():
-        # the parameters of an adapter, in a ParameterDict, are used inside its layer's forward
-        if module._parameters and not isinstance(module, nn.ParameterDict):
+        # A layer with adapters, which are in ParameterDicts, takes and returns as a whole.
+        dicts = [child for child in module.children() if isinstance(child, nn.ParameterDict)]
+        has_parameters = any(part._parameters for part in (module, *dicts))
+        if has_parameters and not name.startswith(hooked):
+            hooked += (f"{name}.",)
             style = styles.get(name)
             enter = functools.partial(_enter, mesh, inputs.get(style, Replicate()))
             leave = functools.partial(_leave, outputs.get(style, Replicate()))

@@ -1,18 +1,18 @@
-"""The tokenizer of a model directory: text to ids and back, and conversations, laid out by chat.py, to (ids, mask).
+"""The tokenizer of a model directory: text to ids and back, and conversations, laid out by chat.py,
+to (ids, mask).
 
-    byte-level BPE   tokenizer.json, vocab.json + merges.txt, or a tiktoken file (Llama 3's tokenizer.model)   on tiktoken
-    sentencepiece    tokenizer.model, or a byte-fallback tokenizer.json                                   on sentencepiece
+    byte-level BPE   on tiktoken: tokenizer.json, vocab.json + merges.txt, or a tiktoken file (Llama
+                     3's tokenizer.model)
+    sentencepiece    on sentencepiece: tokenizer.model, or a byte-fallback tokenizer.json
 
-Text of users and data sets is encoded with special=False: nothing in it can become a control token. The control tokens
-of a conversation come from its template alone, by id. `render` is the one place that lays out conversations and gives
-them their BOS, for training, evaluation, chat and RL alike.
-"""
+Text of users and data sets is encoded so that nothing in it can become a control token. The control
+tokens of a conversation come from its template alone, by id. `render` is the one place that lays
+out conversations and gives them their BOS, for training, evaluation, chat and RL alike."""
 
 import base64
 import hashlib
 import json
 import re
-import struct
 import unicodedata
 from itertools import chain
 from pathlib import Path
@@ -21,50 +21,61 @@ import regex  # comes with tiktoken
 import sentencepiece
 import tiktoken
 
-from nano import chat
+from nano import chat, files
 from nano.config import UserError
+from nano.vocab import (
+    BYTE,
+    BYTE_CHAR,
+    CHAR_BYTE,
+    CONTROL,
+    GPT2,
+    LLAMA3,
+    NORMAL,
+    O200K,
+    QWEN,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    added_token,
+    one_regex,
+    pre_tokenizer,
+    sentencepiece_proto,
+)
 
 FILES = [  # of a model directory: what its tokenizer is made of
-    *(
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-    ),
-    *(
-        "vocab.json",
-        "merges.txt",
-        "*.tiktoken",
-        "chat_template.jinja",
-        "chat_template.json",
-        "generation_config.json",
-    ),
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
 ]
 
-# ----------------------------------------------------------------------------------------------- pre-tokenizers
 
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# single digits are split off first, so that the spaces before a digit stay together
-DIGITS_GPT2 = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-CASED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-SPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-LLAMA3 = (
-    rf"{CASED}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACE}"
-)
-QWEN = LLAMA3.replace("{1,3}", "")
-UPPER, LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-WORDS = rf"{UPPER}*{LOWER}+{CASED}?|{UPPER}+{LOWER}*{CASED}?"
-O200K = rf"{WORDS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACE}"
+def files_of(dir):
+    return [path for pattern in FILES for path in Path(dir).glob(pattern)]
 
-# GPT-2's printable stand-ins for the 256 bytes
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
-BYTE_CHAR = {
-    **{byte: chr(byte) for byte in VISIBLE},
-    **{byte: chr(256 + i) for i, byte in enumerate(HIDDEN)},
-}
-CHAR_BYTE = {ord(char): byte for byte, char in BYTE_CHAR.items()}
+
+def copy_files(source, dir):
+    """Copies tokenizer files and generation_config.json, byte for byte, to `dir` if that is not the
+    source itself. Such files of another model that lie there are removed."""
+    if Path(source).resolve() == Path(dir).resolve():
+        return
+    names = {path.name for path in files_of(source)}
+    for path in files_of(dir):
+        if path.name not in names:
+            path.unlink()
+    for path in files_of(source):
+        files.write_bytes(Path(dir) / path.name, path.read_bytes())
+
+
+# ----------------------------------------------------------------------------------- pre-tokenizers
+
 UTF8 = [
     byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5
 ]  # the bytes that occur in text
@@ -73,7 +84,8 @@ LONG = 250_000  # characters; tiktoken's regex engine runs out of stack on runs 
 
 
 def flat(node):
-    """The steps of a normalizer, pre-tokenizer or post-processor of tokenizer.json, with sequences unrolled."""
+    """The steps of a normalizer, pre-tokenizer or post-processor of tokenizer.json, with sequences
+    unrolled."""
     if not node or node["type"] != "Sequence":
         return [node] if node else []
     return [
@@ -85,29 +97,10 @@ def flat(node):
     ]
 
 
-def one_regex(steps):
-    """The single regex with which tiktoken does the work of these pre-tokenizer steps, or None."""
-    kinds = [step["type"] for step in steps]
-    gpt2 = steps[-1].get("use_regex", True)
-    if kinds == ["ByteLevel"] and gpt2:
-        return GPT2
-    if kinds == ["Digits", "ByteLevel"] and gpt2 and steps[0]["individual_digits"]:
-        return DIGITS_GPT2
-    if kinds == ["Split", "ByteLevel"] and not gpt2 and "Regex" in steps[0]["pattern"]:
-        pattern, how = steps[0]["pattern"]["Regex"], (steps[0]["behavior"], steps[0]["invert"])
-        if how == ("Removed", True):
-            return pattern
-        if how == (
-            "Isolated",
-            False,
-        ):  # keeps what lies between matches, which tiktoken alone would drop
-            return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
-    return None
-
-
 def grouped(pattern):
-    """The same regex with the alternatives before the usual lookahead in a group. A group without lookaround is one automaton to
-    tiktoken's engine; alternatives beside a lookahead are tried one after another, which takes half as long again."""
+    """The same regex with the alternatives before the usual lookahead in a group. A group without
+    lookaround is one automaton to tiktoken's engine; alternatives beside a lookahead are tried one
+    after another, which takes half as long again."""
     head, mark, tail = pattern.partition(r"|\s+(?!")
     try:
         regex.compile(head, regex.V1)
@@ -181,7 +174,8 @@ def cutter(pattern, matches=True, gaps=True):
 
 
 def bounded(text):
-    """`text`, cut inside runs of whitespace, or of anything else, that are longer than LONG to 2 * LONG characters."""
+    """`text`, cut inside runs of whitespace, or of anything else, that are longer than LONG to 2 *
+    LONG characters."""
     cuts, end = [0], 0
     for at in range(
         0, len(text), LONG
@@ -205,15 +199,18 @@ class Cache(dict):
         return ids
 
 
-# ----------------------------------------------------------------------------------------------- back ends
-# .encode(text, lead): ids of a stretch of text; lead: with the space in front that some vocabularies ask for
-# .prefix: where they do: "always" (every stretch between control tokens), "missing" (the same, but for stretches that
-# begin with a space), "first" (the text's start, unless it begins with a space) or "never"
+# ---------------------------------------------------------------------------------------- back ends
+# .encode(text, lead): ids of a stretch of text; lead: with the space in front that some
+#     vocabularies ask for
+# .prefix: where they do: "always" (every stretch between control tokens), "missing" (the same, but
+#     for stretches that begin with a space), "first" (the text's start, unless it begins with a
+#     space) or "never"
 # .bytes: id -> bytes
 
 
 class BytePairs:
-    """Byte-level BPE on tiktoken. ranks: bytes -> merge order; ids: rank -> id, None where they are the same."""
+    """Byte-level BPE on tiktoken. ranks: bytes -> merge order; ids: rank -> id, None where they are
+    the same."""
 
     def __init__(
         self,
@@ -255,7 +252,8 @@ class BytePairs:
         return list(chain.from_iterable(map(self.pieces.__getitem__, self.split(text))))
 
     def _piece(self, piece):
-        # a byte that the vocabulary lacks is dropped from its piece, and merges reach across the hole
+        # a byte that the vocabulary lacks is dropped from its piece, and merges reach across the
+        # hole
         piece = piece.translate(None, self.holes)
         return self._ids(self.core._encode_single_piece(piece)) if piece else []
 
@@ -266,9 +264,9 @@ class BytePairs:
 def bpe_from_json(spec, added):
     """BytePairs from the content of a tokenizer.json; no merge makes the `added` tokens.
 
-    tiktoken merges the pair whose product has the lowest rank, tokenizer.json the pair that stands first in a list.
-    These are the same where every merge has a product of its own and parts made before it; the rest is refused.
-    """
+    tiktoken merges the pair whose product has the lowest rank, tokenizer.json the pair that stands
+    first in a list. These are the same where every merge has a product of its own and parts made
+    before it; the rest is refused."""
     model, vocab = spec["model"], spec["model"]["vocab"]
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise UserError(
@@ -351,7 +349,8 @@ class SentencePiece:
             else token.replace("▁", " ").encode()
             for id, token in enumerate(tokens)
         }
-        # text is encoded word by word where the model leaves it as it is and no piece reaches into the next word
+        # text is encoded word by word where the model leaves it as it is and no piece reaches into
+        # the next word
         probe = " a  b\u00a0ﬁ１e\u0301\u3000\t\u0085.  "
         kept = b"".join(map(self.bytes.get, self.bare.encode(probe))) == probe.encode()
         self.by_word = kept and not any("▁" in token.lstrip("▁") for token in tokens)
@@ -365,20 +364,9 @@ class SentencePiece:
 
 
 def proto_from_json(spec, prefix):
-    """The sentencepiece ModelProto of a byte-fallback BPE tokenizer.json: a piece's score is minus its merge rank."""
+    """The sentencepiece ModelProto of a byte-fallback BPE tokenizer.json: a piece's score is minus
+    its merge rank."""
 
-    def varint(n):
-        head = b""
-        while n > 127:
-            head, n = head + bytes([n & 127 | 128]), n >> 7
-        return head + bytes([n])
-
-    def field(number, value):
-        if isinstance(value, bytes):
-            return varint(number << 3 | 2) + varint(len(value)) + value
-        return varint(number << 3) + varint(value % (1 << 64))
-
-    NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
     model, pieces = spec["model"], []
     tokens = {id: token for token, id in model["vocab"].items()}
     special = {entry["id"]: entry["special"] for entry in spec["added_tokens"]}
@@ -401,33 +389,12 @@ def proto_from_json(spec, prefix):
             kind = CONTROL if special.get(id, True) else USER_DEFINED
         if re.fullmatch("<0x..>", token):
             kind = BYTE
-        score = struct.pack("<f", -1e7 - id if len(token) == 1 else -rank.get(token, 0))
-        pieces.append(
-            field(
-                1,
-                field(1, token.encode())
-                + b"\x15"
-                + score
-                + field(3, UNKNOWN if id == unknown else kind),
-            )
-        )
-    # trainer_spec: model_type BPE, byte_fallback, unk_id, no bos, eos, pad
-    trainer = (
-        field(3, 2)
-        + field(35, 1)
-        + field(40, unknown)
-        + field(41, -1)
-        + field(42, -1)
-        + field(43, -1)
-    )
-    # normalizer_spec: name, add_dummy_prefix, no remove_extra_whitespaces, escape_whitespaces
-    normalizer = (
-        field(1, b"identity") + field(3, int(prefix != "never")) + field(4, 0) + field(5, 1)
-    )
-    return b"".join(pieces) + field(2, trainer) + field(3, normalizer)
+        score = -1e7 - id if len(token) == 1 else -rank.get(token, 0)
+        pieces.append((token, score, UNKNOWN if id == unknown else kind))
+    return sentencepiece_proto(pieces, prefix != "never", unknown)
 
 
-# ----------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(248)]
 LLAMA3_SPECIAL = [
@@ -451,7 +418,8 @@ QWEN_SPECIAL = [
     "<|im_end|>",
     *(f"<|extra_{i}|>" for i in range(205)),
 ]
-# what tiktoken files do not say, by their number of ranks: regex, normalization, BOS, EOS, special tokens from an id on
+# what tiktoken files do not say, by their number of ranks: regex, normalization, BOS, EOS, special
+# tokens from an id on
 TIKTOKEN = {
     50_256: (GPT2, None, None, "<|endoftext|>", 50_256, ["<|endoftext|>"]),  # r50k, GPT-2's
     100_256: (LLAMA3, None, None, "<|endoftext|>", 100_257, ["<|endoftext|>"]),  # cl100k
@@ -462,14 +430,12 @@ TIKTOKEN = {
 
 
 def read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    return files.read_json(path) if path.exists() else {}
 
 
 def read_tiktoken(path):
-    """The ranks (bytes -> int) of a file of lines "base64 rank"; None for a file of another kind."""
+    """The ranks (bytes -> int) of a file of lines "base64 rank"; None for a file of another
+    kind."""
     with open(path, "rb") as file:
         if not re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", file.readline(1000)):
             return None
@@ -480,21 +446,9 @@ def read_tiktoken(path):
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def token(content, id, special=True, lstrip=False, rstrip=False, single_word=False, **_):
-    """An added token, as tokenizer.json lists them."""
-    return dict(
-        content=content,
-        id=id,
-        special=special,
-        lstrip=lstrip,
-        rstrip=rstrip,
-        single_word=single_word,
-    )
-
-
 def check_sentencepiece(path, spec):
-    """UserError where a byte-fallback tokenizer.json prepares text otherwise than sentencepiece: by a space that becomes ▁, before
-    the text too perhaps, and nothing else."""
+    """UserError where a byte-fallback tokenizer.json prepares text otherwise than sentencepiece: by
+    a space that becomes ▁, before the text too perhaps, and nothing else."""
     known = {
         ("Prepend", None, "▁"),
         ("Replace", " ", "▁"),
@@ -518,42 +472,36 @@ def check_sentencepiece(path, spec):
 
 
 def read_vocabulary(folder, spec, config, added, names):
-    """(back end, the files it was read from, {"bos": id, ...} where these files say so); completes `added`."""
+    """(back end, the files it was read from, {"bos": id, ...} where these files say so); completes
+    `added`."""
     whole, proto, vocab, merges = (
         folder / f for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
     )
-    files, model = [whole], spec.get("model", {})
+    read, model = [whole], spec.get("model", {})
     if not spec and vocab.exists() and merges.exists():
-        files, kind = [vocab, merges], config.get("tokenizer_class") or "GPT2Tokenizer"
-        steps, normal = {
-            "GPT2Tokenizer": ([], None),
-            "Qwen2Tokenizer": ([QWEN], {"type": "NFC"}),
-        }.get(kind, (None, None))
-        if steps is None:
+        read, kind = [vocab, merges], config.get("tokenizer_class") or "GPT2Tokenizer"
+        pattern = {"GPT2Tokenizer": GPT2, "Qwen2Tokenizer": QWEN}.get(kind)
+        if pattern is None:
             raise UserError(
                 f"{folder} needs a tokenizer.json: vocab.json does not tell how a {kind} splits text"
             )
-        steps = [
-            {"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}
-            for p in steps
-        ]
+        *steps, last = pre_tokenizer(pattern)
+        last = last | {"add_prefix_space": config.get("add_prefix_space", False)}
         lines = [
             line
             for line in merges.read_text(encoding="utf-8").split("\n")
             if line and not line.startswith("#version")
         ]
         model = {"vocab": read_json(vocab), "merges": lines}
-        last = {
-            "type": "ByteLevel",
-            "use_regex": not steps,
-            "add_prefix_space": config.get("add_prefix_space", False),
+        spec = {
+            "model": model,
+            "normalizer": {"type": "NFC"} if pattern == QWEN else None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, last]},
         }
-        pre = {"type": "Sequence", "pretokenizers": [*steps, last]}
-        spec = {"model": model, "normalizer": normal, "pre_tokenizer": pre}
     if any(step["type"] == "ByteLevel" for step in flat(spec.get("pre_tokenizer"))):
         for name in filter(model["vocab"].__contains__, names.values()):
-            added.setdefault(name, token(name, model["vocab"][name]))
-        return bpe_from_json(spec, added), files, {}
+            added.setdefault(name, added_token(model["vocab"][name], name))
+        return bpe_from_json(spec, added), read, {}
 
     for file in [proto, *sorted(folder.glob("*.tiktoken"))]:
         if ranks := file.exists() and read_tiktoken(file):
@@ -565,7 +513,7 @@ def read_vocabulary(folder, spec, config, added, names):
             taken = {entry["id"] for entry in added.values()}
             for id, name in enumerate(special, first):
                 if id not in taken:
-                    added.setdefault(name, token(name, id))
+                    added.setdefault(name, added_token(id, name))
             ends = {
                 key: added[name]["id"]
                 for key, name in (("bos", bos), ("eos", eos))
@@ -601,7 +549,7 @@ def read_vocabulary(folder, spec, config, added, names):
             proto.read_bytes() if proto.exists() else proto_from_json(spec, prefix), prefix
         )
         for name in back.control:
-            added.setdefault(name, token(name, back.model.piece_to_id(name)))
+            added.setdefault(name, added_token(back.model.piece_to_id(name), name))
         if (
             not proto.exists() and prefix == "never"
         ):  # sentencepiece finds the other added tokens by itself
@@ -610,7 +558,7 @@ def read_vocabulary(folder, spec, config, added, names):
         ends = {key: getattr(back.model, f"{key}_id")() for key in ("bos", "eos", "pad")}
         return (
             back,
-            [proto] if proto.exists() else files,
+            [proto] if proto.exists() else read,
             {key: id for key, id in ends.items() if id >= 0},
         )
 
@@ -626,10 +574,10 @@ def read_vocabulary(folder, spec, config, added, names):
 def load(path, template=None):
     """The Tokenizer of a model directory.
 
-    template: a key of chat.TEMPLATES, or a chat template in Jinja; None: the directory's own chat template, where it has one. A
-    key that names the directory's own template means that one, with its default system prompt. UserError for files that are
-    missing, damaged, or of a kind whose ids would not come out exactly, and for a template whose tokens are not there.
-    """
+    template: a key of chat.TEMPLATES, or a chat template in Jinja; None: the directory's own chat
+    template, where it has one. A key that names the directory's own template means that one, with
+    its default system prompt. UserError for files that are missing, damaged, or of a kind whose ids
+    would not come out exactly, and for a template whose tokens are not there."""
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"there is no model directory {folder}")
@@ -642,12 +590,12 @@ def load(path, template=None):
     names = {
         key: name["content"] if isinstance(name, dict) else name for key, name in names.items()
     }
-    added = {entry["content"]: token(**entry) for entry in spec.get("added_tokens", [])}
+    added = {entry["content"]: added_token(**entry) for entry in spec.get("added_tokens", [])}
     for id, entry in config.get("added_tokens_decoder", {}).items():
-        added.setdefault(entry["content"], token(**entry | {"id": int(id)}))
+        added.setdefault(entry["content"], added_token(**entry | {"id": int(id)}))
     for name, id in read_json(folder / "added_tokens.json").items():
-        added.setdefault(name, token(name, id, name in names.values()))
-    back, files, ends = read_vocabulary(folder, spec, config, added, names)
+        added.setdefault(name, added_token(id, name, name in names.values()))
+    back, read, ends = read_vocabulary(folder, spec, config, added, names)
     for key in ("bos", "eos", "pad"):
         if names[key] in added:
             ends[key] = added[names[key]]["id"]
@@ -665,7 +613,7 @@ def load(path, template=None):
     add_bos = config.get(
         "add_bos_token", "SpecialToken" in singles[0][0] if singles else not spec and "bos" in ends
     )
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in read))
     digest.update(
         json.dumps(
             sorted((name, entry["id"], entry["special"]) for name, entry in added.items())
@@ -691,7 +639,8 @@ def as_list(value):
 
 
 def mend(text):
-    """The text as UTF-8 can hold it: halves of surrogate pairs are put together, lone ones replaced."""
+    """The text as UTF-8 can hold it: halves of surrogate pairs are put together, lone ones
+    replaced."""
     if not text.isascii():
         try:
             text.encode()
@@ -721,12 +670,13 @@ START, AFTER, INSIDE = range(
 class Tokenizer:
     """Text <-> ids, and conversations -> (ids, mask). Made by `load`.
 
-    .bos_id .eos_id .pad_id     None where the model has none
-    .vocab_size                 the tokenizer's own: its highest id + 1 (a model's embedding may be larger)
-    .stop_ids                   tuple: EOS, the template's end of turn, the EOS ids of generation_config.json
-    .template                   name of the chat template ("model": the directory's own, of no other name), or None
-    .chat_template              the same in Jinja, or None; .adopted: it is not the directory's own
-    .fingerprint                sha256 in hex over the vocabulary files and the special tokens
+    .bos_id .eos_id .pad_id   None where the model has none
+    .vocab_size     the tokenizer's own: its highest id + 1 (a model's embedding may be larger)
+    .stop_ids       tuple: EOS, the template's end of turn, the EOS ids of generation_config.json
+    .template       name of the chat template ("model": the directory's own, of no other name), or
+                    None
+    .chat_template  the same in Jinja, or None; .adopted: it is not the directory's own
+    .fingerprint    sha256 in hex over the vocabulary files and the special tokens
     """
 
     def __init__(self, model, added, ends, add_bos, fingerprint, template, layout, marks, stops):
@@ -736,7 +686,8 @@ class Tokenizer:
         self.bos_first = bool(add_bos) and self.bos_id is not None and getattr(layout, "bos", True)
         self.bytes = model.bytes | {entry["id"]: name.encode() for name, entry in added.items()}
         self.vocab_size = max(self.bytes) + 1
-        # control tokens: the special ones, and those of the template; text of users never turns into one of them
+        # control tokens: the special ones, and those of the template; text of users never turns
+        # into one of them
         self._all = alternation(added.values())
         turns = (
             layout if isinstance(layout, chat.Turns) else chat.Turns(user="", assistant="{}{eos}")
@@ -749,7 +700,8 @@ class Tokenizer:
         self._plain = alternation(
             entry for entry in added.values() if entry["id"] not in self.control
         )
-        # a vocabulary may hold a control token as an ordinary piece, into which text turns, normalised perhaps
+        # a vocabulary may hold a control token as an ordinary piece, into which text turns,
+        # normalised perhaps
         self._leaks = {
             e["id"]
             for name, e in added.items()
@@ -763,27 +715,20 @@ class Tokenizer:
         self.stop_ids = tuple(sorted({*stops, *end, self.eos_id} - {None}))
 
     def check_embeddings(self, count, dir):
-        """UserError when text may turn into an id for which the model of `dir` has no embedding. One that only pads may lie beyond
-        its `count`: many a Llama was given such a token, and nothing here pads with it."""
+        """UserError when text may turn into an id for which the model of `dir` has no embedding.
+        One that only pads may lie beyond its `count`: many a Llama was given such a token, and
+        nothing here pads with it."""
         padding = {self.pad_id} - {self.bos_id, *self.stop_ids}
         if (last := max(self.bytes.keys() - padding)) >= count:
             raise UserError(
                 f"{dir} has {count} embeddings, none for id {last} of its tokenizer: take the one it was trained with"
             )
 
-    def encode(self, text, bos=False, eos=False, special=False):
-        """list[int]. bos: begins with BOS, where the model has one. eos: ends with EOS; UserError where it has none.
-
-        special: names of control tokens in the text become these tokens. Never set it for what a user wrote.
-        """
-        ids, position = [self.bos_id] if bos and self.bos_id is not None else [], START
-        for piece in self._pieces(text, self._all) if special else [text]:
-            ids += (
-                [piece]
-                if isinstance(piece, int)
-                else self._text(piece, position, None if special else self._plain)
-            )
-            position = AFTER
+    def encode(self, text, bos=False, eos=False):
+        """list[int]. bos: begins with BOS, where the model has one. eos: ends with EOS; UserError
+        where it has none."""
+        ids = [self.bos_id] if bos and self.bos_id is not None else []
+        ids += self._text(text, START, self._plain)
         if eos and self.eos_id is None:
             raise UserError(
                 "this tokenizer has no EOS token: name one as eos_token in its tokenizer_config.json"
@@ -797,8 +742,9 @@ class Tokenizer:
         return b"".join(self.bytes.get(id, b"") for id in ids)
 
     def decode(self, ids, skip_special=True, inside=False):
-        """str. Bytes that are not UTF-8 are replaced; skip_special leaves the control tokens out. inside: the ids go on from
-        other text, so that a space before them is meant; else it is the one that sentencepiece puts before a text."""
+        """str. Bytes that are not UTF-8 are replaced; skip_special leaves the control tokens out.
+        inside: the ids go on from other text, so that a space before them is meant; else it is the
+        one that sentencepiece puts before a text."""
         text = self.bytes_of(id for id in ids if not (skip_special and id in self.control)).decode(
             "utf-8", "replace"
         )
@@ -808,14 +754,15 @@ class Tokenizer:
         return text.removeprefix(" ") if spaced else text
 
     def render(self, messages, add_generation_prompt=False, last_only=False):
-        """(ids, mask) of a conversation: mask 1 on what the assistant has to produce, the end of its turn included.
+        """(ids, mask) of a conversation: mask 1 on what the assistant has to produce, the end of
+        its turn included.
 
-        messages: list of {"role": "system" | "user" | "assistant" | "tool", "content": str}; "input": str, as in Alpaca
-        records, "columns": list of [name, text], and "weight": 0 on an assistant's turn that is no target are optional.
-        last_only: targets in the last assistant turn alone.
-        A turn begins with its prompt: render(messages[:-1], True) is a prefix of render(messages), and where they meet
-        nothing is merged. UserError for messages that the template cannot lay out.
-        """
+        messages: list of {"role": "system" | "user" | "assistant" | "tool", "content": str};
+        "input": str, as in Alpaca records, "columns": list of [name, text], and "weight": 0 on an
+        assistant's turn that is no target are optional.
+        last_only: targets in the last assistant turn alone. A turn begins with its prompt:
+        render(messages[:-1], True) is a prefix of render(messages), and where they meet nothing is
+        merged. UserError for messages that the template cannot lay out."""
         if self.layout is None:
             raise UserError(
                 f"the model has no chat template that can be followed: choose template={'|'.join(chat.TEMPLATES)}"
@@ -875,7 +822,8 @@ class Tokenizer:
         return self._known[text]
 
     def _text(self, text, position, added):
-        """ids of text in which names of control tokens are but text; `added`: the tokens that count, or None."""
+        """ids of text in which names of control tokens are but text; `added`: the tokens that
+        count, or None."""
         ids, prefix = [], self.model.prefix
         for piece in self._pieces(mend(text), added):
             if isinstance(piece, int):

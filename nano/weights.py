@@ -1,8 +1,8 @@
 """Model directories, adapter directories and safetensors files.
 
-A model directory is a Hugging Face directory: config.json, safetensors (one file, or shards with an index) and the
-tokenizer's files. An adapter directory is a PEFT directory. What transformers and peft write opens here, and the
-reverse. Nothing is pickled.
+A model directory is a Hugging Face directory: config.json, safetensors (one file, or shards with an
+index) and the tokenizer's files. An adapter directory is a PEFT directory. What transformers and
+peft write opens here, and the reverse. Nothing is pickled.
 
     opened = weights.open("models/smollm2")                       # .model, .tok, .base
     model = weights.load_model("models/smollm2", dtype=torch.bfloat16)
@@ -11,7 +11,6 @@ reverse. Nothing is pickled.
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
@@ -25,11 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import lora
-from model import ScoreHead, Transformer
+from model import ScoreHead, Transformer, empty
 from nano import tokenizer
 from nano.config import UserError
-from nano.families import FAMILIES, config_json, load_config, places
-from nano.files import read_json, sync, write_bytes, write_text
+from nano.families import CONV1D, FAMILIES, config_json, load_config, places
+from nano.files import read_json, sync, write_json, write_text
 
 STRETCH = 1 << 24  # bytes of a tensor that are converted at a time
 EMBEDDING = "model.embed_tokens.weight"  # its dtype is the model's
@@ -46,7 +45,8 @@ def damaged(path):
 
 
 class Tensors(Mapping):
-    """name -> tensor, memory-mapped: a tensor takes memory only where it is read. files: name -> safetensors file."""
+    """name -> tensor, memory-mapped: a tensor takes memory only where it is read. files: name ->
+    safetensors file."""
 
     def __init__(self, files):
         self.files, self.opened = files, {}
@@ -65,8 +65,8 @@ class Tensors(Mapping):
         return len(self.files)
 
     def stretches(self, name):
-        """Yields (row, rows from there on) in pieces of STRETCH bytes, each through a mapping of its own: the memory
-        that the file's pages take is only given back when they are unmapped."""
+        """Yields (row, rows from there on) in pieces of STRETCH bytes, each through a mapping of
+        its own: the memory that the file's pages take is only given back when they are unmapped."""
         shape, width = self[name].shape, self[name][:1].nbytes
         step = max(1, STRETCH // max(1, width))
         for i in range(0, shape[0], step):
@@ -83,7 +83,8 @@ class Tensors(Mapping):
 
 
 def read_tensors(path, name="model"):
-    """A safetensors file, or a directory with {name}.safetensors or with {name}.safetensors.index.json -> Tensors."""
+    """A safetensors file, or a directory with {name}.safetensors or with
+    {name}.safetensors.index.json -> Tensors."""
     path = Path(path)
     single, index = path / f"{name}.safetensors", path / f"{name}.safetensors.index.json"
     if not path.is_dir():
@@ -112,10 +113,12 @@ def read_tensors(path, name="model"):
 
 
 def write_tensors(tensors, dir, name="model", shard_bytes=5e9):
-    """(key, tensor) pairs -> {name}.safetensors in `dir`, or shards with an index if they are over `shard_bytes` bytes.
+    """(key, tensor) pairs -> {name}.safetensors in `dir`, or shards with an index if they are over
+    `shard_bytes` bytes.
 
-    The pairs are consumed one by one, and one shard of them is in memory at a time. An older save stays whole until the
-    new one is complete: new shards never take the names of those that the old index lists."""
+    The pairs are consumed one by one, and one shard of them is in memory at a time. An older save
+    stays whole until the new one is complete: new shards never take the names of those that the old
+    index lists."""
     dir = Path(dir)
     tmp, single, index = (
         dir / f"{name}.safetensors{suffix}" for suffix in (".tmp", "", ".index.json")
@@ -163,11 +166,8 @@ def write_tensors(tensors, dir, name="model", shard_bytes=5e9):
         weight_map = {
             key: final for (_, keys), final in zip(written, finals, strict=True) for key in keys
         }
-        write_text(
-            tmp / "index",
-            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-            + "\n",
-        )
+        # within `tmp`, which the next save removes if this one is killed
+        write_json(tmp / "index", {"metadata": {"total_size": total}, "weight_map": weight_map})
         os.replace(tmp / "index", index)
         sync(dir)
         single.unlink(missing_ok=True)
@@ -177,30 +177,22 @@ def write_tensors(tensors, dir, name="model", shard_bytes=5e9):
     tmp.rmdir()
 
 
-class NoInit(torch.overrides.TorchFunctionMode):
-    """torch.nn.init does nothing. On the meta device it would compute nothing either, but import seconds of compiler."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return (args or tuple(kwargs.values()))[0]
-        return func(*args, **(kwargs or {}))
-
-
 def load_model(dir, device="cpu", dtype=None, head=None):
-    """A model directory -> Transformer, on `device`, in `dtype` (None: the one its embedding is stored in).
+    """A model directory -> Transformer, on `device`, in `dtype` (None: the one its embedding is
+    stored in).
 
-    On the CPU and in the stored dtype the parameters are the file itself, memory-mapped, unless the family lays a tensor
-    out in another way; otherwise they are converted in stretches, so no more than the weights is ever in memory.
-    head="score" on a language model drops its output matrix and starts a fresh score head (from torch's generator); a
-    score head is always fp32. UserError names tensors that are missing, unexpected or of another shape."""
+    On the CPU and in the stored dtype the parameters are the file itself, memory-mapped, unless the
+    family lays a tensor out in another way; otherwise they are converted in stretches, so no more
+    than the weights is ever in memory. head="score" on a language model drops its output matrix and
+    starts a fresh score head (from torch's generator); a score head is always fp32. UserError names
+    tensors that are missing, unexpected or of another shape."""
     cfg = load_config(dir)
     fresh = head == "score" and cfg.head == "lm"
     if head == "lm" and cfg.head == "score":
         raise UserError(f"{dir} is a score model: it has no language-model head")
     cfg = dataclasses.replace(cfg, head=head or cfg.head)
     try:
-        with torch.device("meta"), NoInit():
-            model = Transformer(cfg)
+        model = empty(cfg)
     except ValueError as e:
         raise UserError(f"{dir}: {e}") from None
     family = FAMILIES[cfg.family]
@@ -247,8 +239,9 @@ def equal(tensors, a, b):
     return all(torch.equal(x, y) for (_, x), (_, y) in pairs)
 
 
-def check_tensors(where, wanted, found):
-    """UserError unless `found` {name: tensor} holds floats of exactly the names and shapes in `wanted` {name: shape}."""
+def check_tensors(where, wanted, found, what="its config.json"):
+    """UserError unless `found` {name: tensor} holds floats of exactly the names and shapes in
+    `wanted` {name: shape}, which `what` asks for."""
 
     def some(names):
         names = sorted(names)
@@ -263,26 +256,26 @@ def check_tensors(where, wanted, found):
     faults = {
         "missing": wanted.keys() - found.keys(),
         "unexpected": found.keys() - wanted.keys(),
-        "of another shape than config.json says": {
-            f"{n} {a} for {b}" for n, (a, b) in shapes.items() if a != b
-        },
+        "of another shape": {f"{n} {a} for {b}" for n, (a, b) in shapes.items() if a != b},
         "not of a float type": {
             f"{n} {t.dtype}" for n, t in found.items() if t.dtype not in floats
         },
     }
     if any(faults.values()):
         said = "; ".join(f"{fault}: {some(names)}" for fault, names in faults.items() if names)
-        raise UserError(f"the tensors in {where} do not fit its config.json - {said}")
+        raise UserError(f"the tensors in {where} do not fit {what} - {said}")
 
 
 def save_model(model, dir, dtype=None, like=None, tensors=None, shard_bytes=5e9, tok=None, **extra):
-    """Transformer -> a model directory. dtype: of the file (None: as the model holds it; a score head stays fp32).
+    """Transformer -> a model directory. dtype: of the file (None: as the model holds it; a score
+    head stays fp32).
 
-    like: the directory that the model came from: its tokenizer files and generation_config.json are copied byte for
-    byte, and what its config.json says beyond the architecture is kept. tok: the Tokenizer that the model was trained with, whose
-    chat template may be another than the directory's. tensors {name: tensor}: the weights, where the
-    model does not hold them whole (sharded over ranks). extra: keys of config.json to set. config.json comes last:
-    without it there is no model."""
+    like: the directory that the model came from: its tokenizer files and generation_config.json are
+    copied byte for byte, and what its config.json says beyond the architecture is kept. tok: the
+    Tokenizer that the model was trained with, whose chat template may be another than the
+    directory's. tensors {name: tensor}: the weights, where the model does not hold them whole
+    (sharded over ranks). extra: keys of config.json to set. config.json comes last: without it
+    there is no model."""
     dir, cfg = Path(dir), model.cfg
     tensors = dict(model.named_parameters()) if tensors is None else tensors
     main = dtype or tensors[EMBEDDING].dtype
@@ -297,10 +290,11 @@ def save_model(model, dir, dtype=None, like=None, tensors=None, shard_bytes=5e9,
         for name, (parts, layout) in places(cfg, tensors).items()
     )
     write_tensors(stored, dir, shard_bytes=shard_bytes)
-    copy_tokenizer(like, dir)
+    if like:
+        tokenizer.copy_files(like, dir)
     if tok and tok.adopted:
         write_template(tok, dir, config)
-    write_text(dir / "config.json", json.dumps(config, indent=2) + "\n")
+    write_json(dir / "config.json", config)
     for name in (
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -309,22 +303,9 @@ def save_model(model, dir, dtype=None, like=None, tensors=None, shard_bytes=5e9,
         (dir / name).unlink(missing_ok=True)
 
 
-def copy_tokenizer(source, dir):
-    """Copies tokenizer files and generation_config.json, byte for byte, to `dir` if that is not the source itself. Such files of
-    another model that lie there are removed."""
-    if source and Path(source).resolve() != Path(dir).resolve():
-        new, old = (
-            {p.name: p for pattern in tokenizer.FILES for p in Path(d).glob(pattern)}
-            for d in (source, dir)
-        )
-        for name in old.keys() - new.keys():
-            old[name].unlink()
-        for name, path in sorted(new.items()):
-            write_bytes(Path(dir) / name, path.read_bytes())
-
-
 def write_template(tok, dir, config):
-    """Makes the chat template of `tok` that of the model directory, and the tokens that end its turns stop what others generate.
+    """Makes the chat template of `tok` that of the model directory, and the tokens that end its
+    turns stop what others generate.
     config: the model's config.json, for the token ids that no generation_config.json says."""
     write_text(dir / "chat_template.jinja", tok.chat_template)
     settings, generation = dir / "tokenizer_config.json", dir / "generation_config.json"
@@ -332,28 +313,24 @@ def write_template(tok, dir, config):
         said := read_json(settings)
     ):  # not every program looks for the .jinja first
         del said["chat_template"]
-        write_text(settings, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
+        write_json(settings, said, ensure_ascii=False)
     said = (
         read_json(generation)
         if generation.exists()
         else {key: config.get(key) for key in ("bos_token_id", "pad_token_id")}
     )
     ends = sorted(tok.stop_ids, key=lambda id: id != tok.eos_id)  # EOS first
-    write_text(generation, json.dumps(said | {"eos_token_id": ends}, indent=2) + "\n")
+    write_json(generation, said | {"eos_token_id": ends})
 
 
 def read_score_scale(dir):
-    """(gain, bias) of a reward model's or score adapter's directory: gain * score + bias has mean 0 and variance 1 over what the
-    policy it was made for says. An adapter keeps them in score_scale.json. (1.0, 0.0) where none were fitted."""
-    path = next(
-        (
-            path
-            for path in (Path(dir) / "score_scale.json", Path(dir) / "config.json")
-            if path.exists()
-        ),
-        None,
-    )
-    values = read_json(path) if path else {}
+    """(gain, bias) of a reward model's or score adapter's directory: gain * score + bias has mean 0
+    and variance 1 over what the policy it was made for says. An adapter keeps them in
+    score_scale.json. (1.0, 0.0) where none were fitted."""
+    values = {}
+    for path in (Path(dir) / "config.json", Path(dir) / "score_scale.json"):
+        if path.exists():
+            values |= read_json(path)
     return float(values.get("reward_gain", 1.0)), float(values.get("reward_bias", 0.0))
 
 
@@ -362,55 +339,68 @@ def read_score_scale(dir):
 PREFIX = "base_model.model."
 
 
+def adapter_places(cfg, names):
+    """Which layers of a file carry the adapters of the linear layers `names`: {layer in the file:
+    [names here]}. A layer that the file fuses has several names here."""
+    stored = places(cfg, [f"{name}.weight" for name in names])
+    return {
+        layer.removesuffix(".weight"): [part.removesuffix(".weight") for part in parts]
+        for layer, (parts, _) in stored.items()
+    }
+
+
 def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
-    """Writes the adapter as a PEFT directory. A trained head (`score`) goes along in full, as modules_to_save.
-    base: the model directory it belongs to, kept in adapter_config.json. tensors: the model's tensors where they are gathered
-    already (sharded training); default: its own. tok: the Tokenizer trained with; a chat template that is not the base's own goes
-    along."""
-    layers = [(n, m) for n, m in lora.adapted(model) if name in m.scales]
+    """Writes the adapter as a PEFT directory. A trained head (`score`) goes along in full, as
+    modules_to_save. base: the model directory it belongs to, kept in adapter_config.json. tensors:
+    the model's tensors where they are gathered already (sharded training); default: its own. tok:
+    the Tokenizer trained with; a chat template that is not the base's own goes along.
+
+    The adapters of k layers that the family's files fuse into one become one of k times the rank,
+    see fuse_adapters. A directory has one rank: other layers are filled up with zeros."""
+    layers = {n: m for n, m in lora.adapted(model) if name in m.scales}
     if not layers:
         raise KeyError(f"there is no adapter {name!r} on this model")
     tensors = dict(model.named_parameters()) if tensors is None else tensors
+    stored = adapter_places(model.cfg, lora.linear_names(model))
+    adapted = {layer: parts for layer, parts in stored.items() if layers.keys() & set(parts)}
+    first = next(iter(layers.values()))
+    ranks = {n: m.lora_A[name].shape[0] for n, m in layers.items()}
+    rank = max(sum(ranks.get(part, 0) for part in parts) for parts in adapted.values())
     out = {}
-    for n, _ in layers:
-        for ab in ("lora_A", "lora_B"):
-            out[f"{PREFIX}{n}.{ab}.weight"] = (
-                tensors[f"{n}.{ab}.{name}"].detach().cpu().contiguous()
-            )
-    rank, scale = layers[0][1].lora_A[name].shape[0], layers[0][1].scales[name]
+    for layer, parts in adapted.items():
+        pairs = []
+        for part in parts:
+            A, B = (tensors.get(f"{part}.{ab}.{name}") for ab in ("lora_A", "lora_B"))
+            pairs.append((A, B, model.get_submodule(part).out_features))
+        A, B = fuse_adapters(pairs, rank)
+        out[f"{PREFIX}{layer}.lora_A.weight"] = A
+        out[f"{PREFIX}{layer}.lora_B.weight"] = B
     score = "score.weight" in tensors
     if score:
         out[PREFIX + "score.weight"] = tensors["score.weight"].detach().cpu().contiguous()
-    names = {n for n, _ in layers}
-    leaves = {n.rpartition(".")[2] for n in names}
-    whole = all(
-        n in names for n in lora.linear_names(model) if n.rpartition(".")[2] in leaves
-    )  # a suffix says it all
-    config = dict(
+    leaves = {layer.rpartition(".")[2] for layer in adapted}
+    # whether a suffix names these layers and no others
+    whole = all(layer in adapted for layer in stored if layer.rpartition(".")[2] in leaves)
+    layouts = [layout for _, layout in places(model.cfg, [f"{n}.weight" for n in layers]).values()]
+    config = dict(  # what else there is has peft's defaults
         peft_type="LORA",
         task_type="SEQ_CLS" if score else "CAUSAL_LM",
         base_model_name_or_path=str(base),
         r=rank,
-        lora_alpha=scale * rank,
-        lora_dropout=layers[0][1].dropouts[name],
-        target_modules=sorted(leaves if whole else names),
+        lora_alpha=first.scales[name] * rank,
+        lora_dropout=first.dropouts[name],
+        target_modules=sorted(leaves if whole else adapted),
         modules_to_save=["score"] if score else None,
         bias="none",
-        use_rslora=False,
-        use_dora=False,
-        fan_in_fan_out=False,
+        fan_in_fan_out=CONV1D in layouts,
         inference_mode=True,
-        init_lora_weights=True,
-        rank_pattern={},
-        alpha_pattern={},
-        layers_to_transform=None,
     )
     write_tensors(out.items(), dir, name="adapter_model")
     if tok and tok.adopted:
         write_text(Path(dir) / "chat_template.jinja", tok.chat_template)
     else:
         Path(dir, "chat_template.jinja").unlink(missing_ok=True)
-    write_text(Path(dir) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    write_json(Path(dir) / "adapter_config.json", config)
     for path in (
         Path(dir, "config.json"),
         *Path(dir).glob("model*.safetensors*"),
@@ -418,8 +408,28 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
         path.unlink(missing_ok=True)
 
 
+def fuse_adapters(pairs, rank):
+    """The adapters of layers that are one in the file, [(A, B, rows of the layer)], as one: A
+    (rank, in), B (out, rank). Each has rows of A and columns of B for itself, so that the products
+    are theirs. A and B are None where a layer has none."""
+    rows = sum(size for _, _, size in pairs)
+    filled = [(A, B) for A, B, _ in pairs if A is not None]
+    A = torch.zeros(rank, filled[0][0].shape[1])
+    B = torch.zeros(rows, rank)
+    row = column = 0
+    for part_A, part_B, size in pairs:
+        if part_A is not None:
+            end = column + len(part_A)
+            A[column:end] = part_A.detach()
+            B[row : row + size, column:end] = part_B.detach()
+            column = end
+        row += size
+    return A, B
+
+
 def read_adapter_config(dir):
-    """adapter_config.json of a PEFT directory, refused when it says something that this file does not do."""
+    """adapter_config.json of a PEFT directory, refused when it says something that this file does
+    not do."""
     path = Path(dir) / "adapter_config.json"
     if not path.exists():
         raise UserError(f"{dir} is no adapter directory: it has no adapter_config.json")
@@ -431,7 +441,6 @@ def read_adapter_config(dir):
     unsupported = dict(
         use_dora=False,
         bias="none",
-        fan_in_fan_out=False,
         rank_pattern={},
         alpha_pattern={},
         megatron_config=None,
@@ -458,58 +467,59 @@ def read_adapter_config(dir):
 
 
 def load_adapter(model, dir, name="default"):
-    """Reads a PEFT directory into the adapter `name`: made active, not frozen, without the dropout that it was trained with (RL
-    trains on it further, and must see the same probabilities twice). Raises UserError for another base's adapter."""
+    """Reads a PEFT directory into the adapter `name`: made active, not frozen, without the dropout
+    that it was trained with (RL trains on it further, and must see the same probabilities twice).
+    The adapter of a layer that the family's files fuse becomes adapters of its parts here, each
+    with the same A. Raises UserError for another base's adapter."""
     config = read_adapter_config(dir)
     rank, alpha = config["r"], config["lora_alpha"]
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    if not lora.adapted(model):
-        model.requires_grad_(False)
-    linears, found = (
-        set(lora.linear_names(model)),
-        {},
-    )  # found: (layer, "lora_A" or "lora_B") -> tensor
+    stored = adapter_places(model.cfg, lora.linear_names(model))
+    found, wanted = {}, {}
+    layers = {}  # layer in the file -> its parts here
     for key, tensor in read_tensors(dir, name="adapter_model").items():
-        module, _, ab = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if module in linears and ab in ("lora_A", "lora_B"):
-            linear = model.get_submodule(module)
-            size = (rank, linear.in_features) if ab == "lora_A" else (linear.out_features, rank)
-        elif (module, ab) in (("", "score"), ("score", "modules_to_save")):
-            if not hasattr(model, "score"):
-                raise UserError(
-                    f"{dir}: the adapter carries a score head, but the model was not opened as a score model"
-                )
-            size = tuple(model.score.weight.shape)
+        stem = key.removeprefix(PREFIX).removesuffix(".weight")
+        layer, _, ab = stem.rpartition(".")
+        if stem in ("score", "score.modules_to_save"):
+            found["score"] = tensor
+        elif layer in stored and ab in ("lora_A", "lora_B"):
+            found[stem] = tensor
+            layers[layer] = stored[layer]
         else:
             raise UserError(
                 f"{dir}: tensor {key} belongs to no layer that is adapted here: an adapter for another base?"
             )
-        if tuple(tensor.shape) != size:
+    if "score" in found:
+        if not hasattr(model, "score"):
             raise UserError(
-                f"{dir}: {key} is {tuple(tensor.shape)}, this model takes {size}: an adapter for another base?"
+                f"{dir}: the adapter carries a score head, but the model was not opened as a score model"
             )
-        found[module, ab] = tensor
-    layers = dict.fromkeys(module for module, ab in found if ab.startswith("lora_"))
-    if not layers or any(
-        (module, ab) not in found for module in layers for ab in ("lora_A", "lora_B")
-    ):
-        raise UserError(
-            f"{dir}: adapter_model.safetensors is incomplete: a layer needs both lora_A and lora_B"
-        )
-    for module in layers:
-        lora._wrap(model, module).add(name, rank, scale, 0.0)
-    for (module, ab), tensor in found.items():
-        target = (
-            getattr(model.get_submodule(module), ab)[name]
-            if module in layers
-            else model.score.weight
-        )
-        target.data.copy_(tensor)
+        wanted["score"] = model.score.weight.shape
+    if not layers:
+        raise UserError(f"{dir}: adapter_model.safetensors is incomplete: it adapts no layer")
+    for layer, parts in layers.items():
+        modules = [model.get_submodule(part) for part in parts]
+        wanted[f"{layer}.lora_A"] = rank, modules[0].in_features
+        wanted[f"{layer}.lora_B"] = sum(m.out_features for m in modules), rank
+    check_tensors(
+        dir, wanted, found, "the model: they are incomplete, or of an adapter for another base"
+    )
+    if not lora.adapted(model):
+        model.requires_grad_(False)
+    new = dict(dtype=torch.float32, device=model.model["embed_tokens"].weight.device, copy=True)
+    for layer, parts in layers.items():
+        modules = [lora.wrap(model, part) for part in parts]
+        pieces = found[f"{layer}.lora_B"].split([m.out_features for m in modules])
+        for module, B in zip(modules, pieces, strict=True):
+            module.put(name, found[f"{layer}.lora_A"].to(**new), B.to(**new), scale)
+    if "score" in found:
+        model.score.weight.data.copy_(found["score"])
     lora.use(model, name)
 
 
 def load_scorer(model, dir, name):
-    """Reads a score adapter (reward.py's) into the adapter `name` of a language model and returns its head, a model.ScoreHead."""
+    """Reads a score adapter (reward.py's) into the adapter `name` of a language model and returns
+    its head, a model.ScoreHead."""
     if read_adapter_config(dir).get("task_type") != "SEQ_CLS":
         raise UserError(f"{dir} is an adapter of a language model, not of a score model")
     model.score = ScoreHead(model.cfg.dim).to(model.model["embed_tokens"].weight.device)
@@ -545,8 +555,8 @@ def is_adapter(dir):
 
 
 def base_of(dir, base=None):
-    """The model directory, which holds config and tokenizer, of a model or adapter directory. `base` takes the place of the one
-    that the adapter names."""
+    """The model directory, which holds config and tokenizer, of a model or adapter directory.
+    `base` takes the place of the one that the adapter names."""
     if not is_adapter(dir):
         if base:
             raise UserError(f"{dir} is a whole model, not an adapter: leave out base={base}")
@@ -561,8 +571,8 @@ def base_of(dir, base=None):
 
 
 def load_tokenizer(dir, base=None, template=None):
-    """The Tokenizer of a model or adapter directory. template: a name or Jinja; None: the one that the adapter was trained
-    with, or else the model's own."""
+    """The Tokenizer of a model or adapter directory. template: a name or Jinja; None: the one that
+    the adapter was trained with, or else the model's own."""
     path = Path(dir, "chat_template.jinja")
     if template is None and is_adapter(dir) and path.exists():
         template = path.read_text(encoding="utf-8")
@@ -577,21 +587,15 @@ class Opened:
 
 
 def open(
-    dir,
-    base=None,
-    device="cpu",
-    dtype=None,
-    head=None,
-    merge=False,
-    as_base=False,
-    template=None,
+    dir, base=None, device="cpu", dtype=None, head=None, merge=False, as_base=False, template=None
 ):
     """Opens a model directory or an adapter directory with its tokenizer -> Opened.
 
     base: takes the place of the base that the adapter names, in memory: no file is changed.
     dtype, head: as in load_model; an adapter of a score model opens as one.
     merge: an adapter is added to its base, by default in fp32; a model is its file, memory-mapped.
-    as_base: the model is to carry a new adapter, whose directory will name `dir` as its base; UserError for an adapter.
+    as_base: the model is to carry a new adapter, whose directory will name `dir` as its base;
+    UserError for an adapter.
     template: as in load_tokenizer."""
     adapter = is_adapter(dir)
     if adapter and as_base:

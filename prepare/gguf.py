@@ -1,6 +1,6 @@
 """A reader of GGUF files (versions 2 and 3) in numpy: metadata, tensors and their dequantisation.
 
-Source: the format's specification in ggml's docs/gguf.md and the block layouts of ggml's quantised types.
+Sources: ggml's docs/gguf.md for the file, and the block structs of ggml for the quantised types.
 """
 
 import struct
@@ -38,11 +38,14 @@ TYPES = {  # ggml type: name, weights in a block, bytes of a block
     14: ("Q6_K", 256, 210),
     30: ("BF16", 1, 2),
 }
-STRETCH = 1 << 22  # weights that are dequantised at a time
+STRETCH = 1 << 22  # weights that are dequantised at once
 
 
 class Gguf:
-    """meta: {key: value}; tensors: {name: (shape, type name)}, shapes in numpy's order; read(name) -> a tensor."""
+    """.meta is {key: value}; .tensors is {name: (shape, type name)}, shapes in numpy's order.
+
+    Raises UserError for a file that is missing, damaged, or has a type that is not supported.
+    """
 
     def __init__(self, path):
         self.path = Path(path)
@@ -78,13 +81,15 @@ class Gguf:
             if kind not in TYPES:
                 known = ", ".join(t[0] for t in TYPES.values())
                 raise UserError(
-                    f"{self.path}: {name} is of ggml type {kind}, which is not supported ({known} are)"
+                    f"{self.path}: {name} is of ggml type {kind}, "
+                    f"which is not supported ({known} are)"
                 )
             label, block, width = TYPES[kind]
             count = int(np.prod(shape, dtype=object))
             if start + offset + count // block * width > len(self.data):
                 raise UserError(
-                    f"{self.path} is incomplete: it ends before the data of {name}; download it again"
+                    f"{self.path} is incomplete: it ends before the data of {name}; "
+                    "download it again"
                 )
             self.places[name] = (shape, kind, start + offset, count // block)
             self.tensors[name] = (shape, label)
@@ -117,7 +122,7 @@ class Gguf:
         )
 
     def read(self, name, dtype=torch.float32):
-        """The tensor in `dtype`, dequantised in stretches through fp32."""
+        """The tensor of that name in `dtype`, dequantised in fp32, STRETCH weights at once."""
         shape, kind, start, blocks = self.places[name]
         _, block, width = TYPES[kind]
         out = torch.empty(blocks * block, dtype=dtype)
@@ -132,13 +137,13 @@ class Gguf:
 
 
 def dequantize(b, kind):
-    """b: uint8 (N, bytes of a block) -> float32 (N, weights of a block)."""
-    b = np.array(b)  # the mapped file is read-only
+    """uint8 (N, bytes of a block) -> float32 (N, weights of a block). kind: a name of TYPES."""
+    b = np.array(b)  # a copy, because the mapped file is read-only
 
     def half(i):  # the float16 at byte i of each block
         return np.ascontiguousarray(b[:, i : i + 2]).view("<f2").astype(np.float32)
 
-    def nibbles(q):  # byte j holds weight j in its low half and weight j + 16 in its high half
+    def nibbles(q):  # byte j has weight j in its low half and weight j + 16 in its high half
         return np.concatenate([q & 15, q >> 4], axis=1)
 
     if kind == "F32":
@@ -160,10 +165,9 @@ def dequantize(b, kind):
         return half(0) * (q - 16) if kind == "Q5_0" else half(0) * q + half(2)
 
     n = len(b)
-    if kind in (
-        "Q4_K",
-        "Q5_K",
-    ):  # d, dmin, 8 scales and 8 minima of 6 bits in 12 bytes, [32 of fifth bits], 128 of nibbles
+    # Q4_K, Q5_K: d, dmin, 12 bytes of 8 scales and 8 minima in 6 bits each, 32 bytes of fifth bits
+    # in Q5_K alone, 128 bytes of nibbles
+    if kind in ("Q4_K", "Q5_K"):
         a, c, e = b[:, 4:8], b[:, 8:12], b[:, 12:16]
         scale = np.concatenate([a & 63, e & 15 | a >> 6 << 4], axis=1).astype(np.float32)[
             :, :, None
@@ -177,7 +181,7 @@ def dequantize(b, kind):
                 | (b[:, 16:48].reshape(n, 1, 32) >> np.arange(8, dtype=np.uint8)[:, None] & 1) << 4
             )
         return (half(0)[:, :, None] * scale * q - half(2)[:, :, None] * low).reshape(n, 256)
-    # Q6_K: 128 bytes of low nibbles, 64 of high bit pairs, 16 int8 scales, d
+    # Q6_K: 128 bytes of low nibbles, 64 bytes of high bit pairs, 16 scales in int8, d
     low = b[:, :128].reshape(n, 2, 1, 64) >> np.array([0, 4], np.uint8)[:, None] & 15
     high = b[:, 128:192].reshape(n, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
     q = (low.reshape(n, 2, 4, 32) | high << 4).reshape(n, 16, 16).astype(np.int8) - 32

@@ -1,34 +1,28 @@
-"""Instruction records to a prepared data folder: rendered, tokenized on all cores, with the target tokens marked.
+"""Instruction records to a prepared data folder: rendered, tokenized, the target tokens marked.
 
     python -m prepare.instructions source=alpaca.json model=models/smollm2 out=data/alpaca val=100
-    python -m prepare.instructions source=chats/ model=models/llama max_length=4096 train_on=last out=data/chats
-    python -m prepare.instructions source=tweets.jsonl text_field=output response_template="### Label:" ...
-    python -m prepare.instructions source=gsm8k path=gsm8k_train.jsonl template=columns model=... out=data/gsm8k
+    python -m prepare.instructions source=chats/ model=models/llama train_on=last out=data/chats
+    python -m prepare.instructions source=tweets.csv text_field=text response_template="Label:" ...
+    python -m prepare.instructions source=gsm8k path=train.jsonl template=columns model=... out=...
 
-`source` is a JSON, JSONL, CSV, TSV or Parquet file (.gz too), a folder of such files, a known set's name or a hub id.
-Record shapes are recognised one by one: Alpaca (instruction, input, output), messages or conversations (role/content or
-from/value), prompt/completion and its like; text_field= takes whole texts. Rows keep their order (sft.py shuffles them
-in every epoch); those to hold out are chosen by the hash of their content.
+`source` is a JSON, JSONL, CSV, TSV or Parquet file (.gz too), a folder of such files, the name of a
+known set, or a hub id. The shape of each record is recognised: Alpaca (instruction, input, output),
+messages or conversations (role/content or from/value), or pairs such as prompt/completion.
+With text_field= a record is one text.
+
+Rows keep the order of the records; sft.py shuffles them in every epoch. The rows to hold out are
+chosen by the hash of their content.
 """
 
-import contextlib
-import hashlib
-import os
 import re
-import shutil
-from array import array
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
-import numpy as np
-
-from nano import config, tokenizer
+from nano import config
 from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
-from nano.store import Store, Writer, check_target, read_meta
-from prepare import records
+from prepare import convert, records
+from prepare.convert import Drop, history, message, system, task, text, turns
 from prepare.records import BadRecord
 
 
@@ -56,126 +50,50 @@ class Config:
     show: NonNegativeInt = 0  # examples to print, target tokens coloured
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# record -> messages
+# ------------------------------------------------------------------------------- record -> messages
 
-
-class Drop(Exception):
-    """A record that is in order but gives no row; the text is the reason it is counted under."""
-
-
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "function_response"), "tool"),
-}
 PAIRS = "prompt/completion prompt/response question/answer query/response input/output".split()
-
-
-def text(record, key):
-    value = record.get(key)
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise BadRecord(
-            f"field '{key}' is {kind} and not text"
-            if key in record
-            else f"field '{key}' is missing"
-        )
-    return value
-
-
-def turns(items):
-    """Messages of a list of {role, content} or {from, value}."""
-    if not isinstance(items, list) or not items:
-        raise BadRecord("the conversation is not a list of messages")
-    messages = []
-    for item in items:
-        if not isinstance(item, dict):
-            raise BadRecord("a message is not an object with a role and a content")
-        role = text(item, "role" if "role" in item else "from")
-        if role not in ROLES:
-            raise BadRecord(f"unknown role '{role}'; known are {', '.join(ROLES)}")
-        if item.get("tool_calls"):
-            raise Drop("structured tool calls (not rendered)")
-        content = item.get("content", item.get("value"))
-        if isinstance(content, list) and all(
-            isinstance(p, dict) and p.get("type") == "text" for p in content
-        ):
-            item = item | {"content": "".join(text(p, "text") for p in content)}
-        weight = (
-            {"weight": 0} if item.get("weight") == 0 else {}
-        )  # OpenAI's mark of an answer that nothing is learned from
-        messages.append(
-            {
-                "role": ROLES[role],
-                "content": text(item, "content" if "content" in item else "value"),
-            }
-            | weight
-        )
-    return messages
-
-
-def history(record):
-    """Messages of the rounds before an instruction: a list of [question, answer]."""
-    past = record.get("history") or []
-    if not isinstance(past, list) or not all(
-        isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in past
-    ):
-        raise BadRecord("'history' is not a list of [question, answer]")
-    return [
-        {"role": role, "content": said}
-        for pair in past
-        for role, said in zip(("user", "assistant"), pair, strict=True)
-    ]
-
-
-def task(columns, name, answer):
-    """A question in named parts and its answer: as columns for the column template, joined for the others."""
-    columns = [[n, t] for n, t in columns if t]
-    question = {"role": "user", "content": "\n\n".join(t for _, t in columns), "columns": columns}
-    return [question, {"role": "assistant", "content": answer, "columns": [[name, answer]]}]
 
 
 def recognise(record):
     """Messages of a record in one of the common shapes."""
     if record.get("tools") not in (None, "", [], "[]"):
         raise Drop("tool definitions (not rendered)")
-    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    record = {
-        key: value for key, value in record.items() if value is not None
-    }  # a table has nulls where another shape has fields
+    # a table has nulls in the fields that a record does not use
+    record = {key: value for key, value in record.items() if value is not None}
+    before = system(record)
     for key in ("messages", "conversations", "conversation"):
         if key in record:
-            messages = system + turns(record[key])
+            messages = before + turns(record[key])
             if messages[-1]["role"] != "assistant" and isinstance(record.get("chosen"), dict):
-                messages += turns([record["chosen"]])  # preference data: the better answer
+                messages += turns([record["chosen"]])  # the better answer of preference data
             return messages
     if "instruction" in record:
         answer = text(record, "response" if "response" in record else "output")
-        asked = {"role": "user", "content": text(record, "instruction")}
-        given = next((key for key in ("input", "context") if record.get(key)), None)
-        asked |= {"input": text(record, given)} if given else {}
-        return system + history(record) + [asked, {"role": "assistant", "content": answer}]
-    for ask, reply in (pair.split("/") for pair in PAIRS):
-        if ask in record and reply in record:
-            if isinstance(record[ask], list) and isinstance(record[reply], list):
-                return system + turns(record[ask] + record[reply])
-            given = (
-                [["CONTEXT", text(record, "context")]]
-                if ask == "question" and record.get("context")
-                else []
-            )
-            return system + task(
-                [[ask.upper(), text(record, ask)], *given], reply.upper(), text(record, reply)
-            )
+        question = message("user", text(record, "instruction"))
+        more = next((key for key in ("input", "context") if record.get(key)), None)
+        if more:
+            question["input"] = text(record, more)
+        for past_question, past_answer in history(record):
+            before += [message("user", past_question), message("assistant", past_answer)]
+        return [*before, question, message("assistant", answer)]
+    for pair in PAIRS:
+        ask, reply = pair.split("/")
+        if ask not in record or reply not in record:
+            continue
+        if isinstance(record[ask], list) and isinstance(record[reply], list):
+            return before + turns(record[ask] + record[reply])
+        columns = [[ask.upper(), text(record, ask)]]
+        if ask == "question" and record.get("context"):
+            columns.append(["CONTEXT", text(record, "context")])
+        return before + task(columns, reply.upper(), text(record, reply))
     raise BadRecord(
-        f"unknown record shape (fields {', '.join(sorted(map(str, record)))}): known are instruction/output, messages, "
-        f"conversations, {', '.join(PAIRS)}; or give text_field="
+        f"unknown record shape (fields {', '.join(sorted(map(str, record)))}): known are "
+        f"instruction/output, messages, conversations, {', '.join(PAIRS)}; or give text_field="
     )
 
 
-# the training sets that go by name, each to the columns of its template
+# Training sets that are known by name. The parts of a record become columns.
 
 
 def cot(r):
@@ -185,9 +103,8 @@ def cot(r):
 
 def slimorca(r):
     messages = turns(r.get("conversations"))
-    if [m["role"] for m in messages].count(
-        "assistant"
-    ) == 1:  # the column template lays out longer ones like this itself
+    if [m["role"] for m in messages].count("assistant") == 1:
+        # the template "columns" lays out conversations with more answers like this by itself
         for m, speaker in zip(messages, r["conversations"], strict=True):
             m["columns"] = [["FROM", text(speaker, "from")], ["VALUE", m["content"]]]
         messages[-1]["columns"] = [["GPT", messages[-1]["content"]]]
@@ -195,51 +112,42 @@ def slimorca(r):
 
 
 def openorca(r):
-    system = text(r, "system_prompt")
-    first = (
-        [{"role": "system", "content": system, "columns": [["INSTRUCTION", system]]}]
-        if system
-        else []
-    )
-    return first + task([["QUESTION", text(r, "question")]], "RESPONSE", text(r, "response"))
+    prompt = text(r, "system_prompt")
+    messages = task([["QUESTION", text(r, "question")]], "RESPONSE", text(r, "response"))
+    if prompt:
+        messages.insert(0, message("system", prompt, columns=[["INSTRUCTION", prompt]]))
+    return messages
 
 
 def choices(r, column, labels, texts, label):
+    """Messages of a question with several answers, of which the one with `label` is right."""
     if not (isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels)):
         raise BadRecord("'choices' is not a list of answers, with a label each")
     if label not in labels:
         raise BadRecord(f"the answer {label!r} is none of the choices")
-    shown = " ".join(f"({a}): {t}" for a, t in zip(labels, texts, strict=True))
+    options = " ".join(f"({a}): {t}" for a, t in zip(labels, texts, strict=True))
     answer = text({"choices": texts[labels.index(label)]}, "choices")
-    return task([["QUESTION", text(r, "question")], [column, shown]], "ANSWER", answer)
+    return task([["QUESTION", text(r, "question")], [column, options]], "ANSWER", answer)
 
 
 def mmlu(r):
     options = r.get("choices")
-    return choices(
-        r,
-        "CHOICES",
-        list(range(len(options))) if isinstance(options, list) else None,
-        options,
-        r.get("answer"),
-    )
+    labels = list(range(len(options))) if isinstance(options, list) else None
+    return choices(r, "CHOICES", labels, options, r.get("answer"))
 
 
 def arc(r):
     options = r["choices"] if isinstance(r.get("choices"), dict) else {}
-    return choices(
-        r, "CANDIDATE ANSWERS", options.get("label"), options.get("text"), r.get("answerKey")
-    )
+    labels, texts = options.get("label"), options.get("text")
+    return choices(r, "CANDIDATE ANSWERS", labels, texts, r.get("answerKey"))
 
 
 def winogrande(r):
     answer = str(r.get("answer"))  # "1" or "2"; the files hold text, some copies numbers
     if answer not in ("1", "2"):
         raise BadRecord(f"'answer' is {answer!r} and neither 1 nor 2")
-    columns = [["SENTENCE", "sentence"], ["OPTION1", "option1"], ["OPTION2", "option2"]]
-    return task(
-        [[name, text(r, key)] for name, key in columns], "ANSWER", text(r, f"option{answer}")
-    )
+    columns = [[key.upper(), text(r, key)] for key in ("sentence", "option1", "option2")]
+    return task(columns, "ANSWER", text(r, f"option{answer}"))
 
 
 SETS = {  # name: (hub id, configurations, split, record -> messages)
@@ -251,239 +159,86 @@ SETS = {  # name: (hub id, configurations, split, record -> messages)
     "arc": ("allenai/ai2_arc", ["ARC-Challenge", "ARC-Easy"], "train", arc),
     "gsm8k": ("openai/gsm8k", ["main"], "train", recognise),
     **{
-        w: ("allenai/winogrande", [w], "train", winogrande)
-        for w in ("winogrande_" + n for n in ("xs", *"sml", "xl"))
+        f"winogrande_{size}": ("allenai/winogrande", [f"winogrande_{size}"], "train", winogrande)
+        for size in ("xs", "s", "m", "l", "xl")
     },
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# messages -> tokens and targets
+def split_text(cfg, record):
+    """Messages of a whole text. The answer begins after the last response template in it."""
+    whole = text(record, cfg.text_field)
+    if not cfg.response_template:
+        return [message("assistant", whole)]
+    before, mark, answer = whole.rpartition(cfg.response_template)
+    if not mark:
+        raise Drop("no response template in the text")
+    return [message("user", before + mark), message("assistant", answer)]
 
 
-work = SimpleNamespace()  # the configuration and tokenizer of this process
+# -------------------------------------------------------------------------------- messages -> a row
 
 
-def setup(cfg):
-    work.cfg, work.tok = (
-        cfg,
-        tokenizer.load(cfg.model, template=cfg.template or ("plain" if cfg.text_field else None)),
-    )
-
-
-def split_text(record):
-    """A whole text as prompt and answer, cut by characters behind the last occurrence of the response template."""
-    whole = text(record, work.cfg.text_field)
-    cut = 0
-    if work.cfg.response_template:
-        cut = whole.rfind(work.cfg.response_template) + len(work.cfg.response_template)
-        if cut < len(work.cfg.response_template):
-            raise Drop("no response template in the text")
-    prompt = [{"role": "user", "content": whole[:cut]}] * bool(cut)
-    return [*prompt, {"role": "assistant", "content": whole[cut:]}]
-
-
-def encode(record):
-    """(ids (T,), mask (T,) bytes, truncated) of one record; Drop or BadRecord when there is no row in it."""
-    to_messages = SETS[work.cfg.source][3] if work.cfg.source in SETS else recognise
-    messages = split_text(record) if work.cfg.text_field else to_messages(record)
+def encode(cfg, tok, record):
+    """([(ids (T,), mask (T,) bytes)], ids, {"truncated": 0 or 1}) of a record, for convert.py."""
+    if cfg.text_field:
+        messages = split_text(cfg, record)
+    elif cfg.source in SETS:
+        messages = SETS[cfg.source][3](record)
+    else:
+        messages = recognise(record)
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     if not answers:
         raise Drop("no assistant turn")
     if not answers[-1].strip():
         raise Drop("empty answer")
-    last_only = work.cfg.train_on == "last" or work.cfg.source == "slimorca"
-    try:
-        ids, mask = work.tok.render(messages, last_only=last_only)
-    except UserError as e:
-        raise BadRecord(str(e)) from None
-    mask = bytes(mask)
-    end = mask.rfind(1) + 1  # nothing is learned from what follows the last target
-    truncated = end > work.cfg.max_length
-    if truncated and work.cfg.over_length == "drop":
-        raise Drop(f"longer than max_length={work.cfg.max_length}")
-    end = min(end, work.cfg.max_length)
-    if 1 not in mask[1:end]:  # the first token is nothing's next token
-        raise Drop(
-            f"no target left in max_length={work.cfg.max_length}"
-            if truncated
-            else "no target token"
-        )
-    return ids[:end], mask[:end], truncated
+    last_only = cfg.train_on == "last" or cfg.source == "slimorca"
+    ids, mask = convert.render(tok, messages, last_only)
+    truncated = len(ids) > cfg.max_length
+    if truncated and cfg.over_length == "drop":
+        raise Drop(f"longer than max_length={cfg.max_length}")
+    ids, mask = ids[: cfg.max_length], mask[: cfg.max_length]
+    if 1 not in mask[1:]:  # the first token is predicted from nothing
+        limit = f"left in max_length={cfg.max_length}" if truncated else "token"
+        raise Drop(f"no target {limit}")
+    return [(ids, mask)], ids, {"truncated": int(truncated)}
 
 
-def convert(chunk):
-    """(tokens, mask, lengths, hashes as arrays; rows truncated, reason -> rows dropped, bad records) of a chunk."""
-    name, items = chunk
-    tokens, masks, lengths, hashes, cut, dropped, bad = (
-        array("I"),
-        bytearray(),
-        [],
-        [],
-        0,
-        Counter(),
-        [],
-    )
-    key = work.cfg.seed.to_bytes(8, "little", signed=True)
-    for line, raw in items:
-        try:
-            ids, mask, truncated = encode(records.parse(raw))
-        except Drop as e:
-            dropped[str(e)] += 1
-        except BadRecord as e:
-            bad.append(f"{name}:{line}: {e}")
-        else:
-            row = array("I", ids)
-            tokens += row
-            masks += mask
-            lengths.append(len(row))
-            hashes.append(
-                int.from_bytes(hashlib.blake2b(row, digest_size=8, key=key).digest(), "little")
-            )
-            cut += truncated
-    arrays = (
-        np.frombuffer(tokens, np.uint32),
-        np.frombuffer(masks, np.uint8),
-        np.array(lengths, np.int64),
-    )
-    return *arrays, np.array(hashes, np.uint64), cut, dropped, bad
+# ------------------------------------------------------------------------------------ the whole job
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the whole job
-
-
-def find_sources(cfg):
-    """(files, None), or (None, [(name, records)]) where they come from the hub."""
+def find_files(cfg, hub):
+    """The files of the source; None for those of the hub. UserError where it can be neither."""
     known = cfg.source in SETS
-    hub, subsets, split = SETS[cfg.source][:3] if known else (cfg.source, [cfg.subset], cfg.split)
     if cfg.path and not known:
         raise UserError(
-            f"path= goes with the name of a known set ({', '.join(SETS)}), and source={cfg.source} is none"
+            f"path= goes with the name of a known set ({', '.join(SETS)}), and "
+            f"source={cfg.source} is none"
         )
-    files = records.find_files(cfg.path or cfg.source, cfg.out) if cfg.path or not known else None
-    if files:
-        return files, None
-    # org/name is an id of the hub, unless it looks like a path with a slip in it
-    on_hub = (
-        re.fullmatch(r"[\w.-]+/[\w.-]+", hub) and records.suffix(Path(hub)) not in records.SUFFIXES
-    )
-    if cfg.path or not on_hub or Path(hub).parent.exists():
+    path = cfg.path or cfg.source
+    files = records.find_files(path, cfg.out) if path != cfg.source or not known else None
+    # org/name is an id of the hub, unless it looks like a mistyped path
+    is_path = records.suffix(Path(hub)) in records.SUFFIXES or Path(hub).parent.exists()
+    if not files and (cfg.path or is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", hub)):
         near = config.nearest(cfg.source, SETS)
         hint = (
             f"did you mean '{near}'?" if near and not known else f"known sets are {', '.join(SETS)}"
         )
-        raise UserError(f"there is no file or folder {cfg.path or cfg.source}; {hint}")
-    return None, [(hub, records.read_hub(hub, subsets, split))]
-
-
-def show(tok, tokens, mask):
-    """The row as text, target tokens green (or in guillemets where NO_COLOR is set)."""
-    on, off = ("«", "»") if os.environ.get("NO_COLOR") else ("\033[32m", "\033[0m")
-    edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
-        piece = tok.decode(tokens[a:b].tolist(), skip_special=False)
-        print(f"{on}{piece}{off}" if mask[a] else piece, end="")
-    print("\n" + "-" * 80)
-
-
-def fill(cfg, tok, writer, split):
-    """The source's rows into `split` of `writer`; (hashes (N,), rows truncated, dropped by reason, bad records)."""
-    files, sources = find_sources(cfg)
-    total = sum(f.stat().st_size for f in files) if files else None
-    workers = cfg.workers or (records.cores() if total is None or total > 4e6 else 1)
-    hashes, truncated, dropped, bad, shown = [], 0, Counter(), [], 0
-    with records.progress(total, "B" if files else " rows") as bar:
-        if files:
-            sources = ((f, records.read_file(f, bar)) for f in files)
-        parts = records.ordered_map(convert, records.chunks(sources), workers, setup, (cfg,))
-        with contextlib.closing(parts):
-            for tokens, mask, lengths, part_hashes, cut, reasons, errors in parts:
-                if errors and cfg.on_error == "stop":
-                    raise UserError(
-                        f"{errors[0]}; mend it, or skip and count such records with on_error=skip"
-                    )
-                for a, n in zip(
-                    np.cumsum(lengths) - lengths, lengths[: cfg.show - shown], strict=False
-                ):
-                    show(tok, tokens[a : a + n], mask[a : a + n])
-                    shown += 1
-                writer.extend(split, tokens, mask, lengths)
-                hashes.append(part_hashes)
-                truncated += cut
-                dropped += reasons
-                bad += errors
-                if not files:
-                    bar.update(len(lengths))
-    kept = sum(map(len, hashes))
-    if not kept:
-        why = [f"{n} dropped: {reason}" for reason, n in dropped.most_common()]
-        why += [f"{len(bad)} bad, the first is {bad[0]}"] if bad else []
-        raise UserError(f"{cfg.source} gives no row ({'; '.join(why) or 'it holds no record'})")
-    return np.concatenate(hashes), truncated, dropped, bad
-
-
-def divide(writer, rows, picks):
-    """The rows with picks[i] into the split val, the others into train; neighbours of one fate together, 1,024 at most."""
-    changes = np.flatnonzero(np.diff(picks)) + 1
-    edges = np.unique(np.concatenate([changes, np.arange(0, len(picks), 1024), [len(picks)]]))
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
-        span = slice(rows.offsets[a], rows.offsets[b])
-        writer.extend(
-            "val" if picks[a] else "train", rows.tokens[span], rows.mask[span], rows.lengths[a:b]
-        )
+        raise UserError(f"there is no file or folder {path}; {hint}")
+    return files
 
 
 def main(cfg):
-    check_target(cfg.out)
-    setup(cfg)
-    tok = work.tok
-    tok.render(
-        [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-    )  # says so if there is no template
-    meta = dict(tokenizer=tok.fingerprint, template=tok.template, chat_template=tok.chat_template)
-    meta |= dict(source=cfg.source, model=cfg.model, seed=cfg.seed)
-    with Writer(cfg.out, tok.vocab_size, meta) as writer:
-        if cfg.val == "0":
-            hashes, truncated, dropped, bad = fill(cfg, tok, writer, "train")
-        else:  # the rows to hold out are known when all hashes are
-            with Writer(writer.tmp / "all", tok.vocab_size) as every:
-                hashes, truncated, dropped, bad = fill(cfg, tok, every, "all")
-            divide(writer, Store(writer.tmp / "all", "all"), records.held_out(hashes, cfg.val))
-            shutil.rmtree(writer.tmp / "all")
-        meta.update(
-            truncated=truncated,
-            dropped=dict(dropped.most_common()),
-            bad_records=len(bad),
-            first_bad=bad[:20],
-        )
-    report(cfg, tok, read_meta(cfg.out))
-
-
-def report(cfg, tok, meta):
-    splits, dropped = meta["splits"], meta["dropped"]
-    rows, tokens, targets = (
-        sum(s[k] for s in splits.values()) for k in ("rows", "tokens", "target_tokens")
-    )
-    table = [
-        ("records read", rows + sum(dropped.values()) + meta["bad_records"], ""),
-        ("rows kept", rows, ", ".join(f"{name} {s['rows']:,}" for name, s in splits.items())),
-        (
-            "rows truncated",
-            meta["truncated"],
-            f"at max_length={cfg.max_length}" if meta["truncated"] else "",
-        ),
-        *(("rows dropped", n, reason) for reason, n in dropped.items()),
-        *(
-            ("bad records", meta["bad_records"], f"skipped; the first: {bad}")
-            for bad in meta["first_bad"][:1]
-        ),
-        ("tokens", tokens, f"{tokens / rows:.1f} a row"),
-        ("target tokens", targets, f"{targets / tokens:.1%} of all"),
-    ]
-    print(f"{cfg.out}: {cfg.source} for the tokenizer of {cfg.model}, template {tok.template}")
-    for name, n, note in table:
-        print(f"  {name:<16}{n:>14,}  {note}".rstrip())
+    template = cfg.template or ("plain" if cfg.text_field else None)
+    tok, writer = convert.start(cfg, encode, template)
+    tok.render([message("user", ""), message("assistant", "")])  # UserError without a template
+    hub = SETS.get(cfg.source, (cfg.source, [cfg.subset], cfg.split))[:3]
+    with writer:
+        total = convert.fill(cfg, writer, "row", find_files(cfg, hub[0]), hub)
+        truncated = total.counts.get("truncated", 0)
+        writer.meta |= dict(truncated=truncated, dropped=total.dropped) | total.bad
+    note = f"at max_length={cfg.max_length}" if truncated else ""
+    convert.report(cfg, "row", total, "a row", after_kept=[("rows truncated", truncated, note)])
 
 
 if __name__ == "__main__":

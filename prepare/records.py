@@ -1,11 +1,14 @@
-"""Records from JSON arrays, JSONL, CSV, TSV and Parquet files (.gz too), from folders of them and from the hub:
-streamed in bounded memory, worked on by all cores, kept in order; and the choice of the rows to hold out.
+"""Records of JSON arrays, JSONL, CSV, TSV and Parquet files (.gz too), of folders and of the hub.
 
-What a reader yields is (line, raw): `raw` is a line of JSONL as bytes, a record (dict) or a BadRecord. `parse` makes a
-record of it in the worker. Parquet and the hub count rows instead of lines.
+Files are streamed in bounded memory. All cores work on the records, which keep their order. The
+choice of the rows to hold out is here too.
+
+A reader yields (line, raw): `raw` is a line of JSONL as bytes, a record (dict) or a BadRecord.
+`parse` makes a record of it in the worker. Parquet and the hub count rows instead of lines.
 """
 
 import codecs
+import contextlib
 import csv
 import gzip
 import io
@@ -30,9 +33,8 @@ from nano.config import UserError
 from nano.store import parse_share
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-MAX_RECORD = (
-    1 << 26
-)  # bytes of one record: a longer one is a quote that never closes, or not what the file's name says
+# bytes of one record; a longer one is a quote that never closes, or a file of another format
+MAX_RECORD = 1 << 26
 BLOCK = 1 << 20
 SPACE = re.compile(r"[ \t\r\n]*")
 BOM = b"\xef\xbb\xbf"
@@ -46,33 +48,38 @@ def suffix(path):
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def files_below(path, suffixes, own):
-    """The files of these formats in a folder, but none in a hidden folder or in `own`, the folders of what is made of them."""
-    hidden = re.compile(r"(^|/)\.").search
-    files = (
-        p
-        for p in path.rglob("*")
-        if p.is_file() and suffix(p) in suffixes and not hidden(p.relative_to(path).as_posix())
-    )
-    if not (files := sorted(p for p in files if not own & {*p.resolve().parents})):
+def files_below(path, suffixes, outputs):
+    """The files of these formats in a folder, sorted.
+
+    Files in hidden folders are left out, and those below `outputs`, a set of resolved folders.
+    Raises UserError where there is none.
+    """
+    files = []
+    for p in path.rglob("*"):
+        hidden = any(part.startswith(".") for part in p.relative_to(path).parts)
+        if p.is_file() and suffix(p) in suffixes and not hidden:
+            if outputs.isdisjoint(p.resolve().parents):
+                files.append(p)
+    if not files:
         raise UserError(f"folder {path} holds no {', '.join(suffixes)} file")
-    return files
+    return sorted(files)
 
 
 def find_files(source, out):
-    """The files that `source`, a file or a folder, stands for, without those below `out`; None when there is neither."""
+    """The files of a file or folder `source`, without those below `out`; None if it is neither."""
     path = Path(source)
     if path.is_dir():
         return files_below(path, SUFFIXES, {Path(out).resolve()})
     if path.exists() and suffix(path) not in SUFFIXES:
         raise UserError(
-            f"{path}: cannot tell its format, the name must end in {', '.join(SUFFIXES)}, or these and .gz"
+            f"{path}: cannot tell its format, the name must end in {', '.join(SUFFIXES)}, "
+            "or these and .gz"
         )
     return [path] if path.exists() else None
 
 
 def parse(raw):
-    """The record (dict) that a reader's `raw` stands for; BadRecord when there is none."""
+    """The record (dict) of what a reader yields; BadRecord when there is none."""
     if isinstance(raw, bytes):
         try:
             raw = json.loads(raw.decode("utf-8"))
@@ -99,22 +106,29 @@ def read_lines(f, name):
         line += 1
         if len(raw) == MAX_RECORD:
             raise UserError(
-                f"{name}:{line}: a line of over {MAX_RECORD >> 20} MB; JSONL has one record on each line"
+                f"{name}:{line}: a line of over {MAX_RECORD >> 20} MB; "
+                "JSONL has one record on each line"
             )
-        if raw := (raw.removeprefix(BOM) if line == 1 else raw).strip():
+        if line == 1:
+            raw = raw.removeprefix(BOM)
+        if raw := raw.strip():
             yield line, raw
 
 
 def read_array(f, name):
-    """The elements of a JSON array, with one block of the file and one element in memory at a time."""
-    scan, decode = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8-sig")().decode
-    text, at, line = "", 0, 1  # the buffer, what of it is read, and the line of text[at]
+    """(line, element) of a JSON array; one block of the file and one element are in memory."""
+    scan = json.JSONDecoder().raw_decode
+    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+    text = ""  # the buffer
+    at = 0  # text[at:] is not read yet
+    line = 1  # of text[at]
 
     def fill():
         nonlocal text, at
         raw = f.read(max(BLOCK, len(text) - at))
         try:
-            text, at = text[at:] + decode(raw, not raw), 0
+            text = text[at:] + decode(raw, not raw)
+            at = 0
         except UnicodeDecodeError as e:
             bad = line + text.count("\n", at) + e.object.count(b"\n", 0, e.start)
             raise UserError(
@@ -135,14 +149,16 @@ def read_array(f, name):
 
     def broken(what, where):
         raise UserError(
-            f"{name}:{where}: not valid JSON ({what}): mend it; only in JSONL can a record be skipped"
+            f"{name}:{where}: not valid JSON ({what}): mend it; "
+            "only in JSONL can a record be skipped"
         )
 
     next_char()
-    move(at + 1)  # the opening bracket
-    comma = next_char() != "]"
-    move(at + (not comma))
-    while comma:
+    at += 1  # behind the opening bracket
+    more = next_char() != "]"
+    if not more:
+        at += 1
+    while more:
         next_char()
         start = line
         while True:
@@ -150,9 +166,10 @@ def read_array(f, name):
                 element, end = scan(text, at)
                 break
             except json.JSONDecodeError as e:
-                # an element that the end of the buffer cuts off fails near that end, or in a string that stays open
-                cut = e.msg.startswith("Unterminated string") or e.pos > len(text) - 16
-                if not cut or len(text) - at > MAX_RECORD or not fill():
+                # an element may go on behind the buffer: then it fails near the end of the buffer,
+                # or in a string that stays open
+                cut_off = e.msg.startswith("Unterminated string") or e.pos > len(text) - 16
+                if not cut_off or len(text) - at > MAX_RECORD or not fill():
                     broken(e.msg, start + text.count("\n", at, e.pos))
             except ValueError:
                 broken("a number of thousands of digits", start)
@@ -160,21 +177,19 @@ def read_array(f, name):
                 broken("nested too deeply", start)
         move(end)
         yield start, element
-        comma = next_char() == ","
-        if not comma and next_char() != "]":
+        more = next_char() == ","
+        if not more and next_char() != "]":
             broken("no comma or closing bracket after a record", line)
-        move(at + 1)
+        at += 1
     if next_char():
         broken("something follows the closing bracket", line)
 
 
 def read_table(f, name, delimiter):
+    """(line, record) of a CSV or TSV file; the first row names the fields."""
     csv.field_size_limit(MAX_RECORD)
-    rows = csv.reader(
-        io.TextIOWrapper(f, "utf-8-sig", "surrogateescape", newline=""),
-        delimiter=delimiter,
-        strict=True,
-    )
+    text = io.TextIOWrapper(f, "utf-8-sig", "surrogateescape", newline="")
+    rows = csv.reader(text, delimiter=delimiter, strict=True)
     try:
         header = next(rows, [])
     except csv.Error as e:
@@ -189,29 +204,31 @@ def read_table(f, name, delimiter):
         except StopIteration:
             return
         except csv.Error as e:
-            if "unexpected end" in str(e) or "field limit" in str(
-                e
-            ):  # many rows that follow are in this one
+            # an open quote takes in the rows that follow, and skipping it would lose them
+            if "unexpected end" in str(e) or "field limit" in str(e):
                 raise UserError(
                     f"{name}:{line}: a quote opens in this row and never closes: mend the file"
                 ) from None
             yield line, BadRecord(f"not valid CSV ({e})")
             continue
-        if len(row) != len(header) and row:
+        if not row:  # an empty line
+            continue
+        if len(row) != len(header):
             yield line, BadRecord(f"{len(row)} columns, the header has {len(header)}")
-        elif re.search(r"[\udc80-\udcff]", "".join(row)):
+        elif re.search(r"[\udc80-\udcff]", "".join(row)):  # what surrogateescape makes of a byte
             yield line, BadRecord("not UTF-8")
-        elif row:
+        else:
             yield line, dict(zip(header, row, strict=True))
 
 
 def check_names(names, where):
-    if doubled := sorted({name for name in names if name and names.count(name) > 1}):
-        raise UserError(f"{where}: two columns are called '{doubled[0]}': rename one")
+    twice = {name for name in names if name and names.count(name) > 1}
+    if twice:
+        raise UserError(f"{where}: two columns are called '{min(twice)}': rename one")
 
 
 def read_parquet(path, bar, field=None):
-    """(row, record) of a file; field: the only column to read, of text."""
+    """(row, record) of a Parquet file. field: the only column to read."""
     import pyarrow
     import pyarrow.parquet
 
@@ -223,7 +240,8 @@ def read_parquet(path, bar, field=None):
             raise UserError(
                 f"{path} has no column '{field}': give text_field= one of {', '.join(names)}"
             )
-        row, size = 0, path.stat().st_size / max(file.metadata.num_rows, 1)
+        row = 0
+        size = path.stat().st_size / max(file.metadata.num_rows, 1)
         for batch in file.iter_batches(256, columns=[field] if field else None):
             yield from enumerate(batch.to_pylist(), row + 1)
             row += len(batch)
@@ -239,20 +257,16 @@ def read_parquet(path, bar, field=None):
 
 
 def read_hub(name, subsets, split):
-    """Rows of a dataset on the hub, streamed."""
+    """(row, record) of the configurations `subsets` of a dataset on the hub, streamed."""
     import datasets
 
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # its retries are no news; the last reason is given below
+    # its warnings about retries say no more than the last error, which is reported below
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         for subset in subsets:
-            yield from enumerate(
-                datasets.load_dataset(name, subset, split=split, streaming=True), 1
-            )
-    except (
-        Exception
-    ) as e:  # the hub's client has no common type for all that a network and a name can do
+            rows = datasets.load_dataset(name, subset, split=split, streaming=True)
+            yield from enumerate(rows, 1)
+    except Exception as e:  # the errors of the hub's client have no common type
         reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
         raise UserError(
             f"there is no file or folder {name}, and the hub does not give it: {reason}"
@@ -264,23 +278,35 @@ def read_file(path, bar):
     if suffix(path) == ".parquet":
         yield from read_parquet(path, bar)
         return
+    with open_file(path) as (f, on_disk):
+        first = f.read(BLOCK).removeprefix(BOM).lstrip()[:1]
+        f.seek(0)
+        if suffix(path) == ".csv":
+            items = read_table(f, path, ",")
+        elif suffix(path) == ".tsv":
+            items = read_table(f, path, "\t")
+        elif first == b"[":
+            items = read_array(f, path)
+        else:
+            items = read_lines(f, path)
+        done = 0
+        for i, item in enumerate(items):
+            if i % 256 == 0:
+                bar.update(on_disk.tell() - done)
+                done = on_disk.tell()
+            yield item
+        bar.update(path.stat().st_size - done)
+
+
+@contextlib.contextmanager
+def open_file(path):
+    """(the file, decompressed if it is .gz; the file on disk). UserError if it cannot be read."""
     try:
-        with (
-            open(path, "rb") as on_disk,
-            gzip.open(on_disk) if path.suffix.lower() == ".gz" else on_disk as f,
-        ):
-            first, done = f.read(BLOCK).removeprefix(BOM).lstrip()[:1], 0
-            f.seek(0)
-            if suffix(path) in (".csv", ".tsv"):
-                items = read_table(f, path, "\t" if suffix(path) == ".tsv" else ",")
+        with open(path, "rb") as on_disk:
+            if path.suffix.lower() == ".gz":
+                yield gzip.open(on_disk), on_disk
             else:
-                items = (read_array if first == b"[" else read_lines)(f, path)
-            for i, item in enumerate(items):
-                if i % 256 == 0:
-                    bar.update(on_disk.tell() - done)
-                    done = on_disk.tell()
-                yield item
-            bar.update(path.stat().st_size - done)
+                yield on_disk, on_disk
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise UserError(f"{path} is a damaged gzip file: {e}") from None
     except PermissionError:
@@ -288,24 +314,31 @@ def read_file(path, bar):
 
 
 def size(raw):
-    """About as many bytes as a reader's `raw` holds."""
+    """The bytes that a reader's `raw` takes, roughly."""
     if isinstance(raw, (str, bytes)):
         return len(raw)
-    return 16 + sum(
-        map(size, raw.values() if isinstance(raw, dict) else raw if isinstance(raw, list) else ())
-    )
+    if isinstance(raw, dict):
+        raw = raw.values()
+    elif not isinstance(raw, list):
+        return 16
+    return 16 + sum(map(size, raw))
 
 
 def chunks(sources):
-    """(name, [(line, raw), ...]) of up to 256 records or about 1 MB. `sources`: (name, iterator of (line, raw)) pairs."""
+    """(name, [(line, raw), ...]) of up to 256 records or about 1 MB.
+
+    sources: (name, iterator of (line, raw)) pairs.
+    """
     for name, items in sources:
-        chunk, held = [], 0
+        chunk = []
+        total = 0
         for line, raw in items:
             chunk.append((line, raw))
-            held += size(raw)
-            if len(chunk) == 256 or held > BLOCK:
+            total += size(raw)
+            if len(chunk) == 256 or total > BLOCK:
                 yield name, chunk
-                chunk, held = [], 0
+                chunk = []
+                total = 0
         if chunk:
             yield name, chunk
 
@@ -317,24 +350,28 @@ def progress(total, unit):
 
 
 def cores():
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def start_worker(setup, args):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     threading.Thread(target=follow, daemon=True).start()
     setup(*args)
 
 
 def follow():
-    """Ends this process when the main one is gone, killed perhaps: it would wait for work for ever."""
+    """Ends this process when the main one has been killed: it would wait for work forever."""
     parent_process().join()
     os._exit(1)
 
 
 def ordered_map(work, items, workers, setup, args):
-    """work(item) for every item, in order, on `workers` processes that have each called setup(*args); workers=1 is this
-    process, which has. Eight items a worker are under way at most, so that a fast reader cannot fill the memory."""
+    """work(item) of every item, in order, on `workers` processes. Each calls setup(*args) first.
+
+    workers=1 is this process, which has called it. At most eight items a worker are under way, so
+    that a fast reader does not fill the memory. Raises UserError when a worker process dies.
+    """
     if workers == 1:
         yield from map(work, items)
         return
@@ -357,12 +394,16 @@ def ordered_map(work, items, workers, setup, args):
 
 
 def held_out(hashes, val):
-    """Which rows to hold out, (N,) bool: exactly `val` of them ("100", "5%", "0.05"), chosen by the hash of their
-    content, so that a row's place does not matter and copies of one row are never on both sides."""
+    """Which rows to hold out, (N,) bool: exactly `val` of them ("100", "5%", "0.05").
+
+    They are chosen by `hashes` (N,) of their content: a row's place does not matter, and copies of
+    a row are all held out or all kept. Raises UserError where that cannot be.
+    """
     count = parse_share(val, len(hashes))
     if count >= len(hashes):
         raise UserError(f"val={val} leaves none of the {len(hashes)} rows to train on")
-    chosen, left = [], count
+    chosen = []
+    left = count
     for value, copies in zip(*np.unique(hashes, return_counts=True), strict=True):
         if not left:
             break
@@ -371,6 +412,7 @@ def held_out(hashes, val):
             left -= int(copies)
     if left:
         raise UserError(
-            f"val={val}: too many rows are copies of one another to hold out {count} that train has not"
+            f"val={val}: too many rows are copies of one another to hold out {count} "
+            "that train has not"
         )
     return np.isin(hashes, chosen)

@@ -1,16 +1,19 @@
-"""Plain text to a prepared data folder for pretraining: tokenized on all cores, each document ended by EOS.
+"""Plain text to a prepared data folder for pretraining: tokenized on all cores, each document ended
+by EOS.
 
     python -m prepare.text source=books/ tokenizer=models/smollm2 out=data/books val=0.01
     python -m prepare.text source=web.jsonl.gz tokenizer=train:8000 out=data/web
     python -m prepare.text source=stories.txt separator="<|endoftext|>" tokenizer=data/web/tokenizer out=data/stories
-    python -m prepare.text source=HuggingFaceFW/fineweb-edu subset=sample-10BT max_mb=5000 tokenizer=... out=data/edu
+    python -m prepare.text source=HuggingFaceFW/fineweb-edu subset=sample-10BT max_mb=5000 \\
+        tokenizer=... out=data/edu
 
-`source` is a .txt file (one document, or several with a separator between them), a JSON, JSONL, CSV, TSV or Parquet file
-(one a record, in text_field), any of these as .gz but Parquet, a folder of such files, or a hub id, which is streamed.
-A text of over 16 MB is cut at the end of a line. The tokenizer goes along as OUT/tokenizer, so that pretrain.py needs no other.
+`source` is a .txt file (one document, or several with a separator between them), a JSON, JSONL,
+CSV, TSV or Parquet file (one a record, in text_field), any of these as .gz but Parquet, a folder of
+such files, or a hub id, which is streamed. A text of over 16 MB is cut at the end of a line. The
+tokenizer goes along as OUT/tokenizer, so that pretrain.py needs no other.
 
-What is done lies in OUT.work, shard by shard (64 MB of text each): after an interruption the same command goes on there.
-"""
+What is done lies in OUT.work, shard by shard (64 MB of text each): after an interruption the same
+command goes on there."""
 
 import contextlib
 import gzip
@@ -36,9 +39,8 @@ import numpy as np
 import regex
 import sentencepiece
 
-from nano import config, tokenizer
+from nano import config, files, tokenizer, vocab
 from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
-from nano.files import sync
 from nano.store import Writer, check_target, parse_share, read_meta
 from prepare import records
 from prepare.records import BadRecord
@@ -73,7 +75,7 @@ class Config:
     workers: NonNegativeInt = 0  # processes; 0: one a core, and one in all for small files
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # source -> documents
 
 
@@ -94,8 +96,8 @@ def find_files(cfg):
 
 
 def read_text(path, separator, bar, counts):
-    """(line, bytes) of each document of a text file; one that is longer than LIMIT comes in pieces of whole lines. A separator
-    with line ends in it is found in a file of Windows too."""
+    """(line, bytes) of each document of a text file; one that is longer than LIMIT comes in pieces
+    of whole lines. A separator with line ends in it is found in a file of Windows too."""
     line, held, more, done = 1, b"", True, 0
     border = re.compile(re.escape(separator).replace(b"\\\n", b"\r?\n"))
     try:
@@ -126,17 +128,18 @@ def read_text(path, separator, bar, counts):
         raise UserError(f"{path} cannot be read: permission denied") from None
 
 
-def documents(cfg, files, bar, counts):
-    """(where, plain, raw) of every document: raw is bytes of text where `plain`, otherwise what records.parse takes."""
+def documents(cfg, paths, bar, counts):
+    """(where, plain, raw) of every document: raw is bytes of text where `plain`, otherwise what
+    records.parse takes."""
     separator = cfg.separator.replace("\\n", "\n").encode()
-    if files is None:
+    if paths is None:
         for line, record in records.read_hub(cfg.source, [cfg.subset], cfg.split):
             yield (
                 f"{cfg.source}:{line}",
                 False,
                 {k: v for k, v in record.items() if k == cfg.text_field} or record,
             )
-    for path in files or ():
+    for path in paths or ():
         plain = records.suffix(path) == ".txt"
         if plain:
             items = read_text(path, separator, bar, counts)
@@ -148,17 +151,17 @@ def documents(cfg, files, bar, counts):
             yield f"{path}:{line}", plain, raw
 
 
-def chunks(cfg, files, bar, counts):
+def chunks(cfg, paths, bar, counts):
     """(size, documents) of about CHUNK characters each, until max_mb."""
     chunk, size, left = [], 0, cfg.max_mb * 1e6 or math.inf
-    for item in documents(cfg, files, bar, counts):
+    for item in documents(cfg, paths, bar, counts):
         raw = item[2]
         text = raw.get(cfg.text_field) if isinstance(raw, dict) else raw
         chunk.append(item)
         size += len(text) if isinstance(text, (str, bytes)) else 0
         if size >= CHUNK or len(chunk) == 1 << 16:
             yield size, chunk
-            if files is None:
+            if paths is None:
                 bar.update(size)
             left -= size
             chunk, size = [], 0
@@ -191,7 +194,7 @@ def read(plain, raw, field):
     return tokenizer.mend(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # documents -> tokens
 
 state = SimpleNamespace()  # of this process: the tokenizer and the configuration
@@ -202,7 +205,8 @@ def setup(cfg, directory=None):
 
 
 def convert(chunk):
-    """(characters, tokens, lengths, bytes and hashes of the documents as arrays; empty documents, bad ones) of a chunk."""
+    """(characters, tokens, lengths, bytes and hashes of the documents as arrays; empty documents,
+    bad ones) of a chunk."""
     tok, size, key = state.tok, chunk[0], state.cfg.seed.to_bytes(8, "little", signed=True)
     tokens, lengths, sizes, hashes, empty, bad = array("I"), [], [], [], 0, []
     for where, plain, raw in chunk[1]:
@@ -235,13 +239,9 @@ def convert(chunk):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # documents -> a new tokenizer
 
-STEPS = [
-    {"type": "Digits", "individual_digits": True},
-    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-]
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -252,7 +252,7 @@ SENTENCE = 4096  # characters that sentencepiece gets at once
 
 def count_words(chunk):
     """Counter of the pieces (bytes) that byte-level BPE merges within."""
-    find, words = regex.compile(tokenizer.one_regex(STEPS)).findall, Counter()
+    find, words = regex.compile(vocab.DIGITS_GPT2).findall, Counter()
     for _, plain, raw in chunk[1]:
         with contextlib.suppress(BadRecord):  # the tokenizing pass reports it
             words.update(find(read(plain, raw, state.cfg.text_field)))
@@ -266,9 +266,10 @@ def count_words(chunk):
 
 
 def learn_merges(words, count):
-    """Byte-pair merges of `words` (bytes -> how often): up to `count` pairs of ids, where 0-255 are bytes and 256 + i is
-    the product of merge i. The most frequent pair is merged each time; of equals the one with the smaller ids.
-    Source: Sennrich et al. 2016 (arXiv:1508.07909), on words, each counted once for all its occurrences."""
+    """Byte-pair merges of `words` (bytes -> how often): up to `count` pairs of ids, where 0-255 are
+    bytes and 256 + i is the product of merge i. The most frequent pair is merged each time; of
+    equals the one with the smaller ids. Source: Sennrich et al. 2016 (arXiv:1508.07909), on words,
+    each counted once for all its occurrences."""
     parts, times = [list(word) for word in words], list(words.values())
     pairs, places = Counter(), defaultdict(set)
     for i, part in enumerate(parts):
@@ -326,30 +327,14 @@ def byte_level_bpe(words, size):
         raise UserError(
             f"the text has no more than {len(specials) + 256 + len(merges)} tokens to learn, not {size}: ask for less"
         )
-    tokens = [tokenizer.BYTE_CHAR[b] for b in range(256)]
+    tokens = [vocab.BYTE_CHAR[b] for b in range(256)]
     for a, b in merges:
         tokens.append(tokens[a] + tokens[b])
-    flags = dict(special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
-    spec = dict(
-        version="1.0",
-        truncation=None,
-        padding=None,
-        normalizer=None,
-        post_processor=None,
-        decoder=STEPS[1],
-        added_tokens=[dict(id=i, content=name, **flags) for i, name in enumerate(specials)],
-        pre_tokenizer=dict(type="Sequence", pretokenizers=STEPS),
-        model=dict(
-            type="BPE",
-            dropout=None,
-            unk_token=None,
-            continuing_subword_prefix=None,
-            end_of_word_suffix=None,
-            fuse_unk=False,
-            byte_fallback=False,
-            vocab={token: i for i, token in enumerate([*specials, *tokens])},
-            merges=[f"{tokens[a]} {tokens[b]}" for a, b in merges],
-        ),
+    spec = vocab.byte_level_json(
+        {token: i for i, token in enumerate([*specials, *tokens])},
+        [f"{tokens[a]} {tokens[b]}" for a, b in merges],
+        [vocab.added_token(i, name) for i, name in enumerate(specials)],
+        vocab.DIGITS_GPT2,
     )
     settings = dict(
         tokenizer_class="PreTrainedTokenizerFast",
@@ -361,8 +346,8 @@ def byte_level_bpe(words, size):
 
 
 def sentencepiece_bpe(texts, size):
-    """{file name: content} of a sentencepiece BPE of `size` tokens in Llama 2's manner: every other character is its bytes,
-    digits stand alone, text is left as it is."""
+    """{file name: content} of a sentencepiece BPE of `size` tokens in Llama 2's manner: every other
+    character is its bytes, digits stand alone, text is left as it is."""
     lines = (
         line[a : a + SENTENCE]
         for text in texts
@@ -397,8 +382,8 @@ def sentencepiece_bpe(texts, size):
             else str(e)
         )
         raise UserError(f"sentencepiece trains no tokenizer: {reason}") from None
-    names = {0: "<unk>", 1: "<s>", 2: "</s>"} | dict(enumerate(specials, 3))
-    flags = dict(special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
+    names = ["<unk>", "<s>", "</s>", *specials]
+    added = [vocab.added_token(i, name) for i, name in enumerate(names)]
     settings = dict(
         tokenizer_class="LlamaTokenizer",
         legacy=False,
@@ -410,23 +395,23 @@ def sentencepiece_bpe(texts, size):
         pad_token="<pad>",
         clean_up_tokenization_spaces=False,
         chat_template=CHATML,
-        added_tokens_decoder={str(i): dict(content=name, **flags) for i, name in names.items()},
+        added_tokens_decoder=vocab.added_tokens_decoder(added),
     )
     return {"tokenizer.model": model.getvalue(), "tokenizer_config.json": settings}
 
 
-def train_tokenizer(cfg, files, size, folder, workers):
+def train_tokenizer(cfg, paths, size, folder, workers):
     """A tokenizer of `size` tokens into `folder`."""
     if size < 300:
         raise UserError(
             f"tokenizer=train:{size}: 256 bytes and the special tokens need 300 or more"
         )
-    total = sum(f.stat().st_size for f in files) if files else None
+    total = sum(f.stat().st_size for f in paths) if paths else None
     every = max(1, round((total or 0) / (cfg.train_mb * 1e6)))  # one chunk of so many
 
     def sample(bar):
         taken = 0
-        for chunk in islice(chunks(cfg, files, bar, Counter()), 0, None, every):
+        for chunk in islice(chunks(cfg, paths, bar, Counter()), 0, None, every):
             yield chunk
             taken += chunk[0]
             if taken >= cfg.train_mb * 1e6:
@@ -454,16 +439,14 @@ def train_tokenizer(cfg, files, size, folder, workers):
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
     for name, value in content.items():
-        value = (
-            value
-            if isinstance(value, bytes)
-            else json.dumps(value, ensure_ascii=False, indent=1).encode()
-        )
-        (tmp / name).write_bytes(value)
-    os.rename(tmp, folder)
+        if isinstance(value, bytes):
+            files.write_bytes(tmp / name, value)
+        else:
+            files.write_json(tmp / name, value, ensure_ascii=False)
+    files.replace_dir(tmp, folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the whole job
 
 
@@ -472,9 +455,9 @@ def work_folder(cfg):
     return out.with_name(out.name + ".work")
 
 
-def open_work(cfg, files):
+def open_work(cfg, paths):
     """The folder of finished shards: what lies there of the same job, or an empty one."""
-    inputs = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files or ()]
+    inputs = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in paths or ()]
     same = (
         "source",
         "tokenizer",
@@ -503,8 +486,8 @@ def open_work(cfg, files):
         shutil.rmtree(work)
     tmp = work.with_name(f"{work.name}.tmp-{os.getpid()}")
     tmp.mkdir(parents=True)
-    (tmp / "job.json").write_text(text, encoding="utf-8")
-    os.rename(tmp, work)
+    files.write_text(tmp / "job.json", text)
+    files.replace_dir(tmp, work)
     return work
 
 
@@ -513,17 +496,15 @@ def write_shard(path, parts):
     _, tokens, lengths, sizes, hashes, empty, bad = zip(*parts, strict=True)
     bad = [error for errors in bad for error in errors]
     about = dict(chunks=len(parts), empty=sum(empty), bad=len(bad), first_bad=bad[:20])
-    tmp = path.with_suffix(".tmp")
-    with open(tmp, "wb") as f:
-        columns = map(np.concatenate, (tokens, lengths, sizes, hashes))
+    with files.replacing(path) as f:
         np.savez(
             f,
-            **dict(zip(("tokens", "lengths", "sizes", "hashes"), columns, strict=True)),
+            tokens=np.concatenate(tokens),
+            lengths=np.concatenate(lengths),
+            sizes=np.concatenate(sizes),
+            hashes=np.concatenate(hashes),
             about=np.array(json.dumps(about)),
         )
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
 
 
 def read_about(path):
@@ -536,7 +517,7 @@ def check_errors(cfg, errors):
         raise UserError(f"{errors[0]}; mend it, or skip and count such records with on_error=skip")
 
 
-def fill(cfg, files, work, directory, workers, counts):
+def fill(cfg, paths, work, directory, workers, counts):
     """Tokenizes what the finished shards in `work` do not hold yet; the paths of all shards."""
     shards = []
     while (path := work / f"{len(shards):05d}.npz").exists():
@@ -547,7 +528,7 @@ def fill(cfg, files, work, directory, workers, counts):
         check_errors(cfg, about["first_bad"])
     if shards:
         print(f"going on after the {len(shards)} finished shards in {work}")
-    total = sum(f.stat().st_size for f in files) if files else None
+    total = sum(f.stat().st_size for f in paths) if paths else None
     parts, size = [], 0
 
     def close():
@@ -556,7 +537,7 @@ def fill(cfg, files, work, directory, workers, counts):
         shards.append(path)
 
     with records.progress(total, "B") as bar:
-        todo = islice(chunks(cfg, files, bar, counts), done, None)
+        todo = islice(chunks(cfg, paths, bar, counts), done, None)
         with contextlib.closing(
             records.ordered_map(convert, todo, workers, setup, (cfg, directory))
         ) as results:
@@ -573,8 +554,9 @@ def fill(cfg, files, work, directory, workers, counts):
 
 
 def held_out(hashes, val):
-    """Which documents to hold out, (N,) bool: those of the smallest hashes, so that a document's place does not matter and
-    copies of one are on the same side. A few less than `val` where copies meet the limit."""
+    """Which documents to hold out, (N,) bool: those of the smallest hashes, so that a document's
+    place does not matter and copies of one are on the same side. A few less than `val` where copies
+    meet the limit."""
     count = parse_share(val, len(hashes))
     if count >= len(hashes):
         raise UserError(
@@ -584,7 +566,8 @@ def held_out(hashes, val):
 
 
 def assemble(cfg, directory, shards, counts):
-    """The shards into the store: documents in order, those to hold out chosen by the hash of their content."""
+    """The shards into the store: documents in order, those to hold out chosen by the hash of their
+    content."""
     abouts = [read_about(path) for path in shards]
     empty, bad = sum(about["empty"] for about in abouts), sum(about["bad"] for about in abouts)
     first_bad = [error for about in abouts for error in about["first_bad"]][:20]
@@ -624,26 +607,24 @@ def assemble(cfg, directory, shards, counts):
                 size[split] += int(sizes[rows].sum())
         size += Counter()  # drops a split without bytes
         (own := writer.tmp / "tokenizer").mkdir()
-        for path in [path for pattern in tokenizer.FILES for path in directory.glob(pattern)]:
-            shutil.copyfile(path, own / path.name)
-            sync(own / path.name)
+        tokenizer.copy_files(directory, own)
 
 
 def main(cfg):
     check_target(cfg.out)
     train = re.fullmatch(r"train:(\d[\d_]*)", cfg.tokenizer)
-    files = find_files(cfg)
-    work, counts = open_work(cfg, files), Counter()
+    paths = find_files(cfg)
+    work, counts = open_work(cfg, paths), Counter()
     directory = work / "tokenizer" if train else Path(cfg.tokenizer)
     workers = cfg.workers or (
-        records.cores() if files is None or sum(f.stat().st_size for f in files) > 4e6 else 1
+        records.cores() if paths is None or sum(f.stat().st_size for f in paths) > 4e6 else 1
     )
     try:
         setup(cfg)
         if train and not directory.exists():
-            train_tokenizer(cfg, files, int(train[1]), directory, workers)
+            train_tokenizer(cfg, paths, int(train[1]), directory, workers)
         setup(cfg, directory)
-        shards = fill(cfg, files, work, directory, workers, counts)
+        shards = fill(cfg, paths, work, directory, workers, counts)
         assemble(cfg, directory, shards, counts)
     except BaseException:
         if any(work.glob("*.npz")) or directory == work / "tokenizer" and directory.exists():

@@ -5,27 +5,28 @@
     python -m prepare.toy task=preferences model=out/reviews/sft/last out=data/reviews
     python -m prepare.toy task=bullets out=data/bullets
 
-`instructions` writes train.jsonl and test.jsonl, Alpaca records (instruction, input, output) of a dozen one-line tasks
-that a small chat model does not answer to the letter but learns quickly; no input is in both files. `exact_match` scores.
+`instructions` writes train.jsonl and test.jsonl, Alpaca records (instruction, input, output) of a
+dozen one-line tasks that a small chat model does not answer to the letter but learns quickly; no
+input is in both files. `exact_match` scores.
 
-`reviews` is a language of 36 words, `the NOUN is ADJ (and ADJ){0,2} .`, in which every answer has a known worth, `gold`:
-pretrain.jsonl (texts), sft.jsonl (prompt, completion), prompts.jsonl, and tokenizer/, one token a word. A way to try the
-whole path from pretraining to PPO in minutes (reward=prepare/toy.py:gold). `preferences` adds preferences.jsonl: four
-answers of a model to each of 1,000 prompts, ranked by gold plus noise of variance 1, as people would disagree.
+`reviews` is a language of 36 words, `the NOUN is ADJ (and ADJ){0,2} .`, in which every answer has a
+known worth, `gold`: pretrain.jsonl (texts), sft.jsonl (prompt, completion), prompts.jsonl, and
+tokenizer/, one token a word. A way to try the whole path from pretraining to PPO in minutes
+(reward=prepare/toy.py:gold). `preferences` adds preferences.jsonl: four answers of a model to each
+of 1,000 prompts, ranked by gold plus noise of variance 1, as people would disagree.
 
-`bullets` asks a real chat model for three bullet points in train.jsonl and, on other subjects, test.jsonl. `three_bullets` is the
-reward (reward=prepare/toy.py:three_bullets); the answer that stands in the records only shows the form.
-"""
+`bullets` asks a real chat model for three bullet points in train.jsonl and, on other subjects,
+test.jsonl. `three_bullets` is the reward (reward=prepare/toy.py:three_bullets); the answer that
+stands in the records only shows the form."""
 
 import json
-import os
 import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nano import config, weights
+from nano import config, files, vocab, weights
 from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
 
 
@@ -34,23 +35,18 @@ class Config:
     task: Literal["instructions", "reviews", "preferences", "bullets"] = "instructions"
     out: str = "data/toy"  # folder
     model: str = ""  # preferences: the model whose answers are ranked
-    rows: NonNegativeInt = 0  # to train on; 0: 3,000 instructions, 10,000 reviews, 1,000 ranked prompts, 300 prompts for bullets
+    rows: NonNegativeInt = (
+        0  # to train on; 0: 3,000 instructions, 10,000 reviews, 1,000 rankings, 300 bullets
+    )
     test: PositiveInt = 300  # instructions or bullets held out, or prompts of reviews
     seed: Seed = 0
 
 
 def write_jsonl(path, records):
-    """Whole or not at all: under another name first, then renamed."""
-    tmp = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(tmp, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+    files.write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # instructions
 
 COLORS = "red blue green black white yellow brown pink orange purple gray".split()
@@ -190,7 +186,7 @@ def exact_match(outputs, records):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # reviews
 
 VERBS = "review describe rate judge".split()
@@ -208,8 +204,9 @@ def sentence(rng, noun, weights):
 
 
 def gold(prompt, response, finished=True):
-    """What an answer is worth: -2 unless it is one sentence of the language and ended; else 1 for the prompt's noun,
-    and 1 for each different good adjective less 1 for each bad one (4 at most)."""
+    """What an answer is worth: -2 unless it is one sentence of the language and ended; else 1 for
+    the prompt's noun, and 1 for each different good adjective less 1 for each bad one (4 at
+    most)."""
     match = SENTENCE.fullmatch(response.strip())
     adjectives = {a for a in match.groups()[1:] if a} if match else set()
     if not finished or not match or not adjectives <= {*GOOD, *BAD, *NEUTRAL}:
@@ -220,40 +217,29 @@ def gold(prompt, response, finished=True):
 
 
 def write_tokenizer(dir):
-    """A Hugging Face tokenizer of the reviews' 36 words: each, with the space before it, is an added token of a
-    byte-level BPE that has no merges."""
+    """A Hugging Face tokenizer of the reviews' 36 words: each, with the space before it, is an
+    added token of a byte-level BPE that has no merges."""
     words = [
         "<u>",
         *(f" {w}" for w in ["<a>", "the", "is", "and", ".", *VERBS, *NOUNS, *GOOD, *BAD, *NEUTRAL]),
     ]
-    tokens = {token: i for i, token in enumerate(["<pad>", "<eos>", *words])}
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
-    spec = dict(
-        version="1.0",
-        truncation=None,
-        padding=None,
-        normalizer=None,
-        post_processor=None,
-        added_tokens=[dict(id=i, content=t, **flags, special=i < 2) for t, i in tokens.items()],
-        pre_tokenizer=dict(
-            type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True
-        ),
-        decoder=dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True),
-        model=dict(type="BPE", vocab={"<pad>": 0, "<eos>": 1}, merges=[]),
-    )
+    tokens = enumerate(["<pad>", "<eos>", *words])
+    added = [vocab.added_token(i, token, special=i < 2) for i, token in tokens]
     settings = dict(
         tokenizer_class="PreTrainedTokenizerFast",
         eos_token="<eos>",
         pad_token="<pad>",
         model_max_length=64,
     )
-    for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", settings)):
-        (dir / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    spec = vocab.byte_level_json({"<pad>": 0, "<eos>": 1}, [], added)
+    files.write_json(dir / "tokenizer.json", spec)
+    files.write_json(dir / "tokenizer_config.json", settings)
 
 
 def reviews(rows, prompts, seed=0):
-    """Records by file name: texts to pretrain on, prompts with answers that name the right noun in 80% of the cases
-    and whose adjectives are 40% good, 40% bad and 20% neutral, and prompts alone."""
+    """Records by file name: texts to pretrain on, prompts with answers that name the right noun in
+    80% of the cases and whose adjectives are 40% good, 40% bad and 20% neutral, and prompts
+    alone."""
     rng = random.Random(seed)
 
     def ask():
@@ -297,7 +283,7 @@ def preferences(model, rows, answers=4, seed=0):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # bullets
 
 QUESTIONS = [
@@ -315,8 +301,9 @@ QUESTIONS = [
 
 
 def three_bullets(prompt, response, finished=True):
-    """1 for an answer that ended and is three bullet points and nothing else. Less than half for what comes near: the share of
-    lines that are bullet points, times how close their number is to three."""
+    """1 for an answer that ended and is three bullet points and nothing else. Less than half for
+    what comes near: the share of lines that are bullet points, times how close their number is to
+    three."""
     lines = [line.strip() for line in response.strip().splitlines() if line.strip()]
     points = sum(line.startswith(("- ", "* ", "\u2022 ")) for line in lines)
     if finished and points == len(lines) == 3:

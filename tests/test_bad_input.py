@@ -124,7 +124,7 @@ def test_keys_and_values(run, tmp_path, more, words):
         (dict(lora_rank=-4), ["lora_rank=-4"]),
         (dict(lora_rank=4, train="qv"), ["train=", "lora_targets"]),
         (dict(lora_rank=4, freeze_layers=1), ["freeze_layers=", "lora_targets"]),
-        (dict(train="attention", freeze_layers=2), ["freeze_layers=2", "nothing to train"]),
+        (dict(train="attention", freeze_layers=2), ["freeze_layers=", "nothing to train"]),
         (dict(resume="true"), ["resume=true", "no saved state"]),
     ],
     ids=str,

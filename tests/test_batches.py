@@ -54,10 +54,7 @@ def test_pack_is_best_fit_decreasing(lengths, more, seed):
 
 
 def test_pack_by_hand():
-    assert sorted(sorted(p.tolist()) for p in pack([6, 5, 4, 3, 2], 10)) == [
-        [0, 2],
-        [1, 3, 4],
-    ]
+    assert sorted(sorted(p.tolist()) for p in pack([6, 5, 4, 3, 2], 10)) == [[0, 2], [1, 3, 4]]
     assert pack([], 10) == []
     for bad in ([0, 3], [11]):
         with pytest.raises(ValueError, match="1 ... 10"):
@@ -104,8 +101,8 @@ def test_collate_by_hand():
     )
     b = collate([[one, two], [three], []], length=8, prompt_weight=0.25)
     assert b["tokens"].tolist() == [[7, 8, 9, 4, 5, 6, 0, 0], [3] + [0] * 7, [0] * 8]
-    assert b["targets"].tolist() == [[8, 9, 4, 0, 6, 0, 0, 0], [0] * 8, [0] * 8]
-    assert b["weights"].tolist() == [[1, 0.25, 1, 0, 1, 0, 0, 0], [0] * 8, [0] * 8]
+    assert b["targets"].tolist() == [8, 9, 4, 6]
+    assert b["weights"].tolist() == [1, 0.25, 1, 1]
     assert b["positions"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 0], [0] * 8, [0] * 8]
     assert b["docs"].tolist() == [[0, 0, 0, 0, 1, 1, -1, -1], [0] + [-1] * 7, [-1] * 8]
     assert b["index"].tolist() == [0, 1, 2, 4] and (b["n_tokens"], b["n_targets"]) == (7, 3)
@@ -115,12 +112,14 @@ def test_collate_by_hand():
     assert all(t.is_contiguous() for t in tensors.values())
     fixed = collate([[one, two], [three], []], 8, fixed_shapes=True)
     assert fixed["index"].tolist() == list(range(24))
+    assert fixed["targets"].tolist() == [8, 9, 4, 0, 6, 0, 0, 0] + [0] * 16
+    assert fixed["weights"].tolist() == [1, 0.25, 1, 0, 1, 0, 0, 0] + [0] * 16
 
 
 def test_a_token_behind_the_length_is_a_target_only():
     b = collate([[([7, 8, 9, 4], [1, 1, 1, 1])], [([5, 6], [1, 1]), ([3, 2], [1, 1])]], 3)
     assert b["tokens"].tolist() == [[7, 8, 9], [5, 6, 3]]
-    assert b["targets"].tolist() == [[8, 9, 4], [6, 0, 2]]
+    assert b["targets"].tolist() == [8, 9, 4, 6, 2]
     assert b["index"].tolist() == [0, 1, 2, 3, 5] and b["n_tokens"] == 6
 
 
@@ -143,7 +142,7 @@ def test_episodes_by_hand():
 def test_episodes_of_fixed_shapes_hold_the_same_actions():
     packed, fixed = episodes(EPISODES), episodes(EPISODES, length=8)
     assert fixed["tokens"].shape == (3, 8) and fixed["index"].tolist() == list(range(24))
-    real = fixed["weights"].flatten() > 0
+    real = fixed["weights"] > 0
     for name in ("actions", "rows"):
         assert fixed[name][real].tolist() == packed[name].tolist()
     flat = [b["tokens"].flatten()[b["last"]].tolist() for b in (packed, fixed)]
@@ -153,15 +152,19 @@ def test_episodes_of_fixed_shapes_hold_the_same_actions():
 def documents(batch):
     """The documents of a collated batch: a Counter of (tokens, weights of being predicted)."""
     found = Counter()
+    flat = torch.zeros(batch["tokens"].numel())
+    flat[batch["index"]] = batch["weights"]
+    all_weights = flat.view(batch["tokens"].shape)
+    following = batch["tokens"].flatten().roll(-1)[batch["index"]]
+    assert torch.equal(following, batch["targets"])
     for b in range(len(batch["tokens"])):
         for doc in range(int(batch["docs"][b].max()) + 1):
             at = (batch["docs"][b] == doc).nonzero()[:, 0]
             assert batch["positions"][b, at].tolist() == list(range(len(at)))
-            assert batch["targets"][b, at[:-1]].tolist() == batch["tokens"][b, at[1:]].tolist()
-            weights = batch["weights"][b, at]
+            weights = all_weights[b, at]
             assert weights[-1] == 0
             found[tuple(batch["tokens"][b, at].tolist()), tuple(weights.tolist())] += 1
-        assert (batch["weights"][b][batch["docs"][b] < 0] == 0).all()
+        assert (all_weights[b][batch["docs"][b] < 0] == 0).all()
     return found
 
 

@@ -125,7 +125,7 @@ def test_gradients_of_packed_rows():
         ]
         batch = tiny.batch(packs, 200)
         batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-        sft.loss_sum(model, batch).backward()
+        sft.loss_sum(model, model(batch), batch).backward()
         found.append({name: p.grad.cpu() for name, p in model.named_parameters()})
     for name, grad in found[0].items():
         assert (found[1][name] - grad).abs().max() <= 1e-5 * max(1, grad.abs().max()), name
@@ -183,7 +183,7 @@ def test_samples_equal_the_cpus(settings):
 def test_graphs_do_what_steps_do(dtype):
     model, prompts = moved(small()).to(dtype), ragged(9)
     made = [
-        generate(model, prompts, 150, batch_size=4, seed=1, stop_ids=(5,), graphs=graphs)
+        generate(model, prompts, 150, batch_size=4, seed=1, stop_ids=(5,), plan=dict(graphs=graphs))
         for graphs in (True, False)
     ]
     assert made[0].tokens == made[1].tokens and made[0].logprobs == made[1].logprobs

@@ -49,6 +49,8 @@ def forward_logprobs(model, prompt, tokens, temperature=1.0):
     return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
 
 
+FEW = dict(shapes="few", sync_every=8)
+
 FAMILIES = {
     "multi-head": dict(n_kv_heads=4),
     "grouped, tied": dict(n_kv_heads=2, tie_embeddings=True),
@@ -123,10 +125,10 @@ def test_samples_do_not_depend_on_the_batch():
     for other in (
         dict(batch_size=1),
         dict(batch_size=4),
-        dict(batch_size=5, sync_every=8),
-        dict(batch_size=4, pack=True),
-        dict(batch_size=5, shapes="fixed", sync_every=4),
-        dict(batch_size=12, shapes="few", sync_every=8),
+        dict(batch_size=5, plan=dict(sync_every=8)),
+        dict(batch_size=4, plan=dict(pack=True)),
+        dict(batch_size=5, plan=dict(shapes="fixed", sync_every=4)),
+        dict(batch_size=12, plan=dict(shapes="few", sync_every=8)),
     ):
         again = generate(model, prompts, 40, **settings, **other)
         assert again.tokens == one.tokens and again.finished == one.finished, other
@@ -263,13 +265,11 @@ def test_unequal_lengths_cost_their_sum(monkeypatch):
     batches = sum(16 * max(lengths[i : i + 16]) for i in range(0, 64, 16))
     assert made.row_steps == sum(steps) < 0.4 * batches
     assert len(steps) < 0.6 * batches / 16  # rows are refilled before the last of them ends
-    made = generate(model, prompts, lengths, batch_size=16, shapes="few", sync_every=8)
+    made = generate(model, prompts, lengths, batch_size=16, plan=FEW)
     assert [len(t) for t in made.tokens] == lengths and sum(
         lengths
     ) < made.row_steps < 0.7 * batches
-    made = generate(
-        model, prompts[:16], [100] + [2] * 15, batch_size=16, shapes="few", sync_every=8
-    )
+    made = generate(model, prompts[:16], [100] + [2] * 15, batch_size=16, plan=FEW)
     assert made.row_steps == 16 * 8 + 92
 
 
@@ -288,8 +288,7 @@ def test_rows_that_are_done_idle_without_harm(streaming):
         [[1] * 56] + [[2]] * 4,
         asked,
         batch_size=5,
-        shapes="few",
-        sync_every=8,
+        plan=FEW,
         on_token=on_token if streaming else None,
     )
     assert [len(t) for t in made.tokens] == lengths
@@ -312,8 +311,7 @@ def test_fixed_shapes_run_every_batch_in_one_shape(monkeypatch):
         ragged(7),
         lengths,
         batch_size=3,
-        shapes="fixed",
-        sync_every=5,
+        plan=dict(shapes="fixed", sync_every=5),
         step_hook=lambda: hooked.append(1),
     )
     assert [len(t) for t in made.tokens] == lengths
@@ -352,7 +350,13 @@ def test_streaming_sees_every_token_and_may_stop():
     for sync_every in (1, 4):
         seen.clear()
         made = generate(
-            model, prompts, 25, seed=1, on_token=on_token, batch_size=3, sync_every=sync_every
+            model,
+            prompts,
+            25,
+            seed=1,
+            on_token=on_token,
+            batch_size=3,
+            plan=dict(sync_every=sync_every),
         )
         assert [seen[i] for i in range(5)] == made.tokens
         assert made.tokens == [t[:7] if i == 2 else t for i, t in enumerate(whole.tokens)]
@@ -388,18 +392,20 @@ def test_adapters_count_packed_or_not():
     model.train()
     assert expected != base.tokens
     for pack in (False, True):
-        assert generate(model, prompts, 20, temperature=0.0, pack=pack).tokens == expected
+        assert (
+            generate(model, prompts, 20, temperature=0.0, plan=dict(pack=pack)).tokens == expected
+        )
     lora.use(model, None)
     assert generate(model, prompts, 20, temperature=0.0).tokens == base.tokens
 
 
 def test_weights_are_read_anew_each_time():
     model = tiny(dim=256, ffn_dim=256, std=0.1)
-    before = generate(model, [[1, 2, 3]], 20, temperature=0.0, pack=True)
+    before = generate(model, [[1, 2, 3]], 20, temperature=0.0, plan=dict(pack=True))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.1 + 0.3 * torch.rand_like(p))
-    after = generate(model, [[1, 2, 3]], 20, temperature=0.0, pack=True)
+    after = generate(model, [[1, 2, 3]], 20, temperature=0.0, plan=dict(pack=True))
     assert after.tokens != before.tokens
     assert after.tokens[0] == greedy_uncached(model, [1, 2, 3], 20)
 
@@ -424,7 +430,7 @@ def test_sharded_and_compiled_models(tmp_path):
             m._forward_pre_hooks for m in G.snapshot(model, torch.float32, False).modules()
         )
         for pack in (False, True):
-            assert generate(model, ragged(3), 20, pack=pack).tokens == expected.tokens
+            assert generate(model, ragged(3), 20, plan=dict(pack=pack)).tokens == expected.tokens
         model(dict(tokens=torch.tensor([[1, 2, 3]]))).sum().backward()
         assert all(p.grad is not None for n, p in model.named_parameters() if "lm_head" not in n)
         assert generate(model, ragged(3), 20).tokens == expected.tokens

@@ -1,4 +1,4 @@
-"""Instruction records to rows: readers against json.loads, rows against text laid out by hand, and every bad input."""
+"""prepare.instructions: readers against json.loads, rows against texts by hand, and bad input."""
 
 import contextlib
 import csv
@@ -13,38 +13,28 @@ import sys
 import time
 import tracemalloc
 import types
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import jsonl
 
-from nano import config, tokenizer
+from nano import config, store, tokenizer
 from nano.config import UserError
 from nano.store import Store
-from prepare import instructions, records
+from prepare import convert, instructions, records
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """A model directory whose tokens are bytes, so that tokens can be read as text; ChatML's tokens and EOS."""
-    dir = tmp_path_factory.mktemp("bytes")
-    vocab = {char: i for i, char in enumerate(tokenizer.BYTE_CHAR.values())}
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    added = [
-        dict(id=256 + i, content=t, **flags)
-        for i, t in enumerate(["<|im_start|>", "<|im_end|>", "</s>"])
-    ]
-    spec = dict(
-        added_tokens=added,
-        pre_tokenizer=dict(type="ByteLevel", use_regex=True, add_prefix_space=False),
-    )
-    spec |= dict(normalizer=None, model=dict(type="BPE", vocab=vocab, merges=[]))
-    (dir / "tokenizer.json").write_text(json.dumps(spec))
-    (dir / "tokenizer_config.json").write_text(json.dumps(dict(eos_token="</s>")))
-    return str(dir)
+    """A model directory whose tokens are bytes, so that they can be read as text."""
+    special = ["<|im_start|>", "<|im_end|>", "</s>"]
+    return str(tiny.model_dir(tmp_path_factory.mktemp("bytes"), special=special))
 
 
 def prepare(model, out, source, **keys):
@@ -53,40 +43,36 @@ def prepare(model, out, source, **keys):
     return Store(out)
 
 
-def write(path, items):
-    path.write_text(
-        "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8"
-    )
-    return path
-
-
 def texts(model, store):
     """[(the row as text, [its spans of target text])]"""
-    tok, rows = tokenizer.load(model), []
+    tok = tokenizer.load(model)
+    rows = []
     for i in range(len(store)):
         tokens, mask = store.row(i)
         edges = [0, *(np.flatnonzero(np.diff(mask)) + 1), len(mask)]
-        spans = [
-            tok.decode(tokens[a:b].tolist(), False)
-            for a, b in zip(edges, edges[1:], strict=False)
-            if mask[a]
-        ]
+        spans = [tok.decode(tokens[a:b].tolist(), False) for a, b in pairwise(edges) if mask[a]]
         rows.append((tok.decode(tokens.tolist(), False), spans))
     return rows
 
 
 def one(model, tmp_path, record, **keys):
-    [row] = texts(
-        model, prepare(model, tmp_path / "out", write(tmp_path / "in.jsonl", [record]), **keys)
-    )
+    """The row of one record: (its text, [its spans of target text])."""
+    store = prepare(model, tmp_path / "out", jsonl(tmp_path / "in.jsonl", [record]), **keys)
+    [row] = texts(model, store)
     return row
 
 
-# -------------------------------------------------------------------------------------------------------- record shapes
+def messages(turns, keys=("role", "content")):
+    return [dict(zip(keys, turn, strict=True)) for turn in turns]
+
+
+# ------------------------------------------------------------------------------------ record shapes
 
 U, A, E = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
 S = "<|im_start|>system\n"
-TALK = [("human", "Hi"), ("gpt", "Hello."), ("human", "Bye"), ("gpt", "So long.")]
+TALK = messages(
+    [("human", "Hi"), ("gpt", "Hello."), ("human", "Bye"), ("gpt", "So long.")], ("from", "value")
+)
 CHAT = f"{U}Hi{E}\n{A}Hello.{E}\n{U}Bye{E}\n{A}So long.{E}"
 
 
@@ -126,13 +112,10 @@ CHAT = f"{U}Hi{E}\n{A}Hello.{E}\n{U}Bye{E}\n{A}So long.{E}"
         (
             dict(
                 messages=[
-                    dict(role=r, content=c, **w)
-                    for r, c, w in [
-                        ("user", "Hi", {}),
-                        ("assistant", [dict(type="text", text="Hello.")], dict(weight=0)),
-                        ("user", "Bye", {}),
-                        ("assistant", "So long.", dict(weight=1)),
-                    ]
+                    dict(role="user", content="Hi"),
+                    dict(role="assistant", content=[dict(type="text", text="Hello.")], weight=0),
+                    dict(role="user", content="Bye"),
+                    dict(role="assistant", content="So long.", weight=1),
                 ]
             ),
             CHAT,
@@ -140,56 +123,34 @@ CHAT = f"{U}Hi{E}\n{A}Hello.{E}\n{U}Bye{E}\n{A}So long.{E}"
         ),
         (dict(input="P", output="C", Label=2), f"{U}P{E}\n{A}C{E}", [f"C{E}"]),
         (
-            dict(
-                prompt=[dict(role="user", content="P")],
-                completion=[dict(role="assistant", content="C")],
-            ),
+            dict(prompt=messages([("user", "P")]), completion=messages([("assistant", "C")])),
             f"{U}P{E}\n{A}C{E}",
             [f"C{E}"],
         ),
+        (dict(conversations=TALK), CHAT, [f"Hello.{E}", f"So long.{E}"]),
         (
-            dict(conversations=[dict(zip(("from", "value"), t, strict=True)) for t in TALK]),
-            CHAT,
-            [f"Hello.{E}", f"So long.{E}"],
-        ),
-        (
-            dict(
-                messages=[
-                    dict(role=r, content=c)
-                    for r, c in [("system", "S"), ("user", "P"), ("assistant", "C")]
-                ]
-            ),
+            dict(messages=messages([("system", "S"), ("user", "P"), ("assistant", "C")])),
             f"{S}S{E}\n{U}P{E}\n{A}C{E}",
             [f"C{E}"],
         ),
         (
             dict(
-                messages=[
-                    dict(
-                        role="user",
-                        content=[dict(type="text", text="P"), dict(type="text", text="Q")],
-                    )
-                ]
-            )
-            | dict(
+                messages=messages(
+                    [("user", [dict(type="text", text="P"), dict(type="text", text="Q")])]
+                ),
                 chosen=dict(role="assistant", content="better"),
                 rejected=dict(role="assistant", content="worse"),
             ),
             f"{U}PQ{E}\n{A}better{E}",
             [f"better{E}"],
         ),
-        # a user's last word is not answered, and nothing is learned from it
+        # a user's last message has no answer, and the row ends before it
         (
-            dict(
-                conversations=[
-                    dict(role=r, content=c)
-                    for r, c in [("user", "P"), ("gpt", "C"), ("user", "Thanks")]
-                ]
-            ),
+            dict(conversations=messages([("user", "P"), ("gpt", "C"), ("user", "Thanks")])),
             f"{U}P{E}\n{A}C{E}",
             [f"C{E}"],
         ),
-        # the name of a control token in a record is text: it is longer than one token
+        # the name of a control token in a record is text, and takes more than one token
         (dict(prompt="a<|im_end|>b", completion="c"), f"{U}a<|im_end|>b{E}\n{A}c{E}", [f"c{E}"]),
         (
             dict(prompt="Zür\u2028", completion="写 \U0001f600"),
@@ -206,53 +167,43 @@ def test_control_tokens_in_records_are_text(model, tmp_path):
     store = prepare(
         model,
         tmp_path / "out",
-        write(tmp_path / "a.jsonl", [dict(prompt="a<|im_end|>b", completion="<|im_end|>")]),
+        jsonl(tmp_path / "a.jsonl", [dict(prompt="a<|im_end|>b", completion="<|im_end|>")]),
     )
     tokens, mask = store.row(0)
-    assert (tokens == 257).sum() == 2 and mask[tokens == 257].tolist() == [
-        0,
-        1,
-    ]  # the template's own
+    assert mask[tokens == 257].tolist() == [0, 1]  # the two ends of turns, from the template
 
 
 def test_train_on_last(model, tmp_path):
-    record = dict(conversations=[dict(zip(("from", "value"), t, strict=True)) for t in TALK])
+    record = dict(conversations=TALK)
     assert one(model, tmp_path, record, train_on="last") == (CHAT, [f"So long.{E}"])
 
 
 def test_every_row_of_alpaca(model, tmp_path, shared_data):
     store = prepare(model, tmp_path / "out", shared_data / "alpaca_en_demo.json", max_length=10_000)
     rows = json.loads((shared_data / "alpaca_en_demo.json").read_text(encoding="utf-8"))
-    asked = ["\n\n".join(filter(None, (r["instruction"], r["input"]))) for r in rows]
-    expected = [
-        (f"{U}{q}{E}\n{A}{r['output']}{E}", [r["output"] + E])
-        for q, r in zip(asked, rows, strict=True)
-    ]
+    expected = []
+    for r in rows:
+        question = "\n\n".join(filter(None, (r["instruction"], r["input"])))
+        expected.append((f"{U}{question}{E}\n{A}{r['output']}{E}", [r["output"] + E]))
     assert len(expected) == 999 and texts(model, store) == expected
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen2"])
 def test_response_template_is_found_by_characters(tmp_path, shared_data, family):
     """Whatever the text before and after it is, in a vocabulary with merges."""
-    model, rng = str(shared_data / "tok_fixtures" / family), random.Random(0)
+    model = str(shared_data / "tok_fixtures" / family)
+    rng = random.Random(0)
     words = ["### Label:", "###", " Label:", "\n", "the", " and", "é", "\n\n", ":", " "]
-    rows = [
-        "".join(rng.choices(words, k=rng.randint(0, 6)))
-        + " ### Label:"
-        + rng.choice(words[5:])
-        + "x"
-        for _ in range(60)
-    ]
-    source = write(tmp_path / "in.jsonl", [dict(text=t) for t in rows])
-    got = texts(
-        model,
-        prepare(model, tmp_path / "out", source, text_field="text", response_template="### Label:"),
-    )
-    cuts = [t.rindex("### Label:") + len("### Label:") for t in rows]
+    mark = "### Label:"
+    rows = []
+    for _ in range(60):
+        before = "".join(rng.choices(words, k=rng.randint(0, 6)))
+        rows.append(f"{before} {mark}{rng.choice(words[5:])}x")
+    source = jsonl(tmp_path / "in.jsonl", [dict(text=t) for t in rows])
+    store = prepare(model, tmp_path / "out", source, text_field="text", response_template=mark)
+    got = texts(model, store)
     bos, eos = got[0][0].split(rows[0])
-    assert eos and got == [
-        (bos + t + eos, [t[cut:] + eos]) for t, cut in zip(rows, cuts, strict=True)
-    ]
+    assert eos and got == [(bos + t + eos, [t.rpartition(mark)[2] + eos]) for t in rows]
 
 
 def test_text_field(model, tmp_path, capsys):
@@ -262,7 +213,7 @@ def test_text_field(model, tmp_path, capsys):
         dict(text="A: first"),
         dict(text="Q: A: "),
     ]
-    source = write(tmp_path / "in.jsonl", rows)
+    source = jsonl(tmp_path / "in.jsonl", rows)
     store = prepare(model, tmp_path / "out", source, text_field="text", response_template="A:")
     assert texts(model, store) == [
         ("Q: a A: b A: c</s>", [" c</s>"]),
@@ -275,10 +226,10 @@ def test_text_field(model, tmp_path, capsys):
     assert "rows kept" in out and "no response template" in out and "target tokens" in out
 
 
-# ----------------------------------------------------------------------------------------------------------- known sets
+# --------------------------------------------------------------------------------------- known sets
 
 CHOICES = dict(text=["sun", "moon"], label=["A", "B"])
-SETS = {  # the record of each set, its prompt and its target under the column template
+SETS = {  # name: (record, prompt and target under the template "columns")
     "alpaca": (
         dict(instruction="Add.", input="1 2", output="3", text="..."),
         "### INSTRUCTION:\nAdd.\n\n### INPUT:\n1 2\n\n### RESPONSE:\n",
@@ -331,38 +282,29 @@ SETS = {  # the record of each set, its prompt and its target under the column t
 @pytest.mark.parametrize("name", SETS)
 def test_known_sets(model, tmp_path, name):
     record, prompt, target = SETS[name]
-    path = write(tmp_path / "in.jsonl", [record])
+    path = jsonl(tmp_path / "in.jsonl", [record])
     store = prepare(model, tmp_path / "out", name, path=str(path), template="columns")
     assert texts(model, store) == [(f"{prompt}{target}</s>", [f"{target}</s>"])]
-    chat = prepare(model, tmp_path / "out", name, path=str(path))  # and as a chat
+    chat = prepare(model, tmp_path / "out", name, path=str(path))
     assert texts(model, chat)[0][1] == [target + E]
 
 
 def test_known_sets_in_their_variants(model, tmp_path):
     def target(name, record):
-        store = prepare(
-            model,
-            tmp_path / "out",
-            name,
-            path=str(write(tmp_path / "in.jsonl", [record])),
-            template="columns",
-        )
+        path = str(jsonl(tmp_path / "in.jsonl", [record]))
+        store = prepare(model, tmp_path / "out", name, path=path, template="columns")
         return texts(model, store)[0]
 
-    assert target(
-        "arc", dict(question="Q", choices=dict(text=["x", "y"], label=["1", "2"]), answerKey="2")
-    )[1] == ["y</s>"]
+    numbered = dict(text=["x", "y"], label=["1", "2"])
+    assert target("arc", dict(question="Q", choices=numbered, answerKey="2"))[1] == ["y</s>"]
     assert target("winogrande_xl", SETS["winogrande_xs"][0] | dict(answer=2))[1] == ["Ben</s>"]
-    assert target("openorca-multiplechoice", dict(system_prompt="", question="Q", response="R"))[
-        0
-    ].startswith("### QUESTION:")
-    turns = [{"from": f, "value": v} for f, v in TALK]
-    row, targets = target(
-        "slimorca", dict(conversations=turns)
-    )  # the last answer alone is a target
-    assert targets == ["So long.</s>"]
+    record = dict(system_prompt="", question="Q", response="R")
+    assert target("openorca-multiplechoice", record)[0].startswith("### QUESTION:")
+    row, targets = target("slimorca", dict(conversations=TALK))
+    assert targets == ["So long.</s>"]  # the last answer alone
     assert row.startswith(
-        "### FROM:\nhuman\n\n### VALUE:\nHi\n\n### FROM:\ngpt\n\n### VALUE:\nHello.\n\n### FROM:\nhuman"
+        "### FROM:\nhuman\n\n### VALUE:\nHi\n\n"
+        "### FROM:\ngpt\n\n### VALUE:\nHello.\n\n### FROM:\nhuman"
     )
     for name, record in (
         ("arc", dict(question="Q", choices=CHOICES, answerKey="E")),
@@ -376,38 +318,15 @@ def test_known_sets_in_their_variants(model, tmp_path):
 
 
 MORE = [
-    dict(
-        conversations=[dict(zip(("from", "value"), t, strict=True)) for t in TALK],
-        system="S",
-        tools="[]",
-        chosen={},
-    ),
+    dict(conversations=TALK, system="S", tools="[]", chosen={}),
     dict(instruction="Q", input="", output="R", history=[["Q", "R"]], system=""),
     dict(
         prompt=[dict(role="user", content="P")],
         completion=[dict(role="assistant", content=[dict(type="text", text="C")])],
     ),
 ]
-JUNK = [
-    None,
-    0,
-    1,
-    2.5,
-    True,
-    "",
-    " ",
-    "x",
-    "user",
-    "\ud800",
-    [],
-    [1],
-    ["x"],
-    [[]],
-    [["x", 3]],
-    {},
-    {"role": "user"},
-    {"text": []},
-]
+JUNK = [None, 0, 1, 2.5, True, "", " ", "x", "user", "\ud800"]
+JUNK += [[], [1], ["x"], [[]], [["x", 3]], {}, {"role": "user"}, {"text": []}]
 
 
 def spoil(rng, value):
@@ -425,34 +344,36 @@ def spoil(rng, value):
 
 @pytest.mark.parametrize("template", ["chatml", "columns", "llama2"])
 def test_no_record_is_a_traceback(model, template):
-    rng, bad, good = random.Random(0), 0, 0
+    rng = random.Random(0)
+    bad = good = 0
+    samples = [(name, record) for name, (record, _, _) in SETS.items()]
+    samples += [("any", record) for record in MORE] * 2
     job = instructions.Config(source="any", model=model, out="", template=template)
-    instructions.setup(job)
+    tok = tokenizer.load(model, template=template)
     for _ in range(3000):
-        job.source, record = rng.choice(
-            [(n, r[0]) for n, r in SETS.items()] + [("any", r) for r in MORE] * 2
-        )
+        job.source, record = rng.choice(samples)
         for _ in range(rng.randint(1, 2)):
             record = spoil(rng, record)
         try:
-            ids, mask, truncated = instructions.encode(records.parse(record))
-        except (instructions.Drop, records.BadRecord) as e:
+            [(ids, mask)], _, counts = instructions.encode(job, tok, records.parse(record))
+        except (convert.Drop, records.BadRecord) as e:
             assert str(e)
             bad += 1
         else:
-            assert len(ids) == len(mask) and mask[-1] == 1 and not truncated
+            assert len(ids) == len(mask) and mask[-1] == 1 and not counts["truncated"]
             good += 1
     assert bad > 1000 and good > 100
 
 
-# -------------------------------------------------------------------------------------------------------------- lengths
+# ------------------------------------------------------------------------------------------ lengths
 
 
 def test_over_length_and_no_target(model, tmp_path):
     rows = [dict(prompt="p", completion="c" * n) for n in (1, 10, 40)]
     rows += [dict(prompt="p" * 60, completion="c"), dict(prompt="p", completion=" \n")]
     rows.append(dict(messages=[dict(role="user", content="?")]))
-    source, head = write(tmp_path / "in.jsonl", rows), len("suser\npe\nsassistant\n")
+    source = jsonl(tmp_path / "in.jsonl", rows)
+    head = len("suser\npe\nsassistant\n")  # s and e are one control token each
     limit = head + 20
     store = prepare(model, tmp_path / "out", source, max_length=limit)
     assert store.lengths.tolist() == [head + 2, head + 11]
@@ -471,7 +392,7 @@ def test_over_length_and_no_target(model, tmp_path):
     assert store.row(2)[1].tolist() == [0] * head + [1] * 20
 
 
-# ------------------------------------------------------------------------------------------------------- the held-out
+# ------------------------------------------------------------------------------------- the held-out
 
 
 def contents(store):
@@ -481,30 +402,27 @@ def contents(store):
 @pytest.mark.parametrize("val, count", [("100", 100), ("7", 7), ("10%", 40), ("0.025", 10)])
 def test_val_is_exact(model, tmp_path, val, count):
     rows = [dict(prompt=f"p{i}", completion="c") for i in range(400)]
-    train = prepare(model, tmp_path / "out", write(tmp_path / "in.jsonl", rows), val=val)
-    held = Store(tmp_path / "out", "val")
-    assert (len(train), len(held)) == (400 - count, count)
+    train = prepare(model, tmp_path / "out", jsonl(tmp_path / "in.jsonl", rows), val=val)
+    held_out = store.Store(tmp_path / "out", "val")
+    assert (len(train), len(held_out)) == (400 - count, count)
     prepare(model, tmp_path / "whole", tmp_path / "in.jsonl")
-    whole = contents(Store(tmp_path / "whole"))
-    assert sorted(contents(train) + contents(held)) == sorted(whole)
-    assert contents(train) == [
-        row for row in whole if row not in set(contents(held))
-    ]  # the order stays
+    whole = contents(store.Store(tmp_path / "whole"))
+    assert sorted(contents(train) + contents(held_out)) == sorted(whole)
+    rest = [row for row in whole if row not in set(contents(held_out))]
+    assert contents(train) == rest  # the order stays
 
 
 def test_val_goes_by_content(model, tmp_path):
-    rows = [
-        dict(prompt=f"p{i % 150}", completion="c") for i in range(200)
-    ]  # fifty rows are there twice
-    write(tmp_path / "a.jsonl", rows)
-    write(tmp_path / "b.jsonl", rows[::-1])
-    held = {}
+    rows = [dict(prompt=f"p{i % 150}", completion="c") for i in range(200)]  # fifty are there twice
+    jsonl(tmp_path / "a.jsonl", rows)
+    jsonl(tmp_path / "b.jsonl", rows[::-1])
+    held_out = {}
     for name, seed in (("a", 0), ("b", 0), ("a", 1)):
         train = prepare(model, tmp_path / "out", tmp_path / f"{name}.jsonl", val="40", seed=seed)
         val = Store(tmp_path / "out", "val")
         assert len(val) == 40 and not set(contents(train)) & set(contents(val))
-        held[name, seed] = sorted(contents(val))
-    assert held["a", 0] == held["b", 0] != held["a", 1]
+        held_out[name, seed] = sorted(contents(val))
+    assert held_out["a", 0] == held_out["b", 0] != held_out["a", 1]
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=40), st.integers(0, 39))
@@ -518,7 +436,7 @@ def test_held_out_never_parts_copies(hashes, val):
 
 
 def test_val_that_cannot_be(model, tmp_path):
-    write(tmp_path / "in.jsonl", [dict(prompt="p", completion="c")] * 10)
+    jsonl(tmp_path / "in.jsonl", [dict(prompt="p", completion="c")] * 10)
     cases = {
         "10": "leaves none of the 10",
         "11": "more than the 10 rows",
@@ -531,7 +449,7 @@ def test_val_that_cannot_be(model, tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-# ---------------------------------------------------------------------------------------------------------- the readers
+# -------------------------------------------------------------------------------------- the readers
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -554,18 +472,16 @@ def test_array_reader_is_json_loads(items, block, draw):
         dict(indent="\t", separators=(" ,", " :\n")),
     ]
     style = draw.draw(st.sampled_from(styles))
-    raw = json.dumps(items, **style).encode(
-        "utf-8", "surrogatepass" if style.get("ensure_ascii", True) else "replace"
-    )
-    old, records.BLOCK = records.BLOCK, block
+    errors = "surrogatepass" if style.get("ensure_ascii", True) else "replace"
+    raw = json.dumps(items, **style).encode("utf-8", errors)
+    old = records.BLOCK
+    records.BLOCK = block
     try:
         read = list(records.read_array(io.BytesIO(raw), "f"))
         assert [item for _, item in read] == json.loads(raw)
         for line, item in read:
-            assert (
-                raw.decode().split("\n")[line - 1].find(json.dumps(item, **style).split("\n")[0])
-                >= 0
-            )
+            first_line = json.dumps(item, **style).split("\n")[0]
+            assert first_line in raw.decode().split("\n")[line - 1]
         cut = draw.draw(st.integers(1, len(raw) - 1))
         with pytest.raises(UserError, match=r"f:\d+: not "):
             list(records.read_array(io.BytesIO(raw[:cut]), "f"))
@@ -594,13 +510,11 @@ def test_array_reader_names_the_line(raw, says, monkeypatch):
 
 
 class Endless(io.RawIOBase):
-    """A JSON array of `total` bytes that is made while it is read."""
+    """A JSON array of `total` bytes that is written while it is read."""
 
     def __init__(self, total):
-        self.left, self.record = (
-            total,
-            b'{"instruction": "' + b"word " * 200 + b'", "output": "x"},\n',
-        )
+        self.left = total
+        self.record = b'{"instruction": "' + b"word " * 200 + b'", "output": "x"},\n'
         self.rest = b"["
 
     def read(self, n):
@@ -625,7 +539,7 @@ def test_array_reader_needs_little_memory(monkeypatch):
     count, peak = peak_memory(lambda: sum(1 for _ in records.read_array(Endless(30_000_000), "f")))
     assert count > 28_000 and peak < 8e6
 
-    def open_quote():  # swallows records until it is too long for one
+    def open_quote():  # takes in records until it is too long for one
         file = Endless(30_000_000)
         file.rest = b'[{"a": "'
         file.record = file.record.translate(None, b'"\n')
@@ -648,9 +562,8 @@ def test_all_formats_give_the_same_rows(model, tmp_path):
     (tmp_path / "a.json").write_text(
         json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8"
     )
-    (tmp_path / "b.json").write_text(
-        text, encoding="utf-8"
-    )  # one record a line under the other name
+    # each of the two formats under the other's name
+    (tmp_path / "b.json").write_text(text, encoding="utf-8")
     (tmp_path / "b.jsonl").write_text("\ufeff " + json.dumps(rows), encoding="utf-8")
     with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as f:
         f.write(text)
@@ -666,8 +579,8 @@ def test_all_formats_give_the_same_rows(model, tmp_path):
         pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=70
     )
     (tmp_path / "dir/sub").mkdir(parents=True)
-    write(tmp_path / "dir/0.jsonl", rows[:100])
-    write(tmp_path / "dir/sub/1.json", rows[100:])
+    jsonl(tmp_path / "dir/0.jsonl", rows[:100])
+    jsonl(tmp_path / "dir/sub/1.json", rows[100:])
     (tmp_path / "dir/README.md").write_text("no data")
     expected = contents(prepare(model, tmp_path / "out", tmp_path / "a.jsonl"))
     assert len(expected) == 300
@@ -678,41 +591,35 @@ def test_all_formats_give_the_same_rows(model, tmp_path):
 def test_workers_do_not_matter(model, tmp_path):
     rows = [dict(prompt=f"p{i}", completion="c" * (i % 50)) for i in range(1500)]
     rows[700] = dict(prompt="p")
-    source = write(tmp_path / "in.jsonl", rows)
+    source = jsonl(tmp_path / "in.jsonl", rows)
     keys = dict(on_error="skip", val="50", max_length=60)
     alone = prepare(model, tmp_path / "one", source, workers=1, **keys)
     shared = prepare(model, tmp_path / "two", source, workers=2, **keys)
-    for name in os.listdir(tmp_path / "one"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), (
-            name
-        )
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
     assert alone.meta["bad_records"] == shared.meta["bad_records"] == 1
 
 
 def test_hub(model, tmp_path, monkeypatch):
-    """What is asked of `datasets`, and what becomes of its errors; the hub itself is not needed."""
-    asked = []
+    """The calls of `datasets`, and what its errors become; the hub itself is not needed."""
+    calls = []
 
     def load_dataset(name, subset, split, streaming):
-        asked.append((name, subset, split, streaming))
+        calls.append((name, subset, split, streaming))
         if subset == "secret":
             raise ConnectionError("no network\nlong story")
         return [dict(question=f"{subset} {i}", choices=CHOICES, answerKey="A") for i in range(2)]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     store = prepare(model, tmp_path / "out", "arc", template="columns")
-    assert asked == [
+    assert calls == [
         ("allenai/ai2_arc", subset, "train", True) for subset in ("ARC-Challenge", "ARC-Easy")
     ]
-    assert [t[0].split("\n")[1] for t in texts(model, store)] == [
-        "ARC-Challenge 0",
-        "ARC-Challenge 1",
-        "ARC-Easy 0",
-        "ARC-Easy 1",
-    ]
+    questions = [text.split("\n")[1] for text, _ in texts(model, store)]
+    assert questions == ["ARC-Challenge 0", "ARC-Challenge 1", "ARC-Easy 0", "ARC-Easy 1"]
     with pytest.raises(UserError, match="the hub does not give it: no network$"):
         prepare(model, tmp_path / "other", "org/name-v1.5", subset="secret", split="test")
-    assert asked[-1] == ("org/name-v1.5", "secret", "test", True)
+    assert calls[-1] == ("org/name-v1.5", "secret", "test", True)
 
 
 def double(x):
@@ -726,10 +633,10 @@ def test_ordered_map_does_not_run_ahead():
     assert [0, *out] == [2 * i for i in range(100)]
 
 
-# ----------------------------------------------------------------------------------------------------------- bad inputs
+# --------------------------------------------------------------------------------------- bad inputs
 
 GOOD = json.dumps(dict(prompt="p", completion="c")).encode()
-BAD = {  # file name: content, what the one sentence says
+BAD = {  # file name: (content, part of the error message)
     "cut.jsonl": (
         GOOD + b"\n" + GOOD[:-3] + b"\n",
         "cut.jsonl:2: not valid JSON (Unterminated string",
@@ -752,7 +659,8 @@ BAD = {  # file name: content, what the one sentence says
         "role.json:1: unknown role 'narrator'",
     ),
     "order.json": (
-        b'[{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}, {"role": "gpt", "content": "x"}]}]',
+        b'[{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}, '
+        b'{"role": "gpt", "content": "x"}]}]',
         "order.json:1: message 2",
     ),
     "array.json": (b"[" + GOOD + b",\n" + GOOD + b",\n{]", "array.json:3: not valid JSON"),
@@ -795,6 +703,16 @@ BAD = {  # file name: content, what the one sentence says
 }
 
 
+def arguments(model, dir, name, *more):
+    """The command line for a file in `dir`."""
+    keys = [f"source={dir / name}", f"model={model}", f"out={dir / 'out'}", "template=chatml"]
+    return [*keys, *more]
+
+
+def snapshot(dir):
+    return {path: path.read_bytes() for path in dir.rglob("*") if path.is_file()}
+
+
 def run_main(monkeypatch, capfd, *argv):
     """(exit status, stderr) of the program, run in this process."""
     monkeypatch.setattr(sys, "argv", ["prepare.instructions", *argv])
@@ -807,19 +725,11 @@ def run_main(monkeypatch, capfd, *argv):
 def test_bad_files(model, tmp_path, monkeypatch, capfd, name):
     content, says = BAD[name]
     (tmp_path / name).write_bytes(content)
-    prepare(model, tmp_path / "out", write(tmp_path / "good.jsonl", [json.loads(GOOD)]))
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    argv = [
-        f"source={tmp_path / name}",
-        f"model={model}",
-        f"out={tmp_path / 'out'}",
-        "template=chatml",
-    ]
-    status, err = run_main(monkeypatch, capfd, *argv)
+    prepare(model, tmp_path / "out", jsonl(tmp_path / "good.jsonl", [json.loads(GOOD)]))
+    before = snapshot(tmp_path)
+    status, err = run_main(monkeypatch, capfd, *arguments(model, tmp_path, name))
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
-    assert {
-        p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()
-    } == before  # nothing lost, nothing left behind
+    assert snapshot(tmp_path) == before  # nothing is lost, and nothing left behind
 
 
 @pytest.mark.parametrize(
@@ -841,7 +751,7 @@ def test_bad_files(model, tmp_path, monkeypatch, capfd, name):
 def test_bad_keys(model, tmp_path, monkeypatch, capfd, keys, says):
     monkeypatch.chdir(tmp_path)
     source = "in.jsonl" if keys.get("source") != "." else "in.txt"
-    write(tmp_path / source, [json.loads(GOOD)])
+    jsonl(tmp_path / source, [json.loads(GOOD)])
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/mine").write_text("mine")
     keys = dict(source=source, model=model, out="out", template="chatml") | keys
@@ -855,17 +765,14 @@ def test_on_error_skip(model, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
     store = prepare(model, tmp_path / "out", tmp_path / "in.jsonl", on_error="skip")
     assert len(store) == 2 and store.meta["bad_records"] == 3
-    assert [line.split(": ")[0].rsplit(":")[-1] for line in store.meta["first_bad"]] == [
-        "2",
-        "3",
-        "5",
-    ]
+    lines = [message.split(": ")[0].rsplit(":")[-1] for message in store.meta["first_bad"]]
+    assert lines == ["2", "3", "5"]
     assert "bad records" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("limit", [1 << 20, 100])
 def test_an_open_quote_is_not_skipped(model, tmp_path, monkeypatch, limit):
-    """All rows behind it would be, uncounted."""
+    """All rows behind it would be skipped with it, and not counted."""
     monkeypatch.setattr(records, "MAX_RECORD", limit)
     (tmp_path / "in.csv").write_text('prompt,completion,,\na,b,,\nc,"d\n' + "e,f,,\n" * 50)
     with pytest.raises(UserError, match="in.csv:3: a quote opens in this row and never closes"):
@@ -892,62 +799,55 @@ def test_parquet_with_two_columns_of_a_name_or_text_that_is_none(model, tmp_path
 
 
 def test_a_folder_may_hold_its_store_and_hidden_copies(model, tmp_path):
-    write(tmp_path / "in.jsonl", [json.loads(GOOD)])
+    jsonl(tmp_path / "in.jsonl", [json.loads(GOOD)])
     (tmp_path / ".ipynb_checkpoints").mkdir()
-    write(tmp_path / ".ipynb_checkpoints/in.jsonl", [json.loads(GOOD)])
+    jsonl(tmp_path / ".ipynb_checkpoints/in.jsonl", [json.loads(GOOD)])
     for _ in range(2):
         assert len(prepare(model, tmp_path / "store", tmp_path)) == 1
 
 
 def test_names_that_are_not_utf8(model, tmp_path):
-    """Of files and fields: they are only told about."""
+    """Names of files and fields only appear in messages."""
     source = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
     source.write_bytes(
         GOOD + b'\n{"\\ud83d": 1}\n{"messages": [{"role": "\\ud83d", "content": "x"}]}\n'
     )
     store = prepare(model, tmp_path / "out", source, on_error="skip")
-    assert (
-        len(store) == 1
-        and store.meta["bad_records"] == 2
-        and "\ud83d" in store.meta["first_bad"][0]
-    )
+    assert len(store) == 1 and store.meta["bad_records"] == 2
+    assert "\ud83d" in store.meta["first_bad"][0]
 
 
 def test_chunks_are_cut_by_bytes_too():
-    """Or else 8 x workers x 256 long records would be in memory."""
+    """Otherwise 8 x workers x 256 long records could be in memory."""
     long = [(i, dict(messages=[dict(role="user", content="x" * 400_000)])) for i in range(7)]
-    assert [len(items) for _, items in records.chunks([("a", long)])] == [3, 3, 1]
-    assert [len(items) for _, items in records.chunks([("a", [(0, b"x")] * 600)])] == [256, 256, 88]
-    assert [len(items) for _, items in records.chunks([("a", [(0, b"x" * 2_000_000)] * 2)])] == [
-        1,
-        1,
-    ]
+    cases = {
+        (3, 3, 1): long,
+        (256, 256, 88): [(0, b"x")] * 600,
+        (1, 1): [(0, b"x" * 2_000_000)] * 2,
+    }
+    for sizes, items in cases.items():
+        assert tuple(len(chunk) for _, chunk in records.chunks([("a", items)])) == sizes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_job_leaves_no_process(model, tmp_path, number):
-    """Nor, when it is asked to end, a half-written folder."""
+    """After SIGTERM it leaves no half-written folder either."""
     with open(tmp_path / "in.jsonl", "wb") as f:
         f.write((GOOD + b"\n") * 400_000)
-    argv = [
-        f"source={tmp_path / 'in.jsonl'}",
-        f"model={model}",
-        f"out={tmp_path / 'out'}",
-        "template=chatml",
-        "workers=2",
-    ]
+    argv = arguments(model, tmp_path, "in.jsonl", "workers=2")
     job = subprocess.Popen(
         [sys.executable, "-m", "prepare.instructions", *argv], cwd=ROOT, start_new_session=True
     )
 
     def alive():
-        found = []
+        processes = []
         for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):  # it has ended
+            with contextlib.suppress(OSError):  # the process has ended meanwhile
                 state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
-                found += [path] * (int(session) == job.pid and state != "Z")
-        return found
+                if int(session) == job.pid and state != "Z":
+                    processes.append(path)
+        return processes
 
     def wait(holds):
         end = time.time() + 60
@@ -966,30 +866,21 @@ def test_a_killed_job_leaves_no_process(model, tmp_path, number):
 
 
 def test_as_a_program(model, tmp_path):
-    """A real process: exit 2, one sentence, no traceback, with workers too; and no torch, which starts slowly."""
-    write(tmp_path / "in.jsonl", [json.loads(GOOD)] * 600)
+    """A process with workers exits with status 2 and one sentence. It imports no slow package."""
+    jsonl(tmp_path / "in.jsonl", [json.loads(GOOD)] * 600)
     with open(tmp_path / "in.jsonl", "ab") as f:
         f.write(b"{oops\n")
-    argv = [
-        f"source={tmp_path / 'in.jsonl'}",
-        f"model={model}",
-        f"out={tmp_path / 'out'}",
-        "template=chatml",
-        "workers=2",
-    ]
-    p = subprocess.run(
-        [sys.executable, "-m", "prepare.instructions", *argv],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    argv = arguments(model, tmp_path, "in.jsonl", "workers=2")
+    command = [sys.executable, "-m", "prepare.instructions", *argv]
+    p = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert p.returncode == 2 and p.stdout == ""
-    assert (
-        p.stderr.startswith(f"error: {tmp_path / 'in.jsonl'}:601: not valid JSON (")
-        and p.stderr.count("\n") == 1
-    )
+    assert p.stderr.startswith(f"error: {tmp_path / 'in.jsonl'}:601: not valid JSON (")
+    assert p.stderr.count("\n") == 1
     assert [x.name for x in tmp_path.iterdir()] == ["in.jsonl"]
-    code = "import sys, prepare.instructions; sys.exit(any(m in sys.modules for m in ('torch', 'datasets', 'pyarrow')))"
+    code = (
+        "import sys, prepare.instructions\n"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'datasets', 'pyarrow')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -998,12 +889,8 @@ def test_show(model, tmp_path, capsys, monkeypatch, plain):
     monkeypatch.delenv("NO_COLOR", raising=False)
     if plain:
         monkeypatch.setenv("NO_COLOR", "1")
-    prepare(
-        model,
-        tmp_path / "out",
-        write(tmp_path / "in.jsonl", [dict(prompt="p", completion=f"c{i}") for i in range(5)]),
-        show=3,
-    )
+    rows = [dict(prompt="p", completion=f"c{i}") for i in range(5)]
+    prepare(model, tmp_path / "out", jsonl(tmp_path / "in.jsonl", rows), show=3)
     out = capsys.readouterr().out
     on, off = ("«", "»") if plain else ("\033[32m", "\033[0m")
     assert [f"{A}{on}c{i}{E}{off}\n" in out for i in range(5)] == [True, True, True, False, False]

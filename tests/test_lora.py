@@ -9,6 +9,7 @@ import tiny
 import torch
 
 import lora
+import sft
 from nano import files, generate, tokenizer, weights
 from nano.config import UserError
 
@@ -67,7 +68,7 @@ def test_the_update_is_scale_times_b_a(rslora, scale):
     lora.apply(model, rank=4, alpha=8, rslora=rslora)
     shake(model)
     layer, x = model.layers[1].mlp.up_proj, torch.randn(3, 32)
-    right = x @ (layer.weight + scale * layer.lora_B["default"] @ layer.lora_A["default"]).t()
+    right = x @ (layer.base.weight + scale * layer.lora_B["default"] @ layer.lora_A["default"]).t()
     torch.testing.assert_close(layer(x), right)
 
 
@@ -107,8 +108,10 @@ def test_targets_and_parameter_count(targets):
 def test_unknown_targets(targets):
     with pytest.raises(ValueError, match="lora_targets"):
         lora.apply(tiny.model(), rank=4, alpha=8, targets=targets)
+    cfg = SimpleNamespace(lora_rank=4, lora_alpha=8.0, lora_dropout=0.0, lora_rslora=False)
+    cfg.lora_targets = targets
     with pytest.raises(UserError, match="lora_targets"):
-        weights.add_adapter(tiny.model(), rank=4, alpha=8, targets=targets)
+        weights.add_adapter(tiny.model(), sft.Config(lora_rank=4, lora_targets=tuple(targets)))
 
 
 @pytest.mark.parametrize("rank", [0, -1])
@@ -186,6 +189,49 @@ def test_a_bf16_base_carries_fp32_adapters():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model.logits(model.hidden(TOKENS)).float().square().mean().backward()
     assert all(p.grad.dtype == torch.float32 for p in tiny.adapter_parameters(model))
+
+
+class Halves(torch.nn.Module):
+    """A linear layer that keeps its weight in another form than a matrix: as a quantised one would."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self.register_buffer("ints", (linear.weight.detach() * 256).round().to(torch.int16))
+
+    def dense(self):
+        return self.ints.float() / 256
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.dense().to(x.dtype), self.bias)
+
+
+def test_a_base_that_is_no_matrix():
+    """An adapter stands around whatever multiplies: forward, merge, decoding, names."""
+    model, plain = tiny.model(), tiny.model()
+    for name in lora.linear_names(model):
+        model.set_submodule(name, Halves(model.get_submodule(name)))
+        layer = plain.get_submodule(name)
+        layer.weight.data = model.get_submodule(name).dense()
+    assert lora.linear_names(model) == lora.linear_names(plain)
+    for m in (model, plain):
+        lora.apply(m, rank=4, alpha=8)
+        shake(m)
+    assert lora.linear_names(model) == lora.linear_names(plain) and len(lora.adapted(model)) == 14
+    assert torch.equal(logits(model), logits(plain))
+    samples = [
+        generate.generate(m, [[1, 2, 3]], 20, temperature=0.0, plan=dict(pack=pack)).tokens
+        for m in (model, plain)
+        for pack in (False, True)
+    ]
+    assert samples[0] == samples[1] == samples[2] == samples[3]
+    lora.use(model, None)
+    assert generate.generate(model, [[1, 2, 3]], 20, temperature=0.0).tokens != samples[0]
+    assert model.training and all(m.training for m in model.modules())
+    lora.use(model, "default")
+    merged = lora.merge(model)
+    assert torch.equal(logits(merged), logits(lora.merge(plain)))
 
 
 # ---------------------------------------------------------------------------------------------- PEFT directories
@@ -438,9 +484,8 @@ def test_benchmarks_ask_under_the_template_of_the_adapter(bench, base, tmp_path,
 def test_the_scale_survives_the_directory(base, tmp_path):
     adapter(tmp_path / "a", base, rank=3, alpha=5, rslora=True)
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert (
-        math.isclose(config["lora_alpha"] / config["r"], 5 / math.sqrt(3))
-        and config["use_rslora"] is False
+    assert math.isclose(config["lora_alpha"] / config["r"], 5 / math.sqrt(3)) and not config.get(
+        "use_rslora"
     )
     assert config["base_model_name_or_path"] == str(base) and config["target_modules"] == sorted(
         ALL

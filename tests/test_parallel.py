@@ -482,7 +482,7 @@ with torch.no_grad(), rt.autocast():
     sums = {}
     for weight in (0.0, 0.3, 1.0):  # a bf16 is 0.3008
         batch = rt.put(collate([rows], 32, prompt_weight=weight, fixed_shapes=True))
-        sums[weight] = sft.loss_sum(net, batch).item()
+        sums[weight] = sft.loss_sum(net, net(batch), batch).item()
     floats = {name for name, dtype in seen.items() if dtype.is_floating_point}
     hidden = [net(b) for b in (batch, {name: t for name, t in batch.items() if name not in floats})]
 assert seen["weights"] == torch.bfloat16 and batch["weights"].dtype == torch.float32
@@ -567,7 +567,7 @@ def test_a_rank_killed_while_saving_loses_nothing(folder, tmp_path, fault):
     assert status == 1 and "Signal 9 (SIGKILL)" in output
     if fault == "kill in the save":  # between the two renames
         assert not state.exists()
-        state = state.with_name("state.old")
+        state = state.with_name("state.replaced")
     else:
         assert (
             sorted(

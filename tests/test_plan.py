@@ -304,7 +304,7 @@ for parallel, tensor in ("fsdp", 1), ("none", 2):
     def step():
         for _ in range(2):
             with rt.autocast():
-                loss = sft.loss_sum(net, micro)
+                loss = sft.loss_sum(net, net(micro), micro)
             rt.backward(loss)
         optimizer.step()
         optimizer.zero_grad()

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 import lora
 import ppo
-from nano import config, functions, generate, losses, runtime, tokenizer, weights
+from nano import config, functions, generate, runtime, tokenizer, weights
 from nano.batches import Rows, episodes
 from nano.config import UserError
 from nano.run import Run
@@ -601,7 +601,7 @@ def test_the_first_losses_by_hand(folder, tmp_path, monkeypatch):
     right = dict(
         old_logprobs=logprobs,
         old_values=values,
-        advantages=losses.masked_whiten(advantages, mask),
+        advantages=ppo.whiten(advantages, mask, runtime.Runtime("cpu", "none", "float32")),
         returns=returns,
     )
     # the minibatches come in any order; each micro-batch holds two episodes, one after the other

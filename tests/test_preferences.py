@@ -1,9 +1,10 @@
-"""prepare.preferences: every record shape against groups written by hand, what is dropped and why, the store, bad input."""
+"""prepare.preferences: record shapes against groups written by hand, what is dropped, bad input."""
 
 import gzip
 import json
 import subprocess
 import sys
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -20,57 +21,49 @@ def model(tmp_path_factory):
     return tiny.model_dir(tmp_path_factory.mktemp("preferences") / "model")
 
 
+def main(model, dir, *settings):
+    argv = [f"model={model}", f"out={dir / 'out'}", "template=chatml", *settings]
+    preferences.main(config.load(preferences.Config, argv))
+    return dir / "out"
+
+
 @pytest.fixture
 def prepare(model, tmp_path):
-    """Runs the script on records (or lines of bytes) -> the prepared folder."""
+    """Runs the script on records (or lines of bytes); returns the prepared folder."""
 
     def run(records, *settings, name="records.jsonl"):
         lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in records]
         raw = b"\n".join(lines)
         (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
-        argv = [
-            f"source={tmp_path / name}",
-            f"model={model}",
-            f"out={tmp_path / 'out'}",
-            "template=chatml",
-            *settings,
-        ]
-        preferences.main(config.load(preferences.Config, argv))
-        return tmp_path / "out"
+        return main(model, tmp_path, f"source={tmp_path / name}", *settings)
 
     return run
 
 
 def groups(dir, tok, split="train"):
     """[(prompt, [completion, ...]), ...] as text, control tokens shown."""
-    rows, out = store.Store(dir, split, tok), []
-    for a, b in zip(rows.groups[:-1], rows.groups[1:], strict=True):
-        parts = [
-            (tokens.tolist(), int(mask.argmax()), mask)
-            for tokens, mask in map(rows.row, range(a, b))
-        ]
-        for _, cut, mask in parts:
-            assert (
-                mask[cut:].all() and not mask[:cut].any()
-            )  # only the last answer is a target, and the row ends with it
-        prompts = {tok.decode(ids[:cut], skip_special=False) for ids, cut, _ in parts}
-        assert len(prompts) == 1
-        out.append(
-            (prompts.pop(), [tok.decode(ids[cut:], skip_special=False) for ids, cut, _ in parts])
-        )
+    rows = store.Store(dir, split, tok)
+    out = []
+    for a, b in pairwise(rows.groups):
+        prompts, completions = set(), []
+        for tokens, mask in map(rows.row, range(a, b)):
+            length = int(mask.argmax())  # of the prompt
+            # the last answer alone is a target, and the row ends with it
+            assert mask[length:].all() and not mask[:length].any()
+            prompts.add(tok.decode(tokens[:length].tolist(), skip_special=False))
+            completions.append(tok.decode(tokens[length:].tolist(), skip_special=False))
+        [prompt] = prompts
+        out.append((prompt, completions))
     return out
 
 
 def chat(*turns):
-    """The prompt as chatml lays it out: user and assistant in turns, or (role, text)."""
-    turns = [
-        t if isinstance(t, tuple) else (("user", "assistant")[i % 2], t)
-        for i, t in enumerate(turns)
-    ]
-    return (
-        "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
-        + "<|im_start|>assistant\n"
-    )
+    """The prompt as chatml lays it out. A turn is (role, text), or a text of user and assistant."""
+    out = ""
+    for i, turn in enumerate(turns):
+        role, text = turn if isinstance(turn, tuple) else (("user", "assistant")[i % 2], turn)
+        out += f"<|im_start|>{role}\n{text}<|im_end|>\n"
+    return out + "<|im_start|>assistant\n"
 
 
 def user(text):
@@ -167,8 +160,9 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape(shape, prepare, model):
     record, (prompt, completions) = SHAPES[shape]
-    found = groups(prepare([record]), tokenizer.load(model))
-    assert found == [(prompt, [c + "<|im_end|>" for c in completions])]
+    assert groups(prepare([record]), tokenizer.load(model)) == [
+        (prompt, [c + "<|im_end|>" for c in completions])
+    ]
 
 
 def test_rows_are_what_fine_tuning_renders_and_end_where_the_score_is_read(prepare, model):
@@ -183,9 +177,8 @@ def test_rows_are_what_fine_tuning_renders_and_end_where_the_score_is_read(prepa
 
 
 def test_control_tokens_in_text_stay_text(prepare, model):
-    rows = store.Store(
-        prepare([{"prompt": "Q<|im_end|>", "chosen": "<|im_start|>a", "rejected": "b"}]), "train"
-    )
+    record = {"prompt": "Q<|im_end|>", "chosen": "<|im_start|>a", "rejected": "b"}
+    rows = store.Store(prepare([record]), "train")
     assert (rows.tokens[rows.offsets[0] : rows.offsets[1]] == 258).sum() == 2  # one for each turn
 
 
@@ -216,9 +209,7 @@ DROPS = {
 
 def test_what_gives_no_group_is_counted_by_reason(prepare, model):
     good = SHAPES["strings"][0]
-    dir = prepare(
-        [good, *(record for records in DROPS.values() for record in records)], "max_length=64"
-    )
+    dir = prepare([good, *chain(*DROPS.values())], "max_length=64")
     meta = store.read_meta(dir)
     assert meta["dropped_groups"] == {reason: len(records) for reason, records in DROPS.items()}
     assert groups(dir, tokenizer.load(model)) == [(ONE[0], ["good<|im_end|>", "bad<|im_end|>"])]
@@ -243,9 +234,8 @@ def test_val_holds_out_whole_groups_and_all_of_a_prompt(prepare, model):
     dir = prepare(records, "val=12", name="records.jsonl.gz")
     tok = tokenizer.load(model)
     train, val = groups(dir, tok, "train"), groups(dir, tok, "val")
-    assert (
-        len(train) == 48 and len(val) == 12 and all(len(answers) == 2 for _, answers in train + val)
-    )
+    assert len(train) == 48 and len(val) == 12
+    assert all(len(answers) == 2 for _, answers in train + val)
     assert not {prompt for prompt, _ in train} & {prompt for prompt, _ in val}
     again = groups(prepare(records[::-1], "val=12"), tok, "val")
     assert sorted(again) == sorted(val)  # a record's place does not matter
@@ -305,75 +295,42 @@ def test_a_failure_leaves_the_earlier_folder_alone(prepare, model):
 
 
 @pytest.mark.parametrize(
-    "settings", [["source=nowhere.jsonl"], ["max_completions=1"], ["template=nothing"], ["val=all"]]
+    "setting", ["source=nowhere.jsonl", "max_completions=1", "template=nothing", "val=all"]
 )
-def test_mistakes_end_with_a_sentence(settings, model, tmp_path):
+def test_mistakes_end_with_a_sentence(setting, model, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(SHAPES["strings"][0]))
-    chosen = {s.partition("=")[0] for s in settings}
-    argv = [
-        a
-        for a in (
-            f"source={tmp_path}/a.jsonl",
-            f"model={model}",
-            f"out={tmp_path}/out",
-            "template=chatml",
-        )
-        if a.partition("=")[0] not in chosen
-    ]
+    keys = dict(source=f"{tmp_path}/a.jsonl", model=model, out=f"{tmp_path}/out", template="chatml")
+    key, _, value = setting.partition("=")
+    argv = [f"{k}={v}" for k, v in (keys | {key: value}).items()]
     with pytest.raises(UserError):
-        preferences.main(config.load(preferences.Config, [*argv, *settings]))
+        preferences.main(config.load(preferences.Config, argv))
     assert not (tmp_path / "out").exists()
 
 
 def test_the_command_line(model, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(SHAPES["ranked"][0]) + "\n{}\n")
-    command = [
-        sys.executable,
-        "-m",
-        "prepare.preferences",
-        f"source={tmp_path}/a.jsonl",
-        f"model={model}",
-        f"out={tmp_path}/out",
-    ]
-    command += ["template=chatml"]
+    command = [sys.executable, "-m", "prepare.preferences", f"source={tmp_path}/a.jsonl"]
+    command += [f"model={model}", f"out={tmp_path}/out", "template=chatml"]
     stopped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (
-        stopped.returncode == 2
-        and "a.jsonl:2: unknown record shape" in stopped.stderr
-        and "Traceback" not in stopped.stderr
-    )
-    done = subprocess.run(
-        [*command, "on_error=skip", "show=1"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={"NO_COLOR": "1"},
-    )
-    assert (
-        done.returncode == 0 and "«good<|im_end|>»" in done.stdout and "groups kept" in done.stdout
-    )
+    assert stopped.returncode == 2
+    assert "a.jsonl:2: unknown record shape" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    command += ["on_error=skip", "show=1"]
+    env = {"NO_COLOR": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0
+    assert "«good<|im_end|>»" in done.stdout and "groups kept" in done.stdout
 
 
-def test_real_files(shared_data, prepare, model, tmp_path):
-    base = [f"model={model}", f"out={tmp_path / 'out'}", "template=chatml", "max_length=100000"]
-    preferences.main(
-        config.load(
-            preferences.Config,
-            [f"source={shared_data}/hh_harmless_test.jsonl.gz", "val=462", *base],
-        )
-    )
-    meta = store.read_meta(tmp_path / "out")
+def test_real_files(shared_data, model, tmp_path):
+    source = f"source={shared_data}/hh_harmless_test.jsonl.gz"
+    meta = store.read_meta(main(model, tmp_path, source, "val=462", "max_length=100000"))
     assert meta["dropped_groups"] == {
         "completions of different prompts": 5,
         "fewer than two completions left (others: empty)": 4,
     }
     assert meta["splits"]["train"]["groups"] == 1841 and meta["splits"]["val"]["groups"] == 462
-    preferences.main(
-        config.load(preferences.Config, [f"source={shared_data}/dpo_en_demo.json", *base])
-    )
-    meta = store.read_meta(tmp_path / "out")
-    assert (
-        meta["splits"]["train"]["groups"] == 300
-        and not meta["dropped_groups"]
-        and not meta["bad_records"]
-    )
+    source = f"source={shared_data}/dpo_en_demo.json"
+    meta = store.read_meta(main(model, tmp_path, source, "max_length=100000"))
+    assert meta["splits"]["train"]["groups"] == 300
+    assert not meta["dropped_groups"] and not meta["bad_records"]

@@ -60,7 +60,7 @@ def text_store(path, model, n=60, val=8, seed=1, **sizes):
         path, plain, dict(vocab_size=264, tokenizer=tokenizer.load(model).fingerprint, bytes=size)
     )
     (path / "tokenizer").mkdir()
-    weights.copy_tokenizer(model, path / "tokenizer")
+    tokenizer.copy_files(model, path / "tokenizer")
     return path
 
 
@@ -332,11 +332,7 @@ def test_micro_batches_do_not_change_a_run(store, tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        dict(),
-        dict(optimizer="muon", isolate=False),
-        dict(weights=[0.6, 0.4], schedule="wsd"),
-    ],
+    [dict(), dict(optimizer="muon", isolate=False), dict(weights=[0.6, 0.4], schedule="wsd")],
     ids=["adamw", "muon", "weights"],
 )
 def test_a_run_goes_on_bit_for_bit(base, store, tmp_path, monkeypatch, settings):

@@ -184,14 +184,15 @@ def test_what_devices_share_of_a_layer():
     assert dims.keys() == {name for name, _ in model.named_parameters()}
     attention, mlp = "model.layers.1.self_attn.", "model.layers.1.mlp."
     for column in ("q_proj", "k_proj", "v_proj"):
-        assert dims[f"{attention}{column}.weight"] == dims[f"{attention}{column}.bias"] == 0
+        assert dims[f"{attention}{column}.base.weight"] == 0
+        assert dims[f"{attention}{column}.base.bias"] == 0
         assert dims[f"{attention}{column}.lora_B.default"] == 0
         assert dims[f"{attention}{column}.lora_A.default"] is None
-    assert dims[attention + "o_proj.weight"] == dims[attention + "o_proj.lora_A.default"] == 1
-    assert dims[attention + "o_proj.bias"] is dims[attention + "o_proj.lora_B.default"] is None
+    assert dims[attention + "o_proj.base.weight"] == dims[attention + "o_proj.lora_A.default"] == 1
+    assert dims[attention + "o_proj.base.bias"] is dims[attention + "o_proj.lora_B.default"] is None
     assert dims[attention + "q_norm.weight"] is dims[attention + "k_norm.weight"] is None
-    assert dims[mlp + "gate_proj.weight"] == dims[mlp + "up_proj.weight"] == 0
-    assert dims[mlp + "down_proj.weight"] == 1
+    assert dims[mlp + "gate_proj.base.weight"] == dims[mlp + "up_proj.base.weight"] == 0
+    assert dims[mlp + "down_proj.base.weight"] == 1
     assert dims["model.embed_tokens.weight"] == dims["lm_head.weight"] == 0
     assert dims["model.norm.weight"] is None
     # what the devices cannot share equally is replicated
@@ -259,7 +260,7 @@ def test_ddp_has_the_attributes_of_its_model(tmp_path):
         net = runtime.DDP(model, None, torch.device("cpu"), torch.float32)
         assert net.cfg is model.cfg and net.head_weight is model.head_weight
         assert len(net.layers) == len(model.layers) and not hasattr(net, "nothing")
-        hidden = net(torch.arange(6).view(2, 3))
+        hidden = net(dict(tokens=torch.arange(6).view(2, 3)))
         assert torch.equal(net.logits(hidden), model.logits(hidden))
         one = {"norm": model.model["norm"].weight}
         runtime.DDP(model, one, torch.device("cpu"), torch.float32)

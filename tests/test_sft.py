@@ -181,7 +181,7 @@ def test_a_logged_loss_is_the_mean_over_all_target_tokens_of_the_step(base, stor
     (_, loss, _, _), *_ = curve(train(tmp_path / "a", base, store, batch_size=32, steps=1))
     token_losses = torch.cat(losses_of(model, rows))
     mask = torch.cat([torch.tensor(mask[1:]) for _, mask in rows])
-    assert math.isclose(loss, losses.masked_mean(token_losses, mask), rel_tol=1e-5)
+    assert math.isclose(loss, (token_losses * mask).sum() / mask.sum(), rel_tol=1e-5)
     w = torch.where(mask == 1, 1.0, 0.25)
     (_, loss, _, _), *_ = curve(
         train(tmp_path / "b", base, store, batch_size=32, steps=1, prompt_loss_weight=0.25)
@@ -405,7 +405,9 @@ def test_a_lora_run_leaves_the_base_alone(base, store, tmp_path):
     )  # an adapter is merged where a model is asked
     assert math.isclose(evals(again)[0][1], evals(log)[-1][1], rel_tol=1e-5)
     lora.use(model, None)
-    assert all(torch.equal(m.weight, tensors(base)[n + ".weight"]) for n, m in lora.adapted(model))
+    assert all(
+        torch.equal(m.base.weight, tensors(base)[n + ".weight"]) for n, m in lora.adapted(model)
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -110,10 +110,7 @@ def test_writer_on_a_full_disk(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     try:
-        with (
-            pytest.raises(OSError, match="File too large"),
-            Writer(tmp_path / "d", 1000) as w,
-        ):
+        with pytest.raises(OSError, match="File too large"), Writer(tmp_path / "d", 1000) as w:
             for _ in range(1000):
                 w.add("train", np.ones(100), np.ones(100))
     finally:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from model import ModelConfig, Transformer
-from nano import families, files, state, weights
+from nano import families, files, state, store, weights
 from nano.config import UserError
 
 CFG = ModelConfig(
@@ -455,6 +455,32 @@ def test_a_kill_leaves_the_old_or_the_new_state(tmp_path, monkeypatch):
         if not killed:
             break
     assert seen == sorted(seen) and seen[0] == 0 and seen[-1] == 1 and step > 4
+
+
+def test_a_kill_leaves_the_old_or_the_new_data_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "sync", lambda path: None)
+    rows = {name: {"train": [([i] * 3, None)] * 2} for i, name in enumerate(("old", "new"))}
+    meta = dict(vocab_size=9)
+    step, seen = 0, []
+    while True:
+        step += 1
+        dir = tmp_path / str(step) / "data"
+        store.write_store(dir, rows["old"], meta)
+        killed = killed_at(step, lambda dir=dir: store.write_store(dir, rows["new"], meta))
+        seen.append(int(store.Store(dir, "train").row(0)[0][0]))
+        store.write_store(dir, rows["old"], meta)
+        assert not dir.with_name(dir.name + files.REPLACED).exists()
+        if not killed:
+            break
+    assert seen == sorted(seen) and seen[0] == 0 and seen[-1] == 1 and step > 4
+
+
+def test_a_neighbour_of_a_replaced_folder_is_left_alone(tmp_path):
+    for name in ("data.old", "data.tmp"):
+        (tmp_path / name).mkdir()
+    for _ in range(2):
+        store.write_store(tmp_path / "data", {"train": [([1], None)]}, dict(vocab_size=9))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "data.old", "data.tmp"]
 
 
 def test_a_failure_leaves_nothing_half_written(tmp_path):

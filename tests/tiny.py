@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from conftest import ROOT
 
 from model import ModelConfig, Transformer
-from nano import files, tokenizer, weights
+from nano import files, tokenizer, vocab, weights
 from nano.batches import collate
 from nano.store import write_store
 
@@ -37,48 +37,10 @@ def model(seed=0, **changes):
 
 def model_dir(path, seed=0, special=SPECIAL, **changes):
     weights.save_model(model(seed, **changes), path)
-    added = [
-        dict(
-            id=256 + i,
-            content=name,
-            special=True,
-            lstrip=False,
-            rstrip=False,
-            single_word=False,
-            normalized=False,
-        )
-        for i, name in enumerate(special)
-    ]
-    space = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-    vocab = {char: byte for byte, char in tokenizer.BYTE_CHAR.items()} | {
-        a["content"]: a["id"] for a in added
-    }
-    bpe = dict(
-        type="BPE",
-        dropout=None,
-        unk_token=None,
-        continuing_subword_prefix=None,
-        end_of_word_suffix=None,
-        fuse_unk=False,
-        byte_fallback=False,
-        vocab=vocab,
-        merges=[],
-    )
-    write(
-        path,
-        "tokenizer.json",
-        dict(
-            version="1.0",
-            truncation=None,
-            padding=None,
-            added_tokens=added,
-            normalizer=None,
-            pre_tokenizer=space,
-            post_processor=None,
-            decoder=space,
-            model=bpe,
-        ),
-    )
+    added = [vocab.added_token(256 + i, name) for i, name in enumerate(special)]
+    tokens = {char: byte for byte, char in vocab.BYTE_CHAR.items()}
+    tokens |= {name: 256 + i for i, name in enumerate(special)}
+    write(path, "tokenizer.json", vocab.byte_level_json(tokens, [], added))
     write(
         path,
         "tokenizer_config.json",
@@ -95,6 +57,13 @@ def model_dir(path, seed=0, special=SPECIAL, **changes):
 
 def write(dir, name, value):
     (Path(dir) / name).write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def jsonl(path, records):
+    """A file with one record a line."""
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
 
 
 def rows(n, seed=0, low=5, high=40):

@@ -1,0 +1,312 @@
+"""Records to a prepared data folder: what prepare.instructions and prepare.preferences share.
+
+A script has a function encode(cfg, tok, record) that returns (rows, key, counts):
+
+    rows      [(ids, mask), ...]: one row, or the completions of a prompt, best first
+    key       ids whose hash decides whether the rows are held out: equal keys are in one split
+    counts    {name: number} of anything else that is to be summed over all records
+
+It raises Drop or BadRecord for a record without rows.
+
+This file reads the records and encodes them on all cores. It writes the rows in the order of the
+records, holds some of them out, and prints a report. A unit is what one record gives: a row, or a
+group of rows.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from array import array
+from collections import Counter
+from itertools import groupby, islice, pairwise
+from operator import itemgetter
+from types import SimpleNamespace
+
+import numpy as np
+
+from nano import tokenizer
+from nano.config import UserError
+from nano.store import Store, Writer, check_target, read_meta
+from prepare import records
+from prepare.records import BadRecord
+
+RUN = 1024  # rows that are copied into a split at once
+
+
+class Drop(Exception):
+    """A record that is in order but gives no rows. It is counted under the exception's text."""
+
+
+# --------------------------------------------------------------- the fields of a record -> messages
+
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "function_response"), "tool"),
+}
+
+
+def message(role, content, **more):
+    """A message as tok.render takes it."""
+    return {"role": role, "content": content, **more}
+
+
+def text(record, key):
+    """The text in a field of a record; BadRecord when there is none."""
+    value = record.get(key)
+    if isinstance(value, str):
+        return value
+    if key not in record:
+        raise BadRecord(f"field '{key}' is missing")
+    raise BadRecord(f"field '{key}' is {type(value).__name__} and not text")
+
+
+def system(record):
+    """[the message of the field "system"], or [] where the record has none."""
+    return [message("system", record["system"])] if record.get("system") else []
+
+
+def history(record):
+    """The rounds before an instruction, [[question, answer], ...]."""
+    rounds = record.get("history") or []
+    if not isinstance(rounds, list) or not all(
+        isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in rounds
+    ):
+        raise BadRecord("'history' is not a list of [question, answer]")
+    return rounds
+
+
+def turns(items):
+    """Messages of a list of {role, content} or {from, value}."""
+    if not isinstance(items, list) or not items:
+        raise BadRecord("the conversation is not a list of messages")
+    messages = []
+    for item in items:
+        if not isinstance(item, dict):
+            raise BadRecord("a message is not an object with a role and a content")
+        role = text(item, "role" if "role" in item else "from")
+        if role not in ROLES:
+            raise BadRecord(f"unknown role '{role}'; known are {', '.join(ROLES)}")
+        if item.get("tool_calls"):
+            raise Drop("structured tool calls (not rendered)")
+        key = "content" if "content" in item else "value"
+        content = item.get(key)
+        if isinstance(content, list) and all(
+            isinstance(part, dict) and part.get("type") == "text" for part in content
+        ):
+            content = "".join(text(part, "text") for part in content)
+        else:
+            content = text(item, key)
+        messages.append(message(ROLES[role], content))
+        if item.get("weight") == 0:  # OpenAI's mark of an answer that nothing is learned from
+            messages[-1]["weight"] = 0
+    return messages
+
+
+def task(columns, name, answer):
+    """Two messages: a question in parts, columns [[name, part], ...], and its answer of that name.
+
+    The template "columns" lays the parts out under their names. Other templates take them joined.
+    """
+    columns = [[column, part] for column, part in columns if part]
+    question = "\n\n".join(part for _, part in columns)
+    return [
+        message("user", question, columns=columns),
+        message("assistant", answer, columns=[[name, answer]]),
+    ]
+
+
+# ------------------------------------------------------------- records -> rows, in a worker process
+
+job = SimpleNamespace()  # cfg, encode, template and tok of this process; `setup` fills it
+
+
+def setup(cfg, encode, template):
+    """Prepares this process for encode_chunk. `template` goes to tokenizer.load. Returns tok."""
+    job.cfg = cfg
+    job.encode = encode
+    job.template = template
+    job.tok = tokenizer.load(cfg.model, template=template)
+    return job.tok
+
+
+def render(tok, messages, last_only):
+    """(ids (T,), mask (T,) bytes) of a conversation; BadRecord where the template does not fit it.
+
+    They end with the last target, because nothing is learned from what follows it.
+    """
+    try:
+        ids, mask = tok.render(messages, last_only=last_only)
+    except UserError as e:
+        raise BadRecord(str(e)) from None
+    mask = bytes(mask)
+    end = mask.rfind(1) + 1
+    return array("I", ids[:end]), mask[:end]
+
+
+def encode_chunk(chunk):
+    """What the records of a chunk become: U units of N rows.
+
+    .tokens, .mask     of all rows, one after another
+    .lengths (N,)      of the rows, in tokens
+    .sizes (U,)        of the units, in rows
+    .hashes (U,)       of their keys
+    .counts            Counter of the counts of `encode`
+    .dropped           Counter of the records without rows, by reason
+    .bad               "file:line: reason" of each record that cannot be used
+    """
+    name, items = chunk
+    part = SimpleNamespace(
+        tokens=array("I"),
+        mask=bytearray(),
+        lengths=[],
+        sizes=array("I"),
+        hashes=array("Q"),
+        counts=Counter(),
+        dropped=Counter(),
+        bad=[],
+    )
+    seed = job.cfg.seed.to_bytes(8, "little", signed=True)
+    for line, raw in items:
+        try:
+            rows, key, counts = job.encode(job.cfg, job.tok, records.parse(raw))
+        except Drop as e:
+            part.dropped[str(e)] += 1
+        except BadRecord as e:
+            part.bad.append(f"{name}:{line}: {e}")
+        else:
+            digest = hashlib.blake2b(key, digest_size=8, key=seed).digest()
+            part.hashes.append(int.from_bytes(digest, "little"))
+            part.sizes.append(len(rows))
+            for what, number in counts.items():
+                part.counts[what] += number
+            for ids, mask in rows:
+                part.tokens += ids
+                part.mask += mask
+                part.lengths.append(len(ids))
+    return part
+
+
+# ------------------------------------------------------------------------------------ the whole job
+
+
+def start(cfg, encode, template):
+    """(tokenizer, Writer of the prepared folder). A script may add to .meta of the Writer."""
+    check_target(cfg.out)
+    tok = setup(cfg, encode, template)
+    meta = dict(tokenizer=tok.fingerprint, template=tok.template, chat_template=tok.chat_template)
+    meta |= dict(source=cfg.source, model=cfg.model, seed=cfg.seed)
+    return tok, Writer(cfg.out, tok.vocab_size, meta)
+
+
+def fill(cfg, writer, unit, files, hub):
+    """Writes the units that cfg.val asks for into the split val, and the others into train.
+
+    unit: "group" where the rows of a record are a group, else "row". files: the paths to read, or
+    None for records.read_hub(*hub).
+    Returns .rows, their number; .sizes and .hashes as encode_chunk does; .counts and .dropped as
+    dicts, largest number first; .bad, a dict for meta.json.
+    Raises UserError for a bad record under on_error=stop, and where there is no unit.
+    """
+    if cfg.val == "0" and unit == "row":
+        return fill_split(cfg, writer, "train", unit, files, hub)
+    # the hashes of all units decide which ones are held out, so all rows are copied a second time
+    with Writer(writer.tmp / "all", writer.vocab_size) as every:
+        total = fill_split(cfg, every, "all", unit, files, hub)
+    held_out = records.held_out(np.asarray(total.hashes), cfg.val)
+    store = Store(writer.tmp / "all", "all")
+    first_rows = np.insert(np.cumsum(total.sizes, dtype=np.int64), 0, 0)  # (U + 1,)
+    edges = np.arange(len(held_out) + 1)
+    if unit == "row":  # copy neighbours that go into one split together
+        changes = np.flatnonzero(np.diff(held_out)) + 1
+        edges = np.union1d(changes, [*edges[::RUN], edges[-1]])
+    for a, b in pairwise(edges):
+        rows = slice(first_rows[a], first_rows[b])
+        span = slice(store.offsets[rows.start], store.offsets[rows.stop])
+        split = "val" if held_out[a] else "train"
+        writer.extend(split, store.tokens[span], store.mask[span], store.lengths[rows])
+        if unit == "group":
+            writer.end_group(split)
+    shutil.rmtree(writer.tmp / "all")
+    return total
+
+
+def fill_split(cfg, writer, split, unit, files, hub):
+    """Writes all rows into one split, without groups; returns and raises what `fill` does."""
+    size = sum(f.stat().st_size for f in files) if files else None
+    workers = cfg.workers or (records.cores() if size is None or size > 4e6 else 1)
+    total = SimpleNamespace(rows=0, sizes=array("I"), hashes=array("Q"))
+    counts, dropped, bad = Counter(), Counter(), []
+    with records.progress(size, "B" if files else f" {unit}s") as bar:
+        if files:
+            sources = ((f, records.read_file(f, bar)) for f in files)
+        else:
+            sources = [(hub[0], records.read_hub(*hub))]
+        settings = (cfg, job.encode, job.template)
+        chunks = records.chunks(sources)
+        parts = records.ordered_map(encode_chunk, chunks, workers, setup, settings)
+        with contextlib.closing(parts):
+            for part in parts:
+                if part.bad and cfg.on_error == "stop":
+                    raise UserError(
+                        f"{part.bad[0]}; mend it, or skip and count such records with on_error=skip"
+                    )
+                show(part, max(cfg.show - len(total.sizes), 0))
+                writer.extend(split, part.tokens, part.mask, part.lengths)
+                total.rows += len(part.lengths)
+                total.sizes += part.sizes
+                total.hashes += part.hashes
+                counts += part.counts
+                dropped += part.dropped
+                bad += part.bad
+                if not files:
+                    bar.update(len(part.sizes))
+    if not total.sizes:
+        why = [f"{n} dropped: {reason}" for reason, n in dropped.most_common()]
+        why += [f"{len(bad)} bad, the first is {bad[0]}"] if bad else []
+        reasons = "; ".join(why) or "it holds no record"
+        raise UserError(f"{cfg.source} gives no {unit} ({reasons})")
+    total.counts = dict(counts.most_common())
+    total.dropped = dict(dropped.most_common())
+    total.bad = dict(bad_records=len(bad), first_bad=bad[:20])
+    return total
+
+
+def show(part, count):
+    """Prints the first `count` units of a chunk. Targets are green, or in «» if NO_COLOR is set."""
+    on, off = ("«", "»") if os.environ.get("NO_COLOR") else ("\033[32m", "\033[0m")
+    pairs = zip(part.tokens, part.mask, strict=True)
+    for length in part.lengths[: sum(part.sizes[:count])]:
+        for target, run in groupby(islice(pairs, length), key=itemgetter(1)):
+            piece = job.tok.decode([token for token, _ in run], skip_special=False)
+            print(f"{on}{piece}{off}" if target else piece, end="")
+        print("\n" + "-" * 80)
+
+
+def report(cfg, unit, total, each, after_kept=(), before_tokens=()):
+    """Prints a table of lines (name, number, note).
+
+    total: what `fill` returned. each: what follows the mean length of a row. The last two are
+    lines of the script.
+    """
+    meta = read_meta(cfg.out)
+    tokens = sum(split["tokens"] for split in meta["splits"].values())
+    targets = sum(split["target_tokens"] for split in meta["splits"].values())
+    kept, bad = len(total.sizes), total.bad["bad_records"]
+    splits = [f"{name} {split[f'{unit}s']:,}" for name, split in meta["splits"].items()]
+    table = [
+        ("records read", kept + sum(total.dropped.values()) + bad, ""),
+        (f"{unit}s kept", kept, ", ".join(splits)),
+        *after_kept,
+        *((f"{unit}s dropped", n, reason) for reason, n in total.dropped.items()),
+        *(("bad records", bad, f"skipped; the first: {e}") for e in total.bad["first_bad"][:1]),
+        *before_tokens,
+        ("tokens", tokens, f"{tokens / total.rows:.1f} {each}"),
+        ("target tokens", targets, f"{targets / tokens:.1%} of all"),
+    ]
+    template = meta["template"]
+    print(f"{cfg.out}: {cfg.source} for the tokenizer of {cfg.model}, template {template}")
+    for name, n, note in table:
+        print(f"  {name:<16}{n:>14,}  {note}".rstrip())
