@@ -87,7 +87,7 @@ def alone(jobs):
 STEPS = 4
 COMMON = f"device=cpu dtype=float32 schedule=constant resume=auto steps={STEPS}".split()
 TUNE = "batch_size=8 eval_every=2 log_every=1 samples=1 sample_tokens=4 lr=1e-3".split()
-RL = "batch_size=8 micro_batch=2 adam_eps=1e-3 ppo_epochs=2 max_new_tokens=6 log_every=1 sample_every=0 save_every=100".split()
+RL = "batch_size=8 micro_batch=2 adam_eps=1e-3 ppo_epochs=2 max_new_tokens=6 log_every=1 sample_every=-1 save_every=100".split()
 STAGES = dict(  # name: stage and its settings
     pretrain=(
         "pretrain",
