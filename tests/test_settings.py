@@ -160,7 +160,7 @@ class Reads(ast.NodeVisitor):
 
     def visit_Attribute(self, node):
         owner = node.value
-        if getattr(owner, "id", None) == "cfg" or getattr(owner, "attr", None) == "cfg":
+        if getattr(owner, "id", None) in ("cfg", "self") or getattr(owner, "attr", None) == "cfg":
             self.names.add(node.attr)
         self.generic_visit(node)
 
