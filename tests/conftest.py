@@ -1,4 +1,5 @@
 import contextlib
+import signal
 import sys
 from pathlib import Path
 
@@ -20,9 +21,31 @@ def denormals():
     torch.set_flush_denormal(False)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+    """A run takes over the signals of its process. Each test gives them back, after its fixtures."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return (yield)
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def stages_folder(tmp_path_factory):
+    """Models, data, a reward adapter, and in one/ the run of each of stages.STAGES on one process."""
+    import stages
+
+    path = tmp_path_factory.mktemp("stages")
+    stages.prepare(path)
+    stages.alone([stages.job(path, name, path / "one" / name) for name in stages.STAGES])
+    return path
+
+
 @pytest.fixture(scope="session")
 def shared_data():
-    """The folder of real data sets that may lie beside the repository; the tests that need it are skipped without."""
+    """The folder of real data sets beside the repository. Tests that need it are skipped without."""
     path = ROOT.parent / "shared" / "data"
     if not path.is_dir():
         pytest.skip("no folder ../shared/data with real data")
@@ -32,7 +55,6 @@ def shared_data():
 with contextlib.suppress(ImportError):  # the environment of tests/xla goes without it
     import hypothesis
 
-    hypothesis.settings.register_profile(
-        "patient", deadline=None
-    )  # seconds say nothing on a busy machine
+    # On a busy machine the seconds of an example say nothing.
+    hypothesis.settings.register_profile("patient", deadline=None)
     hypothesis.settings.load_profile("patient")

@@ -4,7 +4,6 @@ records and tokenizer files is tested beside their code.)"""
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,14 +29,6 @@ def good(tmp_path_factory):
     dir = tmp_path_factory.mktemp("good")
     model = tiny.model_dir(dir / "model")
     return dict(model=model, data=tiny.store(dir / "data", model))
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

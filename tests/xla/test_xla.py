@@ -12,19 +12,9 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 from conftest import ROOT
-from test_parallel import (  # noqa: F401
-    STAGES,
-    alone,
-    assert_same_curve,
-    assert_same_weights,
-    folder,
-    job,
-    quiet,
-    records,
-)
-
-from nano import weights
+from stages import STAGES, assert_same_curve, assert_same_weights, job
 
 if importlib.util.find_spec("torch_xla") is None:
     pytest.skip("no torch_xla here: bash test.sh xla", allow_module_level=True)
@@ -128,7 +118,12 @@ def launch_hosts(jobs, dir):
 
 
 @pytest.fixture(scope="module")
-def one(folder):  # noqa: F811
+def folder(stages_folder):
+    return stages_folder
+
+
+@pytest.fixture(scope="module")
+def one(folder):
     def run(name, out, *more):
         return job(folder, name, folder / "xla" / out, "device=xla", "parallel=none", *more)
 
@@ -143,7 +138,7 @@ def one(folder):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def four(folder):  # noqa: F811
+def four(folder):
     def run(name, mode, out, *more):
         return job(
             folder, name, folder / "spmd" / out, "device=xla", *f"parallel={mode}".split(), *more
@@ -157,27 +152,21 @@ def four(folder):  # noqa: F811
 def assert_runs_alike(out, reference):
     assert_same_curve(out, reference, tolerance=1e-4)
     assert_same_weights(out / "last", reference / "last")
-    graphs = [r["graphs"] for r in records(out) if r["kind"] == "train"]
-    assert (
-        0 < graphs[0] and len(set(graphs[2:])) == 1
-    )  # nothing is compiled after the first save, which follows the second step
+    graphs = [r["graphs"] for r in tiny.records(out, "train")]
+    # Nothing is compiled after the first save, which follows the second step.
+    assert 0 < graphs[0] and len(set(graphs[2:])) == 1
 
 
 @pytest.mark.parametrize("name", ONE)
-def test_one_device_does_what_eager_torch_does(folder, one, name):  # noqa: F811
+def test_one_device_does_what_eager_torch_does(folder, one, name):
     assert_runs_alike(one / name, folder / "one" / name)
 
 
 @pytest.mark.parametrize(
     "mode, name", [(mode, name) for mode, names in SPMD.items() for name in names]
 )
-def test_four_devices_do_what_eager_torch_does(folder, four, mode, name):  # noqa: F811
+def test_four_devices_do_what_eager_torch_does(folder, four, mode, name):
     assert_runs_alike(four / f"{mode}-{name}", folder / "one" / name)
-
-
-def same(a, b, name):
-    a, b = weights.read_tensors(a, name), weights.read_tensors(b, name)
-    return a.keys() == b.keys() and all((a[key] == b[key]).all() for key in b)
 
 
 def test_a_resume_is_exact(one, four):
@@ -185,12 +174,12 @@ def test_a_resume_is_exact(one, four):
         (one / "whole", one / "cut", "adapter_model"),
         (four / "fsdp-sft", four / "cut", "model"),
     ):
-        assert same(whole / "last", cut / "last", name)
-        losses = [[r["loss"] for r in records(out) if "loss" in r] for out in (whole, cut)]
+        assert tiny.same_tensors(whole / "last", cut / "last", name)
+        losses = [[r["loss"] for r in tiny.records(out) if "loss" in r] for out in (whole, cut)]
         assert losses[0] == losses[1]
 
 
-def test_hosts_of_a_slice_do_the_same(folder, tmp_path):  # noqa: F811
+def test_hosts_of_a_slice_do_the_same(folder, tmp_path):
     """SIGTERM reaches the second one alone, in the second step of `cut`."""
 
     def run(name, mode, out):
@@ -213,7 +202,7 @@ def test_hosts_of_a_slice_do_the_same(folder, tmp_path):  # noqa: F811
         assert_runs_alike(tmp_path / name.replace("sft", "cut"), folder / "one" / name)
 
 
-def test_a_host_that_fails_ends_the_job(folder, tmp_path):  # noqa: F811
+def test_a_host_that_fails_ends_the_job(folder, tmp_path):
     jobs = [
         [job(folder, "sft", tmp_path / "out", "device=xla", "parallel=fsdp", f"model={model}")]
         for model in (folder / "model", tmp_path / "lost")
