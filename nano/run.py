@@ -158,8 +158,11 @@ class Run:
 
     def save_model(self, dir):
         """Writes the model, or its adapter, to `dir`. All ranks gather the weights, one writes."""
-        whole = dict(self.model.named_parameters())
-        tensors = self.rt.gather(self.trained if self.adapter else whole)
+        tensors = dict(self.model.named_parameters())
+        if self.adapter:  # by identity, because `trained` may have other names for them
+            ids = {id(p) for p in self.trained.values()}
+            tensors = {name: p for name, p in tensors.items() if id(p) in ids}
+        tensors = self.rt.gather(tensors)
         if not self.rt.is_main:
             return
         common = dict(tensors=tensors, tok=self.tok)

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import ppo
-from nano import roles, store, tokenizer
+from nano import batches, config, functions, store, tokenizer
 from nano.config import UserError
 
 NAN, INF = math.nan, math.inf
@@ -88,17 +89,59 @@ def test_gae_is_the_double_sum_and_sees_no_padding(gamma, lam):
         torch.testing.assert_close(returns[1], rewards[1].flip(0).cumsum(0).flip(0))
 
 
-def test_group_advantages():
-    rewards = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
-    left_out = torch.tensor([1 - 4, 2 - 3.5, 6 - 1.5, 0, 0, 0])
-    torch.testing.assert_close(ppo.group_advantages(rewards, 3, "rloo"), left_out)
+def test_group_advantages_by_hand():
+    scores = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
+    others = torch.tensor([1 - 4, 2 - 3.5, 6 - 1.5, 0, 0, 0])
+    torch.testing.assert_close(ppo.group_advantages(scores, 3, "rloo"), others)
+    centred = torch.tensor([-2.0, -1, 3, 0, 0, 0])
+    torch.testing.assert_close(ppo.group_advantages(scores, 3, "group"), centred)
     std = math.sqrt((4 + 1 + 9) / 2)
-    torch.testing.assert_close(
-        ppo.group_advantages(rewards, 3, "grpo"), torch.tensor([-2, -1, 3, 0, 0, 0]) / (std + 1e-4)
-    )
-    for algo in ("grpo", "rloo"):
-        many = ppo.group_advantages(torch.randn(64), 8, algo).view(8, 8)
-        assert many.sum(1).abs().max() < 1e-5 and many.abs().max() > 0.1
+    right = centred / (std + 1e-4)
+    torch.testing.assert_close(ppo.group_advantages(scores, 3, "group_std"), right)
+
+
+HOWS = ["group", "group_std", "rloo"]
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_group_advantages_of_any_scores(how):
+    many = ppo.group_advantages(torch.randn(64), 8, how).view(8, 8)
+    assert many.sum(1).abs().max() < 1e-5 and many.abs().max() > 0.1
+    # The mean of eight fp32 numbers 20000.3 is not 20000.3: what is left must not be divided by eps.
+    for score in (20000.3, 0.1, -7.7, 1e-30):
+        equal = ppo.group_advantages(torch.full((24,), score), 8, how)
+        assert torch.equal(equal, torch.zeros(24)), score
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_the_kl_is_charged_outside_of_the_normalisation(how):
+    """Halving kl_coef halves the KL's share of an advantage, also where all scores are equal, and
+    scores of another scale leave that share as it is."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(24, generator=generator)
+    kl = torch.rand(24, generator=generator)
+
+    def share(scores, kl_coef):
+        with_kl = ppo.penalised_advantages(scores, kl, 8, how, kl_coef)
+        return with_kl - ppo.group_advantages(scores, 8, how)
+
+    for scores in (random, 100 * random, torch.full((24,), 20000.3)):
+        torch.testing.assert_close(share(scores, 0.02), 2 * share(scores, 0.01), atol=1e-4, rtol=0)
+        rows = kl.view(3, 8)
+        centred = (rows - rows.mean(1, keepdim=True)).flatten()
+        right = -0.02 * centred * (8 / 7 if how == "rloo" else 1)
+        torch.testing.assert_close(share(scores, 0.02), right, atol=1e-4, rtol=0)
+    tiny_kl = 1e-6 * kl
+    equal = ppo.penalised_advantages(torch.ones(24), tiny_kl, 8, how, 0.05)
+    assert 0 < equal.abs().max() < 1e-7
+
+
+def test_group_and_rloo_with_the_kl_are_those_of_the_penalised_score():
+    generator = torch.Generator().manual_seed(0)
+    scores, kl = torch.randn(2, 24, generator=generator)
+    for how in ("group", "rloo"):
+        right = ppo.group_advantages(scores - 0.3 * kl, 8, how)
+        torch.testing.assert_close(ppo.penalised_advantages(scores, kl, 8, how, 0.3), right)
 
 
 def test_whitening_over_all_actions():
@@ -143,6 +186,47 @@ def test_policy_loss_by_hand():
         stats["clipfrac"], 2 / 12, rel_tol=1e-6
     )
     assert ppo.policy_loss(new, old, advantages, torch.zeros(2, 4), 0.2)[0] == 0
+
+
+def test_clip_high_is_the_upper_end_of_the_range():
+    mask, old = torch.ones(1, 4), torch.zeros(1, 4)
+    new, advantages = matrix([1.25, 1.5, 0.7, 0.7]).log(), matrix([1, 1, -1, 1])
+    for clip_high, upper in ((0.0, 1.2), (0.28, 1.28), (0.6, 1.6)):
+        loss, stats = ppo.policy_loss(new, old, advantages, mask, 0.2, clip_high)
+        terms = [-min(1.25, upper), -min(1.5, upper), 0.8, -0.7]
+        assert math.isclose(loss, sum(terms) / 4, rel_tol=1e-6)
+        clipped = (1.25 > upper) + (1.5 > upper) + 1
+        assert math.isclose(stats["clipfrac"], clipped / 4, rel_tol=1e-6)
+
+
+def test_what_an_action_weighs():
+    mask = matrix([1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]) > 0
+    weights = ppo.loss_weights(mask, "tokens", 14, 6, 5)  # another rank has 7 actions more
+    torch.testing.assert_close(weights, mask / 14)
+    weights = ppo.loss_weights(mask, "samples", 14, 6, 5)
+    torch.testing.assert_close(weights, matrix([1, 1, 1, 1], [4, 0, 0, 0], [2, 2, 0, 0]) / 24)
+    weights = ppo.loss_weights(mask, "constant", 14, 6, 5)
+    torch.testing.assert_close(weights, mask / 30)
+    # a loss with the same term at every action: the mean is that term, where the weights sum to 1
+    old, advantages = torch.zeros(3, 4), torch.full((3, 4), -2.0)
+    for loss_mean, right in (("tokens", 2.0), ("samples", 2.0), ("constant", 2 * 7 / 15)):
+        weights = ppo.loss_weights(mask, loss_mean, 7, 3, 5)
+        loss, stats = ppo.policy_loss(old + 0.1, old, advantages, mask, 0.5, weights=weights)
+        assert math.isclose(loss, right * math.exp(0.1), rel_tol=1e-5), loss_mean
+        assert math.isclose(stats["approx_kl"], math.exp(0.1) - 1.1, rel_tol=1e-3)  # a token
+
+
+def test_k3():
+    """exp(d) - 1 - d, d = log(reference / policy): not negative, with the mean KL(policy, reference)."""
+    mask = matrix([1, 1, 1, 0])
+    policy, ref = matrix([-1, -2, -3, NAN]), matrix([-1, -1.5, -5, -INF])
+    right = matrix([0, math.exp(0.5) - 1.5, math.exp(-2) + 1, 0])
+    torch.testing.assert_close(ppo.k3(policy, ref, mask), right)
+    logits = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
+    policy, ref = logits.double().log_softmax(-1)
+    k3 = ppo.k3(policy, ref, torch.ones(7))
+    kl = (policy.exp() * (policy - ref)).sum()
+    assert k3.min() >= 0 and torch.allclose((policy.exp() * k3).sum(), kl)
 
 
 def test_the_first_gradient_is_that_of_reinforce():
@@ -205,42 +289,44 @@ def test_the_adaptive_coefficient():
 # ---------------------------------------------------------------------------------------------- episodes
 
 
-EPISODES = dict(
-    prompts=[[5, 6, 7], [9], [3, 4, 3, 4, 3]], responses=[[8, 258], [1, 2, 3, 4], [258]]
-)
+PROMPTS, RESPONSES = [[5, 6, 7], [9], [3, 4, 3, 4, 3]], [[8, 258], [1, 2, 3, 4], [258]]
 
 
-@pytest.mark.parametrize("static", [0, 16], ids=["packed", "static"])
-def test_a_batch_of_episodes_gives_what_each_gives_alone(static):
-    """Log-probabilities and entropies of the actions, values before them, scores at the end; whatever the temperature."""
-    model, head = tiny.model(windows=(16, 16) if static else ()), tiny.model(1, head="score").score
-    role = roles.Role(model, head=head, scale=(2.0, -1.0))
-    batch = roles.episode_batch(*EPISODES.values(), 4, static)
-    assert batch["mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
-    assert batch["response"].tolist() == [[8, 258, 0, 0], [1, 2, 3, 4], [258, 0, 0, 0]]
-    assert batch["tokens"].shape == ((3, 16) if static else (1, 16)) and (
-        batch["docs"] == -1
-    ).sum() == (32 if static else 0)
+@pytest.mark.parametrize("length", [0, 16], ids=["packed", "fixed shapes"])
+def test_a_batch_of_episodes_gives_what_each_gives_alone(length):
+    """Log-probabilities and entropies of the actions, values before them, scores at the end,
+    whatever the temperature. The third episode's actions do not stand side by side."""
+    model = tiny.model(windows=(16, 16) if length else ())
+    head = tiny.model(1, head="score").score
+    role = ppo.Role(model, head=head, scale=(2.0, -1.0))
+    rows = [
+        (prompt + response, [0] * len(prompt) + [1] * len(response))
+        for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
+    ]
+    rows[2] = rows[2][0], [0, 1, 0, 1, 0, 1]
+    batch = batches.episodes(rows, length)
+    is_action = batch["weights"] > 0
+    mask = torch.arange(4) < torch.tensor([[2], [4], [3]])
+    assert batch["tokens"].shape == ((3, 16) if length else (1, 16))
     with torch.no_grad():
-        (logprobs, entropy), values, scores = (
-            role.logprobs(batch, 0.7),
-            role.values(batch),
-            role.scores(batch),
-        )
-        for i, (prompt, response) in enumerate(zip(*EPISODES.values(), strict=True)):
-            hidden, n, m = (
-                model.hidden(torch.tensor([prompt + response])),
-                len(prompt),
-                len(response),
-            )
-            right = (model.logits(hidden)[0, n - 1 : -1] / 0.7).log_softmax(-1)
+        outputs = [*role.logprobs(batch, 0.7), role.values(batch)]
+        logprobs, entropy, values = (ppo.to_matrix(x, is_action, mask) for x in outputs)
+        scores = role.scores(batch)
+        for i, (tokens, actions) in enumerate(rows):
+            hidden = model.hidden(torch.tensor([tokens]))
+            before = torch.tensor(actions).nonzero().flatten() - 1
+            right = (model.logits(hidden)[0, before] / 0.7).log_softmax(-1)
+            m = len(before)
+            chosen = right[range(m), torch.tensor(tokens)[before + 1]]
             padding = (0, 4 - m)
-            torch.testing.assert_close(logprobs[i], F.pad(right[range(m), response], padding))
+            torch.testing.assert_close(logprobs[i], F.pad(chosen, padding))
             torch.testing.assert_close(entropy[i], F.pad(-(right.exp() * right).sum(-1), padding))
-            torch.testing.assert_close(
-                values[i], F.pad(head(hidden)[0, n - 1 : -1] * 2 - 1, padding)
-            )
+            torch.testing.assert_close(values[i], F.pad(head(hidden)[0, before] * 2 - 1, padding))
             torch.testing.assert_close(scores[i], head(hidden)[0, -1] * 2 - 1)
+    for x in (logprobs, entropy, values):
+        flat = ppo.to_flat(x, is_action, mask)
+        assert flat.shape == batch["index"].shape and not flat[~is_action].any()
+        assert torch.equal(ppo.to_matrix(flat, is_action, mask), x)
 
 
 def test_prompts_come_in_shuffled_passes():
@@ -288,8 +374,8 @@ def test_reward_functions(base, tmp_path):
     tok = tokenizer.load(base)
     path = tmp_path / "rewards.py"
     path.write_text(REWARDS)
-    function = ppo.load_function(f"{path}:letters")
-    scores = ppo.judge(
+    function = functions.load_function(f"{path}:letters")
+    scores = functions.judge(
         function, tok, [[*b"abc"], [*b"x"]], ([*b"aaz", 258], [*b"y"]), torch.tensor([1.0, 0.0])
     )
     torch.testing.assert_close(
@@ -302,7 +388,7 @@ def test_reward_functions(base, tmp_path):
         ("x", "file.py:function"),
     ]:
         with pytest.raises(UserError, match=said):
-            ppo.load_function(spec)
+            functions.load_function(spec)
 
 
 @pytest.mark.parametrize(
@@ -323,8 +409,8 @@ def test_reward_functions(base, tmp_path):
 def test_reward_functions_that_fail(base, tmp_path, body, said):
     (tmp_path / "r.py").write_text(body)
     with pytest.raises(UserError, match=said):
-        ppo.judge(
-            ppo.load_function(f"{tmp_path}/r.py:f"),
+        functions.judge(
+            functions.load_function(f"{tmp_path}/r.py:f"),
             tokenizer.load(base),
             [[*b"a"]],
             [[*b"x"]],
@@ -338,7 +424,7 @@ def test_reward_functions_that_fail(base, tmp_path, body, said):
 def test_reward_files_that_do_not_run(tmp_path, body, said):
     (tmp_path / "r.py").write_text(body)
     with pytest.raises(UserError, match=f"r.py does not run: {said}"):
-        ppo.load_function(f"{tmp_path}/r.py:f")
+        functions.load_function(f"{tmp_path}/r.py:f")
 
 
 def test_correlation():
@@ -368,13 +454,20 @@ def test_diseases():
 def test_settings_that_do_not_go_together():
     rt = SimpleNamespace(world=2, shards=2, mesh=None, weight_shards=1)
     ppo.check(ppo.Config(batch_size=64, minibatches=2, micro_batch=8, group=4), rt)
+    ppo.check(ppo.Config(advantage="gae", kl_in="loss", kl_control="adaptive"), rt)
+    pairs = dict(advantage="group", group=2)
+    ppo.check(ppo.Config(**pairs), rt)
     wrong = {
         "batch_size=24 must be a multiple of": dict(batch_size=24),
         "share of a minibatch .16. one of group=5": dict(
             batch_size=64, minibatches=2, group=5, micro_batch=1
         ),
-        "needs group=2": dict(algo="grpo"),
-        "value_warmup=3 trains": dict(algo="rloo", group=2, value_warmup=3),
+        "advantage=group_std compares .* group=2": dict(advantage="group_std"),
+        "value_warmup=3 trains a critic, which advantage=group does": pairs | dict(value_warmup=3),
+        "whiten_rewards=true": pairs | dict(whiten_rewards=True),
+        "kl_control=adaptive .* kl_coef=0.0 with": dict(kl_control="adaptive", kl_coef=0.0),
+        "kl_control=adaptive .* kl_in=none": dict(kl_control="adaptive", kl_in="none"),
+        "kl_coef=0.1 has no effect with kl_in=none": dict(kl_coef=0.1, kl_in="none"),
         "temperature=0": dict(temperature=0.0),
         "ptx_data= and ptx_coef=": dict(ptx_coef=1.0),
         "lora_targets=": dict(lora_rank=4, train="qv"),
@@ -383,3 +476,47 @@ def test_settings_that_do_not_go_together():
     for said, settings in wrong.items():
         with pytest.raises(UserError, match=said):
             ppo.check(ppo.Config(**settings), rt)
+
+
+def test_algo_is_a_preset_that_expands_where_it_stands():
+    def keys(*argv):
+        cfg = config.parse(ppo.Config, argv)
+        return cfg.advantage, cfg.kl_in, cfg.loss_mean
+
+    assert keys() == keys("algo=ppo") == ("gae", "reward", "tokens")
+    assert keys("algo=rloo") == ("rloo", "reward", "tokens")
+    assert keys("algo=grpo") == ("group_std", "loss", "tokens")
+    assert keys("algo=grpo", "advantage=group", "loss_mean=constant") == (
+        "group",
+        "loss",
+        "constant",
+    )
+    assert keys("advantage=group", "algo=grpo") == ("group_std", "loss", "tokens")
+    text = config.to_cfg(config.parse(ppo.Config, ["algo=grpo"]))
+    assert "algo" not in text and "advantage=group_std\n" in text and "kl_in=loss\n" in text
+    with pytest.raises(UserError, match="algo=trpo: expected one of ppo, rloo, grpo"):
+        keys("algo=trpo")
+
+
+def test_the_models_that_a_run_needs():
+    needs = lambda **keys: (ppo.Config(**keys).has_critic, ppo.Config(**keys).has_reference)  # noqa: E731
+    assert needs() == (True, True)
+    assert needs(kl_coef=0.0) == needs(kl_in="none") == (True, False)
+    assert needs(kl_coef=0.0, log_kl=True) == needs(kl_in="none", log_kl=True) == (True, True)
+    for advantage in ("group", "group_std", "rloo"):
+        assert needs(advantage=advantage, kl_in="loss") == (False, True)
+
+
+def test_a_config_of_the_first_edition(tmp_path, capsys):
+    """There 0 meant never to sample, and to save at the end. A preset of today keeps its 0."""
+    old = Path(__file__).parent / "first_edition" / "cfg" / "ppo_sample_every_0.cfg"
+    cfg = config.parse(ppo.Config, [str(old)])
+    assert (cfg.sample_every, cfg.save_every, cfg.log_every) == (-1, -1, 1)
+    said = capsys.readouterr().out
+    assert "sample_every=0 of the first edition is read as sample_every=-1" in said
+    assert "save_every=0 of the first edition is read as save_every=-1" in said
+    (tmp_path / "new.cfg").write_text(config.to_cfg(ppo.Config(sample_every=0, save_every=0)))
+    (tmp_path / "recipe.cfg").write_text("algo=grpo\nsample_every=0\nsave_every=0\n")
+    for name in ("new", "recipe"):
+        cfg = config.parse(ppo.Config, [f"{tmp_path}/{name}.cfg"])
+        assert (cfg.sample_every, cfg.save_every) == (0, 0) and capsys.readouterr().out == ""

@@ -15,9 +15,10 @@ from conftest import ROOT
 
 import lora
 import ppo
-from nano import config, generate, roles, runtime, tokenizer, weights
-from nano.batches import Rows
+from nano import config, functions, generate, runtime, tokenizer, weights
+from nano.batches import Rows, episodes
 from nano.config import UserError
+from nano.run import Run
 from nano.store import mix, write_store
 
 BASE = dict(
@@ -30,7 +31,7 @@ BASE = dict(
     lr=1e-3,
     value_lr=1e-3,
     schedule="constant",
-    sample_every=0,
+    sample_every=-1,
 )
 TIMES = (
     "time",
@@ -143,6 +144,7 @@ LAYOUTS = {
     "lora": dict(reward="adapter", lora_rank=2, lr=1e-2, value_lr=1e-2),
     "grpo": dict(algo="grpo", group=4),
     "rloo": dict(algo="rloo", group=2, lora_rank=2),
+    "samples": dict(algo="grpo", group=2, loss_mean="samples", advantage="group", clip_high=0.3),
     "apart": dict(
         reward="score", lora_rank=2
     ),  # adapters for policy and critic, a reward model of its own
@@ -165,11 +167,13 @@ def test_before_the_first_update_policy_is_reference(folder, tmp_path, layout, d
     """KL 0 and ratio 1, exactly: the same numbers through the same kernels."""
     (record,) = train(folder, tmp_path, **settings_of(folder, layout), dtype=dtype, steps=1)
     assert record["kl"] == record["kl_k3"] == record["first_ratio_off"] == 0
+    assert 0 < record["logprob_gap"] < (0.2 if dtype == "bfloat16" else 1e-5)
     assert record["updates"] == 4 and record["approx_kl"] > 0 and record["policy_grad_norm"] > 0
     assert (
         ("value_loss" in record)
         == ("explained_variance" in record)
-        == (layout not in ("grpo", "rloo"))
+        == ("equal_groups" not in record)
+        == (layout in ("full", "lora", "apart"))
     )
 
 
@@ -186,17 +190,17 @@ def test_a_merged_adapter_starts_at_its_reference_too(folder, tmp_path):
 @pytest.mark.parametrize("layout", ["full", "lora"])
 def test_roles(folder, tmp_path, monkeypatch, layout):
     """The critic starts as the reward model, in its units; only policy and critic are trained, all else stays to the bit."""
-    built = spy(monkeypatch, roles, "build")
+    built = spy(monkeypatch, ppo, "build")
     train(folder, tmp_path, **settings_of(folder, layout), steps=0)
     policy, reference, scorer, critic = built[0][2]
-    batch = roles.episode_batch([[5, 6], [7]], [[8, 9, 258], [10, 258]], 4)
+    batch = episodes([([5, 6, 8, 9, 258], [0, 0, 1, 1, 1]), ([7, 10, 258], [0, 1, 1])])
     with torch.no_grad():
         right = weights.open(folder / ("score" if layout == "full" else "adapter")).model
         for i, row in enumerate([[5, 6, 8, 9, 258], [7, 10, 258]]):
             scores = 2 * right.score(right.hidden(torch.tensor([row])))[0] - 0.5
             torch.testing.assert_close(scorer.scores(batch)[i], scores[-1])
-            n = (2, 1)[i]
-            torch.testing.assert_close(critic.values(batch)[i, : len(row) - n], scores[n - 1 : -1])
+            n, actions = ((2, slice(0, 3)), (1, slice(3, 5)))[i]
+            torch.testing.assert_close(critic.values(batch)[actions], scores[n - 1 : -1])
         assert torch.equal(policy.logprobs(batch, 1.0)[0], reference.logprobs(batch, 1.0)[0])
 
     built.clear()
@@ -239,7 +243,7 @@ def test_roles(folder, tmp_path, monkeypatch, layout):
 
 @pytest.mark.parametrize("train_what, freeze", [("all", 1), ("attention", 0), ("qv", 1)])
 def test_what_is_frozen_stays(folder, tmp_path, monkeypatch, train_what, freeze):
-    built = spy(monkeypatch, roles, "build")
+    built = spy(monkeypatch, ppo, "build")
     train(folder, tmp_path, train=train_what, freeze_layers=freeze)
     policy, _, _, critic = built[0][2]
     before = tensors(folder / "base")
@@ -258,7 +262,7 @@ def test_what_is_frozen_stays(folder, tmp_path, monkeypatch, train_what, freeze)
 
 def test_the_saved_model_is_the_policy(folder, tmp_path, monkeypatch):
     """A model directory, or an adapter on the base that `peft` and transformers open."""
-    built = spy(monkeypatch, roles, "build")
+    built = spy(monkeypatch, ppo, "build")
     for layout in ("full", "lora"):
         train(folder, tmp_path / layout, **settings_of(folder, layout))
         policy = built[-1][2][0]
@@ -341,28 +345,21 @@ def test_value_warmup_leaves_the_policy(folder, tmp_path):
 
 def rl_gradients(cfg, role, batch):
     role.model.zero_grad()
-    ppo.rl_gradient(
-        cfg,
-        runtime.Runtime("cpu", "none", "float32"),
-        role,
-        None,
-        [batch],
-        float(batch["mask"].sum()),
-    )
+    rt = runtime.Runtime("cpu", "none", "float32")
+    ppo.rl_gradient(cfg, rt, role, None, [batch], float(len(batch["index"])))
     return {n: p.grad.clone() for n, p in role.model.named_parameters()}
 
 
 @pytest.fixture
 def episode(folder):
-    """(policy, a batch of two episodes as the update sees it)"""
+    """(policy, a batch of two episodes with five actions as the update sees it)"""
     model = weights.load_model(folder / "base")
-    policy, batch = (
-        roles.Role(model, net=model),
-        roles.episode_batch([[5, 6], [7]], [[8, 9, 258], [10, 11]], 4),
-    )
+    policy = ppo.Role(model, net=model)
+    batch = episodes([([5, 6, 8, 9, 258], [0, 0, 1, 1, 1]), ([7, 10, 11], [0, 1, 1])])
     with torch.no_grad():
-        batch["old_logprobs"] = policy.logprobs(batch, 1.0)[0]
-    return policy, batch | dict(advantages=torch.zeros(2, 4))
+        old_logprobs, _ = policy.logprobs(batch, 1.0)
+    batch |= dict(loss_weights=torch.full((5,), 0.2))
+    return policy, batch | dict(old_logprobs=old_logprobs, advantages=torch.zeros(5))
 
 
 def test_the_entropy_bonus_raises_the_entropy(episode):
@@ -384,7 +381,7 @@ def test_the_entropy_bonus_raises_the_entropy(episode):
 def test_ptx_adds_its_gradient(folder, episode):
     """ptx_coef times that of the mean next-token loss on other text, to whatever is there."""
     policy, batch = episode
-    batch["advantages"] = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    batch["advantages"] = torch.randn(5, generator=torch.Generator().manual_seed(0))
     cfg, rt = ppo.Config(ptx_coef=3.0), runtime.Runtime("cpu", "none", "float32")
     rows = mix([str(folder / "store")])
     batches = Rows(rows, 8, 2, 64)
@@ -420,6 +417,99 @@ def test_a_run_with_ptx(folder, tmp_path):
     )
 
 
+# ---------------------------------------------------------------------------------------------- the KL, groups
+
+
+@pytest.mark.parametrize("how", [dict(), dict(lora_rank=2), dict(algo="grpo", group=2)], ids=str)
+def test_no_reference_without_a_use_for_it(folder, tmp_path, monkeypatch, how):
+    """With kl_coef=0 there is no reference forward and no KL in the log, unless log_kl asks for it."""
+    built = spy(monkeypatch, ppo, "build")
+    off = [dict(kl_coef=0.0), dict(kl_in="none")]
+    logs = []
+    for i, settings in enumerate([*off, *(x | dict(log_kl=True) for x in off)]):
+        logs.append(train(folder, tmp_path / str(i), **how | settings))
+        reference = built[-1][2][1]
+        assert (reference is not None) == ("kl" in logs[-1][0]) == ("kl_coef" in logs[-1][0])
+        assert (reference is not None) == ("log_kl" in settings)
+    shown = ("kl", "kl_k3", "kl_coef")
+    for log in logs:  # and none of it has a part in the training
+        assert [{k: v for k, v in r.items() if k not in shown} for r in log] == logs[0]
+    assert logs[2][0]["kl"] == 0 and logs[2][1]["kl_k3"] > 0
+
+
+@pytest.mark.parametrize("kl_in", ["loss", "reward", "none"])
+def test_where_the_kl_goes(folder, tmp_path, monkeypatch, kl_in):
+    """In the second iteration, when there is one: into the loss with the reference's log-probabilities
+    and kl_coef, or into the advantages beside the normalised scores."""
+    calls = spy(monkeypatch, ppo, "rl_gradient")
+    judged = spy(monkeypatch, functions, "judge")
+    settings = dict(advantage="group_std", group=4, kl_in=kl_in, lr=1e-2, ppo_epochs=1, log_kl=True)
+    log = train(folder, tmp_path, **settings, kl_coef=0.5 if kl_in != "none" else 0.05)
+    (*_, micro_batches, count, kl_coef), _, stats = calls[1]
+    base, kl = ppo.Role(weights.load_model(folder / "base")), []
+    for batch in micro_batches:
+        with torch.no_grad():
+            ref_logprobs, _ = base.logprobs(batch, 1.0)
+        assert ("ref_logprobs" in batch) == (kl_in == "loss")
+        if kl_in == "loss":
+            torch.testing.assert_close(batch["ref_logprobs"], ref_logprobs)
+        log_ratio = batch["old_logprobs"] - ref_logprobs
+        kl.append(torch.zeros(4).index_add(0, batch["rows"], log_ratio))
+    kl = torch.cat(kl)
+    assert kl.abs().min() > 1e-3 and math.isclose(kl.mean(), log[1]["kl"], rel_tol=1e-3)
+    (*_, finished), _, scores = judged[1]
+    rewards = scores - (1 - finished)
+    price = 0.5 if kl_in == "reward" else 0.0
+    right = ppo.penalised_advantages(rewards, kl, 4, "group_std", price)
+    rows = torch.cat([batch["rows"] + 4 * i for i, batch in enumerate(micro_batches)])
+    advantages = torch.cat([batch["advantages"] for batch in micro_batches])
+    torch.testing.assert_close(advantages, right[rows], rtol=1e-3, atol=1e-5)
+    assert ("kl_loss" in log[1]) == ("kl_loss" in stats) == (kl_in == "loss")
+    if kl_in == "loss":  # at the old policy
+        assert kl_coef == 0.5
+        assert math.isclose(log[1]["kl_loss"], log[1]["kl_k3"] * 8 / count, rel_tol=1e-4)
+
+
+def test_equal_scores_teach_nothing(folder, tmp_path):
+    """All groups are without variance, which the log says, and the policy stays to the bit."""
+    settings = dict(reward="zero", missing_eos_penalty=0, group=4)
+    for how in ("group", "group_std", "rloo"):
+        log = train(folder, tmp_path / how, **settings, advantage=how)
+        assert [r["equal_groups"] for r in log] == [1, 1]
+        assert same(tensors(tmp_path / how / "last"), tensors(folder / "base"))
+    log = train(folder, tmp_path / "letters", group=4, algo="grpo", max_new_tokens=2)
+    assert 0 <= log[0]["equal_groups"] < 1
+
+
+def test_the_share_of_equal_groups(folder, tmp_path, monkeypatch):
+    """After penalties: two of four groups have equal rewards."""
+    scores = torch.tensor([1.0, 1, 2, 3, 0, 0, 5, 6])
+    monkeypatch.setattr(functions, "judge", lambda *_: scores)
+    settings = dict(group=2, advantage="group", missing_eos_penalty=0)
+    assert train(folder, tmp_path, **settings)[0]["equal_groups"] == 0.5
+
+
+def test_the_gap_between_decoder_and_training_forward(folder, tmp_path, monkeypatch):
+    """The mean over all actions of the distance of the two log-probabilities, and nothing else."""
+    function = generate.generate
+
+    def shifted(*args, **kwargs):
+        samples = function(*args, **kwargs)
+        samples.logprobs = [
+            [x + 0.25 - 0.5 * (i % 2) for i, x in enumerate(row)] for row in samples.logprobs
+        ]
+        return samples
+
+    right = train(folder, tmp_path / "right")
+    assert all(0 < r.pop("logprob_gap") < 1e-5 for r in right)
+    monkeypatch.setattr(generate, "generate", shifted)
+    wrong = train(folder, tmp_path / "wrong", truncate_at="e", truncate_penalty=1.0)
+    assert all(math.isclose(r["logprob_gap"], 0.25, rel_tol=1e-4) for r in wrong)
+    wrong = train(folder, tmp_path / "same")
+    assert all(math.isclose(r.pop("logprob_gap"), 0.25, rel_tol=1e-4) for r in wrong)
+    assert wrong == right
+
+
 # ---------------------------------------------------------------------------------------------- rewards of a run
 
 
@@ -432,7 +522,7 @@ def test_what_is_scored(folder, tmp_path, monkeypatch):
         tmp_path / "store", dict(train=rows), dict(vocab_size=264, tokenizer=tok.fingerprint)
     )
     made, shaped = spy(monkeypatch, generate, "generate"), spy(monkeypatch, ppo, "shape_rewards")
-    seen = spy(monkeypatch, ppo, "judge")
+    seen = spy(monkeypatch, functions, "judge")
     log = train(
         folder,
         tmp_path / "out",
@@ -489,10 +579,10 @@ def test_the_first_losses_by_hand(folder, tmp_path, monkeypatch):
     )
     (_, prompts, *_), kwargs, samples = made[0]
     assert kwargs["sample_ids"] == list(range(8))
-    batches = [b for (_, _, _, _, micros, _), _, _ in found[:2] for b in micros]
-    assert len(batches) == 4 and sum(args[5] for args, _, _ in found[:2]) == sum(
-        map(len, samples.tokens)
-    )
+    first_pass = [args for args, _, _ in found[:2]]
+    seen = [batch for args in first_pass for batch in args[4]]
+    n_actions = sum(map(len, samples.tokens))
+    assert len(seen) == 4 and sum(args[5] for args in first_pass) == n_actions
     model, critic = weights.load_model(folder / "base"), weights.load_model(folder / "score")
     values, logprobs = torch.zeros(8, 6), torch.zeros(8, 6)
     with torch.no_grad():
@@ -508,24 +598,20 @@ def test_the_first_losses_by_hand(folder, tmp_path, monkeypatch):
     assert coef == 0.3 and torch.equal(rollout, ref)
     torch.testing.assert_close(rollout, logprobs)
     advantages, returns = ppo.gae(rewards, values, mask, 0.9, 0.5)
-    order = sorted(
-        range(4),
-        key=lambda i: [
-            j for j in range(4) if torch.equal(batches[i]["mask"], mask[2 * j : 2 * j + 2])
-        ],
-    )
-    join = {
-        key: torch.cat([batches[i][key] for i in order])
-        for key in ("old_logprobs", "old_values", "advantages", "returns")
-    }
     right = dict(
         old_logprobs=logprobs,
         old_values=values,
         advantages=ppo.whiten(advantages, mask, runtime.Runtime("cpu", "none", "float32")),
         returns=returns,
     )
-    for key, x in right.items():
-        torch.testing.assert_close(join[key], x, rtol=1e-4, atol=1e-5)
+    # the minibatches come in any order; each micro-batch holds two episodes, one after the other
+    parts = [slice(i, i + 2) for i in range(0, 8, 2)]
+    actions = [[t for row in samples.tokens[part] for t in row] for part in parts]
+    for batch in seen:
+        part = parts[actions.index(batch["actions"].tolist())]
+        for key, x in right.items():
+            flat = x[part][mask[part]]
+            torch.testing.assert_close(batch[key], flat, rtol=1e-4, atol=1e-5)
 
 
 def test_target_kl_ends_the_passes(folder, tmp_path):
@@ -544,7 +630,7 @@ def test_target_kl_ends_the_passes(folder, tmp_path):
 # ---------------------------------------------------------------------------------------------- how it is cut, stopped, parked
 
 
-@pytest.mark.parametrize("layout", ["full", "lora", "grpo"])
+@pytest.mark.parametrize("layout", ["full", "lora", "grpo", "samples"])
 def test_an_update_does_not_depend_on_the_micro_batch(folder, tmp_path, layout):
     runs = {}
     for micro_batch in (8, 2, 1):
@@ -566,7 +652,7 @@ def test_an_update_does_not_depend_on_the_micro_batch(folder, tmp_path, layout):
 
 
 @pytest.mark.parametrize("at", [4, 5], ids=["between iterations", "in a rollout"])
-@pytest.mark.parametrize("layout", ["full", "lora"])
+@pytest.mark.parametrize("layout", ["full", "lora", "grpo"])
 def test_a_stopped_run_goes_on_bit_for_bit(folder, tmp_path, layout, at):
     """Weights, both optimizers, the controller, the prompts' and the other text's order, what was warned of."""
     settings = settings_of(folder, layout) | dict(
@@ -589,7 +675,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder, tmp_path, layout, at):
     cut = train(folder, tmp_path / "cut", **settings)
     assert cut == whole and len(whole) == 4 and len({r["kl_coef"] for r in whole}) == 4
     a, b = (tiny.state(tmp_path / run / "state") for run in ("whole", "cut"))
-    assert same(a[0], b[0]) and a[1] == b[1] and any(key.startswith("value.") for key in a[0])
+    assert same(a[0], b[0]) and a[1] == b[1]
+    assert any(key.startswith("value.") for key in a[0]) == (layout != "grpo")
     name = "adapter_model" if layout == "lora" else "model"
     assert same(
         tensors(tmp_path / "whole" / "last", name), tensors(tmp_path / "cut" / "last", name)
@@ -602,12 +689,12 @@ def test_a_finished_run_says_so(folder, tmp_path, capsys):
     for steps in (1, 0):
         assert (
             len(train(folder, tmp_path, steps=steps)) == 1
-            and "stands at step 1 already" in capsys.readouterr().out
+            and "is at step 1 already" in capsys.readouterr().out
         )
     assert same(before, tensors(tmp_path / "last"))
 
 
-class Poisoned(roles.Parking):
+class Poisoned(ppo.Parking):
     """Parks where nothing can be computed: whoever is used without being fetched makes NaN."""
 
     kept, fetched = {}, []
@@ -637,7 +724,7 @@ class Poisoned(roles.Parking):
 def test_parked_models_are_fetched_when_they_work(folder, tmp_path, monkeypatch):
     settings = dict(reward=folder / "score", batch_size=4, steps=3)
     whole = train(folder, tmp_path / "whole", **settings)
-    monkeypatch.setattr(roles, "Parking", Poisoned)
+    monkeypatch.setattr(ppo, "Parking", Poisoned)
     assert train(folder, tmp_path / "parked", **settings) == whole
     assert set(Poisoned.fetched) == {
         1,
@@ -740,6 +827,44 @@ def test_two_processes_do_what_one_does(folder, tmp_path):
     )
 
 
+def test_when_a_run_saves_and_shows_samples(folder, tmp_path, monkeypatch):
+    """0: once in a pass over the 24 prompts; -1: never, but a run saves at its end. No step: nothing."""
+    save = Run.save_model
+
+    for every, shown, saved in ((0, [0, 3, 6], [3, 6, 7]), (-1, [], [7]), (4, [0, 4], [4, 7])):
+        out, saves = tmp_path / str(every), []
+
+        def save_model(run, dir, saves=saves):
+            saves.append(run.step)
+            save(run, dir)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "save_model", save_model)
+            settings = dict(steps=7, ppo_epochs=1, sample_every=every, save_every=every)
+            log = train(folder, out, **settings, log_every=0)
+        assert [r["step"] for r in log if r["kind"] == "samples"] == shown
+        assert [r["step"] for r in log if r["kind"] == "train"] == [7] and saves == saved
+    assert train(folder, tmp_path / "none", steps=0) == []
+    assert not (tmp_path / "none" / "last").exists() and not (tmp_path / "none" / "state").exists()
+
+
+def test_warmup_and_betas_reach_the_optimizer(folder, tmp_path, monkeypatch):
+    made = spy(monkeypatch, ppo.optim, "adamw")
+    settings = dict(steps=4, lr=0.5, schedule="linear", warmup_steps=2, warmup_ratio=0.9)
+    log = train(folder, tmp_path, **settings | dict(lr=4e-3), beta1=0.8, beta2=0.95, ppo_epochs=1)
+    assert all(optimizer.defaults["betas"] == (0.8, 0.95) for _, _, optimizer in made) and made
+    assert [round(r["lr"], 9) for r in log] == [round(x, 9) for x in (4e-3 / 3, 8e-3 / 3, 4e-3, 0)]
+
+
+def test_rank_stabilised_adapters(folder, tmp_path):
+    for rslora, scale in ((False, 8.0), (True, 16.0)):
+        out = tmp_path / str(rslora)
+        train(folder, out, steps=1, lora_rank=4, lora_rslora=rslora, ppo_epochs=1)
+        config_json = json.loads((out / "last" / "adapter_config.json").read_text())
+        r, alpha = config_json["r"], config_json["lora_alpha"]
+        assert math.isclose(alpha / (r**0.5 if config_json.get("use_rslora") else r), scale)
+
+
 # ---------------------------------------------------------------------------------------------- what is shown, what is refused
 
 
@@ -756,11 +881,9 @@ def test_samples_and_warnings(folder, tmp_path, capsys):
         entropy_coef=-1.0,
     )
     shown = {r["step"]: r["rows"] for r in log if r["kind"] == "samples"}
-    assert list(shown) == [1, 2, 4]
-    assert all(
-        len(rows) == 2 and list(rows[0]) == ["prompt", "response", "reward", "kl"]
-        for rows in shown.values()
-    )
+    assert list(shown) == [0, 2]
+    for rows in shown.values():
+        assert len(rows) == 2 and list(rows[0]) == ["prompt", "response", "reward"]
     assert [r["step"] for r in log if r["kind"] == "train"] == [3, 4]
     assert capsys.readouterr().out.count("the entropy has collapsed") == 1
     assert any(
@@ -789,7 +912,7 @@ def test_mistakes_end_in_a_sentence(folder, tmp_path):
         "no prompt has between 1 and max_prompt=256": dict(data=tmp_path / "text"),
         "max_prompt=1 ": dict(max_prompt=1),
         "batch_size=10 must be a multiple": dict(batch_size=10),
-        "algo=grpo compares": dict(algo="grpo"),
+        "advantage=group_std compares": dict(algo="grpo"),
         "is an adapter": dict(model=folder / "adapter", lora_rank=2),
         "leaves nothing to train": dict(freeze_layers=2, train="qv"),
         "resume=true": dict(resume="true"),
@@ -803,6 +926,6 @@ def test_mistakes_end_in_a_sentence(folder, tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert (
         result.returncode == 2
-        and result.stderr.startswith("error: algo=rloo")
+        and result.stderr.startswith("error: advantage=rloo compares")
         and result.stderr.count("\n") == 1
     )

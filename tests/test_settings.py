@@ -127,7 +127,7 @@ def test_a_run_that_goes_on_names_what_has_changed(stage, folder, tmp_path, monk
     settings += {"ppo": ["reward=judge.py:length", "algo=grpo", "group=2", "max_new_tokens=4"]}.get(
         stage, ["max_length=256"]
     )
-    quiet = dict(reward="norm_samples=0", pretrain="sample_tokens=0", ppo="sample_every=0")
+    quiet = dict(reward="norm_samples=0", pretrain="sample_tokens=0", ppo="sample_every=-1")
     settings.append(quiet.get(stage, "samples=0"))
 
     def run(*more):

@@ -33,8 +33,7 @@ import importlib, json, os, signal, sys
 import torch.distributed as dist
 import torch_xla.debug.metrics as metrics
 import torch_xla.runtime as xr
-import ppo
-from nano import config, optim, runtime
+from nano import config, functions, optim, runtime
 
 host, out = int(sys.argv[2]), sys.argv[3]
 xr.process_index, xr.process_count = lambda: host, lambda: 2
@@ -55,7 +54,7 @@ def asked_to_stop(step, *args):
 if host == 1:
     sys.addaudithook(only_reads)
     optim.lr_at = asked_to_stop
-    ppo.judge = None
+    functions.judge = None
 for stage, argv in json.loads(sys.argv[1]):
     stage = importlib.import_module(stage)
     stage.main(config.load(stage.Config, argv))
