@@ -17,13 +17,13 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def denormals():
-    """A stage that ran in this process has switched them off (runtime.py), and property tests draw them."""
+    """A stage that ran in this process has switched them off, and property tests draw them."""
     torch.set_flush_denormal(False)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol():
-    """A run takes over the signals of its process. Each test gives them back, after its fixtures."""
+    """A run takes over the signals of its process. Each test gives them back."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         return (yield)
@@ -34,7 +34,7 @@ def pytest_runtest_protocol():
 
 @pytest.fixture(scope="module")
 def stages_folder(tmp_path_factory):
-    """Models, data, a reward adapter, and in one/ the run of each of stages.STAGES on one process."""
+    """Models, data, a reward adapter, and in one/ each stage's run on one process."""
     import stages
 
     path = tmp_path_factory.mktemp("stages")
@@ -45,7 +45,7 @@ def stages_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """The folder of real data sets beside the repository. Tests that need it are skipped without."""
+    """The real data sets beside the repository. Tests that need them are skipped without."""
     path = ROOT.parent / "shared" / "data"
     if not path.is_dir():
         pytest.skip("no folder ../shared/data with real data")

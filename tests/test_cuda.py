@@ -1,8 +1,9 @@
-"""The CUDA paths against the CPU's: every stage, packed rows through flex_attention, generation by CUDA graphs.
+"""The CUDA paths against the CPU's: stages, packed rows in flex_attention, CUDA graphs.
 
     python -m pytest -q tests/test_cuda.py        # skipped without a GPU
 
-In fp32, for which torch's matrix products are exact unless TF32 is allowed: what is left is the order of sums.
+All is in fp32, where torch's matrix products differ in the order of sums alone, unless TF32 is
+allowed.
 """
 
 import numpy as np
@@ -41,7 +42,7 @@ def moved(model):
     return model.to(DEVICE)
 
 
-# ------------------------------------------------------------------------------------------ stages
+# ---- stages
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -92,7 +93,7 @@ def test_a_resume_is_exact(folder, tmp_path, name):
     assert tiny.same_tensors(whole / "last", cut / "last", kind)
 
 
-# ------------------------------------------------------------------------------------------ attention, loss
+# ---- attention, loss
 
 
 @pytest.mark.parametrize("head_dim", [8, 16])
@@ -141,7 +142,7 @@ def test_losses():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------ generation
+# ---- generation
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -159,7 +160,7 @@ def test_greedy_answers_equal_the_cpus(name):
 
 @pytest.mark.parametrize("settings", [dict(), dict(top_k=5), dict(top_p=0.8, temperature=1.3)])
 def test_samples_equal_the_cpus(settings):
-    """The same random numbers choose them; only at the edge between two tokens could the last digit decide otherwise."""
+    """The same random numbers choose them. Between two tokens the last digit may decide."""
     model, prompts = small(), ragged(6)
     expected = generate(
         model, prompts, 60, batch_size=5, group=3, seed=(3, 4), stop_ids=(7,), **settings
@@ -191,7 +192,7 @@ def test_again_and_again_without_growing():
     assert used[-1] == used[1]
 
 
-# ------------------------------------------------------------------------------------------ device
+# ---- device
 
 
 def test_runtime():

@@ -1,4 +1,4 @@
-"""dpo.py: the losses by hand and against trl, ranked groups, the reference, what is trained, saved and resumed."""
+"""dpo.py: losses by hand and against trl, ranked groups, the reference, saving and resuming."""
 
 import json
 import math
@@ -15,7 +15,8 @@ from nano.batches import Groups
 from nano.config import UserError
 from nano.store import mix, write_store
 
-FAST = "device=cpu dtype=float32 max_length=128 batch_size=8 log_every=100 samples=1 sample_tokens=4".split()
+FAST = "device=cpu dtype=float32 max_length=128 batch_size=8 log_every=100".split()
+FAST += ["samples=1", "sample_tokens=4"]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def logprob(model, tokens, mask):
     return (picked * torch.tensor(mask[1:])).sum()
 
 
-# ------------------------------------------------------------------------------------------ the losses
+# ---- the losses
 
 
 def test_at_the_reference_the_loss_is_ln_2_and_the_margin_0(run):
@@ -205,7 +206,7 @@ def test_loss_and_gradients_are_trls(theirs, ours, folder, tmp_path):
     assert max(grad.abs().max() for grad in grads.values()) > 0.1
 
 
-# ------------------------------------------------------------------------------------------ training
+# ---- training
 
 
 def test_learns_to_prefer(run):
@@ -238,7 +239,7 @@ def test_the_gradient_does_not_depend_on_the_cut(run):
         )
 
 
-# ------------------------------------------------------------------------------------------ the reference
+# ---- the reference
 
 
 def test_the_reference_is_the_start_and_with_lora_the_bare_base(run, folder):
@@ -289,7 +290,7 @@ def test_the_reference_is_kept_and_a_stale_one_is_not_used(
         run(f"model={tmp_path}/other", f"data={folder}/pairs", "resume=false")
 
 
-# ------------------------------------------------------------------------------------------ resume, mistakes
+# ---- resume, mistakes
 
 
 @pytest.mark.parametrize("settings", [[], ["lora_rank=2", "lora_dropout=0.2"]])

@@ -1,4 +1,5 @@
-"""pretrain.py and the windows it reads: coverage over ranks, edges, mixes, losses by hand, exact resume, what is written."""
+"""pretrain.py and the windows it reads: coverage over ranks, edges, mixes, losses by hand, exact
+resume, what is written."""
 
 import math
 import sys
@@ -69,7 +70,7 @@ def evals(log):
     return [(r["step"], r["loss"], r["bits_per_byte"]) for r in log if r["kind"] == "eval"]
 
 
-# ---------------------------------------------------------------------------------------------------- windows
+# ---- windows
 
 
 def numbered(path, lengths, first=0):
@@ -202,7 +203,7 @@ def test_weights_are_kept_and_a_store_that_is_used_up_begins_again(tmp_path):
     assert all(len({*mine[k : k + 10]}) == 10 for k in range(6500, 6600, 10))
 
 
-# ---------------------------------------------------------------------------------------------------- losses
+# ---- losses
 
 
 @pytest.mark.parametrize("isolate", [True, False])
@@ -278,7 +279,7 @@ def test_micro_batches_do_not_change_a_run(store, tmp_path):
     np.testing.assert_allclose(curve(a), curve(b), rtol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------- runs
+# ---- runs
 
 
 @pytest.mark.parametrize(
@@ -428,7 +429,7 @@ def test_sizes():
     assert Transformer(cfg).hidden(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 96)
 
 
-# ---------------------------------------------------------------------------------------------------- mistakes
+# ---- mistakes
 
 
 def test_mistakes_are_told(base, store, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,5 @@
-"""reward.py: the ranking loss by hand, the place where a score is read, what is trained, saved and resumed; and the batches of
-groups."""
+"""reward.py: the ranking loss by hand, where a score is read, what is trained, saved and resumed,
+and the batches of groups."""
 
 import contextlib
 import json
@@ -17,7 +17,8 @@ from nano.batches import Groups, collate_groups
 from nano.config import UserError
 from nano.store import GroupMix, mix, validation
 
-FAST = "device=cpu dtype=float32 max_length=128 norm_tokens=8 norm_samples=8 batch_size=8 log_every=100 samples=1".split()
+FAST = "device=cpu dtype=float32 max_length=128 batch_size=8 log_every=100 samples=1".split()
+FAST += ["norm_tokens=8", "norm_samples=8"]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def run(folder, tmp_path):
     return train
 
 
-# ------------------------------------------------------------------------------------------ the loss
+# ---- the loss
 
 
 def ranking_loss(scores, offsets, **settings):
@@ -60,7 +61,8 @@ def test_ranking_loss_by_hand():
     three = -(math.log(s(1.0)) + math.log(s(3.0)) + math.log(s(2.0))) / 3
     four = -sum(math.log(s(d)) for d in (0.2, 0.1, 0.7, -0.1, 0.5, 0.6)) / 6
     assert loss.item() == pytest.approx((two + three + four) / 3, abs=1e-6)
-    loss.backward()  # d -log sigmoid(d) / d d = -sigmoid(-d), to the better and, negated, to the worse
+    # The derivative of -log sigmoid(d) is -sigmoid(-d) for the better, and negated for the worse.
+    loss.backward()
     grads = [
         -s(-0.5),
         s(-0.5),
@@ -94,7 +96,7 @@ def test_a_constant_scorer_is_at_ln_2_and_pushes_nothing_on_the_whole():
     assert scores.grad.float().sum().abs() < 1e-6 < scores.grad.float().abs().max()
 
 
-# ------------------------------------------------------------------------------------------ batches
+# ---- batches
 
 
 def open_rows(folder, split="train", name="data"):
@@ -170,7 +172,7 @@ def test_sizes_pick_groups_and_stores_are_checked(folder, tmp_path):
     assert validation([tmp_path / "noval"], groups=True) is None
 
 
-# ------------------------------------------------------------------------------------------ where the score is read
+# ---- where the score is read
 
 
 def scorer(**changes):
@@ -218,7 +220,7 @@ def test_a_tie_is_no_right_order():
     )
 
 
-# ------------------------------------------------------------------------------------------ training
+# ---- training
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +386,7 @@ def test_a_resumed_run_keeps_its_best(run):
     assert (out / "best" / "config.json").stat().st_mtime_ns == before
 
 
-# ------------------------------------------------------------------------------------------ mistakes
+# ---- mistakes
 
 
 def test_mistakes_end_with_a_sentence(run, folder, trained, tmp_path):

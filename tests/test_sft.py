@@ -74,7 +74,7 @@ def gradients(model, micros):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-# ---------------------------------------------------------------------------------------------- what is a loss
+# ---- what is a loss
 
 
 def test_packed_logits_are_the_unpacked_ones():
@@ -207,7 +207,7 @@ def test_grad_checkpoint_changes_no_gradient(base, store):
 
 
 def test_grad_checkpoint_on_xla_reaches_adapters_over_frozen_embeddings(base, monkeypatch):
-    """Its checkpoint function is torch's reentrant one with barriers, and runs here in its place."""
+    """XLA's checkpoint function is torch's reentrant one with barriers. Here torch's runs."""
     module = types.ModuleType("torch_xla.utils.checkpoint")
     module.checkpoint = torch.utils.checkpoint.checkpoint
     monkeypatch.setitem(sys.modules, "torch_xla", types.ModuleType("torch_xla"))
@@ -226,7 +226,7 @@ def test_grad_checkpoint_on_xla_reaches_adapters_over_frozen_embeddings(base, mo
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
 def test_the_memory_estimate_is_near_the_truth(base, grad_checkpoint, monkeypatch):
-    """Against the bytes that torch holds at most over two micro-batches and a step of AdamW, from the second step on."""
+    """Against the peak of torch's memory in the second step: two micro-batches and AdamW."""
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 2**16)
     model = tiny.model(n_layers=6, dim=64, ffn_dim=192, head_dim=16)
     runtime.Runtime("cpu", dtype="float32").wrap(model, grad_checkpoint=grad_checkpoint)
@@ -264,7 +264,7 @@ def test_compiled_layers_do_the_same(base, store, tmp_path):
     np.testing.assert_allclose(evals(runs[1]), evals(runs[0]), rtol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------- what is trained
+# ---- what is trained
 
 
 def test_what_is_saved_is_what_was_trained_and_evaluated(base, store, tmp_path):
@@ -317,7 +317,7 @@ def test_only_what_is_chosen_moves(store, tmp_path, settings, moves, tie):
 
 
 def test_small_steps_are_not_lost(base, store, tmp_path):
-    """Weights are fp32 masters: under bf16 autocast 20 AdamW steps of 1e-5 with one direction add up to 20e-5."""
+    """Weights are fp32 masters: under autocast 20 AdamW steps of 1e-5 one way add up to 20e-5."""
     train(
         tmp_path / "out",
         base,
@@ -384,7 +384,7 @@ def test_other_software_opens_the_result(base, store, tmp_path, rank):
         )
 
 
-# ---------------------------------------------------------------------------------------------- resume
+# ---- resume
 
 KINDS = dict(
     full=dict(),
@@ -535,7 +535,7 @@ def test_plain_text_has_no_prompts_to_answer(base, tmp_path):
     assert [r["kind"] for r in log] == ["eval", "train", "eval"]
 
 
-# ---------------------------------------------------------------------------------------------- processes
+# ---- processes
 
 
 def environment():

@@ -1,5 +1,5 @@
-"""What the stages have in common: the loss that is trained is the one that is validated, and how often a run
-evaluates, samples, logs and saves. (ppo.py, which does not validate, is tested in test_ppo_runs.py.)"""
+"""What the stages have in common: the loss that is trained is the one that is validated, and how
+often a run evaluates, samples, logs and saves. ppo.py validates no loss and has its own tests."""
 
 import importlib
 

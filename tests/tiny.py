@@ -1,5 +1,5 @@
-"""What tests share: a model directory of a few thousand weights with a tokenizer of single bytes, data
-folders that fit it, runs of a stage in this process and in several, and what a run leaves behind."""
+"""What tests share: a model directory of a few thousand weights with a tokenizer of single bytes,
+data folders that fit it, runs of a stage in one process and in several, and what a run leaves."""
 
 import importlib
 import json
@@ -198,7 +198,7 @@ def state(dir):
 
 
 def first_moments(out):
-    """Adam's first moments in the training state of a run folder, gathered from the files of all ranks.
+    """Adam's first moments in a run folder's training state, gathered from the files of all ranks.
 
     After one step they are (1 - beta1) times the gradient.
     """

@@ -1,7 +1,10 @@
-"""Every stage on XLA, compiled for the CPU: one device, and four virtual ones (SPMD). Run by `bash test.sh xla`.
+"""Every stage on XLA, compiled for the CPU: one device, and four virtual ones (SPMD).
 
-What torch_xla sets up holds for a process, so the runs on one device share a process, and those on four another one. The CPU's
-devices cannot be of several hosts: of a pod slice, two processes test what its hosts must do alike, each on two devices of its own.
+    bash test.sh xla
+
+What torch_xla sets up holds for a process. So the runs on one device share a process, and those on
+four devices another one. The CPU's devices cannot belong to several hosts, so two processes with
+two devices each test what the hosts of a pod slice must do alike.
 """
 
 import importlib.util
@@ -27,7 +30,7 @@ for stage, argv in json.loads(sys.argv[1]):
     stage = importlib.import_module(stage)
     stage.main(config.load(stage.Config, argv))
 """
-# A host of a slice of two. Only the first may change files; each runs to the end only if the other does.
+# A host of a slice of two. Only the first may change files, and neither ends before the other.
 HOST = """
 import importlib, json, os, signal, sys
 import torch.distributed as dist
@@ -38,11 +41,13 @@ from nano import config, functions, optim, runtime
 host, out = int(sys.argv[2]), sys.argv[3]
 xr.process_index, xr.process_count = lambda: host, lambda: 2
 begin, lr_at = dist.init_process_group, optim.lr_at
-dist.init_process_group = lambda *args, **settings: dist.is_initialized() or begin(*args, **settings)
+dist.init_process_group = lambda *args, **keys: dist.is_initialized() or begin(*args, **keys)
 runtime.Runtime.close = lambda self: None
 
 def only_reads(event, args):
-    changes = event in ("os.mkdir", "os.rename", "os.remove") or event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+    changes = event in ("os.mkdir", "os.rename", "os.remove")
+    if event == "open":
+        changes = (args[2] or 0) & (os.O_WRONLY | os.O_RDWR)
     if changes and str(args[0]).startswith(out):
         raise PermissionError(f"{event} {args}")
 
@@ -84,7 +89,7 @@ def launch(devices, jobs):
 
 
 def launch_hosts(jobs, dir):
-    """Runs jobs on two hosts of two devices -> of each (exit status, output, the hash of every graph that it ran)."""
+    """Runs jobs on two hosts of two devices -> of each (exit status, output, hashes of graphs)."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = dict(MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]))
