@@ -1,4 +1,5 @@
-"""Settings, the same way in every script: numbers out of range are refused, and a run that goes on says what has changed."""
+"""Settings are the same in every script: numbers out of range are refused, and a run that goes on
+says what has changed."""
 
 import ast
 import dataclasses
