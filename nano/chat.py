@@ -11,28 +11,17 @@ import re
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import chain, cycle, islice
+from pathlib import Path
 from typing import Literal
 
 from nano.config import UserError
+
+JINJA = Path(__file__).parent / "templates"  # the templates for other programs, to the same effect
 
 # A layout is a function from (messages, whether to end with the prompt of an answer) to a list of
 # parts (text, fixed, target). Fixed text is the template's own, in which names of tokens are tokens.
 # All other text comes from the messages. target is the index of the assistant message whose target
 # the text belongs to, or None. Neighbours of equal target are encoded as one text.
-
-# Turns.jinja fills in the words in capitals.
-JINJA = """{%- set system = 1 if messages[0]['role'] == 'system' else 0 %}
-START{%- for message in messages %}
-CASES    {%- else %}{{- raise_exception('no turns of role ' + message['role']) }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- GENERATION }}{%- endif %}"""
-JINJA_ALTERNATE = (
-    "    {%- elif loop.index0 >= system and (message['role'] == 'user') != "
-    "(loop.index0 % 2 == system) %}"
-    "{{- raise_exception('users and assistants have to take turns, the user first') }}\n"
-)
-JINJA_OPENED = "message['role'] == 'user' and loop.index0 == 1 and system"
 
 
 @dataclass(frozen=True)
@@ -123,28 +112,6 @@ class Turns:
             return "", content
         return thought.split("<think>")[-1].strip("\n"), rest[-1].lstrip("\n")
 
-    def jinja(self):
-        """The same as a Jinja template, in which {bos} and {eos} are left to fill in."""
-
-        def case(when, role, form, strip="strip"):
-            before, _, after = form.partition("{}")
-            content = "message['content']"
-            if role in self.strip:
-                content += f".{strip}()"
-            return f"    {{%- elif {when} %}}{{{{- {before!r} + {content} + {after!r} }}}}\n"
-
-        cases = JINJA_ALTERNATE if self.alternate else ""
-        if self.opened is not None:
-            cases += case(JINJA_OPENED, "user", self.opened, "rstrip")
-        for role in SPEAKERS:
-            if form := getattr(self, role):
-                form += self.tail if role == "assistant" else ""
-                cases += case(f"message['role'] == '{role}'", role, form)
-        start = f"{{%- if not system %}}{{{{- {self.start!r} }}}}{{%- endif %}}\n"
-        source = JINJA.replace("START", start if self.start else "")
-        source = source.replace("GENERATION", repr(self.generation))
-        return source.replace("CASES", cases.replace("elif", "if", 1))
-
 
 def full(message):
     """A message's content, and the input of an Alpaca record a blank line below."""
@@ -178,25 +145,6 @@ def alpaca(messages, generation):
         else:
             raise UserError(f"message {n + 1}: the template alpaca has no {role} turns")
     return [*parts, answer] if generation else parts
-
-
-ALPACA = """\
-{%- for message in messages %}
-    {%- if message['role'] == 'assistant' %}{{- '\\n\\n### Response:' + \
-message['content'] + '{eos}' }}
-    {%- elif message['role'] == 'system' %}{{- message['content'] }}
-    {%- elif message['role'] == 'user' %}
-        {%- if loop.first %}{{- 'Below is an instruction that describes a task' }}
-            {%- if message['input'] %}{{- ', paired with an input that provides \
-further context' }}{%- endif %}
-            {{- '. Write a response that appropriately completes the request.' }}
-        {%- endif %}
-        {{- '\\n\\n### Instruction:\\n' + message['content'] }}
-        {%- if message['input'] %}{{- '\\n\\n### Input:\\n' + message['input'] }}{%- endif %}
-    {%- else %}{{- raise_exception('no turns of role ' + message['role']) }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '\\n\\n### Response:' }}{%- endif %}"""
 
 
 SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "tool"}
@@ -319,13 +267,14 @@ def fill(text, marks):
 def in_jinja(name, marks):
     """The template `name` of TEMPLATES in Jinja, or None.
 
-    Plain messages cannot tell the others: plain text has no turns, and columns need names.
+    Plain messages cannot tell the others: plain text has no turns, and columns need names. The
+    files are fixed: a model that was saved with one is known by its text.
     """
-    layout = TEMPLATES[name]
-    if name in ("plain", "columns"):
+    path = JINJA / f"{name}.jinja"
+    if not path.exists():
         return None
-    source = ALPACA if name == "alpaca" else layout.jinja()
-    if marks["first"] and getattr(layout, "bos", True):
+    source = path.read_text(encoding="utf-8").removesuffix("\n")
+    if marks["first"] and getattr(TEMPLATES[name], "bos", True):
         source = "{{- '{first}' }}" + source
     return fill(source, marks)
 
