@@ -51,7 +51,7 @@ class Turns:
     def fixed(self):
         """The template's own text, joined."""
         forms = (self.user, self.assistant, self.tail, self.start, self.system, self.tool)
-        return "".join(form for form in forms if form)
+        return "".join(filter(None, forms))
 
     def __call__(self, messages, generation):
         roles = [message["role"] for message in messages]
@@ -344,9 +344,9 @@ def compile_jinja(source):
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
     environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-    # {% generation %} prints nothing. It marks the target for programs that know it.
-    source = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", source)
-    source = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", source)
+    # {% generation %} and {% endgeneration %} mark the target for programs that know them. A
+    # statement that prints nothing takes their place.
+    source = re.sub(r"\{%(-?)\s*(end)?generation\s*(-?)%\}", r"{%\1 set _ = 0 \3%}", source)
     try:
         return environment.from_string(source)
     except jinja2.TemplateError:

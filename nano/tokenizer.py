@@ -14,6 +14,8 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain, groupby, pairwise
 from pathlib import Path
 
@@ -95,8 +97,9 @@ def flat(node):
     return [step for child in children for step in flat(child)]
 
 
-def kinds(node):
-    return [step["type"] for step in flat(node)]
+def first(node, kind):
+    """The first of the steps of that type, or None."""
+    return next((step for step in flat(node) if step["type"] == kind), None)
 
 
 def grouped(pattern):
@@ -201,6 +204,9 @@ class Cache(dict):
             self[piece] = ids
         return ids
 
+    def join(self, pieces):
+        return list(chain.from_iterable(map(self.__getitem__, pieces)))
+
 
 # ---------------------------------------------------------------------------------------- back ends
 # .encode(text, lead): list of ids. lead: put a space in front, as some vocabularies expect.
@@ -212,36 +218,24 @@ class Cache(dict):
 # .bytes: {id: bytes}
 
 
+@dataclass
 class BytePairs:
-    """Byte-level BPE on tiktoken.
+    """Byte-level BPE on tiktoken."""
 
-    ranks: {bytes: merge order}. pattern: the regex that splits text, or None where only `split`
-    can. ids: list from rank to id, or None where both are equal. bytes_of: {id: bytes}.
-    split: a function from text to its pieces as bytes. normal: a Unicode normal form, or None.
-    holes: the bytes that the vocabulary lacks. prefix: as above.
-    """
+    ranks: dict  # {bytes: merge order}
+    bytes: dict  # {id: bytes}
+    pattern: str | None  # the regex that splits text; None where only `split` can
+    ids: list | None = None  # rank -> id; None where both are equal
+    split: Callable | None = None  # text -> pieces as bytes
+    normal: str | None = None  # a Unicode normal form
+    holes: bytes = b""  # the bytes that the vocabulary lacks
+    prefix: str = "never"
 
-    def __init__(
-        self,
-        ranks,
-        pattern,
-        ids=None,
-        bytes_of=None,
-        split=None,
-        normal=None,
-        holes=b"",
-        prefix="never",
-    ):
+    def __post_init__(self):
+        pattern = grouped(self.pattern or r"[\s\S]+")
         self.core = tiktoken.Encoding(
-            "bpe", pat_str=grouped(pattern or r"[\s\S]+"), mergeable_ranks=ranks, special_tokens={}
+            "bpe", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={}
         )
-        self.bytes = bytes_of or {rank: token for token, rank in ranks.items()}
-        self.fast = pattern is not None
-        self.ids = ids
-        self.split = split
-        self.normal = normal
-        self.holes = holes
-        self.prefix = prefix
         self.pieces = Cache(self._piece)
 
     def encode(self, text, lead):
@@ -255,9 +249,9 @@ class BytePairs:
 
     def _encode(self, text):
         raw = text.encode() if self.holes else b""
-        if self.fast and raw == raw.translate(None, self.holes):
+        if self.pattern and raw == raw.translate(None, self.holes):
             return self._ids(self.core.encode_ordinary(text))
-        return list(chain.from_iterable(map(self.pieces.__getitem__, self.split(text))))
+        return self.pieces.join(self.split(text))
 
     def _piece(self, piece):
         # A byte that the vocabulary lacks is dropped, and merges reach across the gap.
@@ -265,7 +259,7 @@ class BytePairs:
         return self._ids(self.core._encode_single_piece(piece)) if piece else []
 
     def _ids(self, ranks):
-        return ranks if self.ids is None else [self.ids[rank] for rank in ranks]
+        return [self.ids[rank] for rank in ranks] if self.ids else ranks
 
 
 def merge_pairs(model):
@@ -273,16 +267,16 @@ def merge_pairs(model):
     return [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
 
 
-def bpe_from_json(spec, added):
-    """BytePairs from the content of a tokenizer.json.
+def byte_pairs(model, added, pattern, split, normal, prefix):
+    """BytePairs from the vocabulary and the merges of a byte-level BPE.
 
-    added: the names of the added tokens, which no merge makes.
+    model: the dict of that name in tokenizer.json. added: the names of the added tokens, which no
+    merge makes. pattern, split, normal, prefix: as in BytePairs.
 
     tiktoken merges the pair whose product has the lowest rank. tokenizer.json merges the pair that
     stands first in a list. Both agree where every merge has a product of its own and parts made
     before it. UserError for other merges, and for settings that are not supported.
     """
-    model = spec["model"]
     vocab = model["vocab"]
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise UserError(
@@ -314,34 +308,52 @@ def bpe_from_json(spec, added):
     bytes_of = {
         id: token.translate(CHAR_BYTE).encode("latin-1", "replace") for token, id in vocab.items()
     }
-    # Bytes that the vocabulary lacks are never encoded. They get ids behind all others.
+    # Every byte needs a rank. Those that the vocabulary lacks, the holes, are never encoded.
     unused = max(bytes_of) + 1
-    singles = {bytes([byte]): vocab.get(char, unused + byte) for byte, char in BYTE_CHAR.items()}
-    ids = [vocab[token] for token in products]
-    if ids == sorted(ids):  # then the ids serve as ranks
-        ranks = singles | {bytes_of[id]: id for id in ids}
+    ranks = {bytes([byte]): vocab.get(char, unused + byte) for byte, char in BYTE_CHAR.items()}
+    ranks |= {bytes_of[vocab[token]]: vocab[token] for token in products}
+    ids = list(ranks.values())
+    if ids[256:] == sorted(ids[256:]):  # then the ids serve as ranks
         ids = None
     else:
-        ranks = {token: rank for rank, token in enumerate([*singles, *map(bytes_of.get, ids)])}
-        ids = [*singles.values(), *ids]
+        ranks = {token: rank for rank, token in enumerate(ranks)}
+    holes = bytes(byte for byte in UTF8 if BYTE_CHAR[byte] not in vocab)
+    return BytePairs(ranks, bytes_of, pattern, ids, split, normal, holes, prefix)
+
+
+def splitting_of_json(spec):
+    """How the tokenizer.json of a byte-level BPE splits text: the keyword arguments of byte_pairs."""
     steps = flat(spec["pre_tokenizer"])
-    normals = kinds(spec.get("normalizer"))
+    normals = [step["type"] for step in flat(spec.get("normalizer"))]
     spaced = [step["type"] == "ByteLevel" and step.get("add_prefix_space", False) for step in steps]
     if any(spaced[1:]) or normals not in ([], ["NFC"], ["NFD"], ["NFKC"], ["NFKD"]):
         raise UserError(
             f"tokenizer.json has normalizers {normals} and pre-tokenizers {steps}: "
             "not supported together"
         )
-    return BytePairs(
-        ranks,
-        one_regex(steps),
-        ids,
-        bytes_of,
-        splitter(steps),
-        normal=normals[0] if normals else None,
-        holes=bytes(byte for byte in UTF8 if BYTE_CHAR[byte] not in vocab),
-        prefix="always" if spaced[0] else "never",
-    )
+    return {
+        "pattern": one_regex(steps),
+        "split": splitter(steps),
+        "normal": normals[0] if normals else None,
+        "prefix": "always" if spaced[0] else "never",
+    }
+
+
+def splitting_of_class(folder, config):
+    """The same for vocab.json and merges.txt, from the class that tokenizer_config.json names."""
+    kind = config.get("tokenizer_class") or "GPT2Tokenizer"
+    if kind not in ("GPT2Tokenizer", "Qwen2Tokenizer"):
+        raise UserError(
+            f"{folder} needs a tokenizer.json: vocab.json does not tell how a {kind} splits text"
+        )
+    pattern, normal = (GPT2, None) if kind == "GPT2Tokenizer" else (QWEN, "NFC")
+    cut = cutter(pattern)
+    return {
+        "pattern": pattern,
+        "split": lambda text: [piece.encode() for piece in cut(text)],
+        "normal": normal,
+        "prefix": "always" if config.get("add_prefix_space") else "never",
+    }
 
 
 class SentencePiece:
@@ -383,7 +395,7 @@ class SentencePiece:
         text = text.replace(" ", "▁")
         if lead:
             text = "▁" + text
-        return list(chain.from_iterable(map(self.words.__getitem__, self.WORD.findall(text))))
+        return self.words.join(self.WORD.findall(text))
 
 
 def proto_from_json(spec, prefix):
@@ -419,7 +431,7 @@ def proto_from_json(spec, prefix):
             kind = NORMAL if len(token) == 1 or token in rank else UNUSED
         score = -1e7 - id if len(token) == 1 else -rank.get(token, 0)
         pieces.append((token, score, kind))
-    return sentencepiece_proto(pieces, prefix != "never", unknown)
+    return sentencepiece_proto(pieces, prefix != "never", (unknown, -1, -1, -1))
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -463,33 +475,6 @@ def read_tiktoken(path):
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def read_vocab_and_merges(folder, config):
-    """The content of a tokenizer.json that vocab.json and merges.txt stand for."""
-    kind = config.get("tokenizer_class") or "GPT2Tokenizer"
-    if kind not in ("GPT2Tokenizer", "Qwen2Tokenizer"):
-        raise UserError(
-            f"{folder} needs a tokenizer.json: vocab.json does not tell how a {kind} splits text"
-        )
-    qwen = kind == "Qwen2Tokenizer"
-    steps = [
-        {
-            "type": "ByteLevel",
-            "add_prefix_space": config.get("add_prefix_space", False),
-            "use_regex": not qwen,
-        }
-    ]
-    if qwen:
-        how = {"pattern": {"Regex": QWEN}, "behavior": "Isolated", "invert": False}
-        steps.insert(0, {"type": "Split", **how})
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [line for line in lines if line and not line.startswith("#version")]
-    return {
-        "model": {"vocab": read_json(folder / "vocab.json"), "merges": merges},
-        "normalizer": {"type": "NFC"} if qwen else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-    }
-
-
 def check_sentencepiece(path, spec):
     """UserError where a byte-fallback tokenizer.json prepares text otherwise than sentencepiece.
 
@@ -520,8 +505,7 @@ def read_sentencepiece(folder, spec, config, added):
     from_json = not proto.exists()
     if from_json:
         check_sentencepiece(whole, spec)
-    steps = flat(spec.get("pre_tokenizer"))
-    space = next((step for step in steps if step["type"] == "Metaspace"), None)
+    space = first(spec.get("pre_tokenizer"), "Metaspace")
     if space:
         default = "always" if space.get("add_prefix_space", True) else "never"
         prefix = space.get("prepend_scheme", default)
@@ -534,7 +518,7 @@ def read_sentencepiece(folder, spec, config, added):
                 "that is not supported"
             )
     elif spec:
-        prefix = "always" if "Prepend" in kinds(spec["normalizer"]) else "never"
+        prefix = "always" if first(spec["normalizer"], "Prepend") else "never"
     else:
         prefix = "first" if config.get("legacy") is False else "always"
     back = SentencePiece(proto_from_json(spec, prefix) if from_json else proto.read_bytes(), prefix)
@@ -555,17 +539,20 @@ def read_vocabulary(folder, spec, config, added, names):
     {name: added token}, which is completed. names: {"bos": name, ...}. UserError for a folder
     without a supported vocabulary.
     """
-    read = [folder / "tokenizer.json"]
+    whole = folder / "tokenizer.json"
     pair = [folder / "vocab.json", folder / "merges.txt"]
-    if not spec and all(path.exists() for path in pair):
-        read = pair
-        spec = read_vocab_and_merges(folder, config)
     model = spec.get("model", {})
-    if "ByteLevel" in kinds(spec.get("pre_tokenizer")):
+    from_pair = not spec and all(path.exists() for path in pair)
+    if from_pair:
+        lines = pair[1].read_text(encoding="utf-8").split("\n")
+        merges = [line for line in lines if line and not line.startswith("#version")]
+        model = {"vocab": read_json(pair[0]), "merges": merges}
+    if from_pair or first(spec.get("pre_tokenizer"), "ByteLevel"):
         for name in names.values():
             if name in model["vocab"]:
                 added.setdefault(name, added_token(model["vocab"][name], name))
-        return bpe_from_json(spec, added), read, {}
+        how = splitting_of_class(folder, config) if from_pair else splitting_of_json(spec)
+        return byte_pairs(model, added, **how), pair if from_pair else [whole], {}
 
     proto = folder / "tokenizer.model"
     for file in [proto, *sorted(folder.glob("*.tiktoken"))]:
@@ -575,21 +562,22 @@ def read_vocabulary(folder, spec, config, added, names):
                     f"{file} has {len(ranks)} ranks, and no kind of that size is known: "
                     f"{sorted(TIKTOKEN)}"
                 )
-            pattern, normal, bos, eos, first, special = TIKTOKEN[len(ranks)]
+            pattern, normal, bos, eos, start, special = TIKTOKEN[len(ranks)]
             taken = {entry["id"] for entry in added.values()}
-            for id, name in enumerate(special, first):
+            for id, name in enumerate(special, start):
                 if id not in taken:
                     added.setdefault(name, added_token(id, name))
             ends = {"bos": bos, "eos": eos}
             ends = {key: added[name]["id"] for key, name in ends.items() if name in added}
-            return BytePairs(ranks, pattern, normal=normal), [file], ends
+            bytes_of = {rank: token for token, rank in ranks.items()}
+            return BytePairs(ranks, bytes_of, pattern, normal=normal), [file], ends
 
     if proto.exists() or (model.get("type") == "BPE" and model.get("byte_fallback")):
         back, file, ends = read_sentencepiece(folder, spec, config, added)
         return back, [file], ends
     if spec:
         raise UserError(
-            f"{read[0]} is a tokenizer of the kind {model.get('type')}; "
+            f"{whole} is a tokenizer of the kind {model.get('type')}; "
             "byte-level or byte-fallback BPE is needed"
         )
     raise UserError(
@@ -643,9 +631,9 @@ def load(path, template=None):
             settings = read_json(folder / "config.json") | generation
             ends[key] = next(iter(as_list(settings.get(f"{key}_token_id"))), None)
 
-    steps = flat(spec.get("post_processor"))
-    single = next((step["single"] for step in steps if step["type"] == "TemplateProcessing"), None)
-    default = "SpecialToken" in single[0] if single else not spec and "bos" in ends
+    default = not spec and "bos" in ends
+    if post := first(spec.get("post_processor"), "TemplateProcessing"):
+        default = "SpecialToken" in post["single"][0]
     tokens = sorted((name, entry["id"], entry["special"]) for name, entry in added.items())
     content = b"".join(file.read_bytes() for file in read) + json.dumps(tokens).encode()
     return Tokenizer(
@@ -733,8 +721,9 @@ class Tokenizer:
             template, own, self._marks, self._all
         )
         self.adopted = bool(self.chat_template) and self.chat_template != own
-        self.bos_first = bool(add_bos) and self.bos_id is not None
-        self.bos_first = self.bos_first and getattr(self.layout, "bos", True)
+        self.bos_first = (
+            bool(add_bos) and self.bos_id is not None and getattr(self.layout, "bos", True)
+        )
 
         # Text never becomes a special token or a token of the chat template.
         self.control = {entry["id"] for entry in added.values() if entry["special"]}
@@ -823,7 +812,10 @@ class Tokenizer:
             )
         chat.check(messages)
         parts = self.layout(messages, add_generation_prompt)
-        targets = [target for _, _, target in parts if target is not None]
+        learned = {target for _, _, target in parts} - {None}
+        if last_only and learned:
+            learned = {max(learned)}
+        learned = {target for target in learned if messages[target].get("weight") != 0}
         pieces = [
             (target, isinstance(piece, int), piece, fixed)
             for text, fixed, target in parts
@@ -848,12 +840,7 @@ class Tokenizer:
                 if text:
                     position = INSIDE
             ids += new
-            learned = (
-                target is not None
-                and (target == targets[-1] or not last_only)
-                and messages[target].get("weight") != 0
-            )
-            mask += [int(learned)] * len(new)
+            mask += [int(target in learned)] * len(new)
         return ids, mask
 
     def _pieces(self, text, added):

@@ -70,11 +70,12 @@ def added_token(id, content, **flags):
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces, GGUF's too
 
 
-def sentencepiece_proto(pieces, prefix, unk=0, bos=None, eos=None, pad=None):
+def sentencepiece_proto(pieces, prefix, ids):
     """The bytes of a BPE tokenizer.model: a protobuf ModelProto, written without a schema.
 
     pieces: (text, score, kind) of each id. prefix: whether a space goes before every text.
-    unk, bos, eos, pad: ids, or None. Source: sentencepiece_model.proto of google/sentencepiece.
+    ids: of unknown, BOS, EOS and padding; -1 for none.
+    Source: sentencepiece_model.proto of google/sentencepiece.
     """
 
     def varint(n):
@@ -95,8 +96,8 @@ def sentencepiece_proto(pieces, prefix, unk=0, bos=None, eos=None, pad=None):
     ]
     # trainer_spec: model_type BPE, byte_fallback, and the ids
     trainer = field(3, 2) + field(35, any(kind == BYTE for _, _, kind in pieces))
-    for number, id in enumerate((unk, bos, eos, pad), 40):
-        trainer += field(number, -1 if id is None else id)
+    for number, id in enumerate(ids, 40):
+        trainer += field(number, id)
     # normalizer_spec: name, add_dummy_prefix, no remove_extra_whitespaces, escape_whitespaces
     normalizer = field(1, b"identity") + field(3, prefix) + field(4, 0) + field(5, 1)
     return b"".join([*proto, field(2, trainer), field(3, normalizer)])

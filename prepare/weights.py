@@ -197,9 +197,13 @@ def gguf_tokenizer(gguf, out, max_positions):
     if kind == "llama":
         scores = meta.get("scores") or [0.0] * len(tokens)
         pieces = list(zip(tokens, scores, types, strict=True))
-        unknown = types.index(vocab.UNKNOWN) if vocab.UNKNOWN in types else 0
-        roles = ids | {"unk": unknown if ids["unk"] is None else ids["unk"]}
-        proto = vocab.sentencepiece_proto(pieces, meta.get("add_space_prefix", True), **roles)
+        if ids["unk"] is None:
+            unknown = types.index(vocab.UNKNOWN) if vocab.UNKNOWN in types else 0
+        else:
+            unknown = ids["unk"]
+        others = [-1 if ids[name] is None else ids[name] for name in ("bos", "eos", "pad")]
+        spaced = meta.get("add_space_prefix", True)
+        proto = vocab.sentencepiece_proto(pieces, spaced, (unknown, *others))
         files.write_bytes(out / "tokenizer.model", proto)
         settings["legacy"] = True  # llama.cpp's way: a space before every stretch of text
     else:
