@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import chain, cycle, islice
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,7 @@ from nano.config import UserError
 JINJA = Path(__file__).parent / "templates"  # the templates for other programs, to the same effect
 
 # A layout is a function from (messages, whether to end with the prompt of an answer) to a list of
-# parts (text, fixed, target). Fixed text is the template's own, in which names of tokens are tokens.
+# parts (text, fixed, target). Fixed text is the template's own: names of tokens are tokens there.
 # All other text comes from the messages. target is the index of the assistant message whose target
 # the text belongs to, or None. Neighbours of equal target are encoded as one text.
 
@@ -56,13 +56,14 @@ class Turns:
     def __call__(self, messages, generation):
         roles = [message["role"] for message in messages]
         turns = roles[1:] if roles[0] == "system" else roles
-        expected = islice(cycle(("user", "assistant")), len(turns))
-        if self.alternate and turns != list(expected):
+        expected = ["user", "assistant"] * len(turns)
+        if self.alternate and turns != expected[: len(turns)]:
             raise UserError(
                 "with this chat template users and assistants have to take turns, the user first"
             )
         parts = [] if roles[0] == "system" else [(self.start, True, None)]
-        for n, (role, message) in enumerate(zip(roles, messages, strict=True)):
+        for n, message in enumerate(messages):
+            role = roles[n]
             content = full(message)
             shared = self.opened is not None and role == "user" and roles[:n] == ["system"]
             form = self.opened if shared else getattr(self, role)
@@ -168,7 +169,8 @@ def columns(messages, generation):
     names = {"assistant": answer, "user": question}
     parts = []
     gap = ""
-    for n, (role, message) in enumerate(zip(roles, messages, strict=True)):
+    for n, message in enumerate(messages):
+        role = roles[n]
         target = n if role == "assistant" and n == len(messages) - 1 else None
         named = message.get("columns")
         if not named and chat and target is None:
@@ -302,9 +304,9 @@ def choose(key, own, marks, added):
         name = next(same, None)
         layout = TEMPLATES[name] if name else added and learn(own, marks, added)
     if layout and not name:
-        turns = {t: fill(getattr(TEMPLATES[t], "user", ""), marks) for t in TEMPLATES}
-        default = "mistral" if "[INST]" in layout.user else "model"
-        name = next((t for t, user in turns.items() if user == layout.user), default)
+        users = ((t, getattr(turns, "user", "")) for t, turns in TEMPLATES.items())
+        same = (t for t, user in users if fill(user, marks) == layout.user)
+        name = next(same, "mistral" if "[INST]" in layout.user else "model")
     if key not in (None, name, *TEMPLATES):
         raise UserError(f"unknown template '{key}': there are {', '.join(TEMPLATES)}")
     if key in (None, name):

@@ -322,7 +322,7 @@ def byte_pairs(model, added, pattern, split, normal, prefix):
 
 
 def splitting_of_json(spec):
-    """How the tokenizer.json of a byte-level BPE splits text: the keyword arguments of byte_pairs."""
+    """How a byte-level tokenizer.json splits text, as keyword arguments of byte_pairs."""
     steps = flat(spec["pre_tokenizer"])
     normals = [step["type"] for step in flat(spec.get("normalizer"))]
     spaced = [step["type"] == "ByteLevel" and step.get("add_prefix_space", False) for step in steps]
@@ -376,11 +376,10 @@ class SentencePiece:
         self.control = {}  # {name: id} of control and unknown pieces
         tokens = [self.model.id_to_piece(id) for id in range(len(self.model))]
         for id, token in enumerate(tokens):
-            if self.model.is_byte(id):
-                self.bytes[id] = bytes([int(token[3:5], 16)])
-            else:
-                self.bytes[id] = token.replace("▁", " ").encode()
-            if self.model.is_control(id) or self.model.is_unknown(id):
+            self.bytes[id] = token.replace("▁", " ").encode()
+            if self.model.is_byte(id):  # "<0x41>"
+                self.bytes[id] = bytes.fromhex(token[3:5])
+            elif self.model.is_control(id) or self.model.is_unknown(id):
                 self.control[token] = id
         # Text is encoded word by word if the model leaves text as it is and no piece reaches into
         # the next word. Then ids of words are cached, which is faster.
@@ -480,19 +479,14 @@ def check_sentencepiece(path, spec):
 
     sentencepiece turns spaces into ▁, may put one ▁ before the text, and does nothing else.
     """
-    known = {
-        ("Prepend", None, "▁"),
-        ("Replace", " ", "▁"),
-        ("Metaspace", None, "▁"),
-        ("Split", " ", None),
-    }
+    known = {("Prepend", "▁"), ("Replace", " ▁"), ("Metaspace", "▁"), ("Split", " ")}
     steps = flat(spec.get("normalizer")) + flat(spec.get("pre_tokenizer"))
-    found = set()
+    texts = set()
     for step in steps:
-        pattern = (step.get("pattern") or {}).get("String")
-        text = step.get("prepend") or step.get("content") or step.get("replacement")
-        found.add((step["type"], pattern, text))
-    if not found <= known or not {"Replace", "Metaspace"} & {kind for kind, _, _ in found}:
+        source = (step.get("pattern") or {}).get("String") or ""
+        target = step.get("prepend") or step.get("content") or step.get("replacement") or ""
+        texts.add((step["type"], source + target))
+    if not texts <= known or texts.isdisjoint({("Replace", " ▁"), ("Metaspace", "▁")}):
         raise UserError(
             f"{path} prepares text by {steps}: without a tokenizer.model that is not supported"
         )
