@@ -3,15 +3,16 @@
     python sft.py recipes/lora.cfg lr=1e-4 data=[alpaca,dolly] steps=1_000
     python sft.py help
 
-Later arguments win. A preset holds one `key=value` a line. `#` at the start of a line or after a space
-begins a comment. A value or list element in double quotes is a JSON string, so that any text fits on one
-line. Nothing is ever evaluated as code.
+Later arguments win. A preset holds one `key=value` a line. `#` at the start of a line or after a
+space begins a comment. A value or list element in double quotes is a JSON string, so that any text
+fits on one line. Nothing is ever evaluated as code.
 
-A Config may have built-in presets, such as algo=grpo: PRESETS = {"algo": {"grpo": {key: value, ...}}}. Such
-a preset expands where it stands, and config.cfg holds the keys that it sets.
+A Config may have built-in presets, such as algo=grpo. They stand in its class variable
+PRESETS = {"algo": {"grpo": {key: value, ...}}}. Such a preset expands where it stands, and
+config.cfg holds the keys that it sets.
 """
 
-import ast
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -23,18 +24,16 @@ import os
 import re
 import signal
 import sys
-import textwrap
-import tokenize
 import types
 import typing
 from pathlib import Path
 
 QUOTED = r'"(?:[^"\\]|\\.)*"'
-COMMENT = re.compile(
-    rf"(?<=[=,\[])\s*{QUOTED}|((?:^|\s)#.*)"
-)  # a quoted value is stepped over, '#' and all
+# A quoted value is stepped over, '#' and all.
+COMMENT = re.compile(rf"(?<=[=,\[])\s*{QUOTED}|((?:^|\s)#.*)")
 ELEMENT = re.compile(rf"\s*({QUOTED}|[^,]*?)\s*(?:,|$)")
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+UNIONS = (typing.Union, types.UnionType)
 
 
 class Range(typing.NamedTuple):
@@ -57,67 +56,62 @@ Seed = typing.Annotated[int, Range("from 0 to 2^63 - 1", lambda x: 0 <= x < 2**6
 
 
 class UserError(Exception):
-    """Something the user can put right, in one plain sentence: what, where (file:line), what to do."""
+    """A mistake of the user's. One plain sentence says what, where (file:line) and what to do."""
 
 
 class Quoted(str):
-    """Text that stood in double quotes: never `none`, a number or a list, always the text itself."""
+    """Text that stood in double quotes. It is always text, and never `none`, a number or a list."""
 
 
 def unquote(text):
     return Quoted(json.loads(text)) if re.fullmatch(QUOTED, text) else text
 
 
+def element_kinds(kind, count):
+    """The annotations of the `count` elements of a value that is annotated list[...] or
+    tuple[...]."""
+    args = typing.get_args(kind)
+    each = typing.get_origin(kind) is tuple and args[-1] is not ...
+    return args if each else args[:1] * count
+
+
 def cast(kind, text):
-    """The value that `text` stands for under the annotation `kind`; ValueError when it stands for none."""
+    """The value that `text` stands for under the annotation `kind`.
+
+    ValueError if it stands for none."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        members = sorted(
-            args, key=lambda k: k is not types.NoneType
-        )  # unquoted `none` is None, not the str "none"
-        if isinstance(text, Quoted):
-            members = [
-                k for k in members if k in (str, Path) or typing.get_origin(k) is typing.Literal
-            ]
-        for member in members:
-            try:
-                return cast(member, text)
-            except ValueError:
-                pass
+    word = text.strip().lower()
+    if origin in UNIONS:
+        # None comes first: unquoted `none` is not the str "none".
+        for member in sorted(args, key=lambda k: k is not types.NoneType):
+            textual = member in (str, Path) or typing.get_origin(member) is typing.Literal
+            if textual or not isinstance(text, Quoted):
+                with contextlib.suppress(ValueError):
+                    return cast(member, text)
     elif origin is typing.Literal:
         for option in args:
-            try:
+            with contextlib.suppress(ValueError):
                 if cast(type(option), text) == option:
                     return option
-            except ValueError:
-                pass
-    elif (origin or kind) in (list, tuple):
+    elif origin in (list, tuple):
         inner = text.strip()
         if inner.startswith("["):
             if not inner.endswith("]"):
                 raise ValueError(text)
             inner = inner[1:-1].strip()
         items = [match[1] for match in ELEMENT.finditer(inner + ",")][:-1] if inner else []
-        kinds = args or (str, ...)
-        kinds = kinds[:1] * len(items) if origin is not tuple or kinds[-1] is ... else kinds
+        kinds = element_kinds(kind, len(items))
         if "" in items or len(kinds) != len(items):
             raise ValueError(text)
-        return (origin or kind)(
-            cast(k, unquote(item)) for k, item in zip(kinds, items, strict=True)
-        )
-    elif kind is types.NoneType:
-        if text.strip().lower() == "none":
-            return None
-    elif kind is bool:
-        if text.strip().lower() in BOOLS:
-            return BOOLS[text.strip().lower()]
-    elif kind is float:
-        if math.isfinite(value := float(text)):
-            return value
+        return origin(cast(k, unquote(item)) for k, item in zip(kinds, items, strict=True))
+    elif kind is types.NoneType and word == "none":
+        return None
+    elif kind is bool and word in BOOLS:
+        return BOOLS[word]
+    elif kind is float and math.isfinite(value := float(text)):
+        return value
     elif kind in (int, str, Path):
-        return str(text) if kind is str else kind(text)
-    else:
-        raise TypeError(f"no cast for the annotation {kind}")
+        return kind(text)
     raise ValueError(text)
 
 
@@ -126,43 +120,38 @@ def show(kind, value):
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
-        if typing.get_origin(kind) in (typing.Union, types.UnionType):
-            kind = next(
-                k for k in typing.get_args(kind) if (typing.get_origin(k) or k) is type(value)
-            )
-        args = typing.get_args(kind) or (str,)
-        kinds = (
-            args
-            if typing.get_origin(kind) is tuple and args[-1] is not ...
-            else args[:1] * len(value)
-        )
-        return f"[{','.join(show(k, v) for k, v in zip(kinds, value, strict=True))}]"
+        if typing.get_origin(kind) in UNIONS:
+            members = typing.get_args(kind)
+            kind = next(k for k in members if typing.get_origin(k) is type(value))
+        pairs = zip(element_kinds(kind, len(value)), value, strict=True)
+        return f"[{','.join(show(k, v) for k, v in pairs)}]"
     if isinstance(value, (str, Path)):
         text = str(value)
-        plain = (
-            text.isprintable()
-            and re.fullmatch(r'[^\s"#,\[\]]+', text)
-            and cast(kind, text) == value
-        )
-        return text if plain else json.dumps(text, ensure_ascii=not text.isprintable())
+        plain = text.isprintable() and re.fullmatch(r'[^\s"#,\[\]]+', text)
+        if plain and cast(kind, text) == value:
+            return text
+        return json.dumps(text, ensure_ascii=not text.isprintable())
     return repr(value)
 
 
 def describe(kind):
+    """The words for an annotation in `help` and in messages, such as "list of str"."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe(member) for member in args)
+    if origin in UNIONS:
+        return " or ".join(map(describe, args))
     if origin is typing.Literal:
-        return "one of " + ", ".join(str(option) for option in args)
-    if origin in (list, tuple) and args and args[-1] is not ... and origin is tuple:
-        return f"{len(args)} values [{','.join(describe(k) for k in args)}]"
-    if (origin or kind) in (list, tuple):
-        return f"list of {describe(args[0]) if args else 'str'}"
+        return "one of " + ", ".join(map(str, args))
+    if origin is tuple and args[-1] is not ...:
+        return f"{len(args)} values [{','.join(map(describe, args))}]"
+    if origin in (list, tuple):
+        return f"list of {describe(args[0])}"
     return {types.NoneType: "none", bool: "true or false", Path: "path"}.get(kind) or kind.__name__
 
 
 def nearest(name, keys):
-    """The key closest in spelling or by initials (`learning_rate` for `lr`, `bs` for `batch_size`), or None."""
+    """The key closest in spelling or by initials, or None.
+
+    `learning_rate` finds `lr`, and `bs` finds `batch_size`."""
 
     def initials(words):
         return "".join(word[:1] for word in words.split("_"))
@@ -178,7 +167,7 @@ def nearest(name, keys):
 
 
 def read_preset(path):
-    """[(where, line)] of the lines that hold something; `where` is file:line."""
+    """[(where, line)] of the lines that hold something. `where` is file:line."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -190,7 +179,9 @@ def read_preset(path):
 
 
 def parse(Config, argv):
-    kinds, values, given = typing.get_type_hints(Config), {}, set()
+    """A `Config` filled from the arguments `argv`. UserError for a mistake in one of them."""
+    kinds = typing.get_type_hints(Config)
+    values, given = {}, set()
     fields = {f.name: f for f in dataclasses.fields(Config)}
     presets = getattr(Config, "PRESETS", {})  # {key: {option: {other key: value}}}
 
@@ -198,10 +189,8 @@ def parse(Config, argv):
         key, equals, text = line.partition("=")
         key = key.strip().removeprefix("--")
         if not equals:
-            raise UserError(
-                f"{where}'{line}' is not key=value"
-                + (f"; write {key}=VALUE" if key in fields else "")
-            )
+            hint = f"; write {key}=VALUE" if key in fields else ""
+            raise UserError(f"{where}'{line}' is not key=value{hint}")
         if key not in fields and key not in presets:
             near = nearest(key, [*fields, *presets])
             hint = f"did you mean '{near}'?" if near else "`help` lists every key"
@@ -210,18 +199,13 @@ def parse(Config, argv):
             if key in given:
                 raise UserError(f"key '{key}' is given twice on the command line")
             given.add(key)
-        if key in presets:
-            if text.strip() not in presets[key]:
-                options = ", ".join(presets[key])
-                raise UserError(f"{where}{key}={text.strip()}: expected one of {options}")
-            values.update(presets[key][text.strip()])
-            return
+        kind = typing.Literal[tuple(presets[key])] if key in presets else kinds[key]
         try:
-            values[key] = cast(kinds[key], unquote(text.strip()) if where else text)
+            # on the command line a value is taken as it is, quotes and spaces too
+            value = cast(kind, unquote(text.strip()) if where else text)
         except ValueError:
-            raise UserError(
-                f"{where}{key}={text.strip()}: expected {describe(kinds[key])}"
-            ) from None
+            raise UserError(f"{where}{key}={text.strip()}: expected {describe(kind)}") from None
+        values.update(presets[key][value] if key in presets else {key: value})
 
     for arg in argv:
         key, equals, _ = arg.partition("=")
@@ -231,25 +215,20 @@ def parse(Config, argv):
                 put(where, line)
         else:
             put("", arg)
-    missing = [
-        f.name
-        for f in fields.values()
-        if f.name not in values and default(f) is dataclasses.MISSING
-    ]
-    if missing:
-        raise UserError(
-            f"'{missing[0]}' has no default: give {missing[0]}=VALUE ({describe(kinds[missing[0]])})"
-        )
+    for key, f in fields.items():
+        if key not in values and default(f) is dataclasses.MISSING:
+            raise UserError(f"'{key}' has no default: give {key}=VALUE ({describe(kinds[key])})")
     return Config(**values)
 
 
 def load(Config, argv=None):
     """A `Config` dataclass filled from `argv` (the command line when None).
 
-    A mistake ends the program with status 2 and a sentence on stderr; `help`, `-h`, `--help` print every key and exit.
+    A mistake ends the program with status 2 and a sentence on stderr. `help`, `-h` and `--help`
+    print every key and exit.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if any(arg in ("help", "-h", "--help") for arg in argv):
+    if {"help", "-h", "--help"} & set(argv):
         print(help_text(Config))
         sys.exit(0)
     try:
@@ -271,37 +250,43 @@ def check(cfg):
 
 
 def default(f):
+    """The default of a dataclass field, or dataclasses.MISSING."""
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
-def help_text(Config):
-    """The script's docstring, then each key with default, type and comment, under the comment that heads its group."""
+def comments(Config):
+    """({key: lines of comment above it}, {key: comment behind it}) of a Config.
+
+    They are read from its source, so that the file and `help` show the same words. Without source
+    (an interactive session) there are none."""
     heads, notes = {}, {}
-    try:
-        source = textwrap.dedent(inspect.getsource(Config))
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        comments = {t.start[0]: t.string.strip("# ") for t in tokens if t.type == tokenize.COMMENT}
-        (tree,) = ast.parse(source).body
-        last = tree.lineno
-        for node in tree.body:
-            if isinstance(node, ast.AnnAssign):
-                heads[node.target.id] = [
-                    comments[r] for r in range(last + 1, node.lineno) if comments.get(r)
-                ]
-                notes[node.target.id] = comments.get(node.end_lineno, "")
-            last = node.end_lineno
-    except OSError:
-        pass  # no source at hand (an interactive session): the keys alone
-    kinds, lines = (
-        typing.get_type_hints(Config),
-        [(sys.modules[Config.__module__].__doc__ or "").strip(), ""],
-    )
+    above, key = [], None
+    with contextlib.suppress(OSError):
+        for line in inspect.getsource(Config).splitlines():
+            code, _, comment = line.partition("# ")
+            if match := re.match(r"\s+(\w+): ", code):
+                key = match[1]
+                heads[key], above = above, []
+            if comment and code.strip():
+                notes[key] = comment
+            elif comment:
+                above.append(comment)
+    return heads, notes
+
+
+def help_text(Config):
+    """The script's docstring, then each key with default, type and comment.
+
+    A comment line in the Config heads the group of keys below it."""
+    heads, notes = comments(Config)
+    kinds = typing.get_type_hints(Config)
+    lines = [(sys.modules[Config.__module__].__doc__ or "").strip(), ""]
     for f in dataclasses.fields(Config):
-        lines += ["", *heads[f.name]] if heads.get(f.name) else []
+        if heads.get(f.name):
+            lines += ["", *heads[f.name]]
         value = "" if default(f) is dataclasses.MISSING else show(kinds[f.name], default(f))
-        lines.append(
-            f"  {f.name + '=' + value:<32} {describe(kinds[f.name]):<14} {notes.get(f.name, '')}".rstrip()
-        )
+        line = f"  {f.name + '=' + value:<32} {describe(kinds[f.name]):<14} "
+        lines.append((line + notes.get(f.name, "")).rstrip())
     for key, options in getattr(Config, "PRESETS", {}).items():
         lines += ["", f"{key}= sets several keys at once, where it stands"]
         for option, keys in options.items():
@@ -310,45 +295,51 @@ def help_text(Config):
     return "\n".join(lines).strip("\n")
 
 
+def texts(cfg):
+    """{key: text of its value} of a Config."""
+    kinds = typing.get_type_hints(type(cfg))
+    return {f.name: show(kinds[f.name], getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
+
+
 def diff(cfg):
     """["key=value"] of what differs from the defaults."""
-    kinds = typing.get_type_hints(type(cfg))
-    pairs = [(f, getattr(cfg, f.name)) for f in dataclasses.fields(cfg)]
-    return [f"{f.name}={show(kinds[f.name], value)}" for f, value in pairs if value != default(f)]
+    said = texts(cfg)
+    changed = [f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != default(f)]
+    return [f"{key}={said[key]}" for key in changed]
 
 
 def to_cfg(cfg):
     """The text of a preset that reproduces `cfg`."""
-    kinds = typing.get_type_hints(type(cfg))
-    return "".join(
-        f"{f.name}={show(kinds[f.name], getattr(cfg, f.name))}\n" for f in dataclasses.fields(cfg)
-    )
+    return "".join(f"{key}={text}\n" for key, text in texts(cfg).items())
 
 
 def changes(cfg, old):
-    """["key old -> new"] of what has another value in `old`, a text that to_cfg made. resume= is no setting of the run itself."""
-    new, old = (
-        dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
-        for text in (to_cfg(cfg), old)
-    )
+    """["key old -> new"] of what has another value in `old`, a text that to_cfg made.
+
+    resume= is left out, because it is no setting of the run itself."""
+    before = dict(line.split("=", 1) for line in old.splitlines() if "=" in line)
+    after = texts(cfg).items()
     return [
-        f"{key} {old[key]} -> {new[key]}"
-        for key in new
-        if key != "resume" and old.get(key, new[key]) != new[key]
+        f"{key} {before[key]} -> {text}"
+        for key, text in after
+        if key != "resume" and before.get(key, text) != text
     ]
 
 
 def fail(message):
+    """Ends the process with status 2 and the message on stderr."""
     rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-    print(
-        f"{rank}error: {message}\n", end="", file=sys.stderr
-    )  # in one write: ranks share a terminal
+    # one write, line break included, because ranks share a terminal
+    sys.stderr.write(f"{rank}error: {message}\n")
     sys.exit(2)
 
 
 def leave(status):
-    """Ends a rank without taking the interpreter down: a thread of gloo may still hold a tensor of the last collective, and to let
-    go of one in a dying interpreter aborts the process (pytorch/pytorch#190489), after which torchrun calls a good run failed."""
+    """Ends a rank of torchrun by os._exit, without taking the interpreter down.
+
+    A thread of gloo may still hold a tensor of the last collective. Freeing it while the
+    interpreter shuts down aborts the process (pytorch/pytorch#190489), and torchrun would call a
+    good run failed."""
     if "RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -367,17 +358,16 @@ def run(main, Config):
 
 
 def attempt(main, Config):
-    """`main(load(Config))`, numbers checked; a mistake, what may not be written, a full disk or device and Ctrl-C end in a
-    sentence, all else in a traceback."""
+    """Loads and checks the config, and calls main(cfg).
+
+    Expected failures (UserError, a path that must not be written, a full disk, a full device,
+    Ctrl-C) end in one sentence and an exit status. Anything else keeps its traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # what a terminal cannot show ends nothing
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(
-            signal.SIGTERM, lambda *_: sys.exit(143)
-        )  # so that what is half-written goes, and workers do
+        # an exception, so that what is half-written is removed and workers end
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         cfg = load(Config)
         check(cfg)
@@ -388,28 +378,20 @@ def attempt(main, Config):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (
-        BrokenPipeError
-    ):  # the reader of our output left (`| head`): end as quietly as a shell's own tools
+    except BrokenPipeError:
+        # The reader of our output left (`| head`). End as quietly as a shell's own tools.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as e:
+        code = getattr(e, "errno", None)
         # safetensors and torch report a full disk in their own exception types, by text
-        if getattr(e, "errno", None) in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-        ) or "No space left on device" in str(e):
+        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(e):
             fail(f"the disk is full ({e}): free some space, then run the same command again")
         if type(e).__name__ == "OutOfMemoryError":  # torch's, which this file does not import
-            keys = [
-                f"{key}="
-                for key in ("micro_batch", "rollout_batch", "max_length", "batch_size")
-                if hasattr(cfg, key)
-            ]
-            fail(f"{str(e).splitlines()[0]} - lower {' or '.join(keys[:2])}")
-        if (
-            getattr(e, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-            and e.filename
-        ):
+            keys = ("micro_batch", "rollout_batch", "max_length", "batch_size")
+            lower = [f"{key}=" for key in keys if hasattr(cfg, key)]
+            fail(f"{str(e).splitlines()[0]} - lower {' or '.join(lower[:2])}")
+        denied = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+        if code in denied and e.filename:
             fail(f"{e.filename}: {e.strerror}")
         raise
