@@ -12,8 +12,6 @@ PRESETS = {"algo": {"grpo": {key: value, ...}}}. Such a preset expands where it 
 config.cfg holds the keys that it sets.
 """
 
-import contextlib
-import dataclasses
 import difflib
 import errno
 import inspect
@@ -24,35 +22,38 @@ import os
 import re
 import signal
 import sys
-import types
-import typing
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import MISSING, fields
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 QUOTED = r'"(?:[^"\\]|\\.)*"'
 # A quoted value is stepped over, '#' and all.
 COMMENT = re.compile(rf"(?<=[=,\[])\s*{QUOTED}|((?:^|\s)#.*)")
 ELEMENT = re.compile(rf"\s*({QUOTED}|[^,]*?)\s*(?:,|$)")
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-UNIONS = (typing.Union, types.UnionType)
+UNIONS = (Union, UnionType)
 
 
-class Range(typing.NamedTuple):
+class Range(NamedTuple):
     """The values that a number may take: a test, and the words of the error message."""
 
     words: str
-    holds: typing.Callable[[float], bool]
+    holds: Callable[[float], bool]
 
 
 # The annotations of a Config's numbers. `steps: NonNegativeInt = 0` is an int with this range.
-NonNegativeInt = typing.Annotated[int, Range("0 or more", lambda x: x >= 0)]
-PositiveInt = typing.Annotated[int, Range("1 or more", lambda x: x >= 1)]
-NonNegativeFloat = typing.Annotated[float, Range("0 or more", lambda x: x >= 0)]
-PositiveFloat = typing.Annotated[float, Range("above 0", lambda x: x > 0)]
-UnitFloat = typing.Annotated[float, Range("from 0 to 1", lambda x: 0 <= x <= 1)]
-Fraction = typing.Annotated[float, Range("0 or more and below 1", lambda x: 0 <= x < 1)]
-Share = typing.Annotated[float, Range("above 0 and at most 1", lambda x: 0 < x <= 1)]
-Every = typing.Annotated[int, Range("-1 or more", lambda x: x >= -1)]  # a number of steps, 0 or -1
-Seed = typing.Annotated[int, Range("from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)]  # as in torch
+NonNegativeInt = Annotated[int, Range("0 or more", lambda x: x >= 0)]
+PositiveInt = Annotated[int, Range("1 or more", lambda x: x >= 1)]
+NonNegativeFloat = Annotated[float, Range("0 or more", lambda x: x >= 0)]
+PositiveFloat = Annotated[float, Range("above 0", lambda x: x > 0)]
+UnitFloat = Annotated[float, Range("from 0 to 1", lambda x: 0 <= x <= 1)]
+Fraction = Annotated[float, Range("0 or more and below 1", lambda x: 0 <= x < 1)]
+Share = Annotated[float, Range("above 0 and at most 1", lambda x: 0 < x <= 1)]
+Every = Annotated[int, Range("-1 or more", lambda x: x >= -1)]  # a number of steps, 0 or -1
+Seed = Annotated[int, Range("from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)]  # as in torch
 
 
 class UserError(Exception):
@@ -70,8 +71,8 @@ def unquote(text):
 def element_kinds(kind, count):
     """The annotations of the `count` elements of a value that is annotated list[...] or
     tuple[...]."""
-    args = typing.get_args(kind)
-    each = typing.get_origin(kind) is tuple and args[-1] is not ...
+    args = get_args(kind)
+    each = get_origin(kind) is tuple and args[-1] is not ...
     return args if each else args[:1] * count
 
 
@@ -79,18 +80,18 @@ def cast(kind, text):
     """The value that `text` stands for under the annotation `kind`.
 
     ValueError if it stands for none."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    origin, args = get_origin(kind), get_args(kind)
     word = text.strip().lower()
     if origin in UNIONS:
         # None comes first: unquoted `none` is not the str "none".
-        for member in sorted(args, key=lambda k: k is not types.NoneType):
-            textual = member in (str, Path) or typing.get_origin(member) is typing.Literal
+        for member in sorted(args, key=lambda k: k is not NoneType):
+            textual = member in (str, Path) or get_origin(member) is Literal
             if textual or not isinstance(text, Quoted):
-                with contextlib.suppress(ValueError):
+                with suppress(ValueError):
                     return cast(member, text)
-    elif origin is typing.Literal:
+    elif origin is Literal:
         for option in args:
-            with contextlib.suppress(ValueError):
+            with suppress(ValueError):
                 if cast(type(option), text) == option:
                     return option
     elif origin in (list, tuple):
@@ -104,7 +105,7 @@ def cast(kind, text):
         if "" in items or len(kinds) != len(items):
             raise ValueError(text)
         return origin(cast(k, unquote(item)) for k, item in zip(kinds, items, strict=True))
-    elif kind is types.NoneType and word == "none":
+    elif kind is NoneType and word == "none":
         return None
     elif kind is bool and word in BOOLS:
         return BOOLS[word]
@@ -120,9 +121,9 @@ def show(kind, value):
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
-        if typing.get_origin(kind) in UNIONS:
-            members = typing.get_args(kind)
-            kind = next(k for k in members if typing.get_origin(k) is type(value))
+        if get_origin(kind) in UNIONS:
+            members = get_args(kind)
+            kind = next(k for k in members if get_origin(k) is type(value))
         pairs = zip(element_kinds(kind, len(value)), value, strict=True)
         return f"[{','.join(show(k, v) for k, v in pairs)}]"
     if isinstance(value, (str, Path)):
@@ -136,16 +137,16 @@ def show(kind, value):
 
 def describe(kind):
     """The words for an annotation in `help` and in messages, such as "list of str"."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    origin, args = get_origin(kind), get_args(kind)
     if origin in UNIONS:
         return " or ".join(map(describe, args))
-    if origin is typing.Literal:
+    if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin is tuple and args[-1] is not ...:
         return f"{len(args)} values [{','.join(map(describe, args))}]"
     if origin in (list, tuple):
         return f"list of {describe(args[0])}"
-    return {types.NoneType: "none", bool: "true or false", Path: "path"}.get(kind) or kind.__name__
+    return {NoneType: "none", bool: "true or false", Path: "path"}.get(kind) or kind.__name__
 
 
 def nearest(name, keys):
@@ -156,14 +157,11 @@ def nearest(name, keys):
     def initials(words):
         return "".join(word[:1] for word in words.split("_"))
 
-    def score(key):
-        if initials(name) == key or initials(key) == name:
-            return 0.9
-        return difflib.SequenceMatcher(None, name, key).ratio()
-
     name = name.replace("-", "_")
-    best = max(keys, key=score, default="")
-    return best if score(best) >= 0.5 else None
+    for key in keys:
+        if initials(name) == key or initials(key) == name:
+            return key
+    return next(iter(difflib.get_close_matches(name, keys, n=1, cutoff=0.5)), None)
 
 
 def read_preset(path):
@@ -180,31 +178,32 @@ def read_preset(path):
 
 def parse(Config, argv):
     """A `Config` filled from the arguments `argv`. UserError for a mistake in one of them."""
-    kinds = typing.get_type_hints(Config)
-    values, given = {}, set()
-    fields = {f.name: f for f in dataclasses.fields(Config)}
+    hints = get_type_hints(Config)
     presets = getattr(Config, "PRESETS", {})  # {key: {option: {other key: value}}}
+    kinds = {f.name: hints[f.name] for f in fields(Config)}
+    kinds |= {key: Literal[tuple(options)] for key, options in presets.items()}
+    values, given = {}, set()
 
     def put(where, line):
         key, equals, text = line.partition("=")
         key = key.strip().removeprefix("--")
         if not equals:
-            hint = f"; write {key}=VALUE" if key in fields else ""
+            hint = f"; write {key}=VALUE" if key in kinds else ""
             raise UserError(f"{where}'{line}' is not key=value{hint}")
-        if key not in fields and key not in presets:
-            near = nearest(key, [*fields, *presets])
+        if key not in kinds:
+            near = nearest(key, kinds)
             hint = f"did you mean '{near}'?" if near else "`help` lists every key"
             raise UserError(f"{where}unknown key '{key}'; {hint}")
         if not where:  # the command line
             if key in given:
                 raise UserError(f"key '{key}' is given twice on the command line")
             given.add(key)
-        kind = typing.Literal[tuple(presets[key])] if key in presets else kinds[key]
         try:
             # on the command line a value is taken as it is, quotes and spaces too
-            value = cast(kind, unquote(text.strip()) if where else text)
+            value = cast(kinds[key], unquote(text.strip()) if where else text)
         except ValueError:
-            raise UserError(f"{where}{key}={text.strip()}: expected {describe(kind)}") from None
+            expected = describe(kinds[key])
+            raise UserError(f"{where}{key}={text.strip()}: expected {expected}") from None
         values.update(presets[key][value] if key in presets else {key: value})
 
     for arg in argv:
@@ -215,9 +214,10 @@ def parse(Config, argv):
                 put(where, line)
         else:
             put("", arg)
-    for key, f in fields.items():
-        if key not in values and default(f) is dataclasses.MISSING:
-            raise UserError(f"'{key}' has no default: give {key}=VALUE ({describe(kinds[key])})")
+    for f in fields(Config):
+        if f.name not in values and default(f) is MISSING:
+            kind = describe(kinds[f.name])
+            raise UserError(f"'{f.name}' has no default: give {f.name}=VALUE ({kind})")
     return Config(**values)
 
 
@@ -239,7 +239,7 @@ def load(Config, argv=None):
 
 def check(cfg):
     """UserError for a number out of the range in its field's annotation."""
-    for key, kind in typing.get_type_hints(type(cfg), include_extras=True).items():
+    for key, kind in get_type_hints(type(cfg), include_extras=True).items():
         value = getattr(cfg, key, None)
         for limit in getattr(kind, "__metadata__", ()):
             if not limit.holds(value):
@@ -250,8 +250,8 @@ def check(cfg):
 
 
 def default(f):
-    """The default of a dataclass field, or dataclasses.MISSING."""
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    """The default of a dataclass field, or MISSING."""
+    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 def comments(Config):
@@ -261,9 +261,11 @@ def comments(Config):
     (an interactive session) there are none."""
     heads, notes = {}, {}
     above, key = [], None
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         for line in inspect.getsource(Config).splitlines():
             code, _, comment = line.partition("# ")
+            if code.lstrip().startswith("def "):
+                break
             if match := re.match(r"\s+(\w+): ", code):
                 key = match[1]
                 heads[key], above = above, []
@@ -279,12 +281,12 @@ def help_text(Config):
 
     A comment line in the Config heads the group of keys below it."""
     heads, notes = comments(Config)
-    kinds = typing.get_type_hints(Config)
+    kinds = get_type_hints(Config)
     lines = [(sys.modules[Config.__module__].__doc__ or "").strip(), ""]
-    for f in dataclasses.fields(Config):
+    for f in fields(Config):
         if heads.get(f.name):
             lines += ["", *heads[f.name]]
-        value = "" if default(f) is dataclasses.MISSING else show(kinds[f.name], default(f))
+        value = "" if default(f) is MISSING else show(kinds[f.name], default(f))
         line = f"  {f.name + '=' + value:<32} {describe(kinds[f.name]):<14} "
         lines.append((line + notes.get(f.name, "")).rstrip())
     for key, options in getattr(Config, "PRESETS", {}).items():
@@ -297,14 +299,14 @@ def help_text(Config):
 
 def texts(cfg):
     """{key: text of its value} of a Config."""
-    kinds = typing.get_type_hints(type(cfg))
-    return {f.name: show(kinds[f.name], getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
+    kinds = get_type_hints(type(cfg))
+    return {f.name: show(kinds[f.name], getattr(cfg, f.name)) for f in fields(cfg)}
 
 
 def diff(cfg):
     """["key=value"] of what differs from the defaults."""
     said = texts(cfg)
-    changed = [f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != default(f)]
+    changed = [f.name for f in fields(cfg) if getattr(cfg, f.name) != default(f)]
     return [f"{key}={said[key]}" for key in changed]
 
 

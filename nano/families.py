@@ -3,11 +3,10 @@
 A family is an entry of FAMILIES. Its tables hold what tables can say, and two functions do the
 rest. A family whose files name, fuse and lay out tensors as this model does needs no `tensors`."""
 
-import dataclasses
 import difflib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -401,7 +400,7 @@ def read_config(c):
     return cfg
 
 
-TYPES = {f.name: f.type for f in dataclasses.fields(ModelConfig)}
+TYPES = {f.name: f.type for f in fields(ModelConfig)}
 
 
 def checked(value, key, kind):
@@ -461,10 +460,10 @@ def config_json(cfg, like=None, **extra):
         out |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     out |= extra
 
-    meant = dataclasses.asdict(cfg)
+    meant = asdict(cfg)
     if not any(cfg.windows):
         meant["windows"] = ()
-    said = dataclasses.asdict(parse_config(out, "config.json"))  # what a reader will understand
+    said = asdict(parse_config(out, "config.json"))  # what a reader will understand
     if lost := [f"{key}={meant[key]!r}" for key in meant if meant[key] != said[key]]:
         raise UserError(
             f"a model of family {cfg.family} cannot be saved with {', '.join(lost)}: "

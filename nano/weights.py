@@ -10,13 +10,11 @@ peft write opens here, and the reverse. Nothing is pickled.
 """
 
 import contextlib
-import dataclasses
 import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,53 +44,16 @@ def damaged(path):
         raise UserError(f"{path} is damaged or incomplete ({e}): fetch or save it again") from None
 
 
-class Tensors(Mapping):
-    """name -> tensor, memory-mapped: a tensor takes memory only where it is read.
-
-    files: {name: safetensors file that holds the tensor}. UserError for a damaged file."""
-
-    def __init__(self, files):
-        self.files = files
-        self.opened = {}
-        for path in sorted(set(files.values())):
-            with damaged(path):
-                self.opened[path] = safe_open(path, framework="pt")
-
-    def __getitem__(self, name):
-        path = self.files[name]
-        with damaged(path):
-            return self.opened[path].get_tensor(name)
-
-    def __iter__(self):
-        return iter(self.files)
-
-    def __len__(self):
-        return len(self.files)
-
-    def copy(self, name, dtype):
-        """The tensor in memory of its own, as `dtype`.
-
-        It is read in pieces of STRETCH bytes, and each piece through a mapping of its own. The
-        pages of a mapped file stay in memory until the file is unmapped."""
-        path = self.files[name]
-        mapped = self[name]
-        out = torch.empty(mapped.shape, dtype=dtype)
-        rows = max(1, STRETCH // mapped[0].nbytes)
-        for i in range(0, len(out), rows):
-            with damaged(path), safe_open(path, framework="pt") as f:
-                out[i : i + rows] = f.get_slice(name)[i : i + rows]
-        return out
-
-
-def read_tensors(dir, name="model"):
-    """A directory with {name}.safetensors, or with shards and their index -> Tensors.
+def tensor_files(dir, name="model"):
+    """Of a directory with {name}.safetensors, or with shards and their index:
+    {name of a tensor: path of its file}.
 
     UserError for files that are missing, damaged or outside the directory."""
     single = Path(dir) / f"{name}.safetensors"
     index = Path(dir) / f"{name}.safetensors.index.json"
     if single.exists():
         with damaged(single), safe_open(single, framework="pt") as f:
-            return Tensors(dict.fromkeys(f.keys(), single))
+            return dict.fromkeys(f.keys(), single)
     if index.exists():
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict):
@@ -102,11 +63,38 @@ def read_tensors(dir, name="model"):
                 raise UserError(
                     f"{index}: its weight_map names something else than files beside it"
                 )
-        return Tensors({key: single.with_name(shard) for key, shard in shards.items()})
+        return {key: single.with_name(shard) for key, shard in shards.items()}
     hint = ""
     if pickled := [*Path(dir).glob("*.bin"), *Path(dir).glob("*.pth")]:
         hint = f"; `python -m prepare.weights source={dir} out=NEW` converts {pickled[0].name}"
     raise UserError(f"{dir} has no {single.name} and no {index.name}{hint}")
+
+
+def read_tensors(dir, name="model"):
+    """The tensors of `tensor_files` by name, memory-mapped: each takes memory only where it is
+    read."""
+    tensors, opened = {}, {}
+    for key, path in tensor_files(dir, name).items():
+        with damaged(path):
+            if path not in opened:
+                opened[path] = safe_open(path, framework="pt")
+            tensors[key] = opened[path].get_tensor(key)
+    return tensors
+
+
+def read_as(dtype, path, name):
+    """A tensor of a safetensors file in memory of its own, as `dtype`.
+
+    It is read in pieces of STRETCH bytes, and each piece through a mapping of its own. The pages of
+    a mapped file stay in memory until the file is unmapped."""
+    with safe_open(path, framework="pt") as f:
+        mapped = f.get_tensor(name)
+    out = torch.empty(mapped.shape, dtype=dtype)
+    rows = max(1, STRETCH // mapped[0].nbytes)
+    for i in range(0, len(out), rows):
+        with safe_open(path, framework="pt") as f:
+            out[i : i + rows] = f.get_slice(name)[i : i + rows]
+    return out
 
 
 def in_shards(tensors, shard_bytes):
@@ -190,13 +178,14 @@ def load_model(dir, device="cpu", dtype=None, head=None):
     fresh = head == "score" and cfg.head == "lm"
     if head == "lm" and cfg.head == "score":
         raise UserError(f"{dir} is a score model: it has no language-model head")
-    cfg = dataclasses.replace(cfg, head=head or cfg.head)
+    cfg = replace(cfg, head=head or cfg.head)
     try:
         model = empty(cfg)
     except ValueError as e:
         raise UserError(f"{dir}: {e}") from None
     family = FAMILIES[cfg.family]
     tensors = read_tensors(dir)
+    files = tensor_files(dir)
     names = {name for name in tensors if not re.search(family.ignored, name)}
     bare = not any(name.startswith(family.prefix) for name in names)
     params = dict(model.named_parameters())
@@ -222,7 +211,9 @@ def load_model(dir, device="cpu", dtype=None, head=None):
     weights = {}
     for name, (parts, layout, hollow) in stored.items():
         kind = torch.float32 if name == "score.weight" else dtype
-        tensor = tensors[name] if tensors[name].dtype == kind else tensors.copy(name, kind)
+        tensor = tensors[name]
+        if tensor.dtype != kind:
+            tensor = read_as(kind, files[name], name)
         pieces = layout.split(tensor, [p.shape for p in hollow], cfg)
         weights |= {part: piece.to(device) for part, piece in zip(parts, pieces, strict=True)}
     if fresh:
