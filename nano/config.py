@@ -22,12 +22,11 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 QUOTED = r'"(?:[^"\\]|\\.)*"'
 # A quoted value is stepped over, '#' and all.
@@ -37,23 +36,17 @@ BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no":
 UNIONS = (Union, UnionType)
 
 
-class Range(NamedTuple):
-    """The values that a number may take: a test, and the words of the error message."""
-
-    words: str
-    holds: Callable[[float], bool]
-
-
-# The annotations of a Config's numbers. `steps: NonNegativeInt = 0` is an int with this range.
-NonNegativeInt = Annotated[int, Range("0 or more", lambda x: x >= 0)]
-PositiveInt = Annotated[int, Range("1 or more", lambda x: x >= 1)]
-NonNegativeFloat = Annotated[float, Range("0 or more", lambda x: x >= 0)]
-PositiveFloat = Annotated[float, Range("above 0", lambda x: x > 0)]
-UnitFloat = Annotated[float, Range("from 0 to 1", lambda x: 0 <= x <= 1)]
-Fraction = Annotated[float, Range("0 or more and below 1", lambda x: 0 <= x < 1)]
-Share = Annotated[float, Range("above 0 and at most 1", lambda x: 0 < x <= 1)]
-Every = Annotated[int, Range("-1 or more", lambda x: x >= -1)]  # a number of steps, 0 or -1
-Seed = Annotated[int, Range("from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)]  # as in torch
+# The annotations of a Config's numbers: the words of the error message, and a test of the value.
+# `steps: NonNegativeInt = 0` is an int with this range.
+NonNegativeInt = Annotated[int, ("0 or more", lambda x: x >= 0)]
+PositiveInt = Annotated[int, ("1 or more", lambda x: x >= 1)]
+NonNegativeFloat = Annotated[float, ("0 or more", lambda x: x >= 0)]
+PositiveFloat = Annotated[float, ("above 0", lambda x: x > 0)]
+UnitFloat = Annotated[float, ("from 0 to 1", lambda x: 0 <= x <= 1)]
+Fraction = Annotated[float, ("0 or more and below 1", lambda x: 0 <= x < 1)]
+Share = Annotated[float, ("above 0 and at most 1", lambda x: 0 < x <= 1)]
+Every = Annotated[int, ("-1 or more", lambda x: x >= -1)]  # a number of steps, 0 or -1
+Seed = Annotated[int, ("from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)]  # as in torch
 
 
 class UserError(Exception):
@@ -241,9 +234,9 @@ def check(cfg):
     """UserError for a number out of the range in its field's annotation."""
     for key, kind in get_type_hints(type(cfg), include_extras=True).items():
         value = getattr(cfg, key, None)
-        for limit in getattr(kind, "__metadata__", ()):
-            if not limit.holds(value):
-                raise UserError(f"{key}={value}: must be {limit.words}")
+        for words, holds in getattr(kind, "__metadata__", ()):
+            if not holds(value):
+                raise UserError(f"{key}={value}: must be {words}")
     lr, min_lr = getattr(cfg, "lr", 0), getattr(cfg, "min_lr", 0)
     if min_lr > lr and cfg.schedule != "constant":
         raise UserError(f"min_lr={min_lr} is above lr={lr}, from which it is to fall: lower it too")

@@ -6,7 +6,7 @@ rest. A family whose files name, fuse and lay out tensors as this model does nee
 import difflib
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -44,13 +44,9 @@ def places(cfg, names, bare=False):
     bare: the file leaves out the family's prefix. Returns {name in the file: ([names here],
     Layout)}."""
     family = FAMILIES[cfg.family]
-    table = {}  # module here -> module in the file
-    for module, parts in family.tensors.items():
-        for part in [parts] if isinstance(parts, str) else parts:
-            table[part] = module
     out = {}
     for name in names:
-        stored = renamed(name, table) or name
+        stored = renamed(name, family.tensors) or name
         layout = family.layouts.get(NUMBER.sub(".{}", stored.rpartition(".")[0]), ROWS)
         if bare:
             stored = stored.removeprefix(family.prefix)
@@ -113,7 +109,7 @@ class Family:
     read: Callable  # (config.json over the defaults, fields read by `keys`) -> {field: value}
     write: Callable  # ModelConfig -> {key: value}
     always: dict = field(default_factory=dict)  # fields that all models of the family share
-    tensors: dict = field(default_factory=dict)  # module in the file -> module here, or a tuple
+    tensors: dict = field(default_factory=dict)  # module here -> module in the file
     layouts: dict = field(default_factory=dict)  # module in the file -> Layout other than ROWS
     prefix: str = ""  # of modules in the file; a file of the bare trunk leaves it out
     ignored: str = r"\.rotary_emb\.inv_freq$"  # regex of constants that old files hold
@@ -209,8 +205,7 @@ def read_rope(c):
     if not isinstance(rope, dict):
         raise UserError(f"rope scaling {rope!r} is not supported")
     theta = rope.get("rope_theta") or c.get("rope_theta") or 10000.0
-    if type(theta) not in (int, float):
-        raise UserError(f"rope_theta is {theta!r}, not a number")
+    checked(theta, "rope_theta", float)
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError("rope_parameters that differ by layer are not supported")
     if (rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0) != 1.0:
@@ -305,19 +300,17 @@ FAMILIES = {  # by model_type
             "mlp_bias": True,
         },
         tensors={
-            "transformer.wte": "model.embed_tokens",
-            "transformer.wpe": "model.embed_positions",
-            "transformer.h.{}.ln_1": "model.layers.{}.input_layernorm",
-            "transformer.h.{}.attn.c_attn": (
-                "model.layers.{}.self_attn.q_proj",
-                "model.layers.{}.self_attn.k_proj",
-                "model.layers.{}.self_attn.v_proj",
-            ),
-            "transformer.h.{}.attn.c_proj": "model.layers.{}.self_attn.o_proj",
-            "transformer.h.{}.ln_2": "model.layers.{}.post_attention_layernorm",
-            "transformer.h.{}.mlp.c_fc": "model.layers.{}.mlp.up_proj",
-            "transformer.h.{}.mlp.c_proj": "model.layers.{}.mlp.down_proj",
-            "transformer.ln_f": "model.norm",
+            "model.embed_tokens": "transformer.wte",
+            "model.embed_positions": "transformer.wpe",
+            "model.layers.{}.input_layernorm": "transformer.h.{}.ln_1",
+            "model.layers.{}.self_attn.q_proj": "transformer.h.{}.attn.c_attn",
+            "model.layers.{}.self_attn.k_proj": "transformer.h.{}.attn.c_attn",
+            "model.layers.{}.self_attn.v_proj": "transformer.h.{}.attn.c_attn",
+            "model.layers.{}.self_attn.o_proj": "transformer.h.{}.attn.c_proj",
+            "model.layers.{}.post_attention_layernorm": "transformer.h.{}.ln_2",
+            "model.layers.{}.mlp.up_proj": "transformer.h.{}.mlp.c_fc",
+            "model.layers.{}.mlp.down_proj": "transformer.h.{}.mlp.c_proj",
+            "model.norm": "transformer.ln_f",
         },
         layouts={
             "transformer.h.{}.attn.c_attn": CONV1D,
@@ -387,7 +380,7 @@ def read_config(c):
             value = fields["n_heads"]
         elif value is None and name == "head_dim":
             value = fields["dim"] // fields["n_heads"]
-        fields[name] = checked(value, key, TYPES[name])
+        fields[name] = checked(value, key, ModelConfig.__annotations__[name])
     fields |= family.always | family.read(c, fields)
     if not any(fields.get("windows", ())):
         fields["windows"] = ()
@@ -398,9 +391,6 @@ def read_config(c):
             f"do not go with {cfg.n_kv_heads} key/value heads"
         )
     return cfg
-
-
-TYPES = {f.name: f.type for f in fields(ModelConfig)}
 
 
 def checked(value, key, kind):

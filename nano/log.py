@@ -87,7 +87,12 @@ class Log:
 
         self.dir.mkdir(parents=True, exist_ok=True)
         path = self.dir / "log.jsonl"
-        records = records_to(path, start_step) if start_step else []
+        records = []
+        if start_step and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # a last line that a crash cut
+                    records.append(json.loads(line))
+        records = [r for r in records if r["step"] <= start_step]
         # An evaluation at start_step may be there already, from before the stop.
         self.known = {(r["kind"], r["step"]) for r in records if r["step"] == start_step}
         files.write_text(path, "".join(map(dumps, records)))
@@ -196,15 +201,6 @@ class Log:
             return False
         self.file.write(dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | values))
         return True
-
-
-def records_to(path, step):
-    """The records of a log up to `step`. A last line that a crash cut short is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return [r for r in records if r["step"] <= step]
 
 
 def plain(values):

@@ -82,14 +82,13 @@ def read_tensors(dir, name="model"):
     return tensors
 
 
-def read_as(dtype, path, name):
-    """A tensor of a safetensors file in memory of its own, as `dtype`.
+def converted(mapped, dtype, path, name):
+    """A memory-mapped tensor in memory of its own, as `dtype`. path, name: its file, and its name
+    there.
 
     It is read in pieces of STRETCH bytes, and each piece through a mapping of its own. The pages of
     a mapped file stay in memory until the file is unmapped."""
-    with safe_open(path, framework="pt") as f:
-        mapped = f.get_tensor(name)
-    out = torch.empty(mapped.shape, dtype=dtype)
+    out = torch.empty_like(mapped, dtype=dtype)
     rows = max(1, STRETCH // mapped[0].nbytes)
     for i in range(0, len(out), rows):
         with safe_open(path, framework="pt") as f:
@@ -184,37 +183,35 @@ def load_model(dir, device="cpu", dtype=None, head=None):
     except ValueError as e:
         raise UserError(f"{dir}: {e}") from None
     family = FAMILIES[cfg.family]
-    tensors = read_tensors(dir)
     files = tensor_files(dir)
-    names = {name for name in tensors if not re.search(family.ignored, name)}
-    bare = not any(name.startswith(family.prefix) for name in names)
+    tensors = {n: t for n, t in read_tensors(dir).items() if not re.search(family.ignored, n)}
+    bare = not any(name.startswith(family.prefix) for name in tensors)
     params = dict(model.named_parameters())
     (embedding,) = places(cfg, [EMBEDDING], bare)
     if fresh:
-        names.discard("lm_head.weight")
+        tensors.pop("lm_head.weight", None)
         del params["score.weight"]
-    elif cfg.tie_embeddings and {"lm_head.weight", embedding} <= names:
-        names.remove("lm_head.weight")
-        if not torch.equal(tensors["lm_head.weight"], tensors[embedding]):
+    elif cfg.tie_embeddings and {"lm_head.weight", embedding} <= tensors.keys():
+        if not torch.equal(tensors.pop("lm_head.weight"), tensors[embedding]):
             raise UserError(
                 f"{dir}: config.json ties the output matrix to the embedding, "
                 "but lm_head.weight differs from it; "
                 'set "tie_word_embeddings" to false if lm_head.weight is meant'
             )
-    stored = {}  # {name in the file: (names here, Layout, parameters on the meta device)}
-    for name, (parts, layout) in places(cfg, params, bare).items():
-        stored[name] = parts, layout, [params[part] for part in parts]
-    wanted = {name: layout.fuse(hollow, cfg).shape for name, (_, layout, hollow) in stored.items()}
-    check_tensors(dir, wanted, {name: tensors[name] for name in names})
+    stored = places(cfg, params, bare)
+    # `params` are on the meta device, and fused there they have the shapes of the file
+    hollow = {name: [params[part] for part in parts] for name, (parts, _) in stored.items()}
+    wanted = {name: layout.fuse(hollow[name], cfg).shape for name, (_, layout) in stored.items()}
+    check_tensors(dir, wanted, tensors)
 
     dtype = dtype or tensors[embedding].dtype
     weights = {}
-    for name, (parts, layout, hollow) in stored.items():
+    for name, (parts, layout) in stored.items():
         kind = torch.float32 if name == "score.weight" else dtype
         tensor = tensors[name]
         if tensor.dtype != kind:
-            tensor = read_as(kind, files[name], name)
-        pieces = layout.split(tensor, [p.shape for p in hollow], cfg)
+            tensor = converted(tensor, kind, files[name], name)
+        pieces = layout.split(tensor, [p.shape for p in hollow[name]], cfg)
         weights |= {part: piece.to(device) for part, piece in zip(parts, pieces, strict=True)}
     if fresh:
         weights["score.weight"] = ScoreHead(cfg.dim).weight.detach().to(device)
@@ -260,7 +257,7 @@ def save_model(model, dir, dtype=None, like=None, tensors=None, shard_bytes=5e9,
     extra: keys of config.json to set.
     config.json comes last, because a directory without it is no model."""
     dir = Path(dir)
-    tensors = dict(model.named_parameters()) if tensors is None else tensors
+    tensors = tensors or dict(model.named_parameters())
     stored_as = str(dtype or tensors[EMBEDDING].dtype).removeprefix("torch.")
     config = config_json(model.cfg, like, **{"torch_dtype": stored_as} | extra)
 
@@ -339,7 +336,7 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
     layers = {n: m for n, m in lora.adapted(model) if name in m.scales}
     if not layers:
         raise KeyError(f"there is no adapter {name!r} on this model")
-    tensors = dict(model.named_parameters()) if tensors is None else tensors
+    tensors = tensors or dict(model.named_parameters())
     stored = adapter_places(model)
     adapted = {}  # {layer in the file: (A, B)}
     for layer, (parts, _) in stored.items():
