@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,8 +229,8 @@ class Store:
 
     .tokens and .mask (all tokens,), .offsets (N+1,), .lengths (N,), .groups (G+1,), .meta the dict
     of meta.json; mask and groups may be None. `tokenizer` is the one whose `.fingerprint` must fit.
-    UserError where a file is missing, has another size than meta.json says, or was made with
-    another tokenizer.
+    A folder that names no tokenizer gets a notice on stderr. UserError where a file is missing, has
+    another size than meta.json says, or was made with another tokenizer.
     """
 
     def __init__(self, dir, split="train", tokenizer=None):
@@ -239,11 +240,15 @@ class Store:
         if split not in self.meta["splits"]:
             raise UserError(f"{dir} has no split '{split}', only {', '.join(self.meta['splits'])}")
         prepared_with = self.meta.get("tokenizer")
-        if tokenizer is not None and prepared_with != tokenizer.fingerprint:
+        if tokenizer is not None and prepared_with is None:
+            print(
+                f"note: {dir} does not say which tokenizer prepared it; the model's is assumed",
+                file=sys.stderr,
+            )
+        elif tokenizer is not None and prepared_with != tokenizer.fingerprint:
             raise UserError(
                 f"{dir} was prepared with another tokenizer than the model's "
-                f"(sha256 {str(prepared_with)[:12]}, "
-                f"the model's has {tokenizer.fingerprint[:12]}): "
+                f"(sha256 {prepared_with[:12]}, the model's has {tokenizer.fingerprint[:12]}): "
                 "prepare it again with model= of this model"
             )
         counts = self.meta["splits"][split]
@@ -368,7 +373,7 @@ def mix(dirs, sizes=(), seed=0, split="train", tokenizer=None, groups=False):
             "give one size for each folder"
         )
     stores = [Store(dir, split, tokenizer) for dir in dirs]
-    if len({s.meta.get("tokenizer") for s in stores}) > 1:
+    if len({s.meta.get("tokenizer") for s in stores} - {None}) > 1:
         raise UserError(
             f"{', '.join(map(str, dirs))} were prepared with different tokenizers: "
             "use one model= for all"
