@@ -283,10 +283,13 @@ class Store:
         return len(self.lengths)
 
     def row(self, i):
-        """(tokens (T,) uint, mask (T,) uint8)"""
-        span = slice(self.offsets[i], self.offsets[i + 1])
-        tokens = self.tokens[span]
-        return tokens, np.ones(len(tokens), np.uint8) if self.mask is None else self.mask[span]
+        """A row: tokens (T,) uint16 or uint32, mask (T,) uint8."""
+        return self.span(self.offsets[i], self.offsets[i + 1])
+
+    def span(self, a, b):
+        """The tokens from a up to b, and their mask."""
+        tokens = self.tokens[a:b]
+        return tokens, np.ones(len(tokens), np.uint8) if self.mask is None else self.mask[a:b]
 
 
 # ------------------------------------------------------------------------------------------ mixing
