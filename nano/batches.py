@@ -489,11 +489,6 @@ class Groups:
     batch = micro_batches
 
     def __post_init__(self):
-        if min(self.batch_size, self.micro_batch) < 1:
-            raise UserError(
-                f"batch_size={self.batch_size} micro_batch={self.micro_batch}: "
-                "both must be 1 or more"
-            )
         self.index = np.flatnonzero(self.groups.lengths <= self.max_length)
         self.dropped = len(self.groups) - len(self.index)
         if not len(self.index):
