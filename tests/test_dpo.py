@@ -100,8 +100,8 @@ def test_completion_logprobs_are_sums_over_the_completions_own_tokens(folder):
     model, rows = weights.load_model(folder / "model", dtype=torch.float32), open_rows(folder)
     for static in (False, True):
         for micro in Groups(rows, 6, 2, 128, fixed_shapes=static).batch(0):
-            found = dpo.completion_logprobs(model, micro)
-            for n, real, value in zip(micro["number"].tolist(), micro["real"], found, strict=True):
+            values = dpo.completion_logprobs(model, micro)
+            for n, real, value in zip(micro["number"].tolist(), micro["real"], values, strict=True):
                 tokens, mask = rows.stores[0].row(n)
                 assert not real or value.item() == pytest.approx(
                     logprob(model, tokens.tolist(), mask).item(), abs=1e-4
@@ -224,7 +224,7 @@ def test_learns_to_prefer(run):
 def test_both_falling_is_said_in_words(run, capsys):
     run("steps=12", "lr=2e-2", "log_every=1", "schedule=constant")
     assert capsys.readouterr().out.count("note: the chosen completions become less likely") == 1
-    run("steps=12", "lr=2e-2", "log_every=1", "schedule=constant", "nll_weight=3", out="held")
+    run("steps=12", "lr=2e-2", "log_every=1", "schedule=constant", "nll_weight=3", out="with_nll")
     assert "note: the chosen" not in capsys.readouterr().out
 
 
