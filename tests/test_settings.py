@@ -153,7 +153,8 @@ def test_a_run_that_goes_on_names_what_has_changed(stage, folder, tmp_path, monk
 
 
 class Reads(ast.NodeVisitor):
-    """The names that a source file reads of a `cfg`, and its texts, which getattr may be given."""
+    """The names that a source file reads of a `cfg`, or a Config of itself, and the file's texts,
+    which getattr may be given."""
 
     def __init__(self, path):
         self.names = set()
@@ -161,8 +162,14 @@ class Reads(ast.NodeVisitor):
 
     def visit_Attribute(self, node):
         owner = node.value
-        if getattr(owner, "id", None) == "cfg" or getattr(owner, "attr", None) == "cfg":
+        if getattr(owner, "id", None) in ("cfg", "self") or getattr(owner, "attr", None) == "cfg":
             self.names.add(node.attr)
+        self.generic_visit(node)
+
+    def visit_ClassDef(self, node):
+        if node.name == "Config":
+            names = (n for n in ast.walk(node) if isinstance(n, ast.Attribute))
+            self.names |= {n.attr for n in names if getattr(n.value, "id", None) == "self"}
         self.generic_visit(node)
 
     def visit_Constant(self, node):
