@@ -12,14 +12,14 @@ from nano import store, tokenizer, weights
 STEPS = 4
 COMMON = f"device=cpu dtype=float32 schedule=constant resume=auto steps={STEPS}".split()
 TUNE = "batch_size=8 eval_every=2 log_every=1 samples=1 sample_tokens=4 lr=1e-3".split()
-ROWS = "model={}/model data={}/rows max_length=64".split()
+ROWS = "model={}/model data={}/rows max_length=64 sample_every=2".split()
 GROUPS = "model={}/model data={}/groups micro_batch=1 max_length=64".split()
 RL = "data={}/groups batch_size=8 micro_batch=2 adam_eps=1e-3 ppo_epochs=2 max_new_tokens=6".split()
 RL += "log_every=1 sample_every=-1 save_every=100".split()
 STAGES = dict(  # name: stage and its settings, with the folder in place of {}
     pretrain=(
         "pretrain",
-        "data={}/text tokenizer={}/model size=toy micro_batch=1 max_length=32".split()
+        "data={}/text tokenizer={}/model size=toy micro_batch=1 max_length=32 sample_every=2".split()
         + [s for s in TUNE if s != "samples=1"],
     ),
     sft=("sft", [*ROWS, *TUNE, "micro_batch=2"]),
