@@ -43,24 +43,16 @@ class Config:
 
 
 def random_model(dir):
+    """Writes random weights of Llama-3.2-1B's shape to `dir`, unless they are there. -> dir"""
     import torch
 
-    from model import ModelConfig, Transformer
+    import pretrain
+    from model import Transformer
 
-    cfg = ModelConfig(
-        vocab_size=128256,
-        dim=2048,
-        n_layers=16,
-        n_heads=32,
-        n_kv_heads=8,
-        head_dim=64,
-        ffn_dim=8192,
-        rope_theta=5e5,
-        max_positions=131072,
-        tie_embeddings=True,
-    )
     if not (Path(dir) / "config.json").exists():
-        weights.save_model(Transformer(cfg).init_weights(), dir, dtype=torch.bfloat16)
+        sizes = pretrain.Config(size="1b", rope_theta=5e5, max_length=131072)
+        model = Transformer(pretrain.model_config(sizes, 128256)).init_weights()
+        weights.save_model(model, dir, dtype=torch.bfloat16)
     return dir
 
 

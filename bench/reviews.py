@@ -17,6 +17,7 @@ gold falls.
 import itertools
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -51,44 +52,28 @@ class Config:
 
 
 def commands(root, seed):
-    """Arguments of python, in order; the last four do not depend on each other."""
-    data, sft = f"{root}/data", f"{root}/sft/last"
-    rl = [f"model={sft}", f"reward={root}/reward/last", f"data={data}/sft", f"seed={seed}"]
-    yield ["-m", "prepare.toy", "task=reviews", f"out={data}", f"seed={seed}"]
-    yield [
-        "-m",
-        "prepare.text",
-        f"source={data}/pretrain.jsonl",
-        f"tokenizer={data}/tokenizer",
-        f"out={data}/text",
-    ]
-    yield [
-        "pretrain.py",
-        "recipes/reviews/pretrain.cfg",
-        f"data={data}/text",
-        f"out={root}/pretrain",
-        f"seed={seed}",
-    ]
-    source = [
-        f"source={data}/sft.jsonl",
-        f"model={root}/pretrain/last",
-        "template=plain",
-        "max_length=32",
-        "val=200",
-    ]
-    yield ["-m", "prepare.instructions", *source, f"out={data}/sft"]
-    start = [f"model={root}/pretrain/last", f"data={data}/sft", f"out={root}/sft", f"seed={seed}"]
-    yield ["sft.py", "recipes/reviews/sft.cfg", *start]
-    yield ["-m", "prepare.toy", "task=preferences", f"model={sft}", f"out={data}", f"seed={seed}"]
-    source = [f"source={data}/preferences.jsonl", f"model={sft}", "template=plain", "max_length=32"]
-    yield ["-m", "prepare.preferences", *source, f"out={data}/preferences"]
-    start = [f"model={sft}", f"data={data}/preferences", f"seed={seed}"]
-    yield ["reward.py", "recipes/reviews/reward.cfg", *start, f"out={root}/reward"]
-    yield ["ppo.py", "recipes/reviews/ppo.cfg", *rl, f"out={root}/ppo"]
-    control = ["kl_coef=0", "schedule=constant", "steps=80", f"out={root}/ppo-no-kl"]
-    yield ["ppo.py", "recipes/reviews/ppo.cfg", *rl, *control]
-    yield ["ppo.py", "recipes/reviews/rloo.cfg", *rl, f"out={root}/rloo"]
-    yield ["dpo.py", "recipes/reviews/dpo.cfg", *start, f"out={root}/dpo"]
+    """Arguments of python, in order. The last four commands do not depend on each other."""
+    root = shlex.quote(root)
+    data, sft, recipes = f"{root}/data", f"{root}/sft/last", "recipes/reviews"
+    start = f"{root}/pretrain/last"
+    plain = "template=plain max_length=32"
+    rl = f"model={sft} reward={root}/reward/last data={data}/sft seed={seed}"
+    ranked = f"model={sft} data={data}/preferences seed={seed}"
+    lines = f"""
+-m prepare.toy task=reviews out={data} seed={seed}
+-m prepare.text source={data}/pretrain.jsonl tokenizer={data}/tokenizer out={data}/text
+pretrain.py {recipes}/pretrain.cfg data={data}/text out={root}/pretrain seed={seed}
+-m prepare.instructions source={data}/sft.jsonl model={start} {plain} val=200 out={data}/sft
+sft.py {recipes}/sft.cfg model={start} data={data}/sft out={root}/sft seed={seed}
+-m prepare.toy task=preferences model={sft} out={data} seed={seed}
+-m prepare.preferences source={data}/preferences.jsonl model={sft} {plain} out={data}/preferences
+reward.py {recipes}/reward.cfg {ranked} out={root}/reward
+ppo.py {recipes}/ppo.cfg {rl} out={root}/ppo
+ppo.py {recipes}/ppo.cfg {rl} kl_coef=0 schedule=constant steps=80 out={root}/ppo-no-kl
+ppo.py {recipes}/rloo.cfg {rl} out={root}/rloo
+dpo.py {recipes}/dpo.cfg {ranked} out={root}/dpo
+"""
+    return [shlex.split(line) for line in lines.strip().split("\n")]
 
 
 def measure(root, samples):

@@ -284,11 +284,11 @@ def compare(entry, cfg, texts):
     ours = tokenizer.load(folder)
     load_s = time.perf_counter() - start
     oracle = Oracle(Path(oracle_folder or folder))
-    own = oracle.name == "tokenizers" and not oracle_folder
-    strings = fuzz(cfg.strings, cfg.seed, oracle.specials[:40] if own else ())
+    has_json = oracle.name == "tokenizers" and not oracle_folder
+    strings = fuzz(cfg.strings, cfg.seed, oracle.specials[:40] if has_json else ())
     text_bad = [s for s in strings if ours.encode(s) != oracle.ids(s, False)]
     special_bad = (
-        [s for s in strings if with_specials(ours, s) != oracle.ids(s, True)] if own else None
+        [s for s in strings if with_specials(ours, s) != oracle.ids(s, True)] if has_json else None
     )
     unassigned = sum(any(unicodedata.category(c) == "Cn" for c in s) for s in text_bad)
     for string in (text_bad + (special_bad or []))[: cfg.show]:

@@ -113,7 +113,7 @@ def test_packed_rows_equal_rows_alone(windows, head_dim):
 
 def test_gradients_of_packed_rows():
     """Through flex_attention's backward: beside the CPU's, document by document."""
-    found = []
+    gradients = []
     for device in ("cpu", DEVICE):
         model = tiny.model().to(device)
         packs = [
@@ -122,23 +122,23 @@ def test_gradients_of_packed_rows():
         batch = tiny.batch(packs, 200)
         batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
         sft.loss_sum(model, model(batch), batch).backward()
-        found.append({name: p.grad.cpu() for name, p in model.named_parameters()})
-    for name, grad in found[0].items():
-        assert (found[1][name] - grad).abs().max() <= 1e-5 * max(1, grad.abs().max()), name
+        gradients.append({name: p.grad.cpu() for name, p in model.named_parameters()})
+    for name, grad in gradients[0].items():
+        assert (gradients[1][name] - grad).abs().max() <= 1e-5 * max(1, grad.abs().max()), name
 
 
 def test_losses():
     torch.manual_seed(0)
     hidden, head = torch.randn(300, 64), torch.randn(1000, 64)
     targets, weights = torch.randint(0, 1000, (300,)), torch.rand(300)
-    found = []
+    results = []
     for device in ("cpu", DEVICE):
         h, w = (t.clone().to(device).requires_grad_() for t in (hidden, head))
         loss = losses.cross_entropy(h, w, targets.to(device), weights.to(device))
         logprobs, entropy = losses.token_logprobs(h, w, targets.to(device), 0.7, entropy=True)
         (loss + (logprobs * entropy).sum()).backward()
-        found.append([t.detach().cpu() for t in (loss, logprobs, entropy, h.grad, w.grad)])
-    for a, b in zip(*found, strict=True):
+        results.append([t.detach().cpu() for t in (loss, logprobs, entropy, h.grad, w.grad)])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
@@ -152,9 +152,9 @@ def test_greedy_answers_equal_the_cpus(name):
     model, prompts = small(std=std, max_positions=512, **FAMILIES[name]), ragged(9)
     lengths = [20, 330, 3, 70, 70, 140, 8, 1, 300]
     expected = generate(model, prompts, lengths, temperature=0.0, batch_size=4)
-    made = generate(moved(model), prompts, lengths, temperature=0.0, batch_size=4)
-    assert made.tokens == expected.tokens
-    for a, b in zip(made.logprobs, expected.logprobs, strict=True):
+    samples = generate(moved(model), prompts, lengths, temperature=0.0, batch_size=4)
+    assert samples.tokens == expected.tokens
+    for a, b in zip(samples.logprobs, expected.logprobs, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-3)
 
 
@@ -165,22 +165,22 @@ def test_samples_equal_the_cpus(settings):
     expected = generate(
         model, prompts, 60, batch_size=5, group=3, seed=(3, 4), stop_ids=(7,), **settings
     )
-    made = generate(
+    samples = generate(
         moved(model), prompts, 60, batch_size=5, group=3, seed=(3, 4), stop_ids=(7,), **settings
     )
-    same = sum(a == b for a, b in zip(made.tokens, expected.tokens, strict=True))
+    same = sum(a == b for a, b in zip(samples.tokens, expected.tokens, strict=True))
     assert same >= len(expected.tokens) - 1
-    assert len(set(map(tuple, made.tokens))) > 12
+    assert len(set(map(tuple, samples.tokens))) > 12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_graphs_do_what_steps_do(dtype):
     model, prompts = moved(small()).to(dtype), ragged(9)
-    made = [
+    samples = [
         generate(model, prompts, 150, batch_size=4, seed=1, stop_ids=(5,), plan=dict(graphs=graphs))
         for graphs in (True, False)
     ]
-    assert made[0].tokens == made[1].tokens and made[0].logprobs == made[1].logprobs
+    assert samples[0].tokens == samples[1].tokens and samples[0].logprobs == samples[1].logprobs
 
 
 def test_again_and_again_without_growing():

@@ -269,8 +269,8 @@ def test_peft_reads_what_is_written_here(base, tmp_path, settings, recwarn):
     assert (ours - in_peft(base, tmp_path / "adapter")).abs().max() <= 1e-5
     assert not [w for w in recwarn if "missing" in str(w.message) and "adapter" in str(w.message)]
     opened = weights.open(tmp_path / "adapter")
-    model, found = opened.model, opened.base
-    assert found == base and torch.equal(logits(model.train()), ours)  # loaded without dropout
+    model, home = opened.model, opened.base
+    assert home == base and torch.equal(logits(model.train()), ours)  # loaded without dropout
     assert set(digest(tmp_path / "adapter")) == {"adapter_config.json", "adapter_model.safetensors"}
 
 
@@ -340,8 +340,8 @@ def test_a_merged_model_opens_in_transformers(base, tmp_path):
 
     ours = adapter(tmp_path / "adapter", base)
     opened = weights.open(tmp_path / "adapter")
-    model, found = opened.model, opened.base
-    weights.save_model(lora.merge(model), tmp_path / "merged", like=found)
+    model, home = opened.model, opened.base
+    weights.save_model(lora.merge(model), tmp_path / "merged", like=home)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", dtype=torch.float32
     )
@@ -355,8 +355,8 @@ def test_another_base_by_key_changes_no_file(base, tmp_path):
     adapter(tmp_path / "adapter", base)
     before = [digest(d) for d in (base, other, tmp_path / "adapter")]
     opened = weights.open(tmp_path / "adapter", base=other)
-    model, found = opened.model, opened.base
-    assert found == other and not torch.equal(
+    model, home = opened.model, opened.base
+    assert home == other and not torch.equal(
         logits(model), logits(weights.open(tmp_path / "adapter").model)
     )
     lora.use(model, None)

@@ -145,21 +145,23 @@ def test_compiled_chunks_are_the_textbook_s(monkeypatch):
 @pytest.mark.parametrize("loss", ["cross_entropy", "token_logprobs"])
 def test_a_frozen_side_gets_no_gradient_and_costs_none(loss, monkeypatch):
     hidden, head, targets, weights = inputs()
-    made, empty_like, zeros = [], torch.empty_like, torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *a, **k: made.append(tuple(a[0])) or zeros(*a, **k))
+    shapes, empty_like, zeros = [], torch.empty_like, torch.zeros
     monkeypatch.setattr(
-        torch, "empty_like", lambda t, **k: made.append(tuple(t.shape)) or empty_like(t, **k)
+        torch, "zeros", lambda *a, **k: shapes.append(tuple(a[0])) or zeros(*a, **k)
+    )
+    monkeypatch.setattr(
+        torch, "empty_like", lambda t, **k: shapes.append(tuple(t.shape)) or empty_like(t, **k)
     )
 
     def run(hidden, head):
-        made.clear()
+        shapes.clear()
         if loss == "cross_entropy":
             out = losses.cross_entropy(hidden, head, targets, weights)
         else:
             out = losses.token_logprobs(hidden, head, targets).sum()
         if out.requires_grad:
             out.backward()
-        return (N, C) in made, (V, C) in made
+        return (N, C) in shapes, (V, C) in shapes
 
     assert run(hidden, head) == (True, True)
     both = hidden.grad.clone(), head.grad.clone()
@@ -215,23 +217,12 @@ def test_autocast_keeps_the_loss_exact():
 def test_the_logits_of_all_rows_never_exist(loss, monkeypatch):
     n, c, v = 512, 8, 1000
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 16 * v)
-    hidden, head, targets = (
-        torch.randn(n, c).requires_grad_(),
-        torch.randn(v, c).requires_grad_(),
-        torch.randint(v, (n,)),
-    )
+    hidden = torch.randn(n, c).requires_grad_()
+    head = torch.randn(v, c).requires_grad_()
+    targets = torch.randint(v, (n,))
 
-    def peak(run):
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as prof:
-            run()
-        held = top = 0
-        for event in prof.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                top = max(top, held)
-        return top
+    def theirs():
+        F.cross_entropy(hidden @ head.t(), targets).backward()
 
     def ours():
         if loss == "hits":
@@ -242,8 +233,8 @@ def test_the_logits_of_all_rows_never_exist(loss, monkeypatch):
         out.sum().backward()
 
     logits, chunk = 4 * n * v, 4 * 16 * v
-    assert peak(lambda: F.cross_entropy(hidden @ head.t(), targets).backward()) >= 2 * logits
-    assert peak(ours) < 5 * chunk + 4 * (4 * v * c) < logits / 2
+    assert tiny.peak_memory(theirs) >= 2 * logits
+    assert tiny.peak_memory(ours) < 5 * chunk + 4 * (4 * v * c) < logits / 2
 
 
 def test_hits():

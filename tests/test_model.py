@@ -362,15 +362,15 @@ def test_attention_of_one_document(T, dtype, bound):
             -1
         ) @ v.repeat_interleave(3, 0)
 
-    def made(attention, dtype):
+    def result(attention, dtype):
         inputs = [t.to(dtype, copy=True).requires_grad_() for t in (q, k, v)]
         y = attention(*inputs)
         y.backward(back.to(dtype))
         return [y.detach(), *(t.grad for t in inputs)]
 
     for ours, exact in zip(
-        made(partial(document_attention, extras=Extras(scale=0.25)), dtype),
-        made(right, torch.float64),
+        result(partial(document_attention, extras=Extras(scale=0.25)), dtype),
+        result(right, torch.float64),
         strict=True,
     ):
         assert ours.dtype == dtype and (ours - exact).norm() <= bound * exact.norm() + 1e-6

@@ -33,8 +33,8 @@ def start_on_nodes(cfg):
 def weigh(self, model, *args):
     place(self, model, *args)
     torch.rand(rank)  # rows of other lengths would leave the ranks' generators in other states too
-    held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters())
-    shares[argv[0].removeprefix("out=")] = held / sum(p.numel() for p in model.parameters())
+    count = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters())
+    shares[argv[0].removeprefix("out=")] = count / sum(p.numel() for p in model.parameters())
 
 runtime.Runtime.distribute, runtime.start = weigh, start_on_nodes
 fault, rank = os.environ.get("FAULT"), int(os.environ["RANK"])
@@ -193,7 +193,7 @@ def test_two_processes_do_what_one_does(folder, two, name, mode, parts):
     assert_same_curve(out, folder / "one" / name)
     assert_same_weights(out / "last", folder / "one" / name / "last")
     assert all(
-        held[str(out)] <= 1.02 / parts for held in two
+        share[str(out)] <= 1.02 / parts for share in two
     )  # what does not divide by two makes one rank's share larger
 
 
@@ -227,7 +227,7 @@ def test_two_processes_share_each_layer(folder, two, name):
     whole = (
         0.27 if name == "sft_qwen" else 0.04
     )  # an odd vocabulary is not cut, nor are norms and half of the adapters
-    assert all(held[str(out)] <= 0.5 + whole for held in two)
+    assert all(share[str(out)] <= 0.5 + whole for share in two)
 
 
 def test_offloaded_shards(folder, two):
@@ -295,7 +295,7 @@ def test_weights_are_gathered_in_bf16(folder, two):
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_gradients_are_summed_in_bf16(folder, two, mode):
-    """A bf16 has 8 bits, so the gradients' norm is near that of fp32. The first loss is the same."""
+    """A bf16 has 8 bits, so the gradient norm is near that of fp32. The first loss is the same."""
     (a, *_), (b, *_) = (
         tiny.records(folder / run, "train") for run in (f"reduced/{mode}", "one/sft")
     )
@@ -318,7 +318,7 @@ def test_four_processes_do_what_one_does_and_go_on_from_two(folder, two, tmp_pat
     for run, (mode, name) in runs.items():
         assert_same_curve(tmp_path / run, folder / "one" / name)
         assert_same_weights(tmp_path / run / "last", folder / "one" / name / "last")
-        assert all(held[str(tmp_path / run)] <= 1.1 / PARTS.get(mode, 4) for held in shares), (
+        assert all(share[str(tmp_path / run)] <= 1.1 / PARTS.get(mode, 4) for share in shares), (
             run,
             shares,
         )

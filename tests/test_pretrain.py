@@ -250,19 +250,19 @@ def test_bits_per_byte_by_hand(base, store, tmp_path):
         first["bits_per_byte"], 8.0443941 * tokens / size, rtol=1e-5
     )  # log2(264) bits a token
 
-    held = Store(store, "val")
-    assert pretrain.tokens_per_byte([held], False) == tokens / size
+    val = Store(store, "val")
+    assert pretrain.tokens_per_byte([val], False) == tokens / size
     assert (
-        pretrain.tokens_per_byte([held, held], True) == (tokens - 8) / size
+        pretrain.tokens_per_byte([val, val], True) == (tokens - 8) / size
     )  # a BOS that is given costs nothing
     write_store(tmp_path / "old", dict(val=[([1, 2], None)]), dict(vocab_size=264))
-    assert pretrain.tokens_per_byte([held, Store(tmp_path / "old", "val")], False) is None
+    assert pretrain.tokens_per_byte([val, Store(tmp_path / "old", "val")], False) is None
 
 
 def test_evaluation_is_over_the_validation_split(base, store, tmp_path):
     log = train(tmp_path / "out", store, model=base, steps=1, eval_windows=0)
-    model, held = weights.load_model(base), Store(store, "val")
-    windows = Windows([held], 1, 1, 32)
+    model, val = weights.load_model(base), Store(store, "val")
+    windows = Windows([val], 1, 1, 32)
     with torch.no_grad():
         micros = [windows.micro(np.array([i])) for i in range(windows.starts[-1])]
         total = sum(pretrain.loss_sum(model, model(m), m).item() for m in micros)

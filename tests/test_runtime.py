@@ -158,10 +158,10 @@ def test_offload_needs_shards(rt):
 def test_over_how_many_devices_weights_are_sharded(rt):
     rt.world = rt.shards = 16
     rt.local_world = 8
-    found = {}
+    shards = {}
     for rt.parallel in ("none", "ddp", "fsdp", "zero2", "hsdp"):
-        found[rt.parallel] = rt.weight_shards
-    assert found == dict(none=1, ddp=1, fsdp=16, zero2=16, hsdp=8)
+        shards[rt.parallel] = rt.weight_shards
+    assert shards == dict(none=1, ddp=1, fsdp=16, zero2=16, hsdp=8)
 
 
 def test_what_xla_shards():

@@ -96,20 +96,22 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(base, store, windows):
     rows, model = mix([store]), weights.load_model(base).requires_grad_()
     model.cfg.windows = windows
 
-    def made(micro_batch, **cut):
-        batches = Rows(rows, 32, micro_batch, 64, **cut)
+    def result(micro_batch, **layout):
+        batches = Rows(rows, 32, micro_batch, 64, **layout)
         assert batches.steps_per_epoch == 1 and not batches.dropped + batches.truncated
         micros = batches.batch(0)
         return len(micros), gradients(model, micros)
 
-    packs, right = made(32)
+    packs, right = result(32)
     assert packs == 1
     for micro_batch in (1, 2, 4, 16):
-        count, ours = made(micro_batch)
+        count, ours = result(micro_batch)
         assert count == -(-len(pack(rows.lengths, 64)) // micro_batch)
         assert (ours - right).abs().max() <= 1e-6 * right.abs().max()
     for micro_batch in (32, 4, 1):
-        assert (made(micro_batch, packing=False)[1] - right).abs().max() <= 1e-6 * right.abs().max()
+        assert (
+            result(micro_batch, packing=False)[1] - right
+        ).abs().max() <= 1e-6 * right.abs().max()
     (micro,) = Rows(rows, 32, 32, 64).batch(0)
     micro["tokens"].masked_fill_(micro["docs"] < 0, 258)
     assert (
@@ -194,7 +196,7 @@ def test_grad_checkpoint_changes_no_gradient(base, store):
     rows = mix([store])
     rt = runtime.Runtime("cpu", dtype="float32")
     for adapt in (lambda m: m.requires_grad_(), lambda m: lora.apply(m, 4, 8, dropout=0.3)):
-        made = []
+        gradients = []
         for grad_checkpoint in (False, True):
             torch.manual_seed(0)
             model = weights.load_model(base)
@@ -202,8 +204,11 @@ def test_grad_checkpoint_changes_no_gradient(base, store):
             rt.wrap(model, grad_checkpoint=grad_checkpoint)
             micro = Rows(rows, 32, 32, 64).batch(0)[0]
             sft.loss_sum(model, model(micro), micro).backward()
-            made.append([p.grad for p in model.parameters() if p.requires_grad])
-        assert all(torch.equal(a, b) for a, b in zip(*made, strict=True)) and len(made[0]) > 20
+            gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        assert (
+            all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+            and len(gradients[0]) > 20
+        )
 
 
 def test_grad_checkpoint_on_xla_reaches_adapters_over_frozen_embeddings(base, monkeypatch):
@@ -213,15 +218,15 @@ def test_grad_checkpoint_on_xla_reaches_adapters_over_frozen_embeddings(base, mo
     monkeypatch.setitem(sys.modules, "torch_xla", types.ModuleType("torch_xla"))
     monkeypatch.setitem(sys.modules, "torch_xla.utils", types.ModuleType("torch_xla.utils"))
     monkeypatch.setitem(sys.modules, "torch_xla.utils.checkpoint", module)
-    rt, micro, made = object.__new__(XLA), tiny.batch([tiny.rows(2)], 128), []
+    rt, micro, gradients = object.__new__(XLA), tiny.batch([tiny.rows(2)], 128), []
     for function in (None, rt.recompute):
         torch.manual_seed(0)
         model = weights.load_model(base)
         lora.apply(model, 4, 8)
         model.recompute = function
         sft.loss_sum(model, model(micro), micro).backward()
-        made.append([p.grad for p in tiny.adapter_parameters(model)])
-    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+        gradients.append([p.grad for p in tiny.adapter_parameters(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
@@ -240,18 +245,10 @@ def test_the_memory_estimate_is_near_the_truth(base, grad_checkpoint, monkeypatc
         optimizer.zero_grad()
 
     step()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as prof:
-        step()
-    held = top = 0
-    for event in prof.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            top = max(top, held)
-    held = 3 * 4 * sum(p.numel() for p in model.parameters())  # and two moments
+    peak = 3 * 4 * sum(p.numel() for p in model.parameters())  # weights and two moments
+    peak += tiny.peak_memory(step)
     parts = estimate.memory(model, 8 * 256, dtype=torch.float32, grad_checkpoint=grad_checkpoint)
-    assert 0.85 < sum(parts.values()) / (held + top) < 1.1
+    assert 0.85 < sum(parts.values()) / peak < 1.1
 
 
 @pytest.mark.skipif("SLOW" not in os.environ, reason="half a minute of compiling: set SLOW=1")
@@ -348,8 +345,8 @@ def test_a_lora_run_leaves_the_base_alone(base, store, tmp_path):
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
     assert evals(log)[-1][1] < evals(log)[0][1]
     opened = weights.open(tmp_path / "out" / "last")
-    model, found = opened.model, opened.base
-    assert found == base and len(lora.adapted(model)) == 14
+    model, home = opened.model, opened.base
+    assert home == base and len(lora.adapted(model)) == 14
     again = train(
         tmp_path / "again", tmp_path / "out" / "last", store, epochs=0
     )  # an adapter is merged where a model is asked
@@ -505,13 +502,13 @@ def test_the_written_config_reproduces_the_run(base, store, tmp_path):
 
 def test_utilisation_counts_the_documents_own_lengths(base, store, tmp_path, monkeypatch):
     """Not max_length: a token attends to its own document alone, however long the packed row is."""
-    asked = []
+    given = []
     monkeypatch.setattr(
-        Transformer, "flops_per_token", lambda model, length, *args: asked.append(length) or 0.0
+        Transformer, "flops_per_token", lambda model, length, *args: given.append(length) or 0.0
     )
     train(tmp_path / "out", base, store, steps=1, max_length=128)
     lengths = mix([store]).lengths.tolist()
-    assert asked == [pytest.approx(sum(n * n for n in lengths) / sum(lengths))]
+    assert given == [pytest.approx(sum(n * n for n in lengths) / sum(lengths))]
 
 
 def test_samples_answer_prompts_of_the_validation_rows(base, store, tmp_path, capsys):

@@ -154,6 +154,19 @@ def stop_before(monkeypatch, step, how=lambda: True):
     )
 
 
+def peak_memory(function):
+    """The bytes that torch allocates at most, at a time, for the tensors of function()."""
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        function()
+    now = top = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            top = max(top, now)
+    return top
+
+
 # ---- what a run leaves behind
 
 

@@ -93,7 +93,7 @@ def launch_hosts(jobs, dir):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = dict(MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]))
-    graphs, found = [dir / f"graphs.{host}" for host in (0, 1)], []
+    graphs, results = [dir / f"graphs.{host}" for host in (0, 1)], []
     hosts = [
         process(
             2,
@@ -115,10 +115,10 @@ def launch_hosts(jobs, dir):
         lines = [
             line for path in dir.glob(path.name + "*") for line in path.read_text().splitlines()
         ]
-        found.append(
+        results.append(
             (host.returncode, output, [line for line in lines if line.startswith("Graph Hash")])
         )
-    return found
+    return results
 
 
 @pytest.fixture(scope="module")
