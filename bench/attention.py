@@ -1,10 +1,11 @@
-"""Attention of a packed row on a CPU: model.document_attention beside torch's kernel, in the row's dtype and in fp32.
+"""Attention of a packed row on a CPU: model.document_attention beside torch's kernel.
 
     python -m bench.attention
     python -m bench.attention documents=[500,500,500,500] rounds=30
 
-Forward and backward of one layer, each side once a round in turn, medians; and the relative errors (norm of the difference through
-norm) of the output and of the worst gradient against float64.
+torch's kernel runs in the row's dtype and in fp32. A run is the forward and backward of one layer.
+Every side runs once a round, in turn, and the table shows medians. An error is the norm of the
+difference to float64 over the norm: of the output, and of the worst gradient.
 """
 
 import platform
@@ -44,7 +45,7 @@ def kernel_in_fp32(q, k, v):
 
 
 def run(attention, documents, inputs, back):
-    """Seconds of a forward and backward; output and gradients."""
+    """-> (seconds of a forward and backward, [output, *gradients of the inputs])"""
     for t in inputs:
         t.grad = None
     began = time.perf_counter()
@@ -58,7 +59,8 @@ def main(cfg):
     torch.set_num_threads(cfg.threads)
     runtime.Runtime("cpu")  # allocation and denormals as in training
     torch.manual_seed(0)
-    total, dtype = sum(cfg.documents), getattr(torch, cfg.dtype)
+    total = sum(cfg.documents)
+    dtype = getattr(torch, cfg.dtype)
     q, k, v, back = (
         torch.randn(n, total, cfg.dim).to(dtype)
         for n in (cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads, cfg.n_heads)
@@ -71,20 +73,18 @@ def main(cfg):
     times = {name: [] for name in sides}
     for turn in range(cfg.rounds + 1):
         for name, attention in sides.items():
-            seconds, made = run(attention, cfg.documents, inputs, back)
+            seconds, results = run(attention, cfg.documents, inputs, back)
             if turn:  # the first round warms up
                 times[name].append(seconds)
                 continue
-            errors = [((a - b).norm() / b.norm()).item() for a, b in zip(made, right, strict=True)]
-            print(
-                f"{name:20} error of the output {errors[0]:.4f}, of the worst gradient {max(errors[1:]):.4f}"
-            )
+            pairs = zip(results, right, strict=True)
+            output, *gradients = [((a - b).norm() / b.norm()).item() for a, b in pairs]
+            print(f"{name:20} error of the output {output:.4f}, of a gradient {max(gradients):.4f}")
     machine = f"{cfg.threads} threads, torch {torch.__version__}, {platform.machine()}"
     print(f"{len(cfg.documents)} documents, {total:,} tokens, {cfg.dtype}; {machine}")
     for name, seconds in times.items():
-        print(
-            f"{name:20} {statistics.median(seconds) * 1e3:7.1f} ms ({min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f})"
-        )
+        middle, low, high = (1e3 * f(seconds) for f in (statistics.median, min, max))
+        print(f"{name:20} {middle:7.1f} ms ({low:.1f} to {high:.1f})")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""How often a model answers the held-out prompts of `prepare.toy task=bullets` in exactly three bullet points.
+"""How often a model answers in exactly three bullet points, on held-out prompts.
 
     python -m prepare.toy task=bullets out=data/bullets
-    python -m prepare.instructions source=data/bullets/train.jsonl model=models/smollm2 out=data/bullets/store
+    python -m prepare.instructions source=data/bullets/train.jsonl model=models/smollm2 \\
+        out=data/bullets/store
     python ppo.py recipes/smollm2-bullets-grpo.cfg out=out/bullets
     python -m bench.bullets model=models/smollm2
     python -m bench.bullets model=out/bullets/last
@@ -34,9 +35,8 @@ def main(cfg):
     from prepare.toy import three_bullets
 
     try:
-        asked = [json.loads(line)["messages"][:1] for line in open(cfg.data, encoding="utf-8")][
-            : cfg.rows or None
-        ]
+        lines = open(cfg.data, encoding="utf-8").readlines()
+        questions = [json.loads(line)["messages"][:1] for line in lines][: cfg.rows or None]
     except FileNotFoundError:
         raise config.UserError(
             f"there is no file {cfg.data}: python -m prepare.toy task=bullets writes one"
@@ -49,9 +49,9 @@ def main(cfg):
     opened = weights.open(cfg.model, dtype=rt.dtype)
     model, tok = opened.model, opened.tok
     rt.distribute(model)
-    prompts = [tok.render(messages, add_generation_prompt=True)[0] for messages in asked]
+    prompts = [tok.render(messages, add_generation_prompt=True)[0] for messages in questions]
     with rt.autocast():
-        made = generate.generate(
+        samples = generate.generate(
             model,
             prompts,
             cfg.max_new_tokens,
@@ -59,17 +59,19 @@ def main(cfg):
             stop_ids=tok.stop_ids,
             seed=cfg.seed,
         )
-    answers = [tok.decode(ids) for ids in made.tokens]
+    answers = [tok.decode(ids) for ids in samples.tokens]
     rewards = [
         three_bullets("", answer, ended)
-        for answer, ended in zip(answers, made.finished, strict=True)
+        for answer, ended in zip(answers, samples.finished, strict=True)
     ]
-    for messages, answer, reward in list(zip(asked, answers, rewards, strict=True))[:3]:
+    for messages, answer, reward in list(zip(questions, answers, rewards, strict=True))[:3]:
         print(f"{messages[0]['content']}\n{answer}\n-> {reward:.2f}\n")
-    reward, hit = statistics.mean(rewards), sum(r == 1 for r in rewards) / len(rewards)
-    ended, length = sum(made.finished) / len(rewards), statistics.mean(map(len, made.tokens))
+    hit = statistics.mean(r == 1 for r in rewards)
+    ended = statistics.mean(samples.finished)
+    length = statistics.mean(map(len, samples.tokens))
     print(
-        f"{cfg.model}: {len(rewards)} prompts, reward {reward:.3f}, exact {hit:.1%}, ended {ended:.1%}, {length:.0f} tokens"
+        f"{cfg.model}: {len(rewards)} prompts, reward {statistics.mean(rewards):.3f}, "
+        f"exact {hit:.1%}, ended {ended:.1%}, {length:.0f} tokens"
     )
 
 

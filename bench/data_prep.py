@@ -1,11 +1,12 @@
-"""How fast instruction data is prepared, beside TRL: SFTTrainer's own tokenization of the same records.
+"""How fast instruction data is prepared: prepare.instructions beside TRL's SFTTrainer.
 
     python -m bench.data_prep data=alpaca_en_demo.json model=models/smollm2
 
-Both read the JSON file, render it with the model's chat template, tokenize it and mark the targets, each in one process
-on one core; runs alternate, and every run is a process of its own. `prepare` is the work itself (MB of UTF-8 text in the
-records for a second of CPU time), `tokenizer` is the time to load it before, `imports` what the program starts with.
-TRL's part is the construction of an SFTTrainer around a model of a few thousand weights, after one with 8 records.
+Both sides read the JSON file, render it with the model's chat template, tokenize it and mark the
+targets. Each run is a process of its own on one core, and the sides take turns. `prepare` is the
+work itself, in MB of UTF-8 text of the records for a second of CPU time. `tokenizer` is the time
+that loading it takes before, `imports` the time that the program's imports take. TRL's part is the
+construction of an SFTTrainer around a model of a few thousand weights, after one with 8 records.
 """
 
 import contextlib
@@ -44,7 +45,7 @@ def ours(cfg, path, timed):
         job = instructions.Config(**keys, over_length="truncate")
         with timed("tokenizer"):
             tok = tokenizer.load(cfg.model)
-        tokenizer.load = lambda path, template: tok  # it is loaded
+        tokenizer.load = lambda path, template: tok  # loaded already
         with timed("prepare"):
             instructions.main(job)
 
@@ -68,31 +69,24 @@ def trl(cfg, path, timed, packing):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), **tiny))
 
     def conversation(r):
-        asked = r["instruction"] + ("\n\n" + r["input"] if r["input"] else "")
-        prompt, answer = (
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": r["output"]},
-        )
-        return {"prompt": [prompt], "completion": [answer]}
+        question = r["instruction"] + ("\n\n" + r["input"] if r["input"] else "")
+        prompt = dict(role="user", content=question)
+        return dict(prompt=[prompt], completion=[dict(role="assistant", content=r["output"])])
 
     def prepare(count=None):
         with open(path, encoding="utf-8") as f:
             rows = datasets.Dataset.from_list([conversation(r) for r in json.load(f)[:count]])
         with tempfile.TemporaryDirectory() as out:
-            args = dict(
+            args = SFTConfig(
                 output_dir=out,
                 max_length=cfg.max_length,
                 packing=packing,
                 report_to=[],
                 use_cpu=True,
                 bf16=False,
+                disable_tqdm=True,
             )
-            SFTTrainer(
-                model,
-                SFTConfig(**args, disable_tqdm=True),
-                train_dataset=rows,
-                processing_class=tok,
-            )
+            SFTTrainer(model, args, train_dataset=rows, processing_class=tok)
 
     prepare(8)
     with timed("prepare"):
@@ -100,7 +94,7 @@ def trl(cfg, path, timed, packing):
 
 
 def run_one(cfg):
-    """One run of one side: seconds of CPU and of wall time for each part, as JSON on stdout."""
+    """One run of one side. Prints JSON: seconds of CPU time and of wall time of each part."""
     seconds = {}
 
     @contextlib.contextmanager
@@ -117,10 +111,8 @@ def run_one(cfg):
             ours(cfg, str(path), timed)
         else:
             trl(cfg, path, timed, packing=cfg.side == "trl-packed")
-    megabytes = (
-        sum(len((r["instruction"] + r["input"] + r["output"]).encode()) for r in records) / 1e6
-    )
-    print(json.dumps(dict(rows=len(records), megabytes=megabytes, seconds=seconds)))
+    size = sum(len((r["instruction"] + r["input"] + r["output"]).encode()) for r in records)
+    print(json.dumps(dict(rows=len(records), megabytes=size / 1e6, seconds=seconds)))
 
 
 def main(cfg):
@@ -131,9 +123,8 @@ def main(cfg):
         for side, results in sides.items():
             print(f"run {i + 1} of {cfg.runs}: {side}", file=sys.stderr)
             argv = [sys.executable, "-m", "bench.data_prep", *config.diff(replace(cfg, side=side))]
-            done = subprocess.run(
-                argv, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-            )
+            env = os.environ | dict(OMP_NUM_THREADS="1")
+            done = subprocess.run(argv, env=env, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{side} failed:\n{done.stderr}")
             results.append(json.loads(done.stdout))
@@ -143,18 +134,16 @@ def main(cfg):
         for side, results in sides.items()
     }
     base = statistics.median(speeds["trl"])
-    print(
-        f"{size['rows']:,} records, {size['megabytes']:.2f} MB of text; medians of {cfg.runs} runs (lowest-highest)\n"
-    )
+    what = f"{size['rows']:,} records, {size['megabytes']:.2f} MB of text"
+    print(f"{what}; medians of {cfg.runs} runs (lowest-highest)\n")
     print("|  | prepare, MB per CPU second | ratio | tokenizer, CPU s | imports, wall s |")
     print("|---|---|---|---|---|")
     for side, results in sides.items():
-        middle, low, high = statistics.median(speeds[side]), min(speeds[side]), max(speeds[side])
+        middle, low, high = (f(speeds[side]) for f in (statistics.median, min, max))
         load = statistics.median(r["seconds"]["tokenizer"][0] for r in results)
         start = statistics.median(r["seconds"]["imports"][1] for r in results)
-        print(
-            f"| {side} | {middle:.2f} ({low:.2f}-{high:.2f}) | {middle / base:.2f} | {load:.2f} | {start:.1f} |"
-        )
+        speed = f"{middle:.2f} ({low:.2f}-{high:.2f}) | {middle / base:.2f}"
+        print(f"| {side} | {speed} | {load:.2f} | {start:.1f} |")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m bench.exact_match model=models/smollm2 data=data/toy/test.jsonl rows=100
     python -m bench.exact_match model=out/toy/last data=data/toy/test.jsonl rows=100
 
-`data` holds Alpaca records ({"instruction", "input", "output"}, here with "task" too), as prepare.toy writes them; the prompts
-are rendered as in training, the answers are greedy.
+`data` holds the records that prepare.toy writes: Alpaca's instruction, input and output, and the
+task. The prompts are rendered as in training, the answers are greedy.
 """
 
 import json
@@ -33,13 +33,12 @@ def main(cfg):
     from prepare.toy import exact_match
 
     try:
-        records = [json.loads(line) for line in open(cfg.data, encoding="utf-8")][
-            : cfg.rows or None
-        ]
+        lines = open(cfg.data, encoding="utf-8").readlines()
     except FileNotFoundError:
         raise config.UserError(
             f"there is no file {cfg.data}: python -m prepare.toy out=data/toy writes one"
         ) from None
+    records = [json.loads(line) for line in lines][: cfg.rows or None]
     rt = runtime.start(cfg)
     opened = weights.open(cfg.model, dtype=rt.dtype)
     model, tok = opened.model, opened.tok
@@ -48,22 +47,19 @@ def main(cfg):
         tok.render(recognise(record)[:-1], add_generation_prompt=True)[0] for record in records
     ]
     with rt.autocast():
-        made = generate.generate(
+        samples = generate.generate(
             model, prompts, cfg.max_new_tokens, temperature=0.0, stop_ids=tok.stop_ids
         )
-    answers = [tok.decode(ids) for ids in made.tokens]
+    answers = [tok.decode(ids) for ids in samples.tokens]
     tasks = defaultdict(list)
     for i, record in enumerate(records):
         tasks[record.get("task", "all")].append(i)
     for task, rows in sorted(tasks.items()):
         score = exact_match([answers[i] for i in rows], [records[i] for i in rows])
-        first = rows[0]
-        print(
-            f"{task:>12}  {score:6.1%} of {len(rows):3}   wanted {records[first]['output']!r}, got {answers[first][:60]!r}"
-        )
-    print(
-        f"{'all':>12}  {exact_match(answers, records):6.1%} of {len(records):3}   exact match of {cfg.model}"
-    )
+        wanted, answer = records[rows[0]]["output"], answers[rows[0]][:60]
+        print(f"{task:>12}  {score:6.1%} of {len(rows):3}   wanted {wanted!r}, got {answer!r}")
+    score = exact_match(answers, records)
+    print(f"{'all':>12}  {score:6.1%} of {len(records):3}   exact match of {cfg.model}")
 
 
 if __name__ == "__main__":

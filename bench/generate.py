@@ -1,12 +1,16 @@
-"""Tokens per second of generate.py beside transformers' generate: same model, prompts and lengths, taking turns in one process.
+"""Tokens per second of generate.py beside transformers' generate.
 
     python -m bench.generate model=models/smollm2 batch_size=16 new=128
     python -m bench.generate model=random-1b device=cuda batch_size=64 prompt=512 new=512
 
-Two cases: every sample `new` tokens long; and `prompts` samples of unequal lengths (geometric, mean new/4, at most new), of
-which transformers decodes each batch to its longest, and only the tokens asked for count. Medians over the rounds, wall time and
-process CPU time (the fairer one where other programs run). MBU: the time in which the memory could deliver the weights and the
-filled cache of each step once, over the time taken.
+Both sides have the same model, prompts and lengths, and take turns in one process. There are two
+cases. In the first every sample has `new` tokens. In the second `prompts` samples have unequal
+lengths, which are geometric with the mean new/4, and at most `new`. There transformers decodes
+each batch to its longest sample, and only the tokens that were asked for count.
+
+The figures are medians over the rounds, by wall time and by the process's CPU time, which is
+fairer where other programs run. MBU is a bound over the time taken: the time in which the memory
+could deliver the weights and the filled cache of each step once.
 """
 
 import contextlib
@@ -86,12 +90,11 @@ def main(cfg):
         from transformers import AutoModelForCausalLM
 
         theirs = AutoModelForCausalLM.from_pretrained(dir, dtype=rt.dtype).to(rt.device).eval()
-        sampling = dict(
-            do_sample=cfg.temperature > 0,
-            temperature=cfg.temperature or None,
-            top_k=0 if cfg.temperature else None,
-        )
-        sampling |= dict(cache_implementation="static") if cfg.static else {}
+        sampling = dict(do_sample=False)
+        if cfg.temperature:
+            sampling = dict(do_sample=True, temperature=cfg.temperature, top_k=0)
+        if cfg.static:
+            sampling["cache_implementation"] = "static"
 
         def run_theirs(prompts, lengths):
             for i in range(0, len(prompts), cfg.batch_size):
@@ -109,7 +112,7 @@ def main(cfg):
 
         sides["transformers"] = run_theirs
 
-    # ---- what the memory gives
+    # ---- memory bandwidth
     big = torch.zeros(2**27, dtype=torch.float32, device=rt.device)
     reads = []
     for _ in range(5):
@@ -120,48 +123,45 @@ def main(cfg):
         reads.append(big.nbytes / (time.perf_counter() - began))
     bandwidth = max(reads)
     del big
-    size = sum(p.numel() for p in ours.parameters()) * rt.dtype.itemsize
-    slot = (
-        2 * ours.cfg.n_layers * ours.cfg.n_kv_heads * ours.cfg.head_dim * rt.dtype.itemsize
-    )  # bytes of cache a token
+    weight_bytes = sum(p.numel() for p in ours.parameters()) * rt.dtype.itemsize
+    kv_size = 2 * ours.cfg.n_layers * ours.cfg.n_kv_heads * ours.cfg.head_dim
+    token_bytes = kv_size * rt.dtype.itemsize  # of the cache
     print(
-        f"{rt.name}, {cfg.threads} threads, {cfg.dtype}: {size / 1e6:.0f} MB of weights, reads at {bandwidth / 1e9:.1f} GB/s"
+        f"{rt.name}, {cfg.threads} threads, {cfg.dtype}: {weight_bytes / 1e6:.0f} MB of weights, "
+        f"reads at {bandwidth / 1e9:.1f} GB/s"
     )
 
-    cases = dict(
-        equal=(prompts[: cfg.batch_size], [cfg.new] * cfg.batch_size), unequal=(prompts, unequal)
-    )
-    for name, (asked, lengths) in cases.items():
+    # ---- runs
+    batch = cfg.batch_size
+    cases = dict(equal=(prompts[:batch], [cfg.new] * batch), unequal=(prompts, unequal))
+    for name, (inputs, lengths) in cases.items():
         for run in sides.values():  # warm up
-            run(asked[: cfg.batch_size], [min(8, n) for n in lengths[: cfg.batch_size]])
-        wall, cpu = {side: [] for side in sides}, {side: [] for side in sides}
+            run(inputs[:batch], [min(8, n) for n in lengths[:batch]])
+        times = {side: [] for side in sides}  # of each run: wall, CPU
         for _ in range(cfg.rounds):
             for side, run in sides.items():
                 rt.wait()
                 began, cpu_began = time.perf_counter(), time.process_time()
-                run(asked, lengths)
+                run(inputs, lengths)
                 rt.wait()
-                wall[side].append(time.perf_counter() - began)
-                cpu[side].append(time.process_time() - cpu_began)
+                seconds = time.perf_counter() - began, time.process_time() - cpu_began
+                times[side].append(seconds)
+        medians = {
+            side: [*map(statistics.median, zip(*times[side], strict=True))] for side in sides
+        }
         tokens = sum(lengths)
-        print(f"\n{name}: {len(asked)} samples, {tokens} tokens, batch {cfg.batch_size}")
-        for side in sides:
-            seconds = statistics.median(wall[side])
-            # every step reads the weights once for a full batch, and each row its cache
-            steps = tokens / min(cfg.batch_size, len(asked))
-            bound = (
-                steps * size + sum(n * (cfg.prompt + n / 2) for n in lengths) * slot
-            ) / bandwidth
-            print(
-                f"  {side:<13} {tokens / seconds:8.1f} tokens/s   {tokens / statistics.median(cpu[side]):8.1f} tokens/CPU-s   "
-                f"MBU {bound / seconds:.0%}"
-            )
+        # Every step reads the weights once for a full batch, and each row its own cache.
+        cached = sum(n * (cfg.prompt + n / 2) for n in lengths)
+        bound = (tokens / min(batch, len(inputs)) * weight_bytes + cached * token_bytes) / bandwidth
+        print(f"\n{name}: {len(inputs)} samples, {tokens} tokens, batch {batch}")
+        for side, (wall, cpu) in medians.items():
+            speeds = f"{tokens / wall:8.1f} tokens/s   {tokens / cpu:8.1f} tokens/CPU-s"
+            print(f"  {side:<13} {speeds}   MBU {bound / wall:.0%}")
         if cfg.peer:
-            ratios = [
-                statistics.median(x["transformers"]) / statistics.median(x["ours"])
-                for x in (wall, cpu)
-            ]
-            print(f"  ratio         {ratios[0]:8.2f} (wall) {ratios[1]:14.2f} (CPU)")
+            wall, cpu = (
+                a / b for a, b in zip(medians["transformers"], medians["ours"], strict=True)
+            )
+            print(f"  ratio         {wall:8.2f} (wall) {cpu:14.2f} (CPU)")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""How fast prepare/text.py is, and how much memory it takes, on text that every machine has: Python's own library.
+"""How fast prepare/text.py is, and how much memory it takes, on text that every machine has.
 
     python -m bench.prepare_text mb=1000 tokenizer=models/smollm2
     python -m bench.prepare_text mb=1000 tokenizer=train:8000 format=txt
 
-The sources of the standard library and pydoc's topics, one document a file, are repeated until `mb` megabytes are written;
-repetition makes caches look good, but pieces of text repeat in any corpus: compare it with your own (source=).
-Prints one line of JSON. The speed is of the whole command, start and assembly of the store included.
+The text is Python's own library, one document a file, and pydoc's topics, repeated until `mb`
+megabytes are written. Repetition makes caches look good. Pieces of text repeat in any corpus, so
+compare it with your own (source=). Prints one line of JSON. The speed is of the whole command,
+which includes its start and the assembly of the store.
 """
 
+import itertools
 import json
 import os
 import pydoc_data.topics
@@ -47,22 +49,20 @@ def documents():
 
 
 def make_text(path, size, format):
-    texts, written = list(documents()), 0
+    written = 0
     with open(path, "w", encoding="utf-8") as f:
-        while written < size:
-            for text in texts:
-                f.write(
-                    json.dumps({"text": text}, ensure_ascii=False) + "\n"
-                    if format == "jsonl"
-                    else text + "<|endoftext|>"
-                )
-                written += len(text)
-                if written >= size:
-                    break
+        for text in itertools.cycle(list(documents())):
+            if format == "jsonl":
+                f.write(json.dumps(dict(text=text), ensure_ascii=False) + "\n")
+            else:
+                f.write(text + "<|endoftext|>")
+            written += len(text)
+            if written >= size:
+                break
 
 
 def watch(pid, peak):
-    """Adds up the resident memory of a process and its children, a few times a second."""
+    """Appends the resident KiB of a process and its children to `peak`, three times a second."""
     while True:
         total = 0
         for status in Path("/proc").glob("[0-9]*/status"):
@@ -92,43 +92,37 @@ def main(cfg):
         f"source={source}",
         f"tokenizer={cfg.tokenizer}",
         f"kind={cfg.kind}",
+        f"workers={cfg.workers}",
+        f"out={out / 'store'}",
     ]
-    command += [f"workers={cfg.workers}", f"out={out / 'store'}"]
     command += ["separator=<|endoftext|>"] if cfg.format == "txt" else []
-    began, peak = time.perf_counter(), []
-    child = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    began = time.perf_counter()
+    env = os.environ | dict(OMP_NUM_THREADS="1")
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=env)
+    peak = []
     watcher = threading.Thread(target=watch, args=(child.pid, peak), daemon=True)
     watcher.start()
-    said = child.communicate()[0]
+    output = child.communicate()[0]
     seconds = time.perf_counter() - began
     if child.returncode:
-        raise config.UserError(f"prepare.text failed: {said}")
+        raise config.UserError(f"prepare.text failed: {output}")
     meta = json.loads((out / "store" / "meta.json").read_text())
-    size, tokens = sum(meta["bytes"].values()), sum(s["tokens"] for s in meta["splits"].values())
+    size = sum(meta["bytes"].values()) / 1e6
     cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(
-        json.dumps(
-            dict(
-                tokenizer=cfg.tokenizer,
-                kind=cfg.kind,
-                format=cfg.format,
-                workers=cfg.workers,
-                megabytes=round(size / 1e6, 1),
-                tokens=tokens,
-                seconds=round(seconds, 1),
-                mb_per_s=round(size / 1e6 / seconds, 2),
-                mb_per_cpu_s=round(size / 1e6 / (cpu.ru_utime + cpu.ru_stime), 2),
-                peak_rss_gb=round(max(peak) / 2**20, 2),
-                load=round(os.getloadavg()[0], 1),
-            )
-        )
+    result = dict(
+        tokenizer=cfg.tokenizer,
+        kind=cfg.kind,
+        format=cfg.format,
+        workers=cfg.workers,
+        megabytes=round(size, 1),
+        tokens=sum(split["tokens"] for split in meta["splits"].values()),
+        seconds=round(seconds, 1),
+        mb_per_s=round(size / seconds, 2),
+        mb_per_cpu_s=round(size / (cpu.ru_utime + cpu.ru_stime), 2),
+        peak_rss_gb=round(max(peak) / 2**20, 2),
+        load=round(os.getloadavg()[0], 1),
     )
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""Tokens per second of a training step: pretrain.py's own parts, beside nanoGPT's model.py where a checkout is at hand.
+"""Tokens per second of a training step: pretrain.py's own parts beside nanoGPT's model.py.
 
-    python -m bench.pretrain                                         # ours, with and without compile, both mallocs
-    python -m bench.pretrain nanogpt=../nanoGPT rounds=3             # beside nanoGPT, in turn
-    python -m bench.pretrain compile=[false,true] malloc=[tuned] size=1b micro_batch=8 max_length=2048     # a GPU
+    python -m bench.pretrain                                 # ours, with and without compile
+    python -m bench.pretrain nanogpt=../nanoGPT rounds=3     # beside a checkout of nanoGPT, in turn
+    python -m bench.pretrain size=1b micro_batch=8 max_length=2048 malloc=[tuned] device=cuda
 
-Both sides take the same tokens (pydoc's topics, prepared by prepare/text.py), layers, width, vocabulary, threads and dtype, clip
-and step AdamW; ours also masks documents from each other. Each run is a process of its own and prints one line of JSON, then
-comes a summary. malloc: `default` is glibc's, `tuned` keeps freed memory (runtime.py sets that by itself, nanoGPT gets it by
-environment variables): `default` for nanoGPT and `tuned` for ours is how users start them.
+Both sides take the same tokens (pydoc's topics, prepared by prepare/text.py), layers, width,
+vocabulary, threads and dtype, and both clip and step AdamW. Ours also masks documents from each
+other. Each run is a process of its own and prints one line of JSON, and a summary follows.
+
+malloc=default is glibc's. malloc=tuned keeps freed memory: runtime.py sets that by itself, and
+nanoGPT gets it by environment variables. So users start nanoGPT with `default` and ours with
+`tuned`.
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import pydoc_data.topics
@@ -18,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nano import config
@@ -55,19 +59,11 @@ def prepare(cfg):
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "data" / "meta.json").exists():
         topics = pydoc_data.topics.topics.values()
-        (out / "topics.jsonl").write_text(
-            "".join(json.dumps({"text": t}) + "\n" for t in topics), encoding="utf-8"
-        )
-        text.main(
-            text.Config(
-                str(out / "topics.jsonl"),
-                "train:8000",
-                str(out / "data"),
-                kind="bpe",
-                val="0",
-                workers=1,
-            )
-        )
+        source, data = out / "topics.jsonl", out / "data"
+        lines = (json.dumps(dict(text=topic)) + "\n" for topic in topics)
+        source.write_text("".join(lines), encoding="utf-8")
+        keys = dict(kind="bpe", val="0", workers=1)
+        text.main(text.Config(str(source), "train:8000", str(data), **keys))
 
 
 def steps_of_ours(cfg, rt, windows):
@@ -84,8 +80,9 @@ def steps_of_ours(cfg, rt, windows):
     def step(i):
         micro = windows.batch(i)[0]
         rt.accumulate(True, net)
+        batch = rt.put(micro)
         with rt.autocast():
-            loss = pretrain.loss_sum(net, rt.put(micro)) / float(micro["weights"].sum())
+            loss = pretrain.loss_sum(net, net(batch), batch) / float(micro["weights"].sum())
         rt.backward(loss)
         rt.step(optimizer, model.parameters(), 6e-4, 1.0)
         return loss
@@ -102,14 +99,16 @@ def steps_of_nanogpt(cfg, rt, windows):
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     layers, dim, heads, *_ = pretrain.SIZES[cfg.size]
-    shape = dict(
+    shape = module.GPTConfig(
         block_size=cfg.max_length,
         vocab_size=cfg.vocab_size,
         n_layer=layers,
         n_head=heads,
         n_embd=dim,
+        dropout=0.0,
+        bias=False,
     )
-    model = module.GPT(module.GPTConfig(**shape, dropout=0.0, bias=False)).to(rt.device)
+    model = module.GPT(shape).to(rt.device)
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), rt.device.type)
     net = torch.compile(model) if cfg.compile[0] else model
 
@@ -146,13 +145,14 @@ def measure(cfg):
         cfg.max_length,
         isolate=isolate,
     )
-    step, model = (steps_of_ours if cfg.side == "ours" else steps_of_nanogpt)(cfg, rt, windows)
-    whole = (
-        int(windows.starts[-1]) // cfg.micro_batch
-    )  # steps of an epoch without its last, which may be padded
+    build = steps_of_ours if cfg.side == "ours" else steps_of_nanogpt
+    step, model = build(cfg, rt, windows)
+    # We count the steps of an epoch without its last one, which may be padded.
+    whole = int(windows.starts[-1]) // cfg.micro_batch
     if not whole:
         raise config.UserError(
-            f"micro_batch={cfg.micro_batch} is more than the text's {windows.starts[-1]} windows: set fewer"
+            f"micro_batch={cfg.micro_batch} is more than the text's {windows.starts[-1]} windows: "
+            "set fewer"
         )
     wall, cpu = [], []
     for i in range(2 + cfg.steps):
@@ -195,47 +195,30 @@ def main(cfg):
         measure(cfg)
         return
     prepare(cfg)
-    own = ("compile", "malloc", "side")
-    results, settings = (
-        {},
-        [line for line in config.to_cfg(cfg).splitlines() if line.split("=")[0] not in own],
-    )
     sides = ["nanogpt", "ours"] if cfg.nanogpt else ["ours"]
-    runs = [
-        (compiled, malloc, side)
-        for compiled in cfg.compile
-        for malloc in cfg.malloc
-        for side in sides
-    ]
+    results = {run: [] for run in itertools.product(cfg.compile, cfg.malloc, sides)}
     for _ in range(cfg.rounds):
-        for compiled, malloc, side in runs:
-            chosen = [f"compile={str(compiled).lower()}", f"malloc={malloc}", f"side={side}"]
-            env = {k: v for k, v in os.environ.items() if k not in TUNED} | dict(
-                OMP_NUM_THREADS=str(cfg.threads)
-            )
-            env |= TUNED if malloc == "tuned" and side == "nanogpt" else {}
-            said = subprocess.run(
-                [sys.executable, "-m", "bench.pretrain", *settings, *chosen],
-                env=env,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            if said.returncode:
-                raise config.UserError(f"the run {' '.join(chosen)} failed")
-            line = said.stdout.splitlines()[-1]  # nanoGPT prints lines of its own before
+        for (compiled, malloc, side), runs in results.items():
+            one = replace(cfg, compile=(compiled,), malloc=(malloc,), side=side)
+            env = {name: value for name, value in os.environ.items() if name not in TUNED}
+            env["OMP_NUM_THREADS"] = str(cfg.threads)
+            if malloc == "tuned" and side == "nanogpt":
+                env |= TUNED
+            command = [sys.executable, "-m", "bench.pretrain", *config.diff(one)]
+            done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise config.UserError(f"the run {' '.join(command[1:])} failed")
+            line = done.stdout.splitlines()[-1]  # nanoGPT prints lines of its own before
             print(line, flush=True)
-            results.setdefault((compiled, malloc, side), []).append(json.loads(line))
-    print(
-        f"\n{'compile':<9}{'malloc':<9}{'side':<9}{'tokens/s':>10}{'best':>10}{'GB':>7}   median of {cfg.rounds} runs"
-    )
+            runs.append(json.loads(line))
+    columns = f"{'tokens/s':>10}{'best':>10}{'GB':>7}   median of {cfg.rounds} runs"
+    print(f"\n{'compile':<9}{'malloc':<9}{'side':<9}{columns}")
     for (compiled, malloc, side), runs in results.items():
-        speed, memory = (
-            statistics.median(r[key] for r in runs) for key in ("tokens_per_s", "memory_gb")
-        )
+        speed = statistics.median(r["tokens_per_s"] for r in runs)
+        memory = statistics.median(r["memory_gb"] for r in runs)
         best = max(r["tokens_per_s_best"] for r in runs)
-        print(
-            f"{str(compiled).lower():<9}{malloc:<9}{side:<9}{speed:>10,.0f}{best:>10,.0f}{memory:>7.1f}"
-        )
+        name = f"{compiled!s:<9}{malloc:<9}{side:<9}"
+        print(f"{name}{speed:>10,.0f}{best:>10,.0f}{memory:>7.1f}")
 
 
 if __name__ == "__main__":

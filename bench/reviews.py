@@ -1,14 +1,20 @@
-"""The whole path on the toy language of `prepare.toy task=reviews`, from random weights to PPO, and what each stage is worth.
+"""The whole path on a toy language, from random weights to PPO, and the worth of each stage.
 
     python -m bench.reviews                             # one seed
     python -m bench.reviews seeds=[0,1,2,3,4]           # medians over seeds, one after another
+    python -m bench.reviews svg=bench/reviews.svg       # where the curves of the last seed go
 
-Runs the stage scripts as a user would and prints each command. Then samples answers from every stage's model and prints a table:
-gold, the true worth of an answer; its win rate against the SFT model's answer to the same prompt (ties count half); the shares that
-are grammatical and that end; and the KL to the SFT model in nats an answer. The curves of the last seed go to curves.svg.
-The row "ppo, no KL" is the negative control: with kl_coef=0 the reward model's score rises while gold falls.
+The language is that of `prepare.toy task=reviews`. Runs the stage scripts as a user would, and
+prints each command. Then samples answers from every stage's model and prints a table. Its columns
+are the reward model's score; gold, the true worth of an answer; the win rate against the SFT
+model's answer to the same prompt, where ties count half; the share of answers that are
+grammatical, and that end; and the KL to the SFT model in nats an answer.
+
+The row "ppo, no KL" is the negative control: with kl_coef=0 the reward model's score rises while
+gold falls.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -27,6 +33,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 STAGES = ("sft", "ppo", "ppo, no KL", "rloo", "dpo")
 COLUMNS = ("reward", "gold", "win", "grammatical", "eos", "kl")
+LINES = (  # key of the log, dashes, colour, unit
+    ("gold", "", "#0a7", 1),
+    ("reward", "6 3", "#c40", 1),
+    ("kl", "2 3", "#348", 5),
+)
 
 
 @dataclass
@@ -36,6 +47,7 @@ class Config:
     samples: NonNegativeInt = 512  # answers per model
     threads: int = 1  # a model this small is fastest on one
     jobs: int = 2  # of PPO, its control, RLOO and DPO, how many run at a time
+    svg: str = ""  # file of the curves; "": OUT/curves.svg
 
 
 def commands(root, seed):
@@ -80,7 +92,10 @@ def commands(root, seed):
 
 
 def measure(root, samples):
-    """{stage: {column: value}} from fresh samples of every stage's model, the same prompts and random numbers for each."""
+    """{stage: {column: value}} from fresh samples of every stage's model.
+
+    All have the same prompts and the same random numbers.
+    """
     import torch
 
     from nano import generate, losses, tokenizer
@@ -88,82 +103,77 @@ def measure(root, samples):
 
     torch.set_num_threads(1)
     tok = tokenizer.load(f"{root}/sft/last")
-    asked = [
-        json.loads(line)["prompt"] for line in open(f"{root}/data/prompts.jsonl", encoding="utf-8")
-    ]
-    asked = (asked * (samples // len(asked) + 1))[:samples]
-    prompts = [tok.encode(text) for text in asked]
-    sft, scorer = (
-        weights.load_model(f"{root}/sft/last"),
-        weights.load_model(f"{root}/reward/last"),
-    )
+    lines = open(f"{root}/data/prompts.jsonl", encoding="utf-8")
+    texts = [json.loads(line)["prompt"] for line in lines]
+    texts = [*itertools.islice(itertools.cycle(texts), samples)]
+    prompts = [tok.encode(text) for text in texts]
+    sft = weights.load_model(f"{root}/sft/last").float()
+    scorer = weights.load_model(f"{root}/reward/last").float()
     gain, bias = weights.read_score_scale(f"{root}/reward/last")
-    table, worth_of_sft = {}, None
+    table = {}
+    sft_worth = None
     for stage in STAGES:
         model = weights.load_model(f"{root}/{stage.replace(', no KL', '-no-kl')}/last").float()
-        made = generate.generate(model, prompts, 16, stop_ids=tok.stop_ids, seed=1, batch_size=256)
-        worth = [
-            gold(p, tok.decode(t), f)
-            for p, t, f in zip(asked, made.tokens, made.finished, strict=True)
-        ]
-        kl, score = 0.0, 0.0
-        with torch.no_grad():
-            for prompt, answer, logprobs in zip(prompts, made.tokens, made.logprobs, strict=True):
-                row = torch.tensor([prompt + answer])
-                hidden = sft.float().hidden(row)[0, len(prompt) - 1 : -1]
-                kl += sum(logprobs) - float(
-                    losses.token_logprobs(hidden, sft.head_weight, row[0, len(prompt) :]).sum()
-                )
-                score += float(scorer.score(scorer.float().hidden(row))[0, -1]) * gain + bias
-        worth_of_sft = worth_of_sft or worth
-        table[stage] = dict(
-            reward=score / samples,
-            gold=sum(worth) / samples,
-            win=sum((a > b) + (a == b) / 2 for a, b in zip(worth, worth_of_sft, strict=True))
-            / samples,
-            grammatical=sum(w > -2 for w in worth) / samples,
-            eos=sum(made.finished) / samples,
-            kl=kl / samples,
+        answers = generate.generate(
+            model, prompts, 16, stop_ids=tok.stop_ids, seed=1, batch_size=256
         )
+        ends = answers.finished
+        worth = [
+            gold(text, tok.decode(tokens), ended)
+            for text, tokens, ended in zip(texts, answers.tokens, ends, strict=True)
+        ]
+        sft_worth = sft_worth or worth
+        kl, scores = [], []
+        with torch.no_grad():
+            rows = zip(prompts, answers.tokens, answers.logprobs, strict=True)
+            for prompt, answer, logprobs in rows:
+                row = torch.tensor([prompt + answer])
+                hidden = sft.hidden(row)[0, len(prompt) - 1 : -1]
+                targets = row[0, len(prompt) :]
+                sft_logprobs = losses.token_logprobs(hidden, sft.head_weight, targets)
+                kl.append(sum(logprobs) - float(sft_logprobs.sum()))
+                scores.append(gain * float(scorer.score(scorer.hidden(row))[0, -1]) + bias)
+        wins = [1.0 * (a > b) + 0.5 * (a == b) for a, b in zip(worth, sft_worth, strict=True)]
+        columns = (scores, worth, wins, [w > -2 for w in worth], ends, kl)
+        table[stage] = dict(zip(COLUMNS, map(statistics.mean, columns), strict=True))
     return table
 
 
 def curves(root, path, width=720, height=260):
-    """gold (solid), the reward model's score (dashed) and KL / 5 (dotted) over the iterations of each run, as an SVG."""
-    parts, panel = [], width // 3
+    """An SVG with a panel a run: gold (solid), score (dashed), KL / 5 (dotted) over iterations."""
+    panel = width // 3
+    low, high = -2.5, 5.0
+    parts = []
     for i, run in enumerate(("ppo", "ppo-no-kl", "rloo")):
         rows = [json.loads(line) for line in open(f"{root}/{run}/log.jsonl", encoding="utf-8")]
         rows = [r for r in rows if r["kind"] == "train"]
-        left, low, high = i * panel + 40, -2.5, 5.0
-        x = lambda step: left + (panel - 60) * step / max(r["step"] for r in rows)  # noqa: B023, E731
-        y = lambda v: 30 + (height - 60) * (high - min(max(v, low), high)) / (high - low)  # noqa: B023, E731
+        left = i * panel + 40
+        scale_x = (panel - 60) / max(r["step"] for r in rows)
+        scale_y = (height - 60) / (high - low)
         parts.append(f'<text x="{left}" y="18" font-weight="bold">{run}</text>')
         for tick in (-2, 0, 2, 4):
-            parts.append(
-                f'<line x1="{left}" x2="{left + panel - 60}" y1="{y(tick)}" y2="{y(tick)}" stroke="#ddd"/>'
-            )
-            parts.append(f'<text x="{left - 18}" y="{y(tick) + 4}">{tick}</text>')
-        for key, dash, color, scale in (
-            ("gold", "", "#0a7", 1),
-            ("reward", "6 3", "#c40", 1),
-            ("kl", "2 3", "#348", 0.2),
-        ):
-            points = " ".join(
-                f"{x(r['step']):.1f},{y(r[key] * scale):.1f}" for r in rows if r[key] is not None
-            )
+            y = 30 + scale_y * (high - tick)
+            line = f'x1="{left}" x2="{left + panel - 60}" y1="{y}" y2="{y}" stroke="#ddd"'
+            parts.append(f'<line {line}/><text x="{left - 18}" y="{y + 4}">{tick}</text>')
+        for key, dash, color, unit in LINES:
+            points = []
+            for row in rows:
+                if row[key] is not None:
+                    y = 30 + scale_y * (high - min(max(row[key] / unit, low), high))
+                    points.append(f"{left + scale_x * row['step']:.1f},{y:.1f}")
             line = f'fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"'
-            parts.append(f'<polyline points="{points}" {line}/>')
-    legend = (
-        "green: gold, red dashed: the reward model's score, blue dotted: KL / 5; over iterations"
-    )
+            parts.append(f'<polyline points="{" ".join(points)}" {line}/>')
+    legend = "green: gold, red dashed: reward model, blue dotted: KL / 5; over iterations"
     parts.append(f'<text x="40" y="{height - 6}">{legend}</text>')
     style = "font-family:sans-serif;font-size:12px;background:white"
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" style="{style}">'
-    Path(path).write_text("\n".join([svg, *parts, "</svg>", ""]), encoding="utf-8")
+    size = f'width="{width}" height="{height}"'
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" {size} style="{style}">'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([svg, *parts, "</svg>", ""]), encoding="utf-8")
 
 
 def run(arguments, env, show):
-    """One command, as a user would give it. -> its output, unless that was shown while it ran."""
+    """Runs a command as a user would -> its output. show: it appears as it comes instead."""
     pipe = {} if show else dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, **pipe)
     if done.returncode:
@@ -174,38 +184,39 @@ def run(arguments, env, show):
 
 def main(cfg):
     env = os.environ | {"OMP_NUM_THREADS": str(cfg.threads)}
+    svg = Path(cfg.svg or f"{cfg.out}/curves.svg")
     tables, seconds = [], []
     for seed in cfg.seeds:
-        root, began = f"{cfg.out}/seed{seed}", time.perf_counter()
+        began = time.perf_counter()
+        root = f"{cfg.out}/seed{seed}"
         shutil.rmtree(root, ignore_errors=True)
         *first, ppo, control, rloo, dpo = commands(root, seed)
+        last = (ppo, control, rloo, dpo)
         for arguments in first:
             print("\n$ python", *arguments, flush=True)
             run(arguments, env, show=True)
-        with ThreadPoolExecutor(cfg.jobs) as pool:  # these do not depend on each other
-            last = (ppo, control, rloo, dpo)
-            for arguments, output in zip(
-                last, pool.map(lambda a: run(a, env, show=False), last), strict=True
-            ):
+        with ThreadPoolExecutor(cfg.jobs) as pool:
+            outputs = pool.map(lambda arguments: run(arguments, env, show=False), last)
+            for arguments, output in zip(last, outputs, strict=True):
                 print("\n$ python", *arguments)
                 print(output, flush=True)
         seconds.append(time.perf_counter() - began)
         tables.append(measure(root, cfg.samples))
-        curves(root, f"{cfg.out}/curves.svg")
-    head = (
-        f"{len(cfg.seeds)} seeds, median (least to most)"
-        if len(cfg.seeds) > 1
-        else f"seed {cfg.seeds[0]}"
-    )
+        curves(root, svg)
+    head = f"seed {cfg.seeds[0]}"
+    if len(cfg.seeds) > 1:
+        head = f"{len(cfg.seeds)} seeds, median (least to most)"
     print(f"\n| {head} | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
     for stage in STAGES:
         cells = []
         for column in COLUMNS:
             values = [t[stage][column] for t in tables]
-            spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
-            cells.append(f"{statistics.median(values):.2f}{spread}")
+            cell = f"{statistics.median(values):.2f}"
+            if len(values) > 1:
+                cell += f" ({min(values):.2f} to {max(values):.2f})"
+            cells.append(cell)
         print(f"| {stage} | {' | '.join(cells)} |")
-    print(f"\n{statistics.median(seconds):.0f} s for the whole path; curves: {cfg.out}/curves.svg")
+    print(f"\n{statistics.median(seconds):.0f} s for the whole path; curves: {svg}")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,30 @@
-"""Seconds of a GRPO iteration (rollout, reward, update) beside TRL's GRPOTrainer: same model, prompts, lengths and groups, in bf16.
+"""Seconds of a GRPO iteration (rollout, reward, update) beside TRL's GRPOTrainer, in bf16.
 
     python -m bench.rl model=models/smollm2 batch_size=16 group=8 new=128
-    python -m bench.rl model=models/smollm2 ends=true                        # samples end where the model ends them
+    python -m bench.rl model=models/smollm2 ends=true      # samples end where the model ends them
 
-Every run is a process of its own and the two take turns; the table shows medians over all iterations but each run's first. One
-optimizer step an iteration, TRL's default. TRL holds the weights in bf16, which is faster and coarser than our fp32 masters under
-autocast, and takes the behaviour's log-probabilities for those of the update, where we compute them once more.
+Both sides have the same model, prompts, lengths and groups. Every run is a process of its own and
+the two take turns. The table shows medians over all iterations but each run's first. An iteration
+is one optimizer step, TRL's default.
+
+TRL holds the weights in bf16, which is faster and coarser than our fp32 masters under autocast. It
+takes the sampler's log-probabilities for those of the update, and we compute them once more.
 """
 
+import itertools
 import json
 import os
 import platform
 import shutil
 import statistics
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from bench.sft import finish, python
 from nano import config
 from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 SIDES = ("ours", "trl")
 
@@ -37,7 +38,7 @@ class Config:
     micro_batch: PositiveInt = 8  # episodes of one forward of the update
     prompt: int = 32  # tokens of a prompt
     new: int = 128  # tokens of a response
-    ends: bool = False  # false: every response has `new` tokens; true: or fewer, up to the end that the model samples
+    ends: bool = False  # false: a response has `new` tokens; true: or fewer
     steps: NonNegativeInt = 4  # iterations of a run; the first is not timed
     repeats: int = 3
     kl: float = 0.05  # coefficient of the KL to the reference model; 0: TRL then has none
@@ -49,25 +50,26 @@ class Config:
 
 
 def reward(prompt, response, finished=True):
-    """The share of letter e: it costs nothing and differs between samples."""
+    """The share of the letter e. It costs nothing and differs between samples."""
     return response.count("e") / max(len(response), 1)
 
 
 def prompts(cfg):
-    """Texts of `prompt` tokens, of words of the model's own, the same for both sides."""
+    """-> (tokenizer, [(text, ids)]): random texts of `prompt` tokens, the same for both sides."""
     import numpy as np
 
     from nano import tokenizer
 
-    tok, rng, found = tokenizer.load(cfg.model), np.random.default_rng(cfg.seed), []
-    while len(found) < cfg.batch_size:
-        ids = tok.encode(
-            tok.decode(rng.integers(tok.vocab_size // 4, tok.vocab_size, 2 * cfg.prompt).tolist())
-        )[: cfg.prompt]
+    tok = tokenizer.load(cfg.model)
+    rng = np.random.default_rng(cfg.seed)
+    pairs = []
+    while len(pairs) < cfg.batch_size:
+        words = rng.integers(tok.vocab_size // 4, tok.vocab_size, 2 * cfg.prompt)
+        ids = tok.encode(tok.decode(words.tolist()))[: cfg.prompt]
         text = tok.decode(ids)
         if tok.encode(text) == ids and len(ids) == cfg.prompt:
-            found.append((text, ids))
-    return tok, found
+            pairs.append((text, ids))
+    return tok, pairs
 
 
 def run_ours(cfg, folder):
@@ -75,13 +77,10 @@ def run_ours(cfg, folder):
     import ppo
     from nano import store, tokenizer
 
-    tok, asked = prompts(cfg)
-    rows = [(ids + [ids[0]], [0] * len(ids) + [1]) for _, ids in asked]
-    store.write_store(
-        folder / "data",
-        dict(train=rows),
-        dict(vocab_size=tok.vocab_size, tokenizer=tok.fingerprint),
-    )
+    tok, pairs = prompts(cfg)
+    rows = [([*ids, ids[0]], [0] * len(ids) + [1]) for _, ids in pairs]
+    meta = dict(vocab_size=tok.vocab_size, tokenizer=tok.fingerprint)
+    store.write_store(folder / "data", dict(train=rows), meta)
     if not cfg.ends:
         load = tokenizer.load
 
@@ -118,13 +117,9 @@ def run_ours(cfg, folder):
     began = time.time()
     ppo.main(config.load(ppo.Config, [f"{key}={value}" for key, value in settings.items()]))
     log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    ends = [began, *(record["time"] for record in log)]
-    seconds = [b - a for a, b in zip(ends, ends[1:], strict=False)]
-    return (
-        seconds,
-        [record["rollout_s"] for record in log],
-        [record["length"] * cfg.batch_size for record in log],
-    )
+    seconds = [b - a for a, b in itertools.pairwise([began, *(record["time"] for record in log)])]
+    rollouts = [record["rollout_s"] for record in log]
+    return seconds, rollouts, [record["length"] * cfg.batch_size for record in log]
 
 
 def run_trl(cfg, folder):
@@ -171,13 +166,10 @@ def run_trl(cfg, folder):
         seed=cfg.seed,
         generation_kwargs={} if cfg.ends else dict(min_new_tokens=cfg.new),
     )
-    lora = (
-        LoraConfig(
-            r=cfg.lora_rank, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        if cfg.lora_rank
-        else None
-    )
+    lora = None
+    if cfg.lora_rank:
+        shape = dict(r=cfg.lora_rank, lora_alpha=32, target_modules="all-linear")
+        lora = LoraConfig(**shape, task_type="CAUSAL_LM")
 
     def rewards(completions, **_):
         return [reward("", text) for text in completions]
@@ -214,75 +206,59 @@ def run(cfg):
     folder = Path(cfg.out)
     shutil.rmtree(folder / "run", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    seconds, rollout, tokens = (run_ours if cfg.side == "ours" else run_trl)(cfg, folder)
+    side = run_ours if cfg.side == "ours" else run_trl
+    seconds, rollout, tokens = side(cfg, folder)
     assert len(seconds) == len(rollout) == len(tokens) == cfg.steps
-    memory = (
-        torch.cuda.max_memory_allocated() / 1e9 if cfg.device == "cuda" else 0
-    )  # of a CPU the parent knows it
-    print(
-        json.dumps(dict(seconds=seconds[1:], rollout=rollout[1:], tokens=tokens[1:], memory=memory))
-    )
+    result = dict(seconds=seconds[1:], rollout=rollout[1:], tokens=tokens[1:])
+    if cfg.device == "cuda":
+        result["memory"] = torch.cuda.max_memory_allocated() / 1e9
+    print(json.dumps(result))
 
 
 def main(cfg):
     if cfg.batch_size % cfg.micro_batch or cfg.batch_size % cfg.group or cfg.steps < 2:
         raise UserError(
-            f"batch_size={cfg.batch_size} must be a multiple of group= and of micro_batch=, and steps= 2 or more"
+            f"batch_size={cfg.batch_size} must be a multiple of group= and of micro_batch=, "
+            "and steps= 2 or more"
         )
     if cfg.side != "both":
         return run(cfg)
-    results, memory = (
-        {side: dict(seconds=[], rollout=[], tokens=[]) for side in SIDES},
-        dict.fromkeys(SIDES, 0.0),
-    )
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    folder = Path(cfg.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {side: dict(seconds=[], rollout=[], tokens=[]) for side in SIDES}
+    memory = dict.fromkeys(SIDES, 0.0)
     for _ in range(cfg.repeats):
         for side in SIDES:
-            output = Path(cfg.out) / f"{side}.txt"
-            command = [sys.executable, "-m", "bench.rl", *config.diff(cfg), f"side={side}"]
-            environment = os.environ | dict(OMP_NUM_THREADS=str(cfg.threads))
-            with open(output, "w", encoding="utf-8") as f:
-                child = subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdout=f, stderr=subprocess.STDOUT
-                )
-                _, status, usage = os.wait4(child.pid, 0)
-                child.returncode = os.waitstatus_to_exitcode(status)
-            lines = output.read_text(encoding="utf-8").splitlines()
-            if child.returncode:
-                raise UserError(
-                    f"{side} ended with status {child.returncode}; {output} ends: {lines[-1:]}"
-                )
-            said = json.loads(lines[-1])
-            resident = usage.ru_maxrss / 1e6 * (1e-3 if sys.platform == "darwin" else 1.024)
-            memory[side] = max(memory[side], said.pop("memory") or resident)
-            for key, values in said.items():
+            command = python("-m", "bench.rl") + config.diff(replace(cfg, side=side))
+            last, resident = finish(command, folder / f"{side}.txt", cfg.threads)
+            result = json.loads(last)
+            memory[side] = max(memory[side], result.pop("memory", resident))
+            for key, values in result.items():
                 results[side][key] += values
-            print(f"{side}: {statistics.median(said['seconds']):.2f} s an iteration", flush=True)
+            print(f"{side}: {statistics.median(result['seconds']):.2f} s an iteration", flush=True)
 
     what = f"LoRA {cfg.lora_rank}" if cfg.lora_rank else "all weights"
-    lengths = (
-        f"prompts of {cfg.prompt} tokens, responses of {'at most ' if cfg.ends else ''}{cfg.new}"
-    )
     print(
-        f"\n{platform.machine()}, {cfg.device}, {cfg.threads} threads; {cfg.model}, {what}, bf16, KL coefficient {cfg.kl}; "
-        f"{cfg.batch_size} episodes in groups of {cfg.group}, {lengths}; medians of {cfg.repeats} x {cfg.steps - 1} iterations\n"
+        f"\n{platform.machine()}, {cfg.device}, {cfg.threads} threads; {cfg.model}, {what}, bf16, "
+        f"KL coefficient {cfg.kl}; {cfg.batch_size} episodes in groups of {cfg.group}, prompts of "
+        f"{cfg.prompt} tokens, responses of {'at most ' if cfg.ends else ''}{cfg.new}; medians of "
+        f"{cfg.repeats} x {cfg.steps - 1} iterations\n"
     )
-    print(
-        "| program | s an iteration | (range) | rollout, s | the rest, s | response tokens/s | peak memory, GB |"
-    )
+    columns = "rollout, s | the rest, s | response tokens/s | peak memory, GB"
+    print(f"| program | s an iteration | (range) | {columns} |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    medians, speeds = {}, {}
     for side, r in results.items():
-        rest = statistics.median(a - b for a, b in zip(r["seconds"], r["rollout"], strict=True))
-        speed = sum(r["tokens"]) / sum(r["seconds"])
-        print(
-            f"| {side} | {statistics.median(r['seconds']):.2f} | {min(r['seconds']):.2f}-{max(r['seconds']):.2f} | "
-            f"{statistics.median(r['rollout']):.2f} | {rest:.2f} | {speed:.1f} | {memory[side]:.2f} |"
-        )
-    medians = [statistics.median(results[side]["seconds"]) for side in SIDES]
-    speeds = [sum(results[side]["tokens"]) / sum(results[side]["seconds"]) for side in SIDES]
-    print(
-        f"\nTRL takes {medians[1] / medians[0]:.2f} x our time; {speeds[0] / speeds[1]:.2f} x its response tokens/s"
-    )
+        seconds, rollout = r["seconds"], r["rollout"]
+        medians[side] = statistics.median(seconds)
+        speeds[side] = sum(r["tokens"]) / sum(seconds)
+        rest = statistics.median(a - b for a, b in zip(seconds, rollout, strict=True))
+        cells = f"{medians[side]:.2f} | {min(seconds):.2f}-{max(seconds):.2f}"
+        cells += f" | {statistics.median(rollout):.2f} | {rest:.2f}"
+        print(f"| {side} | {cells} | {speeds[side]:.1f} | {memory[side]:.2f} |")
+    slower = medians["trl"] / medians["ours"]
+    faster = speeds["ours"] / speeds["trl"]
+    print(f"\nTRL takes {slower:.2f} x our time; {faster:.2f} x its response tokens/s")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
-"""Speed and memory of fine-tuning, beside TRL's SFTTrainer (bench/sft_trl.py) on the same rows: full and LoRA, both in bf16.
+"""Speed and memory of fine-tuning in bf16, full and LoRA, beside TRL's (bench/sft_trl.py).
 
-    python -m bench.sft data=alpaca_en_demo.json                                     # sft.py, TRL padded, TRL packed
+    python -m bench.sft data=alpaca_en_demo.json                   # sft.py, TRL padded, TRL packed
     python -m bench.sft data=alpaca_en_demo.json sides=[ours,compiled,trl] steps=40 repeats=1
-    python -m bench.sft data=alpaca_en_demo.json device=cuda model=DIR micro_batch=16 max_length=1024 trl_batch=80
+    python -m bench.sft data=alpaca_en_demo.json device=cuda model=DIR micro_batch=16 trl_batch=80
 
-`data` holds instruction records of a shape that prepare.instructions reads. Every run is a process of its own, the sides take
-turns, and the table shows medians. Tokens are real ones, without padding, from the second step on (compiled: after half of the
-steps); peak memory is the process's largest resident set, on a GPU what torch allocated there; the first step counts from the
-start of the process to the end of the first optimizer step. Of TRL the step alone is timed, and its process start is not, which
-favours it a little.
+`data` holds instruction records of a shape that prepare.instructions reads. Every run is a process
+of its own, the sides take turns, and the table shows medians.
+
+Tokens are real ones, without padding, from the second step on, and of a compiled run after half of
+its steps. Peak memory is the process's largest resident set, and on a GPU what torch allocated
+there. The first step counts from the start of the process to the end of the first optimizer step.
+Of TRL the step alone is timed, and its process start is not, which favours it a little.
 """
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -52,25 +55,28 @@ class Config:
     threads: int = 2
 
 
+def python(*script, **keys):
+    """The command that runs a script with key=value arguments."""
+    return [sys.executable, *script, *(f"{key}={value}" for key, value in keys.items())]
+
+
 def prepare(cfg):
     """The same rows for both: a prepared folder."""
-    keys = [
-        f"source={cfg.data}",
-        f"model={cfg.model}",
-        f"out={cfg.out}/data",
-        f"max_length={cfg.max_length}",
-    ]
-    subprocess.run(
-        [sys.executable, "-m", "prepare.instructions", *keys, "over_length=truncate"],
-        cwd=ROOT,
-        check=True,
+    keys = dict(
+        source=cfg.data,
+        model=cfg.model,
+        out=f"{cfg.out}/data",
+        max_length=cfg.max_length,
+        over_length="truncate",
     )
+    subprocess.run(python("-m", "prepare.instructions", **keys), cwd=ROOT, check=True)
 
 
 def command(cfg, side, method):
     """The command line of one run; both scripts take key=value."""
     common = dict(
         model=cfg.model,
+        data=f"{cfg.out}/data",
         out=f"{cfg.out}/run",
         steps=cfg.steps,
         micro_batch=cfg.micro_batch,
@@ -79,56 +85,53 @@ def command(cfg, side, method):
         lora_alpha=32,
     )
     if side.startswith("trl"):
-        script = ["-m", "bench.sft_trl"]
-        keys = dict(
-            data=f"{cfg.out}/data",
+        if side == "trl" and cfg.trl_batch:
+            common["micro_batch"] = cfg.trl_batch
+        return python(
+            "-m",
+            "bench.sft_trl",
+            **common,
             accumulate=cfg.accumulate,
             packing=side == "trl-packed",
             threads=cfg.threads,
         )
-        if side == "trl" and cfg.trl_batch:
-            keys["micro_batch"] = cfg.trl_batch
-    else:
-        script = ["sft.py"]
-        keys = dict(
-            data=f"{cfg.out}/data",
-            batch_size=cfg.micro_batch * cfg.accumulate,
-            compile=side == "compiled",
-            device=cfg.device,
-            dtype="bfloat16",
-            log_every=1,
-            samples=0,
-            save_every=10**9,
-        )
-    return [sys.executable, *script, *(f"{key}={value}" for key, value in (common | keys).items())]
+    return python(
+        "sft.py",
+        **common,
+        batch_size=cfg.micro_batch * cfg.accumulate,
+        compile=side == "compiled",
+        device=cfg.device,
+        dtype="bfloat16",
+        log_every=1,
+        samples=0,
+        save_every=10**9,
+    )
+
+
+def finish(command, path, threads):
+    """Runs a command with its output in the file `path` -> (its last line, peak memory in GB)"""
+    env = os.environ | dict(OMP_NUM_THREADS=str(threads))
+    with open(path, "w", encoding="utf-8") as output:
+        pipes = dict(stdout=output, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    last = ["", *path.read_text(encoding="utf-8").splitlines()][-1]
+    if child.returncode:
+        raise UserError(f"status {child.returncode} of {' '.join(command)}; {path} ends: {last}")
+    return last, usage.ru_maxrss / 1e6 * (1e-3 if sys.platform == "darwin" else 1.024)
 
 
 def measure(cfg, side, method):
     """One run -> (real tokens/s, peak memory in GB, seconds to the end of the first step)."""
     folder = Path(cfg.out)
     shutil.rmtree(folder / "run", ignore_errors=True)
-    with open(folder / "output.txt", "w+", encoding="utf-8") as output:
-        began = time.time()
-        environment = os.environ | dict(OMP_NUM_THREADS=str(cfg.threads))
-        child = subprocess.Popen(
-            command(cfg, side, method),
-            cwd=ROOT,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        lines = output.read().splitlines()
-    if child.returncode:
-        raise UserError(
-            f"{side} ({method}) ended with status {child.returncode}; {folder / 'output.txt'} ends: {lines[-1:]}"
-        )
-    memory = usage.ru_maxrss / 1e6 * (1e-3 if sys.platform == "darwin" else 1.024)
+    began = time.time()
+    last, memory = finish(command(cfg, side, method), folder / "output.txt", cfg.threads)
     if side.startswith("trl"):
-        said = json.loads(lines[-1])
-        return said["real_tokens_per_s"], said.get("peak_device_gb", memory), said["first_step_s"]
+        result = json.loads(last)
+        memory = result.get("peak_device_gb", memory)
+        return result["real_tokens_per_s"], memory, result["first_step_s"]
     log = [json.loads(line) for line in open(folder / "run" / "log.jsonl", encoding="utf-8")]
     log = [record for record in log if record["kind"] == "train"]
     if cfg.device == "cuda":
@@ -143,14 +146,12 @@ def machine(cfg):
     """What a figure depends on, in one line."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        model = next(
-            (x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")),
-            model,
+        names = (
+            x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")
         )
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("torch", "transformers", "trl", "peft")
-    )
+        model = next(names, model)
+    packages = ("torch", "transformers", "trl", "peft")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     load = f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f} at the start"
     if cfg.device == "cuda":
         import torch
@@ -162,7 +163,8 @@ def machine(cfg):
 def main(cfg):
     if cfg.steps < 2 or cfg.repeats < 1:
         raise UserError(
-            f"steps={cfg.steps} repeats={cfg.repeats}: the first step is not timed, so 2 steps and 1 repeat at least"
+            f"steps={cfg.steps} repeats={cfg.repeats}: take 2 steps or more, for the first is not "
+            "timed, and 1 repeat or more"
         )
     about = machine(cfg)
     prepare(cfg)
@@ -171,39 +173,39 @@ def main(cfg):
         for (method, side), runs in results.items():
             try:
                 runs.append(measure(cfg, side, method))
-            except UserError as e:  # out of memory, mostly: the others go on
+            except UserError as e:  # mostly out of memory, and the other runs go on
                 print(e, flush=True)
                 continue
             speed, memory, first = runs[-1]
-            print(
-                f"{method} {side}: {speed:.0f} tokens/s, {memory:.2f} GB, first step after {first:.1f} s",
-                flush=True,
-            )
+            figures = f"{speed:.0f} tokens/s, {memory:.2f} GB, first step after {first:.1f} s"
+            print(f"{method} {side}: {figures}", flush=True)
     if not any(results.values()):
         raise UserError("every run failed")
     shutil.rmtree(Path(cfg.out) / "run", ignore_errors=True)
 
-    rows = f"{cfg.micro_batch} x {cfg.max_length} tokens (TRL padded: {cfg.trl_batch or cfg.micro_batch} rows)"
-    shape = f"{rows}, {cfg.accumulate} forwards a step, {cfg.steps} steps"
-    print(f"\n{about}; {cfg.threads} threads, {shape}, medians of {cfg.repeats}\n")
     print(
-        "| training | program | real tokens/s | x TRL padded | peak memory, GB | x TRL padded | first step, s |"
+        f"\n{about}; {cfg.threads} threads, {cfg.micro_batch} x {cfg.max_length} tokens "
+        f"(TRL padded: {cfg.trl_batch or cfg.micro_batch} rows), {cfg.accumulate} forwards a step, "
+        f"{cfg.steps} steps, medians of {cfg.repeats}\n"
     )
+    columns = "real tokens/s | x TRL padded | peak memory, GB | x TRL padded | first step, s"
+    print(f"| training | program | {columns} |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    for (method, side), runs in results.items():
-        if not runs:
+    medians = {
+        key: [*map(statistics.median, zip(*runs, strict=True))]
+        for key, runs in results.items()
+        if runs
+    }
+    for method, side in results:
+        if (method, side) not in medians:
             print(f"| {method} | {side} | failed | | | | |")
             continue
-        speed, memory, first = (statistics.median(column) for column in zip(*runs, strict=True))
-        peer = results.get((method, "trl"))
-        peer = (
-            [statistics.median(column) for column in zip(*peer, strict=True)]
-            if peer
-            else [float("nan")] * 3
+        speed, memory, first = medians[method, side]
+        peer_speed, peer_memory, _ = medians.get((method, "trl"), [math.nan] * 3)
+        cells = (
+            f"{speed:.0f} | {speed / peer_speed:.2f} | {memory:.2f} | {memory / peer_memory:.2f}"
         )
-        print(
-            f"| {method} | {side} | {speed:.0f} | {speed / peer[0]:.2f} | {memory:.2f} | {memory / peer[1]:.2f} | {first:.1f} |"
-        )
+        print(f"| {method} | {side} | {cells} | {first:.1f} |")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The peer's half of the fine-tuning comparison: TRL's SFTTrainer on the rows, learning rate, batch and epochs of `sft.py`.
+"""The peer's half of the fine-tuning comparison: TRL's SFTTrainer on what sft.py takes.
 
     python -m bench.sft_trl model=models/smollm2 data=data/alpaca out=out/bench/trl lora_rank=0
 
-`data` is a prepared folder, whose tokens and masks TRL takes as they are. Its defaults stay as a user finds them: rows padded to
-the longest of the batch, chunked loss, bf16 autocast over fp32 weights. The result is a Hugging Face directory, to be scored by
-`sft.py epochs=0`.
+Rows, learning rate, batch and epochs are those of sft.py. `data` is a prepared folder, whose
+tokens and masks TRL takes as they are. TRL's defaults stay as a user finds them: rows padded to
+the longest of the batch, chunked loss, bf16 autocast over fp32 weights. The result is a Hugging
+Face directory, to be scored by `sft.py epochs=0`.
 """
 
 import json
@@ -12,7 +13,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from nano import config, store
+from nano import config, store, tokenizer
 from nano.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 
 
@@ -91,13 +92,12 @@ def main(cfg):
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-    tokenizer = AutoTokenizer.from_pretrained(cfg.model)
     model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
     trainer = SFTTrainer(
         model=model,
         args=args,
         train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
+        processing_class=AutoTokenizer.from_pretrained(cfg.model),
         callbacks=[Clock()],
         peft_config=lora,
     )
@@ -105,38 +105,28 @@ def main(cfg):
 
     def counted(features):
         batch = collate(features)
-        ids = batch["input_ids"]
-        counts.append(
-            int(batch["attention_mask"].sum()) if "attention_mask" in batch else ids.numel()
-        )
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        counts.append(int(mask.sum()))
         return batch
 
     trainer.data_collator = counted
     trainer.train()
     model = trainer.model.merge_and_unload() if cfg.lora_rank else trainer.model
     model.save_pretrained(cfg.out)
-    tokenizer.copy_files(
-        cfg.model, cfg.out
-    )  # as it was: save_pretrained writes it anew, and sft.py would take it for another
+    # save_pretrained would write the tokenizer anew, and sft.py would take it for another one.
+    tokenizer.copy_files(cfg.model, cfg.out)
     timed = steps[1:]  # the first step warms up
     seconds = sum(end - began for began, end in timed)
-    device = (
-        dict(peak_device_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2))
-        if torch.cuda.is_available()
-        else {}
-    )
     real = sum(counts[cfg.accumulate : len(steps) * cfg.accumulate])
-    print(
-        json.dumps(
-            dict(
-                steps=len(steps),
-                first_step_s=round(steps[0][1] - start, 1),
-                real_tokens_per_s=round(real / max(seconds, 1e-9), 1),
-                peak_rss_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-            )
-            | device
-        )
+    result = dict(
+        steps=len(steps),
+        first_step_s=round(steps[0][1] - start, 1),
+        real_tokens_per_s=round(real / max(seconds, 1e-9), 1),
+        peak_rss_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     )
+    if torch.cuda.is_available():
+        result["peak_device_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

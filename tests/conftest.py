@@ -1,4 +1,5 @@
 import contextlib
+import signal
 import sys
 from pathlib import Path
 
@@ -16,13 +17,35 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def denormals():
-    """A stage that ran in this process has switched them off (runtime.py), and property tests draw them."""
+    """A stage that ran in this process has switched them off, and property tests draw them."""
     torch.set_flush_denormal(False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+    """A run takes over the signals of its process. Each test gives them back."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return (yield)
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def stages_folder(tmp_path_factory):
+    """Models, data, a reward adapter, and in one/ each stage's run on one process."""
+    import stages
+
+    path = tmp_path_factory.mktemp("stages")
+    stages.prepare(path)
+    stages.alone([stages.job(path, name, path / "one" / name) for name in stages.STAGES])
+    return path
 
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """The folder of real data sets that may lie beside the repository; the tests that need it are skipped without."""
+    """The real data sets beside the repository. Tests that need them are skipped without."""
     path = ROOT.parent / "shared" / "data"
     if not path.is_dir():
         pytest.skip("no folder ../shared/data with real data")
@@ -32,7 +55,6 @@ def shared_data():
 with contextlib.suppress(ImportError):  # the environment of tests/xla goes without it
     import hypothesis
 
-    hypothesis.settings.register_profile(
-        "patient", deadline=None
-    )  # seconds say nothing on a busy machine
+    # On a busy machine the seconds of an example say nothing.
+    hypothesis.settings.register_profile("patient", deadline=None)
     hypothesis.settings.load_profile("patient")

@@ -1,10 +1,11 @@
-"""What a user can get wrong with a training run ends in one sentence, status 2 and nothing left behind. (What can be wrong with
-records and tokenizer files is tested beside their code.)"""
+"""What a user can get wrong with a run ends in one sentence and status 2, and leaves nothing.
+
+What can be wrong with records and tokenizer files is tested beside their code.
+"""
 
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,14 +31,6 @@ def good(tmp_path_factory):
     dir = tmp_path_factory.mktemp("good")
     model = tiny.model_dir(dir / "model")
     return dict(model=model, data=tiny.store(dir / "data", model))
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -139,7 +132,7 @@ def test_settings(run, good, tmp_path, settings, words):
 
 @pytest.mark.parametrize("which", ["last", "best"])
 def test_a_run_over_the_model_it_starts_from(run, good, tmp_path, which):
-    """With an adapter its base would be gone; without, a second try would start from what the first one made."""
+    """An adapter would lose its base. A model would be trained twice by a second try."""
     assert run(steps=1)[1] == 0
     before = contents(tmp_path)
     for settings in (dict(), dict(lora_rank=2), dict(resume="false")):
@@ -346,7 +339,7 @@ def test_a_config_cfg_that_says_nothing(run, tmp_path):
 
 @pytest.mark.parametrize("call, what", [(3, "best"), (4, "last"), (5, "state")])
 def test_a_full_disk_loses_nothing(run, tmp_path, monkeypatch, call, what):
-    """A save of step 2 fails: the state of step 1 is whole, nothing half-written lies about, and the same command goes on."""
+    """A save of step 2 fails. The state of step 1 is whole, and the same command goes on."""
     settings = dict(steps=2, save_every=1, eval_every=100)  # saves last, state; best, last, state
     assert run(out=tmp_path / "whole", **settings)[1] == 0
     save_file, calls = weights.save_file, []

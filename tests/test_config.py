@@ -274,7 +274,8 @@ def main(cfg):
     if cfg.way == "denied":
         raise PermissionError(13, "Permission denied", "out/model.safetensors")
     if cfg.way == "memory":
-        raise type("OutOfMemoryError", (RuntimeError,), {{}})("CUDA out of memory. Tried to allocate 9 GiB.\\nSee the manual")
+        error = type("OutOfMemoryError", (RuntimeError,), {{}})
+        raise error("CUDA out of memory. Tried to allocate 9 GiB.\\nSee the manual")
     if cfg.way == "wrapped":
         raise RuntimeError("I/O error: No space left on device (os error 28)")
     if cfg.way == "interrupt":

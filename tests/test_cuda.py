@@ -1,29 +1,21 @@
-"""The CUDA paths against the CPU's: every stage, packed rows through flex_attention, generation by CUDA graphs.
+"""The CUDA paths against the CPU's: stages, packed rows in flex_attention, CUDA graphs.
 
     python -m pytest -q tests/test_cuda.py        # skipped without a GPU
 
-In fp32, for which torch's matrix products are exact unless TF32 is allowed: what is left is the order of sums.
+All is in fp32, where torch's matrix products differ in the order of sums alone, unless TF32 is
+allowed.
 """
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from stages import STAGES, alone, assert_same_curve, assert_same_weights, job
 from test_generate import FAMILIES, ragged
 from test_generate import tiny as small
-from test_parallel import (  # noqa: F401
-    STAGES,
-    alone,
-    assert_same_curve,
-    assert_same_weights,
-    folder,
-    job,
-    quiet,
-    records,
-)
 
 import sft
-from nano import losses, runtime, weights
+from nano import losses, runtime
 from nano.generate import generate
 
 if not torch.cuda.is_available():
@@ -40,16 +32,21 @@ def wide_heads():
         yield
 
 
+@pytest.fixture(scope="module")
+def folder(wide_heads, stages_folder):
+    return stages_folder
+
+
 def moved(model):
     """The model with its weights on the device."""
     return model.to(DEVICE)
 
 
-# ------------------------------------------------------------------------------------------ stages
+# ---- stages
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_stages_do_what_they_do_on_a_cpu(folder, name):  # noqa: F811
+def test_stages_do_what_they_do_on_a_cpu(folder, name):
     out = folder / "cuda" / name
     alone([job(folder, name, out, f"device={DEVICE}")])
     assert_same_curve(out, folder / "one" / name, tolerance=1e-4)
@@ -57,7 +54,7 @@ def test_stages_do_what_they_do_on_a_cpu(folder, name):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sft", "sft_lora", "dpo", "ppo"])
-def test_compiled_layers_do_the_same(folder, name):  # noqa: F811
+def test_compiled_layers_do_the_same(folder, name):
     torch.compiler.reset()
     out = folder / "compiled" / name
     alone([job(folder, name, out, f"device={DEVICE}", "compile=true")])
@@ -67,22 +64,22 @@ def test_compiled_layers_do_the_same(folder, name):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_bf16_is_near(folder, name):  # noqa: F811
+def test_bf16_is_near(folder, name):
     """As exact as bf16 is; PPO itself checks that policy and reference agree at the start."""
     out = folder / "bf16" / name
     alone([job(folder, name, out, f"device={DEVICE}", "dtype=bfloat16")])
-    lines = (
-        [r for r in records(path) if r["kind"] == "train"] for path in (out, folder / "one" / name)
-    )
-    rl = STAGES[name][0] == "ppo"
-    a, b = (
-        [r["reward" if rl else "loss"] for r in rs][: 1 if rl else 2] for rs in lines
-    )  # then samples may differ
-    np.testing.assert_allclose(a, b, rtol=0.02, atol=0.2 if rl else 0.02)
+    logs = [tiny.records(path, "train") for path in (out, folder / "one" / name)]
+    if STAGES[name][0] == "ppo":  # of the first step alone, for then samples may differ
+        a, b = (log[0]["reward"] for log in logs)
+        tolerance = 0.2
+    else:
+        a, b = ([r["loss"] for r in log[:2]] for log in logs)
+        tolerance = 0.02
+    np.testing.assert_allclose(a, b, rtol=0.02, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["sft", "sft_lora", "ppo"])
-def test_a_resume_is_exact(folder, tmp_path, name):  # noqa: F811
+def test_a_resume_is_exact(folder, tmp_path, name):
     more = [f"device={DEVICE}", *(["lora_dropout=0.1"] if name == "sft_lora" else [])]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     alone(
@@ -93,11 +90,10 @@ def test_a_resume_is_exact(folder, tmp_path, name):  # noqa: F811
         ]
     )
     kind = "model" if (whole / "last" / "config.json").exists() else "adapter_model"
-    a, b = (weights.read_tensors(out / "last", kind) for out in (whole, cut))
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert tiny.same_tensors(whole / "last", cut / "last", kind)
 
 
-# ------------------------------------------------------------------------------------------ attention, loss
+# ---- attention, loss
 
 
 @pytest.mark.parametrize("head_dim", [8, 16])
@@ -146,16 +142,14 @@ def test_losses():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------ generation
+# ---- generation
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_answers_equal_the_cpus(name):
     """With refills, a batch that shrinks, and a cache that grows past a recorded graph."""
-    model, prompts = (
-        small(std=0.1 if name == "packed" else 0.3, max_positions=512, **FAMILIES[name]),
-        ragged(9),
-    )
+    std = 0.1 if name == "packed" else 0.3
+    model, prompts = small(std=std, max_positions=512, **FAMILIES[name]), ragged(9)
     lengths = [20, 330, 3, 70, 70, 140, 8, 1, 300]
     expected = generate(model, prompts, lengths, temperature=0.0, batch_size=4)
     made = generate(moved(model), prompts, lengths, temperature=0.0, batch_size=4)
@@ -166,7 +160,7 @@ def test_greedy_answers_equal_the_cpus(name):
 
 @pytest.mark.parametrize("settings", [dict(), dict(top_k=5), dict(top_p=0.8, temperature=1.3)])
 def test_samples_equal_the_cpus(settings):
-    """The same random numbers choose them; only at the edge between two tokens could the last digit decide otherwise."""
+    """The same random numbers choose them. Between two tokens the last digit may decide."""
     model, prompts = small(), ragged(6)
     expected = generate(
         model, prompts, 60, batch_size=5, group=3, seed=(3, 4), stop_ids=(7,), **settings
@@ -198,7 +192,7 @@ def test_again_and_again_without_growing():
     assert used[-1] == used[1]
 
 
-# ------------------------------------------------------------------------------------------ device
+# ---- device
 
 
 def test_runtime():
@@ -214,7 +208,7 @@ def test_runtime():
     assert torch.equal(torch.rand(3, device=rt.device), first)
 
 
-def test_one_process_of_torchrun(folder, tmp_path):  # noqa: F811
+def test_one_process_of_torchrun(folder, tmp_path):
     """nccl, DDP and FSDP's process group; a second rank needs a second GPU."""
     jobs = [
         job(folder, "sft", tmp_path / mode, f"device={DEVICE}", f"parallel={mode}")

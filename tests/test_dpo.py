@@ -1,4 +1,4 @@
-"""dpo.py: the losses by hand and against trl, ranked groups, the reference, what is trained, saved and resumed."""
+"""dpo.py: losses by hand and against trl, ranked groups, the reference, saving and resuming."""
 
 import json
 import math
@@ -10,12 +10,13 @@ import torch
 
 import dpo
 import lora
-from nano import config, runtime, tokenizer, weights
+from nano import tokenizer, weights
 from nano.batches import Groups
 from nano.config import UserError
 from nano.store import mix, write_store
 
-FAST = "device=cpu dtype=float32 max_length=128 batch_size=8 log_every=100 samples=1 sample_tokens=4".split()
+FAST = "device=cpu dtype=float32 max_length=128 batch_size=8 log_every=100".split()
+FAST += ["samples=1", "sample_tokens=4"]
 
 
 @pytest.fixture(scope="module")
@@ -32,31 +33,13 @@ def folder(tmp_path_factory):
 def run(folder, tmp_path):
     """Trains with settings over the fast ones -> the run folder."""
 
+    base = [f"model={folder}/model", f"data={folder}/data", "steps=2", *FAST]
+
     def train(*settings, out="out"):
-        keys = {s.partition("=")[0] for s in settings}
-        base = [
-            f"model={folder}/model",
-            f"data={folder}/data",
-            f"out={tmp_path / out}",
-            "steps=2",
-            *FAST,
-        ]
-        dpo.main(
-            config.load(
-                dpo.Config, [s for s in base if s.partition("=")[0] not in keys] + list(settings)
-            )
-        )
+        tiny.train("dpo", tiny.override(base, [f"out={tmp_path / out}"], settings))
         return tmp_path / out
 
     return train
-
-
-def log(out, kind):
-    return [
-        r
-        for r in map(json.loads, (out / "log.jsonl").read_text().splitlines())
-        if r["kind"] == kind
-    ]
 
 
 def open_rows(folder, split="train", name="data"):
@@ -72,12 +55,12 @@ def logprob(model, tokens, mask):
     return (picked * torch.tensor(mask[1:])).sum()
 
 
-# ------------------------------------------------------------------------------------------ the losses
+# ---- the losses
 
 
 def test_at_the_reference_the_loss_is_ln_2_and_the_margin_0(run):
     for settings in ([], ["lora_rank=2"]):
-        first = log(run(*settings, "resume=false"), "eval")[0]
+        first = tiny.records(run(*settings, "resume=false"), "eval")[0]
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert (
             abs(first["margin"]) < 1e-5
@@ -223,12 +206,12 @@ def test_loss_and_gradients_are_trls(theirs, ours, folder, tmp_path):
     assert max(grad.abs().max() for grad in grads.values()) > 0.1
 
 
-# ------------------------------------------------------------------------------------------ training
+# ---- training
 
 
 def test_learns_to_prefer(run):
     out = run("steps=60", "lr=3e-3", "batch_size=16", "eval_every=30")
-    first, last = log(out, "eval")[0], log(out, "eval")[-1]
+    first, last = tiny.records(out, "eval")[0], tiny.records(out, "eval")[-1]
     assert last["accuracy"] > 0.8 and last["margin"] > 0.3 and last["loss"] < first["loss"] - 0.1
     import transformers
 
@@ -256,37 +239,7 @@ def test_the_gradient_does_not_depend_on_the_cut(run):
         )
 
 
-def test_two_processes_do_what_one_does(run, folder, tmp_path):
-    settings = [
-        "steps=1",
-        "batch_size=15",
-        "grad_clip=0",
-        "nll_weight=0.5",
-        "max_length=64",
-        "micro_batch=2",
-    ]
-    base = [s for s in FAST if s.partition("=")[0] not in ("batch_size", "max_length")]
-    base += [*settings, f"model={folder}/model", f"data={folder}/data"]
-    runs = dict(ddp=[], fsdp=["parallel=fsdp"], lora=["lora_rank=2"])
-    tiny.two_processes(
-        tmp_path, "dpo", [[*base, *more, f"out={tmp_path / name}"] for name, more in runs.items()]
-    )
-    for name, more in runs.items():
-        one, two = run(*settings, *more, out="one-" + name), tmp_path / name
-        a, b = tiny.first_moments(one), tiny.first_moments(two)
-        assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() < 1e-6 for k in a)
-        for x, y in zip(log(one, "eval"), log(two, "eval"), strict=True):
-            assert all(
-                x[k] == pytest.approx(y[k], abs=1e-4)
-                for k in ("loss", "margin", "chosen", "rejected", "chosen_logprob")
-            )
-        a, b = (
-            np.fromfile(next(out.glob("reference.train.*.bin")), np.float32) for out in (one, two)
-        )
-        np.testing.assert_allclose(a, b, atol=1e-4)
-
-
-# ------------------------------------------------------------------------------------------ the reference
+# ---- the reference
 
 
 def test_the_reference_is_the_start_and_with_lora_the_bare_base(run, folder):
@@ -337,26 +290,22 @@ def test_the_reference_is_kept_and_a_stale_one_is_not_used(
         run(f"model={tmp_path}/other", f"data={folder}/pairs", "resume=false")
 
 
-# ------------------------------------------------------------------------------------------ resume, mistakes
+# ---- resume, mistakes
 
 
 @pytest.mark.parametrize("settings", [[], ["lora_rank=2", "lora_dropout=0.2"]])
 def test_a_resumed_run_is_the_uninterrupted_one(settings, run, monkeypatch):
     settings = [*settings, "steps=8", "eval_every=3", "lr=1e-2"]
-    whole, asked = run(*settings, out="whole"), iter(range(100))
-    with monkeypatch.context() as m:
-        m.setattr(runtime.Runtime, "should_stop", lambda self: next(asked) >= 4)
+    whole = run(*settings, out="whole")
+    with monkeypatch.context() as patch:
+        tiny.stop_before(patch, 4)
         parts = run(*settings, out="parts")
     assert tiny.state(parts / "state")[1]["meta"]["step"] == 4
     run(*settings, out="parts")
     a, b = (tiny.state(out / "state") for out in (whole, parts))
-    assert (
-        a[1] == b[1]
-        and a[0].keys() == b[0].keys()
-        and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
-    )
-    strip = lambda out: [{k: v for k, v in r.items() if k != "time"} for r in log(out, "eval")]  # noqa: E731
-    assert strip(whole) == strip(parts)
+    assert a[1] == b[1] and a[0].keys() == b[0].keys()
+    assert all(torch.equal(a[0][name], b[0][name]) for name in a[0])
+    assert tiny.lines(whole, "eval") == tiny.lines(parts, "eval")
 
 
 def test_a_resumed_run_keeps_its_best(run):
@@ -392,4 +341,4 @@ def test_prompts_that_leave_no_room_are_not_answered(run, folder, tmp_path):
     meta = dict(vocab_size=264, tokenizer=tokenizer.load(folder / "model").fingerprint)
     write_store(tmp_path / "long", dict(train=tiny.ranked(2), val=[group, tiny.ranked(1)[0]]), meta)
     out = run("steps=1", f"data={tmp_path / 'long'}", "max_length=1024", "samples=2")
-    assert len(log(out, "samples")[0]["rows"]) == 1
+    assert len(tiny.records(out, "samples")[0]["rows"]) == 1

@@ -1,6 +1,7 @@
 """Folders that the first edition wrote still open, and its runs go on as they did there.
 
-tests/first_edition/README.md says what each folder is; continued.json holds what the first edition logged when it went on."""
+tests/first_edition/README.md says what each folder is. continued.json holds what the first edition
+logged when it went on."""
 
 import importlib
 import json

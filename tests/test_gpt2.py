@@ -56,7 +56,7 @@ def worst(a, b):
     return (a - b).abs().max().item()
 
 
-# --- the model ----------------------------------------------------------------------------------
+# ---- the model
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -204,7 +204,7 @@ def test_training_moves_every_parameter_and_counts_come_from_the_modules(base):
     assert plain < estimate.memory(Transformer(gated), 64)["activations"]
 
 
-# --- adapters -----------------------------------------------------------------------------------
+# ---- adapters
 
 TARGETS = [["c_attn"], ["c_attn", "c_proj", "c_fc"], ["attn.c_proj"], ["mlp.c_proj", "c_attn"]]
 
@@ -278,7 +278,7 @@ def test_peft_reads_what_is_written_here(base, tmp_path, targets, rank, leaves):
     assert samples.tokens == merged.tokens
 
 
-# --- the tokenizer ------------------------------------------------------------------------------
+# ---- the tokenizer
 
 
 def test_the_tokenizer_of_a_gpt2_repository(tmp_path):

@@ -1,4 +1,3 @@
-import json
 import math
 import re
 import types
@@ -6,6 +5,7 @@ import types
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import records
 
 from nano import log as log_module
 from nano.log import Log
@@ -31,16 +31,6 @@ def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(log_module.time, "perf_counter", clock)
     return clock
-
-
-def records(dir):
-    def strict(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    return [
-        json.loads(line, parse_constant=strict)
-        for line in (dir / "log.jsonl").read_text().splitlines()
-    ]
 
 
 def test_step_line(tmp_path, capsys, clock):

@@ -192,7 +192,7 @@ def test_a_bf16_base_carries_fp32_adapters():
 
 
 class Halves(torch.nn.Module):
-    """A linear layer that keeps its weight in another form than a matrix: as a quantised one would."""
+    """A linear layer whose weight is kept in another form, as in a quantised one."""
 
     def __init__(self, linear):
         super().__init__()
@@ -234,7 +234,7 @@ def test_a_base_that_is_no_matrix():
     assert torch.equal(logits(merged), logits(lora.merge(plain)))
 
 
-# ---------------------------------------------------------------------------------------------- PEFT directories
+# ---- PEFT directories
 
 
 def in_peft(base, dir, kind="AutoModelForCausalLM"):
@@ -372,7 +372,7 @@ def test_a_base_beside_the_adapter_is_found(base, tmp_path):
 
 
 def test_a_folder_holds_an_adapter_or_a_model(base, tmp_path):
-    """A run with the other kind of training in the same folder leaves no second thing behind that would be opened in its place."""
+    """A run with the other kind of training in the same folder leaves nothing else to be opened."""
     dir, whole = tmp_path / "last", weights.load_model(base)
     adapter(dir, base)
     files.write_text(dir / "score_scale.json", "{}")

@@ -1,5 +1,5 @@
-"""Every family against transformers on random tiny models, both directions; packing, windows and the cache against plain
-forwards."""
+"""Every family against transformers on random tiny models, both directions; packing, windows and
+the cache against plain forwards."""
 
 import dataclasses
 import json
@@ -94,7 +94,7 @@ FAMILIES = {
 
 @torch.no_grad()
 def randomize(model, seed=0):
-    """Random values everywhere: transformers starts biases at 0 and norms at 1, where mistakes would not show."""
+    """Random values everywhere. Biases that start at 0 and norms at 1 would hide mistakes."""
     torch.manual_seed(seed)
     for p in model.parameters():
         p.normal_(1.0 if p.dim() == 1 else 0.0, 0.3 if p.dim() == 1 else 0.15)
@@ -268,7 +268,7 @@ def test_a_model_that_transformers_lacks_is_not_saved_as_another(change):
         families.config_json(ModelConfig(n_layers=2, **change))
 
 
-# --- packing ---------------------------------------------------------------------------------------------------
+# ---- packing
 
 
 def tiny(**more):
@@ -306,7 +306,8 @@ def test_packed_rows_equal_unpacked(windows):
 @pytest.mark.parametrize("length", [300, 384])
 @pytest.mark.parametrize("window", [0, 20, 200])
 def test_block_mask(window, length):
-    """As torch's own, which looks at every pair, and flex_attention (here without its kernels) sees what a dense mask shows."""
+    """As torch's own mask, which looks at every pair. flex_attention, here without its kernels,
+    sees what a dense mask shows."""
     edges = [[0, 10, 130, 131, 260], [0, 256], [0]]  # with padding from 290 on
     docs = torch.full((3, length), -1)
     for row, starts in enumerate(edges):
@@ -348,7 +349,8 @@ def test_no_gradient_crosses_documents(windows):
 @pytest.mark.parametrize("T", [1, 7, 200, 512, 513])
 @torch.enable_grad()
 def test_attention_of_one_document(T, dtype, bound):
-    """Output and gradients against float64. bf16 rounds scores and probabilities to 2^-9, and each way of it ends below 0.6%."""
+    """Output and gradients against float64. bf16 rounds scores and probabilities to 2^-9, and the
+    errors end below 0.6%."""
     generator = torch.Generator().manual_seed(T)
     q, k, v, back = (
         torch.randn(heads, T, 16, generator=generator).to(dtype) for heads in (6, 2, 2, 6)

@@ -9,7 +9,7 @@ from nano import optim
 
 
 class Tiny(nn.Module):
-    """An embedding, a block with every kind of parameter, a head: the names that model.py gives them."""
+    """An embedding, a block with every kind of parameter and a head, with the names of model.py."""
 
     def __init__(self, tied=False):
         super().__init__()
@@ -196,7 +196,8 @@ def test_muon_takes_the_inner_matrices_alone():
     before = model.q_proj.weight.detach().clone()
     optim.set_lr(optimizer, 0.1)
     train(model, optimizer, 1, seed=0)
-    # the update is orthogonal, scaled by 0.2 sqrt(max(rows, columns)): all singular values near 0.2 * sqrt(8) * lr
+    # The update is orthogonal, scaled by 0.2 sqrt(max(rows, columns)), so that all singular values
+    # are near 0.2 * sqrt(8) * lr.
     values = torch.linalg.svdvals(before * (1 - 0.1 * 0.1) - model.q_proj.weight.detach())
     assert ((values / (0.1 * 0.2 * math.sqrt(8)) - 1).abs() < 0.4).all()
 

@@ -1,6 +1,6 @@
-"""Every stage on 2 and 4 processes (gloo, CPU): as on one process; resumed by another number of ranks; ranks that fail."""
+"""Every stage on 2 and 4 processes (gloo, CPU): as on one process, resumed by another number of
+ranks, and with ranks that fail."""
 
-import importlib
 import json
 import re
 import shutil
@@ -11,11 +11,12 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT
+from stages import STAGES, STEPS, alone, assert_same_curve, assert_same_weights, job
 
-from nano import config, files, runtime, store, tokenizer, weights
+from nano import files, weights
 from nano.config import UserError
 
-# Around the runs of a process: the share of its parameters that it holds is noted, and a fault befalls it
+# Around the runs of a process. It notes the share of the parameters that it holds, and may fail.
 BEFORE = """
 import os, signal
 import torch
@@ -45,13 +46,14 @@ if fault == "raise" and rank == 1:
 if fault == "kill in the save" and rank == 0:
     rename = os.replace
     def killed(old, new):  # between the two renames that put a new state in the place of the old
-        if str(old).endswith("state.tmp") and files.read_json(f"{old}/state.json")["meta"]["step"] == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if str(old).endswith("state.tmp"):
+            if files.read_json(f"{old}/state.json")["meta"]["step"] == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
         rename(old, new)
     os.replace = killed
 if fault == "kill in its part" and rank == 1:
     fsync, calls = os.fsync, []
-    def killed(file):  # when its part of the second state is written, but not yet known to be on the disk
+    def killed(file):  # when its part of the second state is written, but not yet on the disk
         calls.append(file)
         if len(calls) == 2:
             os.ftruncate(file, 1000)
@@ -66,7 +68,10 @@ with open(os.environ["SHARES"] + str(rank), "w") as f:
 
 
 def launch(world, jobs, dir, **environment):
-    """Runs jobs on `world` processes -> (exit status, output, [shares of the parameters that a rank holds, by run folder])."""
+    """Runs jobs on `world` processes -> (exit status, output, shares).
+
+    shares: of each rank, {run folder: the share of the parameters that it holds}.
+    """
     shares = f"{dir / 'shares.'}"
     status, output = tiny.processes(
         dir, jobs, world, BEFORE, AFTER, timeout=300, SHARES=shares, **environment
@@ -78,109 +83,6 @@ def launch(world, jobs, dir, **environment):
     )
 
 
-def alone(jobs):
-    for stage, argv in jobs:
-        stage = importlib.import_module(stage)
-        stage.main(config.load(stage.Config, argv))
-
-
-STEPS = 4
-COMMON = f"device=cpu dtype=float32 schedule=constant resume=auto steps={STEPS}".split()
-TUNE = "batch_size=8 eval_every=2 log_every=1 samples=1 sample_tokens=4 lr=1e-3".split()
-RL = "batch_size=8 micro_batch=2 adam_eps=1e-3 ppo_epochs=2 max_new_tokens=6 log_every=1 sample_every=-1 save_every=100".split()
-STAGES = dict(  # name: stage and its settings
-    pretrain=(
-        "pretrain",
-        [
-            "data={}/text",
-            "tokenizer={}/model",
-            "size=toy",
-            "batch_size=8",
-            "micro_batch=1",
-            "max_length=32",
-            "eval_every=2",
-            "log_every=1",
-            "sample_tokens=4",
-            "lr=1e-3",
-        ],
-    ),
-    sft=("sft", ["model={}/model", "data={}/rows", "micro_batch=2", "max_length=64", *TUNE]),
-    sft_qwen=(
-        "sft",
-        [
-            "model={}/qwen",
-            "data={}/rows",
-            "micro_batch=4",
-            "max_length=64",
-            "grad_checkpoint=true",
-            *TUNE,
-        ],
-    ),
-    sft_lora=(
-        "sft",
-        [
-            "model={}/model",
-            "data={}/rows",
-            "micro_batch=1",
-            "max_length=64",
-            "lora_rank=4",
-            *TUNE,
-            "lr=1e-2",
-        ],
-    ),
-    sft_frozen=(
-        "sft",
-        [
-            "model={}/model",
-            "data={}/rows",
-            "micro_batch=2",
-            "max_length=64",
-            "freeze_layers=1",
-            *TUNE,
-        ],
-    ),
-    reward=(
-        "reward",
-        [
-            "model={}/model",
-            "data={}/groups",
-            "micro_batch=1",
-            "max_length=64",
-            "norm_samples=4",
-            "norm_tokens=4",
-            *[s for s in TUNE if "sample_tokens" not in s],
-        ],
-    ),
-    dpo=("dpo", ["model={}/model", "data={}/groups", "micro_batch=1", "max_length=64", *TUNE]),
-    ppo=(
-        "ppo",
-        ["model={}/model", "reward={}/scorer", "data={}/groups", "lr=1e-4", "value_lr=1e-4", *RL],
-    ),
-    ppo_lora=(
-        "ppo",
-        [
-            "model={}/model",
-            "reward={}/adapter/last",
-            "data={}/groups",
-            "lora_rank=2",
-            "lr=1e-3",
-            "value_lr=1e-3",
-            *RL,
-        ],
-    ),
-    grpo=(
-        "ppo",
-        [
-            "model={}/model",
-            "reward={}/rewards.py:letters",
-            "data={}/groups",
-            "algo=grpo",
-            "group=2",
-            "lr=1e-4",
-            *RL,
-        ],
-    ),
-)
 FOUR = [
     ("fsdp", "pretrain"),
     ("fsdp", "sft_frozen"),
@@ -208,81 +110,29 @@ BF16 = ["sft", "sft_frozen", "sft_lora", "reward", "ppo_lora"]
 TENSOR = ["pretrain", "sft", "sft_lora", "sft_qwen", "ppo_lora"]
 
 
-def job(folder, name, out, *more):
-    stage, settings = STAGES[name]
-    settings = {
-        s.partition("=")[0]: s.format(folder) for s in [f"out={out}", *COMMON, *settings, *more]
-    }
-    return [stage, list(settings.values())]
+# variant of a stage: its name in STAGES and more settings
+VARIANTS = dict(
+    muon=("pretrain", ["optimizer=muon"]),
+    mix=(
+        "pretrain",
+        "data={0}/text,{0}/more_text weights=0.5,0.5 isolate=false parallel=fsdp".split(),
+    ),
+    reward_lora=("reward", ["lora_rank=2"]),
+    dpo_lora=("dpo", ["lora_rank=2"]),
+)
+
+
+def variant(folder, name, out):
+    stage, settings = VARIANTS[name]
+    return job(folder, stage, out, *settings)
 
 
 @pytest.fixture(scope="module")
-def quiet():
-    """Training in this process leaves its signal handlers alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime.Runtime, "catch_signals", lambda self: None)
-        yield
+def folder(stages_folder):
+    return stages_folder
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, quiet):
-    """Models, data, a reward adapter, and in one/ each stage's run on one process."""
-    path = tmp_path_factory.mktemp("parallel")
-    tiny.model_dir(path / "model")
-    tiny.model_dir(
-        path / "qwen",
-        family="qwen3",
-        qk_norm=True,
-        qkv_bias=True,
-        o_bias=True,
-        vocab_size=265,
-        tie_embeddings=True,
-    )
-    tiny.model_dir(path / "scorer", seed=1, head="score")
-    tiny.store(path / "rows", path / "model", n=60)
-    tiny.preferences(path / "groups", path / "model", n=60, val=8)
-    texts = [(ids, [1] * len(ids)) for ids, _ in tiny.rows(60, 3)]
-    meta = dict(vocab_size=264, tokenizer=tokenizer.load(path / "model").fingerprint)
-    store.write_store(path / "text", dict(train=texts, val=texts[:8]), meta)
-    # hardly ever the same for two responses: over their spread, which GRPO divides by, differences of the last digit grow
-    letters = "sum(i * ord(c) for i, c in enumerate(response, 1)) % 101 / 16 - 3.0"
-    (path / "rewards.py").write_text(
-        f"def letters(prompt, response, finished):\n    return {letters}\n"
-    )
-    adapter = job(path, "reward", path / "adapter", "lora_rank=2", "norm_samples=0", "lr=1e-2")
-    alone([adapter, *(job(path, name, path / "one" / name) for name in STAGES)])
-    return path
-
-
-def records(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def assert_same_curve(out, reference, tolerance=1e-5, counts=True):
-    """counts=False: without the shares of values above a threshold, which one rounding can move."""
-    measured = ("time", "_per_s", "memory", "_s")  # differ from run to run
-    a, b = records(out), records(reference)
-    assert [(r["kind"], r["step"]) for r in a] == [(r["kind"], r["step"]) for r in b]
-    for x, y in zip(a, b, strict=True):
-        keys = [
-            k
-            for k in y
-            if isinstance(y[k], (int, float)) and not k.endswith(measured) and k != "memory_gb"
-        ]
-        keys = [k for k in keys if counts or k not in ("accuracy", "clipfrac", "value_clipfrac")]
-        values = [[r[k] for k in keys] for r in (x, y)]
-        np.testing.assert_allclose(*values, rtol=tolerance, atol=tolerance, err_msg=f"{out} {keys}")
-
-
-def assert_same_weights(a, b):
-    name = "model" if (a / "config.json").exists() else "adapter_model"
-    a, b = weights.read_tensors(a, name), weights.read_tensors(b, name)
-    assert a.keys() == b.keys()
-    for key in b:
-        np.testing.assert_allclose(a[key], b[key], rtol=0, atol=2e-5, err_msg=key)
-
-
-# ------------------------------------------------------------------------------------------ as one process
+# ---- as one process
 
 
 @pytest.fixture(scope="module")
@@ -330,6 +180,7 @@ def two(folder):
     drop = ["parallel=fsdp", "lora_dropout=0.1", "eval_every=100", "save_every=100"]
     for run, *more in (["whole"], ["cut", "steps=2"], ["cut"]):
         jobs.append(job(folder, "sft_lora", folder / "dropout" / run, *drop, *more))
+    jobs += [variant(folder, name, folder / "variants" / name) for name in VARIANTS]
     status, output, shares = launch(2, jobs, folder)
     assert status == 0, output[-5000:]
     return shares
@@ -344,6 +195,28 @@ def test_two_processes_do_what_one_does(folder, two, name, mode, parts):
     assert all(
         held[str(out)] <= 1.02 / parts for held in two
     )  # what does not divide by two makes one rank's share larger
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_processes_do_what_one_does_with_other_settings(folder, two, tmp_path, name):
+    alone([variant(folder, name, tmp_path / "one")])
+    out = folder / "variants" / name
+    if name == "muon":  # orthogonalises in bf16
+        assert_same_curve(out, tmp_path / "one", tolerance=1e-4)
+    else:
+        assert_same_curve(out, tmp_path / "one")
+        assert_same_weights(out / "last", tmp_path / "one" / "last")
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_two_processes_compute_the_reference_of_one(folder, two, mode, split):
+    paths = [
+        next((folder / run).glob(f"reference.{split}.*.bin"))
+        for run in (f"two/{mode}-dpo", "one/dpo")
+    ]
+    a, b = (np.fromfile(path, np.float32) for path in paths)
+    np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", TENSOR)
@@ -374,8 +247,9 @@ def watch_placing(self, model, *args):
 
 def watch_casting(part, dtype):
     cast(part, dtype)
-    full = [p.dtype == torch.float32 and not hasattr(p, "placements") for p in placed.parameters()]
-    whole.append(sum(p.numel() for p, f in zip(placed.parameters(), full) if f) / sum(p.numel() for p in placed.parameters()))
+    params = list(placed.parameters())
+    full = [p for p in params if p.dtype == torch.float32 and not hasattr(p, "placements")]
+    whole.append(sum(p.numel() for p in full) / sum(p.numel() for p in params))
 
 import json, os, torch
 runtime.Runtime.distribute, runtime.cast_parameters = watch_placing, watch_casting
@@ -386,8 +260,8 @@ with open(os.environ["WHOLE"] + os.environ["RANK"], "w") as f:
 """
 
 
-def test_no_process_ever_holds_a_model_that_is_cut(folder, tmp_path):
-    """A model that is stored in bf16 is its file until its layers become fp32 and are cut, one after the other."""
+def test_no_process_ever_holds_a_whole_model_that_is_sharded(folder, tmp_path):
+    """A bf16 model is its memory-mapped file until each layer is cast to fp32 and sharded."""
     model = tiny.model(vocab_size=264, n_layers=8)
     weights.save_model(model, tmp_path / "model", torch.bfloat16, like=folder / "model")
     run = job(
@@ -403,33 +277,33 @@ def test_no_process_ever_holds_a_model_that_is_cut(folder, tmp_path):
 
 
 def test_weights_are_gathered_in_bf16(folder, two):
-    """As exact as bf16 is; PPO itself checks that policy and reference agree at the start. A score head stays fp32."""
+    """As exact as bf16 is. PPO itself checks that policy and reference start equal.
+
+    A score head stays fp32.
+    """
     for name in BF16:
         keys, steps = ["loss"], 2
         if name == "ppo_lora":  # in a second iteration the samples may differ
             keys, steps = ["reward", "entropy", "policy_grad_norm", "value_grad_norm"], 1
-        a, b = (
-            [[r[key] for key in keys] for r in records(folder / run / name) if r["kind"] == "train"]
-            for run in ("bf16", "one")
-        )
-        np.testing.assert_allclose(a[:steps], b[:steps], rtol=0.02, atol=0.02, err_msg=name)
+        logs = [tiny.records(folder / run / name, "train")[:steps] for run in ("bf16", "one")]
+        a, b = ([[r[key] for key in keys] for r in log] for log in logs)
+        np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02, err_msg=name)
     sharp = weights.read_tensors(folder / "bf16" / "reward" / "last")["score.weight"]
     assert sharp.dtype == torch.float32 and (sharp != sharp.bfloat16()).any()
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_gradients_are_summed_in_bf16(folder, two, mode):
-    """A bf16 has 8 bits: the norm of such gradients is near that of fp32, but not it. The loss before a step is the same."""
+    """A bf16 has 8 bits, so the gradients' norm is near that of fp32. The first loss is the same."""
     (a, *_), (b, *_) = (
-        [r for r in records(folder / run) if r["kind"] == "train"]
-        for run in (f"reduced/{mode}", "one/sft")
+        tiny.records(folder / run, "train") for run in (f"reduced/{mode}", "one/sft")
     )
     assert abs(a["loss"] - b["loss"]) < 1e-5
     assert 1e-5 < abs(a["grad_norm"] / b["grad_norm"] - 1) < 2**-8
 
 
 def test_four_processes_do_what_one_does_and_go_on_from_two(folder, two, tmp_path):
-    """hsdp: as on two nodes of two processes. What two processes left half done is finished by four, and by one."""
+    """hsdp: as on two nodes of two processes. Four finish what two have left half done."""
     runs = {f"{mode}-{name}": (mode, name) for mode, name in FOUR}
     jobs = [
         job(folder, name, tmp_path / run, *f"parallel={mode}".split())
@@ -500,7 +374,7 @@ def test_floats_of_a_batch_are_exact_under_fsdp(tmp_path):
     assert status == 0, output[-3000:]
 
 
-# ------------------------------------------------------------------------------------------ training state
+# ---- training state
 
 
 def test_each_rank_writes_its_part_of_the_state(folder, two):
@@ -524,7 +398,7 @@ def test_a_resume_with_as_many_ranks_is_exact(folder, two):
     assert len(states) == 1 and (states[0][0] != states[0][1]).any()
     a, b = (weights.read_tensors(out / "last", "adapter_model") for out in (whole, cut))
     assert all(torch.equal(a[key], b[key]) for key in a)
-    a, b = ([r["loss"] for r in records(out) if r["kind"] == "train"] for out in (whole, cut))
+    a, b = ([r["loss"] for r in tiny.records(out, "train")] for out in (whole, cut))
     assert a == b and len(a) == STEPS
 
 
@@ -541,7 +415,7 @@ def test_a_state_with_a_part_missing_is_refused(folder, two, tmp_path):
     alone([job(folder, "sft", tmp_path / "out")])
 
 
-# ------------------------------------------------------------------------------------------ ranks that fail
+# ---- ranks that fail
 
 
 def test_a_rank_that_raises_ends_the_job(folder, tmp_path):

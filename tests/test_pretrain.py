@@ -1,17 +1,16 @@
-"""pretrain.py and the windows it reads: coverage over ranks, edges, mixes, losses by hand, exact resume, what is written."""
+"""pretrain.py and the windows it reads: coverage over ranks, edges, mixes, losses by hand, exact
+resume, what is written."""
 
-import json
 import math
-import signal
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from tiny import arguments, curve, records, same_tensors, stop_before
 
 import pretrain
 from model import Transformer
@@ -31,15 +30,6 @@ BASE = dict(
     log_every=1,
     sample_tokens=0,
 )
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """A run takes over the signals of its process."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -69,56 +59,18 @@ def store(base, tmp_path_factory):
     return text_store(tmp_path_factory.mktemp("pretrain") / "store", base)
 
 
-def arguments(settings):
-    def show(value):
-        return (
-            str(value).lower()
-            if isinstance(value, bool)
-            else ",".join(map(str, value))
-            if isinstance(value, list)
-            else value
-        )
-
-    return [f"{key}={show(value)}" for key, value in settings.items()]
-
-
 def train(out, data, **settings):
     """Runs pretrain.py in this process; the records of its log."""
     sizes = {} if "model" in settings else SMALL
-    pretrain.main(
-        config.load(pretrain.Config, arguments(BASE | sizes | settings | dict(out=out, data=data)))
-    )
+    tiny.train("pretrain", arguments(BASE | sizes | settings | dict(out=out, data=data)))
     return records(out)
-
-
-def records(out):
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-
-
-def curve(log, *keys):
-    return [
-        tuple(r[key] for key in ("step", *(keys or ("loss", "grad_norm", "lr"))))
-        for r in log
-        if r["kind"] == "train"
-    ]
 
 
 def evals(log):
     return [(r["step"], r["loss"], r["bits_per_byte"]) for r in log if r["kind"] == "eval"]
 
 
-def same_tensors(a, b, name="model"):
-    a, b = (weights.read_tensors(dir, name=name) for dir in (a, b))
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def stop_before(monkeypatch, step):
-    """The run is asked to stop when `step` steps are done."""
-    calls = iter(range(10**6))
-    monkeypatch.setattr(runtime.Runtime, "should_stop", lambda self: next(calls) == step)
-
-
-# ---------------------------------------------------------------------------------------------------- windows
+# ---- windows
 
 
 def numbered(path, lengths, first=0):
@@ -251,7 +203,7 @@ def test_weights_are_kept_and_a_store_that_is_used_up_begins_again(tmp_path):
     assert all(len({*mine[k : k + 10]}) == 10 for k in range(6500, 6600, 10))
 
 
-# ---------------------------------------------------------------------------------------------------- losses
+# ---- losses
 
 
 @pytest.mark.parametrize("isolate", [True, False])
@@ -327,7 +279,7 @@ def test_micro_batches_do_not_change_a_run(store, tmp_path):
     np.testing.assert_allclose(curve(a), curve(b), rtol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------- runs
+# ---- runs
 
 
 @pytest.mark.parametrize(
@@ -477,34 +429,7 @@ def test_sizes():
     assert Transformer(cfg).hidden(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 96)
 
 
-# ---------------------------------------------------------------------------------------------------- processes
-
-
-def test_two_processes_do_what_one_does(base, store, tmp_path):
-    other = text_store(tmp_path / "other", base, n=10, val=0, seed=5)
-    runs = dict(
-        ddp=dict(data=store, optimizer="muon"),
-        fsdp=dict(data=f"{store},{other}", weights=[0.5, 0.5], isolate=False, parallel="fsdp"),
-    )
-    common = BASE | SMALL | dict(batch_size=8, eval_every=2, steps=3)
-    tiny.two_processes(
-        tmp_path,
-        "pretrain",
-        [arguments(common | run | dict(out=tmp_path / name)) for name, run in runs.items()],
-    )
-    for name, run in runs.items():
-        alone = train(
-            tmp_path / f"{name}-alone",
-            **dict(batch_size=8, eval_every=2, steps=3) | run | dict(parallel="ddp"),
-        )
-        both = records(tmp_path / name)
-        np.testing.assert_allclose(
-            curve(both), curve(alone), rtol=1e-4 if name == "ddp" else 1e-5
-        )  # Muon works in bf16
-        np.testing.assert_allclose(evals(both), evals(alone), rtol=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------------- mistakes
+# ---- mistakes
 
 
 def test_mistakes_are_told(base, store, tmp_path, monkeypatch, capsys):
@@ -520,7 +445,7 @@ def test_mistakes_are_told(base, store, tmp_path, monkeypatch, capsys):
         (dict(data=store, batch_size=5), "batch_size=5 is not a multiple of micro_batch=2"),
         (dict(data=store, weights=[0.5, 0.5]), "weights= has 2 for 1 data folders"),
         (dict(data=store, weights=[0.0]), "give each one above 0"),
-        (dict(data=store, dim=36), "dim=36 must be an even number of times n_heads=4"),
+        (dict(data=store, dim=36), "dim=36 must be an even multiple of n_heads=4"),
         (dict(data=store, n_kv_heads=3), "divide by n_kv_heads=3"),
         (dict(data=f"{store},{foreign}"), "foreign was prepared with another tokenizer"),
         (dict(data=foreign, model=base), "foreign was prepared with another tokenizer"),

@@ -1,4 +1,4 @@
-"""The commands of the README, of bench/README.md, of the recipes and of the scripts' docstrings: each has a
+"""The commands of the README, bench/README.md, the recipes and the scripts' docstrings: each has a
 script that exists, and keys and values that the script takes."""
 
 import importlib
@@ -29,7 +29,7 @@ SOURCES = [
 def find_commands():
     for source in SOURCES:
         text = (ROOT / source).read_text(encoding="utf-8")
-        text = re.sub(r"\\+\n", " ", text)  # a command that goes on in the next line
+        text = re.sub(r"\\+\n#?", " ", text)  # a command that goes on in the next line
         for number, line in enumerate(text.split("\n"), 1):
             line = re.sub(r"^run ", "python ", line.strip().lstrip("#").strip())
             if "`" in line:

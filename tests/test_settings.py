@@ -1,4 +1,5 @@
-"""Settings, the same way in every script: numbers out of range are refused, and a run that goes on says what has changed."""
+"""Settings are the same in every script: numbers out of range are refused, and a run that goes on
+says what has changed."""
 
 import ast
 import dataclasses
@@ -161,7 +162,7 @@ class Reads(ast.NodeVisitor):
 
     def visit_Attribute(self, node):
         owner = node.value
-        if getattr(owner, "id", None) == "cfg" or getattr(owner, "attr", None) == "cfg":
+        if getattr(owner, "id", None) in ("cfg", "self") or getattr(owner, "attr", None) == "cfg":
             self.names.add(node.attr)
         self.generic_visit(node)
 

@@ -1,5 +1,4 @@
 import contextlib
-import json
 import math
 import os
 import signal
@@ -7,7 +6,6 @@ import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from tiny import arguments, curve, records, same_tensors, stop_before, tensors
 
 import lora
 import sft
@@ -46,62 +45,14 @@ def store(base, tmp_path_factory):
     return tiny.store(tmp_path_factory.mktemp("sft") / "store", base)
 
 
-@pytest.fixture(autouse=True)
-def handlers():
-    """A run takes over the signals of its process."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
-def arguments(settings):
-    text = {
-        k: str(v).lower() if isinstance(v, bool) else ",".join(v) if isinstance(v, list) else v
-        for k, v in settings.items()
-    }
-    return [f"{key}={value}" for key, value in text.items()]
-
-
 def train(out, model, data, **settings):
     """Runs sft.py in this process; the records of its log."""
-    sft.main(
-        config.load(sft.Config, arguments(BASE | settings | dict(out=out, model=model, data=data)))
-    )
+    tiny.train("sft", arguments(BASE | settings | dict(out=out, model=model, data=data)))
     return records(out)
-
-
-def records(out):
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-
-
-def curve(log, *keys):
-    return [
-        tuple(r[key] for key in ("step", *(keys or ("loss", "grad_norm", "lr"))))
-        for r in log
-        if r["kind"] == "train"
-    ]
 
 
 def evals(log):
     return [(r["step"], r["loss"], r["accuracy"]) for r in log if r["kind"] == "eval"]
-
-
-def tensors(dir, name="model"):
-    return {key: tensor.clone() for key, tensor in weights.read_tensors(dir, name=name).items()}
-
-
-def same_tensors(a, b, name="model"):
-    a, b = tensors(a, name), tensors(b, name)
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def stop_before(monkeypatch, step, how=lambda: True):
-    """The run is asked to stop when `step` steps are done; `how` may also raise."""
-    calls = iter(range(10**6))
-    monkeypatch.setattr(
-        runtime.Runtime, "should_stop", lambda self: how() if next(calls) == step else False
-    )
 
 
 def losses_of(model, rows, temperature=1.0):
@@ -123,7 +74,7 @@ def gradients(model, micros):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-# ---------------------------------------------------------------------------------------------- what is a loss
+# ---- what is a loss
 
 
 def test_packed_logits_are_the_unpacked_ones():
@@ -256,7 +207,7 @@ def test_grad_checkpoint_changes_no_gradient(base, store):
 
 
 def test_grad_checkpoint_on_xla_reaches_adapters_over_frozen_embeddings(base, monkeypatch):
-    """Its checkpoint function is torch's reentrant one with barriers, and runs here in its place."""
+    """XLA's checkpoint function is torch's reentrant one with barriers. Here torch's runs."""
     module = types.ModuleType("torch_xla.utils.checkpoint")
     module.checkpoint = torch.utils.checkpoint.checkpoint
     monkeypatch.setitem(sys.modules, "torch_xla", types.ModuleType("torch_xla"))
@@ -275,7 +226,7 @@ def test_grad_checkpoint_on_xla_reaches_adapters_over_frozen_embeddings(base, mo
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
 def test_the_memory_estimate_is_near_the_truth(base, grad_checkpoint, monkeypatch):
-    """Against the bytes that torch holds at most over two micro-batches and a step of AdamW, from the second step on."""
+    """Against the peak of torch's memory in the second step: two micro-batches and AdamW."""
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 2**16)
     model = tiny.model(n_layers=6, dim=64, ffn_dim=192, head_dim=16)
     runtime.Runtime("cpu", dtype="float32").wrap(model, grad_checkpoint=grad_checkpoint)
@@ -313,14 +264,14 @@ def test_compiled_layers_do_the_same(base, store, tmp_path):
     np.testing.assert_allclose(evals(runs[1]), evals(runs[0]), rtol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------- what is trained
+# ---- what is trained
 
 
 def test_what_is_saved_is_what_was_trained_and_evaluated(base, store, tmp_path):
     log = train(tmp_path / "out", base, store, steps=1, eval_every=1)
     (_, before, _), (_, after, _) = evals(log)
     assert after != before and not same_tensors(tmp_path / "out" / "last", base)
-    assert same_tensors(tmp_path / "out" / "last", tmp_path / "out" / "best") == (after < math.inf)
+    assert same_tensors(tmp_path / "out" / "last", tmp_path / "out" / "best")
     again = train(tmp_path / "again", tmp_path / "out" / "last", store, epochs=0)
     assert evals(again)[0][1:] == evals(log)[-1][1:]
 
@@ -332,7 +283,6 @@ def test_training_lowers_the_loss_and_keeps_the_best(base, store, tmp_path):
     assert scores[best] < scores[0] - 0.5
     again = train(tmp_path / "again", tmp_path / "out" / "best", store, epochs=0)
     assert evals(again)[0][1] == scores[best]
-    assert best != 40, "choose an lr at which the last is not the best"
 
 
 @pytest.mark.parametrize(
@@ -367,7 +317,7 @@ def test_only_what_is_chosen_moves(store, tmp_path, settings, moves, tie):
 
 
 def test_small_steps_are_not_lost(base, store, tmp_path):
-    """Weights are fp32 masters: under bf16 autocast 20 AdamW steps of 1e-5 with one direction add up to 20e-5."""
+    """Weights are fp32 masters: under autocast 20 AdamW steps of 1e-5 one way add up to 20e-5."""
     train(
         tmp_path / "out",
         base,
@@ -434,7 +384,7 @@ def test_other_software_opens_the_result(base, store, tmp_path, rank):
         )
 
 
-# ---------------------------------------------------------------------------------------------- resume
+# ---- resume
 
 KINDS = dict(
     full=dict(),
@@ -445,20 +395,8 @@ KINDS = dict(
 )
 
 
-def lines(out):
-    """The log without what depends on the clock."""
-    return [
-        {
-            k: v
-            for k, v in r.items()
-            if k not in ("time", "tokens_per_s", "targets_per_s", "memory_gb")
-        }
-        for r in records(out)
-    ]
-
-
 def assert_same_run(a, b, adapter=False):
-    assert lines(a) == lines(b)
+    assert tiny.lines(a) == tiny.lines(b)
     assert same_tensors(a / "last", b / "last", "adapter_model" if adapter else "model")
     assert same_tensors(a / "state", b / "state", "state")
     assert (a / "state" / "state.json").read_text() == (b / "state" / "state.json").read_text()
@@ -524,7 +462,7 @@ def test_a_crash_loses_the_steps_since_the_last_save_and_no_more(
 
 def test_a_finished_run_is_not_run_again_unless_asked(base, store, tmp_path, capsys):
     train(tmp_path / "out", base, store, steps=4, schedule="constant", warmup_ratio=0.0)
-    first = lines(tmp_path / "out")
+    first = records(tmp_path / "out")
     for steps in (4, 2):  # 2: fewer than were done
         train(tmp_path / "out", base, store, steps=steps, schedule="constant", warmup_ratio=0.0)
         assert "is at step 4 already" in capsys.readouterr().out
@@ -597,7 +535,7 @@ def test_plain_text_has_no_prompts_to_answer(base, tmp_path):
     assert [r["kind"] for r in log] == ["eval", "train", "eval"]
 
 
-# ---------------------------------------------------------------------------------------------- processes
+# ---- processes
 
 
 def environment():
@@ -644,22 +582,3 @@ def test_sigterm_saves_and_the_same_command_goes_on(base, store, tmp_path):
         stop_before(patch, steps)
         train(tmp_path / "whole", **settings)
     assert_same_run(tmp_path / "whole", tmp_path / "cut", adapter=True)
-
-
-def test_two_processes_do_what_one_does(base, store, tmp_path):
-    """DDP, full and LoRA, and FSDP: gradients meet over ranks after the last micro-batch; padding evens out a short last step."""
-    common = BASE | dict(model=base, data=store, batch_size=8, micro_batch=2, eval_every=3, steps=5)
-    runs = dict(ddp=dict(), lora=dict(lora_rank=4, lr=1e-2), fsdp=dict(parallel="fsdp"))
-    tiny.two_processes(
-        tmp_path,
-        "sft",
-        [arguments(common | run | dict(out=tmp_path / name)) for name, run in runs.items()],
-    )
-    for name, run in runs.items():
-        alone = train(tmp_path / f"{name}-alone", **common | run)
-        both = records(tmp_path / name)
-        np.testing.assert_allclose(curve(both), curve(alone), rtol=1e-5)
-        np.testing.assert_allclose(evals(both), evals(alone), rtol=1e-5)
-        kind = "adapter_model" if "lora_rank" in run else "model"
-        a, b = (tensors(tmp_path / d / "last", kind) for d in (name, f"{name}-alone"))
-        assert all((a[key] - b[key]).abs().max() <= 1e-5 for key in b) and a.keys() == b.keys()

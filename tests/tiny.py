@@ -1,5 +1,7 @@
-"""A model directory of a few thousand weights with a tokenizer of single bytes, and data folders that fit it: for the tests."""
+"""What tests share: a model directory of a few thousand weights with a tokenizer of single bytes,
+data folders that fit it, runs of a stage in one process and in several, and what a run leaves."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from conftest import ROOT
 
 from model import ModelConfig, Transformer
-from nano import files, tokenizer, vocab, weights
+from nano import config, files, runtime, tokenizer, vocab, weights
 from nano.batches import collate
 from nano.store import write_store
 
@@ -67,7 +69,7 @@ def jsonl(path, records):
 
 
 def rows(n, seed=0, low=5, high=40):
-    """n documents of `low` to `high` tokens, the later half of each a copy of bytes that its first half determines."""
+    """n documents of `low` to `high` tokens. The first half of each determines the later half."""
     rng = np.random.default_rng(seed)
     out = []
     for _ in range(n):
@@ -85,13 +87,12 @@ def store(path, model, n=24, val=6, **sizes):
 
 
 def ranked(n, seed=0, completions=(2, 4)):
-    """n groups of rows, best first: what a completion is worth shows in its first letter, H down to A."""
-    rng, out = np.random.default_rng(seed), []
+    """n groups of rows, best first. The first letter of a completion, H down to A, is its worth."""
+    rng = np.random.default_rng(seed)
+    out = []
     for _ in range(n):
-        prompt, count = (
-            rng.integers(97, 110, rng.integers(3, 8)),
-            rng.integers(completions[0], completions[1] + 1),
-        )
+        prompt = rng.integers(97, 110, rng.integers(3, 8))
+        count = rng.integers(completions[0], completions[1] + 1)
         worths = sorted(rng.choice(8, count, replace=False) + 65, reverse=True)
         answers = [[worth, *rng.integers(97, 110, rng.integers(2, 9)), 258] for worth in worths]
         out.append(
@@ -119,21 +120,97 @@ def adapter_parameters(model, name="default"):
     return [p for key, p in model.named_parameters() if key.endswith(f".{name}")]
 
 
+# ---- a run in this process
+
+
+def arguments(settings):
+    """{key: value} -> ["key=value"], as on a command line."""
+
+    def show(value):
+        if isinstance(value, bool):
+            return str(value).lower()
+        return ",".join(map(str, value)) if isinstance(value, list) else value
+
+    return [f"{key}={show(value)}" for key, value in settings.items()]
+
+
+def override(*settings):
+    """Lists of key=value as one, in which a later value of a key takes the earlier one's place."""
+    return list({s.partition("=")[0]: s for part in settings for s in part}.values())
+
+
+def train(stage, argv):
+    """Runs a stage in this process."""
+    stage = importlib.import_module(stage)
+    stage.main(config.load(stage.Config, argv))
+
+
+def stop_before(monkeypatch, step, how=lambda: True):
+    """The run is asked to stop when `step` steps are done. `how` may raise instead."""
+    calls = iter(range(10**6))
+    monkeypatch.setattr(
+        runtime.Runtime, "should_stop", lambda self: how() if next(calls) == step else False
+    )
+
+
+# ---- what a run leaves behind
+
+
+def records(out, kind=None):
+    """The records of a run's log, all or those of a kind. NaN and Infinity are not JSON."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (Path(out) / "log.jsonl").read_text(encoding="utf-8")
+    log = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    return [r for r in log if kind in (None, r["kind"])]
+
+
+def lines(out, kind=None):
+    """The records without what differs from run to run: time, speed and memory."""
+    return [
+        {k: v for k, v in r.items() if k not in ("time", "memory_gb") and not k.endswith("_s")}
+        for r in records(out, kind)
+    ]
+
+
+def curve(log, *keys):
+    """(step, loss, grad_norm, lr), or step and `keys`, of each training step in a log."""
+    keys = ("step", *(keys or ("loss", "grad_norm", "lr")))
+    return [tuple(r[key] for key in keys) for r in log if r["kind"] == "train"]
+
+
+def tensors(dir, name="model"):
+    """The tensors of a file in memory of their own, so that a later run may write over the file."""
+    return {key: tensor.clone() for key, tensor in weights.read_tensors(dir, name=name).items()}
+
+
+def same_tensors(a, b, name="model"):
+    """Whether two directories have the same tensors, bit for bit."""
+    a, b = (weights.read_tensors(dir, name=name) for dir in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in b)
+
+
 def state(dir):
     """(tensors, meta) of a training state in one file."""
     return dict(weights.read_tensors(dir, name="state")), files.read_json(Path(dir) / "state.json")
 
 
 def first_moments(out):
-    """exp_avg, whole, in the training state of a run folder, one file or one a rank. After one step: (1 - beta1) x the gradient."""
+    """Adam's first moments in a run folder's training state, gathered from the files of all ranks.
+
+    After one step they are (1 - beta1) times the gradient.
+    """
     reader = dcp.HuggingFaceStorageReader(out / "state")
-    found = {
-        k: v for k, v in reader.read_metadata().state_dict_metadata.items() if k.endswith("exp_avg")
-    }
-    tensors = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in found.items()}
+    metadata = reader.read_metadata().state_dict_metadata
+    metadata = {name: m for name, m in metadata.items() if name.endswith("exp_avg")}
+    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in metadata.items()}
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
+
+# ---- a run in several processes
 
 WORKER = """
 import importlib, json, sys
@@ -154,7 +231,10 @@ config.leave(0)
 
 
 def processes(dir, jobs, world=2, before="", after="", timeout=100, **environment):
-    """Runs jobs, each a stage and its arguments, on `world` processes -> (exit status, output). before, after: code around them."""
+    """Runs jobs, each a stage and its arguments, on `world` processes -> (exit status, output).
+
+    before, after: code that each process runs before and after them. environment: its variables.
+    """
     script = Path(dir) / "worker.py"
     script.write_text(WORKER.format(before=before, after=after))
     command = [
@@ -175,9 +255,3 @@ def processes(dir, jobs, world=2, before="", after="", timeout=100, **environmen
     finally:
         process.terminate()  # torchrun ends its children
     return process.returncode, output
-
-
-def two_processes(dir, stage, argvs):
-    """Runs of a stage, each with its arguments, on two processes."""
-    status, output = processes(dir, [(stage, argv) for argv in argvs])
-    assert status == 0, output[-3000:]

@@ -1,7 +1,10 @@
-"""Every stage on XLA, compiled for the CPU: one device, and four virtual ones (SPMD). Run by `bash test.sh xla`.
+"""Every stage on XLA, compiled for the CPU: one device, and four virtual ones (SPMD).
 
-What torch_xla sets up holds for a process, so the runs on one device share a process, and those on four another one. The CPU's
-devices cannot be of several hosts: of a pod slice, two processes test what its hosts must do alike, each on two devices of its own.
+    bash test.sh xla
+
+What torch_xla sets up holds for a process. So the runs on one device share a process, and those on
+four devices another one. The CPU's devices cannot belong to several hosts, so two processes with
+two devices each test what the hosts of a pod slice must do alike.
 """
 
 import importlib.util
@@ -12,19 +15,9 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 from conftest import ROOT
-from test_parallel import (  # noqa: F401
-    STAGES,
-    alone,
-    assert_same_curve,
-    assert_same_weights,
-    folder,
-    job,
-    quiet,
-    records,
-)
-
-from nano import weights
+from stages import STAGES, assert_same_curve, assert_same_weights, job
 
 if importlib.util.find_spec("torch_xla") is None:
     pytest.skip("no torch_xla here: bash test.sh xla", allow_module_level=True)
@@ -37,7 +30,7 @@ for stage, argv in json.loads(sys.argv[1]):
     stage = importlib.import_module(stage)
     stage.main(config.load(stage.Config, argv))
 """
-# A host of a slice of two. Only the first may change files; each runs to the end only if the other does.
+# A host of a slice of two. Only the first may change files, and neither ends before the other.
 HOST = """
 import importlib, json, os, signal, sys
 import torch.distributed as dist
@@ -48,11 +41,13 @@ from nano import config, functions, optim, runtime
 host, out = int(sys.argv[2]), sys.argv[3]
 xr.process_index, xr.process_count = lambda: host, lambda: 2
 begin, lr_at = dist.init_process_group, optim.lr_at
-dist.init_process_group = lambda *args, **settings: dist.is_initialized() or begin(*args, **settings)
+dist.init_process_group = lambda *args, **keys: dist.is_initialized() or begin(*args, **keys)
 runtime.Runtime.close = lambda self: None
 
 def only_reads(event, args):
-    changes = event in ("os.mkdir", "os.rename", "os.remove") or event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+    changes = event in ("os.mkdir", "os.rename", "os.remove")
+    if event == "open":
+        changes = (args[2] or 0) & (os.O_WRONLY | os.O_RDWR)
     if changes and str(args[0]).startswith(out):
         raise PermissionError(f"{event} {args}")
 
@@ -94,7 +89,7 @@ def launch(devices, jobs):
 
 
 def launch_hosts(jobs, dir):
-    """Runs jobs on two hosts of two devices -> of each (exit status, output, the hash of every graph that it ran)."""
+    """Runs jobs on two hosts of two devices -> of each (exit status, output, hashes of graphs)."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = dict(MASTER_ADDR="localhost", MASTER_PORT=str(s.getsockname()[1]))
@@ -127,7 +122,12 @@ def launch_hosts(jobs, dir):
 
 
 @pytest.fixture(scope="module")
-def one(folder):  # noqa: F811
+def folder(stages_folder):
+    return stages_folder
+
+
+@pytest.fixture(scope="module")
+def one(folder):
     def run(name, out, *more):
         return job(folder, name, folder / "xla" / out, "device=xla", "parallel=none", *more)
 
@@ -142,7 +142,7 @@ def one(folder):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def four(folder):  # noqa: F811
+def four(folder):
     def run(name, mode, out, *more):
         return job(
             folder, name, folder / "spmd" / out, "device=xla", *f"parallel={mode}".split(), *more
@@ -156,27 +156,21 @@ def four(folder):  # noqa: F811
 def assert_runs_alike(out, reference):
     assert_same_curve(out, reference, tolerance=1e-4)
     assert_same_weights(out / "last", reference / "last")
-    graphs = [r["graphs"] for r in records(out) if r["kind"] == "train"]
-    assert (
-        0 < graphs[0] and len(set(graphs[2:])) == 1
-    )  # nothing is compiled after the first save, which follows the second step
+    graphs = [r["graphs"] for r in tiny.records(out, "train")]
+    # Nothing is compiled after the first save, which follows the second step.
+    assert 0 < graphs[0] and len(set(graphs[2:])) == 1
 
 
 @pytest.mark.parametrize("name", ONE)
-def test_one_device_does_what_eager_torch_does(folder, one, name):  # noqa: F811
+def test_one_device_does_what_eager_torch_does(folder, one, name):
     assert_runs_alike(one / name, folder / "one" / name)
 
 
 @pytest.mark.parametrize(
     "mode, name", [(mode, name) for mode, names in SPMD.items() for name in names]
 )
-def test_four_devices_do_what_eager_torch_does(folder, four, mode, name):  # noqa: F811
+def test_four_devices_do_what_eager_torch_does(folder, four, mode, name):
     assert_runs_alike(four / f"{mode}-{name}", folder / "one" / name)
-
-
-def same(a, b, name):
-    a, b = weights.read_tensors(a, name), weights.read_tensors(b, name)
-    return a.keys() == b.keys() and all((a[key] == b[key]).all() for key in b)
 
 
 def test_a_resume_is_exact(one, four):
@@ -184,12 +178,12 @@ def test_a_resume_is_exact(one, four):
         (one / "whole", one / "cut", "adapter_model"),
         (four / "fsdp-sft", four / "cut", "model"),
     ):
-        assert same(whole / "last", cut / "last", name)
-        losses = [[r["loss"] for r in records(out) if "loss" in r] for out in (whole, cut)]
+        assert tiny.same_tensors(whole / "last", cut / "last", name)
+        losses = [[r["loss"] for r in tiny.records(out) if "loss" in r] for out in (whole, cut)]
         assert losses[0] == losses[1]
 
 
-def test_hosts_of_a_slice_do_the_same(folder, tmp_path):  # noqa: F811
+def test_hosts_of_a_slice_do_the_same(folder, tmp_path):
     """SIGTERM reaches the second one alone, in the second step of `cut`."""
 
     def run(name, mode, out):
@@ -212,7 +206,7 @@ def test_hosts_of_a_slice_do_the_same(folder, tmp_path):  # noqa: F811
         assert_runs_alike(tmp_path / name.replace("sft", "cut"), folder / "one" / name)
 
 
-def test_a_host_that_fails_ends_the_job(folder, tmp_path):  # noqa: F811
+def test_a_host_that_fails_ends_the_job(folder, tmp_path):
     jobs = [
         [job(folder, "sft", tmp_path / "out", "device=xla", "parallel=fsdp", f"model={model}")]
         for model in (folder / "model", tmp_path / "lost")
