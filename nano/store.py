@@ -16,8 +16,8 @@ import hashlib
 import json
 import os
 import re
-import sys
 import shutil
+import sys
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
