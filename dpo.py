@@ -350,7 +350,7 @@ def main(cfg):
     if rt.is_main:
         for path in set(run.out.glob("reference.*.bin")) - set(paths.values()):
             path.unlink()  # of another model or other data
-    run.log.text(estimate.for_run(model, rt, cfg, train.document_length))
+    run.log.text(estimate.describe(model, rt, cfg, train.document_length))
     run.describe(train.summary)
 
     # ---- loop

@@ -1,14 +1,14 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), put around the layers of a model from
-outside, several by name on one base.
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) around the linear layers of a model.
 
     lora.apply(model, rank=16, alpha=32)   # freezes the base, trains the adapter "default"
     lora.use(model, None)                  # the base alone: the reference policy of DPO and PPO
     lora.merge(model)                      # folds the adapter into the weights and takes it off
 
-An adapted layer computes  base(x) + scale * B (A x)  with A (r, in), B (out, r) in fp32, scale =
-alpha / r, or alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732). It asks
-nothing of the base but in_features and out_features. nano/weights.py reads and writes adapters as
-PEFT directories."""
+An adapted layer computes base(x) + scale * B (A x) with A (r, in) and B (out, r) in fp32. The scale
+is alpha / r, or alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732). The
+base needs nothing but in_features and out_features. One base can carry several adapters with
+different names. nano/weights.py reads and writes adapters as PEFT directories.
+"""
 
 import math
 
@@ -18,13 +18,13 @@ import torch.nn.functional as F
 
 
 def dense(module):
-    """The matrix (out, in) that a linear layer multiplies by, whichever way the layer holds it."""
+    """The matrix (out, in) of a linear layer, however the layer stores it."""
     return module.dense() if hasattr(module, "dense") else module.weight
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer `base` with named adapters around it, of which `active` (a name or
-    None) takes part in forward."""
+    """A frozen linear layer `base` with named adapters around it. `active` is the name of the
+    adapter that forward uses, or None."""
 
     def __init__(self, base):
         super().__init__()
@@ -38,22 +38,22 @@ class LoRA(nn.Module):
         self.active = None
 
     def add(self, name, rank, scale, dropout=0.0):
-        """A new adapter, which changes nothing yet: B is 0."""
-        held = next(iter(self.base.state_dict().values()))  # a parameter or a buffer
-        new = dict(dtype=torch.float32, device=held.device)
-        A = torch.empty(rank, self.in_features, **new)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as nn.Linear's, and peft's
-        self.put(name, A, torch.zeros(self.out_features, rank, **new), scale, dropout)
+        """Adds an adapter that changes nothing yet, because its B is 0."""
+        tensor = next(iter(self.base.state_dict().values()))  # a parameter or a buffer
+        A = torch.empty(rank, self.in_features, device=tensor.device)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as nn.Linear and peft do
+        B = torch.zeros(self.out_features, rank, device=tensor.device)
+        self.put(name, A, B, scale, dropout)
 
     def put(self, name, A, B, scale, dropout=0.0):
-        """The adapter `name`: A (r, in), B (out, r)."""
+        """Sets the adapter `name`: A (r, in), B (out, r)."""
         self.lora_A[name] = nn.Parameter(A)
         self.lora_B[name] = nn.Parameter(B)
         self.scales[name] = scale
         self.dropouts[name] = dropout
 
     def dense(self):
-        """The base's matrix with the active adapter in it, in fp32."""
+        """The base's matrix with the active adapter folded in, in fp32."""
         weight = dense(self.base)
         if self.active is None:
             return weight
@@ -66,7 +66,7 @@ class LoRA(nn.Module):
             return y
         A, B = self.lora_A[self.active], self.lora_B[self.active]
         x = F.dropout(x, self.dropouts[self.active], self.training)
-        # scaled here, where it is only `rank` wide
+        # scaled here, where the activations are only `rank` wide
         low = F.linear(x, A.to(x.dtype)) * self.scales[self.active]
         return y + F.linear(low, B.to(low.dtype))
 
@@ -77,8 +77,8 @@ def adapted(model):
 
 
 def linear_names(model):
-    """The layers that may carry adapters: the linear ones of the blocks, adapted already or not.
-    The head never does, because losses.py reads its weight."""
+    """The names of the layers that may carry adapters: the linear layers of the blocks, adapted or
+    not. The head is not among them, because losses.py reads its weight."""
     inside = set(model.layers.modules())
     bases = {m.base for m in inside if isinstance(m, LoRA)}
     able = {m for m in inside - bases if hasattr(m, "in_features")}
@@ -86,7 +86,7 @@ def linear_names(model):
 
 
 def wrap(model, name):
-    """The LoRA around the layer `name`, put there if there is none yet."""
+    """The LoRA around the layer `name`. It is put there if there is none yet."""
     module = model.get_submodule(name)
     if not isinstance(module, LoRA):
         module = LoRA(module)
@@ -95,25 +95,26 @@ def wrap(model, name):
 
 
 def apply(model, rank, alpha, dropout=0.0, targets="all-linear", name="default", rslora=False):
-    """Freezes the base and adds a trainable adapter to the linear layers that `targets` names: a
-    list of suffixes such as ["q_proj", "v_proj"], or "all-linear": every linear layer of the
-    blocks, not the head. Makes it the active one. ValueError for a rank below 1 and for targets
-    that name no layer."""
+    """Freezes the base, adds a trainable adapter to linear layers, and makes it the active one.
+
+    targets: a list of suffixes of layer names such as ["q_proj", "v_proj"], or "all-linear", which
+    means every linear layer of the blocks and not the head. ValueError for a rank below 1 and for
+    targets that name no layer.
+    """
     if rank < 1:
         raise ValueError(f"lora_rank={rank}: must be 1 or more")
-    linears = linear_names(model)
+    chosen = linears = linear_names(model)
     suffixes = [targets] if isinstance(targets, str) else list(targets)
-    if suffixes == ["all-linear"]:
-        suffixes = linears
-    ends = {s: [n for n in linears if n == s or n.endswith("." + s)] for s in suffixes}
-    for suffix, names in ends.items():
-        if not names:
-            leaves = sorted({n.rpartition(".")[2] for n in linears})
-            raise ValueError(
-                f"lora_targets: no layer ends in {suffix!r}; the linear layers are "
-                + ", ".join(leaves)
-            )
-    chosen = set().union(*ends.values())
+    if suffixes != ["all-linear"]:
+        endings = tuple(f".{suffix}" for suffix in suffixes)
+        chosen = [n for n in linears if f".{n}".endswith(endings)]
+        for suffix, ending in zip(suffixes, endings, strict=True):
+            if not any(f".{n}".endswith(ending) for n in chosen):
+                leaves = sorted({n.rpartition(".")[2] for n in linears})
+                raise ValueError(
+                    f"lora_targets: no layer ends in {suffix!r}; the linear layers are "
+                    + ", ".join(leaves)
+                )
     if not chosen:
         raise ValueError(
             "lora_targets names no layer: give suffixes such as [q_proj,v_proj], or all-linear"
@@ -121,15 +122,14 @@ def apply(model, rank, alpha, dropout=0.0, targets="all-linear", name="default",
     if not adapted(model):
         model.requires_grad_(False)
     scale = alpha / (math.sqrt(rank) if rslora else rank)
-    for n in linears:
-        if n in chosen:
-            wrap(model, n).add(name, rank, scale, dropout)
+    for layer in chosen:
+        wrap(model, layer).add(name, rank, scale, dropout)
     use(model, name)
 
 
 def use(model, name):
-    """Switches every adapted layer to the adapter `name`, or to the bare base with None. Layers
-    without it run bare."""
+    """Switches every adapted layer to the adapter `name`, or to its base with None. A layer without
+    this adapter runs its base. KeyError if no layer has it."""
     layers = adapted(model)
     if name is not None and not any(name in m.scales for _, m in layers):
         raise KeyError(f"there is no adapter {name!r} on this model")
@@ -139,8 +139,8 @@ def use(model, name):
 
 @torch.no_grad()
 def merge(model):
-    """Folds the active adapter into the weights for good, in fp32, and takes all adapters off.
-    Returns the model."""
+    """Folds the active adapter into the weights in fp32, takes all adapters off, and returns the
+    model."""
     for name, m in adapted(model):
         plain = m.base
         if m.active is not None:

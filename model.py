@@ -1,17 +1,18 @@
 """A decoder-only transformer with slots, in one file that needs torch alone.
 
 A slot is a field of ModelConfig with a named choice: norm, positions, mlp, activation, biases,
-windows, the head. Llama, SmolLM2, Mistral, Qwen2, Qwen3 and GPT-2 are choices, and nothing here
-asks for a family's name: nano/families.py does. Parameter names are Hugging Face's Llama names, for
-every family.
+windows, the head. Llama, SmolLM2, Mistral, Qwen2, Qwen3 and GPT-2 are such choices. Nothing here
+asks for a family's name; nano/families.py does. Every family has the parameter names of Hugging
+Face's Llama.
 
     model = Transformer(ModelConfig(...))
     hidden = model.hidden(tokens)   # (B, T) -> (B, T, C)
     logits = model.logits(hidden)   # (B, T, V); losses.py never builds them all
-    hidden = model(batch)           # (M, C): of the positions batch["index"], which a loss needs
+    hidden = model(batch)           # (M, C), of the positions batch["index"], which a loss needs
 
-Packed rows: `docs` (B, T) gives each token the id of its document, and attention never crosses
-documents. Padding is a document of its own (id -1), so a padded row needs nothing else."""
+In packed rows `docs` (B, T) is the id of each token's document. Attention never crosses documents.
+Padding is a document of its own with the id -1, so a padded row needs no other mask.
+"""
 
 import functools
 import math
@@ -22,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-SHORT = 512  # tokens of a document at most, for document_attention
+SHORT = 512  # most tokens of a document that document_attention multiplies out
 
 ACTIVATIONS = dict(
     silu=F.silu,
@@ -41,13 +42,13 @@ class ModelConfig:
     n_kv_heads: int = 8  # K; fewer than n_heads: grouped-query attention
     head_dim: int = 64  # D; need not be C / H
     ffn_dim: int = 1408  # F
-    norm: str = "rms"  # rms | layer (with a bias); it stands before each half of a block
+    norm: str = "rms"  # rms | layer (with a bias), before each half of a block
     norm_eps: float = 1e-5
     positions: str = "rope"  # rope | learned: an embedding of max_positions
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": "llama3" | "linear", ...} as in config.json
     max_positions: int = 2048
-    windows: tuple = ()  # tokens each layer looks back, itself included; 0: all; (): all everywhere
+    windows: tuple = ()  # of each layer: how many tokens it sees, the current one included; 0: all
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False  # RMSNorm over each head's q and k
@@ -56,23 +57,18 @@ class ModelConfig:
     mlp_bias: bool = False
     tie_embeddings: bool = False
     head: str = "lm"  # lm: next-token logits; score: one number a token (reward and value models)
-    family: str = (
-        "llama"  # the `model_type` of config.json, for saving; this file never asks for it
-    )
-
-    @property
-    def parameter_count(self):
-        return sum(p.numel() for p in empty(self).parameters())
+    family: str = "llama"  # the `model_type` of config.json, for saving alone
 
 
 # ---------------------------------------------------------------------- positions
 
 
 def rope_frequencies(cfg):
-    """Inverse frequencies (D/2,) of the rotary embedding, fp32. Source: Su et al. 2021
-    (arXiv:2104.09864). "llama3" scaling is the Llama 3.1 release's: it stretches long wavelengths
-    by `factor` and blends those between the two cut-offs. ValueError for a scaling that is none of
-    default, linear and llama3."""
+    """Inverse frequencies (D/2,) of the rotary embedding, fp32 (Su et al. 2021, arXiv:2104.09864).
+
+    "llama3" scaling is that of the Llama 3.1 release. It stretches long wavelengths by `factor` and
+    blends those between the two limits. ValueError for a scaling that is not supported.
+    """
     steps = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device="cpu")
     inv = 1.0 / cfg.rope_theta ** (steps / cfg.head_dim)
     scaling = cfg.rope_scaling or {}
@@ -82,17 +78,18 @@ def rope_frequencies(cfg):
     if kind == "linear":
         return inv / scaling["factor"]
     if kind == "llama3":
-        # full turns over the original context
+        # how often each frequency turns over the original context
         turns = scaling["original_max_position_embeddings"] * inv / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        # 1: a short wavelength, kept; 0: a long one, stretched
+        # 1 keeps a short wavelength, 0 stretches a long one
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return keep * inv + (1 - keep) * inv / scaling["factor"]
     raise ValueError(f"rope scaling {kind!r} is not supported (default, linear, llama3 are)")
 
 
 def rotate(x, cos, sin):
-    """x (B, T, heads, D); cos, sin (B, T, 1, D). Pairs are (i, i + D/2), Hugging Face's order."""
+    """Rotates x (B, T, heads, D) by cos, sin (B, T, 1, D). Pairs are (i, i + D/2), Hugging Face's
+    order."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
@@ -101,28 +98,32 @@ def rotate(x, cos, sin):
 
 
 def begins(docs):
-    """docs (B, T) -> where in its row each token's document begins, (B, T)."""
+    """docs (B, T) -> (B, T): where in its row each token's document begins."""
     starts = torch.cat((torch.ones_like(docs[:, :1]), docs.diff(dim=1)), dim=1) != 0
     index = torch.arange(docs.shape[1], device=docs.device)
-    return torch.where(starts, index, 0).int().cummax(dim=1).values  # XLA: wide rows fail in int64
+    # int32, because XLA fails on wide rows in int64
+    return torch.where(starts, index, 0).int().cummax(dim=1).values
 
 
 def block_mask(docs, window, size=128):
-    """attention_mask's for flex_attention. What a token sees is one stretch of its row. So two
-    numbers for each block of queries tell which blocks of keys to visit; torch's create_block_mask
-    would look at all T x T pairs, in 20 times the time."""
+    """attention_mask for flex_attention.
+
+    What a token sees is one stretch of its row. So two numbers for each block of queries tell which
+    blocks of keys to visit. torch's create_block_mask looks at all T x T pairs and takes 20 times
+    as long.
+    """
     T = docs.shape[1]
     index = torch.arange(T, device=docs.device)
     oldest = begins(docs)
     if window:
         oldest = torch.maximum(oldest, index - window + 1)
-    keys = index[::size] // size  # blocks
+    keys = index[::size] // size  # numbers of the blocks
     queries = keys[:, None]
     first = oldest[:, ::size, None]
     last = oldest[:, (index[::size] + size - 1).clamp(max=T - 1), None]
     # both (B, blocks of queries, blocks of keys)
     seen = (keys <= queries) & (keys >= first // size)
-    # all pairs of such a block are seen: the kernel need not look at each
+    # in these blocks every pair is seen, so the kernel need not look at each
     whole = (keys < queries) & (keys * size >= last) & ((queries + 1) * size <= T)
 
     def listed(blocks):
@@ -136,16 +137,17 @@ def block_mask(docs, window, size=128):
 
 
 def attention_mask(docs, window, head_dim):
-    """What each token of a row may see: earlier tokens of its document, at most `window` back (0:
-    all). A document is one stretch of a row. docs (B, T) -> a BlockMask on CUDA; on a CPU without a
-    window Documents, for there attention runs document by document; else a bool (B, 1, T, T)."""
+    """What each token of a row may see: earlier tokens of its document, at most `window` back
+    (0: all). A document is one stretch of a row.
+
+    docs (B, T) -> Documents on a CPU without a window, where attention runs document by document; a
+    BlockMask on CUDA; else a bool (B, 1, T, T).
+    """
     B, T = docs.shape
     if not window and docs.device.type == "cpu":
-        starts = torch.ones(B, T, dtype=torch.bool)
-        starts[:, 1:] = docs[:, 1:] != docs[:, :-1]
-        edges = [*starts.flatten().nonzero().squeeze(1).tolist(), B * T]
-        return Documents([b - a for a, b in zip(edges, edges[1:], strict=False)])
-    if docs.is_cuda and head_dim >= 16:  # its kernels take no smaller ones
+        starts = (begins(docs) == torch.arange(T)).flatten().nonzero()[:, 0]
+        return Documents(starts.diff(append=torch.tensor([B * T])).tolist())
+    if docs.is_cuda and head_dim >= 16:  # its kernels take no smaller heads
         return block_mask(docs, window)
     ones = torch.ones(T, T, dtype=torch.bool, device=docs.device)
     causal = ones.tril() if not window else ones.tril() & ones.triu(1 - window)
@@ -153,8 +155,10 @@ def attention_mask(docs, window, head_dim):
 
 
 def cache_mask(positions, span, window):
-    """A token at position p sees the slots 0..p of a cache. positions (B, T) -> bool (B, 1, T,
-    span)."""
+    """A token at position p sees the slots 0..p of a cache, at most `window` of them (0: all).
+
+    positions (B, T) -> bool (B, 1, T, span).
+    """
     slots = torch.arange(span, device=positions.device)
     mask = slots <= positions[..., None]
     if window:
@@ -167,21 +171,21 @@ def cache_mask(positions, span, window):
 
 @dataclass(frozen=True)
 class Extras:
-    """What a layer adds to softmax(scale * q k^T) v. ALiBi slopes, a soft cap, sinks: a field here
-    and its branch in attend."""
+    """What a layer adds to softmax(q k^T) v. ALiBi slopes, a soft cap or sinks would be a field
+    here and a branch in `attend`."""
 
     scale: float
 
 
 def attend(q, k, v, seen, extras):
-    """Attention. All of it: training, prompts and decoding come through here, and this is where the
-    kernel is chosen.
+    """Computes all attention, in training, for prompts and in decoding, and chooses the kernel.
 
     q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D). seen: what attention_mask or cache_mask
-    returned; None: every token sees itself and all before it, which the fastest kernels have built
-    in."""
+    returned. With None every token sees itself and all before it, which the fastest kernels have
+    built in.
+    """
     if isinstance(seen, BlockMask):
-        # uncompiled, flex_attention builds all scores; a compiled layer takes it into its graph
+        # a compiled layer takes flex_attention into its graph; uncompiled it builds all scores
         flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
         return flex(q, k, v, block_mask=seen, scale=extras.scale, enable_gqa=True)
     if isinstance(seen, Documents):
@@ -199,9 +203,11 @@ def _compiled_flex():
 
 
 def one_query(q, k, v, seen, extras):
-    """A decoding step: q (B, H, 1, D), seen (B, 1, 1, S). The query heads that share a key/value
-    head are taken as one block, so that the cache is read once for all of them. On a CPU plain
-    products beat the fused kernel, which is made for long queries."""
+    """A decoding step: q (B, H, 1, D), seen (B, 1, 1, S) -> (B, H, 1, D).
+
+    The query heads that share a key/value head form one block, so the cache is read once for all of
+    them. On a CPU plain products beat the fused kernel, which is made for long queries.
+    """
     B, K, S, D = k.shape
     if q.device.type != "cpu":
         q = q.reshape(B, K, -1, D)
@@ -215,9 +221,11 @@ def one_query(q, k, v, seen, extras):
 
 def document_attention(q, k, v, extras):
     """Causal attention within one document, on a CPU: q (H, T, D), k and v (K, T, D) -> (H, T, D).
-    A short one in bf16 is two matrix products, which take a third of the time of torch's CPU kernel
-    (bench/attention.py). autograd then keeps the H x T x T probabilities, which is why longer ones
-    stay with the kernel."""
+
+    A short document in bf16 is two matrix products, which take a third of the time of torch's CPU
+    kernel (bench/attention.py). autograd then keeps H x T x T probabilities, so longer ones stay
+    with the kernel.
+    """
     H = len(q)
     K, T, D = k.shape
     if q.dtype != torch.bfloat16 or T > SHORT:
@@ -231,30 +239,27 @@ def document_attention(q, k, v, extras):
     return (scores.softmax(-1) @ v).view(H, T, D)
 
 
-def by_document(documents, q, k, v, extras):
-    """Attention of packed rows on a CPU, each document alone: q (B, H, T, D), k and v (B, K, T, D)
-    -> (B, H, T, D)."""
-    B, _, T, D = q.shape
-    flat = [t.transpose(0, 1).reshape(-1, B * T, D) for t in (q, k, v)]
-    parts = zip(*(t.split(documents.lengths, dim=1) for t in flat), strict=True)
-    y = torch.cat([document_attention(*part, extras) for part in parts], dim=1)
-    return y.view(-1, B, T, D).transpose(0, 1)
+@dataclass(eq=False)
+class Documents:
+    """What the tokens of packed rows see on a CPU: their documents, as lengths along the flattened
+    rows. A class and not a list, because torch.compile guards on what is in a list. It would
+    compile anew for every batch."""
+
+    lengths: list
+
+    def attend(self, q, k, v, extras):
+        """Each document alone: q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D)."""
+        B, _, T, D = q.shape
+        flat = [t.transpose(0, 1).reshape(-1, B * T, D) for t in (q, k, v)]
+        parts = zip(*(t.split(self.lengths, dim=1) for t in flat), strict=True)
+        y = torch.cat([document_attention(*part, extras) for part in parts], dim=1)
+        return y.view(-1, B, T, D).transpose(0, 1)
 
 
 @functools.cache
-def _uncompiled_by_document():
-    return torch.compiler.disable(by_document)
-
-
-class Documents:
-    """What the tokens of packed rows see on a CPU: the lengths of the documents along the flattened
-    rows. A class and not a list, because torch.compile guards on what is in a list, and would
-    compile anew for every batch."""
-
-    attend = by_document
-
-    def __init__(self, lengths):
-        self.lengths = lengths
+def _keep_documents_uncompiled():
+    """A compiled layer leaves its graph for documents. Each list of lengths would be a new graph."""
+    Documents.attend = torch.compiler.disable(Documents.attend)
 
 
 # ---------------------------------------------------------------------- layers
@@ -272,7 +277,7 @@ class RMSNorm(nn.Module):
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
-        # the kernel computes in fp32 in any case; autocast would also hand on fp32
+        # autocast would return fp32; the kernel computes in fp32 in any case
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             return F.layer_norm(x, weight.shape, weight, bias, self.eps)
@@ -282,7 +287,7 @@ NORMS = dict(rms=RMSNorm, layer=LayerNorm)
 
 
 class Attention(nn.Module):
-    # how the devices of a tensor group share the layers, see nano/tensor.py
+    # how the devices of a tensor group share the layers (nano/tensor.py)
     COLUMN = ("q_proj", "k_proj", "v_proj")
     ROW = ("o_proj",)
     PER_HEAD = ("q_norm", "k_norm")
@@ -299,10 +304,10 @@ class Attention(nn.Module):
         self.extras = Extras(scale=1 / math.sqrt(D))
 
     def forward(self, x, rope, seen, slots=None, cache=None):
-        B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        heads = *x.shape[:2], -1, self.head_dim
+        q = self.q_norm(self.q_proj(x).view(heads))  # (B, T, H, D)
+        k = self.k_norm(self.k_proj(x).view(heads))  # (B, T, K, D)
+        v = self.v_proj(x).view(heads)
         if rope is not None:
             q = rotate(q.to(v.dtype), *rope)
             k = rotate(k.to(v.dtype), *rope)
@@ -310,14 +315,16 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = remember(k, v, slots, cache)
         y = attend(q, k, v, seen, self.extras)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 def remember(k, v, slots, cache):
-    """Writes k, v (B, K, T, D) to a layer's cache (keys, values), (B, K, S, D) each, and returns
-    the keys and values that `seen` speaks of. slots (B, T): where the tokens go, row by row; what
-    is seen is the whole cache. None: they begin their rows, in the slots 0..T-1, and there is
-    nothing else to see."""
+    """Writes k, v (B, K, T, D) to a layer's cache (keys, values), each (B, K, S, D).
+
+    Returns the keys and values to attend to. slots (B, T) are the places of the tokens, and the
+    whole cache is returned. With None the tokens begin their rows, in the slots 0..T-1, and nothing
+    else is there to see.
+    """
     keys, values = cache
     if slots is None:
         T = k.shape[2]
@@ -363,14 +370,13 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def compile(self, *args, **kwargs):
-        # each list of lengths would be a new graph, so a compiled layer leaves its graph for them
-        Documents.attend = _uncompiled_by_document()
+        _keep_documents_uncompiled()
         super().compile(*args, **kwargs)
 
 
 class ScoreHead(nn.Linear):
-    """hidden (..., C) -> one fp32 number a token (...). fp32 because a bf16 score has 8 significant
-    bits: pairs would tie."""
+    """hidden (..., C) -> one fp32 number a token (...). bf16 has 8 significant bits, and the scores
+    of a pair would tie."""
 
     def __init__(self, dim):
         super().__init__(dim, 1, bias=False)
@@ -401,14 +407,14 @@ class Transformer(nn.Module):
             self.score = ScoreHead(cfg.dim)
         elif not cfg.tie_embeddings:
             self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
-        # no buffer, because it must stay fp32 whatever dtype the model is cast to
+        # not a buffer, because it must stay fp32 when the model is cast
         self.inv_freq = rope_frequencies(cfg) if cfg.positions == "rope" else None
-        # a function(layer, *inputs) that computes activations again in backward; None: keep them
+        # a function(layer, *inputs) that recomputes activations in backward; None: they are kept
         self.recompute = None
 
     def init_weights(self, std=0.02):
-        """N(0, std) for matrices, with the two projections that write to the residual stream scaled
-        by 1/sqrt(2L) (GPT-2)."""
+        """N(0, std) for matrices, 1 for norms, 0 for biases. The two projections that write to the
+        residual stream are scaled by 1/sqrt(2L), as in GPT-2. Returns the model."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 nn.init.ones_(p) if name.endswith("weight") else nn.init.zeros_(p)
@@ -423,33 +429,35 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self):
-        """(V, C): the output matrix, which is the embedding's when they are tied."""
+        """The output matrix (V, C). With tied embeddings it is the embedding's."""
         return self.model["embed_tokens"].weight if self.cfg.tie_embeddings else self.lm_head.weight
 
     def logits(self, hidden):
         return F.linear(hidden, self.head_weight)
 
     def forward(self, batch):
-        """batch, a dict -> hidden states (M, C) of the flat positions batch["index"] (M,); without
-        "index" of all positions, (B * T, C).
+        """Hidden states (M, C) of the flat positions batch["index"] (M,), or of all positions,
+        (B * T, C), if the batch has no "index".
 
-        It reads "tokens" (B, T) and, where the batch has them, "positions" and "docs" (B, T): see
-        `hidden`. These are integers. FSDP casts the floating tensors of its arguments to bf16, so
-        weights and the like are left to the loss, which has the batch as it was.
+        It reads "tokens" (B, T) and, if they are there, "positions" and "docs" (B, T), as `hidden`
+        does. It reads integers only, because FSDP casts the floating tensors of its arguments to
+        bf16.
         """
         hidden = self.hidden(batch["tokens"], batch.get("positions"), batch.get("docs"))
         hidden = hidden.flatten(0, 1)
         return hidden[batch["index"]] if "index" in batch else hidden
 
     def hidden(self, tokens, positions=None, docs=None, cache=None):
-        """tokens (B, T) -> hidden states (B, T, C) after the last norm; feed them to .logits,
-        .score or losses.py.
+        """tokens (B, T) -> hidden states (B, T, C) after the last norm, for .logits, .score or
+        losses.py.
 
-        positions (B, T): of the tokens in their documents; default: counted from 0 in each
-        document. docs (B, T): document ids; default: a row is one. cache: per layer (keys, values),
-        each (B, K, S, D). With a cache, `positions` are also the slots that the tokens go to, and
-        they see all slots up to their own; without positions they begin their rows."""
-        slots = positions
+        positions (B, T): where each token stands in its document. By default it is counted.
+        docs (B, T): document ids. By default a row is one document.
+        cache: per layer (keys, values), each (B, K, S, D). With a cache, `positions` are also the
+        slots of the tokens, which see all slots up to their own. Without positions they begin their
+        rows.
+        """
+        slots = None if cache is None else positions
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             if docs is not None:
@@ -458,65 +466,62 @@ class Transformer(nn.Module):
         seen = {w: self.seen(w, positions, docs, cache, slots) for w in set(windows)}
         x = self.model["embed_tokens"](tokens)
         if self.cfg.positions == "learned":
-            # padding counts on where no document would: whatever it gets, nobody looks at it
+            # padding may count further than any document, but nobody looks at it
             last = self.cfg.max_positions - 1
             x = x + self.model["embed_positions"](positions.clamp(max=last))
         if torch.is_autocast_enabled(x.device.type):
-            # one dtype along the residual stream, whatever the weights are held in
+            # one dtype along the residual stream, whatever the dtype of the weights
             x = x.to(torch.get_autocast_dtype(x.device.type))
         rope = None
         if self.cfg.positions == "rope":
             rope = [r.to(x.dtype) for r in self.rotary(positions)]
-        for i, layer in enumerate(self.layers):
-            inputs = (x, rope, seen[windows[i]])
+        for i, (layer, window) in enumerate(zip(self.layers, windows, strict=True)):
             if cache is not None:
-                x = layer(*inputs, slots, cache[i])
+                x = layer(x, rope, seen[window], slots, cache[i])
             elif self.recompute is not None and torch.is_grad_enabled():
-                x = self.recompute(layer, *inputs)
+                x = self.recompute(layer, x, rope, seen[window])
             else:
-                x = layer(*inputs)
+                x = layer(x, rope, seen[window])
         return self.model["norm"](x)
 
     def seen(self, window, positions, docs, cache, slots):
-        """attend's `seen` for the layers of one window."""
-        T = positions.shape[1]
+        """The `seen` of attend for layers with this window."""
         if docs is not None:
             return attention_mask(docs, window, self.cfg.head_dim)
-        if slots is not None and cache is not None:
-            return cache_mask(positions, cache[0][0].shape[2], window)
+        if slots is not None:
+            return cache_mask(slots, cache[0][0].shape[2], window)
+        T = positions.shape[1]
         if not 0 < window < T:
             return None
-        if cache is not None:  # dense, for a prompt is not worth compiling flex_attention
+        if cache is not None:  # dense, because a prompt is not worth compiling flex_attention
             return cache_mask(positions, T, window)
         return attention_mask(torch.zeros_like(positions), window, self.cfg.head_dim)
 
     def rotary(self, positions):
-        """cos, sin (B, T, 1, D) in fp32."""
-        if self.inv_freq.device != positions.device:
-            self.inv_freq = self.inv_freq.to(positions.device)
+        """positions (B, T) -> cos, sin (B, T, 1, D) in fp32."""
+        self.inv_freq = self.inv_freq.to(positions.device)
         angles = positions[..., None].float() * self.inv_freq
         angles = torch.cat((angles, angles), dim=-1)[:, :, None]
         return angles.cos(), angles.sin()
 
     def new_cache(self, batch, slots, dtype=None):
-        """Empty key/value cache: per layer (keys, values), each (batch, K, slots, D)."""
+        """An empty key/value cache: per layer (keys, values), each (batch, K, slots, D)."""
         weight = self.model["embed_tokens"].weight
-        shape = (batch, self.cfg.n_kv_heads, slots, self.cfg.head_dim)
-        new = functools.partial(
-            torch.zeros, shape, dtype=dtype or weight.dtype, device=weight.device
-        )
-        return [(new(), new()) for _ in range(self.cfg.n_layers)]
+        shape = batch, self.cfg.n_kv_heads, slots, self.cfg.head_dim
+        like = dict(dtype=dtype or weight.dtype, device=weight.device)
+        return [tuple(torch.zeros(shape, **like) for _ in range(2)) for _ in self.layers]
 
     def flops_per_token(self, length, trained="all"):
-        """Floating-point operations a token costs in one training step (forward and backward) on
-        rows of `length` tokens. 6 per matrix weight (4 where only adapters are trained: no weight
-        gradients) + 12 L H D T/2 for causal attention (Chowdhery et al. 2022, arXiv:2204.02311,
-        appendix B)."""
-        matrices = 0
-        for module in self.modules():
-            if not isinstance(module, nn.Embedding):  # looking a row up is no product
-                own = module.parameters(recurse=False)
-                matrices += sum(p.numel() for p in own if p.dim() == 2)
+        """Floating-point operations of one token in a training step, forward and backward, on rows
+        of `length` tokens.
+
+        6 per matrix weight, or 4 where only adapters are trained and weights get no gradient. Plus
+        12 L H D T/2 for causal attention (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+        """
+        # looking up a row of an embedding is no product
+        modules = [m for m in self.modules() if not isinstance(m, nn.Embedding)]
+        parameters = (p for m in modules for p in m.parameters(recurse=False))
+        matrices = sum(p.numel() for p in parameters if p.dim() == 2)
         if self.cfg.tie_embeddings and self.cfg.head == "lm":
             matrices += self.head_weight.numel()
         attention = self.cfg.n_layers * self.cfg.n_heads * self.cfg.head_dim * length
@@ -524,8 +529,8 @@ class Transformer(nn.Module):
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
-    """torch.nn.init does nothing. On the meta device it would compute nothing either, but import
-    seconds of compiler."""
+    """Turns the functions of torch.nn.init off. On the meta device they would compute nothing, but
+    import the compiler, which takes seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -534,6 +539,6 @@ class NoInit(torch.overrides.TorchFunctionMode):
 
 
 def empty(cfg):
-    """A Transformer that takes no memory: its parameters are on the meta device, to be assigned."""
+    """A Transformer without memory. Its parameters are on the meta device, to be assigned."""
     with torch.device("meta"), NoInit():
         return Transformer(cfg)

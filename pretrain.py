@@ -308,7 +308,7 @@ def main(cfg):
         model, cfg.optimizer, cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
     run.attach(model, trained, {cfg.optimizer: optimizer}, tok, base)
-    run.log.text(estimate.for_run(model, rt, cfg))
+    run.log.text(estimate.describe(model, rt, cfg))
     flops = model.flops_per_token(cfg.max_length)
     total = steps * cfg.batch_size * cfg.max_length
     time = ""

@@ -320,7 +320,7 @@ def main(cfg):
     )
     adapter = "default" if cfg.lora_rank else None
     run.attach(model, trained, dict(adamw=optimizer), tok, opened.base, adapter)
-    run.log.text(estimate.for_run(model, rt, cfg, train.document_length))
+    run.log.text(estimate.describe(model, rt, cfg, train.document_length))
     run.describe(train.summary)
     if pad_id != tok.pad_id:
         run.log.text(

@@ -1,13 +1,14 @@
-"""Talk to a model, complete a prompt, or answer a file of prompts. Takes a model directory or an adapter's (PEFT).
+"""Talk to a model, complete a prompt, or answer a file of prompts.
 
-    python sample.py model=out/sft/last                                            # chat; /help lists its commands
+    python sample.py model=out/sft/last            # chat; /help lists its commands
     python sample.py model=out/lora/last base=models/smollm2 prompt="Why is the sky blue?"
     python sample.py model=models/smollm2 prompts=prompts.txt out=result.json temperature=0
-    python sample.py model=models/base template=plain prompt="Once upon a time"    # text completion, no chat
+    python sample.py model=models/base template=plain prompt="Once upon a time"    # completion
 
-A prompt is laid out by the model's chat template, or by template=; without either it is completed as plain text. prompts= names a
-file with a prompt a line, or a .json list or .jsonl lines of strings and conversations ([{"role": ..., "content": ...}, ...]); the
-result is a JSON list of {"input", "output"}.
+`model` is a model directory or an adapter's (PEFT). A prompt is laid out by the model's chat
+template, or by template=. Without either it is completed as plain text. prompts= names a file with
+a prompt a line, or a .json list or .jsonl lines of strings and conversations
+([{"role": ..., "content": ...}, ...]). The result is a JSON list of {"input", "output"}.
 """
 
 import json
@@ -52,61 +53,66 @@ class Config:
 
 
 class Sampler:
-    """A model with its tokenizer and the settings of a run."""
+    """A model with its tokenizer and the settings of a run.
+
+    .chats: whether a chat template lays out the prompts.
+    """
 
     def __init__(self, cfg):
-        self.cfg, self.rt = cfg, runtime.start(cfg, parallel="none")
+        self.cfg = cfg
+        self.rt = runtime.start(cfg, parallel="none")
         opened = weights.open(
             cfg.model, cfg.base, self.rt.device, self.rt.dtype, template=cfg.template
         )
-        self.model, self.tok = opened.model, opened.tok
+        self.model = opened.model
+        self.tok = opened.tok
         if self.model.cfg.head != "lm":
             raise UserError(f"{cfg.model} is a score model: it cannot write text")
         self.chats = self.tok.template not in (None, "plain")
         if self.tok.template is None:
             self.tok = tokenizer.load(opened.base, template="plain")
 
-    def messages(self, user, system, history=()):
-        return [dict(role="system", content=system)] * bool(system) + [
-            *history,
-            dict(role="user", content=user),
-        ]
-
     def render(self, messages):
+        """The ids of a prompt. UserError for one that leaves the model no room to answer."""
         ids, _ = self.tok.render(messages, add_generation_prompt=True)
-        if len(ids) >= self.model.cfg.max_positions:
+        positions = self.model.cfg.max_positions
+        if len(ids) >= positions:
             raise UserError(
-                f"the prompt has {len(ids)} tokens, the model takes {self.model.cfg.max_positions}: shorten it"
+                f"the prompt has {len(ids)} tokens, the model takes {positions}: shorten it"
             )
         return ids
 
     def text(self, ids):
-        """Without a stop string and what follows it -> (text, whether there was one)."""
+        """(the text of ids up to the first stop string, whether there was one)."""
         text = self.tok.decode(ids, inside=not self.chats)
-        cut = min((text.index(s) for s in self.cfg.stop if s in text), default=None)
-        return text[:cut], cut is not None
+        end = min((text.index(s) for s in self.cfg.stop if s in text), default=None)
+        return text[:end], end is not None
 
     def answer(self, prompts, seed, on_text=None):
-        """Texts for the rendered prompts. on_text(piece) streams the answer, for a single prompt."""
-        cfg, ids, shown = self.cfg, [[] for _ in prompts], 0
-        margin = (
-            max(map(len, cfg.stop), default=1) - 1
-        )  # what may be the beginning of a stop string is not shown yet
+        """The answers to rendered prompts, as texts.
+
+        on_text(piece) streams the answer. It is for a single prompt, and Ctrl-C then ends the
+        answer: the text so far is returned.
+        """
+        cfg = self.cfg
+        ids = [[] for _ in prompts]
+        shown = 0
+        # The last characters may be the beginning of a stop string. They are shown later.
+        margin = max(map(len, cfg.stop), default=1) - 1
 
         def on_token(sample, token):
             nonlocal shown
             ids[sample].append(token)
             text, stopped = self.text(ids[sample])
-            ready = (
-                len(text) if stopped else len(text.rstrip("\ufffd")) - margin
-            )  # half a character waits too
+            # Half a character decodes to \ufffd. It waits for its other bytes.
+            ready = len(text) if stopped else len(text.rstrip("\ufffd")) - margin
             if on_text and ready > shown:
                 on_text(text[shown:ready])
                 shown = ready
             return stopped
 
         try:
-            made = generate(
+            ids = generate(
                 self.model,
                 prompts,
                 cfg.max_new_tokens,
@@ -119,40 +125,41 @@ class Sampler:
                 on_token=on_token if on_text or cfg.stop else None,
                 plan=dict(sync_every=1) if on_text else None,
                 step_hook=self.rt.sync,
-            )
-            texts = [self.text(tokens)[0] for tokens in made.tokens]
+            ).tokens
         except KeyboardInterrupt:
             if not on_text:
                 raise
-            texts = [
-                self.text(tokens)[0] for tokens in ids
-            ]  # of a reply that is cut short, what there is
+        texts = [self.text(tokens)[0] for tokens in ids]
         if on_text:
             on_text(texts[0][shown:])
         return texts
 
 
+def conversation(user, system, history=()):
+    """A list of messages that ends with the user's. system: text, or None or "" for none."""
+    messages = [*history, dict(role="user", content=user)]
+    return [dict(role="system", content=system), *messages] if system else messages
+
+
 def read_prompts(path):
-    """The prompts of a file: strings, or conversations (lists of messages)."""
+    """The prompts of a file: a list of strings and conversations (lists of messages).
+
+    UserError for a file that cannot be read, holds anything else, or holds nothing.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"prompts={path} cannot be read as UTF-8 text: {e}") from None
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    entries = [line.strip() for line in text.split("\n") if line.strip()]
     try:
-        entries = (
-            json.loads(text)
-            if path.suffix == ".json"
-            else list(map(json.loads, lines))
-            if path.suffix == ".jsonl"
-            else lines
-        )
+        if path.suffix == ".json":
+            entries = json.loads(text)
+        elif path.suffix == ".jsonl":
+            entries = [json.loads(line) for line in entries]
     except ValueError as e:
         raise UserError(f"{path} is no JSON: {e}") from None
     entries = json.loads(tokenizer.mend(json.dumps(entries, ensure_ascii=False)))
-    if not isinstance(entries, list) or not all(
-        isinstance(entry, (str, list)) for entry in entries
-    ):
+    if not isinstance(entries, list) or any(not isinstance(e, (str, list)) for e in entries):
         raise UserError(
             f"{path} must hold strings and conversations (lists of messages), and nothing else"
         )
@@ -162,31 +169,28 @@ def read_prompts(path):
 
 
 def answer_file(sampler, entries, cfg):
+    """Answers all prompts and writes them to out=, or to the terminal."""
     prompts = []
     for i, entry in enumerate(entries, 1):
+        messages = conversation(entry, cfg.system) if isinstance(entry, str) else entry
         try:
-            prompts.append(
-                sampler.render(
-                    sampler.messages(entry, cfg.system) if isinstance(entry, str) else entry
-                )
-            )
+            prompts.append(sampler.render(messages))
         except UserError as e:
             raise UserError(f"{cfg.prompts}, prompt {i}: {e}") from None
     began = time.perf_counter()
-    texts = sampler.answer(prompts, cfg.seed)
-    said = [entry if isinstance(entry, str) else entry[-1]["content"] for entry in entries]
-    texts = [a + b for a, b in zip(said, texts, strict=True)] if cfg.echo else texts
-    records = [dict(input=entry, output=text) for entry, text in zip(entries, texts, strict=True)]
+    records = []
+    for entry, text in zip(entries, sampler.answer(prompts, cfg.seed), strict=True):
+        if cfg.echo:
+            text = (entry if isinstance(entry, str) else entry[-1]["content"]) + text
+        records.append(dict(input=entry, output=text))
     result = json.dumps(records, ensure_ascii=False, indent=2) + "\n"
+    said = f"{len(records)} prompts in {time.perf_counter() - began:.1f} s"
     if cfg.out:
         files.write_text(cfg.out, result)
+        said += f" -> {cfg.out}"
     else:
         print(result, end="")
-    print(
-        f"{len(texts)} prompts in {time.perf_counter() - began:.1f} s",
-        *["->", cfg.out][: 2 * bool(cfg.out)],
-        file=sys.stderr,
-    )
+    print(said, file=sys.stderr)
 
 
 def show(piece):
@@ -194,14 +198,18 @@ def show(piece):
 
 
 def chat(sampler, cfg):
+    """Reads lines and answers them until /quit or Ctrl-D."""
     try:
         import readline  # noqa: F401  line editing and history, where the platform has it
     except ImportError:
         pass
-    print(
-        f"{cfg.model}: {'a chat' if sampler.chats else 'no chat template, so each line is completed as plain text'}; /help"
+    kind = (
+        "a chat" if sampler.chats else "no chat template, so each line is completed as plain text"
     )
-    system, history, turn = cfg.system, [], 0
+    print(f"{cfg.model}: {kind}; /help")
+    system = cfg.system
+    history = []
+    turn = 0
     while True:
         try:
             line = input("> ").strip()
@@ -216,23 +224,29 @@ def chat(sampler, cfg):
         if command == "/reset":
             history = []
         elif command == "/system":
-            system, history = rest.strip() or None, []
+            system = rest.strip()
+            history = []
         elif command.startswith("/") and command[1:].isalpha():
             print(HELP)
         else:
             try:
-                history, turn = reply(sampler, line, system, history, (cfg.seed, turn)), turn + 1
+                history = reply(sampler, line, system, history, (cfg.seed, turn))
+                turn += 1
             except UserError as e:  # a message that does not fit ends no conversation
                 print(f"error: {e}")
 
 
 def reply(sampler, line, system, history, seed):
-    """Shows the answer to `line`; returns the longer history."""
+    """Shows the answer to `line`. Returns the history with both, or [] where nothing chats.
+
+    The oldest turns are forgotten until the answer has room: max_new_tokens, or half of the model's
+    positions where that is less.
+    """
     positions = sampler.model.cfg.max_positions
     room = min(sampler.cfg.max_new_tokens, positions // 2)
     while True:
         try:
-            ids = sampler.render(sampler.messages(line, system, history))
+            ids = sampler.render(conversation(line, system, history))
             if len(ids) + room <= positions or not history:
                 break
         except UserError:
@@ -242,11 +256,9 @@ def reply(sampler, line, system, history, seed):
         print("(the oldest turn no longer fits and is forgotten)")
     (text,) = sampler.answer([ids], seed, show)
     print()
-    return (
-        [*history, dict(role="user", content=line), dict(role="assistant", content=text)]
-        if sampler.chats
-        else []
-    )
+    if not sampler.chats:
+        return []
+    return [*conversation(line, None, history), dict(role="assistant", content=text)]
 
 
 def main(cfg):
@@ -263,7 +275,7 @@ def main(cfg):
     if cfg.prompts:
         answer_file(sampler, entries, cfg)
     elif cfg.prompt is not None:
-        ids = sampler.render(sampler.messages(cfg.prompt, cfg.system))
+        ids = sampler.render(conversation(cfg.prompt, cfg.system))
         show(cfg.prompt if cfg.echo else "")
         sampler.answer([ids], cfg.seed, show)
         print()

@@ -4,14 +4,18 @@
     for micro in train.batch(step):            # dicts of CPU tensors, see `collate`
         hidden = net(rt.put(micro))            # (M, C), of the positions micro["index"]
 
-Rows are documents (sft), Windows are stretches of a text (pretrain), Groups are ranked completions
-(reward, dpo), episodes are what a policy has sampled (ppo). All go through one `collate`.
+Rows are documents (sft). Windows are stretches of a text (pretrain). Groups are ranked completions
+(reward, dpo). Episodes are what a policy has sampled (ppo). All go through one `collate`.
 
 What a step holds is a function of (seed, step, batch_size). It depends neither on the number of
 ranks nor on micro_batch, so the step number is all that a resumed run needs to know. An epoch's
 last step may be smaller. Ranks without rows get padding of weight 0, so that all run the same
 number of micro-batches.
 """
+
+import functools
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -25,13 +29,15 @@ STEP = 64  # lengths are rounded up to a multiple of this, so that few shapes oc
 
 
 def pack(lengths, max_length, seed=0):
-    """Rows into packs of at most `max_length` tokens by best fit, longest first: a list of int
-    arrays of row indices, every row once. `seed` decides which of equally long rows goes where, but
-    not the number of packs. ValueError for a length outside 1 ... max_length.
+    """Packs of at most `max_length` tokens, from rows of `lengths` (N,), by best fit, longest first.
 
-    A run of equal lengths is placed at once: best fit fills the fullest open pack that has room
-    until it has none, so all packs of equal room are filled alike. The cost is O(N log N) for the
-    sort, and one numpy call for each run and room.
+    Returns a list of int arrays of row indices, every row once. `seed` decides which of equally
+    long rows goes where, but not the number of packs. ValueError for a length outside
+    1 ... max_length.
+
+    A run of equal lengths is placed at once, because a Python loop over millions of rows takes
+    minutes. Best fit fills the fullest open pack until it has no room, so packs with equal room are
+    filled alike. The cost is a sort, and one numpy call for each run and room.
     """
     lengths = np.asarray(lengths, np.int64)
     if not len(lengths):
@@ -70,8 +76,10 @@ def pack(lengths, max_length, seed=0):
 
 
 def bucket(lengths, rows, seed=0):
-    """Lists of `rows` row indices of similar length, in random order; one list may be shorter. The
-    rows are shuffled, then sorted by length within stretches of 32 lists."""
+    """Lists of `rows` row indices of similar length, in random order. One list may be shorter.
+
+    The rows are shuffled, then sorted by length within stretches of 32 lists.
+    """
     rng = np.random.default_rng(seed)
     lengths = np.asarray(lengths)
     order = rng.permutation(len(lengths))
@@ -85,8 +93,10 @@ def bucket(lengths, rows, seed=0):
 
 def fit(rows, max_length, over_length="truncate"):
     """(index (N,) of the rows that can be trained on, how many are dropped, how many truncated).
+
     A row over `max_length` loses its end. It is dropped when that leaves no target, or with
-    over_length="drop"."""
+    over_length="drop".
+    """
     keep = np.ones(len(rows), bool)
     long = np.flatnonzero(rows.lengths > max_length)
     for i in long:
@@ -95,8 +105,11 @@ def fit(rows, max_length, over_length="truncate"):
 
 
 def check_reach(longest, reach, dir):
-    """UserError when a row of `longest` tokens goes beyond the `reach` positions of the model in
-    `dir`. The configuration saved with the trained model would deny what it was trained on."""
+    """UserError when a row of `longest` tokens goes beyond the `reach` positions of a model.
+
+    The configuration saved with the trained model would contradict what it was trained on. `dir` is
+    the model's directory, for the message.
+    """
     if longest > reach:
         raise UserError(
             f"a row has {longest:,} tokens, {dir} takes {reach:,} "
@@ -113,40 +126,44 @@ def check_sizes(batch_size, micro_batch, world):
         )
 
 
-def micro_batches(packs, micro_batch, rank, world):
-    """The packs of a step -> this rank's micro-batches, lists of `micro_batch` packs. The last ones
-    may be shorter or empty; every rank has the same number."""
-    across = micro_batch * world
-    starts = range(rank * micro_batch, -(-len(packs) // across) * across, across)
-    return [packs[a : a + micro_batch] for a in starts]
+def micro_batches(batches, step):
+    """This rank's micro-batches at a step, which is counted from the start of training.
+
+    Rows, Windows and Groups have it as their method `batch`. `plan(step)` is a list over all ranks,
+    and `micro` makes a micro-batch of up to `micro_batch` of its items. Every rank gets the same
+    number of micro-batches; the last ones may hold fewer items, or padding alone.
+    """
+    size = batches.micro_batch
+    plan = batches.plan(step)
+    across = size * batches.world
+    starts = range(batches.rank * size, -(-len(plan) // across) * across, across)
+    return [batches.micro(plan[a : a + size]) for a in starts]
 
 
 # ------------------------------------------------------------------------------------------ tensors
 
 
 def collate(packs, length, prompt_weight=0.0, fixed_shapes=False):
-    """Packs, each a list of rows (tokens, mask), as a micro-batch of CPU tensors. (B, T = length):
+    """A micro-batch of CPU tensors from B packs, each a list of rows (tokens, mask). T is `length`.
 
-    tokens     int64, padded with 0
-    targets    int64, the next token of the same document; 0 where there is none
-    weights    float32, of the target: its mask, with `prompt_weight` in place of 0; 0 at the end of
+    tokens     int64 (B, T), padded with 0
+    positions  int64 (B, T), from 0 in each document
+    docs       int64 (B, T), 0, 1, ... along a row of the batch; -1 on padding
+
+    index      int64 (M,), the flat positions whose hidden state predicts a target of weight other
+               than 0; with `fixed_shapes` all B x T positions
+    targets    int64 (M,), the next token of the same document; 0 where there is none
+    weights    float32 (M,), the target's mask, with `prompt_weight` in place of 0; 0 at the end of
                a document and on padding
-    positions  int64, from 0 in each document
-    docs       int64, 0, 1, ... along a row of the batch; -1 on padding
 
-    index      int64 (M,), flat positions whose hidden state predicts a target of weight other than
-               0; with `fixed_shapes` all B x T
     n_tokens   int, tokens that are no padding
     n_targets  int, targets of weight 1
 
     A pack may have one token more than `length`, which is a target only.
     """
-    shape = len(packs), length + 1
-    tokens = np.zeros(shape, np.int64)
-    targets = np.zeros(shape, np.int64)
-    weights = np.zeros(shape, np.float32)
-    positions = np.zeros(shape, np.int64)
-    docs = np.full(shape, -1, np.int64)
+    tokens, targets, positions, docs = np.zeros((4, len(packs), length + 1), np.int64)
+    weights = np.zeros(docs.shape, np.float32)
+    docs[:] = -1
     for b, rows in enumerate(packs):
         a = 0
         for doc, (row, mask) in enumerate(rows):
@@ -168,10 +185,10 @@ def collate(packs, length, prompt_weight=0.0, fixed_shapes=False):
 
 
 def tell_rows_apart(batch, packs):
-    """For a collated batch of packs with N rows in all:
+    """Two tensors more for a collated batch of `packs` with N rows in all.
 
     rows   int64 (M,), which of the N rows the target of each position in `index` belongs to
-    last   int64 (N,), flat position of each row's last token
+    last   int64 (N,), the flat position of each row's last token
     """
     T = batch["tokens"].shape[1]
     above = np.cumsum([0, *map(len, packs)])  # rows in the packs before each pack
@@ -183,31 +200,33 @@ def tell_rows_apart(batch, packs):
 
 
 def pairs(offsets):
-    """Row offsets (G+1,) of groups that are ranked best first -> better, worse, share, each (P,):
-    the two rows of every pair, and 1 / the number of pairs in its group, so that each group counts
-    once."""
-    better, worse, share = [], [], []
-    for a, b in zip(offsets[:-1], offsets[1:], strict=True):
-        i, j = np.triu_indices(b - a, 1)
-        better.append(a + i)
-        worse.append(a + j)
-        share.append(np.full(len(i), 1 / max(len(i), 1), np.float32))
-    return [np.concatenate(x) if x else np.zeros(0, np.int64) for x in (better, worse, share)]
+    """The pairs of groups that are ranked best first -> better, worse, share, each (P,).
+
+    offsets (G+1,): where each group's rows begin. better and worse int64 are the two rows of a
+    pair. share float32 is 1 / the number of pairs in its group, so that each group counts once.
+    """
+    ranked = [a + np.array(np.triu_indices(b - a, 1)) for a, b in pairwise(offsets)]
+    better, worse = np.concatenate([np.zeros((2, 0), np.int64), *ranked], axis=1)
+    counts = np.array([group.shape[1] for group in ranked], np.int64)
+    share = np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)
+    return better, worse, share
 
 
 def collate_groups(packs, B, max_length, fixed_shapes=False):
-    """Packs, each a list of groups (number of the first completion, [(tokens, mask), ...] best
-    first), as the tensors of `collate` (T <= max_length) and, for their N completions and P pairs,
+    """The tensors of `collate` for at most B packs of groups with N completions and P pairs in all.
+
+    A pack is a list of groups (number of the first completion, [(tokens, mask), ...] best first).
+    T is at most max_length. Further tensors:
 
     rows    int64 (M,), which completion the target of each position in `index` belongs to
-    last    int64 (N,), flat position of each completion's last token, known by its length
-    number  int64 (N,), number of the completion in the data
+    last    int64 (N,), the flat position of each completion's last token
+    number  int64 (N,), the number of the completion in the data
     real    float32 (N,), 1
     best    float32 (N,), 1 where the completion is its group's best
     better, worse int64 (P,), share float32 (P,): see `pairs`
 
-    fixed_shapes: T is max_length, `index` is all positions, and N and P are filled up with zeros to
-    multiples of 64.
+    With fixed_shapes T is max_length, `index` is all positions, and N and P are padded with zeros
+    to multiples of 64.
     """
     documents = [[row for _, group in pack for row in group] for pack in packs]
     documents += [[]] * (B - len(packs))
@@ -229,7 +248,7 @@ def collate_groups(packs, B, max_length, fixed_shapes=False):
         best=best,
         better=better,
         worse=worse,
-        share=share.astype(np.float32),
+        share=share,
     )
     if fixed_shapes:
         for name, a in arrays.items():
@@ -238,16 +257,18 @@ def collate_groups(packs, B, max_length, fixed_shapes=False):
 
 
 def episodes(rows, length=0):
-    """Episodes, N rows (tokens, action mask), as the tensors of `collate` and, for their M actions,
+    """The tensors of `collate` for N episodes, rows (tokens, action mask), with M actions in all.
 
-    actions  int64 (M,), the token ids at whose prediction `index` points
+    Further tensors:
+
+    actions  int64 (M,), the token ids that the positions in `index` predict
     rows     int64 (M,), which episode each action belongs to
-    last     int64 (N,), flat position of each episode's last token
+    last     int64 (N,), the flat position of each episode's last token
 
-    The actions of an episode need not stand side by side. Its first token, which nothing predicts,
-    is no action. The episodes are packed without padding (B = 1). With `length`, for shapes that
-    stay fixed, each has a row of so many tokens (B = N), and `index` is all positions: where there
-    is no action, weights.flatten() is 0.
+    The actions of an episode need not stand side by side. Its first token is no action, because
+    nothing predicts it. The episodes are packed without padding (B = 1). With `length`, for fixed
+    shapes, each has a row of so many tokens (B = N), and `index` is all positions: `weights` is 0
+    where there is no action.
     """
     packs = [[row] for row in rows] if length else [rows]
     T = length or sum(len(tokens) for tokens, _ in rows)
@@ -258,50 +279,43 @@ def episodes(rows, length=0):
 # ------------------------------------------------------------------------------------------ batches
 
 
+@dataclass
 class Rows:
-    """The micro-batches of documents, for one rank. `rows` is a Store or a Mix.
+    """The micro-batches of documents, for one rank.
 
-    A step takes `batch_size` packs (with packing=False rows) over all ranks. T is max_length.
-    Without packing it is the length of a micro-batch's longest row, rounded up to a multiple of 64,
+    A step takes `batch_size` packs over all ranks, or rows with packing=False. T is max_length.
+    Without packing T is the length of a micro-batch's longest row, rounded up to a multiple of 64,
     unless `fixed_length` or `fixed_shapes`.
 
     .index (N,) numbers of the rows that are trained on, .lengths (N,) their tokens,
     .steps_per_epoch, .dropped and .truncated: how many rows over max_length.
     """
 
-    def __init__(
-        self,
-        rows,
-        batch_size,
-        micro_batch,
-        max_length,
-        packing=True,
-        seed=0,
-        rank=0,
-        world=1,
-        prompt_weight=0.0,
-        over_length="truncate",
-        fixed_length=False,
-        fixed_shapes=False,
-    ):
-        check_sizes(batch_size, micro_batch, world)
-        self.rows = rows
-        self.batch_size = batch_size
-        self.micro_batch = micro_batch
-        self.max_length = max_length
-        self.packing = packing
-        self.seed = seed
-        self.rank, self.world = rank, world
-        self.prompt_weight = prompt_weight
-        self.fixed_length = packing or fixed_length or fixed_shapes
-        self.fixed_shapes = fixed_shapes
-        self.index, self.dropped, self.truncated = fit(rows, max_length, over_length)
+    rows: object  # a Store or a Mix
+    batch_size: int
+    micro_batch: int
+    max_length: int
+    packing: bool = True
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    prompt_weight: float = 0.0
+    over_length: str = "truncate"
+    fixed_length: bool = False
+    fixed_shapes: bool = False
+
+    batch = micro_batches
+
+    def __post_init__(self):
+        check_sizes(self.batch_size, self.micro_batch, self.world)
+        self.index, self.dropped, self.truncated = fit(self.rows, self.max_length, self.over_length)
         if not len(self.index):
             raise UserError(
-                f"none of the {len(rows)} rows fits into max_length={max_length}: raise it"
+                f"none of the {len(self.rows)} rows fits into max_length={self.max_length}: "
+                "raise it"
             )
-        self.lengths = np.minimum(rows.lengths[self.index], max_length)
-        self.epoch = None
+        self.lengths = np.minimum(self.rows.lengths[self.index], self.max_length)
+        self.steps_of = functools.lru_cache(1)(self.steps_of)
         self.steps_per_epoch = len(self.steps_of(0))  # the same in every epoch
 
     @property
@@ -322,30 +336,19 @@ class Rows:
 
     def steps_of(self, epoch):
         """The epoch's steps, each a list of packs (arrays of indices into self.index)."""
-        if epoch == self.epoch:
-            return self.steps
         seed = [self.seed, epoch]
-        if self.packing:
-            packs = pack(self.lengths, self.max_length, seed)
-            # packs are made longest rows first
-            packs = [packs[i] for i in np.random.default_rng([*seed, 1]).permutation(len(packs))]
-            starts = range(0, len(packs), self.batch_size)
-            self.steps = [packs[i : i + self.batch_size] for i in starts]
-        else:
+        if not self.packing:
             lists = bucket(self.lengths, self.batch_size, seed)
-            self.steps = [np.split(rows, len(rows)) for rows in lists]
-        self.epoch = epoch
-        return self.steps
+            return [np.split(rows, len(rows)) for rows in lists]
+        packs = pack(self.lengths, self.max_length, seed)
+        # `pack` returns packs of long rows first
+        packs = [packs[i] for i in np.random.default_rng([*seed, 1]).permutation(len(packs))]
+        return [packs[i : i + self.batch_size] for i in range(0, len(packs), self.batch_size)]
 
     def plan(self, step):
         """The packs of a step, over all ranks."""
         epoch, i = divmod(step, self.steps_per_epoch)
         return self.steps_of(epoch)[i]
-
-    def batch(self, step):
-        """This rank's micro-batches at a step counted from the start of training."""
-        parts = micro_batches(self.plan(step), self.micro_batch, self.rank, self.world)
-        return [self.micro(part) for part in parts]
 
     def micro(self, packs):
         packs = [
@@ -353,73 +356,67 @@ class Rows:
             for numbers in packs
         ]
         length = self.max_length
-        if not self.fixed_length:
+        if not (self.packing or self.fixed_length or self.fixed_shapes):
             longest = max((len(tokens) for rows in packs for tokens, _ in rows), default=1)
             length = min(length, -(-longest // STEP) * STEP)
         packs += [[]] * (self.micro_batch - len(packs))
         return collate(packs, length, self.prompt_weight, self.fixed_shapes)
 
 
+@dataclass
 class Windows:
     """The micro-batches of pretraining, for one rank: windows of `max_length` tokens over stores.
 
     Windows follow each other without a gap. The target of a window's last token is the next
-    window's first token, so that every token but a store's first is predicted. A store's last
-    window may be shorter. isolate: documents do not see each other, positions restart with each
-    document, and the token behind a document's end is no target. Otherwise a window is one stretch
-    of text, and a micro-batch has no "docs": plain causal attention has the fastest kernels.
+    window's first token, so every token but a store's first is predicted. A store's last window may
+    be shorter. With `isolate`, documents do not see each other, positions restart with each
+    document, and the token behind a document's end is no target. Without it a window is one
+    stretch of text, and a micro-batch has no "docs", because plain causal attention has the fastest
+    kernels.
 
     Without `weights` an epoch has every window of all stores once, shuffled together. With
     `weights` each store gets its share of every CYCLE windows, evenly spread. It goes through its
-    windows in random order, then again in another order, at its own pace; steps_per_epoch then
+    windows in random order, then again in another order, at its own pace. steps_per_epoch then
     counts as many windows as all stores have.
     """
 
-    CYCLE = 1 << 16
+    stores: list
+    batch_size: int
+    micro_batch: int
+    max_length: int
+    weights: tuple = ()
+    isolate: bool = True
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    fixed_shapes: bool = False
 
-    def __init__(
-        self,
-        stores,
-        batch_size,
-        micro_batch,
-        max_length,
-        weights=(),
-        isolate=True,
-        seed=0,
-        rank=0,
-        world=1,
-        fixed_shapes=False,
-    ):
-        check_sizes(batch_size, micro_batch, world)
+    CYCLE = 1 << 16
+    batch = micro_batches
+
+    def __post_init__(self):
+        check_sizes(self.batch_size, self.micro_batch, self.world)
+        stores, weights = self.stores, self.weights
         if weights and (len(weights) != len(stores) or min(weights) <= 0):
             raise UserError(
                 f"weights= has {len(weights)} for {len(stores)} data folders: give each one above 0"
             )
-        self.stores = stores
-        self.batch_size = batch_size
-        self.micro_batch = micro_batch
-        self.max_length = max_length
-        self.isolate = isolate
-        self.seed = seed
-        self.rank, self.world = rank, world
-        self.fixed_shapes = fixed_shapes
-        self.counts = np.array([-(-(len(s.tokens) - 1) // max_length) for s in stores])
+        self.counts = np.array([-(-(len(s.tokens) - 1) // self.max_length) for s in stores])
         self.starts = np.cumsum([0, *self.counts])  # windows are numbered through all stores
         if self.counts.min() < 1:
             raise UserError(
                 f"{stores[self.counts.argmin()].dir} holds a single token: "
                 "there is nothing to predict"
             )
-        self.steps_per_epoch = int(-(-self.starts[-1] // batch_size))
+        self.steps_per_epoch = int(-(-self.starts[-1] // self.batch_size))
         self.orders = {}
-        self.share = None
         if weights:
-            self._share(weights)
+            self._share()
 
-    def _share(self, weights):
-        """Which store each place of a cycle draws from, and how many of the cycle's draws from that
-        store come before it."""
-        ends = np.rint(np.cumsum(weights) / sum(weights) * self.CYCLE).astype(np.int64)
+    def _share(self):
+        """For each place of a cycle, the store that it draws from, and how many of the cycle's
+        draws from that store come before it."""
+        ends = np.rint(np.cumsum(self.weights) / sum(self.weights) * self.CYCLE).astype(np.int64)
         self.share = np.maximum(np.diff(ends, prepend=0), 1)  # windows of each store in a cycle
         rng = np.random.default_rng([self.seed, 0])
         times = np.concatenate([(np.arange(n) + rng.random(n)) / n for n in self.share])
@@ -437,7 +434,7 @@ class Windows:
 
     def plan(self, step):
         """The numbers of a step's windows, over all ranks."""
-        if self.share is None:
+        if not self.weights:
             epoch, i = divmod(step, self.steps_per_epoch)
             return self.order(None, epoch)[i * self.batch_size : (i + 1) * self.batch_size]
         draws = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
@@ -447,11 +444,6 @@ class Windows:
         epochs, places = np.divmod(draws, self.counts[stores])
         drawn = zip(stores.tolist(), epochs.tolist(), places.tolist(), strict=True)
         return np.array([self.order(store, epoch)[i] for store, epoch, i in drawn])
-
-    def batch(self, step):
-        """This rank's micro-batches at a step counted from the start of training."""
-        parts = micro_batches(self.plan(step), self.micro_batch, self.rank, self.world)
-        return [self.micro(part) for part in parts]
 
     def micro(self, windows):
         packs = [self.documents(w) for w in windows]
@@ -467,59 +459,45 @@ class Windows:
         store = self.stores[i]
         a = int(window - self.starts[i]) * self.max_length
         b = min(a + self.max_length + 1, len(store.tokens))
-        edges = [a, b]
-        if self.isolate:
-            inside = slice(*np.searchsorted(store.offsets, (a + 1, b)))
-            edges = [a, *store.offsets[inside].tolist(), b]
-        spans = [slice(*span) for span in zip(edges, edges[1:], strict=False)]
-        return [
-            (store.tokens[s], np.ones(s.stop - s.start) if store.mask is None else store.mask[s])
-            for s in spans
-        ]
+        if not self.isolate:
+            return [store.span(a, b)]
+        inside = slice(*np.searchsorted(store.offsets, (a + 1, b)))
+        return [store.span(*edges) for edges in pairwise([a, *store.offsets[inside].tolist(), b])]
 
 
+@dataclass
 class Groups:
-    """The micro-batches of ranked completions, for one rank. `groups` is a GroupMix.
+    """The micro-batches of ranked completions, for one rank. For the tensors see `collate_groups`.
 
     A step takes `batch_size` groups over all ranks and packs them into rows of at most max_length
     tokens. A group stays together: its completions are neighbouring documents of one packed row, so
-    that one forward sees all of its pairs. For the tensors see `collate_groups`.
+    that one forward sees all of its pairs.
 
     .index (N,) numbers of the groups that are trained on, .steps_per_epoch, .dropped: how many
     groups are over max_length.
     """
 
-    def __init__(
-        self,
-        groups,
-        batch_size,
-        micro_batch,
-        max_length,
-        seed=0,
-        rank=0,
-        world=1,
-        fixed_shapes=False,
-    ):
-        if batch_size < 1 or micro_batch < 1:
-            raise UserError(
-                f"batch_size={batch_size} micro_batch={micro_batch}: both must be 1 or more"
-            )
-        self.groups = groups
-        self.batch_size = batch_size
-        self.micro_batch = micro_batch
-        self.max_length = max_length
-        self.seed = seed
-        self.rank, self.world = rank, world
-        self.fixed_shapes = fixed_shapes
-        self.index = np.flatnonzero(groups.lengths <= max_length)
-        self.dropped = len(groups) - len(self.index)
+    groups: object  # a GroupMix
+    batch_size: int
+    micro_batch: int
+    max_length: int
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    fixed_shapes: bool = False
+
+    batch = micro_batches
+
+    def __post_init__(self):
+        self.index = np.flatnonzero(self.groups.lengths <= self.max_length)
+        self.dropped = len(self.groups) - len(self.index)
         if not len(self.index):
             raise UserError(
-                f"none of the {len(groups)} groups fits into max_length={max_length}, "
+                f"none of the {len(self.groups)} groups fits into max_length={self.max_length}, "
                 "all completions together: raise it"
             )
-        self.steps_per_epoch = -(-len(self.index) // batch_size)
-        self.epoch = None
+        self.steps_per_epoch = -(-len(self.index) // self.batch_size)
+        self.order = functools.lru_cache(1)(self.order)
 
     @property
     def longest(self):
@@ -539,24 +517,20 @@ class Groups:
         """Mean length of the documents, weighted by tokens: the cost of attention depends on it."""
         return self.groups.squares[self.index].sum() / self.groups.lengths[self.index].sum()
 
+    def order(self, epoch):
+        """The numbers of all groups in the order of an epoch."""
+        return np.random.default_rng([self.seed, epoch]).permutation(self.index)
+
     def members(self, step):
         """The numbers of a step's groups, over all ranks."""
         epoch, i = divmod(step, self.steps_per_epoch)
-        if epoch != self.epoch:
-            self.order = np.random.default_rng([self.seed, epoch]).permutation(self.index)
-            self.epoch = epoch
-        return self.order[i * self.batch_size : (i + 1) * self.batch_size]
+        return self.order(epoch)[i * self.batch_size : (i + 1) * self.batch_size]
 
     def plan(self, step):
         """The packs of a step, over all ranks: arrays of numbers of groups."""
         members = self.members(step)
         packs = pack(self.groups.lengths[members], self.max_length, [self.seed, step])
         return [members[numbers] for numbers in packs]
-
-    def batch(self, step):
-        """This rank's micro-batches at a step counted from the start of training."""
-        parts = micro_batches(self.plan(step), self.micro_batch, self.rank, self.world)
-        return [self.micro(part) for part in parts]
 
     def micro(self, packs):
         packs = [

@@ -1,37 +1,47 @@
-"""Chat templates: how a conversation is laid out as text, and what of it the assistant has to produce.
+"""Chat templates: how a conversation is laid out as text, and which part the assistant produces.
 
-A template is a key of TEMPLATES or the model's own, in Jinja, from which `learn` reads its turns; `choose` finds the one that is
-meant. A model that is taught a key's template gets it in Jinja too (`in_jinja`), as other programs read it. Which ids the text
-becomes is tokenizer.py's part: Tokenizer.render lays out a conversation and encodes it.
+A template is a key of TEMPLATES or a model's own template in Jinja. `learn` reads the turns of a
+Jinja template, and `choose` picks the template of a model. A model that is trained with a key's
+template is saved with the same template in Jinja (`in_jinja`), as other programs read it.
+Tokenizer.render turns the text into ids.
 """
 
 import json
 import re
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import chain
+from pathlib import Path
 from typing import Literal
 
 from nano.config import UserError
 
-# A layout turns (messages, whether to end with the prompt of an answer) into parts (text, fixed, target). Fixed text is
-# the template's own, with tokens in it; the rest is the messages'. target: the index of the assistant message that has
-# it as target, or None. Neighbours of equal target are encoded as one text, so nothing depends on how it was cut.
+JINJA = Path(__file__).parent / "templates"  # the templates for other programs, to the same effect
+
+# A layout is a function from (messages, whether to end with the prompt of an answer) to a list of
+# parts (text, fixed, target). Fixed text is the template's own: names of tokens are tokens there.
+# All other text comes from the messages. target is the index of the assistant message whose target
+# the text belongs to, or None. Neighbours of equal target are encoded as one text.
 
 
 @dataclass(frozen=True)
 class Turns:
-    """A conversation laid out turn by turn; {} stands for a message's content, {bos} and {eos} for these tokens."""
+    """A conversation laid out turn by turn.
+
+    {} stands for a message's content, {bos} and {eos} for these tokens.
+    """
 
     user: str
     assistant: str  # ends with the token that ends the turn
-    generation: str = ""  # how `assistant` begins: the prompt of an answer, all after it is target
+    generation: str = ""  # prompt of an answer: how `assistant` begins. The target comes after it
     tail: str = ""  # follows an assistant turn, no target
     start: str = ""  # opens a conversation that has no system message
     system: str | None = None
-    opened: str | None = None  # the user turn after a system message, where these share a block
+    opened: str | None = None  # user turn after a system message, where both share a block
     tool: str | None = None
     final: str = ""  # opens the content of an assistant turn that ends the conversation
-    # what becomes of a thought, the content up to </think>: "text" like any; "framed" by `final` in such a turn, left out of others
+    # How a thought, the content up to </think>, is laid out. text: as is. framed: inside `final` in
+    # the last turn, dropped from earlier ones. refused: an error.
     thoughts: Literal["text", "framed", "refused"] = "text"
     strip: tuple = ()  # roles whose content loses its outer whitespace
     alternate: bool = False  # users and assistants have to take turns
@@ -39,117 +49,69 @@ class Turns:
     needs: tuple = ()  # tokens that the vocabulary must have
 
     def fixed(self):
-        return "".join(
-            [self.user, self.assistant, self.tail, self.start, self.system or "", self.tool or ""]
-        )
+        """The template's own text, joined."""
+        forms = (self.user, self.assistant, self.tail, self.start, self.system, self.tool)
+        return "".join(filter(None, forms))
 
     def __call__(self, messages, generation):
         roles = [message["role"] for message in messages]
         turns = roles[1:] if roles[0] == "system" else roles
-        if self.alternate and turns != (["user", "assistant"] * len(turns))[: len(turns)]:
+        expected = ["user", "assistant"] * len(turns)
+        if self.alternate and turns != expected[: len(turns)]:
             raise UserError(
                 "with this chat template users and assistants have to take turns, the user first"
             )
         parts = [] if roles[0] == "system" else [(self.start, True, None)]
-        for n, (role, message) in enumerate(zip(roles, messages, strict=True)):
-            content, target = full(message), n if role == "assistant" else None
+        for n, message in enumerate(messages):
+            role = roles[n]
+            content = full(message)
             shared = self.opened is not None and role == "user" and roles[:n] == ["system"]
             form = self.opened if shared else getattr(self, role)
             if form is None:
                 raise UserError(
-                    f"message {n + 1}: this chat template has no {role} turns; choose another template="
+                    f"message {n + 1}: this chat template has no {role} turns; "
+                    "choose another template="
                 )
             if role in self.strip:
                 content = content.rstrip() if shared else content.strip()
             before, _, after = form.partition("{}")
             if role == "assistant":
+                before = before.removeprefix(self.generation)
                 parts.append((self.generation, True, None))
-                before, final = (
-                    before.removeprefix(self.generation),
-                    self.final * (n == len(messages) - 1),
-                )
-                if self.thoughts == "refused" and "</think>" in content:
-                    raise UserError(
-                        f"message {n + 1}: what this chat template makes of </think> is not followed: choose template="
-                    )
-                if self.thoughts == "framed":
-                    thought, content = self.part(content)
-                    middle = final.find("</think>") - 1  # a line's end before it
-                    parts += [
-                        (before + final[:middle], True, target),
-                        (thought * bool(final), False, target),
-                    ]
-                    before, content = final[middle:], content.lstrip("\n") if final else content
-                else:
-                    before += final
-            parts += [(before, True, target), (content, False, target), (after, True, target)]
-            parts += [(self.tail, True, None)] * (role == "assistant")
-        return parts + [(self.generation, True, None)] * generation
+                parts += self.answer(before, content, after, n, n == len(messages) - 1)
+                parts.append((self.tail, True, None))
+            else:
+                parts += [(before, True, None), (content, False, None), (after, True, None)]
+        if generation:
+            parts.append((self.generation, True, None))
+        return parts
+
+    def answer(self, before, content, after, n, last):
+        """The parts of assistant message n that are its target. last: it ends the conversation."""
+        if self.thoughts == "refused" and "</think>" in content:
+            raise UserError(
+                f"message {n + 1}: what this chat template makes of </think> is not followed: "
+                "choose template="
+            )
+        parts = []
+        final = self.final if last else ""
+        if self.thoughts == "framed":
+            thought, content = self.part(content)
+            if final:
+                middle = final.find("</think>") - 1  # before the line break that precedes it
+                parts = [(before + final[:middle], True, n), (thought, False, n)]
+                before = ""
+                final = final[middle:]
+                content = content.lstrip("\n")
+        return [*parts, (before + final, True, n), (content, False, n), (after, True, n)]
 
     @staticmethod
     def part(content):
-        """(thought, answer), in the way of Qwen3's template."""
+        """(thought, answer) of an assistant's content, split as Qwen3's template does."""
         thought, *rest = content.split("</think>")
-        return (
-            (thought.split("<think>")[-1].strip("\n"), rest[-1].lstrip("\n"))
-            if rest
-            else ("", content)
-        )
-
-    def jinja(self):
-        """The same as a Jinja template, in which {bos} and {eos} are left to fill in."""
-
-        def turn(role, form, strip="strip"):
-            before, _, after = form.partition("{}")
-            content = "message['content']" + f".{strip}()" * (role in self.strip)
-            return f"{{{{- {before!r} + {content} + {after!r} }}}}"
-
-        roles = {
-            "system": self.system,
-            "user": self.user,
-            "assistant": self.assistant + self.tail,
-            "tool": self.tool,
-        }
-        turns = [
-            (f"message['role'] == '{role}'", turn(role, form))
-            for role, form in roles.items()
-            if form is not None
-        ]
-        if self.opened is not None:
-            turns.insert(
-                0,
-                (
-                    "message['role'] == 'user' and loop.index0 == 1 and system",
-                    turn("user", self.opened, "rstrip"),
-                ),
-            )
-        if self.alternate:
-            wrong = "loop.index0 >= system and (message['role'] == 'user') != (loop.index0 % 2 == system)"
-            turns.insert(
-                0,
-                (
-                    wrong,
-                    "{{- raise_exception('users and assistants have to take turns, the user first') }}",
-                ),
-            )
-        lines = ["{%- set system = 1 if messages[0]['role'] == 'system' else 0 %}"]
-        lines += (
-            [f"{{%- if not system %}}{{{{- {self.start!r} }}}}{{%- endif %}}"] if self.start else []
-        )
-        lines += ["{%- for message in messages %}"]
-        lines += [
-            f"    {{%- {'elif' if i else 'if'} {when} %}}{say}"
-            for i, (when, say) in enumerate(turns)
-        ]
-        lines += [
-            "    {%- else %}{{- raise_exception('no turns of role ' + message['role']) }}",
-            "    {%- endif %}",
-        ]
-        lines += [
-            "{%- endfor %}",
-            f"{{%- if add_generation_prompt %}}{{{{- {self.generation!r} }}}}{{%- endif %}}",
-        ]
-        return "\n".join(lines)
+        if not rest:
+            return "", content
+        return thought.split("<think>")[-1].strip("\n"), rest[-1].lstrip("\n")
 
 
 def full(message):
@@ -158,86 +120,81 @@ def full(message):
 
 
 def alpaca(messages, generation):
-    """Stanford Alpaca's prompt, with and without input; a system message stands in for its first paragraph."""
-    parts, answer = [], ("\n\n### Response:", True, None)
+    """Stanford Alpaca's prompt, with and without input.
+
+    A system message stands in for its first paragraph.
+    """
+    parts = []
+    answer = ("\n\n### Response:", True, None)
     for n, message in enumerate(messages):
-        content, given = message["content"], message.get("input")
-        if message["role"] == "assistant":
+        role, content, given = message["role"], message["content"], message.get("input")
+        if role == "assistant":
             parts += [answer, (content, False, n), ("{eos}", True, n)]
-        elif message["role"] == "system":
+        elif role == "system":
             parts.append((content, False, None))
-        elif message["role"] == "user":
+        elif role == "user":
             if n == 0:
                 paired = ", paired with an input that provides further context" if given else ""
-                parts.append(
-                    (f"Below is an instruction that describes a task{paired}. ", True, None)
+                intro = (
+                    f"Below is an instruction that describes a task{paired}. "
+                    "Write a response that appropriately completes the request."
                 )
-                parts.append(
-                    ("Write a response that appropriately completes the request.", True, None)
-                )
+                parts.append((intro, True, None))
             parts += [("\n\n### Instruction:\n", True, None), (content, False, None)]
-            parts += [("\n\n### Input:\n", True, None), (given, False, None)] if given else []
+            if given:
+                parts += [("\n\n### Input:\n", True, None), (given, False, None)]
         else:
-            raise UserError(f"message {n + 1}: the template alpaca has no {message['role']} turns")
-    return parts + [answer] * generation
-
-
-ALPACA = """
-{%- for message in messages %}
-    {%- if message['role'] == 'assistant' %}{{- '\\n\\n### Response:' + message['content'] + '{eos}' }}
-    {%- elif message['role'] == 'system' %}{{- message['content'] }}
-    {%- elif message['role'] == 'user' %}
-        {%- if loop.first %}{{- 'Below is an instruction that describes a task' }}
-            {%- if message['input'] %}{{- ', paired with an input that provides further context' }}{%- endif %}
-            {{- '. Write a response that appropriately completes the request.' }}
-        {%- endif %}
-        {{- '\\n\\n### Instruction:\\n' + message['content'] }}
-        {%- if message['input'] %}{{- '\\n\\n### Input:\\n' + message['input'] }}{%- endif %}
-    {%- else %}{{- raise_exception('no turns of role ' + message['role']) }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '\\n\\n### Response:' }}{%- endif %}"""
+            raise UserError(f"message {n + 1}: the template alpaca has no {role} turns")
+    return [*parts, answer] if generation else parts
 
 
 SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "tool"}
 
 
 def columns(messages, generation):
-    """`### NAME:` newline text, columns a blank line apart; the target is the last answer, all but its first name.
+    """`### NAME:`, a line break and text, columns a blank line apart.
 
-    With "columns" in the messages every answer ends a shot, and shots are three blank lines apart. Without them, one
-    question and answer are INSTRUCTION, INPUT, RESPONSE (after a system message INSTRUCTION, QUESTION, RESPONSE), and
-    longer conversations are FROM and VALUE of every turn before the last answer, GPT.
+    The target is the last answer: all of its columns except the name of the first.
+
+    If messages have "columns", every answer ends a shot, and shots are three blank lines apart.
+    Otherwise one question and answer are INSTRUCTION, INPUT and RESPONSE (after a system message
+    INSTRUCTION, QUESTION and RESPONSE). In longer conversations every turn before the last answer
+    is FROM and VALUE, and the answer is GPT.
     """
     given = any(message.get("columns") for message in messages)
-    chat = not given and sum(message["role"] == "user" for message in messages) > 1
-    asked, answer = (
-        "QUESTION" if messages[0]["role"] == "system" else "INSTRUCTION",
-        "GPT" if chat else "RESPONSE",
-    )
-    parts, gap = [], ""
+    roles = [message["role"] for message in messages]
+    chat = not given and roles.count("user") > 1
+    answer = "GPT" if chat else "RESPONSE"
+    question = "QUESTION" if roles[0] == "system" else "INSTRUCTION"
+    names = {"assistant": answer, "user": question}
+    parts = []
+    gap = ""
     for n, message in enumerate(messages):
-        role, last = message["role"], message["role"] == "assistant" and n == len(messages) - 1
+        role = roles[n]
+        target = n if role == "assistant" and n == len(messages) - 1 else None
         named = message.get("columns")
-        if not named and chat and not last:
+        if not named and chat and target is None:
             named = [("FROM", SPEAKERS[role]), ("VALUE", full(message))]
-        elif not named and role == "assistant":
-            named = [(answer, message["content"])]
         elif not named:
-            named = [(asked if role == "user" else "INSTRUCTION", message["content"])]
-            named += [("INPUT", message["input"])] if message.get("input") else []
+            named = [(names.get(role, "INSTRUCTION"), message["content"])]
+            if message.get("input") and role != "assistant":
+                named.append(("INPUT", message["input"]))
         for i, (name, text) in enumerate(named):
-            target = n if last else None
-            parts += [(f"{gap}### {name}:\n", False, target if i else None), (text, False, target)]
+            parts.append((f"{gap}### {name}:\n", False, target if i else None))
+            parts.append((text, False, target))
             gap = "\n\n"
-        if role == "assistant":
-            answer, gap = named[0][0] if given else answer, "\n\n\n\n" if given else "\n\n"
-        parts += [("{eos}", True, n)] * last
-    return parts + [(f"{gap}### {answer}:\n", False, None)] * generation
+        if role == "assistant" and given:
+            names["assistant"] = named[0][0]
+            gap = "\n\n\n\n"
+        if target is not None:
+            parts.append(("{eos}", True, n))
+    if generation:
+        parts.append((f"{gap}### {names['assistant']}:\n", False, None))
+    return parts
 
 
 def tagged(header, end, tail="", tool="tool", **rest):
-    """Turns that all are a header with the role in it, the content and an end."""
+    """Turns of which each is a header with the role in it, the content and an end."""
     roles = {"system": "system", "user": "user", "tool": tool}
     turns = {role: header.replace("ROLE", name) + "{}" + end + tail for role, name in roles.items()}
     answer = header.replace("ROLE", "assistant")
@@ -294,65 +251,66 @@ def check(messages):
                 f"message {n}: a conversation has one system message at most, and it comes first"
             )
         pairs = message.get("columns") or []
-        texts = [
-            message.get("content"),
-            message.get("input") or "",
-            *(text for pair in pairs for text in pair),
-        ]
-        if not all(isinstance(text, str) for text in texts) or any(
-            len(pair) != 2 for pair in pairs
-        ):
+        texts = [message.get("content"), message.get("input") or "", *chain.from_iterable(pairs)]
+        if not all(isinstance(text, str) for text in texts) or {*map(len, pairs)} - {2}:
             raise UserError(
-                f"message {n} needs text as its content (and input, and columns of [name, text]): {message!r:.100}"
+                f"message {n} needs text as its content "
+                f"(and input, and columns of [name, text]): {message!r:.100}"
             )
 
 
+def fill(text, marks):
+    """`text` with {bos} and the like replaced. marks: {"bos": text, ...}."""
+    for mark, token in marks.items():
+        text = text.replace(f"{{{mark}}}", token)
+    return text
+
+
 def in_jinja(name, marks):
-    """The template `name` of TEMPLATES in Jinja; None for those that chat in plain messages cannot tell: plain text has no turns,
-    and columns need names."""
-    layout = TEMPLATES[name]
-    if name in ("plain", "columns"):
+    """The template `name` of TEMPLATES in Jinja, or None.
+
+    Plain messages cannot tell the others: plain text has no turns, and columns need names. The
+    files are fixed: a model that was saved with one is known by its text.
+    """
+    path = JINJA / f"{name}.jinja"
+    if not path.exists():
         return None
-    first = "{{- '{first}' }}" if marks["first"] and getattr(layout, "bos", True) else ""
-    source = first + (ALPACA.strip() if name == "alpaca" else layout.jinja())
-    for mark, text in marks.items():
-        source = source.replace(f"{{{mark}}}", text)
-    return source
+    source = path.read_text(encoding="utf-8").removesuffix("\n")
+    if marks["first"] and getattr(TEMPLATES[name], "bos", True):
+        source = "{{- '{first}' }}" + source
+    return fill(source, marks)
 
 
 def choose(key, own, marks, added):
-    """(name, layout, Jinja) of the template `key`, a name or Jinja itself, or of the directory's own (`own`, in Jinja); a part is
-    None where there is none.
+    """(name, layout, Jinja) of a chat template. Each is None where there is none.
 
-    marks: {"bos", "eos", "first"} -> the texts of these tokens, first: of the BOS that comes before all texts. added: a regex that
-    finds the added tokens, or None where there are none.
+    key: a name, a template in Jinja, or None for `own`. own: the directory's own template in Jinja,
+    or None. marks: {"bos", "eos", "first"} -> the texts of these tokens. first: the BOS that comes
+    before all texts. added: a regex that finds the added tokens, or None for no tokens.
+    UserError for an unknown name, and for a template whose tokens the vocabulary lacks.
     """
 
     def lacking(name):
         needs = getattr(TEMPLATES[name], "needs", ())
-        return [t for t in needs if not (added and added.fullmatch(t))] or ["EOS"] * (
-            not marks["eos"]
-        )
+        lack = [token for token in needs if not (added and added.fullmatch(token))]
+        return lack or ([] if marks["eos"] else ["EOS"])
 
-    key, source = (None, key) if key and "{" in key else (key, own)
-    name = next(
-        (t for t in TEMPLATES if source and source == in_jinja(t, marks) and not lacking(t)), None
-    )
-    layout = TEMPLATES[name] if name else learn(source, marks, added) if source and added else None
+    if key and "{" in key:
+        own = key
+        key = None
+    name = layout = None
+    if own:
+        same = (t for t in TEMPLATES if own == in_jinja(t, marks) and not lacking(t))
+        name = next(same, None)
+        layout = TEMPLATES[name] if name else added and learn(own, marks, added)
     if layout and not name:
-        users = {t: getattr(turns, "user", "") for t, turns in TEMPLATES.items()}
-        users = {
-            t: user.replace("{bos}", marks["bos"]).replace("{eos}", marks["eos"])
-            for t, user in users.items()
-        }
-        name = next(
-            (t for t, user in users.items() if user == layout.user),
-            "mistral" if "[INST]" in layout.user else "model",
-        )
+        users = ((t, getattr(turns, "user", "")) for t, turns in TEMPLATES.items())
+        same = (t for t, user in users if fill(user, marks) == layout.user)
+        name = next(same, "mistral" if "[INST]" in layout.user else "model")
     if key not in (None, name, *TEMPLATES):
         raise UserError(f"unknown template '{key}': there are {', '.join(TEMPLATES)}")
     if key in (None, name):
-        return name, layout, source
+        return name, layout, own
     if lacking(key):
         raise UserError(
             f"template={key} needs {', '.join(lacking(key))}, which this tokenizer does not have"
@@ -360,7 +318,7 @@ def choose(key, own, marks, added):
     return key, TEMPLATES[key], in_jinja(key, marks)
 
 
-# contents that a template is tried on
+# Contents of messages that a template is tried on.
 PLAIN = [*"abcde"], [" a b\n", "\tc  ", " <d> & é\n\n", " 'e' ", "f"]
 STARTS = (
     "<think>\nwhy \n</think>\n\n",
@@ -372,11 +330,10 @@ STARTS = (
 THOUGHTS = [["a", f"{start}b\n", "c", f"{start}d"] for start in STARTS]
 
 
-def learn(source, marks, added):
-    """The Turns that lay out conversations as the Jinja template `source` does; None where turns cannot.
+def compile_jinja(source):
+    """The compiled Jinja template, or None for a source that is no template.
 
-    They are read off what the template makes of a few conversations. Then both have to give the same text for all kinds
-    of conversations. A template that prints today's date prints the same day in July 2024 for ever.
+    A template that prints today's date prints the same day in July 2024 for ever.
     """
     import jinja2.sandbox  # comes with torch; only models with a chat template need it
 
@@ -386,61 +343,69 @@ def learn(source, marks, added):
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.globals |= {
-        "raise_exception": refuse,
-        "strftime_now": datetime(2024, 7, 26).strftime,
-    }
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
     environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-    source = re.sub(
-        r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", source
-    )  # a mark that prints nothing
-    source = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", source)
-    roles = {role[0]: role for role in SPEAKERS}
+    # {% generation %} and {% endgeneration %} mark the target for programs that know them. A
+    # statement that prints nothing takes their place.
+    source = re.sub(r"\{%(-?)\s*(end)?generation\s*(-?)%\}", r"{%\1 set _ = 0 \3%}", source)
     try:
-        template = environment.from_string(source)
+        return environment.from_string(source)
     except jinja2.TemplateError:
         return None
 
+
+def learn(source, marks, added):
+    """The Turns that lay out conversations as the Jinja template `source` does, or None.
+
+    marks, added: as in `choose`.
+
+    Jinja says nothing about which text is a target, so the turns are read off what the template
+    makes of a few conversations with contents that occur nowhere else. Then both have to give the
+    same text for all kinds of conversations. None if they do not, or if the template fails.
+    """
+    template = compile_jinja(source)
+    if template is None:
+        return None
+    roles = {role[0]: role for role in SPEAKERS}
+
     def talk(who, contents):
-        return [
-            {"role": roles[r], "content": content}
-            for r, content in zip(who, contents, strict=False)
-        ]
+        pairs = zip(who, contents, strict=False)
+        return [{"role": roles[letter], "content": content} for letter, content in pairs]
 
     def show(who, *contents, ask=False):
-        bos, eos = marks["bos"], marks["eos"]
         try:
             return template.render(
                 messages=talk(who, contents),
                 add_generation_prompt=ask,
-                bos_token=bos,
-                eos_token=eos,
+                bos_token=marks["bos"],
+                eos_token=marks["eos"],
             )
-        except (
-            Exception
-        ):  # a foreign program: whatever it raises, it does not lay out this conversation
+        except Exception:  # of any kind: a template is a foreign program
             return ""
 
     def holds(turns, *talks, tries=PLAIN):
-        for texts in tries:
-            for who, ask in [(who, False) for who in talks] + [
-                (who, True) for who in talks if who[-1] in "ut"
-            ]:
-                laid_out = "".join(text for text, _, _ in turns(talk(who, texts), ask))
-                if show(who, *texts, ask=ask) != laid_out:
+        """Whether turns and template agree on conversations, such as "uau" for three roles."""
+        asks = [(who, True) for who in talks if who[-1] in "ut"]
+        for who, ask in [(who, False) for who in talks] + asks:
+            for texts in tries:
+                parts = turns(talk(who, texts), ask)
+                if show(who, *texts, ask=ask) != "".join(text for text, _, _ in parts):
                     return False
         return True
 
-    s, u, a, v, b = "\ue000\ue001\ue002\ue003\ue004"  # contents that occur nowhere else
-    one, found = (
-        show("u", u),
-        re.fullmatch(f"(.*){u}(.*){a}(.*){v}(.*){b}(.*)", show("uaua", u, a, v, b), re.S),
-    )
-    stop = found and added.search(found[5])
+    def split(pattern, who, *contents):
+        return re.fullmatch(pattern, show(who, *contents), re.S)
+
+    s, u, a, v, b = "\ue000\ue001\ue002\ue003\ue004"
+    one = show("u", u)
+    match = split(f"(.*){u}(.*){a}(.*){v}(.*){b}(.*)", "uaua", u, a, v, b)
+    stop = match and added.search(match[5])
     if not one or not stop:
         return None
-    head, answer, back, last_answer, end = found.groups()
-    before, after = back.removeprefix(end), one.removeprefix(head + u)
+    head, answer, back, last_answer, end = match.groups()
+    before = back.removeprefix(end)
+    after = one.removeprefix(head + u)
     reply = answer.removeprefix(after)
     pad = "\n {} \n".format
     padded = {
@@ -463,19 +428,22 @@ def learn(source, marks, added):
     if not holds(turns, "u", "ua", "uau", "uaua", "uauau"):
         return None
     ways = (replace(turns, thoughts=way) for way in ("text", "framed"))
-    turns = next(
-        (way for way in ways if holds(way, "ua", "uau", "uaua", tries=THOUGHTS)),
-        replace(turns, thoughts="refused"),
-    )
+    same = (way for way in ways if holds(way, "ua", "uau", "uaua", tries=THOUGHTS))
+    turns = next(same, replace(turns, thoughts="refused"))
     turns = replace(turns, alternate=not holds(turns, "uu", "uaa"))
-    if found := re.fullmatch(f"(.*){s}(.*){u}.*", show("su", s, u), re.S):
-        shared = not found[2].endswith(before)
-        system = found[1] + "{}" + (found[2] if shared else found[2].removesuffix(before))
-        more = replace(turns, system=system, opened="{}" + after if shared else None)
-        turns = more if holds(more, "su", "sua", "suau", "suaua") else turns
-    if found := not turns.alternate and re.fullmatch(
-        f".*{a}(.*){v}(.*){b}.*", show("uata", u, a, v, b), re.S
-    ):
-        more = replace(turns, tool=found[1].removeprefix(end) + "{}" + found[2].removesuffix(reply))
-        turns = more if holds(more, "uat", "uata", "uatta") else turns
+    if match := split(f"(.*){s}(.*){u}.*", "su", s, u):
+        shared = not match[2].endswith(before)
+        more = replace(
+            turns,
+            system=match[1] + "{}" + (match[2] if shared else match[2].removesuffix(before)),
+            opened="{}" + after if shared else None,
+        )
+        if holds(more, "su", "sua", "suau", "suaua"):
+            turns = more
+    match = split(f".*{a}(.*){v}(.*){b}.*", "uata", u, a, v, b)
+    if match and not turns.alternate:
+        tool = match[1].removeprefix(end) + "{}" + match[2].removesuffix(reply)
+        more = replace(turns, tool=tool)
+        if holds(more, "uat", "uata", "uatta"):
+            turns = more
     return turns

@@ -3,16 +3,15 @@
     python sft.py recipes/lora.cfg lr=1e-4 data=[alpaca,dolly] steps=1_000
     python sft.py help
 
-Later arguments win. A preset holds one `key=value` a line. `#` at the start of a line or after a space
-begins a comment. A value or list element in double quotes is a JSON string, so that any text fits on one
-line. Nothing is ever evaluated as code.
+Later arguments win. A preset holds one `key=value` a line. `#` at the start of a line or after a
+space begins a comment. A value or list element in double quotes is a JSON string, so that any text
+fits on one line. Nothing is ever evaluated as code.
 
-A Config may have built-in presets, such as algo=grpo: PRESETS = {"algo": {"grpo": {key: value, ...}}}. Such
-a preset expands where it stands, and config.cfg holds the keys that it sets.
+A Config may have built-in presets, such as algo=grpo. They stand in its class variable
+PRESETS = {"algo": {"grpo": {key: value, ...}}}. Such a preset expands where it stands, and
+config.cfg holds the keys that it sets.
 """
 
-import ast
-import dataclasses
 import difflib
 import errno
 import inspect
@@ -23,101 +22,90 @@ import os
 import re
 import signal
 import sys
-import textwrap
-import tokenize
-import types
-import typing
+from contextlib import suppress
+from dataclasses import MISSING, fields
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 QUOTED = r'"(?:[^"\\]|\\.)*"'
-COMMENT = re.compile(
-    rf"(?<=[=,\[])\s*{QUOTED}|((?:^|\s)#.*)"
-)  # a quoted value is stepped over, '#' and all
+# A quoted value is stepped over, '#' and all.
+COMMENT = re.compile(rf"(?<=[=,\[])\s*{QUOTED}|((?:^|\s)#.*)")
 ELEMENT = re.compile(rf"\s*({QUOTED}|[^,]*?)\s*(?:,|$)")
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+UNIONS = (Union, UnionType)
 
 
-class Range(typing.NamedTuple):
-    """The values that a number may take: a test, and the words of the error message."""
-
-    words: str
-    holds: typing.Callable[[float], bool]
-
-
-# The annotations of a Config's numbers. `steps: NonNegativeInt = 0` is an int with this range.
-NonNegativeInt = typing.Annotated[int, Range("0 or more", lambda x: x >= 0)]
-PositiveInt = typing.Annotated[int, Range("1 or more", lambda x: x >= 1)]
-NonNegativeFloat = typing.Annotated[float, Range("0 or more", lambda x: x >= 0)]
-PositiveFloat = typing.Annotated[float, Range("above 0", lambda x: x > 0)]
-UnitFloat = typing.Annotated[float, Range("from 0 to 1", lambda x: 0 <= x <= 1)]
-Fraction = typing.Annotated[float, Range("0 or more and below 1", lambda x: 0 <= x < 1)]
-Share = typing.Annotated[float, Range("above 0 and at most 1", lambda x: 0 < x <= 1)]
-Every = typing.Annotated[int, Range("-1 or more", lambda x: x >= -1)]  # a number of steps, 0 or -1
-Seed = typing.Annotated[int, Range("from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)]  # as in torch
+# The annotations of a Config's numbers: the words of the error message, and a test of the value.
+# `steps: NonNegativeInt = 0` is an int with this range.
+NonNegativeInt = Annotated[int, ("0 or more", lambda x: x >= 0)]
+PositiveInt = Annotated[int, ("1 or more", lambda x: x >= 1)]
+NonNegativeFloat = Annotated[float, ("0 or more", lambda x: x >= 0)]
+PositiveFloat = Annotated[float, ("above 0", lambda x: x > 0)]
+UnitFloat = Annotated[float, ("from 0 to 1", lambda x: 0 <= x <= 1)]
+Fraction = Annotated[float, ("0 or more and below 1", lambda x: 0 <= x < 1)]
+Share = Annotated[float, ("above 0 and at most 1", lambda x: 0 < x <= 1)]
+Every = Annotated[int, ("-1 or more", lambda x: x >= -1)]  # a number of steps, 0 or -1
+Seed = Annotated[int, ("from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)]  # as in torch
 
 
 class UserError(Exception):
-    """Something the user can put right, in one plain sentence: what, where (file:line), what to do."""
+    """A mistake of the user's. One plain sentence says what, where (file:line) and what to do."""
 
 
 class Quoted(str):
-    """Text that stood in double quotes: never `none`, a number or a list, always the text itself."""
+    """Text that stood in double quotes. It is always text, and never `none`, a number or a list."""
 
 
 def unquote(text):
     return Quoted(json.loads(text)) if re.fullmatch(QUOTED, text) else text
 
 
+def element_kinds(kind, count):
+    """The annotations of the `count` elements of a value that is annotated list[...] or
+    tuple[...]."""
+    args = get_args(kind)
+    each = get_origin(kind) is tuple and args[-1] is not ...
+    return args if each else args[:1] * count
+
+
 def cast(kind, text):
-    """The value that `text` stands for under the annotation `kind`; ValueError when it stands for none."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        members = sorted(
-            args, key=lambda k: k is not types.NoneType
-        )  # unquoted `none` is None, not the str "none"
-        if isinstance(text, Quoted):
-            members = [
-                k for k in members if k in (str, Path) or typing.get_origin(k) is typing.Literal
-            ]
-        for member in members:
-            try:
-                return cast(member, text)
-            except ValueError:
-                pass
-    elif origin is typing.Literal:
+    """The value that `text` stands for under the annotation `kind`.
+
+    ValueError if it stands for none."""
+    origin, args = get_origin(kind), get_args(kind)
+    word = text.strip().lower()
+    if origin in UNIONS:
+        # None comes first: unquoted `none` is not the str "none".
+        for member in sorted(args, key=lambda k: k is not NoneType):
+            textual = member in (str, Path) or get_origin(member) is Literal
+            if textual or not isinstance(text, Quoted):
+                with suppress(ValueError):
+                    return cast(member, text)
+    elif origin is Literal:
         for option in args:
-            try:
+            with suppress(ValueError):
                 if cast(type(option), text) == option:
                     return option
-            except ValueError:
-                pass
-    elif (origin or kind) in (list, tuple):
+    elif origin in (list, tuple):
         inner = text.strip()
         if inner.startswith("["):
             if not inner.endswith("]"):
                 raise ValueError(text)
             inner = inner[1:-1].strip()
         items = [match[1] for match in ELEMENT.finditer(inner + ",")][:-1] if inner else []
-        kinds = args or (str, ...)
-        kinds = kinds[:1] * len(items) if origin is not tuple or kinds[-1] is ... else kinds
+        kinds = element_kinds(kind, len(items))
         if "" in items or len(kinds) != len(items):
             raise ValueError(text)
-        return (origin or kind)(
-            cast(k, unquote(item)) for k, item in zip(kinds, items, strict=True)
-        )
-    elif kind is types.NoneType:
-        if text.strip().lower() == "none":
-            return None
-    elif kind is bool:
-        if text.strip().lower() in BOOLS:
-            return BOOLS[text.strip().lower()]
-    elif kind is float:
-        if math.isfinite(value := float(text)):
-            return value
+        return origin(cast(k, unquote(item)) for k, item in zip(kinds, items, strict=True))
+    elif kind is NoneType and word == "none":
+        return None
+    elif kind is bool and word in BOOLS:
+        return BOOLS[word]
+    elif kind is float and math.isfinite(value := float(text)):
+        return value
     elif kind in (int, str, Path):
-        return str(text) if kind is str else kind(text)
-    else:
-        raise TypeError(f"no cast for the annotation {kind}")
+        return kind(text)
     raise ValueError(text)
 
 
@@ -126,59 +114,51 @@ def show(kind, value):
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
-        if typing.get_origin(kind) in (typing.Union, types.UnionType):
-            kind = next(
-                k for k in typing.get_args(kind) if (typing.get_origin(k) or k) is type(value)
-            )
-        args = typing.get_args(kind) or (str,)
-        kinds = (
-            args
-            if typing.get_origin(kind) is tuple and args[-1] is not ...
-            else args[:1] * len(value)
-        )
-        return f"[{','.join(show(k, v) for k, v in zip(kinds, value, strict=True))}]"
+        if get_origin(kind) in UNIONS:
+            members = get_args(kind)
+            kind = next(k for k in members if get_origin(k) is type(value))
+        pairs = zip(element_kinds(kind, len(value)), value, strict=True)
+        return f"[{','.join(show(k, v) for k, v in pairs)}]"
     if isinstance(value, (str, Path)):
         text = str(value)
-        plain = (
-            text.isprintable()
-            and re.fullmatch(r'[^\s"#,\[\]]+', text)
-            and cast(kind, text) == value
-        )
-        return text if plain else json.dumps(text, ensure_ascii=not text.isprintable())
+        plain = text.isprintable() and re.fullmatch(r'[^\s"#,\[\]]+', text)
+        if plain and cast(kind, text) == value:
+            return text
+        return json.dumps(text, ensure_ascii=not text.isprintable())
     return repr(value)
 
 
 def describe(kind):
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe(member) for member in args)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(str(option) for option in args)
-    if origin in (list, tuple) and args and args[-1] is not ... and origin is tuple:
-        return f"{len(args)} values [{','.join(describe(k) for k in args)}]"
-    if (origin or kind) in (list, tuple):
-        return f"list of {describe(args[0]) if args else 'str'}"
-    return {types.NoneType: "none", bool: "true or false", Path: "path"}.get(kind) or kind.__name__
+    """The words for an annotation in `help` and in messages, such as "list of str"."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in UNIONS:
+        return " or ".join(map(describe, args))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin is tuple and args[-1] is not ...:
+        return f"{len(args)} values [{','.join(map(describe, args))}]"
+    if origin in (list, tuple):
+        return f"list of {describe(args[0])}"
+    return {NoneType: "none", bool: "true or false", Path: "path"}.get(kind) or kind.__name__
 
 
 def nearest(name, keys):
-    """The key closest in spelling or by initials (`learning_rate` for `lr`, `bs` for `batch_size`), or None."""
+    """The key closest in spelling or by initials, or None.
+
+    `learning_rate` finds `lr`, and `bs` finds `batch_size`."""
 
     def initials(words):
         return "".join(word[:1] for word in words.split("_"))
 
-    def score(key):
-        if initials(name) == key or initials(key) == name:
-            return 0.9
-        return difflib.SequenceMatcher(None, name, key).ratio()
-
     name = name.replace("-", "_")
-    best = max(keys, key=score, default="")
-    return best if score(best) >= 0.5 else None
+    for key in keys:
+        if initials(name) == key or initials(key) == name:
+            return key
+    return next(iter(difflib.get_close_matches(name, keys, n=1, cutoff=0.5)), None)
 
 
 def read_preset(path):
-    """[(where, line)] of the lines that hold something; `where` is file:line."""
+    """[(where, line)] of the lines that hold something. `where` is file:line."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -190,38 +170,34 @@ def read_preset(path):
 
 
 def parse(Config, argv):
-    kinds, values, given = typing.get_type_hints(Config), {}, set()
-    fields = {f.name: f for f in dataclasses.fields(Config)}
+    """A `Config` filled from the arguments `argv`. UserError for a mistake in one of them."""
+    hints = get_type_hints(Config)
     presets = getattr(Config, "PRESETS", {})  # {key: {option: {other key: value}}}
+    kinds = {f.name: hints[f.name] for f in fields(Config)}
+    kinds |= {key: Literal[tuple(options)] for key, options in presets.items()}
+    values, given = {}, set()
 
     def put(where, line):
         key, equals, text = line.partition("=")
         key = key.strip().removeprefix("--")
         if not equals:
-            raise UserError(
-                f"{where}'{line}' is not key=value"
-                + (f"; write {key}=VALUE" if key in fields else "")
-            )
-        if key not in fields and key not in presets:
-            near = nearest(key, [*fields, *presets])
+            hint = f"; write {key}=VALUE" if key in kinds else ""
+            raise UserError(f"{where}'{line}' is not key=value{hint}")
+        if key not in kinds:
+            near = nearest(key, kinds)
             hint = f"did you mean '{near}'?" if near else "`help` lists every key"
             raise UserError(f"{where}unknown key '{key}'; {hint}")
         if not where:  # the command line
             if key in given:
                 raise UserError(f"key '{key}' is given twice on the command line")
             given.add(key)
-        if key in presets:
-            if text.strip() not in presets[key]:
-                options = ", ".join(presets[key])
-                raise UserError(f"{where}{key}={text.strip()}: expected one of {options}")
-            values.update(presets[key][text.strip()])
-            return
         try:
-            values[key] = cast(kinds[key], unquote(text.strip()) if where else text)
+            # on the command line a value is taken as it is, quotes and spaces too
+            value = cast(kinds[key], unquote(text.strip()) if where else text)
         except ValueError:
-            raise UserError(
-                f"{where}{key}={text.strip()}: expected {describe(kinds[key])}"
-            ) from None
+            expected = describe(kinds[key])
+            raise UserError(f"{where}{key}={text.strip()}: expected {expected}") from None
+        values.update(presets[key][value] if key in presets else {key: value})
 
     for arg in argv:
         key, equals, _ = arg.partition("=")
@@ -231,25 +207,21 @@ def parse(Config, argv):
                 put(where, line)
         else:
             put("", arg)
-    missing = [
-        f.name
-        for f in fields.values()
-        if f.name not in values and default(f) is dataclasses.MISSING
-    ]
-    if missing:
-        raise UserError(
-            f"'{missing[0]}' has no default: give {missing[0]}=VALUE ({describe(kinds[missing[0]])})"
-        )
+    for f in fields(Config):
+        if f.name not in values and default(f) is MISSING:
+            kind = describe(kinds[f.name])
+            raise UserError(f"'{f.name}' has no default: give {f.name}=VALUE ({kind})")
     return Config(**values)
 
 
 def load(Config, argv=None):
     """A `Config` dataclass filled from `argv` (the command line when None).
 
-    A mistake ends the program with status 2 and a sentence on stderr; `help`, `-h`, `--help` print every key and exit.
+    A mistake ends the program with status 2 and a sentence on stderr. `help`, `-h` and `--help`
+    print every key and exit.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if any(arg in ("help", "-h", "--help") for arg in argv):
+    if {"help", "-h", "--help"} & set(argv):
         print(help_text(Config))
         sys.exit(0)
     try:
@@ -260,48 +232,56 @@ def load(Config, argv=None):
 
 def check(cfg):
     """UserError for a number out of the range in its field's annotation."""
-    for key, kind in typing.get_type_hints(type(cfg), include_extras=True).items():
+    for key, kind in get_type_hints(type(cfg), include_extras=True).items():
         value = getattr(cfg, key, None)
-        for limit in getattr(kind, "__metadata__", ()):
-            if not limit.holds(value):
-                raise UserError(f"{key}={value}: must be {limit.words}")
+        for words, holds in getattr(kind, "__metadata__", ()):
+            if not holds(value):
+                raise UserError(f"{key}={value}: must be {words}")
     lr, min_lr = getattr(cfg, "lr", 0), getattr(cfg, "min_lr", 0)
     if min_lr > lr and cfg.schedule != "constant":
         raise UserError(f"min_lr={min_lr} is above lr={lr}, from which it is to fall: lower it too")
 
 
 def default(f):
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    """The default of a dataclass field, or MISSING."""
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+def comments(Config):
+    """({key: lines of comment above it}, {key: comment behind it}) of a Config.
+
+    They are read from its source, so that the file and `help` show the same words. Without source
+    (an interactive session) there are none."""
+    heads, notes = {}, {}
+    above, key = [], None
+    with suppress(OSError):
+        for line in inspect.getsource(Config).splitlines():
+            code, _, comment = line.partition("# ")
+            if code.lstrip().startswith("def "):
+                break
+            if match := re.match(r"\s+(\w+): ", code):
+                key = match[1]
+                heads[key], above = above, []
+            if comment and code.strip():
+                notes[key] = comment
+            elif comment:
+                above.append(comment)
+    return heads, notes
 
 
 def help_text(Config):
-    """The script's docstring, then each key with default, type and comment, under the comment that heads its group."""
-    heads, notes = {}, {}
-    try:
-        source = textwrap.dedent(inspect.getsource(Config))
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        comments = {t.start[0]: t.string.strip("# ") for t in tokens if t.type == tokenize.COMMENT}
-        (tree,) = ast.parse(source).body
-        last = tree.lineno
-        for node in tree.body:
-            if isinstance(node, ast.AnnAssign):
-                heads[node.target.id] = [
-                    comments[r] for r in range(last + 1, node.lineno) if comments.get(r)
-                ]
-                notes[node.target.id] = comments.get(node.end_lineno, "")
-            last = node.end_lineno
-    except OSError:
-        pass  # no source at hand (an interactive session): the keys alone
-    kinds, lines = (
-        typing.get_type_hints(Config),
-        [(sys.modules[Config.__module__].__doc__ or "").strip(), ""],
-    )
-    for f in dataclasses.fields(Config):
-        lines += ["", *heads[f.name]] if heads.get(f.name) else []
-        value = "" if default(f) is dataclasses.MISSING else show(kinds[f.name], default(f))
-        lines.append(
-            f"  {f.name + '=' + value:<32} {describe(kinds[f.name]):<14} {notes.get(f.name, '')}".rstrip()
-        )
+    """The script's docstring, then each key with default, type and comment.
+
+    A comment line in the Config heads the group of keys below it."""
+    heads, notes = comments(Config)
+    kinds = get_type_hints(Config)
+    lines = [(sys.modules[Config.__module__].__doc__ or "").strip(), ""]
+    for f in fields(Config):
+        if heads.get(f.name):
+            lines += ["", *heads[f.name]]
+        value = "" if default(f) is MISSING else show(kinds[f.name], default(f))
+        line = f"  {f.name + '=' + value:<32} {describe(kinds[f.name]):<14} "
+        lines.append((line + notes.get(f.name, "")).rstrip())
     for key, options in getattr(Config, "PRESETS", {}).items():
         lines += ["", f"{key}= sets several keys at once, where it stands"]
         for option, keys in options.items():
@@ -310,45 +290,51 @@ def help_text(Config):
     return "\n".join(lines).strip("\n")
 
 
+def texts(cfg):
+    """{key: text of its value} of a Config."""
+    kinds = get_type_hints(type(cfg))
+    return {f.name: show(kinds[f.name], getattr(cfg, f.name)) for f in fields(cfg)}
+
+
 def diff(cfg):
     """["key=value"] of what differs from the defaults."""
-    kinds = typing.get_type_hints(type(cfg))
-    pairs = [(f, getattr(cfg, f.name)) for f in dataclasses.fields(cfg)]
-    return [f"{f.name}={show(kinds[f.name], value)}" for f, value in pairs if value != default(f)]
+    said = texts(cfg)
+    changed = [f.name for f in fields(cfg) if getattr(cfg, f.name) != default(f)]
+    return [f"{key}={said[key]}" for key in changed]
 
 
 def to_cfg(cfg):
     """The text of a preset that reproduces `cfg`."""
-    kinds = typing.get_type_hints(type(cfg))
-    return "".join(
-        f"{f.name}={show(kinds[f.name], getattr(cfg, f.name))}\n" for f in dataclasses.fields(cfg)
-    )
+    return "".join(f"{key}={text}\n" for key, text in texts(cfg).items())
 
 
 def changes(cfg, old):
-    """["key old -> new"] of what has another value in `old`, a text that to_cfg made. resume= is no setting of the run itself."""
-    new, old = (
-        dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
-        for text in (to_cfg(cfg), old)
-    )
+    """["key old -> new"] of what has another value in `old`, a text that to_cfg made.
+
+    resume= is left out, because it is no setting of the run itself."""
+    before = dict(line.split("=", 1) for line in old.splitlines() if "=" in line)
+    after = texts(cfg).items()
     return [
-        f"{key} {old[key]} -> {new[key]}"
-        for key in new
-        if key != "resume" and old.get(key, new[key]) != new[key]
+        f"{key} {before[key]} -> {text}"
+        for key, text in after
+        if key != "resume" and before.get(key, text) != text
     ]
 
 
 def fail(message):
+    """Ends the process with status 2 and the message on stderr."""
     rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-    print(
-        f"{rank}error: {message}\n", end="", file=sys.stderr
-    )  # in one write: ranks share a terminal
+    # one write, line break included, because ranks share a terminal
+    sys.stderr.write(f"{rank}error: {message}\n")
     sys.exit(2)
 
 
 def leave(status):
-    """Ends a rank without taking the interpreter down: a thread of gloo may still hold a tensor of the last collective, and to let
-    go of one in a dying interpreter aborts the process (pytorch/pytorch#190489), after which torchrun calls a good run failed."""
+    """Ends a rank of torchrun by os._exit, without taking the interpreter down.
+
+    A thread of gloo may still hold a tensor of the last collective. Freeing it while the
+    interpreter shuts down aborts the process (pytorch/pytorch#190489), and torchrun would call a
+    good run failed."""
     if "RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -367,17 +353,16 @@ def run(main, Config):
 
 
 def attempt(main, Config):
-    """`main(load(Config))`, numbers checked; a mistake, what may not be written, a full disk or device and Ctrl-C end in a
-    sentence, all else in a traceback."""
+    """Loads and checks the config, and calls main(cfg).
+
+    Expected failures (UserError, a path that must not be written, a full disk, a full device,
+    Ctrl-C) end in one sentence and an exit status. Anything else keeps its traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # what a terminal cannot show ends nothing
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(
-            signal.SIGTERM, lambda *_: sys.exit(143)
-        )  # so that what is half-written goes, and workers do
+        # an exception, so that what is half-written is removed and workers end
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         cfg = load(Config)
         check(cfg)
@@ -388,28 +373,20 @@ def attempt(main, Config):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (
-        BrokenPipeError
-    ):  # the reader of our output left (`| head`): end as quietly as a shell's own tools
+    except BrokenPipeError:
+        # The reader of our output left (`| head`). End as quietly as a shell's own tools.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as e:
+        code = getattr(e, "errno", None)
         # safetensors and torch report a full disk in their own exception types, by text
-        if getattr(e, "errno", None) in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-        ) or "No space left on device" in str(e):
+        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(e):
             fail(f"the disk is full ({e}): free some space, then run the same command again")
         if type(e).__name__ == "OutOfMemoryError":  # torch's, which this file does not import
-            keys = [
-                f"{key}="
-                for key in ("micro_batch", "rollout_batch", "max_length", "batch_size")
-                if hasattr(cfg, key)
-            ]
-            fail(f"{str(e).splitlines()[0]} - lower {' or '.join(keys[:2])}")
-        if (
-            getattr(e, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-            and e.filename
-        ):
+            keys = ("micro_batch", "rollout_batch", "max_length", "batch_size")
+            lower = [f"{key}=" for key in keys if hasattr(cfg, key)]
+            fail(f"{str(e).splitlines()[0]} - lower {' or '.join(lower[:2])}")
+        denied = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+        if code in denied and e.filename:
             fail(f"{e.filename}: {e.strerror}")
         raise

@@ -1,8 +1,8 @@
 """What a training run will need, from first principles: the memory of one device, before anything
 is allocated.
 
-print(estimate.describe(model, tokens=4 * 512, shards=1, dtype=torch.bfloat16,
-grad_checkpoint=False))"""
+    run.log.text(estimate.describe(model, rt, cfg, train.document_length))
+"""
 
 import torch
 
@@ -21,12 +21,14 @@ def memory(
     tensor=1,
     document=SHORT,
 ):
-    """Peak bytes of one device by part, for AdamW under autocast.
+    """Peak bytes of one device by part, for AdamW under autocast -> {part: bytes}.
 
-    tokens: of one forward on one device (B x T). shards: devices over which weights, gradients and
-    moments are sharded; 1 where each holds them whole. tensor: how many of these share each layer;
-    FSDP does the rest. keep_gathered: FSDP keeps what a forward gathered. document: the length that
-    the average token finds its document to have.
+    tokens: of one forward on one device (B x T).
+    shards: devices over which weights, gradients and moments are sharded. 1: each holds them whole.
+    dtype: of the matrix products.
+    tensor: how many of the shards share each layer. FSDP shards over the rest.
+    keep_gathered: FSDP keeps what a forward gathered (zero2).
+    document: mean document length, weighted by tokens.
 
     weights      as the parameters are held
     gradients    fp32, of what is trained
@@ -44,32 +46,30 @@ def memory(
     numbers = {
         p: p.numel() / (1 if dims[name] is None else tensor) for name, p in model.named_parameters()
     }
+    # the same of what is trained
+    trainable = {p: n for p, n in numbers.items() if p.requires_grad}
     fsdp = shards / tensor
-    trained = sum(n for p, n in numbers.items() if p.requires_grad) / fsdp
+    trained = sum(trainable.values()) / fsdp
     weights = sum(n * p.itemsize for p, n in numbers.items()) / fsdp
+    # of each layer
     layers = [sum(numbers[p] for p in layer.parameters()) for layer in model.layers]
+    grads = [sum(trainable.get(p, 0) for p in layer.parameters()) for layer in model.layers]
     block = block_bytes(model, size, tensor, document)
     kept = cfg.n_layers * size * cfg.dim + block if grad_checkpoint else cfg.n_layers * block
-    head = 0
+    head = gathered = casts = 0
     if cfg.head == "lm":
-        device = model.head_weight.device
-        chunk = min(chunk_logits(device), tokens * cfg.vocab_size)
-        exact = min(block_logits(device), tokens * cfg.vocab_size)
-        head = chunk * size + exact * (4 + 4)
-        head += cfg.vocab_size * cfg.dim * (size + 4 * model.head_weight.requires_grad)
+        W = model.head_weight
+        chunk = min(chunk_logits(W.device), tokens * cfg.vocab_size)
+        exact = min(block_logits(W.device), tokens * cfg.vocab_size)
+        copies = size + 4 * W.requires_grad
         if tensor > 1:
-            head += cfg.vocab_size * cfg.dim * (size if fsdp > 1 else model.head_weight.itemsize)
-    gathered = casts = 0
+            copies += size if fsdp > 1 else W.itemsize
+        head = chunk * size + exact * (4 + 4) + copies * W.numel()
     if fsdp > 1:
         rest = sum(numbers.values()) - sum(layers)
-        grads = sum(numbers[p] for p in model.layers[0].parameters() if p.requires_grad)
-        gathered = size * (rest + sum(layers if keep_gathered else layers[:2])) + 4 * grads
+        gathered = size * (rest + sum(layers if keep_gathered else layers[:2])) + 4 * grads[0]
     elif size < 4:
-        copies = [
-            size * sum(numbers[p] for p in layer.parameters() if p.requires_grad)
-            for layer in model.layers
-        ]
-        casts = max(copies) if grad_checkpoint else sum(copies)
+        casts = size * (max(grads) if grad_checkpoint else sum(grads))
     return dict(
         weights=weights,
         gradients=4 * trained,
@@ -82,13 +82,15 @@ def memory(
 
 
 def block_bytes(model, size, tensor, document):
-    """Bytes of activations that autograd keeps of a token in one block: input and output of the two
-    norms; q, k, v and the attention's output; and of the MLP the (T, F) tensors, four where it is
+    """Bytes of activations that autograd keeps of a token in one block.
+
+    size: bytes of a number. tensor, document: as in memory(). These are the input and output of the
+    two norms, q, k, v, the attention's output, and the (T, F) tensors of the MLP: four where it is
     gated, two where it is plain.
 
     On a CPU RMSNorm keeps its input in fp32, and twice where it is trained. There attention keeps
-    its output twice, by document and joined, or of short documents in bf16 its probabilities,
-    `document` numbers a token and head."""
+    its output twice, by document and joined. Of short documents in bf16 it keeps its probabilities
+    instead, `document` numbers a token and head."""
     cfg = model.cfg
     on_cpu = model.model["embed_tokens"].weight.device.type == "cpu"
     q = cfg.n_heads * cfg.head_dim
@@ -107,41 +109,29 @@ def block_bytes(model, size, tensor, document):
     return 2 * cfg.dim * (norm + size) + shared / tensor
 
 
-def describe(
-    model,
-    tokens,
-    shards=1,
-    dtype=torch.bfloat16,
-    grad_checkpoint=False,
-    keep_gathered=False,
-    offload=False,
-    tensor=1,
-    document=SHORT,
-):
-    """One line for people: the parameters, and the parts of `memory` in GB. offload: what is
-    sharded waits in CPU memory."""
-    parts = memory(model, tokens, shards, dtype, grad_checkpoint, keep_gathered, tensor, document)
-    host = sum(parts.pop(name) for name in ("weights", "gradients", "optimizer")) if offload else 0
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    listed = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    return (
-        f"{total:,} parameters, {trained:,} trained ({100 * trained / total:.1f}%); "
-        f"estimated peak memory per device {sum(parts.values()) / 1e9:.1f} GB = {listed}"
-        + (f"; {host / 1e9:.1f} GB for each in CPU memory" if offload else "")
-    )
+def describe(model, rt, cfg, document=SHORT):
+    """One line for people: the parameters, and the parts of `memory` in GB.
 
-
-def for_run(model, rt, cfg, document=SHORT):
-    """`describe` of a stage's model, by its Runtime and Config."""
-    return describe(
+    rt, cfg: the Runtime and Config of a stage. document: as in memory(). With cfg.offload the
+    sharded parts are counted in CPU memory."""
+    parts = memory(
         model,
         cfg.micro_batch * cfg.max_length,
         rt.weight_shards,
         rt.dtype,
         cfg.grad_checkpoint,
         cfg.parallel == "zero2",
-        cfg.offload,
         rt.tensor,
         document,
+    )
+    note = ""
+    if cfg.offload:
+        host = sum(parts.pop(name) for name in ("weights", "gradients", "optimizer"))
+        note = f"; {host / 1e9:.1f} GB for each in CPU memory"
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    listed = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    return (
+        f"{total:,} parameters, {trained:,} trained ({100 * trained / total:.1f}%); "
+        f"estimated peak memory per device {sum(parts.values()) / 1e9:.1f} GB = {listed}{note}"
     )

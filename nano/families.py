@@ -1,13 +1,12 @@
-"""Model families, one entry each: config.json <-> ModelConfig, tensors in files <-> parameters.
+"""Model families: config.json <-> ModelConfig, and tensors in files <-> parameters.
 
-A family is an entry of FAMILIES: tables for what tables can say, two functions for the rest. A
-family whose files name, fuse and lay out tensors as this model does needs no `tensors`."""
+A family is an entry of FAMILIES. Its tables hold what tables can say, and two functions do the
+rest. A family whose files name, fuse and lay out tensors as this model does needs no `tensors`."""
 
-import dataclasses
 import difflib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,36 +26,27 @@ class Layout:
     fuse: Callable  # (the parameters, ModelConfig) -> tensor of the file
 
 
-def split_rows(tensor, shapes, cfg):
-    return tensor.split([shape[0] for shape in shapes])
-
-
-def fuse_rows(parts, cfg):
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-# rows one after another: a memory-mapped tensor stays memory-mapped
-ROWS = Layout(split_rows, fuse_rows)
-# GPT-2's Conv1D: the transpose of a linear layer's weight; a bias is as ever
+# Rows one after another. A memory-mapped tensor stays memory-mapped.
+ROWS = Layout(
+    split=lambda tensor, shapes, cfg: tensor.split([shape[0] for shape in shapes]),
+    fuse=lambda parts, cfg: parts[0] if len(parts) == 1 else torch.cat(parts),
+)
+# GPT-2's Conv1D: the transpose of a linear layer's weight. A bias, of one dimension, has none.
 CONV1D = Layout(
-    lambda tensor, shapes, cfg: split_rows(tensor.t().contiguous(), shapes, cfg),
-    lambda parts, cfg: fuse_rows(parts, cfg).t(),
+    split=lambda tensor, shapes, cfg: ROWS.split(tensor.t().contiguous(), shapes, cfg),
+    fuse=lambda parts, cfg: ROWS.fuse(parts, cfg).t(),
 )
 
 
 def places(cfg, names, bare=False):
-    """Where a file of the family keeps the parameters `names`: {name in the file: ([names here],
-    Layout)}.
+    """Where a file of the family keeps the parameters `names`.
 
-    bare: the file leaves out the family's prefix."""
+    bare: the file leaves out the family's prefix. Returns {name in the file: ([names here],
+    Layout)}."""
     family = FAMILIES[cfg.family]
-    table = {}  # module here -> module in the file
-    for module, parts in family.tensors.items():
-        for part in [parts] if isinstance(parts, str) else parts:
-            table[part] = module
     out = {}
     for name in names:
-        stored = renamed(name, table) or name
+        stored = renamed(name, family.tensors) or name
         layout = family.layouts.get(NUMBER.sub(".{}", stored.rpartition(".")[0]), ROWS)
         if bare:
             stored = stored.removeprefix(family.prefix)
@@ -68,8 +58,9 @@ NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
 
 def renamed(name, table):
-    """The name of a tensor after a table of modules, {old: new}, in which {} stands for a number.
-    None: not in the table."""
+    """The new name of a tensor by a table of modules, {old: new}, in which {} stands for a number.
+
+    None if the table does not have its module."""
     module, _, leaf = name.rpartition(".")
     new = table.get(NUMBER.sub(".{}", module))
     return new and f"{new.format(*NUMBER.findall(module))}.{leaf}"
@@ -118,7 +109,7 @@ class Family:
     read: Callable  # (config.json over the defaults, fields read by `keys`) -> {field: value}
     write: Callable  # ModelConfig -> {key: value}
     always: dict = field(default_factory=dict)  # fields that all models of the family share
-    tensors: dict = field(default_factory=dict)  # module in the file -> module here, or a tuple
+    tensors: dict = field(default_factory=dict)  # module here -> module in the file
     layouts: dict = field(default_factory=dict)  # module in the file -> Layout other than ROWS
     prefix: str = ""  # of modules in the file; a file of the bare trunk leaves it out
     ignored: str = r"\.rotary_emb\.inv_freq$"  # regex of constants that old files hold
@@ -127,8 +118,7 @@ class Family:
 def read_llama(c, fields):
     if c["hidden_act"] not in ("silu", "swish"):
         raise UserError(f"hidden_act {c['hidden_act']!r} is not supported (silu is)")
-    theta, scaling = read_rope(c)
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    return read_rope(c)
 
 
 def write_llama(cfg):
@@ -147,11 +137,9 @@ def read_qwen(c, fields):
     out = read_llama(c, fields)
     if not c.get("use_sliding_window"):
         return out
-    kinds = c.get("layer_types")
-    if not kinds:
-        full = min(c["max_window_layers"], fields["n_layers"])
-        kinds = [FULL] * full + [SLIDING] * (fields["n_layers"] - full)
-    if len(kinds) != fields["n_layers"] or not {FULL, SLIDING}.issuperset(kinds):
+    layers, full = fields["n_layers"], c["max_window_layers"]
+    kinds = c.get("layer_types") or [FULL if i < full else SLIDING for i in range(layers)]
+    if len(kinds) != layers or not {FULL, SLIDING}.issuperset(kinds):
         raise UserError(
             f"layer_types {kinds} is not supported ({SLIDING} or {FULL} for each layer is)"
         )
@@ -160,15 +148,12 @@ def read_qwen(c, fields):
 
 
 def write_qwen(cfg):
-    out = write_llama(cfg)
-    if not any(cfg.windows):
-        return out | {"use_sliding_window": False}
-    first = next(i for i, window in enumerate(cfg.windows) if window)
-    out["use_sliding_window"] = True
-    out["sliding_window"] = cfg.windows[first]
-    out["max_window_layers"] = first
-    if not all(cfg.windows[first:]):
-        out["layer_types"] = [SLIDING if window else FULL for window in cfg.windows]
+    out = write_llama(cfg) | {"use_sliding_window": any(cfg.windows)}
+    if any(cfg.windows):
+        first = next(i for i, window in enumerate(cfg.windows) if window)
+        out |= {"sliding_window": cfg.windows[first], "max_window_layers": first}
+        if not all(cfg.windows[first:]):
+            out["layer_types"] = [SLIDING if window else FULL for window in cfg.windows]
     return out
 
 
@@ -182,12 +167,12 @@ def read_gpt2(c, fields):
             raise UserError(f"{key} is not supported")
     if c.get("scale_attn_weights") is False:
         raise UserError("scale_attn_weights=false is not supported")
-    return {
-        "n_kv_heads": fields["n_heads"],
-        "head_dim": fields["dim"] // fields["n_heads"],
-        "ffn_dim": checked(c.get("n_inner") or 4 * fields["dim"], "n_inner", int),
-        "activation": GPT2_ACTIVATIONS[name],
-    }
+    return dict(
+        n_kv_heads=fields["n_heads"],
+        head_dim=fields["dim"] // fields["n_heads"],
+        ffn_dim=checked(c.get("n_inner") or 4 * fields["dim"], "n_inner", int),
+        activation=GPT2_ACTIVATIONS[name],
+    )
 
 
 def write_gpt2(cfg):
@@ -212,14 +197,15 @@ ROPE = {  # kinds of rope scaling, and the numbers that they need
 
 
 def read_rope(c):
-    """(theta, scaling): from rope_theta and rope_scaling (transformers 4) or the one dict
-    rope_parameters (5)."""
+    """The fields rope_theta and rope_scaling.
+
+    transformers 4 writes them as two keys of these names, and transformers 5 as one dict
+    rope_parameters."""
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise UserError(f"rope scaling {rope!r} is not supported")
     theta = rope.get("rope_theta") or c.get("rope_theta") or 10000.0
-    if type(theta) not in (int, float):
-        raise UserError(f"rope_theta is {theta!r}, not a number")
+    checked(theta, "rope_theta", float)
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError("rope_parameters that differ by layer are not supported")
     if (rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0) != 1.0:
@@ -229,9 +215,8 @@ def read_rope(c):
         raise UserError(f"rope scaling {kind!r} is not supported ({', '.join(ROPE)} are)")
     if not all(isinstance(rope.get(key), (int, float)) for key in ROPE[kind]):
         raise UserError(f"rope scaling {kind!r} needs the numbers {', '.join(ROPE[kind])}")
-    if kind == "default":
-        return theta, None
-    return theta, {"rope_type": kind} | {key: rope[key] for key in ROPE[kind]}
+    scaling = {"rope_type": kind} | {key: rope[key] for key in ROPE[kind]}
+    return dict(rope_theta=theta, rope_scaling=None if kind == "default" else scaling)
 
 
 KEYS = {  # of Llama and those that follow it
@@ -315,19 +300,17 @@ FAMILIES = {  # by model_type
             "mlp_bias": True,
         },
         tensors={
-            "transformer.wte": "model.embed_tokens",
-            "transformer.wpe": "model.embed_positions",
-            "transformer.h.{}.ln_1": "model.layers.{}.input_layernorm",
-            "transformer.h.{}.attn.c_attn": (
-                "model.layers.{}.self_attn.q_proj",
-                "model.layers.{}.self_attn.k_proj",
-                "model.layers.{}.self_attn.v_proj",
-            ),
-            "transformer.h.{}.attn.c_proj": "model.layers.{}.self_attn.o_proj",
-            "transformer.h.{}.ln_2": "model.layers.{}.post_attention_layernorm",
-            "transformer.h.{}.mlp.c_fc": "model.layers.{}.mlp.up_proj",
-            "transformer.h.{}.mlp.c_proj": "model.layers.{}.mlp.down_proj",
-            "transformer.ln_f": "model.norm",
+            "model.embed_tokens": "transformer.wte",
+            "model.embed_positions": "transformer.wpe",
+            "model.layers.{}.input_layernorm": "transformer.h.{}.ln_1",
+            "model.layers.{}.self_attn.q_proj": "transformer.h.{}.attn.c_attn",
+            "model.layers.{}.self_attn.k_proj": "transformer.h.{}.attn.c_attn",
+            "model.layers.{}.self_attn.v_proj": "transformer.h.{}.attn.c_attn",
+            "model.layers.{}.self_attn.o_proj": "transformer.h.{}.attn.c_proj",
+            "model.layers.{}.post_attention_layernorm": "transformer.h.{}.ln_2",
+            "model.layers.{}.mlp.up_proj": "transformer.h.{}.mlp.c_fc",
+            "model.layers.{}.mlp.down_proj": "transformer.h.{}.mlp.c_proj",
+            "model.norm": "transformer.ln_f",
         },
         layouts={
             "transformer.h.{}.attn.c_attn": CONV1D,
@@ -353,20 +336,24 @@ def load_config(dir):
     if not (dir / "config.json").exists():
         if (dir / "adapter_config.json").exists():
             raise UserError(
-                f"{dir} is a LoRA adapter, not a model: give the base model, or merge the adapter into it"
+                f"{dir} is a LoRA adapter, not a model: "
+                "give the base model, or merge the adapter into it"
             )
         if models := [str(dir / name) for name in ("last", "best") if (dir / name).is_dir()]:
             raise UserError(
                 f"{dir} is the folder of a run: give a model in it, {' or '.join(models)}"
             )
         raise UserError(
-            f"{dir} has no config.json, so it is no model directory; `python -m prepare.weights` makes one"
+            f"{dir} has no config.json, so it is no model directory; "
+            "`python -m prepare.weights` makes one"
         )
     return parse_config(read_json(dir / "config.json"), dir / "config.json")
 
 
 def parse_config(c, where):
-    """The dict of a config.json, as transformers 4 or 5 writes it -> ModelConfig."""
+    """The dict of a config.json, as transformers 4 or 5 writes it -> ModelConfig.
+
+    UserError, which names the file `where`, for what is not supported."""
     try:
         return read_config(c)
     except UserError as e:
@@ -387,25 +374,23 @@ def read_config(c):
     c = family.defaults | c
     fields = {}
     for name, key in family.keys.items():
+        value = c.get(key)
         # null, or absent where the family has no default of its own
-        if c.get(key) is None and name == "n_kv_heads":
-            fields[name] = fields["n_heads"]
-        elif c.get(key) is None and name == "head_dim":
-            fields[name] = fields["dim"] // fields["n_heads"]
-        else:
-            fields[name] = checked(c.get(key), key, TYPES[name])
+        if value is None and name == "n_kv_heads":
+            value = fields["n_heads"]
+        elif value is None and name == "head_dim":
+            value = fields["dim"] // fields["n_heads"]
+        fields[name] = checked(value, key, ModelConfig.__annotations__[name])
     fields |= family.always | family.read(c, fields)
     if not any(fields.get("windows", ())):
         fields["windows"] = ()
     cfg = ModelConfig(**fields, head=head, family=kind)
     if cfg.n_heads % cfg.n_kv_heads or cfg.head_dim % 2:
         raise UserError(
-            f"{cfg.n_heads} heads of {cfg.head_dim} numbers do not go with {cfg.n_kv_heads} key/value heads"
+            f"{cfg.n_heads} heads of {cfg.head_dim} numbers "
+            f"do not go with {cfg.n_kv_heads} key/value heads"
         )
     return cfg
-
-
-TYPES = {f.name: f.type for f in dataclasses.fields(ModelConfig)}
 
 
 def checked(value, key, kind):
@@ -427,16 +412,15 @@ def recognise(c):
             raise unknown("model_type", kind, FAMILIES)
         return kind, "lm"
     architecture = c["architectures"][0]
-    known = {
-        name: (kind, head)
-        for kind, family in FAMILIES.items()
-        for head, name in family.architectures.items()
-    }
+    known = {}
+    for family, entry in FAMILIES.items():
+        known |= {name: (family, head) for head, name in entry.architectures.items()}
     if architecture not in known:
         raise unknown("architecture", architecture, known)
-    if kind not in (None, known[architecture][0]):
+    family, head = known[architecture]
+    if kind not in (None, family):
         raise UserError(f"model_type {kind!r} does not belong to architecture {architecture}")
-    return known[architecture]
+    return family, head
 
 
 def unknown(what, name, known):
@@ -447,23 +431,18 @@ def unknown(what, name, known):
 def config_json(cfg, like=None, **extra):
     """The dict of a config.json, in the spelling that transformers 4 and 5 both read.
 
-    like: a model directory; what its config.json says beyond the architecture is kept (from another
-    family: token ids).
-    extra: keys to set, such as eos_token_id. UserError when no architecture of transformers is what
-    `cfg` describes."""
+    like: a model directory. What its config.json says beyond the architecture is kept, and from
+    another family the token ids alone.
+    extra: keys to set, such as eos_token_id.
+    UserError when transformers has no architecture that is what `cfg` describes."""
     if cfg.family not in FAMILIES:
         raise unknown("model family", cfg.family, FAMILIES)
     family = FAMILIES[cfg.family]
-    # null: transformers would assume 1 and 2
+    # null, because transformers would assume 1 and 2
     out = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    if like and (Path(like) / "config.json").exists():
-        old = read_json(Path(like) / "config.json")
-        if old.get("model_type") == cfg.family:
-            out |= old
-        else:
-            out |= {key: old[key] for key in out if key in old}
-        for key in REWRITTEN:
-            out.pop(key, None)
+    old = read_json(Path(like) / "config.json", missing={}) if like else {}
+    same = old.get("model_type") == cfg.family
+    out |= {k: v for k, v in old.items() if k in out or same and k not in REWRITTEN}
     out |= {"architectures": [family.architectures[cfg.head]], "model_type": cfg.family}
     out |= {key: getattr(cfg, name) for name, key in family.keys.items()}
     out |= family.write(cfg)
@@ -471,20 +450,20 @@ def config_json(cfg, like=None, **extra):
         out |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     out |= extra
 
-    said = dataclasses.asdict(parse_config(out, "config.json"))  # what a reader will understand
-    meant = dataclasses.asdict(cfg)
+    meant = asdict(cfg)
     if not any(cfg.windows):
         meant["windows"] = ()
-    lost = [key for key in meant if meant[key] != said[key]]
-    if lost:
-        pairs = ", ".join(f"{key}={meant[key]!r}" for key in lost)
+    said = asdict(parse_config(out, "config.json"))  # what a reader will understand
+    if lost := [f"{key}={meant[key]!r}" for key in meant if meant[key] != said[key]]:
         raise UserError(
-            f"a model of family {cfg.family} cannot be saved with {pairs}: transformers has no such model"
+            f"a model of family {cfg.family} cannot be saved with {', '.join(lost)}: "
+            "transformers has no such model"
         )
     return out
 
 
-REWRITTEN = (  # said anew, or said in another key
+# keys that are written anew, or under another name
+REWRITTEN = (
     "rope_parameters",
     "layer_types",
     "dtype",

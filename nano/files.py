@@ -14,7 +14,12 @@ from nano.config import UserError
 REPLACED = ".replaced"  # after the name of a folder: its old content, until the new one is in place
 
 
-def read_json(path):
+def read_json(path, missing=None):
+    """The object in a JSON file as a dict. missing: what to return if there is no such file.
+
+    UserError for a file that cannot be read, and for one that holds no object."""
+    if missing is not None and not Path(path).exists():
+        return missing
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:

@@ -4,13 +4,16 @@ log-probabilities out.
     samples = generate(model, prompts, max_new_tokens=128, stop_ids=tok.stop_ids)  # lists of ids
     samples.tokens[i], samples.logprobs[i], samples.finished[i]
 
-`batch_size` rows are decoded together, one token a step. A row that ends makes room: the next
-prompt moves in, and when none waits the batch shrinks, so that answers of unequal length cost their
-sum and not rows x longest. The sample drawn depends on (seed, sample index) and the model alone,
-not on its neighbours in the batch, the order of refills or the device."""
+`batch_size` rows are decoded together, one token a step. A row that ends makes room for the next
+prompt. When none waits, the batch shrinks. So answers of unequal length cost their sum and not
+rows x longest. The sample drawn depends on (seed, sample index) and the model alone, not on its
+neighbours in the batch, the order of refills or the device.
+"""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -26,41 +29,42 @@ PREFILL = 8192  # tokens of prompt that one forward takes
 
 @dataclass
 class Samples:
-    """One entry per sample, sample g of prompt i at i * group + g. A stop id is part of the tokens,
-    the prompt is not."""
+    """One entry per sample. Sample g of prompt i is at i * group + g."""
 
-    tokens: list  # lists of ids
+    tokens: list  # lists of ids, with the stop id and without the prompt
     logprobs: list  # lists of floats, see `choose`
-    finished: list  # True: ended by a stop id or by on_token; False: cut at its length limit
-    row_steps: int = 0  # rows computed, summed over the steps; the tokens' share of it was of use
+    finished: list  # True: ended by a stop id or by on_token; False: reached its length limit
 
 
 # ---------------------------------------------------------------------- sampling
 
 
 def keep_from(logits, top_k=0, top_p=1.0):
-    """The smallest logit that stays in each row, (R, 1): of the top_k likeliest tokens (0: all),
-    the fewest whose probabilities add up to top_p (Holtzman et al. 2019, arXiv:1904.09751). What
-    equals it stays too."""
+    """logits (R, V) -> (R, 1): the smallest logit that stays in each row.
+
+    Of the top_k likeliest tokens (0: all), the fewest stay whose probabilities add up to top_p
+    (Holtzman et al. 2019, arXiv:1904.09751). A tie with the smallest one stays too.
+    """
     V = logits.shape[-1]
     # sorting a whole vocabulary is slow on a CPU, and 1,024 tokens mostly hold top_p
-    for count in (top_k,) if top_k else (1024, V) if logits.device.type == "cpu" else (V,):
-        best = logits.topk(min(count, V)).values
-        norm = best if top_k else logits
-        probs = (best - norm.logsumexp(-1, keepdim=True)).exp()
-        if top_k or count >= V or (probs.sum(-1) > top_p + 1e-3).all():
-            break
+    count = top_k or (1024 if logits.device.type == "cpu" else V)
+    best = logits.topk(min(count, V)).values
+    norm = (best if top_k else logits).logsumexp(-1, keepdim=True)
+    probs = (best - norm).exp()
+    if not top_k and count < V and not (probs.sum(-1) > top_p + 1e-3).all():
+        best = logits.topk(V).values
+        probs = (best - norm).exp()
     return best.masked_fill(probs.cumsum(-1) - probs >= top_p, torch.inf).amin(-1, keepdim=True)
 
 
 def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
-    """One token a row, drawn by inverting the distribution function at `uniform`. logits (R, V),
-    uniform (R,) in [0, 1).
+    """logits (R, V), uniform (R,) in [0, 1) -> tokens (R,), logprobs (R,) fp32: one token a row.
 
-    -> tokens (R,), logprobs (R,) fp32. Temperature 0 takes the likeliest token. The log-probability
-    is that under softmax(logits / temperature) *before* top_k and top_p (temperature 0:
-    softmax(logits)): without those filters it is the distribution sampled from, which is what
-    policy gradients need; with them the token was likelier than it says."""
+    A token is drawn by inverting the cumulative distribution at `uniform`. Temperature 0 takes the
+    likeliest token. The log-probability is that of softmax(logits / temperature) *before* top_k and
+    top_p; at temperature 0 it is that of softmax(logits). Without the two filters this is the
+    distribution sampled from, which policy gradients need.
+    """
     logits = logits.float()
     if temperature == 0:
         best, token = logits.log_softmax(-1).max(-1)
@@ -71,9 +75,9 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     if top_k or top_p < 1:
         probs = probs.masked_fill(logits < keep_from(logits, top_k, top_p), 0.0)
     total = probs.cumsum(-1)
-    # the first token at which the sum exceeds the threshold: one of probability 0 never is
+    # the first token at which the sum exceeds the threshold, which never has probability 0
     threshold = uniform[:, None] * total[:, -1:]
-    if logits.device.type == "xla":  # has no searchsorted
+    if logits.device.type == "xla":  # which has no searchsorted
         token = (total <= threshold).sum(-1, keepdim=True)
     else:
         token = torch.searchsorted(total, threshold, right=True)
@@ -84,14 +88,17 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
 
 
 class FrozenLinear(nn.Module):
-    """A linear layer that is only read. With `pack` the weight is stored as oneDNN's kernels read
-    it, where F.linear would lay it out anew in each call: on a CPU steps are 1.5x faster."""
+    """A linear layer for inference.
+
+    With `pack` the weight is stored in oneDNN's blocked layout, which F.linear would rebuild in
+    every call. Steps on a CPU are then 1.5x faster.
+    """
 
     def __init__(self, weight, bias, pack):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
-        # small ones cost more to call than to compute
+        # for small weights the call of oneDNN costs more than the product
         self.packed = pack and weight.numel() >= 2**16
         if self.packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
@@ -104,21 +111,21 @@ class FrozenLinear(nn.Module):
 
 
 def device_of(p):
-    """Where a parameter is used: not always where it waits (FSDP with offload)."""
+    """The device that computes with a parameter. FSDP with offload stores it on another one."""
     return torch.device(p.device_mesh.device_type) if hasattr(p, "device_mesh") else p.device
 
 
 def frozen(p, dtype):
-    """A parameter in `dtype`. Where it is sharded (FSDP) it is gathered: all ranks must then
-    generate together."""
+    """A parameter, or None, in `dtype`. A sharded one is gathered, so all ranks must generate
+    together."""
     if hasattr(p, "full_tensor"):
         p = p.to(device_of(p)).full_tensor()
     return None if p is None else p.detach().to(dtype)
 
 
 def frozen_linear(module, dtype, pack):
-    """A linear layer of the model for decoding. Where its weight is copied in any case, the adapter
-    is folded into it. A base that is no plain matrix is called as it is."""
+    """A linear layer for decoding. The adapter is folded in where packing copies the weight anyway.
+    A base that is no plain matrix (it has a method `dense`) is called as it is."""
     base = module.base if isinstance(module, LoRA) else module
     active = getattr(module, "active", None)
     linear = base
@@ -131,7 +138,7 @@ def frozen_linear(module, dtype, pack):
     if active is None:
         return linear
     adapted = LoRA(linear)
-    adapted.training = False  # not by eval(), which would reach a base that training shares
+    adapted.training = False  # eval() would also reach a base that training shares
     A, B = (frozen(t[active], dtype) for t in (module.lora_A, module.lora_B))
     adapted.put(active, A, B, module.scales[active])
     adapted.active = active
@@ -139,10 +146,12 @@ def frozen_linear(module, dtype, pack):
 
 
 def snapshot(model, dtype, pack):
-    """The model for decoding: a new one of the same shape, in evaluation mode, with nothing of
-    FSDP, tensor parallelism or torch.compile around it. It shares the tensors that need neither a
-    cast nor packing, and is built anew for each call of generate, since training changes the
-    weights. The head is not part of it."""
+    """A copy of the model for decoding, in evaluation mode, without its head.
+
+    A new model and no deepcopy, because the hooks of FSDP, tensor parallelism and torch.compile
+    must stay behind. It shares the tensors that need neither a cast nor packing. Each call of
+    generate builds it anew, since training changes the weights.
+    """
     new = empty(model.cfg).eval()
     for name, module in list(new.named_modules()):
         if not name.startswith("model."):
@@ -155,26 +164,29 @@ def snapshot(model, dtype, pack):
             setattr(module, key, nn.Parameter(frozen(p, dtype), requires_grad=False))
     if device_of(model.head_weight).type == "xla":
         for layer, source in zip(new.layers, model.layers, strict=True):
-            layer._forward_hooks = source._forward_hooks  # they keep the rows on their devices
+            layer._forward_hooks = source._forward_hooks  # they keep activations sharded by row
     return new
 
 
 class Batch:
-    """The rows being decoded: key/value cache and state, on the device and updated in place, so
-    that a step has a fixed shape, nothing in it waits for the device, and CUDA can replay it as one
-    graph."""
+    """The rows being decoded: key/value cache and state, on the device and updated in place.
 
-    def __init__(self, model, rows, request, plan):
+    So a step has a fixed shape, nothing in it waits for the device, and CUDA can replay it as a
+    graph. longest: most new tokens of a sample. sampling: keyword arguments of `choose`.
+    """
+
+    def __init__(self, model, rows, longest, stop_ids, sampling, plan):
         device = device_of(model.head_weight)
         autocast = torch.is_autocast_enabled(device.type)
         self.dtype = torch.get_autocast_dtype(device.type) if autocast else model.head_weight.dtype
         self.model = snapshot(model, self.dtype, plan.pack)
         self.head = FrozenLinear(frozen(model.head_weight, self.dtype), None, plan.pack)
-        self.sampling = request.sampling
+        self.sampling = sampling
         self.device = device
-        self.stop = torch.tensor(list(request.stop_ids), dtype=torch.int64, device=device)
+        self.stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
         self.cache = self.model.new_cache(rows, 0, self.dtype)
-        self.graphs = {} if plan.graphs else None  # rows -> graph; None: seen once
+        self.use_graphs = plan.graphs
+        self.graphs = {}  # rows -> graph; None: to be recorded the next time
 
         def zeros(*shape, dtype=torch.int64):
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
@@ -184,8 +196,8 @@ class Batch:
         self.count = zeros()  # tokens sampled
         self.limit = zeros()  # tokens allowed
         self.done = ~zeros(dtype=torch.bool)
-        # a row that is done writes on behind its end, where nobody reads: hence one column more
-        width = request.longest + 1
+        # a row that is done goes on writing behind its end, hence one column more
+        width = longest + 1
         self.tokens = zeros(width)
         self.logprobs = zeros(width, dtype=torch.float32)
         self.uniform = zeros(width, dtype=torch.float32)
@@ -205,17 +217,18 @@ class Batch:
         return self.cache[0][0].shape[2]
 
     def resize(self, slots):
-        """Another number of slots. Copied rather than viewed: kernels want the cache of a row and
-        head in one piece."""
+        """Changes the number of slots. The cache is copied and not viewed, because the kernels want
+        the cache of a row and head contiguous."""
         change = slots - self.slots
         self.cache = [tuple(F.pad(t, (0, 0, 0, change)) for t in layer) for layer in self.cache]
-        if self.graphs:
-            self.graphs.clear()  # they point to the old cache
+        self.graphs.clear()  # they point to the old cache
 
     def prefill(self, prompts, rows, width):
-        """Cache (rows, K, width, D) of the prompts, right-padded; what stands behind a prompt's end
-        is overwritten before any token can see it. The last token of a prompt is left to the first
-        step."""
+        """The cache of `prompts`, keys and values (rows, K, width, D) per layer, right-padded.
+
+        What stands behind a prompt's end is overwritten before any token can see it. The last token
+        of a prompt is left to the first step.
+        """
         tokens = torch.zeros(rows, width, dtype=torch.int64)
         for row, ids in zip(tokens, prompts, strict=False):
             row[: len(ids) - 1] = torch.tensor(ids[:-1])
@@ -224,24 +237,26 @@ class Batch:
             self.model.hidden(tokens.to(self.device), cache=cache)
         return cache
 
-    def place(self, slots, prompts, limits, uniforms, cache, sources):
-        """New samples for the rows `slots`: their prompts, and where in a prefilled cache each
-        prompt stands."""
-        slots, sources = (torch.tensor(i, device=self.device) for i in (slots, sources))
+    def place(self, rows, prompts, limits, uniforms, sources, cache):
+        """Starts samples in `rows`. sources: the row of each one's prompt in a prefilled cache."""
+        ends = [p[-1] for p in prompts], [len(p) - 1 for p in prompts]
+        lists = (rows, sources, *ends, limits)
+        rows, sources, last, position, limit = (torch.tensor(x, device=self.device) for x in lists)
         for layer, filled in zip(self.cache, cache, strict=True):
             for t, new in zip(layer, filled, strict=True):
-                t[slots, :, : new.shape[2]] = new[sources]
-        self.last[slots] = torch.tensor([p[-1] for p in prompts], device=self.device)
-        self.position[slots] = torch.tensor([len(p) - 1 for p in prompts], device=self.device)
-        self.limit[slots] = torch.tensor(limits, device=self.device)
-        self.count[slots] = 0
-        self.done[slots] = self.limit[slots] == 0
-        self.uniform[slots] = torch.from_numpy(uniforms).to(self.device)
+                t[rows, :, : new.shape[2]] = new[sources]
+        self.last[rows] = last
+        self.position[rows] = position
+        self.limit[rows] = limit
+        self.count[rows] = 0
+        self.done[rows] = limit == 0
+        self.uniform[rows] = torch.from_numpy(np.stack(uniforms)).to(self.device)
 
-    def move(self, sources, slots):
-        slots, sources = (torch.tensor(i, device=self.device) for i in (slots, sources))
+    def move(self, sources, rows):
+        """Copies the rows `sources` over `rows`."""
+        rows, sources = (torch.tensor(i, device=self.device) for i in (rows, sources))
         for t in (*self.state, *(t for layer in self.cache for t in layer)):
-            t[slots] = t[sources]
+            t[rows] = t[sources]
 
     def step(self, rows):
         """One more token for the first `rows` rows."""
@@ -262,10 +277,10 @@ class Batch:
         position.add_(1).masked_fill_(done, 0)  # a row that is done idles in its slot 0
 
     def advance(self, rows):
-        """A step, replayed from a CUDA graph the second time that its shape comes."""
-        if self.graphs is None or rows not in self.graphs:
+        """A step. CUDA records it the second time that its shape comes, and then replays it."""
+        if rows not in self.graphs:
             self.step(rows)
-            if self.graphs is not None:
+            if self.use_graphs:
                 self.graphs[rows] = None
             return
         if self.graphs[rows] is None:
@@ -278,47 +293,9 @@ class Batch:
 # ---------------------------------------------------------------------- who is decoded when
 
 
-@dataclass
-class Request:
-    """What is wanted: `group` samples of each prompt, of which sample s continues prompt s //
-    group."""
-
-    prompts: list  # lists of ids
-    limits: list  # most new tokens, for each prompt
-    group: int
-    sampling: dict  # temperature, top_k, top_p
-    stop_ids: tuple
-    seed: tuple
-    sample_ids: list  # the number that each sample draws its random numbers by
-
-    @property
-    def longest(self):
-        return max(self.limits)
-
-    def prompt(self, sample):
-        return self.prompts[sample // self.group]
-
-    def limit(self, sample):
-        return self.limits[sample // self.group]
-
-    def uniforms(self, sample):
-        """The random numbers (longest + 1,) of a sample, which depend on its number and the seed
-        alone."""
-        if self.sampling["temperature"] == 0:
-            return np.zeros(self.longest + 1, dtype=np.float32)
-        entropy = [*self.seed, self.sample_ids[sample]]
-        return np.random.default_rng(entropy).random(self.longest + 1, dtype=np.float32)
-
-
-def check(prompts, limits, temperature, top_k, top_p, group, batch_size, cfg):
-    """UserError for what no model, or not this one, can do."""
-    if not (temperature >= 0 and 0 < top_p <= 1 and top_k >= 0 and group >= 1 and batch_size >= 1):
-        raise UserError(
-            f"temperature={temperature} top_k={top_k} top_p={top_p} group={group} "
-            f"batch_size={batch_size}: temperature and top_k must be 0 or more, top_p in (0, 1], "
-            "group and batch_size 1 or more"
-        )
-    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+def check(prompts, cfg):
+    """UserError for prompts that a model with this ModelConfig cannot take."""
+    for i, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(
                 f"prompt {i} is empty: give it at least one token (BOS where the model has one)"
@@ -333,118 +310,108 @@ def check(prompts, limits, temperature, top_k, top_p, group, batch_size, cfg):
                 f"prompt {i} holds ids outside 0..{cfg.vocab_size - 1}: it was encoded with "
                 "another model's tokenizer"
             )
-        if limit < 1:
-            raise UserError(f"max_new_tokens={limit}: must be 1 or more")
 
 
 @dataclass
 class Plan:
-    """How a device likes to decode. `for_device` knows; generate(plan=) changes some of it."""
+    """How a device decodes best. `for_device` knows; generate(plan=) changes some of it."""
 
-    # free: computes the live rows and no others; few: the batch, its half, quarter ...; fixed: runs
-    # each batch to its end in one shape
+    # free: the live rows alone are computed; few: the batch, its half, its quarter ...; fixed: each
+    # batch runs to its end in one shape
     shapes: str
     sync_every: int  # steps between two looks at which rows are done
-    pack: bool  # copies the weights into oneDNN's layout, which takes as much memory as they do
-    graphs: bool  # replays steps as CUDA graphs
-    span: int  # the cache grows by so many slots: short sequences stay cheap, and few shapes occur
+    pack: bool = False  # copies the weights into oneDNN's layout, in as much memory again
+    graphs: bool = False  # replays steps as CUDA graphs
+    span: int = 64  # the cache grows by so many slots: few shapes, and short samples stay cheap
 
     @classmethod
     def for_device(cls, device, longest):
-        """longest: most new tokens of a sample. A copy of the weights is worth its time from 16
-        on."""
+        """longest: most new tokens of a sample. Copying the weights pays off from 16 on."""
         if device.type == "cpu":
             able = torch.backends.mkldnn.is_available()
             able = able and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            return cls("free", 1, pack=able and longest >= 16, graphs=False, span=64)
-        if device.type == "xla":  # each shape is compiled: one
-            return cls("fixed", 8, pack=False, graphs=False, span=64)
-        cuda = device.type == "cuda"  # each shape is recorded: few
-        return cls("few", 8, pack=False, graphs=cuda, span=256 if cuda else 64)
+            return cls("free", 1, pack=able and longest >= 16)
+        if device.type == "xla":  # compiles each shape
+            return cls("fixed", 8)
+        return cls("few", 8, graphs=True, span=256)  # CUDA records each shape
 
 
+@dataclass
 class Scheduler:
-    """Decides which samples are in the batch. A row that ends makes room for the next prompt; when
+    """Decides which samples are in the batch. A row that ends makes room for the next prompt. When
     none waits, the batch shrinks."""
 
-    def __init__(self, batch, request, plan, rows):
-        self.batch, self.request, self.plan = batch, request, plan
-        self.rows = rows  # of the batch
+    batch: Batch
+    plan: Plan
+    rows: int  # of the batch
+    prompts: list  # of each sample: list of ids; each `group` neighbours share a prompt
+    limits: list  # of each sample: most new tokens
+    group: int
+    uniforms: Callable  # sample -> its random numbers
+
+    def __post_init__(self):
+        prompts = self.prompts
         # samples of one prompt stay together, prompts of similar length too
-        count = len(request.prompts) * request.group
-        order = sorted(range(count), key=lambda s: (-len(request.prompt(s)), s))
-        self.waiting = deque(order)
+        self.waiting = deque(sorted(range(len(prompts)), key=lambda s: (-len(prompts[s]), s)))
         self.live = {}  # row -> sample
         self.seen = {}  # sample -> tokens handed out so far
         self.prefilled = None  # the latest prefill's cache
-        self.where = {}  # prompt -> its row there
-        self.samples = Samples([[]] * count, [[]] * count, [False] * count)
-        self.whole_width = 0  # of every prefill, with fixed shapes
-        if plan.shapes == "fixed":
-            self.whole_width = self.round_up(max(map(len, request.prompts)) - 1)
+        self.where = {}  # number of a prompt -> its row there
+        self.samples = Samples(*([None] * len(prompts) for _ in range(3)))
+        self.fixed = self.plan.shapes == "fixed"
+        self.whole_width = self.round_up(max(map(len, prompts)) - 1)  # of a fixed prefill
 
     def round_up(self, n):
         return -(-n // self.plan.span) * self.plan.span
 
     def wants_refill(self):
-        """Whether enough rows are free for the next prompts: a few at a time, or all where shapes
-        are fixed."""
+        """Whether enough rows are free to refill: an eighth, or all with fixed shapes."""
         if not self.waiting or not self.live:
             return bool(self.waiting)
-        return self.plan.shapes != "fixed" and self.rows - len(self.live) >= self.rows / 8
+        return not self.fixed and self.rows - len(self.live) >= self.rows / 8
 
     def refill(self, step_hook):
-        """Moves waiting samples into the free rows. Each prompt is prefilled once for its whole
-        group."""
+        """Moves waiting samples into the free rows. A prompt is prefilled once for its group."""
         free = deque(row for row in range(self.rows) if row not in self.live)
         while free and self.waiting:
-            if self.waiting[0] // self.request.group not in self.where:
+            if self.waiting[0] // self.group not in self.where:
                 self.prefill(len(free))
-            rows, samples = [], []
-            while free and self.waiting and self.waiting[0] // self.request.group in self.where:
-                rows.append(free.popleft())
-                samples.append(self.waiting.popleft())
-            self.place(rows, samples, free)
-            if step_hook:
-                step_hook()
+            placed = {}  # row -> sample
+            while free and self.waiting and self.waiting[0] // self.group in self.where:
+                placed[free.popleft()] = self.waiting.popleft()
+            self.place(placed, free)
+            step_hook()
 
     def prefill(self, free):
-        """Prefills the next waiting prompts, no more than there are free rows, and not too many
-        tokens at once."""
-        fixed = self.plan.shapes == "fixed"
-        width = self.whole_width or len(self.request.prompt(self.waiting[0])) - 1
-        samples = [s for _, s in zip(range(free), self.waiting, strict=False)]
-        numbers = list(dict.fromkeys(s // self.request.group for s in samples))
-        if not fixed:
+        """Prefills the next waiting prompts: at most `free`, and not too many tokens at once."""
+        numbers = list(dict.fromkeys(s // self.group for s in islice(self.waiting, free)))
+        rows = self.rows
+        width = self.whole_width
+        if not self.fixed:
+            width = len(self.prompts[self.waiting[0]]) - 1
             numbers = numbers[: max(1, PREFILL // max(width, 1))]
+            rows = len(numbers)
         self.where = {prompt: row for row, prompt in enumerate(numbers)}
-        prompts = [self.request.prompts[i] for i in numbers]
-        self.prefilled = self.batch.prefill(prompts, self.rows if fixed else len(prompts), width)
+        prompts = [self.prompts[i * self.group] for i in numbers]
+        self.prefilled = self.batch.prefill(prompts, rows, width)
 
-    def place(self, rows, samples, free):
-        """Puts prefilled samples into rows of the batch."""
-        request = self.request
-        self.live.update(zip(rows, samples, strict=True))
-        self.seen.update((s, 0) for s in samples)
+    def place(self, placed, free):
+        """Puts prefilled samples into rows of the batch. placed: row -> sample."""
+        self.live |= placed
+        self.seen |= dict.fromkeys(placed.values(), 0)
         width = self.prefilled[0][0].shape[2]
         if width > self.batch.slots:
             self.batch.resize(width)
-        prompts = [request.prompt(s) for s in samples]
-        limits = [request.limit(s) for s in samples]
-        uniforms = [request.uniforms(s) for s in samples]
-        sources = [self.where[s // request.group] for s in samples]
-        if self.plan.shapes == "fixed":  # rows left over are done from the start
-            for row in free:
-                rows.append(row)
-                prompts.append([0])
-                limits.append(0)
-                uniforms.append(np.zeros_like(uniforms[0]))
-                sources.append(0)
-        self.batch.place(rows, prompts, limits, np.stack(uniforms), self.prefilled, sources)
+        starts = [
+            (row, self.prompts[s], self.limits[s], self.uniforms(s), self.where[s // self.group])
+            for row, s in placed.items()
+        ]
+        if self.fixed:  # rows left over are done from the start
+            starts += [(row, [0], 0, np.zeros_like(starts[0][3]), 0) for row in free]
+        self.batch.place(*zip(*starts, strict=True), self.prefilled)
 
     def shrink(self):
-        """Moves live rows to the front, where there are few -> how many rows the next steps
-        compute."""
+        """Moves the live rows to the front -> how many rows the next steps compute."""
         rows = len(self.live) if self.plan.shapes == "free" else self.rows
         while self.plan.shapes == "few" and len(self.live) <= rows // 2:
             rows //= 2
@@ -458,19 +425,18 @@ class Scheduler:
 
     def make_room(self):
         """Gives the cache the slots that the next steps need -> how many steps."""
-        request, live = self.request, self.live.values()
-        steps = min(self.plan.sync_every, max(request.limit(s) - self.seen[s] for s in live))
-        reach = max(len(request.prompt(s)) - 1 + self.seen[s] for s in live) + steps
-        if self.plan.shapes == "fixed":
-            reach = self.whole_width + self.round_up(request.longest)
+        live = self.live.values()
+        steps = min(self.plan.sync_every, max(self.limits[s] - self.seen[s] for s in live))
+        reach = max(len(self.prompts[s]) - 1 + self.seen[s] for s in live) + steps
+        if self.fixed:
+            reach = self.whole_width + self.round_up(max(self.limits))
         slots = self.round_up(reach)
         if slots > self.batch.slots or 2 * slots <= self.batch.slots:
             self.batch.resize(slots)
         return steps
 
-    def collect(self, on_token):
-        """Shows the new tokens to on_token, and takes the samples that are done out of the
-        batch."""
+    def collect(self, on_token, stop_ids):
+        """Shows the new tokens to on_token, and takes finished samples out of the batch."""
         batch = self.batch
         counts, dones = torch.stack((batch.count, batch.done.long())).tolist()
         if on_token or any(dones[row] for row in self.live):
@@ -491,7 +457,7 @@ class Scheduler:
                 ids = tokens[row, :end].tolist()
                 self.samples.tokens[sample] = ids
                 self.samples.logprobs[sample] = logprobs[row, :end].tolist()
-                self.samples.finished[sample] = stopped or ids[-1] in self.request.stop_ids
+                self.samples.finished[sample] = stopped or ids[-1] in stop_ids
 
 
 @torch.no_grad()
@@ -507,52 +473,56 @@ def generate(
     group=1,
     batch_size=32,
     on_token=None,
-    step_hook=None,
+    step_hook=lambda: None,
     sample_ids=None,
     plan=None,
 ):
-    """Samples `group` continuations of each prompt (a list of ids) under the caller's autocast ->
-    Samples.
+    """Samples `group` continuations of each prompt (a list of ids) under the caller's autocast.
+
+    Returns Samples. UserError for an empty or too long prompt, and for ids that the model lacks.
 
     max_new_tokens: an int, or a list with one a prompt; a sample also ends at the model's
-    max_positions. temperature (0: greedy), top_k (0: off), top_p: a token that they remove has
-    probability exactly 0. stop_ids end a sample and belong to it. on_token(sample, token) sees each
-    token in order and ends the sample by returning True: streaming and stop strings. seed: an int
-    or a sequence of them, for instance (seed, step). sample_ids: the number that each sample draws
-    its random numbers by (default 0, 1, ...), so that ranks can share out the samples of one call.
-    batch_size: rows decoded together; the first prefill of a prompt serves its whole group.
-    step_hook is called after each step and prefill: XLA cuts its graph there. plan: fields of Plan
-    that are to differ from what the device likes, for instance dict(sync_every=1) to stream
-    smoothly. Raises UserError for an empty or too long prompt, and for settings out of range."""
-    several = isinstance(max_new_tokens, (list, tuple))
-    limits = list(max_new_tokens) if several else [max_new_tokens] * len(prompts)
-    check(prompts, limits, temperature, top_k, top_p, group, batch_size, model.cfg)
+        max_positions.
+    temperature (0: greedy), top_k (0: off), top_p: a token that they remove has probability 0.
+    stop_ids: they end a sample and belong to it.
+    seed: an int or a sequence of them, for instance (seed, step).
+    batch_size: rows decoded together.
+    on_token(sample, token): sees each token in order and ends the sample by returning True, for
+        streaming and stop strings.
+    step_hook: called after each step and prefill; XLA runs its graph there.
+    sample_ids: the number by which each sample draws its random numbers (default 0, 1, ...), so
+        that ranks can share out the samples of one call.
+    plan: fields of Plan that differ from the device's, such as dict(sync_every=1) for streaming.
+    """
+    limits = max_new_tokens
+    if isinstance(limits, int):
+        limits = [limits] * len(prompts)
+    check(prompts, model.cfg)
     if not prompts:
         return Samples([], [], [])
     room = [model.cfg.max_positions - len(prompt) for prompt in prompts]
-    count = len(prompts) * group
-    request = Request(
-        prompts,
-        [min(pair) for pair in zip(limits, room, strict=True)],
-        group,
-        dict(temperature=temperature, top_k=top_k, top_p=top_p),
-        stop_ids,
-        seed if isinstance(seed, (list, tuple)) else (seed,),
-        sample_ids or range(count),
-    )
-    plan = replace(Plan.for_device(device_of(model.head_weight), request.longest), **(plan or {}))
-    rows = min(batch_size, count)
-    batch = Batch(model, rows, request, plan)
-    scheduler = Scheduler(batch, request, plan, rows)
+    limits = [min(pair) for pair in zip(limits, room, strict=True) for _ in range(group)]
+    prompts = [prompt for prompt in prompts for _ in range(group)]
+    longest = max(limits)
+    sample_ids = sample_ids or range(len(prompts))
+    entropy = seed if isinstance(seed, (list, tuple)) else (seed,)
+
+    def uniforms(sample):
+        """The random numbers of a sample depend on its number and the seed alone."""
+        rng = np.random.default_rng([*entropy, sample_ids[sample]])
+        return rng.random(longest + 1, dtype=np.float32)
+
+    plan = replace(Plan.for_device(device_of(model.head_weight), longest), **(plan or {}))
+    rows = min(batch_size, len(prompts))
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    batch = Batch(model, rows, longest, stop_ids, sampling, plan)
+    scheduler = Scheduler(batch, plan, rows, prompts, limits, group, uniforms)
     while scheduler.waiting or scheduler.live:
         if scheduler.wants_refill():
             scheduler.refill(step_hook)
         live_rows = scheduler.shrink()
-        steps = scheduler.make_room()
-        for _ in range(steps):
+        for _ in range(scheduler.make_room()):
             batch.advance(live_rows)
-            if step_hook:
-                step_hook()
-        scheduler.samples.row_steps += live_rows * steps
-        scheduler.collect(on_token)
+            step_hook()
+        scheduler.collect(on_token, stop_ids)
     return scheduler.samples

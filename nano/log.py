@@ -8,8 +8,9 @@
         log.eval(step, loss=val_loss, accuracy=accuracy)
     log.samples(step, [{"prompt": "...", "response": "..."}])
 
-A step is counted when it is done: the first is 1, and step 0 is the untrained model. Metrics may be 0-d tensors on any
-device; they are read here and nowhere else. Every rank makes the same calls, the main one writes.
+A step is counted when it is done: the first is 1, and step 0 is the untrained model. Metrics may be
+0-d tensors on any device. They are read here and nowhere else. Every rank makes the same calls, and
+the main one writes.
 """
 
 import contextlib
@@ -25,7 +26,8 @@ from pathlib import Path
 
 from nano import config, files
 
-# Peak dense bf16 FLOP/s (fp32 accumulation) from the makers' data sheets; V100: fp16, by words of the device's name.
+# Peak dense bf16 FLOP/s (fp32 accumulation) from the makers' data sheets, by words of the device's
+# name. That of V100 is fp16.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "GH200": 990e12,
@@ -54,25 +56,27 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device):
-    """FLOP/s of one device by its name ("NVIDIA H100 80GB HBM3"); None when it is not in the table."""
-    return next(
-        (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device, re.I)), None
-    )
+    """FLOP/s of one device by its name ("NVIDIA H100 80GB HBM3"), None if it is not in the table."""
+    for name, peak in PEAK_FLOPS.items():
+        if re.search(rf"\b{name}\b", device, re.I):
+            return peak
 
 
 WIDTH = 120  # columns of a line on the console
-IN_WORDS = ("tokens_per_s", "targets_per_s", "mfu", "memory_gb")  # shown in words of their own
 
 
 class Log:
     """What a run says: on the console, in dir/log.jsonl and in TensorBoard events.
 
-    dir: the run folder. start_step: the steps done before a resume. What an earlier run wrote behind
-    that step is dropped. Every rank makes the same calls, and the main one writes.
+    dir: the run folder. rt: the Runtime. start_step: the steps done before a resume. What an
+    earlier run wrote after that step is dropped. Every rank makes the same calls, and the main one
+    writes.
     """
 
     def __init__(self, dir, rt, start_step=0):
-        self.dir, self.is_main, self.start_step = Path(dir), rt.is_main, start_step
+        self.dir = Path(dir)
+        self.is_main = rt.is_main
+        self.start_step = start_step
         self.peak = (peak_flops(rt.name) or 0.0) * rt.devices
         self.columns = {}  # kind of line: the names of its metrics that the console shows
         self.begin(0)
@@ -83,69 +87,76 @@ class Log:
 
         self.dir.mkdir(parents=True, exist_ok=True)
         path = self.dir / "log.jsonl"
-        records = keep(path, start_step) if start_step else []
-        # an evaluation at start_step may be there already, from before the stop
+        records = []
+        if start_step and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # a last line that a crash cut
+                    records.append(json.loads(line))
+        records = [r for r in records if r["step"] <= start_step]
+        # An evaluation at start_step may be there already, from before the stop.
         self.known = {(r["kind"], r["step"]) for r in records if r["step"] == start_step}
         files.write_text(path, "".join(map(dumps, records)))
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # line by line: `tail -f` works
         self.board = SummaryWriter(str(dir), purge_step=start_step + 1 if start_step else None)
 
     def begin(self, total_steps, flops_per_token=0.0):
-        """The clock starts. flops_per_token: of forward and backward, for the FLOPs utilisation."""
-        self.total_steps, self.flops = total_steps, flops_per_token
+        """Starts the clock. flops_per_token: of forward and backward, for the FLOPs utilisation."""
+        self.total_steps = total_steps
+        self.flops = flops_per_token
         self.began = self.mark = time.perf_counter()  # mark: from when the next line counts tokens
 
     def settings(self, stage, cfg, resumed):
-        """Says what differs from the defaults, and from the run's config.cfg; then writes config.cfg."""
+        """Says what differs from the defaults, and on a resume from the run's config.cfg.
+
+        Then it writes config.cfg, with resume=auto, so that the file continues the run."""
         path = self.dir / "config.cfg"
         old = path.read_text(encoding="utf-8") if resumed and path.exists() else ""
-        if self.is_main:  # with resume=auto the file continues the run
+        if self.is_main:
             files.write_text(path, config.to_cfg(dataclasses.replace(cfg, resume="auto")))
         self.text(" ".join([f"{stage}:", *config.diff(cfg)]))
         if changed := config.changes(cfg, old):
             self.text(f"note: the run goes on with other settings: {', '.join(changed)}")
 
     def step(self, step, tokens=0, targets=0, memory=0, **metrics):
-        """The line of a training step. tokens, targets: of all ranks since the last line; memory: bytes."""
-        metrics = {name: plain(value) for name, value in metrics.items()}
+        """The line of a training step.
+
+        tokens, targets: of all ranks since the last line. memory: peak bytes of a device."""
+        metrics = plain(metrics)  # reading them waits for the device, which belongs to the time
         now = time.perf_counter()
-        seconds, self.mark = now - self.mark, now
-        speed = int(tokens) / seconds
+        seconds = now - self.mark
+        self.mark = now
         left = self.total_steps - step
         eta = (now - self.began) / max(step - self.start_step, 1) * left
-        words = []
+        rates, words = {}, []
         if tokens:
-            metrics["tokens_per_s"] = speed
+            rates["tokens_per_s"] = speed = int(tokens) / seconds
             words.append(f"{speed:,.0f} tok/s")
         if targets:
-            metrics["targets_per_s"] = int(targets) / seconds
+            rates["targets_per_s"] = int(targets) / seconds
         if tokens and self.flops and self.peak:
-            metrics["mfu"] = speed * self.flops / self.peak
-            words.append(f"mfu {metrics['mfu']:.1%}")
+            rates["mfu"] = speed * self.flops / self.peak
+            words.append(f"mfu {rates['mfu']:.1%}")
         if memory:
-            metrics["memory_gb"] = memory / 1e9
+            rates["memory_gb"] = memory / 1e9
             words.append(f"mem {memory / 1e9:.1f} GB")
-        self._write("train", step, metrics, [*words, f"eta {duration(eta)}"])
+        self._write("train", step, metrics, rates, [*words, f"eta {duration(eta)}"])
 
     def eval(self, step, **metrics):
         """The line of an evaluation."""
-        self._write("eval", step, {name: plain(value) for name, value in metrics.items()}, [])
+        self._write("eval", step, plain(metrics), {}, [])
 
     def samples(self, step, rows):
         """A table of what the model writes: one dict a row, the same keys in each."""
-        rows = [{name: plain(value) for name, value in row.items()} for row in rows]
+        rows = [plain(row) for row in rows]
         if not self.is_main or not rows or not self._record("samples", step, {"rows": rows}):
             return
-        print(
-            f"samples at step {step}\n{table(rows, shutil.get_terminal_size().columns)}", flush=True
-        )
-        cells = [list(rows[0]), ["---"] * len(rows[0])] + [
-            list(map(show, row.values())) for row in rows
-        ]
-        markdown = [[c.replace("|", "\\|").replace("\n", "<br>") for c in row] for row in cells]
-        self.board.add_text(
-            "samples", "\n".join(f"| {' | '.join(row)} |" for row in markdown), step
-        )
+        width = shutil.get_terminal_size().columns
+        self.text(f"samples at step {step}\n{table(rows, width)}")
+        markdown = []
+        for cells in rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows):
+            line = " | ".join(show(cell).replace("|", "\\|") for cell in cells)
+            markdown.append(f"| {line} |".replace("\n", "<br>"))
+        self.board.add_text("samples", "\n".join(markdown), step)
 
     def text(self, message):
         """A line for the console."""
@@ -154,7 +165,8 @@ class Log:
 
     @contextlib.contextmanager
     def paused(self):
-        """What runs inside (evaluation, saving, samples) does not count in the tokens per second."""
+        """A context whose time (evaluation, saving, samples) does not count in the tokens per
+        second."""
         began = time.perf_counter()
         yield
         self.mark += time.perf_counter() - began
@@ -164,103 +176,89 @@ class Log:
             self.file.close()
             self.board.close()
 
-    def _write(self, kind, step, metrics, words):
-        """All metrics go to the files. The console gets the first ones, as many as WIDTH takes."""
-        if not self.is_main or not self._record(kind, step, metrics):
+    def _write(self, kind, step, metrics, rates, words):
+        """Writes metrics and rates to the files.
+
+        The console gets `words`, which say the rates, and the first metrics, as many as WIDTH
+        takes."""
+        if not self.is_main or not self._record(kind, step, metrics | rates):
             return
-        for name, value in metrics.items():
+        for name, value in (metrics | rates).items():
             self.board.add_scalar(f"{kind}/{name}", value, step)
         head = "step" if kind == "train" else kind
         head = f"{head} {step:>{len(str(self.total_steps))}}/{self.total_steps}"
         if kind not in self.columns:  # chosen once, so that all lines show the same
             room = WIDTH - len(" | ".join([head, *words]))
-            names = [name for name in metrics if name not in IN_WORDS]
             # two more characters each, for numbers that grow
-            sizes = itertools.accumulate(len(f" | {n} {show(metrics[n])}") + 2 for n in names)
-            self.columns[kind] = [n for n, size in zip(names, sizes, strict=True) if size <= room]
+            sizes = itertools.accumulate(len(f" | {n} {show(v)}") + 2 for n, v in metrics.items())
+            self.columns[kind] = [n for n, size in zip(metrics, sizes, strict=True) if size <= room]
         shown = [f"{n} {show(metrics[n])}" for n in self.columns[kind] if n in metrics]
-        print(" | ".join([head, *shown, *words]), flush=True)
+        self.text(" | ".join([head, *shown, *words]))
 
     def _record(self, kind, step, values):
+        """Writes a line of log.jsonl. False if it is there already."""
         if (kind, step) in self.known:
             return False
         self.file.write(dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | values))
         return True
 
 
-def keep(path, step):
-    """The records of a log up to `step`. A last line that a crash cut short is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return [r for r in records if r["step"] <= step]
-
-
-def plain(value):
-    return value.item() if hasattr(value, "item") else value
+def plain(values):
+    """A dict with its tensors as numbers."""
+    return {name: x.item() if hasattr(x, "item") else x for name, x in values.items()}
 
 
 def dumps(record):
-    """One line of strict JSON: a number that is not finite becomes null."""
+    """One line of strict JSON. A number that is not finite becomes null.
 
-    def finite(x):
-        if isinstance(x, dict):
-            return {k: finite(v) for k, v in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [finite(v) for v in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-
-    return json.dumps(finite(record), allow_nan=False) + "\n"
+    json.dumps has no such option. json.loads has: it hands over each NaN and Infinity."""
+    return json.dumps(json.loads(json.dumps(record), parse_constant=lambda name: None)) + "\n"
 
 
 def show(value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """A value as text of a few characters: 12,345, 0.123, 1.0e-04."""
+    if type(value) not in (int, float):
         return str(value)
-    if isinstance(value, int) or abs(value) >= 10_000 and math.isfinite(value):
+    if type(value) is int or 10_000 <= abs(value) < math.inf:
         return f"{value:,.0f}"
-    return (
-        f"{value:.3f}"
-        if value == 0 or abs(value) >= 1e-3 or not math.isfinite(value)
-        else f"{value:.1e}"
-    )
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"
 
 
 def duration(seconds):
     """4m12s, 1h03m, 2d04h."""
-    s = max(round(seconds), 0)
-    if s < 3600:
-        return f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"
-    return (
-        f"{s // 3600}h{s % 3600 // 60:02d}m"
-        if s < 86400
-        else f"{s // 86400}d{s % 86400 // 3600:02d}h"
-    )
+    minutes, s = divmod(max(round(seconds), 0), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d{h:02d}h"
+    if hours:
+        return f"{h}h{m:02d}m"
+    return f"{m}m{s:02d}s" if m else f"{s}s"
 
 
 def table(rows, width, lines=8):
-    """Rows of one set of keys as text, at most `width` columns wide where it can be, each cell at most `lines` high."""
-    # a model may write anything: control characters must not reach the terminal
-    cells = [list(rows[0])] + [[show(v) for v in row.values()] for row in rows]
-    cells = [
-        ["".join(c if c.isprintable() else "⏎ " if c == "\n" else " " for c in cell) for cell in r]
-        for r in cells
-    ]
-    natural = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-    room, widths = width - 3 * (len(natural) - 1), list(natural)
-    for i, c in enumerate(
-        sorted(range(len(natural)), key=natural.__getitem__)
-    ):  # narrow columns leave room to wide
-        widths[c] = min(natural[c], max(room // (len(natural) - i), 8))
-        room -= widths[c]
+    """Rows of one set of keys as text, at most `width` columns wide where it can be, each cell at
+    most `lines` high."""
+    # A model may write anything. Control characters must not reach the terminal.
+    cells = [[printable(show(v)) for v in r] for r in (rows[0], *(row.values() for row in rows))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    room = width - 3 * (len(widths) - 1)
+    while sum(widths) > room and max(widths) > 8:  # the widest column gives way
+        widths[widths.index(max(widths))] -= 1
     out = []
     for r in cells:
-        pairs = zip(r, widths, strict=True)
         wrapped = [
-            textwrap.wrap(cell, w, max_lines=lines, placeholder=" ...") or [""] for cell, w in pairs
+            textwrap.wrap(cell, w, max_lines=lines, placeholder=" ...") or [""]
+            for cell, w in zip(r, widths, strict=True)
         ]
-        for i in range(max(map(len, wrapped))):
-            line = (c[i] if i < len(c) else "" for c in wrapped)
-            out.append(" | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)).rstrip())
+        for line in itertools.zip_longest(*wrapped, fillvalue=""):
+            padded = [text.ljust(w) for text, w in zip(line, widths, strict=True)]
+            out.append(" | ".join(padded).rstrip())
         out.append("-+-".join("-" * w for w in widths))
     return "\n".join(out)
+
+
+def printable(text):
+    """Text for a terminal: no line breaks, and no control characters."""
+    text = text.replace("\n", "⏎ ")
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -1,12 +1,14 @@
-"""What every stage's loss is made of: token log-probabilities without a (B, T, V) tensor, and masked statistics.
+"""What every stage's loss is made of: token log-probabilities without a (B, T, V) tensor.
 
-The output matrix runs over chunks of rows and the softmax, on a CPU, over smaller blocks of these, so that a chunk's logits are the
-largest thing that exists.
-A loss is always a sum over tokens that the caller divides by the global number of target tokens: then the gradient does not
-depend on how a batch is cut into micro-batches, ranks or packed rows.
+The product with the output matrix runs over chunks of rows, so a chunk's logits are the largest
+tensor that exists. On a CPU the softmax runs over smaller blocks of a chunk.
+
+A loss is a sum over tokens. The caller divides it by the global number of target tokens. Then the
+gradient does not depend on how a batch is split into micro-batches, ranks or packed rows.
 """
 
 import functools
+import itertools
 import math
 
 import torch
@@ -14,68 +16,65 @@ import torch
 CHUNK_LOGITS = 2**25  # on a CPU: 64 MB in bf16
 BLOCK_LOGITS = 2**21  # on a CPU: 8 MB in fp32, which its cache holds
 
-# Whether torch.compile fuses what is done with a chunk's logits: Runtime.distribute sets it, from
-# compile=. A global, since a process compiles all of its models or none.
+# Whether torch.compile fuses the operations on a chunk's logits. Runtime.distribute sets it from
+# compile=. It is a global, because a process compiles all of its models or none.
 compiled = False
 _compiled = functools.cache(torch.compile)
 
 
 def chunk_logits(device):
-    """Logits of one matrix product. A GPU takes 4 times as many: 1.3x faster with 50,000 words and 1.7x with 128,000, for 1.3 GB
-    more."""
-    return CHUNK_LOGITS * (
-        4 if device.type in ("cuda", "meta") else 1
-    )  # meta: bench/plan.py plans for GPUs
+    """Logits of one matrix product. A GPU takes 4 times as many, for 1.3 GB more memory: it is 1.3x
+    faster with a vocabulary of 50,000 and 1.7x with 128,000."""
+    # bench/plan.py plans for GPUs on the meta device
+    return CHUNK_LOGITS * (4 if device.type in ("cuda", "meta") else 1)
 
 
 def block_logits(device):
-    """Logits that are in fp32 at a time. On a CPU few, which stay in its cache: whole chunks would be fresh pages each time."""
+    """Logits that are in fp32 at a time. They stay in the cache of a CPU, where a whole chunk would
+    be written to fresh pages each time."""
     return min(BLOCK_LOGITS if device.type == "cpu" else math.inf, chunk_logits(device))
 
 
-def _whole(head_weight):
-    """The output matrix, gathered where a tensor group shares it."""
+def _operands(hidden, head_weight):
+    """hidden and head_weight in the dtype of the products: that of autocast where it is on."""
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return hidden.to(dtype), head_weight.to(dtype)
+
+
+def _gathered(head_weight):
+    """The output matrix, gathered where a tensor group shards it."""
     return head_weight.full_tensor() if hasattr(head_weight, "full_tensor") else head_weight
 
 
-def _compute_dtype(hidden):
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-
-
 def _chunks(hidden, weight):
-    """(rows, logits) in slices of the N rows: the logits (n, V) of all rows at once would be the largest tensor of a model."""
-    size = max(
-        16, chunk_logits(hidden.device) // len(weight) // 8 * 8
-    )  # oneDNN takes a quarter longer for an odd number of rows
+    """Yields (rows, logits) for slices of the N rows. All logits at once, (N, V), would be the
+    largest tensor of a model."""
+    # a multiple of 8: oneDNN takes a quarter longer for an odd number of rows
+    size = max(16, chunk_logits(hidden.device) // len(weight) // 8 * 8)
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
         yield rows, hidden[rows] @ weight.t()
 
 
 def _over_blocks(function, logits, *args):
-    """Calls one of the functions of a block below on slices of a chunk's rows -> what it returns, for the chunk. Compiled, it keeps
-    no fp32 logits, and takes the chunk as it is."""
+    """Applies `function` to blocks of a chunk's rows and concatenates each of its results.
+
+    When compiled, the fused kernel keeps no fp32 logits, so the chunk goes through whole.
+    """
     size = max(1, block_logits(logits.device) // logits.shape[1])
-    if compiled or size >= len(logits):
-        return (_compiled(function) if compiled else function)(logits, *args)
-    blocks = (slice(start, start + size) for start in range(0, len(logits), size))
-    parts = [
-        function(*(t[rows] if torch.is_tensor(t) else t for t in (logits, *args)))
-        for rows in blocks
-    ]
+    if compiled:
+        return _compiled(function)(logits, *args)
+    if size >= len(logits):
+        return function(logits, *args)
+    # what is no tensor goes to every block
+    pieces = [t.split(size) if torch.is_tensor(t) else itertools.repeat(t) for t in args]
+    parts = [function(*block) for block in zip(logits.split(size), *pieces, strict=False)]
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
-def _add_product(grad_w, logits, x):
-    """grad_w (V, C) += logits^T (V, n) x (n, C), by blocks of the vocabulary: the bf16 products are the smaller."""
-    size = max(1, block_logits(x.device) // x.shape[1])
-    for grad, columns in zip(grad_w.split(size), logits.split(size, dim=1), strict=True):
-        grad += columns.t() @ x
-
-
 def _log_softmax(logits, temperature=1.0):
-    """fp32 log-probabilities (n, V) of a block."""
+    """The fp32 log-probabilities (n, V) of a block."""
     logits = logits.float()
     if temperature != 1.0:
         logits /= temperature
@@ -87,18 +86,17 @@ def _pick(logprobs, targets):
 
 
 def _add_at(x, targets, values):
-    """x (n, V) with values_n added at targets_n, in place or not."""
-    if (
-        torch.compiler.is_compiling()
-    ):  # a scatter would stand alone: memory for x in fp32, once more written and read
-        return x + torch.where(
-            torch.arange(x.shape[1], device=x.device) == targets[:, None], values[:, None], 0
-        )
+    """x (n, V) with values (n,) added at targets (n,), in place unless it is compiled."""
+    if torch.compiler.is_compiling():
+        # a scatter would not be fused, and would write and read x once more
+        hit = torch.arange(x.shape[1], device=x.device) == targets[:, None]
+        return x + torch.where(hit, values[:, None], 0)
     return x.scatter_add_(1, targets[:, None], values[:, None])
 
 
 def _nll(logits, targets, weights, gradient):
-    """-> (loss (n,),) of a block. With `gradient`, the logits become the gradient by them: weight * (softmax - onehot)."""
+    """The loss (n,) of a block, in a tuple. With `gradient` the logits become the gradient by them,
+    weight * (softmax - onehot)."""
     logprobs = _log_softmax(logits)
     loss = -_pick(logprobs, targets) * weights
     if gradient:
@@ -107,130 +105,128 @@ def _nll(logits, targets, weights, gradient):
 
 
 def _picked(logits, targets, temperature):
-    """-> (log p of the targets, entropy) of a block."""
+    """The log-probabilities of the targets and the entropies of a block, both (n,)."""
     logprobs = _log_softmax(logits, temperature)
     return _pick(logprobs, targets), -(logprobs.exp() * logprobs).sum(-1)
 
 
 def _picked_backward(logits, targets, temperature, entropy, grad_picked, grad_entropy):
-    """The logits of a block become the gradient by them: d log p_t = onehot - p, d H = -p (log p + H)."""
+    """The logits of a block become the gradient by them: d log p_t = onehot - p for the
+    log-probability, d H = -p (log p + H) for the entropy."""
     logprobs = _log_softmax(logits, temperature)
     p = logprobs.exp()
-    grad = (
-        logprobs.add_(entropy[:, None])
-        .mul_(grad_entropy[:, None])
-        .add_(grad_picked[:, None])
-        .mul_(p)
-        .neg_()
-    )
+    grad = logprobs.add_(entropy[:, None]).mul_(grad_entropy[:, None])
+    grad = grad.add_(grad_picked[:, None]).mul_(p).neg_()
     logits.copy_(_add_at(grad, targets, grad_picked).div_(temperature))
     return ()
 
 
+class _Gradients:
+    """The gradients of hidden and of the output matrix, each None where it is not needed."""
+
+    def __init__(self, ctx, x, w):
+        needs_x, needs_w = ctx.needs_input_grad[:2]
+        self.x = torch.empty_like(x) if needs_x else None
+        self.w = None
+        if needs_w:
+            self.w = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
+
+    def add(self, rows, grad, x, w):
+        """Adds what the gradient `grad` (n, V) by the logits of `rows` gives."""
+        if self.x is not None:
+            self.x[rows] = grad @ w
+        if self.w is not None:
+            # by blocks of the vocabulary, so that the bf16 products stay small
+            size = max(1, block_logits(x.device) // x.shape[1])
+            for part, columns in zip(self.w.split(size), grad.split(size, dim=1), strict=True):
+                part += columns.t() @ x[rows]
+
+
 class _CrossEntropy(torch.autograd.Function):
-    """sum_n weights_n * -log p(target_n). The gradients are made in the forward pass, while a chunk's softmax is at hand."""
+    """sum_n weights_n * -log p(target_n).
+
+    The forward pass computes the gradients too, while a chunk's softmax exists: a backward pass
+    would have to compute all logits again.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, weights, dtype):
-        x, w = hidden.to(dtype), head.to(dtype)
+    def forward(ctx, hidden, head, targets, weights):
+        x, w = _operands(hidden, head)
+        grads = _Gradients(ctx, x, w)
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_w = (
-            torch.zeros(head.shape, dtype=torch.float32, device=x.device)
-            if ctx.needs_input_grad[1]
-            else None
-        )
+        needed = any(ctx.needs_input_grad)
         for rows, logits in _chunks(x, w):
-            (nll,) = _over_blocks(
-                _nll, logits, targets[rows], weights[rows], any(ctx.needs_input_grad)
-            )
+            (nll,) = _over_blocks(_nll, logits, targets[rows], weights[rows], needed)
             loss += nll.sum()
-            if grad_x is not None:
-                grad_x[rows] = logits @ w
-            if grad_w is not None:
-                _add_product(grad_w, logits, x[rows])
-        ctx.save_for_backward(grad_x, grad_w)
+            grads.add(rows, logits, x, w)
+        ctx.save_for_backward(grads.x, grads.w)
         ctx.dtypes = hidden.dtype, head.dtype
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        out = [
-            None if g is None else g.mul_(grad).to(d)
-            for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return *out, None, None, None
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if g is None else g.mul_(grad).to(dtype) for g, dtype in pairs), None, None
 
 
 def cross_entropy(hidden, head_weight, targets, weights):
-    """Summed next-token loss. hidden (N, C), head_weight (V, C), targets (N,) int64, weights (N,) fp32, 0 for no target.
+    """The summed next-token loss, fp32: divide it by the global number of target tokens.
 
-    Returns sum_n weights_n * -log softmax(hidden_n @ head_weight^T)[targets_n] in fp32: divide by the global token count yourself.
+    hidden (N, C), head_weight (V, C), targets (N,) int64, weights (N,), 0 for no target. Returns
+    sum_n weights_n * -log softmax(hidden_n @ head_weight^T)[targets_n].
     """
-    head_weight = _whole(head_weight)
-    if not torch.is_grad_enabled():  # needs_input_grad does not know of no_grad
+    head_weight = _gathered(head_weight)
+    if not torch.is_grad_enabled():  # needs_input_grad ignores no_grad
         hidden, head_weight = hidden.detach(), head_weight.detach()
-    return _CrossEntropy.apply(
-        hidden, head_weight, targets, weights.float(), _compute_dtype(hidden)
-    )
+    return _CrossEntropy.apply(hidden, head_weight, targets, weights.float())
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log p(target_n) and the entropy of p at n; the backward pass recomputes a chunk's softmax."""
+    """log p(target_n), and the entropy of p at n. The backward pass recomputes the softmax."""
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, temperature, dtype):
-        x, w = hidden.to(dtype), head.to(dtype)
+    def forward(ctx, hidden, head, targets, temperature):
+        x, w = _operands(hidden, head)
         out = torch.empty(len(targets), dtype=torch.float32, device=x.device)
         entropy = torch.empty_like(out)
         for rows, logits in _chunks(x, w):
             out[rows], entropy[rows] = _over_blocks(_picked, logits, targets[rows], temperature)
         ctx.save_for_backward(hidden, head, targets, entropy)
-        ctx.temperature, ctx.dtype = temperature, dtype
+        ctx.temperature = temperature
+        ctx.dtype = x.dtype
         return out, entropy
 
     @staticmethod
     def backward(ctx, grad_out, grad_entropy):
         hidden, head, targets, entropy = ctx.saved_tensors
         x, w = hidden.to(ctx.dtype), head.to(ctx.dtype)
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_w = (
-            torch.zeros(head.shape, dtype=torch.float32, device=x.device)
-            if ctx.needs_input_grad[1]
-            else None
-        )
+        grads = _Gradients(ctx, x, w)
         for rows, logits in _chunks(x, w):
-            grads = entropy[rows], grad_out[rows], grad_entropy[rows]
-            _over_blocks(_picked_backward, logits, targets[rows], ctx.temperature, *grads)
-            if grad_x is not None:
-                grad_x[rows] = logits @ w
-            if grad_w is not None:
-                _add_product(grad_w, logits, x[rows])
-        return (
-            None if grad_x is None else grad_x.to(hidden.dtype),
-            None if grad_w is None else grad_w.to(head.dtype),
-            None,
-            None,
-            None,
-        )
+            given = entropy[rows], grad_out[rows], grad_entropy[rows]
+            _over_blocks(_picked_backward, logits, targets[rows], ctx.temperature, *given)
+            grads.add(rows, logits, x, w)
+        grad_x = None if grads.x is None else grads.x.to(hidden.dtype)
+        grad_w = None if grads.w is None else grads.w.to(head.dtype)
+        return grad_x, grad_w, None, None
 
 
 def token_logprobs(hidden, head_weight, targets, temperature=1.0, entropy=False):
-    """log softmax(hidden @ head_weight^T / temperature)[targets]: hidden (N, C), head_weight (V, C), targets (N,) -> (N,) fp32.
+    """log softmax(hidden @ head_weight^T / temperature)[targets], (N,) fp32.
 
-    Differentiable and chunked. With entropy=True returns (logprobs, entropy of the whole distribution), both (N,).
+    hidden (N, C), head_weight (V, C), targets (N,). Differentiable. With entropy=True it returns
+    (logprobs, entropies of the whole distributions), both (N,).
     """
-    out = _TokenLogprobs.apply(
-        hidden, _whole(head_weight), targets, temperature, _compute_dtype(hidden)
-    )
+    out = _TokenLogprobs.apply(hidden, _gathered(head_weight), targets, temperature)
     return out if entropy else out[0]
 
 
 @torch.no_grad()
 def hits(hidden, head_weight, targets):
-    """For validation: whether the likeliest token is the target, (M,) float32. hidden (M, C)."""
-    dtype, head_weight = _compute_dtype(hidden), _whole(head_weight)
+    """For validation: 1.0 where the likeliest token is the target, else 0.0, (N,) float32.
+
+    hidden (N, C), head_weight (V, C), targets (N,).
+    """
     hit = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    for rows, logits in _chunks(hidden.to(dtype), head_weight.to(dtype)):
+    for rows, logits in _chunks(*_operands(hidden, _gathered(head_weight))):
         hit[rows] = (logits.argmax(-1) == targets[rows]).float()
     return hit

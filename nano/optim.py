@@ -1,12 +1,14 @@
-"""Parameter groups, AdamW and Muon, the learning-rate schedule, gradient clipping. Depends on torch alone.
+"""Parameter groups, AdamW and Muon, the learning-rate schedule, gradient clipping.
 
     optimizer = optim.build(model, "adamw", lr=2e-5, weight_decay=0.1)
     norm = optim.clip_(model.parameters(), 1.0)
-    optim.set_lr(optimizer, optim.lr_at(step, total_steps, lr=2e-5, schedule="cosine", warmup_steps=10))
+    lr = optim.lr_at(step, total_steps, lr=2e-5, schedule="cosine", warmup_steps=10)
+    optim.set_lr(optimizer, lr)
     optimizer.step()
 
-The trained parameters are to be fp32 and the forward under autocast: next to a bf16 weight of 0.02 an AdamW step of
-1e-5 is less than half a unit in the last place, so five weights of six would round back to where they were.
+The trained parameters are to be fp32, and the forward under autocast. Next to a bf16 weight of 0.02
+an AdamW step of 1e-5 is less than half a unit in the last place, so five weights of six would round
+back to where they were.
 """
 
 import math
@@ -21,7 +23,9 @@ FUSED = ("cpu", "cuda", "mps", "xpu")  # device types with a fused AdamW kernel;
 
 
 def choose_trained(model, train, freeze_layers):
-    """Leaves requires_grad on what `train` names, above the first `freeze_layers` layers."""
+    """Leaves requires_grad on what `train` names, above the first `freeze_layers` layers.
+
+    train: all, attention or qv. UserError for more layers than there are."""
     parts = dict(all=("",), attention=(".self_attn.",), qv=(".q_proj.", ".v_proj."))[train]
     for name, p in model.named_parameters():
         p.requires_grad = any(part in name for part in parts)
@@ -34,52 +38,43 @@ def choose_trained(model, train, freeze_layers):
 
 
 def param_groups(model, weight_decay):
-    """The trainable parameters as two groups: matrices, which decay, and embeddings, norms and biases, which do not."""
-    embeddings = {
-        id(p)
-        for m in model.modules()
-        if isinstance(m, nn.Embedding)
-        for p in m.parameters(recurse=False)
-    }
-    params = [p for p in model.parameters() if p.requires_grad]
-    decay = [p for p in params if p.ndim >= 2 and id(p) not in embeddings]
-    decayed = {id(p) for p in decay}
-    rest = [p for p in params if id(p) not in decayed]
-    groups = [
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
+    """The trainable parameters as groups of an optimizer, without the empty ones.
+
+    Matrices decay. Embeddings, norms and biases do not."""
+    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    decay, rest = [], []
+    for p in model.parameters():
+        if p.requires_grad:
+            group = decay if p.ndim >= 2 and p not in embeddings else rest
+            group.append(p)
+    groups = [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
     return [group for group in groups if group["params"]]
 
 
 def adamw(groups, lr, betas=(0.9, 0.999), eps=1e-8):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over `param_groups`, fused where the device has the kernel."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over `param_groups`, fused where the
+    device has the kernel."""
     fused = all(p.device.type in FUSED for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
 def build(model, optimizer="adamw", lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-    """The optimizer of the trainable parameters of `model`: "adamw" or "muon", one torch.optim.Optimizer either way.
+    """The torch.optim.Optimizer of the trainable parameters of `model`: "adamw" or "muon".
 
-    "muon" orthogonalises the updates of the matrices between embedding and head, scaled to the size of AdamW's so that
-    one lr serves both (Liu et al. 2025, arXiv:2502.16982); embeddings, head, norms and biases stay with AdamW.
-    """
-    if not any(p.requires_grad for p in model.parameters()):
+    "muon" orthogonalises the updates of the matrices between embedding and head (Liu et al. 2025,
+    arXiv:2502.16982). They are scaled to the size of AdamW's, so that one lr serves both.
+    Embeddings, head, norms and biases stay with AdamW. UserError if nothing is trained."""
+    groups = param_groups(model, weight_decay)
+    if not groups:
         raise UserError("train= and freeze_layers= leave nothing to train")
     if optimizer == "adamw":
-        return adamw(param_groups(model, weight_decay), lr, betas, eps)
+        return adamw(groups, lr, betas, eps)
     if optimizer != "muon":
         raise ValueError(f"no optimizer {optimizer!r}: adamw or muon")
-    head = {
-        id(p)
-        for name, p in model.named_parameters()
-        if name.split(".")[-2:-1] in (["lm_head"], ["score"])
-    }
-    decay, *rest = param_groups(model, weight_decay)
-    matrices = [p for p in decay["params"] if p.ndim == 2 and id(p) not in head]
-    hidden = {id(p) for p in matrices}
-    decay["params"] = [p for p in decay["params"] if id(p) not in hidden]
-    others = adamw([group for group in (decay, *rest) if group["params"]], lr, betas, eps)
+    head = {p for n, p in model.named_parameters() if n in ("lm_head.weight", "score.weight")}
+    matrices = [p for p in groups[0]["params"] if p.ndim == 2 and p not in head]
+    groups[0]["params"] = [p for p in groups[0]["params"] if p.ndim != 2 or p in head]
+    others = adamw([group for group in groups if group["params"]], lr, betas, eps)
     muon = torch.optim.Muon(
         matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
     )
@@ -87,7 +82,7 @@ def build(model, optimizer="adamw", lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weigh
 
 
 class Chain(torch.optim.Optimizer):
-    """Several optimizers over disjoint parameters as one: one list of groups, one state, one state_dict."""
+    """Several optimizers over disjoint parameters as one: one list of groups, and one state."""
 
     def __init__(self, *optimizers):
         self.optimizers = optimizers
@@ -95,9 +90,11 @@ class Chain(torch.optim.Optimizer):
         self.share()
 
     def share(self):
+        """Lets each optimizer work on its part of the groups, and on the one state."""
         groups = iter(self.param_groups)
         for o in self.optimizers:
-            o.state, o.param_groups = self.state, list(islice(groups, len(o.param_groups)))
+            o.state = self.state
+            o.param_groups = list(islice(groups, len(o.param_groups)))
 
     def step(self, closure=None):
         for o in self.optimizers:
@@ -111,21 +108,17 @@ class Chain(torch.optim.Optimizer):
 def lr_at(step, total_steps, lr, schedule="cosine", warmup_steps=0, min_lr=0.0, decay_ratio=0.1):
     """The learning rate of optimizer step `step`, counted from 0 to total_steps - 1.
 
-    A linear warm-up of `warmup_steps` steps (the first is lr / (warmup_steps + 1), never 0) leads to lr. Then
-    "constant" stays, "linear" and "cosine" fall to reach min_lr at the last step, and "wsd" (warmup-stable-decay, Hu et
-    al. 2024, arXiv:2404.06395) stays until it falls in a line over the last `decay_ratio` of all steps.
-    """
+    A linear warm-up of `warmup_steps` steps leads to lr. Its first step has lr / (warmup_steps + 1)
+    and never 0. Then "constant" stays. "linear" and "cosine" fall to reach min_lr at the last step.
+    "wsd" (warmup-stable-decay, Hu et al. 2024, arXiv:2404.06395) stays until it falls in a line
+    over the last `decay_ratio` of all steps. ValueError for another schedule."""
     if step < warmup_steps:
         return lr * (step + 1) / (warmup_steps + 1)
     last = total_steps - 1
-    start = (
-        max(warmup_steps, last - round(decay_ratio * total_steps))
-        if schedule == "wsd"
-        else warmup_steps
-    )
-    x = min(
-        max((step - start) / max(last - start, 1), 0.0), 1.0
-    )  # 0 at the last step with lr, 1 at the last of all
+    start = warmup_steps  # the last step with lr
+    if schedule == "wsd":
+        start = max(warmup_steps, last - round(decay_ratio * total_steps))
+    x = min(max((step - start) / max(last - start, 1), 0.0), 1.0)  # 0 at `start`, 1 at `last`
     if schedule == "constant":
         return lr
     if schedule == "cosine":
@@ -141,9 +134,9 @@ def set_lr(optimizer, lr):
 
 
 def clip_(params, max_norm):
-    """Scale the gradients down to a global 2-norm of at most `max_norm` (0: leave them) and return the norm they had.
+    """Scales the gradients down to a global 2-norm of at most `max_norm` (0: leaves them).
 
-    The norm is a 0-d tensor on the device, the same on every rank of a sharded model; nothing waits for the device.
-    """
+    Returns the norm that they had: a 0-d tensor on the device, the same on every rank of a sharded
+    model. Nothing waits for the device."""
     norm = nn.utils.clip_grad_norm_(params, max_norm or math.inf)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor under FSDP

@@ -1,25 +1,24 @@
 """The book-keeping of a run: its folder, log, resume, saved models and state, stop and end message.
 
-    run = Run("sft", cfg, rt)                                     # refuses a folder that will not do
-    run.attach(model, trained, {"adamw": optimizer}, tok, base)   # on a resume, loads the state
+    run = Run("sft", cfg, rt)                                    # refuses a folder that will not do
+    run.attach(model, trained, {"adamw": optimizer}, tok, base)  # on a resume, loads the state
     steps = run.total_steps(train.steps_per_epoch)
     for step in run.steps():
         with run.paused():
             if val and run.due(cfg.eval_every):
-                run.evaluated(evaluate(rt, net, val), keep="loss")       # logs; saves best/
+                run.evaluated(evaluate(rt, net, val), keep="loss")      # logs; saves best/
             if run.due(cfg.save_every) or run.ending:
-                run.save()                                               # last/ and state/
+                run.save()                                              # last/ and state/
         if run.ending:
             break
-        ...                                                              # one optimizer step
+        ...                                                             # one optimizer step
         if run.logs:
             run.log_step(loss=rt.all_sum(loss), grad_norm=norm, lr=lr)
     run.close()
 
-The stage calls Run and Run never calls the stage: it takes no function and knows no loss.
+The stage calls Run, and Run never calls the stage. It takes no function and knows no loss.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -30,20 +29,27 @@ SOURCES = ("model", "reward", "policy")  # the keys that name a model from which
 
 
 class Run:
-    """One per process; every rank makes the same calls, and the main one writes.
+    """The book-keeping of one process. Every rank makes the same calls, and the main one writes.
 
-    out: the run folder. resumes: the folder holds a state, and this run continues from it. start: the
-    steps done before. best: the lowest value of what `evaluated` keeps best/ by. meta: JSON values of
-    the stage that a resume needs. tensors: the same for tensors. model_keys: what the stage wants to
-    be written beside the model's configuration, such as the scale of a reward model's scores.
+    out: the run folder.
+    resumes: whether the folder holds a state from which this run continues.
+    start: the steps done before.
+    best: the lowest value by which `evaluated` kept best/.
+    meta: the stage's JSON values that a resume needs. tensors: its tensors that a resume needs.
+    model_keys: what the stage wants to be written beside the model's configuration, such as the
+    scale of a reward model's scores.
     """
 
     def __init__(self, stage, cfg, rt):
-        self.stage, self.cfg, self.rt = stage, cfg, rt
+        self.stage = stage
+        self.cfg = cfg
+        self.rt = rt
         self.out = Path(cfg.out)
         self.start = self.step = 0
         self.best = math.inf
-        self.meta, self.tensors, self.model_keys = {}, {}, {}
+        self.meta = {}
+        self.tensors = {}
+        self.model_keys = {}
         self.tokens = self.targets = 0  # of this rank since the last line of the log
         self.stopped = False
         sources = [getattr(cfg, key, "") for key in SOURCES]
@@ -51,18 +57,22 @@ class Run:
         rt.catch_signals()
 
     def attach(self, model, trained, optimizers, tok, base, adapter=None):
-        """What the run trains and saves. On a resume this loads the state, and opens the log either way.
+        """Says what the run trains and saves, loads the state on a resume, and opens the log.
 
-        model: the module that owns the weights. trained {name: parameter}, optimizers {name: optimizer}.
+        model: the module that owns the weights.
+        trained: {name: parameter}. optimizers: {name: optimizer}.
         tok, base: the tokenizer, and the directory that it and the configuration come from.
-        adapter: the name of the adapter to save; None: the whole model is saved.
+        adapter: the name of the adapter to save. None: the whole model is saved.
         """
-        self.model, self.trained, self.optimizers = model, trained, optimizers
-        self.tok, self.base, self.adapter = tok, base, adapter
+        self.model = model
+        self.trained = trained
+        self.optimizers = optimizers
+        self.tok = tok
+        self.base = base
+        self.adapter = adapter
         if self.resumes:
-            folder = self.out / "state"
             meta, self.tensors = state.load_training(
-                folder, self.rt, self.stage, trained, optimizers
+                self.out / "state", self.rt, self.stage, trained, optimizers
             )
             self.start = self.step = meta.pop("step")
             self.best = meta.pop("best", math.inf)
@@ -73,7 +83,7 @@ class Run:
     # ---- the loop
 
     def total_steps(self, steps_per_epoch):
-        """How many optimizer steps the run takes: steps=, or else epochs= of `steps_per_epoch`."""
+        """The number of optimizer steps of the run: steps=, or else epochs= of `steps_per_epoch`."""
         self.epoch = steps_per_epoch
         epochs = getattr(self.cfg, "epochs", 0)
         self.total = self.cfg.steps or max(round(epochs * steps_per_epoch), int(epochs > 0))
@@ -101,7 +111,7 @@ class Run:
         return self.stopped or self.step == self.total
 
     def due(self, every):
-        """Whether what happens `every` so many steps is due now. 0: once an epoch; -1: never."""
+        """Whether what happens every `every` steps is due now. 0: once an epoch. -1: never."""
         if self.stopped or every == -1:
             return False
         return self.step % (every or self.epoch) == 0 or self.step == self.total
@@ -113,7 +123,7 @@ class Run:
     # ---- what a run says and keeps
 
     def describe(self, data):
-        """Says what the run trains on (`data`), for how long and on what."""
+        """Says what the run trains on (`data`), how long, and on which devices."""
         rt = self.rt
         self.log.text(
             f"{data}; {self.epoch} steps an epoch, {self.total} in all from step {self.start}; "
@@ -129,17 +139,18 @@ class Run:
     def logs(self):
         """Whether the step that was just made gets a line. log_every=0: the last step only."""
         done = self.step + 1
-        return done == self.total or bool(self.cfg.log_every) and done % self.cfg.log_every == 0
+        return done % (self.cfg.log_every or self.total) == 0 or done == self.total
 
     def log_step(self, **metrics):
         """The line of the step that was just made. The device is read here and nowhere else."""
         rt = self.rt
-        counts = dict(tokens=rt.all_sum(self.tokens), targets=rt.all_sum(self.targets))
-        self.log.step(self.step + 1, memory=rt.peak_memory(), **counts, **metrics, **rt.compiles())
+        tokens, targets = rt.all_sum(self.tokens), rt.all_sum(self.targets)
+        memory = rt.peak_memory()
+        self.log.step(self.step + 1, tokens, targets, memory, **metrics, **rt.compiles())
         self.tokens = self.targets = 0
 
     def evaluated(self, metrics, keep):
-        """Logs an evaluation. The model is saved as best/ when metrics[keep] is the lowest so far."""
+        """Logs an evaluation, and saves the model as best/ if metrics[keep] is the lowest so far."""
         self.log.eval(self.step, **metrics)
         if self.step and metrics[keep] < self.best:
             self.best = metrics[keep]
@@ -150,10 +161,14 @@ class Run:
         if self.step == self.start:
             return
         self.save_model(self.out / "last")
-        meta = self.meta | dict(step=self.step, best=self.best)
-        where = self.out / "state"
         state.save_training(
-            where, self.rt, self.stage, self.trained, self.optimizers, self.tensors, **meta
+            self.out / "state",
+            self.rt,
+            self.stage,
+            self.trained,
+            self.optimizers,
+            self.tensors,
+            **self.meta | dict(step=self.step, best=self.best),
         )
 
     def save_model(self, dir):
@@ -165,18 +180,16 @@ class Run:
         tensors = self.rt.gather(tensors)
         if not self.rt.is_main:
             return
-        common = dict(tensors=tensors, tok=self.tok)
         if self.adapter:
-            weights.save_adapter(self.model, dir, self.adapter, self.base, **common)
+            weights.save_adapter(self.model, dir, self.adapter, self.base, tensors, self.tok)
             if self.model_keys:
-                files.write_text(dir / "score_scale.json", json.dumps(self.model_keys) + "\n")
+                files.write_json(dir / "score_scale.json", self.model_keys)
         else:
-            weights.save_model(
-                self.model, dir, self.rt.dtype, like=self.base, **common, **self.model_keys
-            )
+            keys = dict(tok=self.tok, **self.model_keys)
+            weights.save_model(self.model, dir, self.rt.dtype, self.base, tensors, **keys)
 
     def close(self):
-        """The last words, and the end of the process group."""
+        """Says how the run ended, and closes the log and the process group."""
         if self.stopped:
             self.log.text(
                 f"stopped at step {self.step}: the same command continues from here, "

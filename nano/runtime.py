@@ -11,13 +11,13 @@ for TPUs.
     n = rt.all_sum(n)                    # a sum over all ranks
     with rt.evaluating(net): ...         # evaluation mode, no gradients
 
-One process runs per device, and they talk through gloo (CPU) or nccl (CUDA). With tensor=N, N
-neighbouring devices share each layer and see the same rows (nano/tensor.py): `rank` and `world`
-count such groups, and sums over ranks count a group once."""
+One process runs per device. They communicate through gloo (CPU) or nccl (CUDA). With tensor=N, N
+neighbouring devices share each layer and see the same rows (nano/tensor.py). `rank` and `world`
+count such groups, and sums over ranks count a group once.
+"""
 
 import contextlib
 import ctypes
-import functools
 import os
 import random
 import resource
@@ -45,23 +45,24 @@ TRIM = 30.0  # seconds between two trims of the heap; the step after one takes a
 
 
 def start(cfg, **settings):
-    """The Runtime of this process, from those of KEYS that a script's config has; `settings`
-    override them."""
+    """The Runtime of this process, from those of KEYS that a script's config has. `settings`
+    override them. UserError for keys that do not fit the machine or each other."""
     settings = {key: getattr(cfg, key) for key in KEYS if hasattr(cfg, key)} | settings
     if settings["device"] == "xla":
-        from nano.xla import XLA  # here, because XLA is a subclass of Runtime
+        from nano.xla import XLA  # here, because nano.xla imports this module
 
         return XLA(**settings)
     return Runtime(**settings)
 
 
 class Runtime:
-    """The devices and processes of a run, on CPU and CUDA; one object per process.
+    """The devices and processes of a run, on CPU and CUDA. Each process has one.
 
-    process: its number among `processes`, of which `local_world` run on this node. rank, world:
-    the same, counting a tensor group once. shards: parts into which a global batch is sharded."""
+    process: its number among `processes`, of which `local_world` run on this node. rank, world: the
+    same, but a tensor group counts once. shards: how many parts a global batch is sharded into.
+    """
 
-    fixed_shapes = False  # True: each new shape is compiled, so batches must not change theirs
+    fixed_shapes = False  # True: each new shape is compiled, so batches must keep theirs
 
     def __init__(
         self,
@@ -75,16 +76,14 @@ class Runtime:
     ):
         if tensor > 1 and offload:
             raise UserError(f"tensor={tensor} must be 1 with offload=true")
-        if dtype not in ("auto", "bfloat16", "float32"):
-            raise UserError(f"dtype={dtype}: use auto, bfloat16 or float32")
         self.parallel = parallel
         self.offload = offload
         self.tensor = tensor
         self.reduce_dtype = getattr(torch, reduce_dtype)
-        self.rank = self.process = self.local_rank = 0
+        self.rank = self.process = 0
         self.world = self.processes = self.local_world = self.shards = 1
         self.grid = None  # DeviceMesh with the dimensions GRID
-        self.group = None  # one process of each tensor group: sums go over it
+        self.group = None  # one process of each tensor group, for sums over ranks
         self._libc = None
         self._start(device)
         self.is_main = self.process == 0
@@ -93,7 +92,6 @@ class Runtime:
         self.dtype = getattr(torch, dtype)
         self._trimmed = time.monotonic()
         self._stop = False
-        self._stop_group = None
         self._saving_group = None
         self.saving = None  # waits for the training state that is being written in the background
         self.seed(seed)
@@ -101,9 +99,9 @@ class Runtime:
     # ---------------------------------------------------------------------------------------- start
 
     def _start(self, device):
-        """Chooses the device, joins the other processes and makes the groups of devices."""
+        """Chooses the device, joins the other processes and creates the groups of devices."""
         device = choose_device(device)
-        self.process, self.processes, self.local_rank, self.local_world = join(device)
+        self.process, self.processes, local_rank, self.local_world = join(device)
         if self.local_world % self.tensor:
             raise UserError(
                 f"tensor={self.tensor} must divide the number of processes of a node, "
@@ -111,9 +109,9 @@ class Runtime:
             )
         self.rank = self.process // self.tensor
         self.world = self.shards = self.processes // self.tensor
-        self.device = torch.device("cpu")
+        self.device = torch.device(device)
         if device == "cuda":
-            self.device = torch.device("cuda", self.local_rank)
+            self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         else:
             self._libc = _tune_cpu()
@@ -133,9 +131,10 @@ class Runtime:
 
     @property
     def name(self):
-        """The product's name on CUDA, by which log.py knows its peak FLOPs; else the type."""
-        cuda = self.device.type == "cuda"
-        return torch.cuda.get_device_name(self.device) if cuda else self.device.type
+        """The product's name on CUDA, by which log.py knows its peak FLOPs; elsewhere the type."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return self.device.type
 
     @property
     def devices(self):
@@ -151,33 +150,36 @@ class Runtime:
     # ---------------------------------------------------------------------------------------- model
 
     def wrap(self, model, compile=False, grad_checkpoint=False):
-        """Moves the model to the device and makes it parallel -> what to call, with the model's
-        attributes. Parameters keep their names. UserError for settings that do not fit."""
+        """Moves the model to the device and makes it parallel.
+
+        Returns what to call, which has the model's attributes. Parameters keep their names.
+        UserError for settings that do not fit.
+        """
         if self.offload and self.weight_shards == 1:
             raise UserError(
-                "offload=true keeps in CPU memory what fsdp, zero2 or hsdp cuts: "
+                "offload=true keeps in CPU memory what fsdp, zero2 or hsdp shards: "
                 "set parallel= to one of them"
             )
         self.distribute(model, compile, grad_checkpoint)
         return self.wrap_ddp(model)
 
     def distribute(self, model, compile=False, grad_checkpoint=False):
-        """The part of `wrap` that a model needs without training too: all but DDP."""
+        """The part of `wrap` that a model needs even without training: all but DDP."""
         if self.world > 1 and self.parallel == "none":
             raise UserError(f"{self.world} processes need parallel=ddp or parallel=fsdp")
         tensor.check(model.cfg, self.tensor)
         if grad_checkpoint:
             model.recompute = self.recompute
-        losses.compiled = compile  # a global: a process runs all of its models compiled, or none
+        losses.compiled = compile  # a global, because a process compiles all of its models or none
         if compile:
             for layer in model.layers:
                 layer.compile()
         if self.grid is not None and self.tensor > 1:
-            dtype_of = functools.partial(parameter_dtype, dtype=self.dtype)
-            tensor.shard(model, self.grid["tensor"], dtype_of)
+            tensor.shard(
+                model, self.grid["tensor"], lambda *args: parameter_dtype(*args, self.dtype)
+            )
         if self.grid is not None and self.world > 1:
-            settings = (self.parallel, self.dtype, self.reduce_dtype, self.offload)
-            shard_layers(model, self.grid, *settings)
+            shard_layers(model, self)
         else:
             for module in (*model.layers, model):
                 cast_parameters(module, self.dtype)
@@ -185,7 +187,9 @@ class Runtime:
 
     def wrap_ddp(self, model, params=None):
         """The part of `wrap` that averages gradients over ranks -> what to call in training.
-        params {name: p}: what this net trains, where several share a trunk; None: all."""
+
+        params {name: p}: what this net trains, where several nets share a trunk. None: all.
+        """
         if self.world == 1 or self.parallel != "ddp" or self.tensor > 1:
             return model
         return DDP(model, params, self.device, self.reduce_dtype)
@@ -204,7 +208,7 @@ class Runtime:
         """The tensors of a batch, (B, ...) on the CPU -> the same on the device, on XLA sharded
         along B. What is no tensor is left out."""
         if not torch.is_grad_enabled():
-            self.sync()  # ends the micro-batch before this one, as backward() does in training
+            self.sync()  # ends the micro-batch before this one; in training backward() does that
         pin = self.device.type == "cuda"  # pinned memory is copied while the device computes
         return {
             name: (t.pin_memory() if pin else t).to(self.device, non_blocking=pin)
@@ -224,14 +228,17 @@ class Runtime:
             net.require_backward_grad_sync = last
 
     def backward(self, loss):
-        """Adds the gradient of `loss`, which is this rank's part of a global sum."""
+        """Adds the gradients of `loss`, which is this rank's part of a global sum."""
         (loss * self.world).backward()  # DDP and FSDP average over ranks
         self.sync()
 
     def step(self, optimizer, params, lr, grad_clip):
         """Clips the gradients of `params` to a global norm of `grad_clip` (0: not at all), steps at
-        learning rate `lr`, and drops the gradients -> the norm before clipping, a 0-d tensor, the
-        same on all ranks. Nothing waits for the device."""
+        learning rate `lr`, and drops the gradients.
+
+        Returns the norm before clipping, a 0-d tensor, the same on all ranks. Nothing waits for the
+        device.
+        """
         optim.set_lr(optimizer, lr)
         norm = optim.clip_(params, grad_clip)
         optimizer.step()
@@ -241,9 +248,11 @@ class Runtime:
 
     @contextlib.contextmanager
     def evaluating(self, net):
-        """Within: evaluation mode and no gradients. After: training mode. FSDP leaves the root unit
-        (embedding, head) gathered until a backward, and named_parameters() would return the
-        gathered copies, so this reshards it."""
+        """Within it: evaluation mode and no gradients. After it: training mode.
+
+        FSDP leaves the root unit (embedding, head) gathered until a backward. named_parameters()
+        would return the gathered copies, so this reshards it.
+        """
         net.eval()
         with torch.no_grad():
             yield
@@ -272,12 +281,13 @@ class Runtime:
             self._trimmed = time.monotonic()
 
     def wait(self):
-        """Waits until the device has done everything: for timing."""
+        """Waits until the device has done everything, for timing."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def once(self, f, *args):
-        """f(*args). On a TPU slice host 0 calls it for all: for what could differ between hosts."""
+        """f(*args). On a TPU slice host 0 calls it for all hosts. For what could differ between
+        hosts."""
         return f(*args)
 
     def barrier(self):
@@ -291,36 +301,38 @@ class Runtime:
     # ---------------------------------------------------------------------------------------- state
 
     def seed(self, seed):
-        """Seeds the global generators, alike on all ranks. Rows are drawn by generators of their
-        own."""
+        """Seeds the global generators alike on all ranks. Rows are drawn by other generators."""
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
 
     def rng_state(self):
-        """The states of the generators, {name: (processes, bytes)}: dropout leaves them different.
-        A collective."""
-        states = {"cpu": torch.get_rng_state()} | self._device_rng_state()
-        return {name: stack_processes(t, self.processes) for name, t in states.items()}
+        """The states of the generators, {name: (processes, bytes)}. They differ between processes
+        after dropout. A collective."""
+        states = {}
+        for name, (get, _) in self._generators().items():
+            t = get()
+            rows = [t.clone() for _ in range(self.processes)]
+            if self.processes > 1:
+                dist.all_gather(rows, t)
+            states[name] = torch.stack(rows)
+        return states
 
     def set_rng_state(self, state):
         """Restores what rng_state() returned. If the number of processes changed, every rank takes
         the state of process 0. States of other device types are ignored."""
-        state = {
-            name: rows[self.process if len(rows) == self.processes else 0].clone()
-            for name, rows in state.items()
-        }
-        torch.set_rng_state(state["cpu"])
-        self._set_device_rng_state(state)
+        for name, (_, set_state) in self._generators().items():
+            if name in state:
+                rows = state[name]
+                row = self.process if len(rows) == self.processes else 0
+                set_state(rows[row].clone())
 
-    def _device_rng_state(self):
+    def _generators(self):
+        """{device type: how to get and how to set the state of its generator}."""
+        generators = {"cpu": (torch.get_rng_state, torch.set_rng_state)}
         if self.device.type == "cuda":
-            return {"cuda": torch.cuda.get_rng_state(self.device)}
-        return {}
-
-    def _set_device_rng_state(self, state):
-        if self.device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self.device)
+            generators["cuda"] = (torch.cuda.get_rng_state, torch.cuda.set_rng_state)
+        return generators
 
     def to_cpu(self, t):
         """The tensor on the CPU, without a gradient."""
@@ -328,27 +340,31 @@ class Runtime:
 
     def gather(self, tensors):
         """{name: tensor} -> the same on the CPU, unsharded, on the main process; {} on others. A
-        collective: every process calls it with the same names."""
+        collective, which every process calls with the same names."""
         gathered = {}
         for name, t in tensors.items():
-            t = t.full_tensor() if hasattr(t, "full_tensor") else t
+            t = self._unsharded(t)
             if self.is_main:
                 gathered[name] = self.to_cpu(t).contiguous()
         return gathered
 
+    def _unsharded(self, t):
+        return t.full_tensor() if hasattr(t, "full_tensor") else t
+
     def saving_group(self):
-        """All processes, as a gloo group for saves that go on while the training does."""
+        """A gloo group of all processes, for saves that go on while the training does."""
         if self.processes > 1 and self._saving_group is None:
             self._saving_group = dist.new_group(backend="gloo")
         return self._saving_group
 
     def finish_saving(self):
+        """Waits for the training state that is being written."""
         if self.saving:
             self.saving()
         self.saving = None
 
     def peak_memory(self):
-        """Peak bytes: of the device on CUDA, of the process elsewhere."""
+        """Peak memory in bytes, of the device on CUDA, of the process elsewhere."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         unit = 1 if sys.platform == "darwin" else 1024
@@ -357,7 +373,7 @@ class Runtime:
     # ----------------------------------------------------------------------------------------- stop
 
     def catch_signals(self):
-        """SIGTERM and Ctrl-C ask the loop to stop after its step (`should_stop`); the second one
+        """SIGTERM and Ctrl-C ask the loop to stop after its step (`should_stop`). The second one
         ends the process at once."""
 
         def handler(number, frame):
@@ -370,26 +386,24 @@ class Runtime:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, handler)
-        if self.processes > 1 and self._stop_group is None:
-            # for a flag on the CPU: asking costs no device sync
-            self._stop_group = dist.new_group(backend="gloo")
 
     def should_stop(self):
-        """True on every rank as soon as one was asked to stop."""
-        if self.processes == 1:
-            return self._stop
+        """True on every rank as soon as one was asked to stop. The flag is on the CPU, where asking
+        costs no device sync."""
         flag = torch.tensor(int(self._stop))
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._stop_group)
+        if self.processes > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
     def close(self):
+        """Ends the communication between the processes."""
         self.finish_saving()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def choose_device(device):
-    """auto, cpu or cuda -> cpu or cuda."""
+    """auto, cpu or cuda -> cpu or cuda. UserError for another, and for cuda where there is none."""
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device={device}: use auto, cpu, cuda or xla")
     if device == "auto":
@@ -401,16 +415,17 @@ def choose_device(device):
 
 def join(device):
     """Joins the processes that torchrun started -> (process, processes, process of this node,
-    processes of this node)."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    processes of this node). UserError for an environment that torchrun did not set."""
     if "RANK" not in os.environ:
         return 0, 1, 0, 1
-    if not set(names) <= os.environ.keys():
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    try:
+        ranks = [int(os.environ[name]) for name in names]
+    except KeyError:
         raise UserError(
             "RANK is set, but not all of WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE: "
             "start it with torchrun"
-        )
-    ranks = tuple(int(os.environ[name]) for name in names)
+        ) from None
     if device == "cuda" and ranks[3] > (count := torch.cuda.device_count()):
         raise UserError(
             f"{ranks[3]} processes on this node share {count} devices: lower --nproc_per_node"
@@ -421,7 +436,7 @@ def join(device):
 
 
 def parameter_dtype(module, p, dtype):
-    """fp32 for trained parameters, adapters and score heads; `dtype`, that of the matrix work, for
+    """fp32 for trained parameters, adapters and score heads. `dtype`, that of matrix products, for
     the rest."""
     exact = p.requires_grad or isinstance(module, (ScoreHead, nn.ParameterDict))
     return torch.float32 if exact else dtype
@@ -439,15 +454,16 @@ def cast_parameters(submodule, dtype):
                 p.data = p.data.to(wanted)
 
 
-def shard_layers(model, grid, parallel, dtype, reduce_dtype, offload):
-    """FSDP2, one unit for each layer and a root unit for the rest. A layer moves to the device when
-    it is sharded.
+def shard_layers(model, rt):
+    """FSDP2, with one unit for each layer and a root unit for the rest. A layer moves to the device
+    when it is sharded.
 
-    Weights are gathered in `dtype`, gradients are reduced in `reduce_dtype`. fsdp gathers a layer
+    Weights are gathered in rt.dtype, gradients are reduced in rt.reduce_dtype. fsdp gathers a layer
     when it is needed. zero2 keeps what the forward gathered for the backward. hsdp is fsdp within a
-    node and replicates over nodes; ddp with tensor= only replicates. With offload, a device's
-    shards of weights, gradients and moments stay in CPU memory, where the optimizer steps."""
-    # imported here: it takes a second that other runs need not wait
+    node and replicates over nodes. ddp with tensor= only replicates. With offload, a device's
+    shards of weights, gradients and moments stay in CPU memory, where the optimizer steps.
+    """
+    # imported here, because it takes a second that other runs need not wait
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
         MixedPrecisionPolicy,
@@ -455,14 +471,16 @@ def shard_layers(model, grid, parallel, dtype, reduce_dtype, offload):
         fully_shard,
     )
 
-    mesh = grid["replicate", "shard"] if parallel in ("hsdp", "ddp") else grid["shard"]
-    policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
-    common = dict(mesh=mesh, reshard_after_forward=parallel != "zero2", offload_policy=policy)
-    mixed = MixedPrecisionPolicy(dtype, reduce_dtype)
+    mesh = rt.grid["shard"] if rt.parallel in ("fsdp", "zero2") else rt.grid["replicate", "shard"]
+    policy = OffloadPolicy()
+    if rt.offload:
+        policy = CPUOffloadPolicy(pin_memory=rt.device.type == "cuda")
+    common = dict(mesh=mesh, reshard_after_forward=rt.parallel != "zero2", offload_policy=policy)
+    mixed = MixedPrecisionPolicy(rt.dtype, rt.reduce_dtype)
     for layer in model.layers:
-        cast_parameters(layer, dtype)
+        cast_parameters(layer, rt.dtype)
         fully_shard(layer, mp_policy=mixed, **common)
-    cast_parameters(model, dtype)
+    cast_parameters(model, rt.dtype)
     for module in model.modules():
         if isinstance(module, ScoreHead):  # gathered in fp32
             fully_shard(module, **common)
@@ -470,24 +488,16 @@ def shard_layers(model, grid, parallel, dtype, reduce_dtype, offload):
     fully_shard(model, mp_policy=mixed, **common)
 
 
-def stack_processes(t, processes):
-    """The t of all processes, (processes, ...)."""
-    rows = [t]
-    if processes > 1:
-        rows = [torch.empty_like(t) for _ in range(processes)]
-        dist.all_gather(rows, t)
-    return torch.stack(rows)
-
-
 class DDP(DistributedDataParallel):
-    """DistributedDataParallel with the attributes of its module, so that a stage needs the net
-    alone: net.cfg, net.head_weight."""
+    """DistributedDataParallel with the attributes of its module, such as net.cfg and
+    net.head_weight, so that a stage needs the net alone."""
 
     def __init__(self, model, params, device, reduce_dtype):
         trainable = [p for p in model.parameters() if p.requires_grad]
-        mine = {id(p) for p in (trainable if params is None else params.values())}
-        for p in trainable:  # it averages the gradients of what requires one now
-            p.requires_grad = id(p) in mine
+        if params is not None:  # DDP averages the gradients of what requires one now
+            model.requires_grad_(False)
+            for p in params.values():
+                p.requires_grad = True
         ids = [device] if device.type == "cuda" else None
         super().__init__(model, device_ids=ids, gradient_as_bucket_view=True)
         if reduce_dtype == torch.bfloat16:
@@ -503,17 +513,16 @@ class DDP(DistributedDataParallel):
 
 
 def _mean_in_bf16(_, bucket):
-    """DDP's mean of a bucket of gradients, sent as bf16. torch's own hook of this kind is for nccl
-    alone."""
+    """DDP's mean of a bucket of gradients, sent as bf16. torch's bf16 hook needs nccl."""
     small = (bucket.buffer() / dist.get_world_size()).bfloat16()
     sent = dist.all_reduce(small, async_op=True).get_future()
     return sent.then(lambda done: bucket.buffer().copy_(done.value()[0]))
 
 
 def end_at_once(kind, error, trace):
-    """The excepthook of a rank: records the error for torchrun and exits at once, so that torchrun
-    reports the rank that failed first. A rank that merely lost its peer waits 3 s, until the peer
-    is seen to have failed."""
+    """The excepthook of a rank. It records the error for torchrun and exits at once, so that
+    torchrun reports the rank that failed first. A rank that merely lost its peer waits 3 s, until
+    torchrun has seen the peer fail."""
     sys.__excepthook__(kind, error, trace)
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         time.sleep(3)
@@ -527,10 +536,12 @@ def end_at_once(kind, error, trace):
 
 
 def _tune_cpu():
-    """Makes glibc keep freed memory, which is 1.1-1.3x faster: it would return each large tensor to
-    the OS, and fault it in again. `Runtime.sync` trims what it keeps. Flushes denormals, with which
-    logsumexp of wide logits and Adam moments of unseen tokens run up to 13x slower. Returns glibc,
-    or None elsewhere."""
+    """Makes glibc keep freed memory, and flushes denormals. Returns glibc, or None elsewhere.
+
+    By default glibc returns each large tensor to the OS and faults its pages in again, which makes
+    a step 1.1-1.3x slower. `Runtime.sync` trims what it keeps. With denormals, logsumexp of wide
+    logits and the Adam moments of unseen tokens run up to 13x slower.
+    """
     torch.set_flush_denormal(True)
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
@@ -542,7 +553,7 @@ def _tune_cpu():
 
 
 class Clock:
-    """Wall time by phase: with clock("rollout"): ...; .seconds holds the sums."""
+    """Wall time by phase, in seconds: `with clock("rollout"): ...` adds to .seconds["rollout"]."""
 
     def __init__(self, rt):
         self.rt = rt

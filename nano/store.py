@@ -3,9 +3,10 @@
 A folder holds meta.json and, for each split NAME (`train`, `val`),
 
     NAME.tokens.bin   uint16 (vocabulary below 65,536) or uint32: all rows, one after another
-    NAME.mask.bin     uint8: 1 where the token is a target. Plain text has none: every token is one
+    NAME.mask.bin     uint8: 1 where the token is a target. Plain text has none, because there every
+                      token is a target
     NAME.rows.bin     int64: N+1 offsets of the rows into the tokens
-    NAME.groups.bin   int64: G+1 offsets of the groups into the rows. Preference data only: a group
+    NAME.groups.bin   int64: G+1 offsets of the groups into the rows, for preference data. A group
                       is one prompt's completions, best first
 
 Tokens and masks stay on disk. Only the offsets are read into memory.
@@ -17,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +36,7 @@ KINDS = {"tokens": None, "mask": np.uint8, "rows": np.int64, "groups": np.int64}
 
 
 def check_target(dir):
-    """UserError unless `dir` is free, empty or an earlier store. Only those may be replaced."""
+    """UserError unless `dir` is free, empty or an earlier store, which may be replaced."""
     dir = Path(dir)
     names = {p.name for p in dir.iterdir()} if dir.is_dir() else set()
     pattern = r"tokenizer|meta\.json|\w+\.(tokens|mask|rows|groups)\.bin"
@@ -50,10 +52,10 @@ class Writer:
     """`with Writer(dir, vocab_size, meta) as w: w.add("train", tokens, mask)` writes a whole store,
     or nothing.
 
-    Rows stream into `<dir>.tmp-<pid>`. When the block ends without an exception, that folder takes
-    the place of `dir`; otherwise it is removed. `meta` is a dict that may grow until the end. It is
-    kept in meta.json: template, source, counts, and as `tokenizer` the fingerprint that Store
-    compares.
+    Rows stream into `<dir>.tmp-<pid>`. When the block ends without an exception, that folder
+    replaces `dir`. Otherwise it is removed. `meta` is a dict that may grow until the end. It is
+    written to meta.json: template, source, counts, and as `tokenizer` the fingerprint that Store
+    compares. UserError for a folder that may not be replaced and for ids outside the vocabulary.
     """
 
     def __init__(self, dir, vocab_size, meta=None):
@@ -82,13 +84,11 @@ class Writer:
                         f.close()
             shutil.rmtree(self.tmp, ignore_errors=True)
 
-    def start(self, split, kinds):
-        opened = {kind: open(self.tmp / f"{split}.{kind}.bin", "wb") for kind in kinds}
-        opened["rows"].write(bytes(8))  # offset 0
-        self.splits[split] = SimpleNamespace(
-            files=opened, rows=0, tokens=0, target_tokens=0, groups=0, grouped=0
-        )
-        return self.splits[split]
+    def open(self, split, kind):
+        f = open(self.tmp / f"{split}.{kind}.bin", "wb")
+        if kind in ("rows", "groups"):
+            f.write(bytes(8))  # offset 0
+        return f
 
     def add(self, split, tokens, mask=None):
         """One row: tokens (T,) ints, mask (T,) of 0 and 1, or None for plain text."""
@@ -96,72 +96,74 @@ class Writer:
 
     def extend(self, split, tokens, mask, lengths):
         """Many rows at once: tokens and mask (sum of lengths,), lengths (N,) of at least 1 each."""
-        tokens = np.asarray(tokens)
         lengths = np.asarray(lengths, np.int64)
-        mask = None if mask is None else np.asarray(mask, np.uint8)
         if not len(lengths):
             return
-        if (
-            lengths.min() < 1
-            or lengths.sum() != len(tokens)
-            or (mask is not None and mask.shape != tokens.shape)
-        ):
+        columns = dict(tokens=np.asarray(tokens))
+        if mask is not None:
+            columns["mask"] = np.asarray(mask, np.uint8)
+        total = int(lengths.sum())
+        if lengths.min() < 1 or any(column.shape != (total,) for column in columns.values()):
             raise ValueError(
                 "rows must not be empty, and lengths must add up to the tokens and the mask"
             )
+        tokens = columns["tokens"]
         if tokens.max() >= self.vocab_size or tokens.min() < 0:
             raise UserError(
                 f"token id {tokens.max()} is outside the vocabulary of {self.vocab_size}"
             )
-        kinds = ["tokens", "rows"] if mask is None else ["tokens", "rows", "mask"]
-        s = self.splits.get(split) or self.start(split, kinds)
-        if ("mask" in s.files) != (mask is not None):
+        if split not in self.splits:
+            opened = {kind: self.open(split, kind) for kind in ("rows", *columns)}
+            counts = dict(rows=0, tokens=0, target_tokens=0)
+            self.splits[split] = SimpleNamespace(files=opened, counts=counts, grouped=0)
+        s = self.splits[split]
+        if ("mask" in s.files) != ("mask" in columns):
             raise ValueError("a split has a mask for all of its rows or for none")
-        s.files["tokens"].write(np.ascontiguousarray(tokens, self.dtype))
-        s.files["rows"].write((s.tokens + np.cumsum(lengths)).tobytes())
-        if mask is not None:
-            s.files["mask"].write(np.ascontiguousarray(mask))
-        s.rows += len(lengths)
-        s.tokens += len(tokens)
-        s.target_tokens += len(tokens) if mask is None else int(mask.sum())
+        for kind, column in columns.items():
+            s.files[kind].write(np.ascontiguousarray(column, KINDS[kind] or self.dtype))
+        s.files["rows"].write((s.counts["tokens"] + np.cumsum(lengths)).tobytes())
+        s.counts["rows"] += len(lengths)
+        s.counts["tokens"] += total
+        s.counts["target_tokens"] += total if mask is None else int(columns["mask"].sum())
 
     def end_group(self, split):
-        """Makes one group of the rows added since the last call: completions, best first."""
+        """Makes one group of the rows added since the last call, which are completions, best
+        first."""
         s = self.splits[split]
         if "groups" not in s.files:
-            s.files["groups"] = open(self.tmp / f"{split}.groups.bin", "wb")
-            s.files["groups"].write(bytes(8))
-        if s.rows == s.grouped:
+            s.files["groups"] = self.open(split, "groups")
+            s.counts["groups"] = 0
+        if s.counts["rows"] == s.grouped:
             raise ValueError("a group needs a row")
-        s.files["groups"].write(np.int64(s.rows).tobytes())
-        s.groups += 1
-        s.grouped = s.rows
+        s.grouped = s.counts["rows"]
+        s.files["groups"].write(np.int64(s.grouped).tobytes())
+        s.counts["groups"] += 1
 
     def commit(self):
         if not self.splits:
             raise UserError(f"no rows to write into {self.dir}")
         splits = {}
         for name, s in sorted(self.splits.items()):
-            if "groups" in s.files and s.grouped != s.rows:
+            if s.grouped not in (0, s.counts["rows"]):
                 raise ValueError("rows after the last end_group")
             for f in s.files.values():
                 f.close()
                 files.sync(f.name)
-            counts = dict(rows=s.rows, tokens=s.tokens, target_tokens=s.target_tokens)
-            if s.groups:
-                counts["groups"] = s.groups
-            splits[name] = counts | dict(files=sorted(s.files))
+            splits[name] = s.counts | dict(files=sorted(s.files))
         head = dict(format=FORMAT, version=VERSION, dtype=self.dtype.name)
         meta = head | dict(vocab_size=self.vocab_size, splits=splits) | self.meta
-        # json escapes all but ASCII: the names of a user's files need not be valid UTF-8
+        # json escapes all but ASCII, because the names of a user's files need not be valid UTF-8
         files.write_text(self.tmp / "meta.json", json.dumps(meta, indent=1))
         files.replace_dir(self.tmp, self.dir)
 
 
 def write_store(dir, splits, meta):
-    """A whole store in one call. `splits`: name -> iterable of rows (tokens, mask or None), or of
-    groups, which are lists of rows, best first. `meta` must hold vocab_size."""
-    with Writer(dir, meta["vocab_size"], {k: v for k, v in meta.items() if k != "vocab_size"}) as w:
+    """Writes a whole store in one call.
+
+    `splits`: name -> iterable of rows (tokens, mask or None), or of groups, which are lists of
+    rows, best first. `meta` must have vocab_size.
+    """
+    with Writer(dir, meta["vocab_size"], meta) as w:
         for split, items in splits.items():
             for item in items:
                 for tokens, mask in item if isinstance(item, list) else [item]:
@@ -171,13 +173,16 @@ def write_store(dir, splits, meta):
 
 
 def parse_share(text, n):
-    """How many of `n` rows `text` asks for: "all", a number such as "100", or a share such as "5%"
-    or "0.05", of which the whole part is taken. UserError for anything else, or more than `n`."""
+    """How many of `n` rows `text` asks for.
+
+    It is "all", a number such as "100", or a share such as "5%" or "0.05", rounded down. UserError
+    for anything else, and for more than `n`.
+    """
     text = str(text).strip()
     if text == "all":
         return n
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)%|(0?\.\d+)", text):
-        # a Fraction is exact: 29% of 100 is 29
+        # a Fraction, because in floating point 29% of 100 is 28
         share = Fraction(match[1]) / 100 if match[1] else Fraction(match[2])
         count = int(n * share) if share <= 1 else n + 1
     elif re.fullmatch(r"\d[\d_]*", text):
@@ -228,8 +233,8 @@ class Store:
 
     .tokens and .mask (all tokens,), .offsets (N+1,), .lengths (N,), .groups (G+1,), .meta the dict
     of meta.json; mask and groups may be None. `tokenizer` is the one whose `.fingerprint` must fit.
-    UserError where a file is missing, has another size than meta.json says, or was made with
-    another tokenizer.
+    A folder that names no tokenizer gets a notice on stderr. UserError where a file is missing, has
+    another size than meta.json says, or was made with another tokenizer.
     """
 
     def __init__(self, dir, split="train", tokenizer=None):
@@ -239,11 +244,15 @@ class Store:
         if split not in self.meta["splits"]:
             raise UserError(f"{dir} has no split '{split}', only {', '.join(self.meta['splits'])}")
         prepared_with = self.meta.get("tokenizer")
-        if tokenizer is not None and prepared_with != tokenizer.fingerprint:
+        if tokenizer is not None and prepared_with is None:
+            print(
+                f"note: {dir} does not say which tokenizer prepared it; the model's is assumed",
+                file=sys.stderr,
+            )
+        elif tokenizer is not None and prepared_with != tokenizer.fingerprint:
             raise UserError(
                 f"{dir} was prepared with another tokenizer than the model's "
-                f"(sha256 {str(prepared_with)[:12]}, "
-                f"the model's has {tokenizer.fingerprint[:12]}): "
+                f"(sha256 {prepared_with[:12]}, the model's has {tokenizer.fingerprint[:12]}): "
                 "prepare it again with model= of this model"
             )
         counts = self.meta["splits"][split]
@@ -270,7 +279,7 @@ class Store:
         return np.memmap(path, dtype, "r")
 
     def _offsets(self, kind, count, end):
-        """The offsets (count+1,) of a file, in memory: 0, then growing up to `end`."""
+        """The offsets (count+1,) of a file, in memory. They grow from 0 to `end`."""
         offsets = np.array(self._open(kind, count + 1))
         if offsets[0] != 0 or offsets[-1] != end or (np.diff(offsets) < 1).any():
             raise UserError(
@@ -283,19 +292,23 @@ class Store:
         return len(self.lengths)
 
     def row(self, i):
-        """(tokens (T,) uint, mask (T,) uint8)"""
-        span = slice(self.offsets[i], self.offsets[i + 1])
-        tokens = self.tokens[span]
-        return tokens, np.ones(len(tokens), np.uint8) if self.mask is None else self.mask[span]
+        """A row: tokens (T,) uint16 or uint32, mask (T,) uint8."""
+        return self.span(self.offsets[i], self.offsets[i + 1])
+
+    def span(self, a, b):
+        """The tokens from a up to b, and their mask."""
+        tokens = self.tokens[a:b]
+        return tokens, np.ones(len(tokens), np.uint8) if self.mask is None else self.mask[a:b]
 
 
 # ------------------------------------------------------------------------------------------ mixing
 
 
 class Mix:
-    """Rows of several stores behind one index: len(), row(i). .lengths (N,)
+    """Rows of several stores behind one index: len(), row(i). .lengths (N,) are their tokens.
 
-    picks: of each store the numbers of its rows that are in the mix."""
+    picks: for each store the numbers of its rows that are in the mix.
+    """
 
     def __init__(self, stores, picks):
         self.stores = stores
@@ -320,17 +333,18 @@ class GroupMix:
     """
 
     def __init__(self, stores, picks):
-        def of_groups(reduce):
-            return np.concatenate([reduce(s)[p] for s, p in zip(stores, picks, strict=True)])
-
         self.stores = stores
         self.picks = np.concatenate(picks)
         self.store_of = np.repeat(np.arange(len(stores)), [len(p) for p in picks])
-        self.lengths = of_groups(lambda s: np.add.reduceat(s.lengths, s.groups[:-1]))
-        self.squares = of_groups(lambda s: np.add.reduceat(s.lengths**2, s.groups[:-1]))
-        self.longest = of_groups(lambda s: np.maximum.reduceat(s.lengths, s.groups[:-1]))
-        sizes = of_groups(lambda s: np.diff(s.groups))
-        self.first = np.concatenate([[0], np.cumsum(sizes)])
+        parts = []
+        for store, pick in zip(stores, picks, strict=True):
+            lengths = store.lengths
+            starts = store.groups[:-1]
+            totals = [np.add.reduceat(n, starts) for n in (lengths, lengths**2)]
+            longest = np.maximum.reduceat(lengths, starts)
+            parts.append(np.stack([*totals, longest, np.diff(store.groups)])[:, pick])
+        self.lengths, self.squares, self.longest, sizes = np.concatenate(parts, axis=1)
+        self.first = np.cumsum([0, *sizes])
 
     def __len__(self):
         return len(self.picks)
@@ -342,7 +356,7 @@ class GroupMix:
         return [store.row(row) for row in range(a, b)]
 
     def prompt(self, g):
-        """The ids of a group's prompt, as a list: the tokens before the first target."""
+        """The ids of a group's prompt as a list, which are the tokens before the first target."""
         tokens, mask = self.group(g)[0]
         return tokens[: mask.argmax()].tolist()
 
@@ -356,10 +370,11 @@ class GroupMix:
 
 
 def mix(dirs, sizes=(), seed=0, split="train", tokenizer=None, groups=False):
-    """A Mix of the rows, or with `groups` a GroupMix of the preference groups, of several folders.
+    """A Mix of the rows of several folders, or with `groups` a GroupMix of their preference groups.
 
-    `sizes` says for each folder how much of it is taken (see parse_share); () takes all. Which rows
-    are taken is drawn from `seed`. data=[arc,mmlu,orca] sizes=[all,10%,1000]
+    `sizes` says for each folder how much of it is taken, see parse_share. () takes all. `seed`
+    draws which rows are taken. For example data=[arc,mmlu,orca] sizes=[all,10%,1000]. UserError for
+    folders that do not fit together or hold too little.
     """
     sizes = sizes or ["all"] * len(dirs)
     if len(dirs) != len(sizes) or not dirs:
@@ -368,7 +383,7 @@ def mix(dirs, sizes=(), seed=0, split="train", tokenizer=None, groups=False):
             "give one size for each folder"
         )
     stores = [Store(dir, split, tokenizer) for dir in dirs]
-    if len({s.meta.get("tokenizer") for s in stores}) > 1:
+    if len({s.meta.get("tokenizer") for s in stores} - {None}) > 1:
         raise UserError(
             f"{', '.join(map(str, dirs))} were prepared with different tokenizers: "
             "use one model= for all"
@@ -406,8 +421,8 @@ def has_split(dirs, split):
 
 
 def chat_template(dirs):
-    """The chat template, in Jinja, by which the rows of the data folders are laid out. None stands
-    for the model's own template, or for data without chats."""
+    """The chat template in Jinja with which the data folders were prepared. None stands for the
+    model's own template, or for data without chats. UserError if the folders differ."""
     templates = {text: dir for dir in dirs if (text := read_meta(dir).get("chat_template"))}
     if len(templates) > 1:
         raise UserError(

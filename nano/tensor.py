@@ -1,12 +1,12 @@
-"""Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): N devices share each layer of a
-model, and see the same rows.
+"""Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): N devices share each layer.
+They see the same rows.
 
 A module's class says how its layers are shared, as tuples of names:
 
-COLUMN      weights are sharded by output: each device computes some heads, or some units of the MLP
-ROW         weights are sharded by input: each device computes a summand of the output
-PER_HEAD    runs on each head alone: weights are replicated, inputs and outputs are sharded by head
-VOCABULARY  embedding and output matrix are sharded by token
+COLUMN      Weights are sharded by output. Each device computes some heads, or units of the MLP.
+ROW         Weights are sharded by input. Each device computes a summand of the output.
+PER_HEAD    The layer runs on each head alone. Weights are replicated, activations sharded by head.
+VOCABULARY  Embedding and output matrix are sharded by token.
 
 All other parameters are replicated. A LoRA adapter is shared as the layer around which it stands.
 """
@@ -21,7 +21,7 @@ STYLES = ("COLUMN", "ROW", "PER_HEAD", "VOCABULARY")
 
 
 def check(cfg, size):
-    """UserError unless `size` devices can share the layers of this ModelConfig's model."""
+    """UserError unless `size` devices can share the layers of a model with this ModelConfig."""
     if any(n % size for n in (cfg.n_heads, cfg.n_kv_heads, cfg.ffn_dim)):
         raise UserError(
             f"tensor={size} must divide the model's {cfg.n_heads} heads, {cfg.n_kv_heads} "
@@ -43,8 +43,8 @@ def shared_layers(model):
 
 
 def shard_dims(model, size):
-    """{name of a parameter: the dimension that is sharded over `size` devices, None:
-    replicated}."""
+    """{name of a parameter: its dimension that is sharded over `size` devices}. None stands for a
+    replicated parameter."""
     dims = {name: None for name, _ in model.named_parameters()}
     for layer, style in shared_layers(model).items():
         for name, p in model.get_submodule(layer).named_parameters():
@@ -62,11 +62,12 @@ def shard(model, mesh, dtype_of):
     """Makes each parameter a DTensor over the devices of `mesh` (one dimension), cast to
     dtype_of(module, parameter).
 
-    Each layer still takes and returns plain tensors: of a sharded input or output this device's
-    part, else all of it. Replicated parameters are DTensors too, because the kernels of an
-    optimizer take no mixture. torch's parallelize_module does not know layers with adapters, hence
-    these hooks. Each rank must have read the whole model: nothing is sent."""
-    # imported here: it takes a second that runs without tensor parallelism need not wait
+    Each layer still takes and returns plain tensors. A sharded input or output is this device's
+    shard. Replicated parameters are DTensors too, because an optimizer's kernels take no mixture.
+    Hooks do it and not torch's parallelize_module, which does not know layers with adapters. Each
+    rank must have read the whole model, because nothing is sent.
+    """
+    # imported here, because it takes a second that other runs need not wait
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     dims = shard_dims(model, mesh.size())
@@ -83,7 +84,7 @@ def shard(model, mesh, dtype_of):
     styles = shared_layers(model)
     hooked = ()
     for name, module in model.named_modules():
-        # A layer with adapters, which are in ParameterDicts, takes and returns as a whole.
+        # A layer with adapters, which are in ParameterDicts, gets hooks as a whole.
         dicts = [child for child in module.children() if isinstance(child, nn.ParameterDict)]
         has_parameters = any(part._parameters for part in (module, *dicts))
         if has_parameters and not name.startswith(hooked):
@@ -103,6 +104,5 @@ def _enter(mesh, placement, module, inputs):
 
 
 def _leave(placement, module, inputs, output):
-    """Forward hook: a DTensor becomes a plain tensor, after the communication that its layout
-    needs."""
+    """Forward hook: a DTensor is redistributed to `placement` and becomes a plain tensor."""
     return output.redistribute(placements=[placement]).to_local()

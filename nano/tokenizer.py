@@ -1,20 +1,22 @@
-"""The tokenizer of a model directory: text to ids and back, and conversations, laid out by chat.py,
-to (ids, mask).
+"""The tokenizer of a model directory: text to ids and back, and conversations to (ids, mask).
 
     byte-level BPE   on tiktoken: tokenizer.json, vocab.json + merges.txt, or a tiktoken file (Llama
                      3's tokenizer.model)
     sentencepiece    on sentencepiece: tokenizer.model, or a byte-fallback tokenizer.json
 
-Text of users and data sets is encoded so that nothing in it can become a control token. The control
-tokens of a conversation come from its template alone, by id. `render` is the one place that lays
-out conversations and gives them their BOS, for training, evaluation, chat and RL alike."""
+Text of users and data sets is encoded so that nothing in it becomes a control token. Only a chat
+template writes control tokens, by id. Tokenizer.render is the one place that lays out conversations
+(with nano/chat.py) and puts BOS first, for training, evaluation, chat and RL alike.
+"""
 
 import base64
 import hashlib
 import json
 import re
 import unicodedata
-from itertools import chain
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 
 import regex  # comes with tiktoken
@@ -38,11 +40,10 @@ from nano.vocab import (
     USER_DEFINED,
     added_token,
     one_regex,
-    pre_tokenizer,
     sentencepiece_proto,
 )
 
-FILES = [  # of a model directory: what its tokenizer is made of
+FILES = [  # the files of a model directory that belong to its tokenizer
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -62,13 +63,14 @@ def files_of(dir):
 
 
 def copy_files(source, dir):
-    """Copies tokenizer files and generation_config.json, byte for byte, to `dir` if that is not the
-    source itself. Such files of another model that lie there are removed."""
+    """Copies tokenizer files and generation_config.json byte for byte into `dir`.
+
+    Such files of another model in `dir` are removed. Nothing happens if `dir` is the source.
+    """
     if Path(source).resolve() == Path(dir).resolve():
         return
-    names = {path.name for path in files_of(source)}
     for path in files_of(dir):
-        if path.name not in names:
+        if not (Path(source) / path.name).exists():
             path.unlink()
     for path in files_of(source):
         files.write_bytes(Path(dir) / path.name, path.read_bytes())
@@ -76,31 +78,36 @@ def copy_files(source, dir):
 
 # ----------------------------------------------------------------------------------- pre-tokenizers
 
-UTF8 = [
-    byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5
-]  # the bytes that occur in text
+# The bytes that occur in UTF-8 text.
+UTF8 = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]
 RUN = re.compile(r"\s+|\S+")
 LONG = 250_000  # characters; tiktoken's regex engine runs out of stack on runs some times as long
 
 
 def flat(node):
-    """The steps of a normalizer, pre-tokenizer or post-processor of tokenizer.json, with sequences
-    unrolled."""
-    if not node or node["type"] != "Sequence":
-        return [node] if node else []
-    return [
-        step
-        for value in node.values()
-        if isinstance(value, list)
-        for child in value
-        for step in flat(child)
-    ]
+    """The steps of a normalizer, pre-tokenizer or post-processor of tokenizer.json, as a flat list.
+
+    Nested sequences are unrolled. node may be None.
+    """
+    if not node:
+        return []
+    if node["type"] != "Sequence":
+        return [node]
+    children = next(value for value in node.values() if isinstance(value, list))
+    return [step for child in children for step in flat(child)]
+
+
+def first(node, kind):
+    """The first of the steps of that type, or None."""
+    return next((step for step in flat(node) if step["type"] == kind), None)
 
 
 def grouped(pattern):
-    """The same regex with the alternatives before the usual lookahead in a group. A group without
-    lookaround is one automaton to tiktoken's engine; alternatives beside a lookahead are tried one
-    after another, which takes half as long again."""
+    """The same regex with the alternatives before the usual lookahead in a group.
+
+    tiktoken's engine compiles a group without lookaround to one automaton. It tries alternatives
+    beside a lookahead one after another, which takes half as long again.
+    """
     head, mark, tail = pattern.partition(r"|\s+(?!")
     try:
         regex.compile(head, regex.V1)
@@ -110,34 +117,31 @@ def grouped(pattern):
 
 
 def splitter(steps):
-    """Any chain of pre-tokenizer steps in Python: a function from text to its pieces as bytes."""
+    """A function from text to its pieces as bytes, for any chain of supported pre-tokenizer steps.
+
+    steps: what flat returns. UserError for a step that is not supported.
+    """
     stages = []
     for step in steps:
-        kind, how = step["type"], step.get("behavior", "Isolated")
+        kind = step["type"]
+        behavior = step.get("behavior", "Isolated")
         if kind == "ByteLevel":
-            stages += [cutter(GPT2)] if step.get("use_regex", True) else []
-            # later steps see the stand-ins of the bytes
-            stages += (
-                [lambda text: ["".join(map(BYTE_CHAR.get, text.encode()))]]
-                if step is not steps[-1]
-                else []
-            )
+            if step.get("use_regex", True):
+                stages.append(cutter(GPT2))
+            if step is not steps[-1]:  # later steps see the characters that stand for bytes
+                stages.append(lambda text: ["".join(map(BYTE_CHAR.get, text.encode()))])
         elif kind == "Digits":
             stages.append(cutter(r"\p{N}" if step["individual_digits"] else r"\p{N}+"))
-        elif kind == "Punctuation" and how in ("Isolated", "Contiguous"):
-            stages.append(cutter(r"[!-/:-@\[-`{-~\p{P}]" + "+" * (how == "Contiguous")))
-        elif kind == "Split" and how in ("Isolated", "Removed"):
+        elif kind == "Punctuation" and behavior in ("Isolated", "Contiguous"):
+            many = "+" if behavior == "Contiguous" else ""
+            stages.append(cutter(r"[!-/:-@\[-`{-~\p{P}]" + many))
+        elif kind == "Split" and behavior in ("Isolated", "Removed"):
             pattern = step["pattern"].get("Regex") or regex.escape(step["pattern"]["String"])
-            stages.append(
-                cutter(
-                    pattern,
-                    how == "Isolated" or step["invert"],
-                    how == "Isolated" or not step["invert"],
-                )
-            )
+            keep = behavior == "Isolated"
+            stages.append(cutter(pattern, keep or step["invert"], keep or not step["invert"]))
         else:
             raise UserError(
-                f"tokenizer.json has the pre-tokenizer {kind} {how}, which is not supported"
+                f"tokenizer.json has the pre-tokenizer {kind} {behavior}, which is not supported"
             )
     stand_ins = steps[-1]["type"] != "ByteLevel"
 
@@ -145,49 +149,51 @@ def splitter(steps):
         pieces = [text]
         for stage in stages:
             pieces = [part for piece in pieces for part in stage(piece)]
-        return [
-            piece.translate(CHAR_BYTE).encode("latin-1") if stand_ins else piece.encode()
-            for piece in pieces
-        ]
+        if stand_ins:
+            return [piece.translate(CHAR_BYTE).encode("latin-1") for piece in pieces]
+        return [piece.encode() for piece in pieces]
 
     return split
 
 
 def cutter(pattern, matches=True, gaps=True):
-    """A function that cuts text into the matches of `pattern` and the gaps between them."""
-    compiled = regex.compile(
-        pattern, regex.V1
-    )  # V1 has nested sets, as the regexes of tokenizer.json do
+    """A function from text to a list of the matches of `pattern` and of the gaps between them."""
+    # tokenizer.json has nested sets in its regexes, which V0 does not know.
+    compiled = regex.compile(pattern, regex.V1)
 
     def cut(text):
-        at, pieces = 0, []
+        pieces = []
+        end = 0
         for match in compiled.finditer(text):
-            start, end = match.span()
-            if gaps and start > at:
-                pieces.append(text[at:start])
-            if matches and end > start:
-                pieces.append(text[start:end])
-            at = end
-        return pieces + [text[at:]] if gaps and at < len(text) else pieces
+            if gaps and match.start() > end:
+                pieces.append(text[end : match.start()])
+            if matches and match[0]:
+                pieces.append(match[0])
+            end = match.end()
+        if gaps and end < len(text):
+            pieces.append(text[end:])
+        return pieces
 
     return cut
 
 
 def bounded(text):
-    """`text`, cut inside runs of whitespace, or of anything else, that are longer than LONG to 2 *
-    LONG characters."""
-    cuts, end = [0], 0
-    for at in range(
-        0, len(text), LONG
-    ):  # a run of 2 * LONG cannot hide between two of these places
-        if at >= end:
-            end = RUN.match(text, at).end()
-            cuts += range(at + LONG, end, LONG)
-    return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+    """A list of parts of `text` in which no run of whitespace, or of anything else, is very long.
+
+    Runs longer than LONG to 2 * LONG characters are split.
+    """
+    borders = [0]
+    end = 0
+    # A run of 2 * LONG characters covers at least one of these places.
+    for start in range(0, len(text), LONG):
+        if start >= end:
+            end = RUN.match(text, start).end()
+            borders += range(start + LONG, end, LONG)
+    return [text[a:b] for a, b in pairwise([*borders, len(text)])]
 
 
 class Cache(dict):
-    """piece -> ids, worked out once for each short piece."""
+    """piece -> ids. Ids of short pieces are computed once."""
 
     def __init__(self, encode):
         self.encode = encode
@@ -198,43 +204,39 @@ class Cache(dict):
             self[piece] = ids
         return ids
 
+    def join(self, pieces):
+        return list(chain.from_iterable(map(self.__getitem__, pieces)))
+
 
 # ---------------------------------------------------------------------------------------- back ends
-# .encode(text, lead): ids of a stretch of text; lead: with the space in front that some
-#     vocabularies ask for
-# .prefix: where they do: "always" (every stretch between control tokens), "missing" (the same, but
-#     for stretches that begin with a space), "first" (the text's start, unless it begins with a
-#     space) or "never"
-# .bytes: id -> bytes
+# .encode(text, lead): list of ids. lead: put a space in front, as some vocabularies expect.
+# .prefix: where that space goes.
+#     "always"   before every stretch of text between control tokens
+#     "missing"  the same, except before stretches that begin with a space
+#     "first"    before the whole text, unless it begins with a space
+#     "never"
+# .bytes: {id: bytes}
 
 
+@dataclass
 class BytePairs:
-    """Byte-level BPE on tiktoken. ranks: bytes -> merge order; ids: rank -> id, None where they are
-    the same."""
+    """Byte-level BPE on tiktoken."""
 
-    def __init__(
-        self,
-        ranks,
-        pattern,
-        ids=None,
-        bytes_of=None,
-        split=None,
-        normal=None,
-        holes=b"",
-        prefix="never",
-    ):
+    ranks: dict  # {bytes: merge order}
+    bytes: dict  # {id: bytes}
+    pattern: str | None  # the regex that splits text; None where only `split` can
+    ids: list | None = None  # rank -> id; None where both are equal
+    split: Callable | None = None  # text -> pieces as bytes
+    normal: str | None = None  # a Unicode normal form
+    holes: bytes = b""  # the bytes that the vocabulary lacks
+    prefix: str = "never"
+
+    def __post_init__(self):
+        pattern = grouped(self.pattern or r"[\s\S]+")
         self.core = tiktoken.Encoding(
-            "bpe", pat_str=grouped(pattern or r"[\s\S]+"), mergeable_ranks=ranks, special_tokens={}
+            "bpe", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={}
         )
-        self.bytes = bytes_of or {rank: token for token, rank in ranks.items()}
-        self.fast, self.ids, self.normal, self.holes, self.prefix = (
-            pattern is not None,
-            ids,
-            normal,
-            holes,
-            prefix,
-        )
-        self.split, self.pieces = split, Cache(self._piece)
+        self.pieces = Cache(self._piece)
 
     def encode(self, text, lead):
         if self.normal and not text.isascii():
@@ -247,38 +249,47 @@ class BytePairs:
 
     def _encode(self, text):
         raw = text.encode() if self.holes else b""
-        if self.fast and len(raw.translate(None, self.holes)) == len(raw):
+        if self.pattern and raw == raw.translate(None, self.holes):
             return self._ids(self.core.encode_ordinary(text))
-        return list(chain.from_iterable(map(self.pieces.__getitem__, self.split(text))))
+        return self.pieces.join(self.split(text))
 
     def _piece(self, piece):
-        # a byte that the vocabulary lacks is dropped from its piece, and merges reach across the
-        # hole
+        # A byte that the vocabulary lacks is dropped, and merges reach across the gap.
         piece = piece.translate(None, self.holes)
         return self._ids(self.core._encode_single_piece(piece)) if piece else []
 
     def _ids(self, ranks):
-        return ranks if self.ids is None else [self.ids[rank] for rank in ranks]
+        return [self.ids[rank] for rank in ranks] if self.ids else ranks
 
 
-def bpe_from_json(spec, added):
-    """BytePairs from the content of a tokenizer.json; no merge makes the `added` tokens.
+def merge_pairs(model):
+    """The merges of tokenizer.json as pairs. Older files write each as "left right"."""
+    return [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
 
-    tiktoken merges the pair whose product has the lowest rank, tokenizer.json the pair that stands
-    first in a list. These are the same where every merge has a product of its own and parts made
-    before it; the rest is refused."""
-    model, vocab = spec["model"], spec["model"]["vocab"]
+
+def byte_pairs(model, added, pattern, split, normal, prefix):
+    """BytePairs from the vocabulary and the merges of a byte-level BPE.
+
+    model: the dict of that name in tokenizer.json. added: the names of the added tokens, which no
+    merge makes. pattern, split, normal, prefix: as in BytePairs.
+
+    tiktoken merges the pair whose product has the lowest rank. tokenizer.json merges the pair that
+    stands first in a list. Both agree where every merge has a product of its own and parts made
+    before it. UserError for other merges, and for settings that are not supported.
+    """
+    vocab = model["vocab"]
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise UserError(
             "tokenizer.json marks the parts of words, which byte-level BPE here does not support"
         )
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    products, known = ["".join(merge) for merge in merges], set(BYTE_CHAR.values())
-    if model.get(
-        "ignore_merges"
-    ):  # a piece that is a token is taken whole, and a token is listed once for each split
-        made = [vocab.get(token, -1) for token in products]
-        if made != sorted(made):
+    merges = merge_pairs(model)
+    products = ["".join(merge) for merge in merges]
+    known = set(BYTE_CHAR.values())
+    if model.get("ignore_merges"):
+        # A piece that is a token is taken whole. Each token is listed once for each way to split
+        # it, so the ranks come from the ids.
+        order = [vocab.get(token, -1) for token in products]
+        if order != sorted(order):
             raise UserError("the merges of tokenizer.json do not follow the order of its ids")
         products = [
             token
@@ -290,67 +301,88 @@ def bpe_from_json(spec, added):
         for (left, right), token in zip(merges, products, strict=True):
             if left not in known or right not in known or token in known or token not in vocab:
                 raise UserError(
-                    f"merge {left!r} {right!r} of tokenizer.json has a part or a product out of order"
+                    f"merge {left!r} {right!r} of tokenizer.json has a part or a product "
+                    "out of order"
                 )
             known.add(token)
     bytes_of = {
         id: token.translate(CHAR_BYTE).encode("latin-1", "replace") for token, id in vocab.items()
     }
-    singles = {bytes([byte]): vocab.get(char, -1) for byte, char in BYTE_CHAR.items()}
-    ids = [vocab[token] for token in products]
-    if ids == sorted(ids):  # then ids are ranks; the bytes that have none are never encoded
-        ranks = {
-            byte: max(bytes_of) + 1 + i if id < 0 else id
-            for i, (byte, id) in enumerate(singles.items())
-        }
-        ranks |= {bytes_of[id]: id for id in ids}
+    # Every byte needs a rank. Those that the vocabulary lacks, the holes, are never encoded.
+    unused = max(bytes_of) + 1
+    ranks = {bytes([byte]): vocab.get(char, unused + byte) for byte, char in BYTE_CHAR.items()}
+    ranks |= {bytes_of[vocab[token]]: vocab[token] for token in products}
+    ids = list(ranks.values())
+    if ids[256:] == sorted(ids[256:]):  # then the ids serve as ranks
         ids = None
     else:
-        ranks = {token: rank for rank, token in enumerate([*singles, *map(bytes_of.get, ids)])}
-        ids = [*singles.values(), *ids]
-    steps, normals = (
-        flat(spec["pre_tokenizer"]),
-        [step["type"] for step in flat(spec.get("normalizer"))],
-    )
+        ranks = {token: rank for rank, token in enumerate(ranks)}
+    holes = bytes(byte for byte in UTF8 if BYTE_CHAR[byte] not in vocab)
+    return BytePairs(ranks, bytes_of, pattern, ids, split, normal, holes, prefix)
+
+
+def splitting_of_json(spec):
+    """How a byte-level tokenizer.json splits text, as keyword arguments of byte_pairs."""
+    steps = flat(spec["pre_tokenizer"])
+    normals = [step["type"] for step in flat(spec.get("normalizer"))]
     spaced = [step["type"] == "ByteLevel" and step.get("add_prefix_space", False) for step in steps]
     if any(spaced[1:]) or normals not in ([], ["NFC"], ["NFD"], ["NFKC"], ["NFKD"]):
         raise UserError(
-            f"tokenizer.json has normalizers {normals} and pre-tokenizers {steps}: not supported together"
+            f"tokenizer.json has normalizers {normals} and pre-tokenizers {steps}: "
+            "not supported together"
         )
-    holes = bytes(byte for byte in UTF8 if BYTE_CHAR[byte] not in vocab)
-    prefix, normal = "always" if spaced[0] else "never", normals[0] if normals else None
-    return BytePairs(ranks, one_regex(steps), ids, bytes_of, splitter(steps), normal, holes, prefix)
+    return {
+        "pattern": one_regex(steps),
+        "split": splitter(steps),
+        "normal": normals[0] if normals else None,
+        "prefix": "always" if spaced[0] else "never",
+    }
+
+
+def splitting_of_class(folder, config):
+    """The same for vocab.json and merges.txt, from the class that tokenizer_config.json names."""
+    kind = config.get("tokenizer_class") or "GPT2Tokenizer"
+    if kind not in ("GPT2Tokenizer", "Qwen2Tokenizer"):
+        raise UserError(
+            f"{folder} needs a tokenizer.json: vocab.json does not tell how a {kind} splits text"
+        )
+    pattern, normal = (GPT2, None) if kind == "GPT2Tokenizer" else (QWEN, "NFC")
+    cut = cutter(pattern)
+    return {
+        "pattern": pattern,
+        "split": lambda text: [piece.encode() for piece in cut(text)],
+        "normal": normal,
+        "prefix": "always" if config.get("add_prefix_space") else "never",
+    }
 
 
 class SentencePiece:
-    """A sentencepiece model; prefix as above."""
+    """A sentencepiece model from the bytes of its tokenizer.model. prefix: as above."""
 
     WORD = re.compile("▁*[^▁]+|▁+")
 
     def __init__(self, proto, prefix):
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
-            # the appended field says normalizer_spec { add_dummy_prefix: false }
+            # sentencepiece has no switch for add_dummy_prefix. In a protobuf the last value of a
+            # field counts, so these bytes append normalizer_spec { add_dummy_prefix: false }.
             self.bare = sentencepiece.SentencePieceProcessor(
                 model_proto=proto + b"\x1a\x02\x18\x00"
             )
         except RuntimeError as error:
             raise UserError(f"the sentencepiece model does not load: {error}") from None
-        tokens = [self.model.id_to_piece(id) for id in range(len(self.model))]
         self.prefix = prefix if self.model.encode("a") != self.bare.encode("a") else "never"
-        self.control = [
-            token
-            for id, token in enumerate(tokens)
-            if self.model.is_control(id) or self.model.is_unknown(id)
-        ]
-        self.bytes = {
-            id: bytes([int(token[3:5], 16)])
-            if self.model.is_byte(id)
-            else token.replace("▁", " ").encode()
-            for id, token in enumerate(tokens)
-        }
-        # text is encoded word by word where the model leaves it as it is and no piece reaches into
-        # the next word
+        self.bytes = {}
+        self.control = {}  # {name: id} of control and unknown pieces
+        tokens = [self.model.id_to_piece(id) for id in range(len(self.model))]
+        for id, token in enumerate(tokens):
+            self.bytes[id] = token.replace("▁", " ").encode()
+            if self.model.is_byte(id):  # "<0x41>"
+                self.bytes[id] = bytes.fromhex(token[3:5])
+            elif self.model.is_control(id) or self.model.is_unknown(id):
+                self.control[token] = id
+        # Text is encoded word by word if the model leaves text as it is and no piece reaches into
+        # the next word. Then ids of words are cached, which is faster.
         probe = " a  b\u00a0ﬁ１e\u0301\u3000\t\u0085.  "
         kept = b"".join(map(self.bytes.get, self.bare.encode(probe))) == probe.encode()
         self.by_word = kept and not any("▁" in token.lstrip("▁") for token in tokens)
@@ -359,67 +391,61 @@ class SentencePiece:
     def encode(self, text, lead):
         if not self.by_word or text.count(" ") * 10 < len(text):  # few and long words do not repeat
             return (self.model if lead else self.bare).encode(text)
-        text = "▁" * lead + text.replace(" ", "▁")
-        return list(chain.from_iterable(map(self.words.__getitem__, self.WORD.findall(text))))
+        text = text.replace(" ", "▁")
+        if lead:
+            text = "▁" + text
+        return self.words.join(self.WORD.findall(text))
 
 
 def proto_from_json(spec, prefix):
-    """The sentencepiece ModelProto of a byte-fallback BPE tokenizer.json: a piece's score is minus
-    its merge rank."""
+    """The bytes of the tokenizer.model of a byte-fallback BPE, from the content of tokenizer.json.
 
-    model, pieces = spec["model"], []
+    A piece's score is minus its merge rank. UserError for merges in an order that scores cannot
+    express.
+    """
+    model = spec["model"]
     tokens = {id: token for token, id in model["vocab"].items()}
     special = {entry["id"]: entry["special"] for entry in spec["added_tokens"]}
-    products = [
-        "".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]
-    ]
-    rank = {token: i for i, token in reversed(list(enumerate(products)))}
-    # sentencepiece ranks products, tokenizer.json merges; runs of one character may be interleaved
-    if any(
-        rank[b] < rank[a] and len({*b}) > 1 for a, b in zip(products, products[1:], strict=False)
-    ):
+    products = ["".join(merge) for merge in merge_pairs(model)]
+    rank = {}
+    for i, token in enumerate(products):
+        rank.setdefault(token, i)
+    # sentencepiece ranks products, tokenizer.json ranks merges. Runs of one character may be out of
+    # order: both ways to merge them give the same pieces.
+    if any(rank[b] < rank[a] and len({*b}) > 1 for a, b in pairwise(products)):
         raise UserError(
             "the merges of tokenizer.json are not in order; put its tokenizer.model into the folder"
         )
     unknown = model["vocab"].get(model.get("unk_token") or "<unk>", 0)
+    pieces = []
     for id in range(max(tokens) + 1):
         token = tokens.get(id, f"<unused_id_{id}>")
-        kind = NORMAL if len(token) == 1 or token in rank else UNUSED
-        if id in special or id not in tokens:
-            kind = CONTROL if special.get(id, True) else USER_DEFINED
-        if re.fullmatch("<0x..>", token):
+        if id == unknown:
+            kind = UNKNOWN
+        elif re.fullmatch("<0x..>", token):
             kind = BYTE
+        elif id in special or id not in tokens:
+            kind = CONTROL if special.get(id, True) else USER_DEFINED
+        else:
+            kind = NORMAL if len(token) == 1 or token in rank else UNUSED
         score = -1e7 - id if len(token) == 1 else -rank.get(token, 0)
-        pieces.append((token, score, UNKNOWN if id == unknown else kind))
-    return sentencepiece_proto(pieces, prefix != "never", unknown)
+        pieces.append((token, score, kind))
+    return sentencepiece_proto(pieces, prefix != "never", (unknown, -1, -1, -1))
 
 
 # -------------------------------------------------------------------------------------------- files
 
-RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(248)]
-LLAMA3_SPECIAL = [
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    *RESERVED[:2],
-    "<|finetune_right_pad_id|>",
-    RESERVED[2],
+LLAMA3_NAMES = [
+    *"begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1".split(),
+    *"finetune_right_pad_id reserved_special_token_2 start_header_id end_header_id".split(),
+    *"eom_id eot_id python_tag".split(),
+    *(f"reserved_special_token_{i}" for i in range(3, 248)),
 ]
-LLAMA3_SPECIAL += [
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
-    *RESERVED[3:],
-]
-QWEN_SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    *(f"<|extra_{i}|>" for i in range(205)),
-]
-# what tiktoken files do not say, by their number of ranks: regex, normalization, BOS, EOS, special
-# tokens from an id on
+LLAMA3_SPECIAL = [f"<|{name}|>" for name in LLAMA3_NAMES]
+QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+QWEN_SPECIAL += [f"<|extra_{i}|>" for i in range(205)]
+# What tiktoken files do not say, by their number of ranks: regex, normal form, BOS, EOS, the id of
+# the first special token, and the names of the special tokens.
 TIKTOKEN = {
     50_256: (GPT2, None, None, "<|endoftext|>", 50_256, ["<|endoftext|>"]),  # r50k, GPT-2's
     100_256: (LLAMA3, None, None, "<|endoftext|>", 100_257, ["<|endoftext|>"]),  # cl100k
@@ -434,8 +460,10 @@ def read_json(path):
 
 
 def read_tiktoken(path):
-    """The ranks (bytes -> int) of a file of lines "base64 rank"; None for a file of another
-    kind."""
+    """The ranks {bytes: int} of a file of lines "base64 rank"; None for a file of another kind.
+
+    UserError for a damaged file.
+    """
     with open(path, "rb") as file:
         if not re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", file.readline(1000)):
             return None
@@ -447,363 +475,373 @@ def read_tiktoken(path):
 
 
 def check_sentencepiece(path, spec):
-    """UserError where a byte-fallback tokenizer.json prepares text otherwise than sentencepiece: by
-    a space that becomes ▁, before the text too perhaps, and nothing else."""
-    known = {
-        ("Prepend", None, "▁"),
-        ("Replace", " ", "▁"),
-        ("Metaspace", None, "▁"),
-        ("Split", " ", None),
-    }
+    """UserError where a byte-fallback tokenizer.json prepares text otherwise than sentencepiece.
+
+    sentencepiece turns spaces into ▁, may put one ▁ before the text, and does nothing else.
+    """
+    known = {("Prepend", "▁"), ("Replace", " ▁"), ("Metaspace", "▁"), ("Split", " ")}
     steps = flat(spec.get("normalizer")) + flat(spec.get("pre_tokenizer"))
-    found = [
-        (
-            s["type"],
-            (s.get("pattern") or {}).get("String"),
-            *map(s.get, ("prepend", "content", "replacement")),
-        )
-        for s in steps
-    ]
-    found = [(kind, pattern, next(filter(None, texts), None)) for kind, pattern, *texts in found]
-    if {*found} - known or not {"Replace", "Metaspace"} & {kind for kind, *_ in found}:
+    texts = set()
+    for step in steps:
+        source = (step.get("pattern") or {}).get("String") or ""
+        target = step.get("prepend") or step.get("content") or step.get("replacement") or ""
+        texts.add((step["type"], source + target))
+    if not texts <= known or texts.isdisjoint({("Replace", " ▁"), ("Metaspace", "▁")}):
         raise UserError(
             f"{path} prepares text by {steps}: without a tokenizer.model that is not supported"
         )
 
 
-def read_vocabulary(folder, spec, config, added, names):
-    """(back end, the files it was read from, {"bos": id, ...} where these files say so); completes
-    `added`."""
-    whole, proto, vocab, merges = (
-        folder / f for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-    )
-    read, model = [whole], spec.get("model", {})
-    if not spec and vocab.exists() and merges.exists():
-        read, kind = [vocab, merges], config.get("tokenizer_class") or "GPT2Tokenizer"
-        pattern = {"GPT2Tokenizer": GPT2, "Qwen2Tokenizer": QWEN}.get(kind)
-        if pattern is None:
+def read_sentencepiece(folder, spec, config, added):
+    """(SentencePiece, the file it was read from, {"bos": id, ...}); completes `added`."""
+    whole = folder / "tokenizer.json"
+    proto = folder / "tokenizer.model"
+    from_json = not proto.exists()
+    if from_json:
+        check_sentencepiece(whole, spec)
+    space = first(spec.get("pre_tokenizer"), "Metaspace")
+    if space:
+        default = "always" if space.get("add_prefix_space", True) else "never"
+        prefix = space.get("prepend_scheme", default)
+        if prefix == "always":
+            prefix = "missing"
+        wide = any("▁" in name[1:] for name in spec["model"]["vocab"] if name not in added)
+        if wide and space.get("split", True) and from_json:
             raise UserError(
-                f"{folder} needs a tokenizer.json: vocab.json does not tell how a {kind} splits text"
+                f"{whole} splits text at every space, but has tokens with several; "
+                "that is not supported"
             )
-        *steps, last = pre_tokenizer(pattern)
-        last = last | {"add_prefix_space": config.get("add_prefix_space", False)}
-        lines = [
-            line
-            for line in merges.read_text(encoding="utf-8").split("\n")
-            if line and not line.startswith("#version")
-        ]
-        model = {"vocab": read_json(vocab), "merges": lines}
-        spec = {
-            "model": model,
-            "normalizer": {"type": "NFC"} if pattern == QWEN else None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, last]},
-        }
-    if any(step["type"] == "ByteLevel" for step in flat(spec.get("pre_tokenizer"))):
-        for name in filter(model["vocab"].__contains__, names.values()):
-            added.setdefault(name, added_token(model["vocab"][name], name))
-        return bpe_from_json(spec, added), read, {}
+    elif spec:
+        prefix = "always" if first(spec["normalizer"], "Prepend") else "never"
+    else:
+        prefix = "first" if config.get("legacy") is False else "always"
+    back = SentencePiece(proto_from_json(spec, prefix) if from_json else proto.read_bytes(), prefix)
+    for name, id in back.control.items():
+        added.setdefault(name, added_token(id, name))
+    if from_json and prefix == "never":  # sentencepiece finds the other added tokens by itself
+        for name in [name for name, entry in added.items() if not entry["special"]]:
+            del added[name]
+    ends = {key: getattr(back.model, f"{key}_id")() for key in ("bos", "eos", "pad")}
+    ends = {key: id for key, id in ends.items() if id >= 0}
+    return back, whole if from_json else proto, ends
 
+
+def read_vocabulary(folder, spec, config, added, names):
+    """(back end, the files it was read from, {"bos": id, ...} where these files say so).
+
+    spec: the content of tokenizer.json, or {}. config: that of tokenizer_config.json. added:
+    {name: added token}, which is completed. names: {"bos": name, ...}. UserError for a folder
+    without a supported vocabulary.
+    """
+    whole = folder / "tokenizer.json"
+    pair = [folder / "vocab.json", folder / "merges.txt"]
+    model = spec.get("model", {})
+    from_pair = not spec and all(path.exists() for path in pair)
+    if from_pair:
+        lines = pair[1].read_text(encoding="utf-8").split("\n")
+        merges = [line for line in lines if line and not line.startswith("#version")]
+        model = {"vocab": read_json(pair[0]), "merges": merges}
+    if from_pair or first(spec.get("pre_tokenizer"), "ByteLevel"):
+        for name in names.values():
+            if name in model["vocab"]:
+                added.setdefault(name, added_token(model["vocab"][name], name))
+        how = splitting_of_class(folder, config) if from_pair else splitting_of_json(spec)
+        return byte_pairs(model, added, **how), pair if from_pair else [whole], {}
+
+    proto = folder / "tokenizer.model"
     for file in [proto, *sorted(folder.glob("*.tiktoken"))]:
         if ranks := file.exists() and read_tiktoken(file):
             if len(ranks) not in TIKTOKEN:
                 raise UserError(
-                    f"{file} has {len(ranks)} ranks, and no kind of that size is known: {sorted(TIKTOKEN)}"
+                    f"{file} has {len(ranks)} ranks, and no kind of that size is known: "
+                    f"{sorted(TIKTOKEN)}"
                 )
-            pattern, normal, bos, eos, first, special = TIKTOKEN[len(ranks)]
+            pattern, normal, bos, eos, start, special = TIKTOKEN[len(ranks)]
             taken = {entry["id"] for entry in added.values()}
-            for id, name in enumerate(special, first):
+            for id, name in enumerate(special, start):
                 if id not in taken:
                     added.setdefault(name, added_token(id, name))
-            ends = {
-                key: added[name]["id"]
-                for key, name in (("bos", bos), ("eos", eos))
-                if name in added
-            }
-            return BytePairs(ranks, pattern, normal=normal), [file], ends
+            ends = {"bos": bos, "eos": eos}
+            ends = {key: added[name]["id"] for key, name in ends.items() if name in added}
+            bytes_of = {rank: token for token, rank in ranks.items()}
+            return BytePairs(ranks, bytes_of, pattern, normal=normal), [file], ends
 
     if proto.exists() or (model.get("type") == "BPE" and model.get("byte_fallback")):
-        if not proto.exists():
-            check_sentencepiece(whole, spec)
-        space = next(
-            (step for step in flat(spec.get("pre_tokenizer")) if step["type"] == "Metaspace"), None
-        )
-        if space:
-            prefix = space.get(
-                "prepend_scheme", "always" if space.get("add_prefix_space", True) else "never"
-            )
-            prefix = "missing" if prefix == "always" else prefix
-            wide = any("▁" in name[1:] for name in model["vocab"] if name not in added)
-            if wide and space.get("split", True) and not proto.exists():
-                raise UserError(
-                    f"{whole} splits text at every space, but has tokens with several; that is not supported"
-                )
-        elif spec:
-            prefix = (
-                "always"
-                if any(step["type"] == "Prepend" for step in flat(spec["normalizer"]))
-                else "never"
-            )
-        else:
-            prefix = "first" if config.get("legacy") is False else "always"
-        back = SentencePiece(
-            proto.read_bytes() if proto.exists() else proto_from_json(spec, prefix), prefix
-        )
-        for name in back.control:
-            added.setdefault(name, added_token(back.model.piece_to_id(name), name))
-        if (
-            not proto.exists() and prefix == "never"
-        ):  # sentencepiece finds the other added tokens by itself
-            for name in [name for name, entry in added.items() if not entry["special"]]:
-                del added[name]
-        ends = {key: getattr(back.model, f"{key}_id")() for key in ("bos", "eos", "pad")}
-        return (
-            back,
-            [proto] if proto.exists() else read,
-            {key: id for key, id in ends.items() if id >= 0},
-        )
-
+        back, file, ends = read_sentencepiece(folder, spec, config, added)
+        return back, [file], ends
     if spec:
         raise UserError(
-            f"{whole} is a tokenizer of the kind {model.get('type')}; byte-level or byte-fallback BPE is needed"
+            f"{whole} is a tokenizer of the kind {model.get('type')}; "
+            "byte-level or byte-fallback BPE is needed"
         )
     raise UserError(
         f"{folder} has no tokenizer.json, tokenizer.model, vocab.json + merges.txt or *.tiktoken"
     )
 
 
+def own_template(folder, config):
+    """The chat template of a model directory in Jinja, or None."""
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        return next((entry["template"] for entry in source if entry["name"] == "default"), None)
+    return source
+
+
 def load(path, template=None):
     """The Tokenizer of a model directory.
 
-    template: a key of chat.TEMPLATES, or a chat template in Jinja; None: the directory's own chat
-    template, where it has one. A key that names the directory's own template means that one, with
-    its default system prompt. UserError for files that are missing, damaged, or of a kind whose ids
-    would not come out exactly, and for a template whose tokens are not there."""
+    template: a key of chat.TEMPLATES, or a chat template in Jinja. None: the directory's own chat
+    template, where it has one. A key that names the directory's own template selects that one, with
+    its default system prompt.
+
+    UserError for files that are missing or damaged, for a kind of tokenizer whose ids would not
+    come out exactly, and for a template whose tokens the vocabulary lacks.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"there is no model directory {folder}")
-    spec, config = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
+    spec = read_json(folder / "tokenizer.json")
+    config = read_json(folder / "tokenizer_config.json")
     generation = read_json(folder / "generation_config.json")
-    named = read_json(folder / "special_tokens_map.json") | {
-        key: value for key, value in config.items() if value
-    }
-    names = {key: named.get(f"{key}_token") for key in ("bos", "eos", "pad", "unk")}
-    names = {
-        key: name["content"] if isinstance(name, dict) else name for key, name in names.items()
-    }
+    named = read_json(folder / "special_tokens_map.json")
+    named |= {key: value for key, value in config.items() if value}
+    names = {}
+    for key in ("bos", "eos", "pad", "unk"):
+        name = named.get(f"{key}_token")
+        names[key] = name["content"] if isinstance(name, dict) else name
     added = {entry["content"]: added_token(**entry) for entry in spec.get("added_tokens", [])}
     for id, entry in config.get("added_tokens_decoder", {}).items():
         added.setdefault(entry["content"], added_token(**entry | {"id": int(id)}))
     for name, id in read_json(folder / "added_tokens.json").items():
-        added.setdefault(name, added_token(id, name, name in names.values()))
+        added.setdefault(name, added_token(id, name, special=name in names.values()))
     back, read, ends = read_vocabulary(folder, spec, config, added, names)
     for key in ("bos", "eos", "pad"):
         if names[key] in added:
             ends[key] = added[names[key]]["id"]
         elif key not in ends and not named:  # only the model's own configuration can tell
-            ends[key] = (
-                as_list((read_json(folder / "config.json") | generation).get(f"{key}_token_id"))
-                or [None]
-            )[0]
+            settings = read_json(folder / "config.json") | generation
+            ends[key] = next(iter(as_list(settings.get(f"{key}_token_id"))), None)
 
-    singles = [
-        step["single"]
-        for step in flat(spec.get("post_processor"))
-        if step["type"] == "TemplateProcessing"
-    ]
-    add_bos = config.get(
-        "add_bos_token", "SpecialToken" in singles[0][0] if singles else not spec and "bos" in ends
+    default = not spec and "bos" in ends
+    if post := first(spec.get("post_processor"), "TemplateProcessing"):
+        default = "SpecialToken" in post["single"][0]
+    tokens = sorted((name, entry["id"], entry["special"]) for name, entry in added.items())
+    content = b"".join(file.read_bytes() for file in read) + json.dumps(tokens).encode()
+    return Tokenizer(
+        back,
+        added,
+        ends,
+        add_bos=config.get("add_bos_token", default),
+        fingerprint=hashlib.sha256(content).hexdigest(),
+        stops=as_list(generation.get("eos_token_id")),
+        own=own_template(folder, config),
+        template=template,
     )
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in read))
-    digest.update(
-        json.dumps(
-            sorted((name, entry["id"], entry["special"]) for name, entry in added.items())
-        ).encode()
-    )
-    source = config.get("chat_template")
-    if isinstance(source, list):
-        source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
-    if (folder / "chat_template.jinja").exists():
-        source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    texts = {entry["id"]: name for name, entry in added.items()}
-    marks = {key: texts.get(ends.get(key), "") for key in ("bos", "eos")}
-    marks["first"] = marks["bos"] if add_bos else ""
-    name, layout, jinja = chat.choose(template, source, marks, alternation(added.values()))
-    stops = as_list(generation.get("eos_token_id"))
-    tok = Tokenizer(back, added, ends, add_bos, digest.hexdigest(), name, layout, marks, stops)
-    tok.chat_template, tok.adopted = jinja, bool(jinja) and jinja != source
-    return tok
 
 
 def as_list(value):
-    return value if isinstance(value, list) else [] if value is None else [value]
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def mend(text):
-    """The text as UTF-8 can hold it: halves of surrogate pairs are put together, lone ones
-    replaced."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    """`text` as UTF-8 can hold it: surrogate pairs are joined, lone surrogates replaced."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
 
-WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+# Characters that are whitespace in Unicode. Python's \s has four control characters more.
+WHITE = (
+    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+)
 
 
 def alternation(entries):
-    """A regex that splits text at these added tokens, the longest first; None for none."""
+    """A regex that splits text at these added tokens, the longest first; None for no tokens."""
     tokens = []
     for entry in sorted(entries, key=lambda entry: -len(entry["content"])):
         text = re.escape(entry["content"])
-        text = rf"(?<!\w){text}(?!\w)" if entry["single_word"] else text
-        tokens.append(text + f"[{WHITE}]*" * entry["rstrip"])
+        if entry["single_word"]:
+            text = rf"(?<!\w){text}(?!\w)"
+        if entry["rstrip"]:
+            text += f"[{WHITE}]*"
+        tokens.append(text)
     return re.compile("(" + "|".join(tokens) + ")") if tokens else None
 
 
-START, AFTER, INSIDE = range(
-    3
-)  # a stretch of text opens the sequence, follows an added token, goes on from other text
+# Where a stretch of text stands: it opens the sequence, follows an added token, or goes on from
+# other text.
+START, AFTER, INSIDE = range(3)
 
 
 class Tokenizer:
-    """Text <-> ids, and conversations -> (ids, mask). Made by `load`.
+    """Text <-> ids, and conversations -> (ids, mask). `load` makes it.
 
     .bos_id .eos_id .pad_id   None where the model has none
-    .vocab_size     the tokenizer's own: its highest id + 1 (a model's embedding may be larger)
+    .bos_first      whether render puts BOS first
+    .vocab_size     the tokenizer's highest id + 1 (a model's embedding may be larger)
     .stop_ids       tuple: EOS, the template's end of turn, the EOS ids of generation_config.json
-    .template       name of the chat template ("model": the directory's own, of no other name), or
-                    None
-    .chat_template  the same in Jinja, or None; .adopted: it is not the directory's own
+    .control        set of the ids that text never becomes
+    .template       name of the chat template, or None. "model": the directory's own, of no other
+                    name
+    .chat_template  the same in Jinja, or None
+    .adopted        whether chat_template is not the directory's own
     .fingerprint    sha256 in hex over the vocabulary files and the special tokens
     """
 
-    def __init__(self, model, added, ends, add_bos, fingerprint, template, layout, marks, stops):
-        self.model, self.added, self.fingerprint = model, added, fingerprint
-        self.template, self.layout, self._marks, self._known = template, layout, marks, {}
-        self.bos_id, self.eos_id, self.pad_id = ends.get("bos"), ends.get("eos"), ends.get("pad")
-        self.bos_first = bool(add_bos) and self.bos_id is not None and getattr(layout, "bos", True)
+    def __init__(self, model, added, ends, add_bos, fingerprint, stops, own, template):
+        self.model = model
+        self.added = added
+        self.fingerprint = fingerprint
+        self.bos_id = ends.get("bos")
+        self.eos_id = ends.get("eos")
+        self.pad_id = ends.get("pad")
         self.bytes = model.bytes | {entry["id"]: name.encode() for name, entry in added.items()}
         self.vocab_size = max(self.bytes) + 1
-        # control tokens: the special ones, and those of the template; text of users never turns
-        # into one of them
+        self._known = {}
         self._all = alternation(added.values())
-        turns = (
-            layout if isinstance(layout, chat.Turns) else chat.Turns(user="", assistant="{}{eos}")
+        texts = {entry["id"]: name for name, entry in added.items()}
+        self._marks = {key: texts.get(ends.get(key), "") for key in ("bos", "eos")}
+        self._marks["first"] = self._marks["bos"] if add_bos else ""
+        self.template, self.layout, self.chat_template = chat.choose(
+            template, own, self._marks, self._all
         )
-        self.control = {entry["id"] for entry in added.values() if entry["special"]} | {
-            self.bos_id,
-            self.eos_id,
-        } - {None}
-        self.control |= {piece for piece in self._fixed(turns.fixed()) if isinstance(piece, int)}
-        self._plain = alternation(
-            entry for entry in added.values() if entry["id"] not in self.control
+        self.adopted = bool(self.chat_template) and self.chat_template != own
+        self.bos_first = (
+            bool(add_bos) and self.bos_id is not None and getattr(self.layout, "bos", True)
         )
-        # a vocabulary may hold a control token as an ordinary piece, into which text turns,
-        # normalised perhaps
+
+        # Text never becomes a special token or a token of the chat template.
+        self.control = {entry["id"] for entry in added.values() if entry["special"]}
+        self.control |= {self.bos_id, self.eos_id}
+        stops = {*stops, self.eos_id}
+        if isinstance(self.layout, chat.Turns):
+            self.control |= self._tokens(self.layout.fixed())
+            stops |= self._tokens(self.layout.assistant.partition("{}")[2])
+        self.control -= {None}
+        self.stop_ids = tuple(sorted(stops - {None}))
+        self._plain = alternation(e for e in added.values() if e["id"] not in self.control)
+        # The vocabulary may hold the name of a control token as an ordinary piece. Text that
+        # contains the name, perhaps only once it is normalized, then gives the control token's id.
         self._leaks = {
-            e["id"]
-            for name, e in added.items()
-            if e["id"] in self.control and e["id"] in model.encode(name, False)
+            entry["id"]
+            for name, entry in added.items()
+            if entry["id"] in self.control and entry["id"] in model.encode(name, False)
         }
-        end = [
-            piece
-            for piece in self._fixed(turns.assistant.partition("{}")[2])
-            if isinstance(piece, int)
-        ]
-        self.stop_ids = tuple(sorted({*stops, *end, self.eos_id} - {None}))
 
     def check_embeddings(self, count, dir):
-        """UserError when text may turn into an id for which the model of `dir` has no embedding.
-        One that only pads may lie beyond its `count`: many a Llama was given such a token, and
-        nothing here pads with it."""
+        """UserError when text may become an id for which the model of `dir` has no embedding.
+
+        count: number of embeddings. The id of a token that only pads may lie beyond: many a Llama
+        was given such a token, and nothing here pads with it.
+        """
         padding = {self.pad_id} - {self.bos_id, *self.stop_ids}
-        if (last := max(self.bytes.keys() - padding)) >= count:
+        last = max(self.bytes.keys() - padding)
+        if last >= count:
             raise UserError(
-                f"{dir} has {count} embeddings, none for id {last} of its tokenizer: take the one it was trained with"
+                f"{dir} has {count} embeddings, none for id {last} of its tokenizer: "
+                "take the one it was trained with"
             )
 
     def encode(self, text, bos=False, eos=False):
-        """list[int]. bos: begins with BOS, where the model has one. eos: ends with EOS; UserError
-        where it has none."""
+        """list of ids. Names of control tokens in `text` are plain text.
+
+        bos: begin with BOS, where the model has one. eos: end with EOS; UserError where the model
+        has none.
+        """
         ids = [self.bos_id] if bos and self.bos_id is not None else []
         ids += self._text(text, START, self._plain)
-        if eos and self.eos_id is None:
-            raise UserError(
-                "this tokenizer has no EOS token: name one as eos_token in its tokenizer_config.json"
-            )
         if eos:
+            if self.eos_id is None:
+                raise UserError(
+                    "this tokenizer has no EOS token: "
+                    "name one as eos_token in its tokenizer_config.json"
+                )
             ids.append(self.eos_id)
         return ids
 
     def bytes_of(self, ids):
-        """The bytes of ids, for streaming: a character may be spread over several ids."""
+        """The bytes of ids, for streaming: the bytes of a character may come from several ids."""
         return b"".join(self.bytes.get(id, b"") for id in ids)
 
     def decode(self, ids, skip_special=True, inside=False):
-        """str. Bytes that are not UTF-8 are replaced; skip_special leaves the control tokens out.
-        inside: the ids go on from other text, so that a space before them is meant; else it is the
-        one that sentencepiece puts before a text."""
-        text = self.bytes_of(id for id in ids if not (skip_special and id in self.control)).decode(
-            "utf-8", "replace"
-        )
-        spaced = (
-            isinstance(self.model, SentencePiece) and self.model.prefix != "never" and not inside
-        )
-        return text.removeprefix(" ") if spaced else text
+        """The text of ids. Bytes that are not UTF-8 are replaced.
+
+        skip_special: leave control tokens out. inside: the ids go on from other text, so a space
+        at their beginning is kept. Otherwise it is the space that sentencepiece puts before a text,
+        and is removed.
+        """
+        if skip_special:
+            ids = [id for id in ids if id not in self.control]
+        text = self.bytes_of(ids).decode("utf-8", "replace")
+        spaced = isinstance(self.model, SentencePiece) and self.model.prefix != "never"
+        return text.removeprefix(" ") if spaced and not inside else text
 
     def render(self, messages, add_generation_prompt=False, last_only=False):
-        """(ids, mask) of a conversation: mask 1 on what the assistant has to produce, the end of
-        its turn included.
+        """(ids, mask) of a conversation, two lists of equal length.
 
-        messages: list of {"role": "system" | "user" | "assistant" | "tool", "content": str};
-        "input": str, as in Alpaca records, "columns": list of [name, text], and "weight": 0 on an
-        assistant's turn that is no target are optional.
-        last_only: targets in the last assistant turn alone. A turn begins with its prompt:
-        render(messages[:-1], True) is a prefix of render(messages), and where they meet nothing is
-        merged. UserError for messages that the template cannot lay out."""
+        mask is 1 on what the assistant has to produce, including the end of its turn.
+
+        messages: list of {"role": "system" | "user" | "assistant" | "tool", "content": str}.
+        Optional keys: "input": str, as in Alpaca records; "columns": list of [name, text];
+        "weight": 0 on an assistant's turn that is no target.
+        add_generation_prompt: end with the prompt of an answer. last_only: only the last assistant
+        turn is a target.
+
+        render(messages[:-1], True) is a prefix of render(messages), and no token spans the border.
+        UserError for messages that the template cannot lay out.
+        """
         if self.layout is None:
             raise UserError(
-                f"the model has no chat template that can be followed: choose template={'|'.join(chat.TEMPLATES)}"
+                "the model has no chat template that can be followed: "
+                f"choose template={'|'.join(chat.TEMPLATES)}"
             )
         chat.check(messages)
-        parts, last = [], None
-        for text, fixed, target in self.layout(messages, add_generation_prompt):
-            for piece in self._fixed(text) if fixed else [text]:
-                if (
-                    parts
-                    and isinstance(piece, str)
-                    and isinstance(parts[-1][0], str)
-                    and parts[-1][2] == target
-                ):
-                    parts[-1] = (parts[-1][0] + piece, parts[-1][1] and fixed, target)
-                else:
-                    parts.append((piece, fixed, target))
-            last = last if target is None else target
-        ids, mask, position = [self.bos_id] * self.bos_first, [0] * self.bos_first, START
-        for piece, fixed, target in parts:
-            key = (piece, position)
-            new = (
-                [piece]
-                if isinstance(piece, int)
-                else self._known.get(key) or self._text(piece, position, self._plain)
-            )
-            if fixed:  # the same in every conversation
-                self._known[key] = new
-            if piece != "":
-                position = AFTER if isinstance(piece, int) else INSIDE
+        parts = self.layout(messages, add_generation_prompt)
+        learned = {target for _, _, target in parts} - {None}
+        if last_only and learned:
+            learned = {max(learned)}
+        learned = {target for target in learned if messages[target].get("weight") != 0}
+        pieces = [
+            (target, isinstance(piece, int), piece, fixed)
+            for text, fixed, target in parts
+            for piece in (self._fixed(text) if fixed else [text])
+        ]
+        ids = [self.bos_id] if self.bos_first else []
+        mask = [0] * len(ids)
+        position = START
+        # Neighbours of equal target are encoded as one text, so tokens may span them.
+        for (target, is_token), group in groupby(pieces, key=lambda piece: piece[:2]):
+            _, _, texts, fixed = zip(*group, strict=True)
+            if is_token:
+                new = texts
+                position = AFTER
+            else:
+                text = "".join(texts)
+                new = self._known.get((text, position))
+                if new is None:
+                    new = self._text(text, position, self._plain)
+                if all(fixed):  # the same in every conversation
+                    self._known[text, position] = new
+                if text:
+                    position = INSIDE
             ids += new
-            learned = (
-                target is not None
-                and (target == last or not last_only)
-                and messages[target].get("weight") != 0
-            )
-            mask += [int(learned)] * len(new)
+            mask += [int(target in learned)] * len(new)
         return ids, mask
 
     def _pieces(self, text, added):
-        """`text` as ids (of added tokens) and the strings between them."""
+        """`text` as a list of ids (of added tokens) and of the strings between them.
+
+        added: what `alternation` returned.
+        """
         pieces = added.split(text) if added else [text]
         for i in range(1, len(pieces), 2):
             name = pieces[i]
@@ -815,16 +853,22 @@ class Tokenizer:
         return [piece for piece in pieces if piece != ""]
 
     def _fixed(self, text):
-        """The pieces of a template's own text, in which tokens are meant."""
+        """The pieces of a template's own text, in which names of tokens are tokens."""
         if text not in self._known:
-            filled = text.replace("{bos}", self._marks["bos"]).replace("{eos}", self._marks["eos"])
-            self._known[text] = self._pieces(filled, self._all)
+            self._known[text] = self._pieces(chat.fill(text, self._marks), self._all)
         return self._known[text]
 
+    def _tokens(self, text):
+        return {piece for piece in self._fixed(text) if isinstance(piece, int)}
+
     def _text(self, text, position, added):
-        """ids of text in which names of control tokens are but text; `added`: the tokens that
-        count, or None."""
-        ids, prefix = [], self.model.prefix
+        """The ids of text in which names of control tokens are plain text.
+
+        position: START, AFTER or INSIDE. added: what `alternation` returned for the tokens that
+        count, or None.
+        """
+        ids = []
+        prefix = self.model.prefix
         for piece in self._pieces(mend(text), added):
             if isinstance(piece, int):
                 ids.append(piece)
@@ -833,20 +877,16 @@ class Tokenizer:
             lead = prefix == "always" or (prefix != "never" and piece[0] not in " ▁")
             lead = lead and (position == START or (position == AFTER and prefix != "first"))
             new = self.model.encode(piece, lead)
-            ids += (
-                new
-                if not self._leaks or self._leaks.isdisjoint(new)
-                else chain.from_iterable(map(self._spelled, new))
-            )
+            if not self._leaks or self._leaks.isdisjoint(new):
+                ids += new
+            else:
+                ids += chain.from_iterable(map(self._spelled, new))
         return ids
 
     def _spelled(self, id):
-        """The ids of the name of a control token as text; any other id as it is."""
+        """The ids of a control token's name as plain text; [id] for any other id."""
         name = self.bytes[id].decode() if id in self._leaks else ""
         if len(name) < 2:
             return [id]
-        return chain.from_iterable(
-            self._spelled(i)
-            for part in (name[:1], name[1:])
-            for i in self.model.encode(part, False)
-        )
+        ids = self.model.encode(name[:1], False) + self.model.encode(name[1:], False)
+        return chain.from_iterable(map(self._spelled, ids))

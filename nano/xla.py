@@ -1,13 +1,13 @@
-"""device=xla: TPUs, and whatever else torch_xla compiles for. What differs from a CPU or a GPU
-stands in this file.
+"""device=xla: TPUs, and whatever else torch_xla compiles for.
 
-One process a host sees all chips as one device (SPMD): the batch is global, `world` is 1, and what
+One process a host sees all chips as one device (SPMD). The batch is global, `world` is 1, and what
 is a collective elsewhere is the identity. torch_xla records operations and compiles them as graphs,
 one for each shape.
 
-The hosts of a TPU slice run the same program on the same global batch, of which each uploads what
-belongs to its chips. They must run the same graphs and fetch the same tensors in the same order.
-Only host 0 writes and prints."""
+The hosts of a TPU slice run the same program on the same global batch. Each uploads what belongs to
+its chips. They must run the same graphs and fetch the same tensors in the same order. Only host 0
+writes and prints.
+"""
 
 import numpy as np
 import torch
@@ -19,16 +19,18 @@ from nano.runtime import Runtime
 
 
 class XLA(Runtime):
-    """The Runtime of device=xla. mesh: of all chips, with the axes "data" and "tensor"; None with
-    parallel=none, on one chip. specs: {id of a parameter: the mesh axis of each of its
-    dimensions}."""
+    """The Runtime of device=xla.
+
+    mesh: all chips, with the axes "data" and "tensor"; None with parallel=none, on one chip.
+    specs: {id of a parameter: the mesh axis of each of its dimensions}.
+    """
 
     fixed_shapes = True
 
     def _start(self, device):
         if self.offload or self.reduce_dtype != torch.float32:
             raise UserError(
-                "device=xla has no offload=, and no reduce_dtype=: "
+                "device=xla has no offload= and no reduce_dtype=: "
                 "its gradients are summed in float32"
             )
         try:
@@ -52,7 +54,7 @@ class XLA(Runtime):
         if spmd:
             xr.use_spmd()  # before the first XLA tensor
         self.device = torch_xla.device()
-        # starts the client: a CPU backward before that would break every later one on XLA
+        # This starts the client. A CPU backward before that would break every later one on XLA.
         torch.zeros(1, device=self.device).cpu()
         self.process = xr.process_index()
         self.processes = xr.process_count()
@@ -62,7 +64,7 @@ class XLA(Runtime):
                     f"parallel=none uses one chip, but this slice has {self.processes} hosts: "
                     "use ddp or fsdp"
                 )
-            # makes the init method xla:// known, which finds the addresses of the hosts
+            # registers the init method xla://, which finds the addresses of the hosts
             import torch_xla.distributed.xla_backend  # noqa: F401
 
             dist.init_process_group("gloo", init_method="xla://")
@@ -95,12 +97,12 @@ class XLA(Runtime):
     def _mark_parameters(self, model):
         dims = tensor.shard_dims(model, self.tensor) if self.tensor > 1 else {}
         styles = tensor.shared_layers(model)
+        shards = self.shards if self.parallel == "fsdp" else 1
         for name, p in model.named_parameters():
-            # Embedding and head are not sharded by token: sampled tokens would come back sharded,
+            # Embedding and head are not sharded by token. Sampled tokens would come back sharded,
             # and every fetch would compile a new graph.
             vocabulary = styles.get(name.rpartition(".")[0]) == "VOCABULARY"
             dim = None if vocabulary else dims.get(name)
-            shards = self.shards if self.parallel == "fsdp" else 1
             self.specs[id(p)] = partition_spec(p.shape, dim, shards)
             self.xs.mark_sharding(p, self.mesh, self.specs[id(p)])
 
@@ -108,8 +110,7 @@ class XLA(Runtime):
         self._mark_batch(output)
 
     def _mark_batch(self, t):
-        """Shards t (B, ...) along B. XLA fails on some uneven shards, so a few samples stay
-        whole."""
+        """Shards t (B, ...) along B where the shards are equal: XLA fails on some unequal ones."""
         if self.mesh is not None and t.shape[0] % self.shards == 0:
             self.xs.mark_sharding(t, self.mesh, ("data",) + (None,) * (t.dim() - 1))
         return t
@@ -121,7 +122,7 @@ class XLA(Runtime):
         # output of frozen embeddings does not.
         if not x.requires_grad:
             x = x.detach().requires_grad_()
-        # a bound method, since the weights must be behind checkpoint's barrier too
+        # a bound method, because the weights must be behind checkpoint's barrier too
         return checkpoint(layer.forward, x, *inputs, use_reentrant=True)
 
     # ----------------------------------------------------------------------------------------- step
@@ -131,33 +132,30 @@ class XLA(Runtime):
         return {name: self._mark_batch(t) if t.dim() > 1 else t for name, t in batch.items()}
 
     def step(self, optimizer, params, lr, grad_clip):
-        trained = (p for group in optimizer.param_groups for p in group["params"])
-        if not all(optimizer.state.get(p) for p in trained):
+        if not all(optimizer.state.get(p) for p in parameters_of(optimizer)):
             self.init_moments(optimizer)
         return super().step(optimizer, params, lr, grad_clip)
 
     def init_moments(self, optimizer):
         """Creates Adam's moments where there are none, so that the first step runs the same graph
-        as all others, and shards parameters and moments alike, also after a state was loaded into
-        them."""
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                state = optimizer.state[p]
-                if not state:
-                    state["step"] = torch.tensor(0.0)
-                    state["exp_avg"] = torch.zeros_like(p)
-                    state["exp_avg_sq"] = torch.zeros_like(p)
-                if id(p) in self.specs:
-                    for t in (p, state["exp_avg"], state["exp_avg_sq"]):
-                        self.xs.mark_sharding(t, self.mesh, self.specs[id(p)])
+        as all others. Shards parameters and moments alike, also after a state was loaded."""
+        for p in parameters_of(optimizer):
+            state = optimizer.state[p]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p)
+            if id(p) in self.specs:
+                for t in (p, state["exp_avg"], state["exp_avg_sq"]):
+                    self.xs.mark_sharding(t, self.mesh, self.specs[id(p)])
         self.sync()
 
     def sync(self):
         """Runs the operations recorded so far."""
         state = self.xm.get_rng_state()
         self.xla.sync()
-        # Each sync advances XLA's generator. An evaluation must not: a resumed run begins by
-        # repeating it.
+        # Each sync advances XLA's generator. An evaluation must not, because a resumed run begins
+        # by repeating it.
         if not torch.is_grad_enabled():
             self.xm.set_rng_state(state)
 
@@ -167,8 +165,9 @@ class XLA(Runtime):
     def once(self, f, *args):
         """f(*args), called by host 0 alone, which broadcasts the result or the UserError.
 
-        For whatever could differ between hosts: whether a file exists, what a user's reward
-        function returned. Hosts that branch differently deadlock."""
+        Use it for whatever could differ between hosts, such as whether a file exists or what a
+        user's reward function returned. Hosts that branch differently deadlock.
+        """
         if self.processes == 1:
             return f(*args)
         box = [None, None]
@@ -184,8 +183,7 @@ class XLA(Runtime):
         return result
 
     def compiles(self):
-        """{"graphs": how many were compiled so far}: the number must stop growing after the first
-        steps."""
+        """{"graphs": how many were compiled so far}. It must stop growing after the first steps."""
         from torch_xla.debug.metrics import metric_data
 
         return {"graphs": (metric_data("CompileTime") or (0,))[0]}
@@ -196,35 +194,39 @@ class XLA(Runtime):
         super().seed(seed)
         self.xla.manual_seed(seed)
 
-    def _device_rng_state(self):
-        # 64 bits without a sign, which no torch dtype holds for sure
-        return {"xla": torch.tensor(divmod(self.xm.get_rng_state(), 2**32))}
+    def _generators(self):
+        # 64 bits without a sign, in two parts, because no torch dtype holds them for sure
+        def get():
+            return torch.tensor(divmod(self.xm.get_rng_state(), 2**32))
 
-    def _set_device_rng_state(self, state):
-        if "xla" in state:
-            high, low = state["xla"].tolist()
+        def set_state(state):
+            high, low = state.tolist()
             self.xm.set_rng_state(high * 2**32 + low)
+
+        return super()._generators() | {"xla": (get, set_state)}
 
     def to_cpu(self, t):
         t = t.detach()
         if self.mesh is not None and t.device.type == "xla" and t.is_floating_point() and t.dim():
-            # gathered in a graph of its shape: by itself XLA compiles the gathering anew each time
+            # gathered in a graph of its own, because XLA would compile the gathering anew each time
             t = t * 1
             self.xs.mark_sharding(t, self.mesh, (None,) * t.dim())
         return t.cpu()
 
-    def gather(self, tensors):
-        gathered = {}
-        for name, t in tensors.items():
-            t = self.to_cpu(t).contiguous()  # by all hosts
-            if self.is_main:
-                gathered[name] = t
-        return gathered
+    def _unsharded(self, t):
+        return self.to_cpu(t)  # on all hosts, which must fetch the same tensors
+
+
+def parameters_of(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def partition_spec(shape, tensor_dim, shards):
-    """The mesh axis of each dimension of a parameter: "tensor" at `tensor_dim`, and of a matrix
-    "data" at the largest other dimension that `shards` divides, if shards > 1; None elsewhere."""
+    """The mesh axis of each dimension of a parameter, None for a dimension that is not sharded.
+
+    "tensor" is the axis of `tensor_dim`. If shards > 1, "data" is the axis of a matrix's largest
+    other dimension that `shards` divides.
+    """
     spec = [None] * len(shape)
     if tensor_dim is not None:
         spec[tensor_dim] = "tensor"

@@ -1,19 +1,26 @@
-"""Plain text to a prepared data folder for pretraining: tokenized on all cores, each document ended
-by EOS.
+"""Plain text to a prepared data folder for pretraining.
 
     python -m prepare.text source=books/ tokenizer=models/smollm2 out=data/books val=0.01
     python -m prepare.text source=web.jsonl.gz tokenizer=train:8000 out=data/web
-    python -m prepare.text source=stories.txt separator="<|endoftext|>" tokenizer=data/web/tokenizer out=data/stories
+    python -m prepare.text source=stories.txt separator="<|endoftext|>" \\
+        tokenizer=data/web/tokenizer out=data/stories
     python -m prepare.text source=HuggingFaceFW/fineweb-edu subset=sample-10BT max_mb=5000 \\
         tokenizer=... out=data/edu
 
-`source` is a .txt file (one document, or several with a separator between them), a JSON, JSONL,
-CSV, TSV or Parquet file (one a record, in text_field), any of these as .gz but Parquet, a folder of
-such files, or a hub id, which is streamed. A text of over 16 MB is cut at the end of a line. The
-tokenizer goes along as OUT/tokenizer, so that pretrain.py needs no other.
+`source` is one of these:
 
-What is done lies in OUT.work, shard by shard (64 MB of text each): after an interruption the same
-command goes on there."""
+    .txt                              one document, or several with a separator between them
+    .json .jsonl .csv .tsv .parquet   one document a record, in text_field
+    a folder                          of such files
+    a hub id                          streamed
+
+All but Parquet may be gzipped (.gz). Documents are tokenized on all cores, and each ends with EOS.
+A text of over 16 MB is split at the end of a line. The tokenizer is copied to OUT/tokenizer, so
+pretrain.py needs no other.
+
+Finished shards (64 MB of text each) lie in OUT.work. After an interruption the same command resumes
+from them.
+"""
 
 import contextlib
 import gzip
@@ -44,6 +51,7 @@ from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
 from nano.store import Writer, check_target, parse_share, read_meta
 from prepare import records
 from prepare.records import BadRecord
+from prepare.vocab import added_tokens_decoder, byte_level_json
 
 SUFFIXES = (".txt", *records.SUFFIXES)
 BLOCK = 1 << 22  # bytes of a text file that are read at once
@@ -59,15 +67,13 @@ class Config:
     tokenizer: str  # directory, or train:8000 to train one of that many tokens on the source
     out: str  # the prepared folder; an earlier one there is replaced at the end
     text_field: str = "text"  # of records: the field that holds the text
-    separator: str = ""  # of .txt files: what stands between documents (\n for a line's end); "": a file is one document
+    separator: str = ""  # between documents of .txt files (\n: line break); "": one document a file
     subset: str | None = None  # of a hub id: the configuration
     split: str = "train"  # of a hub id
     max_mb: NonNegativeInt = 0  # stop after so many megabytes of the source; 0: all of it
     # a new tokenizer
     kind: Literal["sentencepiece", "bpe"] = "sentencepiece"  # what train: makes
-    train_mb: PositiveInt = (
-        200  # megabytes of the source it is trained on, spread evenly (hub: the first)
-    )
+    train_mb: PositiveInt = 200  # megabytes it is trained on, evenly spaced (hub: the first)
     # how
     val: str = "0.01"  # documents to hold out: a share such as 0.01 or 1%, or a number of them
     seed: Seed = 0  # of the choice of those documents
@@ -80,8 +86,8 @@ class Config:
 
 
 def find_files(cfg):
-    """The files that cfg.source stands for; None: it is a hub id."""
-    path, listed = Path(cfg.source), ", ".join(SUFFIXES)
+    """The files that cfg.source stands for, or None for a hub id. UserError for anything else."""
+    path = Path(cfg.source)
     if path.is_dir():
         return records.files_below(path, SUFFIXES, {Path(cfg.out).resolve(), work_folder(cfg)})
     if not path.exists():
@@ -90,14 +96,18 @@ def find_files(cfg):
         raise UserError(f"there is no file or folder {path}")
     if records.suffix(path) not in SUFFIXES:
         raise UserError(
-            f"{path}: cannot tell its format, the name must end in {listed}, or these and .gz"
+            f"{path}: cannot tell its format, "
+            f"the name must end in {', '.join(SUFFIXES)}, or these and .gz"
         )
     return [path]
 
 
 def read_text(path, separator, bar, counts):
-    """(line, bytes) of each document of a text file; one that is longer than LIMIT comes in pieces
-    of whole lines. A separator with line ends in it is found in a file of Windows too."""
+    """Yields (line number, bytes) of each document of a text file, plain or gzipped.
+
+    A document longer than LIMIT comes in pieces of whole lines, counted in counts. A line break in
+    the separator matches a Windows line break too. UserError for a file that cannot be read.
+    """
     line, held, more, done = 1, b"", True, 0
     border = re.compile(re.escape(separator).replace(b"\\\n", b"\r?\n"))
     try:
@@ -129,8 +139,11 @@ def read_text(path, separator, bar, counts):
 
 
 def documents(cfg, paths, bar, counts):
-    """(where, plain, raw) of every document: raw is bytes of text where `plain`, otherwise what
-    records.parse takes."""
+    """Yields (where, plain, raw) of every document.
+
+    where: file and line, for messages. raw: the bytes of the text if plain, otherwise what
+    records.parse takes.
+    """
     separator = cfg.separator.replace("\\n", "\n").encode()
     if paths is None:
         for line, record in records.read_hub(cfg.source, [cfg.subset], cfg.split):
@@ -152,7 +165,7 @@ def documents(cfg, paths, bar, counts):
 
 
 def chunks(cfg, paths, bar, counts):
-    """(size, documents) of about CHUNK characters each, until max_mb."""
+    """Yields (size, documents) of about CHUNK characters each, until max_mb. size: characters."""
     chunk, size, left = [], 0, cfg.max_mb * 1e6 or math.inf
     for item in documents(cfg, paths, bar, counts):
         raw = item[2]
@@ -197,19 +210,32 @@ def read(plain, raw, field):
 # --------------------------------------------------------------------------------------------------
 # documents -> tokens
 
-state = SimpleNamespace()  # of this process: the tokenizer and the configuration
+state = SimpleNamespace()  # of this worker process: cfg and tok
 
 
 def setup(cfg, directory=None):
-    state.cfg, state.tok = cfg, directory and tokenizer.load(directory, template="plain")
+    """Prepares a worker process. directory: of the tokenizer, or None while it is trained."""
+    state.cfg = cfg
+    state.tok = directory and tokenizer.load(directory, template="plain")
 
 
 def convert(chunk):
-    """(characters, tokens, lengths, bytes and hashes of the documents as arrays; empty documents,
-    bad ones) of a chunk."""
-    tok, size, key = state.tok, chunk[0], state.cfg.seed.to_bytes(8, "little", signed=True)
-    tokens, lengths, sizes, hashes, empty, bad = array("I"), [], [], [], 0, []
-    for where, plain, raw in chunk[1]:
+    """Tokenizes a chunk. Returns (size, tokens, lengths, sizes, hashes, empty, bad).
+
+    size: characters of the chunk. tokens: uint16 or uint32, all documents in a row. lengths: tokens
+    of each document. sizes: bytes of each document. hashes: uint64, of each document's tokens and
+    the seed. empty: number of empty documents. bad: messages about bad records.
+    """
+    size, documents = chunk
+    tok = state.tok
+    key = state.cfg.seed.to_bytes(8, "little", signed=True)
+    tokens = array("I")
+    lengths = []
+    sizes = []
+    hashes = []
+    empty = 0
+    bad = []
+    for where, plain, raw in documents:
         try:
             text = read(plain, raw, state.cfg.text_field)
         except BadRecord as e:
@@ -243,15 +269,16 @@ def convert(chunk):
 # documents -> a new tokenizer
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
+    "message['content'] + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 WORD = 64  # bytes of the longest piece that merges are learned from
 SENTENCE = 4096  # characters that sentencepiece gets at once
 
 
 def count_words(chunk):
-    """Counter of the pieces (bytes) that byte-level BPE merges within."""
+    """Counter of the pieces of text (bytes) inside which byte-level BPE merges."""
     find, words = regex.compile(vocab.DIGITS_GPT2).findall, Counter()
     for _, plain, raw in chunk[1]:
         with contextlib.suppress(BadRecord):  # the tokenizing pass reports it
@@ -266,35 +293,43 @@ def count_words(chunk):
 
 
 def learn_merges(words, count):
-    """Byte-pair merges of `words` (bytes -> how often): up to `count` pairs of ids, where 0-255 are
-    bytes and 256 + i is the product of merge i. The most frequent pair is merged each time; of
-    equals the one with the smaller ids. Source: Sennrich et al. 2016 (arXiv:1508.07909), on words,
-    each counted once for all its occurrences."""
-    parts, times = [list(word) for word in words], list(words.values())
-    pairs, places = Counter(), defaultdict(set)
+    """Byte-pair merges: a list of up to `count` pairs of ids.
+
+    words: {bytes: how often they occur}. Ids 0-255 are bytes, and 256 + i is the product of merge
+    i. Each merge takes the most frequent pair; of equals the one with the smaller ids.
+    Source: Sennrich et al. 2016 (arXiv:1508.07909). Each word is processed once and weighted with
+    its count.
+    """
+    parts = [list(word) for word in words]
+    times = list(words.values())
+    pairs = Counter()
+    places = defaultdict(set)
     for i, part in enumerate(parts):
         for pair in zip(part, part[1:], strict=False):
             pairs[pair] += times[i]
             places[pair].add(i)
-    queue = [
-        (-n, pair) for pair, n in pairs.items()
-    ]  # never less than a pair's count; put right when it comes up
+    # A count in the queue may be too high, since it is not updated when the pair gets rarer. It is
+    # corrected when the pair comes up.
+    queue = [(-n, pair) for pair, n in pairs.items()]
     heapq.heapify(queue)
-    merges, made, known = [], [bytes([b]) for b in range(256)], set()
+    merges = []
+    tokens = [bytes([b]) for b in range(256)]
+    known = set()
     while queue and len(merges) < count:
         n, pair = heapq.heappop(queue)
         if pairs[pair] != -n:
             if 0 < pairs[pair] < -n:
                 heapq.heappush(queue, (-pairs[pair], pair))
             continue
-        product = made[pair[0]] + made[pair[1]]
-        if product in known:  # an overlap such as a+aa beside aa+a: a token has one way to be made
+        product = tokens[pair[0]] + tokens[pair[1]]
+        if product in known:  # an overlap: a+aa beside aa+a. A token is the product of one merge
             continue
         new = 256 + len(merges)
         merges.append(pair)
-        made.append(product)
+        tokens.append(product)
         known.add(product)
-        a, b, change = *pair, defaultdict(int)
+        a, b = pair
+        change = defaultdict(int)
         for i in places.pop(pair):
             part, n, at = parts[i], times[i], 0
             while at < len(part) - 1:
@@ -320,17 +355,21 @@ def learn_merges(words, count):
 
 
 def byte_level_bpe(words, size):
-    """{file name: content} of a Hugging Face byte-level BPE of `size` tokens."""
+    """{file name: content} of a Hugging Face byte-level BPE of `size` tokens.
+
+    words: {bytes: how often they occur}. UserError where they hold fewer tokens.
+    """
     specials = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
     merges = learn_merges(words, size - len(specials) - 256)
     if len(specials) + 256 + len(merges) < size:
         raise UserError(
-            f"the text has no more than {len(specials) + 256 + len(merges)} tokens to learn, not {size}: ask for less"
+            f"the text has no more than {len(specials) + 256 + len(merges)} tokens to learn, "
+            f"not {size}: ask for less"
         )
     tokens = [vocab.BYTE_CHAR[b] for b in range(256)]
     for a, b in merges:
         tokens.append(tokens[a] + tokens[b])
-    spec = vocab.byte_level_json(
+    spec = byte_level_json(
         {token: i for i, token in enumerate([*specials, *tokens])},
         [f"{tokens[a]} {tokens[b]}" for a, b in merges],
         [vocab.added_token(i, name) for i, name in enumerate(specials)],
@@ -346,8 +385,11 @@ def byte_level_bpe(words, size):
 
 
 def sentencepiece_bpe(texts, size):
-    """{file name: content} of a sentencepiece BPE of `size` tokens in Llama 2's manner: every other
-    character is its bytes, digits stand alone, text is left as it is."""
+    """{file name: content} of a sentencepiece BPE of `size` tokens, with the settings of Llama 2.
+
+    Rare characters are encoded as bytes, digits stand alone, and text is not normalized. UserError
+    where the texts hold fewer tokens.
+    """
     lines = (
         line[a : a + SENTENCE]
         for text in texts
@@ -395,13 +437,13 @@ def sentencepiece_bpe(texts, size):
         pad_token="<pad>",
         clean_up_tokenization_spaces=False,
         chat_template=CHATML,
-        added_tokens_decoder=vocab.added_tokens_decoder(added),
+        added_tokens_decoder=added_tokens_decoder(added),
     )
     return {"tokenizer.model": model.getvalue(), "tokenizer_config.json": settings}
 
 
 def train_tokenizer(cfg, paths, size, folder, workers):
-    """A tokenizer of `size` tokens into `folder`."""
+    """Trains a tokenizer of `size` tokens on the source and writes it into `folder`."""
     if size < 300:
         raise UserError(
             f"tokenizer=train:{size}: 256 bytes and the special tokens need 300 or more"
@@ -456,7 +498,7 @@ def work_folder(cfg):
 
 
 def open_work(cfg, paths):
-    """The folder of finished shards: what lies there of the same job, or an empty one."""
+    """The folder of finished shards. Shards of another job are removed."""
     inputs = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in paths or ()]
     same = (
         "source",
@@ -475,7 +517,8 @@ def open_work(cfg, paths):
     }
     if not cfg.tokenizer.startswith("train:"):
         job["fingerprint"] = tokenizer.load(cfg.tokenizer, template="plain").fingerprint
-    text, work = json.dumps(job, indent=1), work_folder(cfg)
+    text = json.dumps(job, indent=1)
+    work = work_folder(cfg)
     if work.exists():
         if not (work / "job.json").exists():
             raise UserError(
@@ -492,7 +535,7 @@ def open_work(cfg, paths):
 
 
 def write_shard(path, parts):
-    """parts: what convert returned for the chunks of the shard."""
+    """Writes a shard. parts: what convert returned for its chunks."""
     _, tokens, lengths, sizes, hashes, empty, bad = zip(*parts, strict=True)
     bad = [error for errors in bad for error in errors]
     about = dict(chunks=len(parts), empty=sum(empty), bad=len(bad), first_bad=bad[:20])
@@ -518,7 +561,7 @@ def check_errors(cfg, errors):
 
 
 def fill(cfg, paths, work, directory, workers, counts):
-    """Tokenizes what the finished shards in `work` do not hold yet; the paths of all shards."""
+    """Tokenizes what the finished shards in `work` lack. Returns the paths of all shards."""
     shards = []
     while (path := work / f"{len(shards):05d}.npz").exists():
         shards.append(path)
@@ -554,20 +597,23 @@ def fill(cfg, paths, work, directory, workers, counts):
 
 
 def held_out(hashes, val):
-    """Which documents to hold out, (N,) bool: those of the smallest hashes, so that a document's
-    place does not matter and copies of one are on the same side. A few less than `val` where copies
-    meet the limit."""
+    """Which documents to hold out, (N,) bool: those with the smallest hashes.
+
+    hashes: (N,) uint64. So a document's place does not matter, and its copies are in the same
+    split. Where copies meet the limit, fewer than `val` documents are held out. UserError if none
+    would be left to train on.
+    """
     count = parse_share(val, len(hashes))
     if count >= len(hashes):
         raise UserError(
-            f"val={val} leaves none of the {len(hashes)} documents to train on: separator= cuts a text into documents"
+            f"val={val} leaves none of the {len(hashes)} documents to train on: "
+            "separator= cuts a text into documents"
         )
     return hashes < np.partition(hashes, count)[count]
 
 
 def assemble(cfg, directory, shards, counts):
-    """The shards into the store: documents in order, those to hold out chosen by the hash of their
-    content."""
+    """Writes the store from the shards, documents in order, split by held_out."""
     abouts = [read_about(path) for path in shards]
     empty, bad = sum(about["empty"] for about in abouts), sum(about["bad"] for about in abouts)
     first_bad = [error for about in abouts for error in about["first_bad"]][:20]
@@ -583,7 +629,9 @@ def assemble(cfg, directory, shards, counts):
         raise UserError(
             f"{cfg.source} holds no text ({empty} documents are empty, {bad} bad{first})"
         )
-    tok, held, size = state.tok, held_out(hashes, cfg.val), Counter()
+    tok = state.tok
+    in_val = held_out(hashes, cfg.val)
+    size = Counter()
     meta = dict(
         tokenizer=tok.fingerprint,
         source=cfg.source,
@@ -599,22 +647,24 @@ def assemble(cfg, directory, shards, counts):
         for path in shards:
             with np.load(path) as shard:
                 tokens, lengths, sizes = shard["tokens"], shard["lengths"], shard["sizes"]
-            pick = held[at : at + len(lengths)]
+            pick = in_val[at : at + len(lengths)]
             at += len(lengths)
-            inside = np.repeat(pick, lengths)  # the held-out documents' tokens
+            inside = np.repeat(pick, lengths)  # (tokens,) bool: of a held-out document
             for split, rows, of_rows in (("train", ~pick, ~inside), ("val", pick, inside)):
                 writer.extend(split, tokens[of_rows], None, lengths[rows])
                 size[split] += int(sizes[rows].sum())
         size += Counter()  # drops a split without bytes
-        (own := writer.tmp / "tokenizer").mkdir()
-        tokenizer.copy_files(directory, own)
+        folder = writer.tmp / "tokenizer"
+        folder.mkdir()
+        tokenizer.copy_files(directory, folder)
 
 
 def main(cfg):
     check_target(cfg.out)
     train = re.fullmatch(r"train:(\d[\d_]*)", cfg.tokenizer)
     paths = find_files(cfg)
-    work, counts = open_work(cfg, paths), Counter()
+    work = open_work(cfg, paths)
+    counts = Counter()
     directory = work / "tokenizer" if train else Path(cfg.tokenizer)
     workers = cfg.workers or (
         records.cores() if paths is None or sum(f.stat().st_size for f in paths) > 4e6 else 1
@@ -648,7 +698,8 @@ def report(cfg, meta):
         print(f"  {name:<8}{s['rows']:>14,} documents {s['tokens']:>16,} tokens")
     if "val" not in splits and cfg.val != "0":
         print(
-            f"  val={cfg.val} of {rows} documents is none: no validation split (separator= cuts a text into documents)"
+            f"  val={cfg.val} of {rows} documents is none: no validation split "
+            "(separator= cuts a text into documents)"
         )
     if meta["dropped"]["empty"]:
         print(f"  {meta['dropped']['empty']:,} empty documents left out")

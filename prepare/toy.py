@@ -5,19 +5,20 @@
     python -m prepare.toy task=preferences model=out/reviews/sft/last out=data/reviews
     python -m prepare.toy task=bullets out=data/bullets
 
-`instructions` writes train.jsonl and test.jsonl, Alpaca records (instruction, input, output) of a
-dozen one-line tasks that a small chat model does not answer to the letter but learns quickly; no
-input is in both files. `exact_match` scores.
+`instructions` writes train.jsonl and test.jsonl: Alpaca records (instruction, input, output) of a
+dozen one-line tasks. A small chat model does not answer these to the letter but learns them
+quickly. No input is in both files. `exact_match` scores the answers.
 
-`reviews` is a language of 36 words, `the NOUN is ADJ (and ADJ){0,2} .`, in which every answer has a
-known worth, `gold`: pretrain.jsonl (texts), sft.jsonl (prompt, completion), prompts.jsonl, and
-tokenizer/, one token a word. A way to try the whole path from pretraining to PPO in minutes
-(reward=prepare/toy.py:gold). `preferences` adds preferences.jsonl: four answers of a model to each
-of 1,000 prompts, ranked by gold plus noise of variance 1, as people would disagree.
+`reviews` is a language of 36 words, `the NOUN is ADJ (and ADJ){0,2} .`. The function `gold` gives
+the worth of every answer. It writes pretrain.jsonl (texts), sft.jsonl (prompt, completion),
+prompts.jsonl, and tokenizer/, one token a word. With these the whole path from pretraining to PPO
+takes minutes (reward=prepare/toy.py:gold). `preferences` adds preferences.jsonl: four answers of a
+model to each of 1,000 prompts, ranked by gold plus noise of variance 1, as people would disagree.
 
-`bullets` asks a real chat model for three bullet points in train.jsonl and, on other subjects,
-test.jsonl. `three_bullets` is the reward (reward=prepare/toy.py:three_bullets); the answer that
-stands in the records only shows the form."""
+`bullets` asks a real chat model for three bullet points in train.jsonl and, on other subjects, in
+test.jsonl. `three_bullets` is the reward (reward=prepare/toy.py:three_bullets). The answer in the
+records only shows the form.
+"""
 
 import json
 import random
@@ -28,6 +29,7 @@ from typing import Literal
 
 from nano import config, files, vocab, weights
 from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
+from prepare.vocab import byte_level_json
 
 
 @dataclass
@@ -35,9 +37,7 @@ class Config:
     task: Literal["instructions", "reviews", "preferences", "bullets"] = "instructions"
     out: str = "data/toy"  # folder
     model: str = ""  # preferences: the model whose answers are ranked
-    rows: NonNegativeInt = (
-        0  # to train on; 0: 3,000 instructions, 10,000 reviews, 1,000 rankings, 300 bullets
-    )
+    rows: NonNegativeInt = 0  # 0: 3,000 instructions, 10,000 reviews, 1,000 rankings, 300 bullets
     test: PositiveInt = 300  # instructions or bullets held out, or prompts of reviews
     seed: Seed = 0
 
@@ -50,13 +50,17 @@ def write_jsonl(path, records):
 # instructions
 
 COLORS = "red blue green black white yellow brown pink orange purple gray".split()
-ANIMALS = "dog cat horse cow pig duck hen goat lion bear wolf fox mouse rabbit frog snake eagle shark".split()
-FOODS = "bread rice soup cheese apple pear lemon carrot onion cake honey butter salad pasta bean corn".split()
+ANIMALS = "dog cat horse cow pig duck hen goat lion bear wolf fox mouse".split()
+ANIMALS += "rabbit frog snake eagle shark".split()
+FOODS = "bread rice soup cheese apple pear lemon carrot onion cake".split()
+FOODS += "honey butter salad pasta bean corn".split()
 TOOLS = (
     "hammer saw drill rope ladder shovel brush knife needle wrench chisel axe rake pliers".split()
 )
-PLACES = "river forest city garden beach island village bridge tower castle market school station park".split()
-NAMES = "Anna Ben Clara David Emma Frank Grace Henry Ivy Jack Kate Leo Mary Noah Olive Paul Rose Sam".split()
+PLACES = "river forest city garden beach island village bridge tower".split()
+PLACES += "castle market school station park".split()
+NAMES = "Anna Ben Clara David Emma Frank Grace Henry Ivy".split()
+NAMES += "Jack Kate Leo Mary Noah Olive Paul Rose Sam".split()
 WORDS = [*COLORS, *ANIMALS, *FOODS, *TOOLS, *PLACES]
 
 
@@ -90,13 +94,12 @@ def how_many(rng):
 
 
 def story(rng):
-    (one, two), (a, b) = (
-        rng.sample(["apple", "pear", "lemon", "carrot", "onion", "bean"], 2),
-        rng.sample(range(2, 60), 2),
-    )
-    name, (asked, answer) = rng.choice(NAMES), rng.choice([(one, a), (two, b)])
+    one, two = rng.sample(["apple", "pear", "lemon", "carrot", "onion", "bean"], 2)
+    a, b = rng.sample(range(2, 60), 2)
+    name = rng.choice(NAMES)
+    food, answer = rng.choice([(one, a), (two, b)])
     return (
-        f"How many {asked}s are there? Answer with a number.",
+        f"How many {food}s are there? Answer with a number.",
         f"{name} has {a} {one}s and {b} {two}s.",
         str(answer),
     )
@@ -159,7 +162,7 @@ TASKS = [
 
 
 def instructions(rows, seed=0):
-    """`rows` records, the tasks in turn, no input twice."""
+    """A list of `rows` Alpaca records, the tasks in turn. No input occurs twice."""
     rng, seen, records = random.Random(seed), set(), []
     for i in range(rows):
         task = TASKS[i % len(TASKS)]
@@ -181,9 +184,8 @@ def instructions(rows, seed=0):
 
 def exact_match(outputs, records):
     """The share of `outputs` (texts) that equal their record's output, spaces at the ends aside."""
-    return sum(out.strip() == r["output"] for out, r in zip(outputs, records, strict=True)) / len(
-        records
-    )
+    pairs = zip(outputs, records, strict=True)
+    return sum(output.strip() == record["output"] for output, record in pairs) / len(records)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -204,9 +206,11 @@ def sentence(rng, noun, weights):
 
 
 def gold(prompt, response, finished=True):
-    """What an answer is worth: -2 unless it is one sentence of the language and ended; else 1 for
-    the prompt's noun, and 1 for each different good adjective less 1 for each bad one (4 at
-    most)."""
+    """What an answer is worth, a float from -3 to 4.
+
+    -2 unless the answer is finished and one sentence of the language. Otherwise 1 for the prompt's
+    noun, plus 1 for each different good adjective, minus 1 for each different bad one.
+    """
     match = SENTENCE.fullmatch(response.strip())
     adjectives = {a for a in match.groups()[1:] if a} if match else set()
     if not finished or not match or not adjectives <= {*GOOD, *BAD, *NEUTRAL}:
@@ -217,8 +221,10 @@ def gold(prompt, response, finished=True):
 
 
 def write_tokenizer(dir):
-    """A Hugging Face tokenizer of the reviews' 36 words: each, with the space before it, is an
-    added token of a byte-level BPE that has no merges."""
+    """Writes a Hugging Face tokenizer of the reviews' 36 words.
+
+    It is a byte-level BPE without merges. Each word, with the space before it, is an added token.
+    """
     words = [
         "<u>",
         *(f" {w}" for w in ["<a>", "the", "is", "and", ".", *VERBS, *NOUNS, *GOOD, *BAD, *NEUTRAL]),
@@ -231,15 +237,17 @@ def write_tokenizer(dir):
         pad_token="<pad>",
         model_max_length=64,
     )
-    spec = vocab.byte_level_json({"<pad>": 0, "<eos>": 1}, [], added)
+    spec = byte_level_json({"<pad>": 0, "<eos>": 1}, [], added)
     files.write_json(dir / "tokenizer.json", spec)
     files.write_json(dir / "tokenizer_config.json", settings)
 
 
 def reviews(rows, prompts, seed=0):
-    """Records by file name: texts to pretrain on, prompts with answers that name the right noun in
-    80% of the cases and whose adjectives are 40% good, 40% bad and 20% neutral, and prompts
-    alone."""
+    """{file name: records}: texts to pretrain on, prompts with answers, and prompts alone.
+
+    The answers name the right noun in 80% of the cases. Their adjectives are 40% good, 40% bad and
+    20% neutral.
+    """
     rng = random.Random(seed)
 
     def ask():
@@ -261,25 +269,30 @@ def reviews(rows, prompts, seed=0):
 
 
 def preferences(model, rows, answers=4, seed=0):
-    """Ranked records, best first: sampled answers to `rows` prompts, by gold + N(0, 1)."""
+    """Sampled answers of a model to `rows` prompts, ranked by gold + N(0, 1), best first."""
     from nano import generate
 
     rng = random.Random(seed + 1)
     opened = weights.open(model)
     tok = opened.tok
-    asked = [f"<u> {rng.choice(VERBS)} {rng.choice(NOUNS)} <a>" for _ in range(rows)]
-    prompts = [tok.encode(a) for a in asked]
-    made = generate.generate(
-        opened.model, prompts, 16, stop_ids=tok.stop_ids, seed=seed, group=answers, batch_size=256
+    prompts = [f"<u> {rng.choice(VERBS)} {rng.choice(NOUNS)} <a>" for _ in range(rows)]
+    samples = generate.generate(
+        opened.model,
+        [tok.encode(prompt) for prompt in prompts],
+        16,
+        stop_ids=tok.stop_ids,
+        seed=seed,
+        group=answers,
+        batch_size=256,
     )
     worth = []
-    for i, (ids, finished) in enumerate(zip(made.tokens, made.finished, strict=True)):
+    for i, (ids, finished) in enumerate(zip(samples.tokens, samples.finished, strict=True)):
         text = tok.decode(ids)
-        worth.append((gold(asked[i // answers], text, finished) + rng.gauss(0, 1), text))
+        worth.append((gold(prompts[i // answers], text, finished) + rng.gauss(0, 1), text))
     groups = [sorted(worth[i : i + answers], reverse=True) for i in range(0, len(worth), answers)]
     return [
-        {"prompt": a, "completions": [text for _, text in group]}
-        for a, group in zip(asked, groups, strict=True)
+        {"prompt": prompt, "completions": [text for _, text in group]}
+        for prompt, group in zip(prompts, groups, strict=True)
     ]
 
 
@@ -301,9 +314,11 @@ QUESTIONS = [
 
 
 def three_bullets(prompt, response, finished=True):
-    """1 for an answer that ended and is three bullet points and nothing else. Less than half for
-    what comes near: the share of lines that are bullet points, times how close their number is to
-    three."""
+    """1.0 for a finished answer of three bullet points and nothing else, otherwise at most 0.45.
+
+    A near miss gets the share of its lines that are bullet points, times how close their number is
+    to three, times 0.45.
+    """
     lines = [line.strip() for line in response.strip().splitlines() if line.strip()]
     points = sum(line.startswith(("- ", "* ", "\u2022 ")) for line in lines)
     if finished and points == len(lines) == 3:
@@ -312,34 +327,34 @@ def three_bullets(prompt, response, finished=True):
 
 
 def bullets(rows, test, seed=0):
-    """Message records, `rows` to train on and `test` about subjects that those do not name."""
+    """(records to train on, records to test): lists of `rows` and `test` message records.
+
+    No subject is in both. UserError for more records than there are prompts.
+    """
     rng = random.Random(seed)
     subjects = [*ANIMALS, *FOODS, *TOOLS, *PLACES]
     rng.shuffle(subjects)
-    cut = round(len(subjects) * rows / (rows + test))
+    border = round(len(subjects) * rows / (rows + test))
     splits = []
-    for some, count in ((subjects[:cut], rows), (subjects[cut:], test)):
-        asked = [question.format(subject) for question in QUESTIONS for subject in some]
-        if len(asked) < count:
+    for some, count in ((subjects[:border], rows), (subjects[border:], test)):
+        prompts = [question.format(subject) for question in QUESTIONS for subject in some]
+        if len(prompts) < count:
             raise UserError(
                 f"rows={rows} and test={test} are more than there are prompts: take fewer"
             )
-        asked = [
-            dict(role="user", content=f"{a} Answer in exactly three bullet points.")
-            for a in rng.sample(asked, count)
-        ]
-        splits.append(
-            [
-                dict(messages=[a, dict(role="assistant", content="- one\n- two\n- three")])
-                for a in asked
-            ]
-        )
+        answer = dict(role="assistant", content="- one\n- two\n- three")
+        records = []
+        for prompt in rng.sample(prompts, count):
+            text = f"{prompt} Answer in exactly three bullet points."
+            records.append(dict(messages=[dict(role="user", content=text), answer]))
+        splits.append(records)
     return splits
 
 
 def main(cfg):
     defaults = {"instructions": 3000, "reviews": 10_000, "preferences": 1000, "bullets": 300}
-    out, rows = Path(cfg.out), cfg.rows or defaults[cfg.task]
+    out = Path(cfg.out)
+    rows = cfg.rows or defaults[cfg.task]
     if cfg.task == "instructions":
         records = instructions(rows + cfg.test, cfg.seed)
         files = {"train.jsonl": records[:rows], "test.jsonl": records[rows:]}
@@ -365,7 +380,8 @@ def main(cfg):
     for name, records in files.items():
         write_jsonl(out / name, records)
         print(
-            f"{out / name}: {len(records):,} records, such as {json.dumps(records[0], ensure_ascii=False)}"
+            f"{out / name}: {len(records):,} records, "
+            f"such as {json.dumps(records[0], ensure_ascii=False)}"
         )
 
 

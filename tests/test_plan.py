@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import tiny
@@ -364,10 +365,19 @@ def test_the_text(capsys):
     assert "8 x H100, parallel=fsdp tensor=2" in capsys.readouterr().out
 
 
+def describe(model, tensor=1, offload=False):
+    """What a stage says of `model` at its start: 4096 tokens a forward, 2 devices."""
+    rt = types.SimpleNamespace(weight_shards=2, dtype=torch.bfloat16, tensor=tensor)
+    cfg = types.SimpleNamespace(
+        micro_batch=4, max_length=1024, grad_checkpoint=False, parallel="fsdp", offload=offload
+    )
+    return estimate.describe(model, rt, cfg)
+
+
 def test_what_is_offloaded_takes_no_memory_of_the_device():
     with torch.device("meta"):
         model = Transformer(ModelConfig(dim=2048))
-    said = estimate.describe(model, 4096, 2, offload=True)
+    said = describe(model, offload=True)
     parts = estimate.memory(model, 4096, 2)
     host = sum(parts.pop(name) for name in ("weights", "gradients", "optimizer")) / 1e9
     assert (
@@ -381,6 +391,6 @@ def test_what_is_said_at_the_start_counts_tensor():
     with torch.device("meta"):
         model = Transformer(ModelConfig(dim=2048))
     parts = estimate.memory(model, 4096, 2, tensor=2)
-    said = estimate.describe(model, 4096, 2, tensor=2)
+    said = describe(model, tensor=2)
     whole = estimate.memory(model, 4096)["activations"]
     assert f"activations {parts['activations'] / 1e9:.2f}" in said and parts["activations"] < whole

@@ -483,11 +483,17 @@ def test_equal_scores_teach_nothing(folder, tmp_path):
 
 
 def test_the_share_of_equal_groups(folder, tmp_path, monkeypatch):
-    """After penalties: two of four groups have equal rewards."""
-    scores = torch.tensor([1.0, 1, 2, 3, 0, 0, 5, 6])
-    monkeypatch.setattr(functions, "judge", lambda *_: scores)
-    settings = dict(group=2, advantage="group", missing_eos_penalty=0)
-    assert train(folder, tmp_path, **settings)[0]["equal_groups"] == 0.5
+    """Of rewards, which is after penalties: two of four groups have equal ones."""
+    function = generate.generate
+
+    def ended(*args, **kwargs):
+        samples = function(*args, **kwargs)
+        samples.finished = [True, True, True, False, False, False, True, False]
+        return samples
+
+    monkeypatch.setattr(generate, "generate", ended)
+    log = train(folder, tmp_path, reward="zero", group=2, advantage="group")
+    assert [r["equal_groups"] for r in log] == [0.5, 0.5]
 
 
 def test_the_gap_between_decoder_and_training_forward(folder, tmp_path, monkeypatch):
@@ -504,8 +510,10 @@ def test_the_gap_between_decoder_and_training_forward(folder, tmp_path, monkeypa
     right = train(folder, tmp_path / "right")
     assert all(0 < r.pop("logprob_gap") < 1e-5 for r in right)
     monkeypatch.setattr(generate, "generate", shifted)
-    wrong = train(folder, tmp_path / "wrong", truncate_at="e", truncate_penalty=1.0)
+    ends = dict(truncate_at=["a", "b", "c", "d"], truncate_penalty=1.0, max_new_tokens=24)
+    wrong = train(folder, tmp_path / "wrong", **ends, batch_size=32)
     assert all(math.isclose(r["logprob_gap"], 0.25, rel_tol=1e-4) for r in wrong)
+    assert all(r["length"] < 24 for r in wrong)
     wrong = train(folder, tmp_path / "same")
     assert all(math.isclose(r.pop("logprob_gap"), 0.25, rel_tol=1e-4) for r in wrong)
     assert wrong == right

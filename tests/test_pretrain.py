@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tiny import arguments, curve, records, same_tensors, stop_before
 
 import pretrain
-from model import Transformer
+from model import Transformer, empty
 from nano import config, runtime, tokenizer, weights
 from nano.batches import Windows
 from nano.config import UserError
@@ -412,7 +412,8 @@ def test_sizes():
     }
     assert named.keys() == pretrain.SIZES.keys()
     for size, (vocab, expected) in named.items():
-        count = pretrain.model_config(pretrain.Config(size=size), vocab).parameter_count
+        cfg = pretrain.model_config(pretrain.Config(size=size), vocab)
+        count = sum(p.numel() for p in empty(cfg).parameters())
         assert abs(count / expected - 1) < 0.01, (size, count)
     cfg = pretrain.model_config(
         pretrain.Config(size="1b", n_layers=3, dim=96, n_heads=6, ffn_dim=128, max_length=77), 100

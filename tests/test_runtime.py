@@ -35,9 +35,8 @@ def rt():
         (dict(device="xla", offload=True), "device=xla has no offload="),
         (
             dict(device="xla", reduce_dtype="bfloat16"),
-            "no reduce_dtype=: its gradients are summed in float32",
+            "no offload= and no reduce_dtype=: its gradients are summed in float32",
         ),
-        (dict(device="cpu", dtype="float16"), "dtype=float16: use auto, bfloat16 or float32"),
     ],
 )
 def test_wrong_keys(keys, said):

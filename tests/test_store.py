@@ -214,6 +214,17 @@ def test_store_that_does_not_fit(tmp_path):
         Store(tmp_path / "nothing/here")
 
 
+def test_a_folder_that_names_no_tokenizer_gets_a_notice(tmp_path, capsys):
+    rows = {"train": [([1, 2], None)]}
+    write_store(tmp_path / "old", rows, dict(vocab_size=9))
+    write_store(tmp_path / "new", rows, dict(vocab_size=9, tokenizer="a" * 64))
+    tok = SimpleNamespace(fingerprint="a" * 64)
+    assert len(Store(tmp_path / "old", tokenizer=tok)) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "old does not say which tokenizer prepared it" in err
+    assert len(mix([tmp_path / "old", tmp_path / "new"], tokenizer=tok)) == 2
+
+
 # ---- the mix
 
 
@@ -257,9 +268,10 @@ def test_mix(tmp_path):
         mix(dirs, ["all"])
     with pytest.raises(UserError, match="b: size '21' is more than the 20 rows"):
         mix(dirs, ["all", "21"])
-    make_store(tmp_path / "c", [3], tokenizer="other")
+    make_store(tmp_path / "c", [3], tokenizer="one")
+    make_store(tmp_path / "d", [3], tokenizer="other")
     with pytest.raises(UserError, match="different tokenizers"):
-        mix([tmp_path / "a", tmp_path / "c"])
+        mix([tmp_path / "a", tmp_path / "c", tmp_path / "d"])
 
 
 def test_validation_of_folders_that_do_not_all_have_it(tmp_path):

@@ -186,12 +186,13 @@ def interleaved(heads):
 
 
 STORED = {
-    "transformer.wte": "model.embed_tokens",
-    "transformer.h.{}.ln_1": "model.layers.{}.input_layernorm",
-    "transformer.h.{}.attn.c_attn": tuple(f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv"),
-    "transformer.h.{}.attn.c_proj": "model.layers.{}.self_attn.o_proj",
-    "transformer.h.{}.mlp.c_fc": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
-    "transformer.ln_f": "model.norm",
+    "model.embed_tokens": "transformer.wte",
+    "model.layers.{}.input_layernorm": "transformer.h.{}.ln_1",
+    **{f"model.layers.{{}}.self_attn.{x}_proj": "transformer.h.{}.attn.c_attn" for x in "qkv"},
+    "model.layers.{}.self_attn.o_proj": "transformer.h.{}.attn.c_proj",
+    "model.layers.{}.mlp.gate_proj": "transformer.h.{}.mlp.c_fc",
+    "model.layers.{}.mlp.up_proj": "transformer.h.{}.mlp.c_fc",
+    "model.norm": "transformer.ln_f",
 }
 
 

@@ -17,6 +17,7 @@ from model import ModelConfig, Transformer
 from nano import config, files, runtime, tokenizer, vocab, weights
 from nano.batches import collate
 from nano.store import write_store
+from prepare.vocab import byte_level_json
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 256, 257, 258
 SIZES = dict(
@@ -42,7 +43,7 @@ def model_dir(path, seed=0, special=SPECIAL, **changes):
     added = [vocab.added_token(256 + i, name) for i, name in enumerate(special)]
     tokens = {char: byte for byte, char in vocab.BYTE_CHAR.items()}
     tokens |= {name: 256 + i for i, name in enumerate(special)}
-    write(path, "tokenizer.json", vocab.byte_level_json(tokens, [], added))
+    write(path, "tokenizer.json", byte_level_json(tokens, [], added))
     write(
         path,
         "tokenizer_config.json",
