@@ -19,8 +19,8 @@ RL += "log_every=1 sample_every=-1 save_every=100".split()
 STAGES = dict(  # name: stage and its settings, with the folder in place of {}
     pretrain=(
         "pretrain",
-        "data={}/text tokenizer={}/model size=toy micro_batch=1 max_length=32 sample_every=2".split()
-        + [s for s in TUNE if s != "samples=1"],
+        "data={}/text tokenizer={}/model size=toy micro_batch=1 max_length=32".split()
+        + ["sample_every=2", *(s for s in TUNE if s != "samples=1")],
     ),
     sft=("sft", [*ROWS, *TUNE, "micro_batch=2"]),
     sft_qwen=("sft", [*ROWS, *TUNE, "model={}/qwen", "micro_batch=4", "grad_checkpoint=true"]),
