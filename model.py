@@ -445,9 +445,8 @@ class Transformer(nn.Module):
         does. It reads integers only, because FSDP casts the floating tensors of its arguments to
         bf16.
         """
-        hidden = self.hidden(batch["tokens"], batch.get("positions"), batch.get("docs")).flatten(
-            0, 1
-        )
+        hidden = self.hidden(batch["tokens"], batch.get("positions"), batch.get("docs"))
+        hidden = hidden.flatten(0, 1)
         return hidden[batch["index"]] if "index" in batch else hidden
 
     def hidden(self, tokens, positions=None, docs=None, cache=None):
