@@ -79,10 +79,11 @@ def adapted(model):
 def linear_names(model):
     """The names of the layers that may carry adapters: the linear layers of the blocks, adapted or
     not. The head is not among them, because losses.py reads its weight."""
-    inside = set(model.layers.modules())
-    bases = {m.base for m in inside if isinstance(m, LoRA)}
-    able = {m for m in inside - bases if hasattr(m, "in_features")}
-    return [name for name, m in model.named_modules() if m in able]
+    return [
+        name
+        for name, module in model.layers.named_modules(prefix="model.layers")
+        if hasattr(module, "in_features") and not name.endswith(".base")
+    ]
 
 
 def wrap(model, name):
@@ -108,11 +109,11 @@ def apply(model, rank, alpha, dropout=0.0, targets="all-linear", name="default",
     if suffixes != ["all-linear"]:
         endings = tuple(f".{suffix}" for suffix in suffixes)
         chosen = [n for n in linears if f".{n}".endswith(endings)]
-        for suffix, ending in zip(suffixes, endings, strict=True):
+        for ending in endings:
             if not any(f".{n}".endswith(ending) for n in chosen):
                 leaves = sorted({n.rpartition(".")[2] for n in linears})
                 raise ValueError(
-                    f"lora_targets: no layer ends in {suffix!r}; the linear layers are "
+                    f"lora_targets: no layer ends in {ending[1:]!r}; the linear layers are "
                     + ", ".join(leaves)
                 )
     if not chosen:

@@ -99,10 +99,10 @@ def rotate(x, cos, sin):
 
 def begins(docs):
     """docs (B, T) -> (B, T): where in its row each token's document begins."""
-    starts = torch.cat((torch.ones_like(docs[:, :1]), docs.diff(dim=1)), dim=1) != 0
+    starts = docs.diff(dim=1, prepend=docs[:, :1] - 1) != 0
     index = torch.arange(docs.shape[1], device=docs.device)
     # int32, because XLA fails on wide rows in int64
-    return torch.where(starts, index, 0).int().cummax(dim=1).values
+    return (starts * index).int().cummax(dim=1).values
 
 
 def block_mask(docs, window, size=128):
@@ -150,7 +150,9 @@ def attention_mask(docs, window, head_dim):
     if docs.is_cuda and head_dim >= 16:  # its kernels take no smaller heads
         return block_mask(docs, window)
     ones = torch.ones(T, T, dtype=torch.bool, device=docs.device)
-    causal = ones.tril() if not window else ones.tril() & ones.triu(1 - window)
+    causal = ones.tril()
+    if window:
+        causal &= ones.triu(1 - window)
     return (causal & (docs[:, :, None] == docs[:, None, :]))[:, None]
 
 
@@ -467,8 +469,7 @@ class Transformer(nn.Module):
         x = self.model["embed_tokens"](tokens)
         if self.cfg.positions == "learned":
             # padding may count further than any document, but nobody looks at it
-            last = self.cfg.max_positions - 1
-            x = x + self.model["embed_positions"](positions.clamp(max=last))
+            x = x + self.model["embed_positions"](positions.clamp(max=self.cfg.max_positions - 1))
         if torch.is_autocast_enabled(x.device.type):
             # one dtype along the residual stream, whatever the dtype of the weights
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -499,8 +500,7 @@ class Transformer(nn.Module):
     def rotary(self, positions):
         """positions (B, T) -> cos, sin (B, T, 1, D) in fp32."""
         self.inv_freq = self.inv_freq.to(positions.device)
-        angles = positions[..., None].float() * self.inv_freq
-        angles = torch.cat((angles, angles), dim=-1)[:, :, None]
+        angles = positions[..., None, None].float() * self.inv_freq.repeat(2)
         return angles.cos(), angles.sin()
 
     def new_cache(self, batch, slots, dtype=None):

@@ -81,7 +81,6 @@ def bucket(lengths, rows, seed=0):
     The rows are shuffled, then sorted by length within stretches of 32 lists.
     """
     rng = np.random.default_rng(seed)
-    lengths = np.asarray(lengths)
     order = rng.permutation(len(lengths))
     lists = []
     for a in range(0, len(order), 32 * rows):
@@ -395,18 +394,16 @@ class Windows:
             )
         self.steps_per_epoch = int(-(-self.starts[-1] // self.batch_size))
         self.orders = {}
-        if weights:
-            self._share()
-
-    def _share(self):
-        """For each place of a cycle, the store that it draws from, and how many of the cycle's
-        draws from that store come before it."""
-        ends = np.rint(np.cumsum(self.weights) / sum(self.weights) * self.CYCLE).astype(np.int64)
+        if not weights:
+            return
+        ends = np.rint(np.cumsum(weights) / sum(weights) * self.CYCLE).astype(np.int64)
         self.share = np.maximum(np.diff(ends, prepend=0), 1)  # windows of each store in a cycle
         draws = np.concatenate([np.arange(n) for n in self.share])
         times = draws + np.random.default_rng([self.seed, 0]).random(len(draws))
         order = np.argsort(times / np.repeat(self.share, self.share))
-        self.store_at = np.repeat(np.arange(len(self.stores)), self.share)[order]
+        # for each place of a cycle, the store that it draws from, and how many of the cycle's draws
+        # from that store come before it
+        self.store_at = np.repeat(np.arange(len(stores)), self.share)[order]
         self.draw_at = draws[order]
 
     def order(self, store, epoch):

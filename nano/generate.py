@@ -237,8 +237,9 @@ class Batch:
     def place(self, rows, prompts, limits, uniforms, sources, cache):
         """Starts samples in `rows`. sources: the row of each one's prompt in a prefilled cache."""
         ends = [p[-1] for p in prompts], [len(p) - 1 for p in prompts]
-        lists = (rows, sources, *ends, limits)
-        rows, sources, last, position, limit = (torch.tensor(x, device=self.device) for x in lists)
+        rows, sources, last, position, limit = (
+            torch.tensor(x, device=self.device) for x in (rows, sources, *ends, limits)
+        )
         for t, new in zip(chain(*self.cache), chain(*cache), strict=True):
             t[rows, :, : new.shape[2]] = new[sources]
         self.last[rows] = last

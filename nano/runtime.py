@@ -24,6 +24,7 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -117,8 +118,9 @@ class Runtime:
             nodes = self.processes // self.local_world
             copies = dict(ddp=self.world, hsdp=nodes).get(self.parallel, 1)  # of the whole model
             shape = (copies, self.world // copies, self.tensor)
-            names = ("replicate", "shard", "tensor")
-            self.grid = init_device_mesh(device, shape, mesh_dim_names=names)
+            self.grid = init_device_mesh(
+                device, shape, mesh_dim_names=("replicate", "shard", "tensor")
+            )
         if self.tensor > 1:
             ranks = [list(range(i, self.processes, self.tensor)) for i in range(self.tensor)]
             self.group, _ = dist.new_subgroups_by_enumeration(ranks)
@@ -555,7 +557,7 @@ class Clock:
 
     def __init__(self, rt):
         self.rt = rt
-        self.seconds = {}
+        self.seconds = Counter()
 
     @contextlib.contextmanager
     def __call__(self, phase):
@@ -563,4 +565,4 @@ class Clock:
         began = time.perf_counter()
         yield
         self.rt.wait()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+        self.seconds[phase] += time.perf_counter() - began

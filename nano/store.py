@@ -151,9 +151,9 @@ class Writer:
                 files.sync(f.name)
             splits[name] = s.counts | dict(files=sorted(s.files))
         head = dict(format=FORMAT, version=VERSION, dtype=self.dtype.name)
-        meta = head | dict(vocab_size=self.vocab_size, splits=splits) | self.meta
+        head |= dict(vocab_size=self.vocab_size, splits=splits)
         # json escapes all but ASCII, because the names of a user's files need not be valid UTF-8
-        files.write_text(self.tmp / "meta.json", json.dumps(meta, indent=1))
+        files.write_text(self.tmp / "meta.json", json.dumps(head | self.meta, indent=1))
         files.replace_dir(self.tmp, self.dir)
 
 
@@ -212,8 +212,8 @@ def read_meta(dir):
         )
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        version = meta["version"]
         np.dtype(meta["dtype"])
+        version = meta["version"]
         ours = meta["format"] == FORMAT and "vocab_size" in meta
         for counts in meta["splits"].values():
             ours = ours and counts.keys() >= {"rows", "tokens", "files"}
@@ -392,14 +392,14 @@ def mix(dirs, sizes=(), seed=0, split="train", tokenizer=None, groups=False):
     for i, (store, size) in enumerate(zip(stores, sizes, strict=True)):
         if groups and (store.groups is None or np.diff(store.groups).min() < 2):
             raise UserError(
-                f"{dirs[i]} holds no groups of two and more completions: "
+                f"{store.dir} holds no groups of two and more completions: "
                 "prepare it with prepare.preferences"
             )
         n = len(store.groups) - 1 if groups else len(store)
         try:
             count = parse_share(size, n)
         except UserError as e:
-            raise UserError(f"{dirs[i]}: {e}") from None
+            raise UserError(f"{store.dir}: {e}") from None
         picks.append(np.sort(np.random.default_rng([seed, i]).permutation(n)[:count]))
     if not any(map(len, picks)):
         raise UserError(

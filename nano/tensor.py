@@ -15,9 +15,8 @@ import functools
 
 import torch.nn as nn
 
+from lora import LoRA
 from nano.config import UserError
-
-STYLES = ("COLUMN", "ROW", "PER_HEAD", "VOCABULARY")
 
 
 def check(cfg, size):
@@ -30,12 +29,12 @@ def check(cfg, size):
 
 
 def shared_layers(model):
-    """{name of a module: one of STYLES} for each layer that some module of the model lists."""
+    """{name of a module: how it is shared} for each layer that some module of the model lists."""
     modules = dict(model.named_modules())
     styles = {}
     for name, module in modules.items():
         prefix = f"{name}." if name else ""
-        for style in STYLES:
+        for style in ("COLUMN", "ROW", "PER_HEAD", "VOCABULARY"):
             for child in getattr(module, style, ()):
                 if prefix + child in modules:
                     styles[prefix + child] = style
@@ -84,10 +83,8 @@ def shard(model, mesh, dtype_of):
     styles = shared_layers(model)
     hooked = ()
     for name, module in model.named_modules():
-        # A layer with adapters, which are in ParameterDicts, gets hooks as a whole.
-        dicts = [child for child in module.children() if isinstance(child, nn.ParameterDict)]
-        has_parameters = any(part._parameters for part in (module, *dicts))
-        if has_parameters and not name.startswith(hooked):
+        # a layer with adapters gets its hooks as a whole
+        if (module._parameters or isinstance(module, LoRA)) and not name.startswith(hooked):
             hooked += (f"{name}.",)
             style = styles.get(name)
             enter = functools.partial(_enter, mesh, inputs.get(style, Replicate()))

@@ -129,22 +129,23 @@ class XLA(Runtime):
         return {name: self._mark_batch(t) if t.dim() > 1 else t for name, t in batch.items()}
 
     def step(self, optimizer, params, lr, grad_clip):
-        if not all(optimizer.state.get(p) for p in parameters_of(optimizer)):
+        if not optimizer.state:
             self.init_moments(optimizer)
         return super().step(optimizer, params, lr, grad_clip)
 
     def init_moments(self, optimizer):
         """Creates Adam's moments where there are none, so that the first step runs the same graph
         as all others. Shards parameters and moments alike, also after a state was loaded."""
-        for p in parameters_of(optimizer):
-            state = optimizer.state[p]
-            if not state:
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"] = torch.zeros_like(p)
-                state["exp_avg_sq"] = torch.zeros_like(p)
-            if id(p) in self.specs:
-                for t in (p, state["exp_avg"], state["exp_avg_sq"]):
-                    self.xs.mark_sharding(t, self.mesh, self.specs[id(p)])
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                state = optimizer.state[p]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"] = torch.zeros_like(p)
+                    state["exp_avg_sq"] = torch.zeros_like(p)
+                if id(p) in self.specs:
+                    for t in (p, state["exp_avg"], state["exp_avg_sq"]):
+                        self.xs.mark_sharding(t, self.mesh, self.specs[id(p)])
         self.sync()
 
     def sync(self):
@@ -174,10 +175,9 @@ class XLA(Runtime):
             except UserError as e:
                 box[1] = e
         dist.broadcast_object_list(box)
-        result, error = box
-        if error:
-            raise error
-        return result
+        if box[1]:
+            raise box[1]
+        return box[0]
 
     def compiles(self):
         """{"graphs": how many were compiled so far}. It must stop growing after the first steps."""
@@ -212,10 +212,6 @@ class XLA(Runtime):
 
     def _unsharded(self, t):
         return self.to_cpu(t)  # on all hosts, which must fetch the same tensors
-
-
-def parameters_of(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def partition_spec(shape, tensor_dim, shards):
