@@ -214,6 +214,7 @@ def one_query(q, k, v, seen, extras):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=extras.scale)
         return y.reshape(B, -1, 1, D)
     q, k, v = (t.reshape(B * K, -1, D) for t in (q, k, v))
+    # bmm, because matmul of four dimensions would copy the cache
     scores = torch.bmm(q, k.mT).view(B, K, -1, S).float() * extras.scale
     probs = scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype)
     return torch.bmm(probs.view(B * K, -1, S), v).view(B, -1, 1, D)
@@ -258,7 +259,7 @@ class Documents:
 
 @functools.cache
 def _keep_documents_uncompiled():
-    """A compiled layer leaves its graph for documents. Each list of lengths would be a new graph."""
+    """A compiled layer leaves its graph for documents. Each batch would need a new graph."""
     Documents.attend = torch.compiler.disable(Documents.attend)
 
 
@@ -299,8 +300,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(cfg.dim, cfg.n_kv_heads * D, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(cfg.dim, cfg.n_kv_heads * D, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(cfg.n_heads * D, cfg.dim, bias=cfg.o_bias)
-        self.q_norm = RMSNorm(D, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(D, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        norm = RMSNorm if cfg.qk_norm else nn.Identity
+        self.q_norm = norm(D, cfg.norm_eps)
+        self.k_norm = norm(D, cfg.norm_eps)
         self.extras = Extras(scale=1 / math.sqrt(D))
 
     def forward(self, x, rope, seen, slots=None, cache=None):
@@ -325,16 +327,14 @@ def remember(k, v, slots, cache):
     whole cache is returned. With None the tokens begin their rows, in the slots 0..T-1, and nothing
     else is there to see.
     """
-    keys, values = cache
     if slots is None:
-        T = k.shape[2]
-        keys[:, :, :T] = k
-        values[:, :, :T] = v
+        for cached, new in zip(cache, (k, v), strict=True):
+            cached[:, :, : new.shape[2]] = new
         return k, v
     rows = torch.arange(len(k), device=k.device)[:, None]
-    keys[rows, :, slots] = k.transpose(1, 2).to(keys.dtype)
-    values[rows, :, slots] = v.transpose(1, 2).to(values.dtype)
-    return keys.to(k.dtype), values.to(v.dtype)
+    for cached, new in zip(cache, (k, v), strict=True):
+        cached[rows, :, slots] = new.transpose(1, 2).to(cached.dtype)
+    return [cached.to(k.dtype) for cached in cache]
 
 
 class MLP(nn.Module):
@@ -476,12 +476,11 @@ class Transformer(nn.Module):
         if self.cfg.positions == "rope":
             rope = [r.to(x.dtype) for r in self.rotary(positions)]
         for i, (layer, window) in enumerate(zip(self.layers, windows, strict=True)):
-            if cache is not None:
-                x = layer(x, rope, seen[window], slots, cache[i])
-            elif self.recompute is not None and torch.is_grad_enabled():
+            if self.recompute is not None and torch.is_grad_enabled():
                 x = self.recompute(layer, x, rope, seen[window])
             else:
-                x = layer(x, rope, seen[window])
+                layer_cache = None if cache is None else cache[i]
+                x = layer(x, rope, seen[window], slots, layer_cache)
         return self.model["norm"](x)
 
     def seen(self, window, positions, docs, cache, slots):

@@ -1,20 +1,26 @@
-"""What a training run will need on given devices, from first principles: memory of one device by part, and seconds of one step.
+"""What a training run will need on given devices, from first principles: the memory of one device
+by part, and the seconds of one step.
 
-    python -m bench.plan size=70b device=H100 devices=64 batch_size=512 micro_batch=1 max_length=4096
+    python -m bench.plan size=70b devices=64 batch_size=512 micro_batch=1 max_length=4096
     python -m bench.plan model=models/llama-8b device="RTX 4090" devices=1 stage=dpo lora_rank=16
-    python -m bench.plan size=8b device="TPU v5p" devices=64 stage=pretrain             # v5p-128: it counts two cores a chip
+    python -m bench.plan size=8b device="TPU v5p" devices=64 stage=pretrain
     python -m bench.plan size=1b device=H200 devices=8 stage=ppo parallel=ddp
-    python -m bench.plan size=70b device=H100 devices=64 tensor=8                       # a node's devices share each layer
-    python -m bench.plan size=8b device="RTX 4090" devices=8 node=8 offload=true        # weights and moments in CPU memory
+    python -m bench.plan size=70b devices=64 tensor=8           # a node's devices share each layer
+    python -m bench.plan size=8b device="RTX 4090" offload=true # weights and moments in CPU memory
 
-Memory is that of estimate.py, with what the stage adds to it. Time is counted, not measured: floating-point operations at
-`utilisation` of the data sheet's peak, and the bytes that ring collectives and offloading send at `link_utilisation` of the link's;
-the truth lies between the longest of these (everything else hidden behind it) and their sum. AdamW on the CPU hides nowhere.
+64 devices of TPU v5p are a v5p-128, because that name counts two cores a chip.
 
-Memory against the peaks of torch's allocator, of two micro-batches a step (with one, gradients come as activations go): on one H100
-1.1B -1% full and LoRA; on a CPU 24M -1% to +2%, with recomputation +3% to +14%, on two processes fsdp -5%, tensor=2 -10%. Speed on
-one H100: 1.1B full 59,605 tokens/s against 64,228 (74,673 compiled), LoRA 87,198 against 66,717 (87,971), pretraining 124M 496,221
-against 448,978 compiled. Several GPUs and TPUs: not checked.
+Memory is that of estimate.py, with what the stage adds to it. Time is counted, not measured. It is
+floating-point operations at `utilisation` of the data sheet's peak, and the bytes that ring
+collectives and offloading send at `link_utilisation` of the link's. The truth lies between the
+longest of these, which hides everything else, and their sum. AdamW on the CPU hides nowhere.
+
+Memory was compared with the peaks of torch's allocator, of two micro-batches a step (with one,
+gradients come as activations go). On one H100 it is -1% off for 1.1B, full and LoRA. On a CPU it is
+-1% to +2% off for 24M, with recomputation +3% to +14%, and on two processes -5% with fsdp and -10%
+with tensor=2. Speed on one H100, in tokens/s as planned against as measured (and compiled): 1.1B
+full 59,605 against 64,228 (74,673), LoRA 87,198 against 66,717 (87,971), pretraining 124M 496,221
+against 448,978 compiled. Several GPUs and TPUs were not checked.
 """
 
 from dataclasses import dataclass
@@ -28,8 +34,10 @@ from model import ModelConfig, Transformer
 from nano import config, estimate, families, log, tensor
 from nano.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
 
-# From the makers' data sheets: memory GB, its bandwidth GB/s, GB/s that a device sends within its node; assumed, to other nodes: an
-# adapter of 400 Gbit/s a device, 200 for A100, 100 for cards; and to the CPU: PCIe 5 or 4. TPUs: all links of a chip together.
+# memory in GB, and in GB/s its bandwidth and what a device sends within its node, to other nodes
+# and to the CPU. The first three are from the makers' data sheets. The others are assumed: a
+# network adapter of 400 Gbit/s a device, 200 for A100 and 100 for cards, and PCIe 5 or 4. For TPUs
+# it is all links of a chip together.
 DEVICES = {
     "B200": (180, 8000, 900, 50, 64),
     "H200": (141, 4800, 450, 50, 64),
@@ -71,9 +79,7 @@ class Config:
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp"] = "fsdp"
     tensor: PositiveInt = 1  # neighbouring devices of a node that share each layer
     offload: bool = False  # weights, gradients and moments in CPU memory
-    host_bandwidth: PositiveFloat = (
-        200.0  # GB/s of a node's CPU memory, which AdamW reads and writes then
-    )
+    host_bandwidth: PositiveFloat = 200.0  # GB/s of a node's CPU memory, where AdamW works then
     utilisation: PositiveFloat = 0.4  # of the peak FLOP/s, recomputation included
     link_utilisation: PositiveFloat = 0.7
     # how
@@ -90,7 +96,7 @@ class Config:
 
 
 def build(cfg, head):
-    """The model without memory: a Transformer on the meta device, in the dtypes that the stages give it."""
+    """A Transformer on the meta device, in the dtypes that the stages give it."""
     if cfg.model:
         shape = families.load_config(cfg.model)
     else:
@@ -131,30 +137,38 @@ def check(cfg, shape):
     if cfg.batch_size % (cfg.devices // cfg.tensor * cfg.micro_batch):
         devices = f"{cfg.devices} devices" + f" / tensor={cfg.tensor}" * (cfg.tensor > 1)
         raise UserError(
-            f"batch_size={cfg.batch_size} is no multiple of micro_batch={cfg.micro_batch} x {devices}"
+            f"batch_size={cfg.batch_size} is no multiple of "
+            f"micro_batch={cfg.micro_batch} x {devices}"
         )
     if cfg.stage == "ppo" and cfg.max_new_tokens >= cfg.max_length:
         raise UserError(
-            f"max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in max_length={cfg.max_length}"
+            f"max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt "
+            f"in max_length={cfg.max_length}"
         )
     if "tpu" in cfg.device.lower():
         if cfg.offload or cfg.reduce_dtype != "float32":
             raise UserError(
-                "device=xla, for TPUs, has no offload=, and no reduce_dtype=: its gradients are summed in float32"
+                "device=xla, for TPUs, has no offload=, and no reduce_dtype=: "
+                "its gradients are summed in float32"
             )
         if cfg.parallel not in ("ddp", "fsdp"):
             raise UserError(f"parallel={cfg.parallel}: on TPUs use ddp or fsdp")
     shards = dict(ddp=1, hsdp=local).get(cfg.parallel, cfg.devices)
     if cfg.offload and shards == 1 and (cfg.stage != "ppo" or cfg.lora_rank):
         raise UserError(
-            "offload=true keeps in CPU memory what fsdp, zero2 or hsdp cuts: set parallel= to one of them"
+            "offload=true keeps in CPU memory what fsdp, zero2 or hsdp cuts: "
+            "set parallel= to one of them"
         )
 
 
 def plan(cfg):
-    """-> dict: memory {part: bytes of one device}, room (bytes it has), host (bytes of CPU memory for it); parameters, trained; of
-    a step its tokens, the seconds to compute, communicate, transfer (to and from CPU memory), update (there) and generate, and
-    those that the work without recomputation takes at the full peak: useful."""
+    """What a run needs -> dict.
+
+    memory: {part: bytes of one device}. room: bytes that the device has. host: bytes of CPU memory
+    for it.
+    parameters, trained: numbers of the model. tokens: of a step.
+    compute, communicate, transfer (to and from CPU memory), update (there), generate: seconds of a
+    step. useful: seconds of the work without recomputation, at the full peak."""
     peak = log.peak_flops(cfg.device)
     name = next((name for name in DEVICES if name.lower() in cfg.device.lower()), None)
     if peak is None or name is None:
@@ -162,20 +176,20 @@ def plan(cfg):
     room, bandwidth = (1e9 * x for x in DEVICES[name][:2])
     near, far, bus = (1e9 * x * cfg.link_utilisation for x in DEVICES[name][2:])
     local = min(cfg.node, cfg.devices)
-    # a ring that leaves the node runs in as many strands as it has adapters there: those of the devices, shared by tensor groups
+    # A ring that leaves the node runs in as many strands as it has network adapters there. There is
+    # one adapter a device, and tensor groups share them.
     link = min(near, far * local / cfg.tensor) if cfg.devices > cfg.node else near
     dtype, tensor = getattr(torch, cfg.dtype), cfg.tensor
     model = build(cfg, "score" if cfg.stage == "reward" else "lm")
     check(cfg, model.cfg)
     shards = dict(ddp=tensor, hsdp=local).get(cfg.parallel, cfg.devices)
-    fsdp, groups = (
-        shards // tensor,
-        cfg.devices // tensor,
-    )  # parts that FSDP cuts; groups that see rows of their own
+    fsdp = shards // tensor  # devices over which FSDP shards
+    groups = cfg.devices // tensor  # groups of devices that see rows of their own
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    # memory; ppo holds a critic of the policy's kind, and two more models that are only read, or one trunk for all four with LoRA
+    # Memory. ppo holds a critic of the policy's kind, and two more models that are only read. With
+    # LoRA all four have one trunk.
     rows = cfg.micro_batch * cfg.max_length  # tokens of one forward
     memory = estimate.memory(
         model, rows, shards, dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", tensor
@@ -185,28 +199,18 @@ def plan(cfg):
         memory["critic"] = extra + (0 if cfg.lora_rank else memory["weights"])
         memory["reference, reward"] = 0 if cfg.lora_rank else 2 * dtype.itemsize * total / shards
         slots = min(cfg.rollout_batch, cfg.batch_size // groups) * cfg.max_length
-        cache = (
-            2
-            * model.cfg.n_layers
-            * model.cfg.n_kv_heads
-            * model.cfg.head_dim
-            * dtype.itemsize
-            * slots
-        )
-        copy = (
-            dtype.itemsize * total if shards > 1 or not cfg.lora_rank else 0
-        )  # decoding reads a whole copy in the matrix dtype
-        memory["rollout"] = max(
-            0, cache + copy - memory["activations"] - memory["head"]
-        )  # which are not there at that time
+        heads = model.cfg.n_kv_heads * model.cfg.head_dim
+        cache = 2 * model.cfg.n_layers * heads * dtype.itemsize * slots
+        # decoding reads a whole copy in the matrix dtype
+        copy = dtype.itemsize * total if shards > 1 or not cfg.lora_rank else 0
+        # activations and head are not there at that time
+        memory["rollout"] = max(0, cache + copy - memory["activations"] - memory["head"])
     host = 0
-    if (
-        cfg.offload and shards == 1
-    ):  # ppo parks the models that are not at work: policy and critic meet in the update alone
+    if cfg.offload and shards == 1:
+        # ppo parks the models that are not at work. Policy and critic meet in the update alone.
         host = sum(memory[part] for part in ("weights", "optimizer", "critic", "reference, reward"))
-        moved = 2 * (
-            5 * memory["weights"] + 2 * memory["optimizer"] + memory.pop("reference, reward")
-        )  # there and back
+        frozen = memory.pop("reference, reward")
+        moved = 2 * (5 * memory["weights"] + 2 * memory["optimizer"] + frozen)  # there and back
         memory.pop("rollout")
     elif cfg.offload:
         host = sum(
@@ -221,9 +225,9 @@ def plan(cfg):
     again = (tensor - 1) * head  # each device of a tensor group does the whole head
     passes = train + (4 if cfg.lora_rank else 6) * again + (forward if cfg.grad_checkpoint else 0)
     tokens = cfg.batch_size * cfg.max_length
-    if (
-        cfg.stage == "ppo"
-    ):  # log-probabilities of policy and reference, score and value once; then policy and critic in each pass
+    if cfg.stage == "ppo":
+        # log-probabilities of policy and reference, score and value once, then policy and critic in
+        # each pass
         passes = 4 * forward + 2 * 2 * again + 2 * cfg.ppo_epochs * passes
         useful = 4 * forward + 2 * cfg.ppo_epochs * train
     else:
@@ -231,7 +235,9 @@ def plan(cfg):
     compute = tokens * passes / (cfg.devices * peak * cfg.utilisation)
 
     def ring(size, n):
-        """Bytes that each of n ranks sends in an all-gather or a reduce-scatter of `size` bytes; an all-reduce is both."""
+        """Bytes that each of n ranks sends in an all-gather or a reduce-scatter of `size` bytes.
+
+        An all-reduce is both."""
         return size * (n - 1) / n
 
     micros = cfg.batch_size // (groups * cfg.micro_batch)
@@ -254,22 +260,21 @@ def plan(cfg):
         communicate += alone * ring(weights, fsdp) / link
     if cfg.stage == "ppo" and shards > 1:
         communicate += ring(weights * tensor, shards) / link  # the copy for decoding
-    if (
-        tensor > 1
-    ):  # sums of (tokens, dim): forward two a layer and one of embeddings; backward q, k, v, gate and up each, and one
-        summed = 2 * ring(
-            dtype.itemsize * rows * model.cfg.dim, tensor
-        )  # that recomputation repeats; and the head is gathered
+    if tensor > 1:
+        # sums of (tokens, dim). Forward there are two a layer and one of embeddings. Backward there
+        # are five a layer (q, k, v, gate and up), and one that recomputation repeats. The head is
+        # gathered.
+        summed = 2 * ring(dtype.itemsize * rows * model.cfg.dim, tensor)
         once = (2 * model.cfg.n_layers + 1) * summed + ring(dtype.itemsize * head, tensor)
         communicate += (
             (rounds + alone) * once
             + rounds * (5 + cfg.grad_checkpoint) * model.cfg.n_layers * summed
         ) / near
 
-    # offload: FSDP copies its part as it is held, before the cast, at each gathering, and the gradient back; AdamW reads four
-    transfer = update = (
-        0.0  # numbers and writes three, after clipping has read one twice and written it
-    )
+    # Offload. FSDP copies its shards as they are held, before the cast, at each gathering, and the
+    # gradient back. AdamW reads four numbers and writes three. Before that, clipping reads one
+    # twice and writes it.
+    transfer = update = 0.0
     if cfg.offload and shards == 1:
         transfer = moved / bus
     elif cfg.offload:
@@ -306,7 +311,8 @@ def main(cfg):
     print(" ".join(["plan:", *config.diff(cfg)]))
     cut = f"parallel={cfg.parallel}" + f" tensor={cfg.tensor}" * (cfg.tensor > 1)
     print(
-        f"{p['parameters']:,} parameters, {p['trained']:,} trained; {cfg.devices} x {cfg.device}, {cut}"
+        f"{p['parameters']:,} parameters, {p['trained']:,} trained; "
+        f"{cfg.devices} x {cfg.device}, {cut}"
     )
     for part, size in p["memory"].items():
         print(f"  {part:20} {size / 1e9:9.2f} GB")
@@ -316,7 +322,8 @@ def main(cfg):
     print(f"  {'a device needs':20} {used / 1e9:9.2f} GB of {p['room'] / 1e9:.0f}: {verdict}")
     if p["host"]:
         print(
-            f"  {'in CPU memory':20} {p['host'] / 1e9:9.2f} GB, {p['host'] * min(cfg.node, cfg.devices) / 1e9:.0f} of a node"
+            f"  {'in CPU memory':20} {p['host'] / 1e9:9.2f} GB, "
+            f"{p['host'] * min(cfg.node, cfg.devices) / 1e9:.0f} of a node"
         )
     at_once = [p["compute"], p["communicate"], p["transfer"]]
     best, worst = (p["generate"] + p["update"] + f(at_once) for f in (max, sum))

@@ -29,11 +29,11 @@ STEP = 64  # lengths are rounded up to a multiple of this, so that few shapes oc
 
 
 def pack(lengths, max_length, seed=0):
-    """Packs of at most `max_length` tokens, from rows of `lengths` (N,), by best fit, longest first.
+    """Packs of at most `max_length` tokens from rows of `lengths` (N,), by best fit.
 
-    Returns a list of int arrays of row indices, every row once. `seed` decides which of equally
-    long rows goes where, but not the number of packs. ValueError for a length outside
-    1 ... max_length.
+    Returns a list of int arrays of row indices, every row once. The longest rows are placed first.
+    `seed` decides which of equally long rows goes where, but not the number of packs. ValueError
+    for a length outside 1 ... max_length.
 
     A run of equal lengths is placed at once, because a Python loop over millions of rows takes
     minutes. Best fit fills the fullest open pack until it has no room, so packs with equal room are
@@ -51,8 +51,8 @@ def pack(lengths, max_length, seed=0):
     open_packs = {}  # room -> list of arrays of packs with that much room
     rooms = 0  # bit r is set when open_packs[r] is not empty, so a shift finds the smallest room
     sizes, starts = np.unique(-lengths[order], return_index=True)
-    ends = [*starts[1:].tolist(), len(order)]
-    for size, a, end in zip((-sizes).tolist(), starts.tolist(), ends, strict=True):
+    runs = pairwise([*starts.tolist(), len(order)])
+    for size, (a, end) in zip((-sizes).tolist(), runs, strict=True):
         while a < end:
             if fitting := rooms >> size:
                 room = size + (fitting & -fitting).bit_length() - 1
@@ -89,19 +89,6 @@ def bucket(lengths, rows, seed=0):
         part = part[np.argsort(-lengths[part], kind="stable")]
         lists += [part[i : i + rows] for i in range(0, len(part), rows)]
     return [lists[i] for i in rng.permutation(len(lists))]
-
-
-def fit(rows, max_length, over_length="truncate"):
-    """(index (N,) of the rows that can be trained on, how many are dropped, how many truncated).
-
-    A row over `max_length` loses its end. It is dropped when that leaves no target, or with
-    over_length="drop".
-    """
-    keep = np.ones(len(rows), bool)
-    long = np.flatnonzero(rows.lengths > max_length)
-    for i in long:
-        keep[i] = over_length == "truncate" and rows.row(i)[1][1:max_length].any()
-    return np.flatnonzero(keep), int((~keep).sum()), int(keep[long].sum())
 
 
 def check_reach(longest, reach, dir):
@@ -161,7 +148,8 @@ def collate(packs, length, prompt_weight=0.0, fixed_shapes=False):
 
     A pack may have one token more than `length`, which is a target only.
     """
-    tokens, targets, positions, docs = np.zeros((4, len(packs), length + 1), np.int64)
+    integers = np.zeros((4, len(packs), length + 1), np.int64)
+    tokens, targets, positions, docs = integers
     weights = np.zeros(docs.shape, np.float32)
     docs[:] = -1
     for b, rows in enumerate(packs):
@@ -174,29 +162,26 @@ def collate(packs, length, prompt_weight=0.0, fixed_shapes=False):
             positions[b, a:end] = np.arange(len(row))
             docs[b, a:end] = doc
             a = end
-    arrays = dict(tokens=tokens, targets=targets, weights=weights, positions=positions, docs=docs)
-    arrays = {name: np.ascontiguousarray(array[:, :length]) for name, array in arrays.items()}
-    weights = arrays["weights"]
+    tokens, targets, positions, docs = integers[:, :, :length].copy()
+    weights = weights[:, :length].flatten()
     index = np.arange(weights.size) if fixed_shapes else np.flatnonzero(weights)
-    arrays |= dict(index=index, weights=weights.flat[index], targets=arrays["targets"].flat[index])
+    arrays = dict(tokens=tokens, positions=positions, docs=docs, index=index)
+    arrays |= dict(targets=targets.flat[index], weights=weights[index])
     batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    n_tokens = int((arrays["docs"] >= 0).sum())
-    return batch | dict(n_tokens=n_tokens, n_targets=int((weights == 1).sum()))
+    return batch | dict(n_tokens=int((docs >= 0).sum()), n_targets=int((weights == 1).sum()))
 
 
-def tell_rows_apart(batch, packs):
-    """Two tensors more for a collated batch of `packs` with N rows in all.
+def tell_rows_apart(batch):
+    """Two tensors more for a collated batch with N rows in all.
 
     rows   int64 (M,), which of the N rows the target of each position in `index` belongs to
     last   int64 (N,), the flat position of each row's last token
     """
-    T = batch["tokens"].shape[1]
-    above = np.cumsum([0, *map(len, packs)])  # rows in the packs before each pack
-    rows = batch["docs"].clamp(min=0) + torch.from_numpy(above[:-1])[:, None]
-    rows = rows.clamp(max=max(above[-1] - 1, 0))  # padding behind the last row
-    lengths = [np.array([len(tokens) for tokens, _ in pack], np.int64) for pack in packs]
-    last = np.concatenate([b * T + np.cumsum(n) - 1 for b, n in enumerate(lengths)])
-    return dict(rows=rows.flatten()[batch["index"]], last=torch.from_numpy(last))
+    real = batch["docs"].flatten() >= 0
+    first = real & (batch["positions"].flatten() == 0)
+    rows = (first.cumsum(0) - 1).clamp(min=0)  # padding gets some row, as its weight is 0
+    last = (real & (first | ~real).roll(-1)).nonzero()[:, 0]
+    return dict(rows=rows[batch["index"]], last=last)
 
 
 def pairs(offsets):
@@ -233,18 +218,18 @@ def collate_groups(packs, B, max_length, fixed_shapes=False):
     longest = max(max(sum(len(tokens) for tokens, _ in rows) for rows in documents), 1)
     T = max_length if fixed_shapes else min(-(-longest // STEP) * STEP, max_length)
     batch = collate(documents, T, fixed_shapes=fixed_shapes)
-    batch |= tell_rows_apart(batch, documents)
+    batch |= tell_rows_apart(batch)
 
     groups = [group for pack in packs for group in pack]
     offsets = np.cumsum([0, *(len(rows) for _, rows in groups)])
-    numbers = [first + np.arange(len(rows)) for first, rows in groups]
-    best = np.zeros(offsets[-1], np.float32)
+    numbers = [first + i for first, rows in groups for i in range(len(rows))]
+    best = np.zeros(len(numbers), np.float32)
     best[offsets[:-1]] = 1
     better, worse, share = pairs(offsets)
     arrays = dict(
         last=batch["last"].numpy(),
-        number=np.concatenate([np.zeros(0, np.int64), *numbers]),
-        real=np.ones(offsets[-1], np.float32),
+        number=np.array(numbers, np.int64),
+        real=np.ones_like(best),
         best=best,
         better=better,
         worse=worse,
@@ -273,7 +258,7 @@ def episodes(rows, length=0):
     packs = [[row] for row in rows] if length else [rows]
     T = length or sum(len(tokens) for tokens, _ in rows)
     batch = collate(packs, T, fixed_shapes=length > 0)
-    return batch | tell_rows_apart(batch, packs) | dict(actions=batch["targets"])
+    return batch | tell_rows_apart(batch) | dict(actions=batch["targets"])
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -285,10 +270,12 @@ class Rows:
 
     A step takes `batch_size` packs over all ranks, or rows with packing=False. T is max_length.
     Without packing T is the length of a micro-batch's longest row, rounded up to a multiple of 64,
-    unless `fixed_length` or `fixed_shapes`.
+    unless `fixed_length` or `fixed_shapes`. A row over max_length loses its end. It is dropped when
+    that leaves no target, or with over_length="drop".
 
     .index (N,) numbers of the rows that are trained on, .lengths (N,) their tokens,
-    .steps_per_epoch, .dropped and .truncated: how many rows over max_length.
+    .steps_per_epoch, .dropped and .truncated: how many rows over max_length, .longest: tokens of
+    the longest row.
     """
 
     rows: object  # a Store or a Mix
@@ -308,31 +295,29 @@ class Rows:
 
     def __post_init__(self):
         check_sizes(self.batch_size, self.micro_batch, self.world)
-        self.index, self.dropped, self.truncated = fit(self.rows, self.max_length, self.over_length)
+        keep = np.ones(len(self.rows), bool)
+        long = np.flatnonzero(self.rows.lengths > self.max_length)
+        for i in long:
+            mask = self.rows.row(i)[1][1 : self.max_length]
+            keep[i] = self.over_length == "truncate" and mask.any()
+        self.index = np.flatnonzero(keep)
+        self.dropped = len(keep) - len(self.index)
+        self.truncated = int(keep[long].sum())
         if not len(self.index):
             raise UserError(
                 f"none of the {len(self.rows)} rows fits into max_length={self.max_length}: "
                 "raise it"
             )
-        self.lengths = np.minimum(self.rows.lengths[self.index], self.max_length)
-        self.steps_of = functools.lru_cache(1)(self.steps_of)
-        self.steps_per_epoch = len(self.steps_of(0))  # the same in every epoch
-
-    @property
-    def longest(self):
-        return self.lengths.max()
-
-    @property
-    def summary(self):
-        return (
-            f"{len(self.lengths):,} rows, {self.lengths.sum():,} tokens "
+        self.lengths = lengths = np.minimum(self.rows.lengths[self.index], self.max_length)
+        self.longest = lengths.max()
+        # the mean length weighted by tokens, because the cost of attention depends on it
+        self.document_length = (lengths**2).sum() / lengths.sum()
+        self.summary = (
+            f"{len(lengths):,} rows, {lengths.sum():,} tokens "
             f"({self.dropped} dropped, {self.truncated} truncated)"
         )
-
-    @property
-    def document_length(self):
-        """Mean length of the documents, weighted by tokens: the cost of attention depends on it."""
-        return (self.lengths**2).sum() / self.lengths.sum()
+        self.steps_of = functools.lru_cache(1)(self.steps_of)
+        self.steps_per_epoch = len(self.steps_of(0))  # the same in every epoch
 
     def steps_of(self, epoch):
         """The epoch's steps, each a list of packs (arrays of indices into self.index)."""
@@ -418,17 +403,17 @@ class Windows:
         draws from that store come before it."""
         ends = np.rint(np.cumsum(self.weights) / sum(self.weights) * self.CYCLE).astype(np.int64)
         self.share = np.maximum(np.diff(ends, prepend=0), 1)  # windows of each store in a cycle
-        rng = np.random.default_rng([self.seed, 0])
-        times = np.concatenate([(np.arange(n) + rng.random(n)) / n for n in self.share])
-        order = np.argsort(times)
+        draws = np.concatenate([np.arange(n) for n in self.share])
+        times = draws + np.random.default_rng([self.seed, 0]).random(len(draws))
+        order = np.argsort(times / np.repeat(self.share, self.share))
         self.store_at = np.repeat(np.arange(len(self.stores)), self.share)[order]
-        self.draw_at = np.concatenate([np.arange(n) for n in self.share])[order]
+        self.draw_at = draws[order]
 
     def order(self, store, epoch):
-        """The numbers of a store's windows (None: of all windows) in the order of an epoch."""
+        """The numbers of a store's windows (-1: of all windows) in the order of an epoch."""
         if self.orders.get(store, (None,))[0] != epoch:
-            first, end = (0, self.starts[-1]) if store is None else self.starts[store : store + 2]
-            rng = np.random.default_rng([self.seed, epoch, 1 if store is None else store + 2])
+            first, end = self.starts[[0, -1]] if store < 0 else self.starts[store : store + 2]
+            rng = np.random.default_rng([self.seed, epoch, store + 2])
             self.orders[store] = epoch, first + rng.permutation(end - first)
         return self.orders[store][1]
 
@@ -436,13 +421,13 @@ class Windows:
         """The numbers of a step's windows, over all ranks."""
         if not self.weights:
             epoch, i = divmod(step, self.steps_per_epoch)
-            return self.order(None, epoch)[i * self.batch_size : (i + 1) * self.batch_size]
+            return self.order(-1, epoch)[i * self.batch_size : (i + 1) * self.batch_size]
         draws = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         cycles, places = np.divmod(draws, len(self.store_at))
         stores = self.store_at[places]
         draws = cycles * self.share[stores] + self.draw_at[places]  # each store's own count
         epochs, places = np.divmod(draws, self.counts[stores])
-        drawn = zip(stores.tolist(), epochs.tolist(), places.tolist(), strict=True)
+        drawn = np.stack((stores, epochs, places), axis=1).tolist()
         return np.array([self.order(store, epoch)[i] for store, epoch, i in drawn])
 
     def micro(self, windows):
@@ -474,7 +459,7 @@ class Groups:
     that one forward sees all of its pairs.
 
     .index (N,) numbers of the groups that are trained on, .steps_per_epoch, .dropped: how many
-    groups are over max_length.
+    groups are over max_length, .longest: tokens of the longest completion.
     """
 
     groups: object  # a GroupMix
@@ -489,6 +474,8 @@ class Groups:
     batch = micro_batches
 
     def __post_init__(self):
+        if min(self.batch_size, self.micro_batch) < 1:
+            raise UserError("batch_size= and micro_batch= must be 1 or more")
         self.index = np.flatnonzero(self.groups.lengths <= self.max_length)
         self.dropped = len(self.groups) - len(self.index)
         if not len(self.index):
@@ -496,26 +483,17 @@ class Groups:
                 f"none of the {len(self.groups)} groups fits into max_length={self.max_length}, "
                 "all completions together: raise it"
             )
-        self.steps_per_epoch = -(-len(self.index) // self.batch_size)
-        self.order = functools.lru_cache(1)(self.order)
-
-    @property
-    def longest(self):
-        return self.groups.longest[self.index].max()
-
-    @property
-    def summary(self):
-        completions = self.groups.first[-1] / len(self.groups)
         tokens = self.groups.lengths[self.index].sum()
-        return (
+        self.longest = self.groups.longest[self.index].max()
+        # the mean length weighted by tokens, because the cost of attention depends on it
+        self.document_length = self.groups.squares[self.index].sum() / tokens
+        completions = self.groups.first[-1] / len(self.groups)
+        self.summary = (
             f"{len(self.index):,} groups of {completions:.1f} completions, {tokens:,} tokens "
             f"({self.dropped} over max_length dropped)"
         )
-
-    @property
-    def document_length(self):
-        """Mean length of the documents, weighted by tokens: the cost of attention depends on it."""
-        return self.groups.squares[self.index].sum() / self.groups.lengths[self.index].sum()
+        self.steps_per_epoch = -(-len(self.index) // self.batch_size)
+        self.order = functools.lru_cache(1)(self.order)
 
     def order(self, epoch):
         """The numbers of all groups in the order of an epoch."""

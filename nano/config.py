@@ -93,7 +93,7 @@ def cast(kind, text):
             if not inner.endswith("]"):
                 raise ValueError(text)
             inner = inner[1:-1].strip()
-        items = [match[1] for match in ELEMENT.finditer(inner + ",")][:-1] if inner else []
+        items = ELEMENT.findall(inner + ",")[:-1] if inner else []
         kinds = element_kinds(kind, len(items))
         if "" in items or len(kinds) != len(items):
             raise ValueError(text)
@@ -139,7 +139,7 @@ def describe(kind):
         return f"{len(args)} values [{','.join(map(describe, args))}]"
     if origin in (list, tuple):
         return f"list of {describe(args[0])}"
-    return {NoneType: "none", bool: "true or false", Path: "path"}.get(kind) or kind.__name__
+    return {NoneType: "none", bool: "true or false", Path: "path"}.get(kind, kind.__name__)
 
 
 def nearest(name, keys):
@@ -175,9 +175,16 @@ def parse(Config, argv):
     presets = getattr(Config, "PRESETS", {})  # {key: {option: {other key: value}}}
     kinds = {f.name: hints[f.name] for f in fields(Config)}
     kinds |= {key: Literal[tuple(options)] for key, options in presets.items()}
+    lines = []  # (where, line), where is "" on the command line
+    for arg in argv:
+        key, equals, _ = arg.partition("=")
+        if arg.endswith(".cfg") and not (equals and key.removeprefix("--").isidentifier()):
+            preset = read_preset(arg)
+            lines += Config.upgrade(preset) if hasattr(Config, "upgrade") else preset
+        else:
+            lines.append(("", arg))
     values, given = {}, set()
-
-    def put(where, line):
+    for where, line in lines:
         key, equals, text = line.partition("=")
         key = key.strip().removeprefix("--")
         if not equals:
@@ -187,7 +194,7 @@ def parse(Config, argv):
             near = nearest(key, kinds)
             hint = f"did you mean '{near}'?" if near else "`help` lists every key"
             raise UserError(f"{where}unknown key '{key}'; {hint}")
-        if not where:  # the command line
+        if not where:
             if key in given:
                 raise UserError(f"key '{key}' is given twice on the command line")
             given.add(key)
@@ -197,16 +204,7 @@ def parse(Config, argv):
         except ValueError:
             expected = describe(kinds[key])
             raise UserError(f"{where}{key}={text.strip()}: expected {expected}") from None
-        values.update(presets[key][value] if key in presets else {key: value})
-
-    for arg in argv:
-        key, equals, _ = arg.partition("=")
-        if arg.endswith(".cfg") and not (equals and key.removeprefix("--").isidentifier()):
-            lines = read_preset(arg)
-            for where, line in Config.upgrade(lines) if hasattr(Config, "upgrade") else lines:
-                put(where, line)
-        else:
-            put("", arg)
+        values |= presets[key][value] if key in presets else {key: value}
     for f in fields(Config):
         if f.name not in values and default(f) is MISSING:
             kind = describe(kinds[f.name])
@@ -214,13 +212,12 @@ def parse(Config, argv):
     return Config(**values)
 
 
-def load(Config, argv=None):
-    """A `Config` dataclass filled from `argv` (the command line when None).
+def load(Config, argv):
+    """A `Config` dataclass filled from the arguments `argv`.
 
     A mistake ends the program with status 2 and a sentence on stderr. `help`, `-h` and `--help`
     print every key and exit.
     """
-    argv = sys.argv[1:] if argv is None else argv
     if {"help", "-h", "--help"} & set(argv):
         print(help_text(Config))
         sys.exit(0)
@@ -353,7 +350,7 @@ def run(main, Config):
 
 
 def attempt(main, Config):
-    """Loads and checks the config, and calls main(cfg).
+    """Loads and checks the config of the command line, and calls main(cfg).
 
     Expected failures (UserError, a path that must not be written, a full disk, a full device,
     Ctrl-C) end in one sentence and an exit status. Anything else keeps its traceback."""
@@ -364,7 +361,7 @@ def attempt(main, Config):
         # an exception, so that what is half-written is removed and workers end
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        cfg = load(Config)
+        cfg = load(Config, sys.argv[1:])
         check(cfg)
         main(cfg)
         sys.stdout.flush()

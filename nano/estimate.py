@@ -34,7 +34,7 @@ def memory(
     gradients    fp32, of what is trained
     optimizer    two fp32 moments of what is trained
     activations  what autograd keeps of each block; with grad_checkpoint of one, and all inputs
-    head         a chunk of logits and a block of it in fp32, the output matrix, its gradient
+    head         a chunk of logits, a block of it twice in fp32, the output matrix, its gradient
     gathered     by FSDP: embedding, head, two layers or all, and the gradients of one layer
     casts        autocast's copies of trained weights, which FSDP does without
 
@@ -59,12 +59,13 @@ def memory(
     head = gathered = casts = 0
     if cfg.head == "lm":
         W = model.head_weight
-        chunk = min(chunk_logits(W.device), tokens * cfg.vocab_size)
-        exact = min(block_logits(W.device), tokens * cfg.vocab_size)
+        logits = tokens * cfg.vocab_size
+        chunk = min(chunk_logits(W.device), logits)
+        exact = min(block_logits(W.device), logits)
         copies = size + 4 * W.requires_grad
         if tensor > 1:
             copies += size if fsdp > 1 else W.itemsize
-        head = chunk * size + exact * (4 + 4) + copies * W.numel()
+        head = chunk * size + 8 * exact + copies * W.numel()
     if fsdp > 1:
         rest = sum(numbers.values()) - sum(layers)
         gathered = size * (rest + sum(layers if keep_gathered else layers[:2])) + 4 * grads[0]

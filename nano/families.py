@@ -148,11 +148,12 @@ def read_qwen(c, fields):
 
 
 def write_qwen(cfg):
-    out = write_llama(cfg) | {"use_sliding_window": any(cfg.windows)}
-    if any(cfg.windows):
-        first = next(i for i, window in enumerate(cfg.windows) if window)
-        out |= {"sliding_window": cfg.windows[first], "max_window_layers": first}
-        if not all(cfg.windows[first:]):
+    window = max(cfg.windows, default=0)
+    out = write_llama(cfg) | {"use_sliding_window": window > 0}
+    if window:
+        first = cfg.windows.index(window)
+        out |= {"sliding_window": window, "max_window_layers": first}
+        if 0 in cfg.windows[first:]:
             out["layer_types"] = [SLIDING if window else FULL for window in cfg.windows]
     return out
 
@@ -329,8 +330,7 @@ FAMILIES = {  # by model_type
 def load_config(dir):
     """config.json of a model directory -> ModelConfig. UserError names what is not supported."""
     dir = Path(dir)
-    if not dir.is_dir():
-        recover_dir(dir)
+    recover_dir(dir)
     if not dir.is_dir():
         raise UserError(f"there is no model directory {dir}")
     if not (dir / "config.json").exists():
@@ -412,9 +412,11 @@ def recognise(c):
             raise unknown("model_type", kind, FAMILIES)
         return kind, "lm"
     architecture = c["architectures"][0]
-    known = {}
-    for family, entry in FAMILIES.items():
-        known |= {name: (family, head) for head, name in entry.architectures.items()}
+    known = {
+        name: (family, head)
+        for family, entry in FAMILIES.items()
+        for head, name in entry.architectures.items()
+    }
     if architecture not in known:
         raise unknown("architecture", architecture, known)
     family, head = known[architecture]

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, folders that are replaced as a whole, JSON.
+"""Atomic writes, folders that are replaced as a whole, and JSON.
 
 Each file is written under a temporary name, flushed to the disk and renamed, so that a kill or a
 power failure leaves either the old content or the new one."""
@@ -30,20 +30,18 @@ def read_json(path, missing=None):
 
 
 def sync(path):
-    """Makes sure that a file's content, or a directory's list of names, has reached the disk."""
-    if os.name == "posix" or Path(path).is_file():
-        fd = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    """Waits until a file's content, or a directory's list of names, has reached the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager
 def replacing(path):
     """A file, open for bytes, that takes the place of `path` when the block ends well."""
-    path = Path(path)
-    tmp = path.with_name(path.name + ".tmp")
+    tmp = Path(f"{path}.tmp")
     try:
         with open(tmp, "wb") as f:
             yield f
@@ -52,7 +50,7 @@ def replacing(path):
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    sync(tmp.parent)
 
 
 def write_bytes(path, data):
@@ -71,9 +69,8 @@ def write_json(path, value, **options):
 
 def recover_dir(dir):
     """Finishes what a kill in the middle of replace_dir left. Several ranks may do so at once."""
-    dir = Path(dir)
     old = Path(f"{dir}{REPLACED}")
-    if dir.exists():
+    if Path(dir).exists():
         shutil.rmtree(old, ignore_errors=True)
     else:
         with contextlib.suppress(FileNotFoundError):
@@ -81,13 +78,13 @@ def recover_dir(dir):
 
 
 def replace_dir(tmp, dir):
-    """Puts the finished folder `tmp` in the place of `dir` by two renames; recover_dir repairs a
-    kill between them."""
-    dir = Path(dir)
+    """Puts the finished folder `tmp` in the place of `dir` by two renames.
+
+    recover_dir repairs a kill between them."""
     recover_dir(dir)
-    old = dir.with_name(dir.name + REPLACED)
-    if dir.exists():
+    old = Path(f"{dir}{REPLACED}")
+    if Path(dir).exists():
         os.replace(dir, old)
     os.replace(tmp, dir)
-    sync(dir.parent)
+    sync(Path(dir).parent)
     shutil.rmtree(old, ignore_errors=True)

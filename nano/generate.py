@@ -13,7 +13,7 @@ neighbours in the batch, the order of refills or the device.
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -128,14 +128,13 @@ def frozen_linear(module, dtype, pack):
     A base that is no plain matrix (it has a method `dense`) is called as it is."""
     base = module.base if isinstance(module, LoRA) else module
     active = getattr(module, "active", None)
+    plain = not hasattr(base, "dense")
+    folded = active is None or plain and pack
     linear = base
-    if not hasattr(base, "dense"):
-        folded = active is None or pack
+    if plain:
         weight = dense(module) if folded else base.weight
         linear = FrozenLinear(frozen(weight, dtype), frozen(base.bias, dtype), pack)
-        if folded:
-            return linear
-    if active is None:
+    if folded:
         return linear
     adapted = LoRA(linear)
     adapted.training = False  # eval() would also reach a base that training shares
@@ -153,9 +152,7 @@ def snapshot(model, dtype, pack):
     generate builds it anew, since training changes the weights.
     """
     new = empty(model.cfg).eval()
-    for name, module in list(new.named_modules()):
-        if not name.startswith("model."):
-            continue
+    for name, module in list(new.model.named_modules(prefix="model")):
         source = model.get_submodule(name)
         if isinstance(module, nn.Linear):
             new.set_submodule(name, frozen_linear(source, dtype, pack))
@@ -242,9 +239,8 @@ class Batch:
         ends = [p[-1] for p in prompts], [len(p) - 1 for p in prompts]
         lists = (rows, sources, *ends, limits)
         rows, sources, last, position, limit = (torch.tensor(x, device=self.device) for x in lists)
-        for layer, filled in zip(self.cache, cache, strict=True):
-            for t, new in zip(layer, filled, strict=True):
-                t[rows, :, : new.shape[2]] = new[sources]
+        for t, new in zip(chain(*self.cache), chain(*cache), strict=True):
+            t[rows, :, : new.shape[2]] = new[sources]
         self.last[rows] = last
         self.position[rows] = position
         self.limit[rows] = limit
@@ -255,7 +251,7 @@ class Batch:
     def move(self, sources, rows):
         """Copies the rows `sources` over `rows`."""
         rows, sources = (torch.tensor(i, device=self.device) for i in (rows, sources))
-        for t in (*self.state, *(t for layer in self.cache for t in layer)):
+        for t in chain(self.state, *self.cache):
             t[rows] = t[sources]
 
     def step(self, rows):
@@ -354,9 +350,8 @@ class Scheduler:
         # samples of one prompt stay together, prompts of similar length too
         self.waiting = deque(sorted(range(len(prompts)), key=lambda s: (-len(prompts[s]), s)))
         self.live = {}  # row -> sample
-        self.seen = {}  # sample -> tokens handed out so far
-        self.prefilled = None  # the latest prefill's cache
-        self.where = {}  # number of a prompt -> its row there
+        self.seen = [0] * len(prompts)  # of each sample: tokens handed out so far
+        self.where = {}  # number of a prompt -> its row in `prefilled`, the latest prefill's cache
         self.samples = Samples(*([None] * len(prompts) for _ in range(3)))
         self.fixed = self.plan.shapes == "fixed"
         self.whole_width = self.round_up(max(map(len, prompts)) - 1)  # of a fixed prefill
@@ -366,9 +361,8 @@ class Scheduler:
 
     def wants_refill(self):
         """Whether enough rows are free to refill: an eighth, or all with fixed shapes."""
-        if not self.waiting or not self.live:
-            return bool(self.waiting)
-        return not self.fixed and self.rows - len(self.live) >= self.rows / 8
+        enough = self.rows if self.fixed else self.rows / 8
+        return bool(self.waiting) and self.rows - len(self.live) >= enough
 
     def refill(self, step_hook):
         """Moves waiting samples into the free rows. A prompt is prefilled once for its group."""
@@ -398,7 +392,6 @@ class Scheduler:
     def place(self, placed, free):
         """Puts prefilled samples into rows of the batch. placed: row -> sample."""
         self.live |= placed
-        self.seen |= dict.fromkeys(placed.values(), 0)
         width = self.prefilled[0][0].shape[2]
         if width > self.batch.slots:
             self.batch.resize(width)
@@ -505,11 +498,10 @@ def generate(
     prompts = [prompt for prompt in prompts for _ in range(group)]
     longest = max(limits)
     sample_ids = sample_ids or range(len(prompts))
-    entropy = seed if isinstance(seed, (list, tuple)) else (seed,)
 
     def uniforms(sample):
         """The random numbers of a sample depend on its number and the seed alone."""
-        rng = np.random.default_rng([*entropy, sample_ids[sample]])
+        rng = np.random.default_rng([seed, sample_ids[sample]])
         return rng.random(longest + 1, dtype=np.float32)
 
     plan = replace(Plan.for_device(device_of(model.head_weight), longest), **(plan or {}))

@@ -56,7 +56,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device):
-    """FLOP/s of one device by its name ("NVIDIA H100 80GB HBM3"), None if it is not in the table."""
+    """FLOP/s of one device by its name ("NVIDIA H100 80GB HBM3"), None if the table lacks it."""
     for name, peak in PEAK_FLOPS.items():
         if re.search(rf"\b{name}\b", device, re.I):
             return peak
@@ -125,8 +125,7 @@ class Log:
         now = time.perf_counter()
         seconds = now - self.mark
         self.mark = now
-        left = self.total_steps - step
-        eta = (now - self.began) / max(step - self.start_step, 1) * left
+        pace = (now - self.began) / max(step - self.start_step, 1)  # seconds a step
         rates, words = {}, []
         if tokens:
             rates["tokens_per_s"] = speed = int(tokens) / seconds
@@ -139,7 +138,8 @@ class Log:
         if memory:
             rates["memory_gb"] = memory / 1e9
             words.append(f"mem {memory / 1e9:.1f} GB")
-        self._write("train", step, metrics, rates, [*words, f"eta {duration(eta)}"])
+        words.append(f"eta {duration(pace * (self.total_steps - step))}")
+        self._write("train", step, metrics, rates, words)
 
     def eval(self, step, **metrics):
         """The line of an evaluation."""
@@ -150,11 +150,13 @@ class Log:
         rows = [plain(row) for row in rows]
         if not self.is_main or not rows or not self._record("samples", step, {"rows": rows}):
             return
+        head = list(rows[0])
+        body = [[show(value) for value in row.values()] for row in rows]
         width = shutil.get_terminal_size().columns
-        self.text(f"samples at step {step}\n{table(rows, width)}")
+        self.text(f"samples at step {step}\n{table([head, *body], width)}")
         markdown = []
-        for cells in rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows):
-            line = " | ".join(show(cell).replace("|", "\\|") for cell in cells)
+        for cells in head, ["---"] * len(head), *body:
+            line = " | ".join(cell.replace("|", "\\|") for cell in cells)
             markdown.append(f"| {line} |".replace("\n", "<br>"))
         self.board.add_text("samples", "\n".join(markdown), step)
 
@@ -237,10 +239,10 @@ def duration(seconds):
 
 
 def table(rows, width, lines=8):
-    """Rows of one set of keys as text, at most `width` columns wide where it can be, each cell at
-    most `lines` high."""
+    """Rows of texts as one text, at most `width` columns wide where it can be, each cell at most
+    `lines` high."""
     # A model may write anything. Control characters must not reach the terminal.
-    cells = [[printable(show(v)) for v in r] for r in (rows[0], *(row.values() for row in rows))]
+    cells = [[printable(text) for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     room = width - 3 * (len(widths) - 1)
     while sum(widths) > room and max(widths) > 8:  # the widest column gives way
@@ -252,7 +254,7 @@ def table(rows, width, lines=8):
             for cell, w in zip(r, widths, strict=True)
         ]
         for line in itertools.zip_longest(*wrapped, fillvalue=""):
-            padded = [text.ljust(w) for text, w in zip(line, widths, strict=True)]
+            padded = (text.ljust(w) for text, w in zip(line, widths, strict=True))
             out.append(" | ".join(padded).rstrip())
         out.append("-+-".join("-" * w for w in widths))
     return "\n".join(out)

@@ -8,7 +8,6 @@ gradient does not depend on how a batch is split into micro-batches, ranks or pa
 """
 
 import functools
-import itertools
 import math
 
 import torch
@@ -67,9 +66,10 @@ def _over_blocks(function, logits, *args):
         return _compiled(function)(logits, *args)
     if size >= len(logits):
         return function(logits, *args)
-    # what is no tensor goes to every block
-    pieces = [t.split(size) if torch.is_tensor(t) else itertools.repeat(t) for t in args]
-    parts = [function(*block) for block in zip(logits.split(size), *pieces, strict=False)]
+    parts = []
+    for start in range(0, len(logits), size):
+        rows = slice(start, start + size)
+        parts.append(function(*(t[rows] if torch.is_tensor(t) else t for t in (logits, *args))))
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -160,13 +160,12 @@ class _CrossEntropy(torch.autograd.Function):
             loss += nll.sum()
             grads.add(rows, logits, x, w)
         ctx.save_for_backward(grads.x, grads.w)
-        ctx.dtypes = hidden.dtype, head.dtype
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if g is None else g.mul_(grad).to(dtype) for g, dtype in pairs), None, None
+        # autograd casts what is returned to the dtypes of hidden and head
+        return *(None if g is None else g.mul_(grad) for g in ctx.saved_tensors), None, None
 
 
 def cross_entropy(hidden, head_weight, targets, weights):
@@ -205,9 +204,7 @@ class _TokenLogprobs(torch.autograd.Function):
             given = entropy[rows], grad_out[rows], grad_entropy[rows]
             _over_blocks(_picked_backward, logits, targets[rows], ctx.temperature, *given)
             grads.add(rows, logits, x, w)
-        grad_x = None if grads.x is None else grads.x.to(hidden.dtype)
-        grad_w = None if grads.w is None else grads.w.to(head.dtype)
-        return grad_x, grad_w, None, None
+        return grads.x, grads.w, None, None
 
 
 def token_logprobs(hidden, head_weight, targets, temperature=1.0, entropy=False):

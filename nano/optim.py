@@ -121,11 +121,10 @@ def lr_at(step, total_steps, lr, schedule="cosine", warmup_steps=0, min_lr=0.0, 
     x = min(max((step - start) / max(last - start, 1), 0.0), 1.0)  # 0 at `start`, 1 at `last`
     if schedule == "constant":
         return lr
-    if schedule == "cosine":
-        return min_lr + (lr - min_lr) * (0.5 + 0.5 * math.cos(math.pi * x))
-    if schedule in ("linear", "wsd"):
-        return min_lr + (lr - min_lr) * (1 - x)
-    raise ValueError(f"no schedule {schedule!r}: constant, linear, cosine or wsd")
+    if schedule not in ("linear", "cosine", "wsd"):
+        raise ValueError(f"no schedule {schedule!r}: constant, linear, cosine or wsd")
+    fall = 0.5 + 0.5 * math.cos(math.pi * x) if schedule == "cosine" else 1 - x
+    return min_lr + (lr - min_lr) * fall
 
 
 def set_lr(optimizer, lr):

@@ -83,7 +83,7 @@ class Run:
     # ---- the loop
 
     def total_steps(self, steps_per_epoch):
-        """The number of optimizer steps of the run: steps=, or else epochs= of `steps_per_epoch`."""
+        """The number of optimizer steps: steps=, or else epochs= times `steps_per_epoch`."""
         self.epoch = steps_per_epoch
         epochs = getattr(self.cfg, "epochs", 0)
         self.total = self.cfg.steps or max(round(epochs * steps_per_epoch), int(epochs > 0))
@@ -143,14 +143,13 @@ class Run:
 
     def log_step(self, **metrics):
         """The line of the step that was just made. The device is read here and nowhere else."""
-        rt = self.rt
-        tokens, targets = rt.all_sum(self.tokens), rt.all_sum(self.targets)
-        memory = rt.peak_memory()
-        self.log.step(self.step + 1, tokens, targets, memory, **metrics, **rt.compiles())
+        tokens, targets = map(self.rt.all_sum, (self.tokens, self.targets))
+        metrics |= self.rt.compiles()
+        self.log.step(self.step + 1, tokens, targets, self.rt.peak_memory(), **metrics)
         self.tokens = self.targets = 0
 
     def evaluated(self, metrics, keep):
-        """Logs an evaluation, and saves the model as best/ if metrics[keep] is the lowest so far."""
+        """Logs an evaluation. Saves the model as best/ if metrics[keep] is the lowest so far."""
         self.log.eval(self.step, **metrics)
         if self.step and metrics[keep] < self.best:
             self.best = metrics[keep]
@@ -185,8 +184,9 @@ class Run:
             if self.model_keys:
                 files.write_json(dir / "score_scale.json", self.model_keys)
         else:
-            keys = dict(tok=self.tok, **self.model_keys)
-            weights.save_model(self.model, dir, self.rt.dtype, self.base, tensors, **keys)
+            weights.save_model(
+                self.model, dir, self.rt.dtype, self.base, tensors, tok=self.tok, **self.model_keys
+            )
 
     def close(self):
         """Says how the run ended, and closes the log and the process group."""

@@ -39,8 +39,6 @@ from nano import losses, optim, tensor
 from nano.config import UserError
 
 KEYS = ("device", "parallel", "dtype", "seed", "offload", "tensor", "reduce_dtype")
-SHARDED = ("fsdp", "zero2", "hsdp")
-GRID = ("replicate", "shard", "tensor")
 TRIM = 30.0  # seconds between two trims of the heap; the step after one takes a second longer
 
 
@@ -82,7 +80,7 @@ class Runtime:
         self.reduce_dtype = getattr(torch, reduce_dtype)
         self.rank = self.process = 0
         self.world = self.processes = self.local_world = self.shards = 1
-        self.grid = None  # DeviceMesh with the dimensions GRID
+        self.grid = None  # DeviceMesh of the processes: replicate, shard, tensor
         self.group = None  # one process of each tensor group, for sums over ranks
         self._libc = None
         self._start(device)
@@ -115,11 +113,12 @@ class Runtime:
             torch.cuda.set_device(self.device)
         else:
             self._libc = _tune_cpu()
-        if self.processes > 1 and (self.tensor > 1 or self.parallel in SHARDED):
+        if self.processes > 1 and (self.tensor > 1 or self.parallel not in ("ddp", "none")):
             nodes = self.processes // self.local_world
             copies = dict(ddp=self.world, hsdp=nodes).get(self.parallel, 1)  # of the whole model
             shape = (copies, self.world // copies, self.tensor)
-            self.grid = init_device_mesh(device, shape, mesh_dim_names=GRID)
+            names = ("replicate", "shard", "tensor")
+            self.grid = init_device_mesh(device, shape, mesh_dim_names=names)
         if self.tensor > 1:
             ranks = [list(range(i, self.processes, self.tensor)) for i in range(self.tensor)]
             self.group, _ = dist.new_subgroups_by_enumeration(ranks)
@@ -192,7 +191,7 @@ class Runtime:
         """
         if self.world == 1 or self.parallel != "ddp" or self.tensor > 1:
             return model
-        return DDP(model, params, self.device, self.reduce_dtype)
+        return DDP(model, params, self.reduce_dtype)
 
     def recompute(self, layer, *inputs):
         """Runs a layer whose activations the backward pass recomputes."""
@@ -492,14 +491,13 @@ class DDP(DistributedDataParallel):
     """DistributedDataParallel with the attributes of its module, such as net.cfg and
     net.head_weight, so that a stage needs the net alone."""
 
-    def __init__(self, model, params, device, reduce_dtype):
+    def __init__(self, model, params, reduce_dtype):
         trainable = [p for p in model.parameters() if p.requires_grad]
         if params is not None:  # DDP averages the gradients of what requires one now
             model.requires_grad_(False)
             for p in params.values():
                 p.requires_grad = True
-        ids = [device] if device.type == "cuda" else None
-        super().__init__(model, device_ids=ids, gradient_as_bucket_view=True)
+        super().__init__(model, gradient_as_bucket_view=True)
         if reduce_dtype == torch.bfloat16:
             self.register_comm_hook(None, _mean_in_bf16)
         for p in trainable:

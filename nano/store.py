@@ -411,13 +411,8 @@ def mix(dirs, sizes=(), seed=0, split="train", tokenizer=None, groups=False):
 
 def validation(dirs, tokenizer=None, groups=False):
     """`mix` of the val splits of the folders that have one; None where no folder has."""
-    dirs = [dir for dir in dirs if has_split([dir], "val")]
+    dirs = [dir for dir in dirs if "val" in read_meta(dir)["splits"]]
     return mix(dirs, split="val", tokenizer=tokenizer, groups=groups) if dirs else None
-
-
-def has_split(dirs, split):
-    """Whether one of the data folders has the split."""
-    return any(split in read_meta(dir)["splits"] for dir in dirs)
 
 
 def chat_template(dirs):

@@ -6,7 +6,7 @@ peft write opens here, and the reverse. Nothing is pickled.
 
     opened = weights.open("models/smollm2")                       # .model, .tok, .base
     model = weights.load_model("models/smollm2", dtype=torch.bfloat16)
-    weights.save_model(model, "out/sft/last", like="models/smollm2")   # tokenizer files come from `like`
+    weights.save_model(model, "out/sft/last", like="models/smollm2")  # and its tokenizer's files
 """
 
 import contextlib
@@ -49,8 +49,9 @@ def tensor_files(dir, name="model"):
     {name of a tensor: path of its file}.
 
     UserError for files that are missing, damaged or outside the directory."""
-    single = Path(dir) / f"{name}.safetensors"
-    index = Path(dir) / f"{name}.safetensors.index.json"
+    dir = Path(dir)
+    single = dir / f"{name}.safetensors"
+    index = dir / f"{name}.safetensors.index.json"
     if single.exists():
         with damaged(single), safe_open(single, framework="pt") as f:
             return dict.fromkeys(f.keys(), single)
@@ -63,9 +64,9 @@ def tensor_files(dir, name="model"):
                 raise UserError(
                     f"{index}: its weight_map names something else than files beside it"
                 )
-        return {key: single.with_name(shard) for key, shard in shards.items()}
+        return {key: dir / shard for key, shard in shards.items()}
     hint = ""
-    if pickled := [*Path(dir).glob("*.bin"), *Path(dir).glob("*.pth")]:
+    if pickled := [*dir.glob("*.bin"), *dir.glob("*.pth")]:
         hint = f"; `python -m prepare.weights source={dir} out=NEW` converts {pickled[0].name}"
     raise UserError(f"{dir} has no {single.name} and no {index.name}{hint}")
 
@@ -129,10 +130,9 @@ def write_tensors(tensors, dir, name="model", shard_bytes=5e9):
         tmp.mkdir(parents=True)
         for shard in in_shards(tensors, shard_bytes):
             path = tmp / str(len(written))
-            path.touch()
-            mode = path.stat().st_mode
             save_file(shard, path, metadata={"format": "pt"})
-            path.chmod(mode)  # save_file leaves a file that the owner alone can read
+            # save_file leaves a file that the owner alone can read
+            path.chmod(tmp.stat().st_mode & 0o666)
             sync(path)
             written.append(list(shard))
             total += sum(tensor.nbytes for tensor in shard.values())
@@ -300,8 +300,9 @@ def read_score_scale(dir):
 
     gain * score + bias has mean 0 and variance 1 over the responses of the policy that the reward
     model was trained for. An adapter keeps them in score_scale.json."""
-    values = read_json(Path(dir) / "config.json", missing={})
-    values |= read_json(Path(dir) / "score_scale.json", missing={})
+    values = {}
+    for name in ("config.json", "score_scale.json"):
+        values |= read_json(Path(dir) / name, missing={})
     return float(values.get("reward_gain", 1.0)), float(values.get("reward_bias", 0.0))
 
 
@@ -311,13 +312,13 @@ PREFIX = "base_model.model."
 
 
 def adapter_places(model):
-    """Which layers of a file may carry adapters: {layer in the file: ([names here], Layout)}.
+    """Which layers of a file may carry adapters: {layer in the file: [names here]}.
 
     A layer that the family's files fuse has several names here."""
     stored = places(model.cfg, [f"{name}.weight" for name in lora.linear_names(model)])
     return {
-        layer.removesuffix(".weight"): ([part.removesuffix(".weight") for part in parts], layout)
-        for layer, (parts, layout) in stored.items()
+        layer.removesuffix(".weight"): [part.removesuffix(".weight") for part in parts]
+        for layer, (parts, _) in stored.items()
     }
 
 
@@ -339,7 +340,7 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
     tensors = tensors or dict(model.named_parameters())
     stored = adapter_places(model)
     adapted = {}  # {layer in the file: (A, B)}
-    for layer, (parts, _) in stored.items():
+    for layer, parts in stored.items():
         As, Bs = [], []
         for part in parts:
             if part in layers:
@@ -372,14 +373,15 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
         target_modules=sorted(leaves if whole else adapted),
         modules_to_save=["score"] if score else None,
         bias="none",
-        fan_in_fan_out=any(stored[layer][1] is CONV1D for layer in adapted),
+        fan_in_fan_out=CONV1D in FAMILIES[model.cfg.family].layouts.values(),
         inference_mode=True,
     )
     write_tensors(out.items(), dir, name="adapter_model")
+    template = dir / "chat_template.jinja"
     if tok and tok.adopted:
-        write_text(dir / "chat_template.jinja", tok.chat_template)
+        write_text(template, tok.chat_template)
     else:
-        (dir / "chat_template.jinja").unlink(missing_ok=True)
+        template.unlink(missing_ok=True)
     write_json(dir / "adapter_config.json", config)
     # an earlier run without lora_rank= may have left a whole model here
     for path in (dir / "config.json", *dir.glob("model*.safetensors*")):
@@ -429,43 +431,37 @@ def load_adapter(model, dir, name="default"):
     config = read_adapter_config(dir)
     rank = config["r"]
     scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    stored = adapter_places(model)
-    tensors, wanted = {}, {}
-    layers = {}  # {layer in the file: its modules here}
+    tensors = {}
     for key, tensor in read_tensors(dir, name="adapter_model").items():
         stem = key.removeprefix(PREFIX).removesuffix(".weight")
-        layer, _, ab = stem.rpartition(".")
-        if stem in ("score", "score.modules_to_save"):
-            stem = "score"
-            if not hasattr(model, "score"):
-                raise UserError(
-                    f"{dir}: the adapter carries a score head, "
-                    "but the model was not opened as a score model"
-                )
-            wanted[stem] = model.score.weight.shape
-        elif layer in stored and ab in ("lora_A", "lora_B"):
-            layers[layer] = [model.get_submodule(part) for part in stored[layer][0]]
-        else:
+        tensors[stem.removesuffix(".modules_to_save")] = tensor
+    stored = adapter_places(model)
+    layers = {}  # {layer in the file: its modules here}
+    wanted = {}
+    for layer, parts in stored.items():
+        A, B = f"{layer}.lora_A", f"{layer}.lora_B"
+        if A in tensors or B in tensors:
+            layers[layer] = modules = [model.get_submodule(part) for part in parts]
+            wanted[A] = (rank, modules[0].in_features)
+            wanted[B] = (sum(m.out_features for m in modules), rank)
+    if "score" in tensors:
+        if not hasattr(model, "score"):
             raise UserError(
-                f"{dir}: tensor {key} belongs to no layer that is adapted here: "
-                "an adapter for another base?"
+                f"{dir}: the adapter carries a score head, "
+                "but the model was not opened as a score model"
             )
-        tensors[stem] = tensor
+        wanted["score"] = model.score.weight.shape
+    what = "the model: they are incomplete, or of an adapter for another base"
+    check_tensors(dir, wanted, tensors, what)
     if not layers:
         raise UserError(f"{dir}: adapter_model.safetensors is incomplete: it adapts no layer")
-    for layer, modules in layers.items():
-        wanted[f"{layer}.lora_A"] = (rank, modules[0].in_features)
-        wanted[f"{layer}.lora_B"] = (sum(m.out_features for m in modules), rank)
-    check_tensors(
-        dir, wanted, tensors, "the model: they are incomplete, or of an adapter for another base"
-    )
     if not lora.adapted(model):
         model.requires_grad_(False)
     new = dict(dtype=torch.float32, device=model.model["embed_tokens"].weight.device, copy=True)
     for layer, modules in layers.items():
         A = tensors[f"{layer}.lora_A"]
         Bs = tensors[f"{layer}.lora_B"].split([m.out_features for m in modules])
-        for part, B in zip(stored[layer][0], Bs, strict=True):
+        for part, B in zip(stored[layer], Bs, strict=True):
             lora.wrap(model, part).put(name, A.to(**new), B.to(**new), scale)
     if "score" in tensors:
         model.score.weight.data.copy_(tensors["score"])
@@ -490,9 +486,10 @@ def add_adapter(model, cfg, name="default", dropout=None):
 
     UserError for what lora.apply refuses."""
     dropout = cfg.lora_dropout if dropout is None else dropout
-    rest = (dropout, cfg.lora_targets, name, cfg.lora_rslora)
     try:
-        lora.apply(model, cfg.lora_rank, cfg.lora_alpha, *rest)
+        lora.apply(
+            model, cfg.lora_rank, cfg.lora_alpha, dropout, cfg.lora_targets, name, cfg.lora_rslora
+        )
     except ValueError as e:
         raise UserError(str(e)) from None
 
@@ -568,8 +565,8 @@ def open(
     place = base_of(dir, base)
     if adapter and head is None and is_scorer(dir):
         head = "score"
-    if adapter and merge and dtype is None:
-        dtype = torch.float32
+    if adapter and merge:
+        dtype = dtype or torch.float32
     model = load_model(place, device, dtype, head)
     if adapter:
         load_adapter(model, dir)

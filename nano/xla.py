@@ -91,7 +91,7 @@ class XLA(Runtime):
             if self.parallel == "fsdp" or self.tensor > 1:
                 self._mark_parameters(model)
             for layer in model.layers:  # keeps the activations sharded along the batch
-                layer.register_forward_hook(self._mark_output)
+                layer.register_forward_hook(lambda layer, inputs, x: self._mark_batch(x))
         self.sync()
 
     def _mark_parameters(self, model):
@@ -105,9 +105,6 @@ class XLA(Runtime):
             dim = None if vocabulary else dims.get(name)
             self.specs[id(p)] = partition_spec(p.shape, dim, shards)
             self.xs.mark_sharding(p, self.mesh, self.specs[id(p)])
-
-    def _mark_output(self, module, inputs, output):
-        self._mark_batch(output)
 
     def _mark_batch(self, t):
         """Shards t (B, ...) along B where the shards are equal: XLA fails on some unequal ones."""

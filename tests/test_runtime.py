@@ -256,13 +256,13 @@ def test_ddp_has_the_attributes_of_its_model(tmp_path):
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         model = tiny.model()
-        net = runtime.DDP(model, None, torch.device("cpu"), torch.float32)
+        net = runtime.DDP(model, None, torch.float32)
         assert net.cfg is model.cfg and net.head_weight is model.head_weight
         assert len(net.layers) == len(model.layers) and not hasattr(net, "nothing")
         hidden = net(dict(tokens=torch.arange(6).view(2, 3)))
         assert torch.equal(net.logits(hidden), model.logits(hidden))
         one = {"norm": model.model["norm"].weight}
-        runtime.DDP(model, one, torch.device("cpu"), torch.float32)
+        runtime.DDP(model, one, torch.float32)
         assert all(p.requires_grad for p in model.parameters())
     finally:
         torch.distributed.destroy_process_group()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nano.config import UserError
-from nano.store import Store, Writer, has_split, mix, parse_share, validation, write_store
+from nano.store import Store, Writer, mix, parse_share, validation, write_store
 
 
 def make_rows(lengths, seed=0, vocab=1000):
@@ -278,9 +278,6 @@ def test_validation_of_folders_that_do_not_all_have_it(tmp_path):
     make_store(tmp_path / "a", [3, 4])
     write_store(
         tmp_path / "b", {"train": make_rows([5]), "val": make_rows([6, 7])}, dict(vocab_size=1000)
-    )
-    assert has_split([tmp_path / "a", tmp_path / "b"], "val") and not has_split(
-        [tmp_path / "a"], "val"
     )
     assert validation([tmp_path / "a", tmp_path / "b"]).lengths.tolist() == [6, 7]
     assert validation([tmp_path / "a"]) is None
