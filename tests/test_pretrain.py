@@ -447,7 +447,7 @@ def test_mistakes_are_told(base, store, tmp_path, monkeypatch, capsys):
         (dict(data=store, weights=[0.5, 0.5]), "weights= has 2 for 1 data folders"),
         (dict(data=store, weights=[0.0]), "give each one above 0"),
         (dict(data=store, dim=36), "dim=36 must be an even multiple of n_heads=4"),
-        (dict(data=store, n_kv_heads=3), "divide by n_kv_heads=3"),
+        (dict(data=store, n_kv_heads=3), "a multiple of n_kv_heads=3"),
         (dict(data=f"{store},{foreign}"), "foreign was prepared with another tokenizer"),
         (dict(data=foreign, model=base), "foreign was prepared with another tokenizer"),
         (dict(data=f"{store},{tmp_path / 'one'}"), "one holds a single token"),

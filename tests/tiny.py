@@ -141,9 +141,11 @@ def override(*settings):
 
 
 def train(stage, argv):
-    """Runs a stage in this process."""
+    """Runs a stage in this process, its settings checked as on a command line."""
     stage = importlib.import_module(stage)
-    stage.main(config.load(stage.Config, argv))
+    cfg = config.load(stage.Config, argv)
+    config.check(cfg)
+    stage.main(cfg)
 
 
 def stop_before(monkeypatch, step, how=lambda: True):
