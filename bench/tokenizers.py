@@ -175,7 +175,8 @@ NATURAL = """The quick brown fox didn't jump; it's LAZY, isn't it? We'll see: 3.
 and $99.99 (50% off)!
 Übergrößenträger façade naïve Ångström — “quotes”, ‘single’… Привет, мир! Γειά σου Κόσμε. שלום \
 עולם مرحبا بالعالم
-नमस्ते दुनिया สวัสดีชาวโลก こんにちは世界、カタカナ。 안녕하세요 세계! 你好，世界！这是一个测试。 Xin chào
+नमस्ते दुनिया สวัสดีชาวโลก こんにちは世界、カタカナ。 안녕하세요 세계! 你好，世界！这是一个测试。 \
+Xin chào
 thế giới Ẁẃ e\u0301 ﬁ １２３ ½ ² Ⅷ ٣
 def f(x):\n\treturn {"a": [1, 2], 'b': x ** 2}  # comment\n\n    if (i < 10 && !done) { ++i; \
 }\r\n<p class="x">text</p>

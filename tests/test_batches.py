@@ -26,7 +26,7 @@ class InMemory:
         return len(self.lengths)
 
 
-# ------------------------------------------------------------------------------------------ packing
+# ---- packing
 
 
 def best_fit(lengths, max_length):
@@ -90,7 +90,7 @@ def test_bucket():
     assert [b.tolist() for b in bucket(lengths, 8, 1)] == [b.tolist() for b in batches]
 
 
-# ------------------------------------------------------------------------------------------ batches
+# ---- batches
 
 
 def test_collate_by_hand():

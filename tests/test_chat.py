@@ -1,4 +1,5 @@
-"""The chat template that data is laid out by follows the model: its turns end the samples, and what is saved says it."""
+"""The chat template that data is laid out by follows the model: its turns end the samples, and what
+is saved says it."""
 
 import json
 

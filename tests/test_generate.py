@@ -1,4 +1,5 @@
-"""generate.py against forwards without a cache, against transformers, and against the distributions it says it samples from."""
+"""generate.py against forwards without a cache, against transformers, and against the distributions
+it says it samples from."""
 
 import numpy as np
 import pytest
@@ -282,7 +283,8 @@ def test_unequal_lengths_cost_their_sum(steps):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_that_are_done_idle_without_harm(streaming):
-    """With `few` shapes a row that ended stays in the batch: for longer than the cache has slots for it."""
+    """With `few` shapes a row that ended stays in the batch: for longer than the cache has slots
+    for it."""
     asked, lengths = [200 if streaming else 2, 60, 180, 180, 180], [2, 60, 180, 180, 180]
     count = [0] * 5
 
@@ -413,7 +415,8 @@ def test_weights_are_read_anew_each_time():
 
 
 def test_sharded_and_compiled_models(tmp_path):
-    """FSDP2 (of one process) and torch.compile change the modules; what is generated stays the same."""
+    """FSDP2 (of one process) and torch.compile change the modules; what is generated stays the
+    same."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 

@@ -66,7 +66,7 @@ def messages(turns, keys=("role", "content")):
     return [dict(zip(keys, turn, strict=True)) for turn in turns]
 
 
-# ------------------------------------------------------------------------------------ record shapes
+# ---- record shapes
 
 U, A, E = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
 S = "<|im_start|>system\n"
@@ -226,7 +226,7 @@ def test_text_field(model, tmp_path, capsys):
     assert "rows kept" in out and "no response template" in out and "target tokens" in out
 
 
-# --------------------------------------------------------------------------------------- known sets
+# ---- known sets
 
 CHOICES = dict(text=["sun", "moon"], label=["A", "B"])
 SETS = {  # name: (record, prompt and target under the template "columns")
@@ -365,7 +365,7 @@ def test_no_record_is_a_traceback(model, template):
     assert bad > 1000 and good > 100
 
 
-# ------------------------------------------------------------------------------------------ lengths
+# ---- lengths
 
 
 def test_over_length_and_no_target(model, tmp_path):
@@ -392,7 +392,7 @@ def test_over_length_and_no_target(model, tmp_path):
     assert store.row(2)[1].tolist() == [0] * head + [1] * 20
 
 
-# ------------------------------------------------------------------------------------- the held-out
+# ---- the held-out
 
 
 def contents(store):
@@ -449,7 +449,7 @@ def test_val_that_cannot_be(model, tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-# -------------------------------------------------------------------------------------- the readers
+# ---- the readers
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -633,7 +633,7 @@ def test_ordered_map_does_not_run_ahead():
     assert [0, *out] == [2 * i for i in range(100)]
 
 
-# --------------------------------------------------------------------------------------- bad inputs
+# ---- bad inputs
 
 GOOD = json.dumps(dict(prompt="p", completion="c")).encode()
 BAD = {  # file name: (content, part of the error message)

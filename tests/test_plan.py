@@ -40,7 +40,8 @@ def test_llama_8b_on_eight_h100_by_hand():
         16 * 4096 * token * 4 / 3 / (8 * 990e12 * 0.4)
     )  # 4/3: the forward is done twice
     assert p["useful"] == pytest.approx(16 * 4096 * token / (8 * 990e12))
-    # two micro-batches: weights in bf16 gathered for forward and backward, gradients in fp32 reduced
+    # two micro-batches: weights in bf16 gathered for forward and backward, gradients in fp32
+    # reduced
     assert p["communicate"] == pytest.approx(2 * 7 / 8 * (2 * 2 * P + 4 * P) / (450e9 * 0.7))
     assert p["generate"] == 0 and p["room"] == 80e9
 
@@ -91,7 +92,8 @@ def test_memory_is_that_of_the_stages(tmp_path):
 
 
 def test_memory_is_near_what_an_h100_took():
-    """41.3 and 28.2 GB (bench/README.md). With one micro-batch a step, gradients come as activations go."""
+    """41.3 and 28.2 GB (bench/README.md). With one micro-batch a step, gradients come as
+    activations go."""
     with torch.device("meta"):
         model = Transformer(
             ModelConfig(
@@ -165,7 +167,8 @@ def test_tensor_by_hand():
         layer / 4 + 2 * C
     )
     assert ddp["memory"]["gathered"] == 0
-    # four micro-batches of a row: (row, C) summed twice a layer and once for embeddings, five times backward, once in recomputation
+    # four micro-batches of a row: (row, C) summed twice a layer and once for embeddings, five times
+    # backward, once in recomputation
     rounds, row = 4, 2 * 3 / 4 * 2 * 4096 * C
     shared = rounds * (row * (L * (2 + 5 + 1) + 1) + 3 / 4 * 2 * V * C) / near
     assert fsdp["communicate"] == pytest.approx(shared + rounds * 3 / 4 * 8 * P / 4 / (2 * far))

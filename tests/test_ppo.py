@@ -43,7 +43,7 @@ def ragged(lengths, seed=0):
     return mask, lambda: torch.where(mask > 0, torch.randn(mask.shape, generator=generator), NAN)
 
 
-# ---------------------------------------------------------------------------------------------- rewards, advantages
+# ---- rewards, advantages
 
 
 def test_shape_rewards_by_hand():
@@ -107,7 +107,8 @@ HOWS = ["group", "group_std", "rloo"]
 def test_group_advantages_of_any_scores(how):
     many = ppo.group_advantages(torch.randn(64), 8, how).view(8, 8)
     assert many.sum(1).abs().max() < 1e-5 and many.abs().max() > 0.1
-    # The mean of eight fp32 numbers 20000.3 is not 20000.3: what is left must not be divided by eps.
+    # The mean of eight fp32 numbers 20000.3 is not 20000.3: what is left must not be divided by
+    # eps.
     for score in (20000.3, 0.1, -7.7, 1e-30):
         equal = ppo.group_advantages(torch.full((24,), score), 8, how)
         assert torch.equal(equal, torch.zeros(24)), score
@@ -159,11 +160,12 @@ def test_whitening_over_all_actions():
     torch.testing.assert_close(ppo.whiten(x, mask, two), ppo.whiten(x, mask, ALONE))
 
 
-# ---------------------------------------------------------------------------------------------- losses
+# ---- losses
 
 
 def test_policy_loss_by_hand():
-    """Ratios 1.5, 0.5, 1.1, 1 with clip 0.2: held where the step has gone far enough in the direction that the advantage asks."""
+    """Ratios 1.5, 0.5, 1.1, 1 with clip 0.2: held where the step has gone far enough in the
+    direction that the advantage asks."""
     mask, old = matrix([1, 1, 1, 1], [1, 1, 0, 0]), torch.zeros(2, 4)
     new = matrix([1.5, 0.5, 1.1, 1], [1.5, 0.5, 3, NAN]).log().requires_grad_()
     advantages = matrix([1, 1, 1, 1], [-1, -1, 9, NAN])
@@ -217,7 +219,8 @@ def test_what_an_action_weighs():
 
 
 def test_k3():
-    """exp(d) - 1 - d, d = log(reference / policy): not negative, with the mean KL(policy, reference)."""
+    """exp(d) - 1 - d, d = log(reference / policy): not negative, with the mean KL(policy,
+    reference)."""
     mask = matrix([1, 1, 1, 0])
     policy, ref = matrix([-1, -2, -3, NAN]), matrix([-1, -1.5, -5, -INF])
     right = matrix([0, math.exp(0.5) - 1.5, math.exp(-2) + 1, 0])
@@ -242,7 +245,8 @@ def test_value_loss_by_hand():
     mask, old = matrix([1, 1, 1, 1], [1, 0, 0, 0]), matrix([0, 0, 0, 0], [1, NAN, 0, 0])
     values = matrix([0.5, 0.5, -0.5, 0.1], [1.0, 0, NAN, 0]).requires_grad_()
     returns = matrix([1, 0.1, 1, 0], [3, 0, 0, NAN])
-    # near the return, but moved by more than 0.2 from the old value: the error of the held value counts, without a gradient
+    # near the return, but moved by more than 0.2 from the old value: the error of the held value
+    # counts, without a gradient
     terms = [(0.2 - 1) ** 2, (0.5 - 0.1) ** 2, (-0.5 - 1) ** 2, 0.1**2, 2.0**2]
     loss, stats = ppo.value_loss(values, old, returns, mask, 0.2)
     assert math.isclose(loss.detach(), 0.5 * sum(terms) / 5, rel_tol=1e-6) and math.isclose(
@@ -286,7 +290,7 @@ def test_the_adaptive_coefficient():
     assert math.isclose(controller.coef, 0.9**10)
 
 
-# ---------------------------------------------------------------------------------------------- episodes
+# ---- episodes
 
 
 PROMPTS, RESPONSES = [[5, 6, 7], [9], [3, 4, 3, 4, 3]], [[8, 258], [1, 2, 3, 4], [258]]

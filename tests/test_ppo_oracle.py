@@ -1,4 +1,5 @@
-"""PPO's functions against what is known without them: a language whose optimum has a closed form, and another implementation."""
+"""PPO's functions against what is known without them: a language whose optimum has a closed form,
+and another implementation."""
 
 import functools
 from types import SimpleNamespace
@@ -10,9 +11,10 @@ import torch
 import ppo
 from nano import batches, runtime, weights
 
-# ---------------------------------------------------------------------------------------------- the tabular oracle
-# A language of three words and EOS, two tokens at most: EOS, or a word and then any token. Of all policies, the one with the
-# highest E[score] - BETA * KL(policy, reference) is reference * exp(score / BETA) / Z over whole texts (Ziegler et al. 2019).
+# ---- the tabular oracle
+# A language of three words and EOS, two tokens at most: EOS, or a word and then any token. Of all
+# policies, the one with the highest E[score] - BETA * KL(policy, reference) is reference *
+# exp(score / BETA) / Z over whole texts (Ziegler et al. 2019).
 
 V, EOS, BETA = 4, 3, 0.5
 REFERENCE, SCORES = torch.randn(
@@ -122,7 +124,7 @@ def test_the_oracle_tells_mistakes_from_right(how):
     assert learn(**how) > 0.004
 
 
-# ---------------------------------------------------------------------- GRPO beside trl's and in float64
+# ---- GRPO beside trl's and in float64
 # Two prompts of four samples, of unequal lengths, in micro-batches cut anywhere.
 
 PARTS = slice(0, 3), slice(3, 8)
@@ -191,7 +193,8 @@ def config(loss_mean, kl_coef, temperature, clip_high=0.0):
 def test_grpo_gradient_is_that_of_the_formula_in_float64(
     base, loss_mean, kl_coef, temperature, clip_high
 ):
-    """Shao et al. 2024 (arXiv:2402.03300), Eq. 3 and 4, written out for one action after another."""
+    """Shao et al. 2024 (arXiv:2402.03300), Eq. 3 and 4, written out for one action after
+    another."""
     model, right = weights.load_model(base), weights.load_model(base).double()
     cfg = config(loss_mean, kl_coef, temperature, clip_high)
     stats, targets = gradient(model, cfg)
@@ -263,8 +266,9 @@ def peer(base):
     "loss_type, temperature", [("dapo", 1.0), ("bnpo", 0.7), ("grpo", 1.0), ("dr_grpo", 0.7)]
 )
 def test_grpo_loss_and_gradient_are_trl_s(base, peer, loss_type, temperature, beta):
-    """trl means by grpo a mean over each sample, then over samples; by bnpo one over the tokens of a
-    micro-batch, which here is the batch; by dapo, its default, one over the tokens of the batch."""
+    """trl means by grpo a mean over each sample, then over samples; by bnpo one over the tokens of
+    a micro-batch, which here is the batch; by dapo, its default, one over the tokens of the
+    batch."""
     model = weights.load_model(base)
     cfg = config(LOSS_MEANS[loss_type], beta, temperature)
     stats, targets = gradient(model, cfg)

@@ -122,7 +122,8 @@ def distance(a, b):
 
 
 def stop_at(monkeypatch, call):
-    """The run is asked to stop at its call-th look: two an iteration, before it and after its rollout."""
+    """The run is asked to stop at its call-th look: two an iteration, before it and after its
+    rollout."""
     calls = iter(range(10**6))
     monkeypatch.setattr(runtime.Runtime, "should_stop", lambda self: next(calls) == call)
 
@@ -158,7 +159,7 @@ def settings_of(folder, layout):
     return settings
 
 
-# ---------------------------------------------------------------------------------------------- what a run begins with
+# ---- what a run begins with
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -178,7 +179,8 @@ def test_before_the_first_update_policy_is_reference(folder, tmp_path, layout, d
 
 
 def test_a_merged_adapter_starts_at_its_reference_too(folder, tmp_path):
-    """Policy in fp32 and reference in bf16 are both rounded once, from the same sum of base and adapter."""
+    """Policy in fp32 and reference in bf16 are both rounded once, from the same sum of base and
+    adapter."""
     model = weights.open(folder / "base").model
     lora.apply(model, 2, 4)
     for p in tiny.adapter_parameters(model):
@@ -189,7 +191,8 @@ def test_a_merged_adapter_starts_at_its_reference_too(folder, tmp_path):
 
 @pytest.mark.parametrize("layout", ["full", "lora"])
 def test_roles(folder, tmp_path, monkeypatch, layout):
-    """The critic starts as the reward model, in its units; only policy and critic are trained, all else stays to the bit."""
+    """The critic starts as the reward model, in its units; only policy and critic are trained, all
+    else stays to the bit."""
     built = spy(monkeypatch, ppo, "build")
     train(folder, tmp_path, **settings_of(folder, layout), steps=0)
     policy, reference, scorer, critic = built[0][2]
@@ -278,7 +281,7 @@ def test_the_saved_model_is_the_policy(folder, tmp_path, monkeypatch):
         assert tokenizer.load(base).fingerprint == tokenizer.load(folder / "base").fingerprint
 
 
-# ---------------------------------------------------------------------------------------------- learning
+# ---- learning
 
 
 @pytest.fixture(scope="module")
@@ -418,12 +421,13 @@ def test_a_run_with_ptx(folder, tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------- the KL, groups
+# ---- the KL, groups
 
 
 @pytest.mark.parametrize("how", [dict(), dict(lora_rank=2), dict(algo="grpo", group=2)], ids=str)
 def test_no_reference_without_a_use_for_it(folder, tmp_path, monkeypatch, how):
-    """With kl_coef=0 there is no reference forward and no KL in the log, unless log_kl asks for it."""
+    """With kl_coef=0 there is no reference forward and no KL in the log, unless log_kl asks for
+    it."""
     built = spy(monkeypatch, ppo, "build")
     off = [dict(kl_coef=0.0), dict(kl_in="none")]
     logs = []
@@ -440,8 +444,8 @@ def test_no_reference_without_a_use_for_it(folder, tmp_path, monkeypatch, how):
 
 @pytest.mark.parametrize("kl_in", ["loss", "reward", "none"])
 def test_where_the_kl_goes(folder, tmp_path, monkeypatch, kl_in):
-    """In the second iteration, when there is one: into the loss with the reference's log-probabilities
-    and kl_coef, or into the advantages beside the normalised scores."""
+    """In the second iteration, when there is one: into the loss with the reference's log-
+    probabilities and kl_coef, or into the advantages beside the normalised scores."""
     calls = spy(monkeypatch, ppo, "rl_gradient")
     judged = spy(monkeypatch, functions, "judge")
     settings = dict(advantage="group_std", group=4, kl_in=kl_in, lr=1e-2, ppo_epochs=1, log_kl=True)
@@ -519,12 +523,12 @@ def test_the_gap_between_decoder_and_training_forward(folder, tmp_path, monkeypa
     assert wrong == right
 
 
-# ---------------------------------------------------------------------------------------------- rewards of a run
+# ---- rewards of a run
 
 
 def test_what_is_scored(folder, tmp_path, monkeypatch):
-    """Of each episode: the reward function's number, clipped, less one penalty for a bad end, which only the response decides: the
-    prompts here hold stop ids too."""
+    """Of each episode: the reward function's number, clipped, less one penalty for a bad end, which
+    only the response decides: the prompts here hold stop ids too."""
     tok = tokenizer.load(folder / "base")
     rows = [([97 + i, 258, 98, 256, 99, 258], [0, 0, 0, 0, 1, 1]) for i in range(8)]
     write_store(
@@ -571,7 +575,8 @@ def test_what_is_scored(folder, tmp_path, monkeypatch):
 
 
 def test_the_first_losses_by_hand(folder, tmp_path, monkeypatch):
-    """What reaches the update: log-probabilities at the temperature, the critic's values, GAE whitened over all episodes."""
+    """What reaches the update: log-probabilities at the temperature, the critic's values, GAE
+    whitened over all episodes."""
     shaped, found = spy(monkeypatch, ppo, "shape_rewards"), spy(monkeypatch, ppo, "rl_gradient")
     made = spy(monkeypatch, generate, "generate")
     train(
@@ -636,7 +641,7 @@ def test_target_kl_ends_the_passes(folder, tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------- how it is cut, stopped, parked
+# ---- how it is cut, stopped, parked
 
 
 @pytest.mark.parametrize("layout", ["full", "lora", "grpo", "samples"])
@@ -663,7 +668,8 @@ def test_an_update_does_not_depend_on_the_micro_batch(folder, tmp_path, layout):
 @pytest.mark.parametrize("at", [4, 5], ids=["between iterations", "in a rollout"])
 @pytest.mark.parametrize("layout", ["full", "lora", "grpo"])
 def test_a_stopped_run_goes_on_bit_for_bit(folder, tmp_path, layout, at):
-    """Weights, both optimizers, the controller, the prompts' and the other text's order, what was warned of."""
+    """Weights, both optimizers, the controller, the prompts' and the other text's order, what was
+    warned of."""
     settings = settings_of(folder, layout) | dict(
         steps=4,
         kl_control="adaptive",
@@ -786,8 +792,9 @@ def environment():
 
 
 def test_two_processes_do_what_one_does(folder, tmp_path):
-    """The same episodes whoever rolls them out, and the same gradients, when minibatches, groups and other text are cut over ranks
-    and two nets share a trunk. (tests/test_parallel.py has the plain runs.)"""
+    """The same episodes whoever rolls them out, and the same gradients, when minibatches, groups
+    and other text are cut over ranks and two nets share a trunk. (tests/test_parallel.py has the
+    plain runs.)"""
     settings = dict(
         reward=folder / "adapter",
         lora_rank=2,
@@ -837,7 +844,8 @@ def test_two_processes_do_what_one_does(folder, tmp_path):
 
 
 def test_when_a_run_saves_and_shows_samples(folder, tmp_path, monkeypatch):
-    """0: once in a pass over the 24 prompts; -1: never, but a run saves at its end. No step: nothing."""
+    """0: once in a pass over the 24 prompts; -1: never, but a run saves at its end. No step:
+    nothing."""
     save = Run.save_model
 
     for every, shown, saved in ((0, [0, 3, 6], [3, 6, 7]), (-1, [], [7]), (4, [0, 4], [4, 7])):
@@ -874,7 +882,7 @@ def test_rank_stabilised_adapters(folder, tmp_path):
         assert math.isclose(alpha / (r**0.5 if config_json.get("use_rslora") else r), scale)
 
 
-# ---------------------------------------------------------------------------------------------- what is shown, what is refused
+# ---- what is shown, what is refused
 
 
 def test_samples_and_warnings(folder, tmp_path, capsys):

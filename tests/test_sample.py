@@ -1,4 +1,5 @@
-"""sample.py as its users run it: a file of prompts, one prompt, a chat; and what it says when something is wrong."""
+"""sample.py as its users run it: a file of prompts, one prompt, a chat; and what it says when
+something is wrong."""
 
 import json
 import re
@@ -248,7 +249,8 @@ def test_half_an_emoji_in_a_file_of_prompts(model, tmp_path, monkeypatch, capsys
 
 
 def test_a_continuation_keeps_the_space_between(monkeypatch):
-    """sentencepiece's words begin with their space; only at the beginning of a text it is not meant."""
+    """sentencepiece's words begin with their space; only at the beginning of a text it is not
+    meant."""
     tok = tokenizer.Tokenizer.__new__(tokenizer.Tokenizer)
     tok.bytes, tok.control, tok.model = (
         {1: b" there", 2: b" was"},

@@ -1,4 +1,5 @@
-"""prepare/text.py: the store against direct tokenization, interruptions, new tokenizers against Hugging Face's, bad input."""
+"""prepare/text.py: the store against direct tokenization, interruptions, new tokenizers against
+Hugging Face's, bad input."""
 
 import gzip
 import json
@@ -65,7 +66,7 @@ def files(dir):
     return {p.relative_to(dir).as_posix(): p.read_bytes() for p in dir.rglob("*") if p.is_file()}
 
 
-# ---------------------------------------------------------------------------------------------------- what comes out
+# ---- what comes out
 
 
 def test_every_format_gives_the_same_rows(model, tmp_path):
@@ -205,7 +206,7 @@ def test_max_mb_stops_early(model, tmp_path, monkeypatch):
     assert 1e6 <= read <= 1.02e6
 
 
-# ---------------------------------------------------------------------------------------------------- held out
+# ---- held out
 
 
 @pytest.fixture
@@ -243,7 +244,7 @@ def test_a_share_that_comes_to_nothing_is_told(model, tmp_path, capsys):
     assert [*read_meta(tmp_path / "out")["splits"]] == ["train"]
 
 
-# ---------------------------------------------------------------------------------------------------- interruptions
+# ---- interruptions
 
 
 def kill_at(monkeypatch, n):
@@ -333,7 +334,7 @@ def test_another_job_starts_anew(model, tmp_path, monkeypatch, small):
     assert (tmp_path / "out.work" / "mine").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- new tokenizers
+# ---- new tokenizers
 
 
 def naive_merges(words, count):
@@ -487,7 +488,7 @@ def test_a_new_tokenizer_is_trained_on_a_sample_from_everywhere(tmp_path, monkey
     }
 
 
-# ---------------------------------------------------------------------------------------------------- bad input
+# ---- bad input
 
 
 def latin(path, name):

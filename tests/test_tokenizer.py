@@ -276,7 +276,7 @@ def test_smollm2_golden(shared_data):
     )
 
 
-# ----------------------------------------------------------------------------------------------- other files
+# ---- other files
 
 
 def test_vocab_and_merges_files(tmp_path):
@@ -370,7 +370,7 @@ def test_tiktoken_files_that_will_not_do(tmp_path):
         tokenizer.load(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------- sentencepiece
+# ---- sentencepiece
 
 
 @pytest.fixture(scope="module")
@@ -513,7 +513,7 @@ def test_byte_fallback_json(scheme, tmp_path):
         tokenizer.load(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------- all of them
+# ---- all of them
 
 
 @pytest.fixture(scope="module")
@@ -654,7 +654,7 @@ def test_ends_of_text(kinds, tmp_path):
         ours.encode("a", eos=True)
 
 
-# ----------------------------------------------------------------------------------------------- refusals
+# ---- refusals
 
 
 def duplicate(spec):

@@ -1,4 +1,5 @@
-"""The toy tasks: every answer is right, nothing held out was trained on, and `gold` is the reward it is meant to be."""
+"""The toy tasks: every answer is right, nothing held out was trained on, and `gold` is the reward
+it is meant to be."""
 
 import json
 import random
@@ -163,7 +164,8 @@ def test_reviews(tmp_path):
 
 
 def test_reviews_tokenizer(tmp_path):
-    """One token a word and 36 in all, the same ids as with the `tokenizers` package, and text comes back."""
+    """One token a word and 36 in all, the same ids as with the `tokenizers` package, and text comes
+    back."""
     toy.write_tokenizer(tmp_path)
     tok = tokenizer.load(tmp_path, template="plain")
     assert tok.vocab_size == 36 and tok.eos_id == 1 and tok.pad_id == 0 and tok.bos_id is None

@@ -1,4 +1,5 @@
-"""prepare/weights.py: GGUF against the gguf package, Meta's and Hugging Face's files against transformers, and bad files."""
+"""prepare/weights.py: GGUF against the gguf package, Meta's and Hugging Face's files against
+transformers, and bad files."""
 
 import json
 import os
@@ -90,7 +91,7 @@ def equal_logits(dir, reference, tolerance=1e-4, length=40):
         return (model.logits(model.hidden(x)) - expected).abs().max() < tolerance
 
 
-# --- GGUF ------------------------------------------------------------------------------------------------------
+# ---- GGUF
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -394,7 +395,7 @@ def test_header_fuzz(tmp_path):
     assert refusals > 50
 
 
-# --- Meta's files ------------------------------------------------------------------------------------------------
+# ---- Meta's files
 
 META = {
     "self_attn.q_proj": "attention.wq",
@@ -549,7 +550,7 @@ def test_bad_meta_files(spm, tmp_path, capsys):
     refused(capsys, "params.json cannot be read as JSON", meta, out)
 
 
-# --- Hugging Face directories, packages, the hub -------------------------------------------------------------------
+# ---- Hugging Face directories, packages, the hub
 
 
 def test_hf_directory(tmp_path, capsys):

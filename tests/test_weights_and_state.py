@@ -48,7 +48,7 @@ def edit_config(dir, **change):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
-# --- saving and loading ------------------------------------------------------------------------------------------
+# ---- saving and loading
 
 
 @pytest.mark.parametrize("shard_bytes, files", [(5e9, 1), (20_000, 4), (1, 21)])
@@ -169,7 +169,7 @@ def test_gathered_tensors_take_the_place_of_the_models(tmp_path):
     assert same(weights.load_model(tmp_path), whole.bfloat16())
 
 
-# --- families whose files differ ---------------------------------------------------------------------------------
+# ---- families whose files differ
 
 
 def interleaved(heads):
@@ -198,7 +198,8 @@ STORED = {
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """Adds a family whose files name, fuse and transpose tensors: a function of the layout of its c_attn."""
+    """Adds a family whose files name, fuse and transpose tensors: a function of the layout of its
+    c_attn."""
 
     def add(layout):
         family = dataclasses.replace(
@@ -283,7 +284,7 @@ def test_an_unknown_family():
         families.config_json(ModelConfig(family="qwen"))
 
 
-# --- what a user can get wrong -------------------------------------------------------------------------------------
+# ---- what a user can get wrong
 
 
 def test_missing_directory_and_adapter(tmp_path):
@@ -378,11 +379,12 @@ def test_score_model_is_no_language_model(tmp_path):
         weights.load_model(tmp_path, head="lm")
 
 
-# --- kills -------------------------------------------------------------------------------------------------------
+# ---- kills
 
 
 def killed_at(step, action):
-    """Runs `action` in a child process that ends like kill -9 before its `step`-th change to the file system. -> whether it was"""
+    """Runs `action` in a child process that ends like kill -9 before its `step`-th change to the
+    file system. -> whether it was"""
     child = os.fork()
     if child == 0:
         count = 0
@@ -501,7 +503,7 @@ def test_a_failure_leaves_nothing_half_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-# --- memory ------------------------------------------------------------------------------------------------------
+# ---- memory
 
 MEASURE = """
 import re, sys, torch
@@ -546,7 +548,7 @@ def test_peak_memory_at_load(stored, wanted, tmp_path):
         assert anonymous < 0.1  # the weights are the file
 
 
-# --- training state ------------------------------------------------------------------------------------------------
+# ---- training state
 
 
 class Rank:
@@ -616,7 +618,8 @@ def test_resume_is_bit_for_bit(kind, dtype, tmp_path):
 
 
 def test_a_resumed_run_may_have_other_settings():
-    """The groups' learning rate, decay and betas are what the command says, not what an earlier one said."""
+    """The groups' learning rate, decay and betas are what the command says, not what an earlier one
+    said."""
     model, optimizer = trainer(torch.optim.AdamW)
     steps(model, optimizer, 1)
     tensors, meta = state.flatten_optimizer(optimizer)
