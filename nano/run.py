@@ -172,8 +172,8 @@ class Run:
 
     def save_model(self, dir):
         """Writes the model, or its adapter, to `dir`. All ranks gather the weights, one writes."""
-        whole = dict(self.model.named_parameters())
-        tensors = self.rt.gather(self.trained if self.adapter else whole)
+        tensors = self.trained if self.adapter else dict(self.model.named_parameters())
+        tensors = self.rt.gather(tensors)
         if not self.rt.is_main:
             return
         if self.adapter:
