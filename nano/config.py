@@ -154,7 +154,7 @@ def nearest(name, keys):
     for key in keys:
         if initials(name) == key or initials(key) == name:
             return key
-    return next(iter(difflib.get_close_matches(name, keys, n=1, cutoff=0.5)), None)
+    return next(iter(difflib.get_close_matches(name, keys, 1, 0.5)), None)
 
 
 def read_preset(path):

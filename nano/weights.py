@@ -396,8 +396,11 @@ def read_adapter_config(dir):
     if not path.exists():
         raise UserError(f"{dir} is no adapter directory: it has no adapter_config.json")
     config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise UserError(
+            f"{path}: peft_type {config.get('peft_type')!r} is not supported (only 'LORA' is)"
+        )
     supported = dict(
-        peft_type="LORA",
         use_dora=False,
         bias="none",
         rank_pattern={},
