@@ -1,26 +1,39 @@
 """What a training run will need on given devices, from first principles: the memory of one device
 by part, and the seconds of one step.
 
-    python -m bench.plan size=70b devices=64 batch_size=512 micro_batch=1 max_length=4096
+    python -m bench.plan size=70b device=H100 devices=64 batch_size=512 micro_batch=1
     python -m bench.plan model=models/llama-8b device="RTX 4090" devices=1 stage=dpo lora_rank=16
+    # v5p-128: its name counts two cores a chip
     python -m bench.plan size=8b device="TPU v5p" devices=64 stage=pretrain
     python -m bench.plan size=1b device=H200 devices=8 stage=ppo parallel=ddp
-    python -m bench.plan size=70b devices=64 tensor=8           # a node's devices share each layer
-    python -m bench.plan size=8b device="RTX 4090" offload=true # weights and moments in CPU memory
+    # the devices of a node share each layer
+    python -m bench.plan size=70b device=H100 devices=64 tensor=8
+    # weights and moments in CPU memory
+    python -m bench.plan size=8b device="RTX 4090" devices=8 node=8 offload=true
 
-64 devices of TPU v5p are a v5p-128, because that name counts two cores a chip.
+Memory is that of nano/estimate.py, with what the stage adds to it. Time is counted and not
+measured. Floating-point operations run at `utilisation` of the data sheet's peak. Ring collectives
+and offloading send their bytes at `link_utilisation` of the link's speed. The truth lies between
+the longest of these times, with the others hidden behind it, and their sum. Generation and AdamW on
+the CPU hide nowhere.
 
-Memory is that of estimate.py, with what the stage adds to it. Time is counted, not measured. It is
-floating-point operations at `utilisation` of the data sheet's peak, and the bytes that ring
-collectives and offloading send at `link_utilisation` of the link's. The truth lies between the
-longest of these, which hides everything else, and their sum. AdamW on the CPU hides nowhere.
+Memory was compared with the peaks of torch's allocator over steps of two micro-batches. With one
+micro-batch, gradients come as activations go. The plan differs from the peak by
 
-Memory was compared with the peaks of torch's allocator, of two micro-batches a step (with one,
-gradients come as activations go). On one H100 it is -1% off for 1.1B, full and LoRA. On a CPU it is
--1% to +2% off for 24M, with recomputation +3% to +14%, and on two processes -5% with fsdp and -10%
-with tensor=2. Speed on one H100, in tokens/s as planned against as measured (and compiled): 1.1B
-full 59,605 against 64,228 (74,673), LoRA 87,198 against 66,717 (87,971), pretraining 124M 496,221
-against 448,978 compiled. Several GPUs and TPUs were not checked.
+    one H100, 1.1B, full and LoRA    -1%
+    CPU, 24M                         -1% to +2%
+    CPU, 24M, with recomputation     +3% to +14%
+    two processes, fsdp              -5%
+    two processes, tensor=2          -10%
+
+Speed was compared on one H100, in tokens/s:
+
+                         planned    measured    compiled
+    1.1B, full            59,605      64,228      74,673
+    1.1B, LoRA            87,198      66,717      87,971
+    124M, pretraining    496,221                 448,978
+
+Plans for several GPUs and for TPUs have not been checked.
 """
 
 from dataclasses import dataclass
@@ -34,10 +47,10 @@ from model import ModelConfig, Transformer
 from nano import config, estimate, families, log, tensor
 from nano.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
 
-# memory in GB, and in GB/s its bandwidth and what a device sends within its node, to other nodes
-# and to the CPU. The first three are from the makers' data sheets. The others are assumed: a
-# network adapter of 400 Gbit/s a device, 200 for A100 and 100 for cards, and PCIe 5 or 4. For TPUs
-# it is all links of a chip together.
+# Memory in GB, its bandwidth in GB/s, and the GB/s that a device sends within its node, to other
+# nodes and to the CPU. The makers' data sheets give the first three. The others are assumed: an
+# adapter of 400 Gbit/s a device (200 for A100, 100 for cards), and PCIe 5 or 4 to the CPU. For a
+# TPU all links of a chip count together.
 DEVICES = {
     "B200": (180, 8000, 900, 50, 64),
     "H200": (141, 4800, 450, 50, 64),
@@ -55,7 +68,7 @@ DEVICES = {
     "TPU v6e": (32, 1640, 448, 448, 0),
 }
 
-# Shapes beyond those of pretrain.py (layers, dim, heads, key/value heads, ffn, tied): Llama 3's
+# The shapes of Llama 3, beside those of pretrain.py: layers, dim, heads, kv-heads, ffn, tied
 SIZES = {
     "8b": (32, 4096, 32, 8, 14336, False),
     "70b": (80, 8192, 64, 8, 28672, False),
@@ -66,8 +79,8 @@ SIZES = {
 @dataclass
 class Config:
     # what
-    model: str = ""  # model directory, of which only config.json is read; "": the size
-    size: str = "8b"  # toy, 15m, 124m, 350m, 1b, 3b, 7b as in pretrain.py; 8b, 70b, 405b
+    model: str = ""  # directory, of which only config.json is read; "": use size
+    size: str = "8b"  # one of pretrain.py's sizes, or 8b, 70b, 405b
     vocab_size: PositiveInt = 128_256  # with size=
     stage: Literal["pretrain", "sft", "reward", "dpo", "ppo"] = "sft"
     lora_rank: NonNegativeInt = 0  # 0: all weights are trained
@@ -79,7 +92,7 @@ class Config:
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp"] = "fsdp"
     tensor: PositiveInt = 1  # neighbouring devices of a node that share each layer
     offload: bool = False  # weights, gradients and moments in CPU memory
-    host_bandwidth: PositiveFloat = 200.0  # GB/s of a node's CPU memory, where AdamW works then
+    host_bandwidth: PositiveFloat = 200.0  # GB/s of a node's CPU memory, for AdamW with offload
     utilisation: PositiveFloat = 0.4  # of the peak FLOP/s, recomputation included
     link_utilisation: PositiveFloat = 0.7
     # how
@@ -95,8 +108,8 @@ class Config:
     ppo_epochs: PositiveInt = 4
 
 
-def build(cfg, head):
-    """A Transformer on the meta device, in the dtypes that the stages give it."""
+def build(cfg):
+    """A Transformer on the meta device, without memory, in the dtypes that the stage gives it."""
     if cfg.model:
         shape = families.load_config(cfg.model)
     else:
@@ -114,7 +127,7 @@ def build(cfg, head):
             ffn_dim=ffn,
             tie_embeddings=tied,
         )
-    shape.head = head
+    shape.head = "score" if cfg.stage == "reward" else "lm"
     with torch.device("meta"):
         model = Transformer(shape)
         if cfg.lora_rank:
@@ -123,10 +136,11 @@ def build(cfg, head):
     return model
 
 
-def check(cfg, shape):
-    """What runtime.py and ppo.py refuse, for the same reasons."""
+def check(cfg, shape, local, shards):
+    """UserError for what runtime.py and ppo.py refuse, for the same reasons.
+
+    shape: the ModelConfig. local, shards: as in Job."""
     config.check(cfg)
-    local = min(cfg.node, cfg.devices)
     if cfg.devices % local:
         raise UserError(f"devices={cfg.devices} is no multiple of node={cfg.node}")
     if cfg.tensor > 1 and cfg.offload:
@@ -135,173 +149,249 @@ def check(cfg, shape):
         raise UserError(f"tensor={cfg.tensor} must divide the number of devices of a node, {local}")
     tensor.check(shape, cfg.tensor)
     if cfg.batch_size % (cfg.devices // cfg.tensor * cfg.micro_batch):
-        devices = f"{cfg.devices} devices" + f" / tensor={cfg.tensor}" * (cfg.tensor > 1)
+        devices = f"{cfg.devices} devices"
+        if cfg.tensor > 1:
+            devices += f" / tensor={cfg.tensor}"
         raise UserError(
             f"batch_size={cfg.batch_size} is no multiple of "
             f"micro_batch={cfg.micro_batch} x {devices}"
         )
     if cfg.stage == "ppo" and cfg.max_new_tokens >= cfg.max_length:
         raise UserError(
-            f"max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt "
-            f"in max_length={cfg.max_length}"
+            f"max_new_tokens={cfg.max_new_tokens} leaves no room for a prompt in "
+            f"max_length={cfg.max_length}"
         )
     if "tpu" in cfg.device.lower():
         if cfg.offload or cfg.reduce_dtype != "float32":
             raise UserError(
-                "device=xla, for TPUs, has no offload=, and no reduce_dtype=: "
-                "its gradients are summed in float32"
+                "device=xla, for TPUs, has no offload=, and no reduce_dtype=: its gradients are "
+                "summed in float32"
             )
         if cfg.parallel not in ("ddp", "fsdp"):
             raise UserError(f"parallel={cfg.parallel}: on TPUs use ddp or fsdp")
-    shards = dict(ddp=1, hsdp=local).get(cfg.parallel, cfg.devices)
     if cfg.offload and shards == 1 and (cfg.stage != "ppo" or cfg.lora_rank):
         raise UserError(
-            "offload=true keeps in CPU memory what fsdp, zero2 or hsdp cuts: "
-            "set parallel= to one of them"
+            "offload=true keeps in CPU memory what fsdp, zero2 or hsdp cuts: set parallel= to one "
+            "of them"
         )
+
+
+class Job:
+    """The numbers that the memory and the times of a run depend on. UserError for a bad config.
+
+    peak: FLOP/s of a device. room: bytes of its memory. bandwidth: bytes/s of its memory.
+    near, far, bus: bytes/s that it sends within its node, to other nodes and to the CPU.
+    link: bytes/s that it sends in a ring of all devices.
+    local: devices of a node.
+    shards: parts of a model. FSDP makes `fsdp` of them, and tensor= the rest.
+    groups: tensor groups, each of which has rows of its own.
+    total, trained: parameters. head: those of the output matrix, 0 without one.
+    copy: bytes of all parameters in `dtype`, that of the matrix products.
+    gathers: how often FSDP gathers the weights in a forward and its backward.
+    updates: optimizer steps of a step, each with a forward and a backward of every row. In ppo
+    policy and critic take one each in every epoch.
+    alone: forwards of every row without a backward. In ppo they give the log-probabilities of
+    policy and reference, the score and the value.
+    micros: micro-batches of a device that make up the batch.
+    rounds: forwards with a backward of a device in a step.
+    """
+
+    def __init__(self, cfg):
+        self.peak = log.peak_flops(cfg.device)
+        name = next((name for name in DEVICES if name.lower() in cfg.device.lower()), None)
+        if self.peak is None or name is None:
+            raise UserError(f"device={cfg.device}: use {', '.join(DEVICES)}")
+        self.dtype = getattr(torch, cfg.dtype)
+        self.model = model = build(cfg)
+        self.local = local = min(cfg.node, cfg.devices)
+        self.shards = dict(ddp=cfg.tensor, hsdp=local).get(cfg.parallel, cfg.devices)
+        check(cfg, model.cfg, local, self.shards)
+        room, self.bandwidth, *links = (1e9 * x for x in DEVICES[name])
+        self.room = 1e9 * cfg.memory or room
+        self.near, self.far, self.bus = (x * cfg.link_utilisation for x in links)
+        # A ring that leaves the node runs in as many strands as the node has adapters. Each device
+        # has one, and the rings of a tensor group's devices share them.
+        strands = self.far * local / cfg.tensor
+        self.link = min(self.near, strands) if cfg.devices > cfg.node else self.near
+        self.groups = cfg.devices // cfg.tensor
+        self.fsdp = self.shards // cfg.tensor
+        self.total = sum(p.numel() for p in model.parameters())
+        self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.head = model.head_weight.numel() if model.cfg.head == "lm" else 0
+        self.copy = self.dtype.itemsize * self.total
+        self.tokens = cfg.batch_size * cfg.max_length
+        self.gathers = 1 if cfg.parallel == "zero2" else 2
+        self.updates = 2 * cfg.ppo_epochs if cfg.stage == "ppo" else 1
+        self.alone = 4 if cfg.stage == "ppo" else 0
+        self.micros = cfg.batch_size // (self.groups * cfg.micro_batch)
+        self.rounds = self.micros * self.updates
+
+
+def cache_bytes(cfg, job):
+    """Bytes of the keys and values of the responses that one device generates at the same time."""
+    shape = job.model.cfg
+    slots = min(cfg.rollout_batch, cfg.batch_size // job.groups) * cfg.max_length
+    return 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * job.dtype.itemsize * slots
+
+
+def device_memory(cfg, job):
+    """{part: bytes of one device}, as if nothing was offloaded."""
+    memory = estimate.memory(
+        job.model,
+        cfg.micro_batch * cfg.max_length,
+        job.shards,
+        job.dtype,
+        cfg.grad_checkpoint,
+        cfg.parallel == "zero2",
+        cfg.tensor,
+    )
+    if cfg.stage == "ppo":
+        # ppo has a critic of the policy's kind, and two more models that are only read. With LoRA
+        # all four share one trunk.
+        memory["critic"] = memory["gradients"] + memory["optimizer"]
+        memory["reference, reward"] = 0
+        if not cfg.lora_rank:
+            memory["critic"] += memory["weights"]
+            memory["reference, reward"] = 2 * job.copy / job.shards
+        # Decoding reads a whole copy of the weights in the matrix dtype. Activations and logits of
+        # training are not there at that time.
+        copy = job.copy if job.shards > 1 or not cfg.lora_rank else 0
+        memory["rollout"] = max(
+            0, cache_bytes(cfg, job) + copy - memory["activations"] - memory["head"]
+        )
+    return memory
+
+
+def offload(cfg, job, memory):
+    """Takes the parts that offload= keeps in CPU memory out of `memory`, that of device_memory.
+
+    -> bytes of CPU memory for one device, and of a step the seconds of the transfers to and from it
+    and the seconds of AdamW there."""
+    if not cfg.offload:
+        return 0, 0.0, 0.0
+    if job.shards == 1:
+        # ppo parks the models that are not at work. Only in the update policy and critic meet.
+        host = sum(memory[part] for part in ("weights", "optimizer", "critic", "reference, reward"))
+        frozen = memory.pop("reference, reward")
+        memory.pop("rollout")
+        # there and back
+        moved = 2 * (5 * memory["weights"] + 2 * memory["optimizer"] + frozen)
+        return host, moved / job.bus, 0.0
+    parts = ("weights", "gradients", "optimizer", "critic", "reference, reward")
+    host = sum(memory.pop(part, 0) for part in parts)
+    # At each gathering FSDP copies its shard before the cast. It copies the gradient back.
+    stored = sum(p.numel() * p.itemsize for p in job.model.parameters())
+    moved = (job.rounds * job.gathers + job.micros * job.alone) * stored
+    moved += job.rounds * 4 * job.trained
+    # AdamW reads four numbers and writes three. Before it, clipping reads one twice and writes it.
+    adamw = job.updates * (28 + 12) * job.trained / job.shards * job.local
+    return host, moved / job.shards / job.bus, adamw / (1e9 * cfg.host_bandwidth)
+
+
+def compute_time(cfg, job):
+    """Seconds of the floating-point operations of a step -> all of them at `utilisation`, and those
+    of the work without recomputation at the full peak."""
+    # A forward is a third of a step that trains all weights.
+    forward = job.model.flops_per_token(cfg.max_length) / 3
+    train = job.model.flops_per_token(cfg.max_length, "adapter" if cfg.lora_rank else "all")
+    useful = job.alone * forward + job.updates * train
+    # Each device of a tensor group computes the whole head.
+    again = (cfg.tensor - 1) * job.head
+    passes = train + (4 if cfg.lora_rank else 6) * again + (forward if cfg.grad_checkpoint else 0)
+    # Half of the forwards without a backward have a head, and it takes two operations a number.
+    # That is `again` for each.
+    passes = job.alone * (forward + again) + job.updates * passes
+    peak = cfg.devices * job.peak
+    return job.tokens * passes / (peak * cfg.utilisation), job.tokens * useful / peak
+
+
+def ring(size, n):
+    """Bytes that each of n ranks sends in an all-gather or a reduce-scatter of `size` bytes. An
+    all-reduce is both."""
+    return size * (n - 1) / n
+
+
+def communicate_time(cfg, job):
+    """Seconds in which one device sends to the others in a step."""
+    gradients = getattr(torch, cfg.reduce_dtype).itemsize * job.trained / cfg.tensor
+    weights = job.copy / cfg.tensor
+    # Under hsdp shards are gathered and reduced within a node, and replicas of them across nodes. A
+    # ring of one rank sends nothing.
+    inner = outer = job.link
+    if cfg.parallel == "hsdp":
+        inner = job.near
+        outer = job.far
+    # ddp reduces gradients once an update. With tensor= it does so in each micro-batch.
+    reductions = job.updates if cfg.parallel == "ddp" and cfg.tensor == 1 else job.rounds
+    replicas = job.groups // job.fsdp
+    sharded = job.gathers * ring(weights, job.fsdp) + ring(gradients, job.fsdp)
+    seconds = job.rounds * sharded / inner
+    seconds += reductions * 2 * ring(gradients / job.fsdp, replicas) / outer
+    seconds += job.micros * job.alone * ring(weights, job.fsdp) / job.link
+    if cfg.stage == "ppo":
+        # the copy for decoding
+        seconds += ring(weights * cfg.tensor, job.shards) / job.link
+    return seconds + tensor_bytes(cfg, job) / job.near
+
+
+def tensor_bytes(cfg, job):
+    """Bytes that one device sends to its tensor group in a step."""
+    shape = job.model.cfg
+    size = job.dtype.itemsize
+    # an all-reduce of (B * T, C)
+    summed = 2 * ring(size * cfg.micro_batch * cfg.max_length * shape.dim, cfg.tensor)
+    # A forward sums twice a layer and once for the embeddings, and gathers the head.
+    forward = (2 * shape.n_layers + 1) * summed + ring(size * job.head, cfg.tensor)
+    # A backward sums once a layer for each of q, k, v, gate and up. Recomputation repeats one sum.
+    backward = (5 + cfg.grad_checkpoint) * shape.n_layers * summed
+    return (job.rounds + job.micros * job.alone) * forward + job.rounds * backward
+
+
+def generate_time(cfg, job):
+    """Seconds in which one device generates the responses of a step."""
+    if cfg.stage != "ppo":
+        return 0.0
+    turns = -(-(cfg.batch_size // job.groups) // cfg.rollout_batch)
+    # A decoding step reads the weights and, on average, half of the cache.
+    read = job.copy + cache_bytes(cfg, job) / 2
+    return turns * cfg.max_new_tokens * read / (job.bandwidth * 0.6)
 
 
 def plan(cfg):
-    """What a run needs -> dict.
+    """What the run of `cfg` needs, as a dict. UserError for a bad config.
 
-    memory: {part: bytes of one device}. room: bytes that the device has. host: bytes of CPU memory
-    for it.
-    parameters, trained: numbers of the model. tokens: of a step.
-    compute, communicate, transfer (to and from CPU memory), update (there), generate: seconds of a
-    step. useful: seconds of the work without recomputation, at the full peak."""
-    peak = log.peak_flops(cfg.device)
-    name = next((name for name in DEVICES if name.lower() in cfg.device.lower()), None)
-    if peak is None or name is None:
-        raise UserError(f"device={cfg.device}: use {', '.join(DEVICES)}")
-    room, bandwidth = (1e9 * x for x in DEVICES[name][:2])
-    near, far, bus = (1e9 * x * cfg.link_utilisation for x in DEVICES[name][2:])
-    local = min(cfg.node, cfg.devices)
-    # A ring that leaves the node runs in as many strands as it has network adapters there. There is
-    # one adapter a device, and tensor groups share them.
-    link = min(near, far * local / cfg.tensor) if cfg.devices > cfg.node else near
-    dtype, tensor = getattr(torch, cfg.dtype), cfg.tensor
-    model = build(cfg, "score" if cfg.stage == "reward" else "lm")
-    check(cfg, model.cfg)
-    shards = dict(ddp=tensor, hsdp=local).get(cfg.parallel, cfg.devices)
-    fsdp = shards // tensor  # devices over which FSDP shards
-    groups = cfg.devices // tensor  # groups of devices that see rows of their own
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    memory      {part: bytes of one device}
+    room        bytes that a device has
+    host        bytes of CPU memory for one device
+    parameters, trained    their numbers
+    tokens      of one step
 
-    # Memory. ppo holds a critic of the policy's kind, and two more models that are only read. With
-    # LoRA all four have one trunk.
-    rows = cfg.micro_batch * cfg.max_length  # tokens of one forward
-    memory = estimate.memory(
-        model, rows, shards, dtype, cfg.grad_checkpoint, cfg.parallel == "zero2", tensor
-    )
-    if cfg.stage == "ppo":
-        extra = memory["gradients"] + memory["optimizer"]
-        memory["critic"] = extra + (0 if cfg.lora_rank else memory["weights"])
-        memory["reference, reward"] = 0 if cfg.lora_rank else 2 * dtype.itemsize * total / shards
-        slots = min(cfg.rollout_batch, cfg.batch_size // groups) * cfg.max_length
-        heads = model.cfg.n_kv_heads * model.cfg.head_dim
-        cache = 2 * model.cfg.n_layers * heads * dtype.itemsize * slots
-        # decoding reads a whole copy in the matrix dtype
-        copy = dtype.itemsize * total if shards > 1 or not cfg.lora_rank else 0
-        # activations and head are not there at that time
-        memory["rollout"] = max(0, cache + copy - memory["activations"] - memory["head"])
-    host = 0
-    if cfg.offload and shards == 1:
-        # ppo parks the models that are not at work. Policy and critic meet in the update alone.
-        host = sum(memory[part] for part in ("weights", "optimizer", "critic", "reference, reward"))
-        frozen = memory.pop("reference, reward")
-        moved = 2 * (5 * memory["weights"] + 2 * memory["optimizer"] + frozen)  # there and back
-        memory.pop("rollout")
-    elif cfg.offload:
-        host = sum(
-            memory.pop(part, 0)
-            for part in ("weights", "gradients", "optimizer", "critic", "reference, reward")
-        )
+    The others are seconds of one step:
 
-    # floating-point operations; a forward is a third of a step that trains all weights
-    forward = model.flops_per_token(cfg.max_length) / 3
-    train = model.flops_per_token(cfg.max_length, "adapter" if cfg.lora_rank else "all")
-    head = model.head_weight.numel() if model.cfg.head == "lm" else 0
-    again = (tensor - 1) * head  # each device of a tensor group does the whole head
-    passes = train + (4 if cfg.lora_rank else 6) * again + (forward if cfg.grad_checkpoint else 0)
-    tokens = cfg.batch_size * cfg.max_length
-    if cfg.stage == "ppo":
-        # log-probabilities of policy and reference, score and value once, then policy and critic in
-        # each pass
-        passes = 4 * forward + 2 * 2 * again + 2 * cfg.ppo_epochs * passes
-        useful = 4 * forward + 2 * cfg.ppo_epochs * train
-    else:
-        useful = train
-    compute = tokens * passes / (cfg.devices * peak * cfg.utilisation)
-
-    def ring(size, n):
-        """Bytes that each of n ranks sends in an all-gather or a reduce-scatter of `size` bytes.
-
-        An all-reduce is both."""
-        return size * (n - 1) / n
-
-    micros = cfg.batch_size // (groups * cfg.micro_batch)
-    gradients = getattr(torch, cfg.reduce_dtype).itemsize * trained / tensor
-    weights = dtype.itemsize * total / tensor
-    gathers = 1 if cfg.parallel == "zero2" else 2  # forward and backward
-    rounds = micros * (cfg.ppo_epochs * 2 if cfg.stage == "ppo" else 1)
-    alone = micros * 4 if cfg.stage == "ppo" else 0  # forwards without a backward
-    if cfg.parallel == "ddp":  # with tensor=, gradients meet in each micro-batch
-        communicate = (
-            2 * ring(gradients, groups) * (rounds if tensor > 1 else rounds / micros) / link
-        )
-    elif cfg.parallel == "hsdp":
-        nodes = -(-cfg.devices // cfg.node)
-        communicate = rounds * (gathers * ring(weights, fsdp) + ring(gradients, fsdp)) / near
-        communicate += rounds * 2 * ring(gradients / fsdp, nodes) / far
-    else:
-        communicate = rounds * (gathers * ring(weights, fsdp) + ring(gradients, fsdp)) / link
-    if fsdp > 1:
-        communicate += alone * ring(weights, fsdp) / link
-    if cfg.stage == "ppo" and shards > 1:
-        communicate += ring(weights * tensor, shards) / link  # the copy for decoding
-    if tensor > 1:
-        # sums of (tokens, dim). Forward there are two a layer and one of embeddings. Backward there
-        # are five a layer (q, k, v, gate and up), and one that recomputation repeats. The head is
-        # gathered.
-        summed = 2 * ring(dtype.itemsize * rows * model.cfg.dim, tensor)
-        once = (2 * model.cfg.n_layers + 1) * summed + ring(dtype.itemsize * head, tensor)
-        communicate += (
-            (rounds + alone) * once
-            + rounds * (5 + cfg.grad_checkpoint) * model.cfg.n_layers * summed
-        ) / near
-
-    # Offload. FSDP copies its shards as they are held, before the cast, at each gathering, and the
-    # gradient back. AdamW reads four numbers and writes three. Before that, clipping reads one
-    # twice and writes it.
-    transfer = update = 0.0
-    if cfg.offload and shards == 1:
-        transfer = moved / bus
-    elif cfg.offload:
-        held = sum(p.numel() * p.itemsize for p in model.parameters())
-        transfer = ((rounds * gathers + alone) * held + rounds * 4 * trained) / shards / bus
-        updates = 2 * cfg.ppo_epochs if cfg.stage == "ppo" else 1
-        update = updates * (28 + 12) * trained / shards * local / (1e9 * cfg.host_bandwidth)
-
-    generate = 0.0
-    if cfg.stage == "ppo":  # a decoding step reads the weights and, on average, half of the cache
-        turns = -(-(cfg.batch_size // groups) // cfg.rollout_batch)
-        generate = (
-            turns * cfg.max_new_tokens * (dtype.itemsize * total + cache / 2) / (bandwidth * 0.6)
-        )
+    compute      floating-point operations
+    communicate  with other devices
+    transfer     to and from CPU memory
+    update       AdamW on the CPU
+    generate     responses of ppo
+    useful       the work without recomputation, at the full peak
+    """
+    job = Job(cfg)
+    memory = device_memory(cfg, job)
+    host, transfer, update = offload(cfg, job, memory)
+    compute, useful = compute_time(cfg, job)
     return dict(
         memory=memory,
-        room=1e9 * cfg.memory or room,
+        room=job.room,
         host=host,
-        parameters=total,
-        trained=trained,
-        tokens=tokens,
+        parameters=job.total,
+        trained=job.trained,
+        tokens=job.tokens,
         compute=compute,
-        communicate=communicate,
+        communicate=communicate_time(cfg, job),
         transfer=transfer,
         update=update,
-        generate=generate,
-        useful=tokens * useful / (cfg.devices * peak),
+        generate=generate_time(cfg, job),
+        useful=useful,
     )
 
 
@@ -309,10 +399,12 @@ def main(cfg):
     p = plan(cfg)
     used = sum(p["memory"].values())
     print(" ".join(["plan:", *config.diff(cfg)]))
-    cut = f"parallel={cfg.parallel}" + f" tensor={cfg.tensor}" * (cfg.tensor > 1)
+    layout = f"parallel={cfg.parallel}"
+    if cfg.tensor > 1:
+        layout += f" tensor={cfg.tensor}"
     print(
         f"{p['parameters']:,} parameters, {p['trained']:,} trained; "
-        f"{cfg.devices} x {cfg.device}, {cut}"
+        f"{cfg.devices} x {cfg.device}, {layout}"
     )
     for part, size in p["memory"].items():
         print(f"  {part:20} {size / 1e9:9.2f} GB")
@@ -321,10 +413,9 @@ def main(cfg):
     )
     print(f"  {'a device needs':20} {used / 1e9:9.2f} GB of {p['room'] / 1e9:.0f}: {verdict}")
     if p["host"]:
-        print(
-            f"  {'in CPU memory':20} {p['host'] / 1e9:9.2f} GB, "
-            f"{p['host'] * min(cfg.node, cfg.devices) / 1e9:.0f} of a node"
-        )
+        host = p["host"] / 1e9
+        node = host * min(cfg.node, cfg.devices)
+        print(f"  {'in CPU memory':20} {host:9.2f} GB, {node:.0f} of a node")
     at_once = [p["compute"], p["communicate"], p["transfer"]]
     best, worst = (p["generate"] + p["update"] + f(at_once) for f in (max, sum))
     names = dict(
