@@ -58,8 +58,7 @@ class Runtime:
     """The devices and processes of a run, on CPU and CUDA. Each process has one.
 
     process: its number among `processes`, of which `local_world` run on this node. rank, world: the
-    same, but a tensor group counts once. shards: how many parts a global batch is sharded into.
-    """
+    same, but a tensor group counts once. shards: how many parts a global batch is sharded into."""
 
     fixed_shapes = False  # True: each new shape is compiled, so batches must keep theirs
 
@@ -151,11 +150,8 @@ class Runtime:
     # ---------------------------------------------------------------------------------------- model
 
     def wrap(self, model, compile=False, grad_checkpoint=False):
-        """Moves the model to the device and makes it parallel.
-
-        Returns what to call, which has the model's attributes. Parameters keep their names.
-        UserError for settings that do not fit.
-        """
+        """Moves the model to the device and makes it parallel -> what to call, with the model's
+        attributes. Parameters keep their names. UserError for settings that do not fit."""
         if self.offload and self.weight_shards == 1:
             raise UserError(
                 "offload=true keeps in CPU memory what fsdp, zero2 or hsdp shards: "
@@ -176,9 +172,7 @@ class Runtime:
             for layer in model.layers:
                 layer.compile()
         if self.grid is not None and self.tensor > 1:
-            tensor.shard(
-                model, self.grid["tensor"], lambda *args: parameter_dtype(*args, self.dtype)
-            )
+            tensor.shard(model, self.grid["tensor"], lambda *p: parameter_dtype(*p, self.dtype))
         if self.grid is not None and self.world > 1:
             shard_layers(model, self)
         else:
@@ -188,9 +182,7 @@ class Runtime:
 
     def wrap_ddp(self, model, params=None):
         """The part of `wrap` that averages gradients over ranks -> what to call in training.
-
-        params {name: p}: what this net trains, where several nets share a trunk. None: all.
-        """
+        params {name: p}: what this net trains, where several nets share a trunk. None: all."""
         if self.world == 1 or self.parallel != "ddp" or self.tensor > 1:
             return model
         return DDP(model, params, self.reduce_dtype)
@@ -235,11 +227,8 @@ class Runtime:
 
     def step(self, optimizer, params, lr, grad_clip):
         """Clips the gradients of `params` to a global norm of `grad_clip` (0: not at all), steps at
-        learning rate `lr`, and drops the gradients.
-
-        Returns the norm before clipping, a 0-d tensor, the same on all ranks. Nothing waits for the
-        device.
-        """
+        learning rate `lr`, and drops the gradients -> the norm before clipping, a 0-d tensor, the
+        same on all ranks. Nothing waits for the device."""
         optim.set_lr(optimizer, lr)
         norm = optim.clip_(params, grad_clip)
         optimizer.step()
@@ -249,11 +238,9 @@ class Runtime:
 
     @contextlib.contextmanager
     def evaluating(self, net):
-        """Within it: evaluation mode and no gradients. After it: training mode.
-
-        FSDP leaves the root unit (embedding, head) gathered until a backward. named_parameters()
-        would return the gathered copies, so this reshards it.
-        """
+        """Within it: evaluation mode and no gradients. After it: training mode. FSDP leaves the
+        root unit (embedding, head) gathered until a backward. named_parameters() would return the
+        gathered copies, so this reshards it."""
         net.eval()
         with torch.no_grad():
             yield
@@ -274,9 +261,8 @@ class Runtime:
         return t if torch.is_tensor(x) else t.item()
 
     def sync(self):
-        """Ends a forward, backward or step. XLA runs its graph here. On CPU, free heap pages return
-        to the OS every 30 s: rows of varying length fragment the heap, and memory would grow about
-        1% a step."""
+        """Ends a forward, backward or step. XLA runs its graph here. A CPU returns free heap pages
+        to the OS every 30 s, because rows of varying length fragment the heap by 1% a step."""
         if self._libc and time.monotonic() - self._trimmed > TRIM:
             self._libc.malloc_trim(0)
             self._trimmed = time.monotonic()
@@ -287,8 +273,7 @@ class Runtime:
             torch.cuda.synchronize(self.device)
 
     def once(self, f, *args):
-        """f(*args). On a TPU slice host 0 calls it for all hosts. For what could differ between
-        hosts."""
+        """f(*args). On a TPU slice host 0 calls it for all hosts, whose results could differ."""
         return f(*args)
 
     def barrier(self):
@@ -359,7 +344,6 @@ class Runtime:
         return self._saving_group
 
     def finish_saving(self):
-        """Waits for the training state that is being written."""
         if self.saving:
             self.saving()
         self.saving = None
@@ -389,15 +373,13 @@ class Runtime:
             signal.signal(number, handler)
 
     def should_stop(self):
-        """True on every rank as soon as one was asked to stop. The flag is on the CPU, where asking
-        costs no device sync."""
-        flag = torch.tensor(int(self._stop))
+        """True on every rank as soon as one was asked to stop."""
+        flag = torch.tensor(int(self._stop))  # on the CPU, where asking costs no device sync
         if self.processes > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
     def close(self):
-        """Ends the communication between the processes."""
         self.finish_saving()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -110,7 +110,7 @@ def test_collate_by_hand():
     floats = {name for name, t in tensors.items() if t.dtype != torch.int64}
     assert floats == {"weights"} and b["weights"].dtype == torch.float32
     assert all(t.is_contiguous() for t in tensors.values())
-    fixed = collate([[one, two], [three], []], 8, prompt_weight=0.25, fixed_shapes=True)
+    fixed = collate([[one, two], [three], []], 8, 0.25, fixed_shapes=True)
     assert fixed["index"].tolist() == list(range(24))
     assert fixed["targets"].tolist() == [8, 9, 4, 0, 6, 0, 0, 0] + [0] * 16
     assert fixed["weights"].tolist() == [1, 0.25, 1, 0, 1, 0, 0, 0] + [0] * 16
