@@ -47,7 +47,7 @@ class Config:
     # what
     model: str = "models/smollm2"  # a directory, or an adapter's to merge; the reference too
     data: tuple[str, ...] = ("data/dpo",)  # prepared folders of groups
-    sizes: tuple[str, ...] = ()  # of each folder: all, a number of groups or a share; (): all
+    sizes: tuple[str, ...] = ()  # of each folder: all, a number of groups or a share; []: all
     out: str = "out/dpo"  # run folder
     # how long
     epochs: NonNegativeFloat = 1.0  # 0: evaluate once and save nothing
@@ -66,7 +66,7 @@ class Config:
     lora_rank: NonNegativeInt = 0  # 0: train the weights themselves
     lora_alpha: PositiveFloat = 32.0  # the adapter's update is scaled by alpha / rank
     lora_dropout: Fraction = 0.0  # of an adapter's input
-    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes of layers; or all but the head
+    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes; all-linear: not the head
     lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # optimizer
     lr: NonNegativeFloat = 5e-6  # the highest learning rate
@@ -276,6 +276,8 @@ def main(cfg):
     # ---- setup
     # The runtime knows the device and the other processes. The run knows its folder: whether it
     # holds a state to continue from, and where the log and the models go.
+    rt = runtime.start(cfg)
+    run = Run("dpo", cfg, rt)
     if not 0 <= cfg.label_smoothing < 0.5 or cfg.loss == "ipo" and cfg.label_smoothing:
         raise UserError(
             f"label_smoothing={cfg.label_smoothing} must be in [0, 0.5), and 0 with loss=ipo"
@@ -285,8 +287,9 @@ def main(cfg):
             "train= and freeze_layers= choose among the model's own weights: "
             "with lora_rank= use lora_targets="
         )
-    rt = runtime.start(cfg)
-    run = Run("dpo", cfg, rt)
+
+    # ---- model
+    # An adapter in model= is merged into its base first. What is trained is chosen below.
     opened = weights.open(
         cfg.model, merge=True, as_base=cfg.lora_rank > 0, template=store.chat_template(cfg.data)
     )
@@ -307,7 +310,8 @@ def main(cfg):
     )
     train = batches.Groups(rows, cfg.batch_size, **layout)
     val = batches.Groups(val_rows, cfg.batch_size, **layout) if val_rows else None
-    batches.check_reach(train.longest, model.cfg.max_positions, cfg.model)
+    longest = max(rows.longest for rows in (train, val) if rows)
+    batches.check_reach(longest, model.cfg.max_positions, cfg.model)
     steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 
@@ -316,6 +320,11 @@ def main(cfg):
     # weights, so it comes before an adapter changes the parameters' names.
     val_key = val_rows and val_rows.fingerprint()
     key = fingerprint(model, rt.dtype, cfg.max_length, rows.fingerprint(), val_key)
+    if run.resumes and run.saved_meta().get("reference", key) != key:
+        raise UserError(
+            f"{run.out} was trained from another model or on other data: "
+            "give the run's own, or resume=false"
+        )
     if cfg.lora_rank:
         weights.add_adapter(model, cfg)
     else:
@@ -342,11 +351,6 @@ def main(cfg):
     run.meta = dict(reference=key, warned=False)
     adapter = "default" if cfg.lora_rank else None
     run.attach(model, trained, dict(adamw=optimizer), tok, opened.base, adapter)
-    if run.meta["reference"] != key:
-        raise UserError(
-            f"{run.out} was trained from another model or on other data: "
-            "give the run's own, or resume=false"
-        )
     if rt.is_main:
         for path in set(run.out.glob("reference.*.bin")) - set(paths.values()):
             path.unlink()  # of another model or other data

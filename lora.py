@@ -78,7 +78,7 @@ def adapted(model):
 
 def linear_names(model):
     """The names of the layers that may carry adapters: the linear layers of the blocks, adapted or
-    not. The head is not among them, because losses.py reads its weight."""
+    not. The head is not among them, because nano/losses.py reads its weight."""
     return [
         name
         for name, module in model.layers.named_modules(prefix="model.layers")

@@ -7,7 +7,7 @@ Face's Llama.
 
     model = Transformer(ModelConfig(...))
     hidden = model.hidden(tokens)   # (B, T) -> (B, T, C)
-    logits = model.logits(hidden)   # (B, T, V); losses.py never builds them all
+    logits = model.logits(hidden)   # (B, T, V); nano/losses.py never builds them all
     hidden = model(batch)           # (M, C), of the positions batch["index"], which a loss needs
 
 In packed rows `docs` (B, T) is the id of each token's document. Attention never crosses documents.
@@ -451,7 +451,7 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens, positions=None, docs=None, cache=None):
         """tokens (B, T) -> hidden states (B, T, C) after the last norm, for .logits, .score or
-        losses.py.
+        nano/losses.py.
 
         positions (B, T): where each token stands in its document. By default it is counted.
         docs (B, T): document ids. By default a row is one document.

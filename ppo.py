@@ -58,7 +58,7 @@ from nano.run import Run
 class Config:
     # what
     model: str = "out/sft/last"  # the policy to start from, and the reference to stay near
-    reward: str = "out/reward/last"  # score model or adapter, or file.py:function (functions.py)
+    reward: str = "out/reward/last"  # score model or adapter, or file.py:function
     gold: str = ""  # file.py:function that is only logged: the true reward, when there is one
     data: tuple[str, ...] = ("data/preferences",)  # prepared folders, for their prompts
     out: str = "out/ppo"  # run folder
@@ -97,7 +97,7 @@ class Config:
     loss_mean: Literal["tokens", "samples", "constant"] = "tokens"
     clip: NonNegativeFloat = 0.2  # of the probability ratio
     clip_high: NonNegativeFloat = 0.0  # of the ratio above 1; 0: the same as clip
-    value_clip: NonNegativeFloat = 0.2  # of the distance from the old value
+    value_clip: NonNegativeFloat = 0.2  # of the distance from the old value; 0: off
     entropy_coef: float = 0.0  # bonus for a nat of entropy
     target_kl: NonNegativeFloat = 0.0  # KL(old, new) a token that ends the passes; 0: off
     value_warmup: NonNegativeInt = 0  # iterations that train the critic alone
@@ -126,7 +126,7 @@ class Config:
     adam_eps: NonNegativeFloat = 1e-5
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # cpu, cuda, xla, tpu
+    device: str = "auto"  # auto, cpu, cuda or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
@@ -167,9 +167,11 @@ class Config:
 
     @staticmethod
     def upgrade(lines):
-        """The lines of a .cfg file as they mean today. The config.cfg of a first-edition run, which
-        alone holds both algo= and resume=, says 0 for never to sample and for to save at the
-        end."""
+        """The lines of a .cfg file as they mean today.
+
+        The config.cfg of a first-edition run is known by holding both algo= and resume=. There
+        sample_every=0 meant never, and save_every=0 meant at the end only.
+        """
         keys = {line.partition("=")[0] for _, line in lines}
         if not {"algo", "resume"} <= keys:
             return lines
@@ -292,7 +294,7 @@ def value_loss(values, old_values, returns, mask, clip, count=None):
     values = torch.where(mask > 0, values, 0.0)
     old_values = torch.where(mask > 0, old_values, 0.0)
     returns = torch.where(mask > 0, returns, 0.0)
-    near = old_values + (values - old_values).clamp(-clip, clip)
+    near = old_values + (values - old_values).clamp(-clip, clip) if clip else values
     free = (values - returns) ** 2
     clipped = (near - returns) ** 2
     loss = 0.5 * torch.maximum(free, clipped).sum() / count
@@ -409,10 +411,10 @@ def check_scorer(dir, tok):
     """UserError unless `dir` is a score model, or an adapter of one, that reads the policy's
     tokens."""
     if weights.is_adapter(dir):
-        scores = weights.read_adapter_config(dir).get("task_type") == "SEQ_CLS"
+        is_scorer = weights.is_scorer(dir)
     else:
-        scores = families.load_config(dir).head == "score"
-    if not scores:
+        is_scorer = families.load_config(dir).head == "score"
+    if not is_scorer:
         raise UserError(
             f"reward={dir} is a language model: train a score model with reward.py, or give "
             "file.py:function"
@@ -530,17 +532,21 @@ class Parking:
 def check(cfg, rt):
     """UserError for settings that do not go together."""
     share = cfg.batch_size // (rt.world * cfg.minibatches)
-    if cfg.batch_size % (cfg.minibatches * cfg.micro_batch * rt.shards) or share % cfg.group:
+    if cfg.batch_size % (cfg.minibatches * cfg.micro_batch * rt.shards):
         raise UserError(
             f"batch_size={cfg.batch_size} must be a multiple of minibatches={cfg.minibatches} x "
-            f"micro_batch={cfg.micro_batch} x {rt.shards} devices, and a rank's share of a "
-            f"minibatch ({share}) one of group={cfg.group}"
+            f"micro_batch={cfg.micro_batch} x {rt.shards} devices"
+        )
+    if share % cfg.group:
+        raise UserError(
+            f"batch_size={cfg.batch_size} gives a rank {share} episodes of a minibatch, which "
+            f"must be a multiple of group={cfg.group}"
         )
     if not cfg.has_critic:
         if cfg.group < 2:
             raise UserError(
-                f"advantage={cfg.advantage} compares the samples of one prompt: it needs group=2 "
-                "or more"
+                f"group={cfg.group} with advantage={cfg.advantage} (which algo=grpo and rloo set "
+                "too): it compares the samples of one prompt, so give group=2 or more"
             )
         if cfg.value_warmup:
             raise UserError(
@@ -565,6 +571,12 @@ def check(cfg, rt):
         raise UserError(f"temperature={cfg.temperature}: must be above 0, where samples differ")
     if bool(cfg.ptx_coef) != bool(cfg.ptx_data):
         raise UserError("ptx_data= and ptx_coef= go together: give both or neither")
+    rows = min(cfg.micro_batch * rt.shards // rt.world, cfg.ptx_batch // rt.world)
+    if cfg.ptx_coef and (rows < 1 or cfg.ptx_batch % (rows * rt.world)):
+        raise UserError(
+            f"ptx_batch={cfg.ptx_batch} must be a multiple of micro_batch={cfg.micro_batch} x "
+            f"{rt.world} ranks, or one row for each rank and less than that"
+        )
     if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
         raise UserError(
             "train= and freeze_layers= choose among the model's own weights: with lora_rank= use "
@@ -574,6 +586,16 @@ def check(cfg, rt):
         raise UserError(
             "offload=true parks full models, or what fsdp shards: leave it out with lora_rank= on "
             "its own"
+        )
+
+
+def check_reach(cfg, model, longest_prompt):
+    """UserError where the longest prompt and its response go beyond the model's positions."""
+    longest, reach = longest_prompt + cfg.max_new_tokens, model.cfg.max_positions
+    if longest > reach:
+        raise UserError(
+            f"the longest prompt and max_new_tokens={cfg.max_new_tokens} make {longest} tokens, "
+            f"{cfg.model} takes {reach}: lower max_prompt= or max_new_tokens="
         )
 
 
@@ -800,6 +822,7 @@ def main(cfg):
     # Several of the four may share one module, which goes to the device once. The policy learns,
     # and so does the critic if there is one; each has an optimizer over its own parameters.
     policy, reference, scorer, critic = build(cfg, tok)
+    check_reach(cfg, policy.model, max(map(len, all_prompts)))
     roles = [role for role in (policy, reference, scorer, critic) if role]
     models = {id(role.model): role.model for role in roles}.values()
     if cfg.compile:
@@ -981,8 +1004,8 @@ def main(cfg):
         counts, action_weights = [], []
         for part in mask.split(share):
             counts.append(rt.all_sum(float(part.sum())))
-            sizes = (counts[-1], share * rt.world, cfg.max_new_tokens)
-            action_weights.append(loss_weights(part, cfg.loss_mean, *sizes))
+            totals = (counts[-1], share * rt.world, cfg.max_new_tokens)
+            action_weights.append(loss_weights(part, cfg.loss_mean, *totals))
         targets = dict(old_logprobs=old_logprobs, advantages=advantages)
         targets["loss_weights"] = torch.cat(action_weights)
         if critic:
@@ -1003,7 +1026,7 @@ def main(cfg):
         active = dict(learners)
         if step < cfg.value_warmup:
             del active["policy"]
-        shuffle = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+        shuffle = torch.Generator().manual_seed((cfg.seed * 1_000_003 + step) % 2**63)
         per_minibatch = share // micro_batch
         updates = []  # the stats of each optimizer step
         with clock("update"), parking(*active.values(), *optimizers.values()):

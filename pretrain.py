@@ -62,7 +62,7 @@ from nano.run import Run
 class Config:
     # what
     data: tuple[str, ...] = ("data/web",)  # prepared folders
-    weights: tuple[float, ...] = ()  # shares of the folders; (): every window once an epoch
+    weights: tuple[float, ...] = ()  # shares of the folders; []: every window once an epoch
     tokenizer: str = ""  # directory; "": the model's, or else DATA/tokenizer of the first folder
     out: str = "out/pretrain"  # run folder
     # the model
@@ -109,7 +109,7 @@ class Config:
     save_every: Every = 1000  # steps; 0: once an epoch, -1: at the end only
     log_every: NonNegativeInt = 10  # steps; 0: the last step only
     sample_every: Every = 0  # steps; 0: once an epoch, -1: never
-    prompts: tuple[str, ...] = ()  # texts to go on from; (): the starts of two documents
+    prompts: tuple[str, ...] = ()  # texts to go on from; []: the starts of two documents
     sample_tokens: NonNegativeInt = 64  # 0: no samples
     temperature: NonNegativeFloat = 0.8  # of the samples
 

@@ -45,7 +45,7 @@ class Config:
     # what
     model: str = "models/smollm2"  # the SFT model: a directory, or an adapter's to merge
     data: tuple[str, ...] = ("data/hh",)  # prepared folders of groups
-    sizes: tuple[str, ...] = ()  # of each folder: all, a number of groups or a share; (): all
+    sizes: tuple[str, ...] = ()  # of each folder: all, a number of groups or a share; []: all
     out: str = "out/reward"  # run folder
     # how long
     epochs: NonNegativeFloat = 1.0  # 0: evaluate once and save nothing
@@ -62,7 +62,7 @@ class Config:
     lora_rank: NonNegativeInt = 0  # 0: train the weights themselves
     lora_alpha: PositiveFloat = 32.0  # the adapter's update is scaled by alpha / rank
     lora_dropout: Fraction = 0.0  # of an adapter's input
-    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes of layers; or all but the head
+    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes; all-linear: not the head
     lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # gain and bias
     policy: str = ""  # the model whose own samples score 0 +- 1; empty: `model`
@@ -300,7 +300,8 @@ def main(cfg):
     )
     train = batches.Groups(rows, cfg.batch_size, **layout)
     val = batches.Groups(val_rows, cfg.batch_size, **layout) if val_rows else None
-    batches.check_reach(train.longest, model.cfg.max_positions, cfg.model)
+    longest = max(rows.longest for rows in (train, val) if rows)
+    batches.check_reach(longest, model.cfg.max_positions, cfg.model)
     steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 
@@ -319,6 +320,12 @@ def main(cfg):
         model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
     )
     adapter = "default" if cfg.lora_rank else None
+    if run.resumes and cfg.norm_samples and not run.saved_meta().get("normalised", True):
+        raise UserError(
+            f"{run.out} was started with norm_samples=0, so it has no samples to fit gain and bias "
+            "to: leave norm_samples=0, or start anew with resume=false"
+        )
+    run.meta = dict(normalised=cfg.norm_samples > 0)
     run.attach(model, trained, dict(adamw=optimizer), tok, opened.base, adapter)
     run.log.text(estimate.describe(model, rt, cfg, train.document_length))
     run.describe(train.summary)

@@ -39,7 +39,7 @@ class Config:
     # what
     model: str = "models/smollm2"  # model directory, or an adapter's to merge
     data: tuple[str, ...] = ("data/alpaca",)  # prepared folders
-    sizes: tuple[str, ...] = ()  # of each folder: all, a number of rows or a share; (): all
+    sizes: tuple[str, ...] = ()  # of each folder: all, a number of rows or a share; []: all
     out: str = "out/sft"  # run folder
     # how long
     epochs: NonNegativeFloat = 3.0  # 0: evaluate once and save nothing
@@ -56,7 +56,7 @@ class Config:
     lora_rank: NonNegativeInt = 0  # 0: train the weights themselves
     lora_alpha: PositiveFloat = 32.0  # the adapter's update is scaled by alpha / rank
     lora_dropout: Fraction = 0.0  # of an adapter's input
-    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes of layers; or all but the head
+    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes; all-linear: not the head
     lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # optimizer
     lr: NonNegativeFloat = 2e-5  # the highest learning rate
@@ -170,6 +170,11 @@ def main(cfg):
     # number of ranks nor the size of a micro-batch changes what is learned.
     rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
     val_rows = store.validation(cfg.data, tok)
+    if ranked := [folder.dir for folder in rows.stores if folder.groups is not None]:
+        raise UserError(
+            f"{ranked[0]} holds ranked completions, the worse ones too: train on them with "
+            "dpo.py or reward.py"
+        )
     layout = dict(
         micro_batch=rt.micro_batch(cfg.micro_batch),
         max_length=cfg.max_length,
@@ -184,7 +189,8 @@ def main(cfg):
         rows, cfg.batch_size, seed=cfg.seed, prompt_weight=cfg.prompt_loss_weight, **layout
     )
     val = batches.Rows(val_rows, layout["micro_batch"] * rt.world, **layout) if val_rows else None
-    batches.check_reach(train.longest, model.cfg.max_positions, cfg.model)
+    longest = max(rows.longest for rows in (train, val) if rows)
+    batches.check_reach(longest, model.cfg.max_positions, cfg.model)
     steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 

@@ -108,7 +108,7 @@ def check_sizes(batch_size, micro_batch, world):
     if batch_size < 1 or micro_batch < 1 or batch_size % (micro_batch * world):
         raise UserError(
             f"batch_size={batch_size} is not a multiple of micro_batch={micro_batch} "
-            f"x {world} ranks: change one"
+            f"x {world} ranks: lower micro_batch= or raise batch_size="
         )
 
 

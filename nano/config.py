@@ -1,6 +1,6 @@
 """Configuration: one dataclass per script, filled from `key=value` arguments and `.cfg` presets.
 
-    python sft.py recipes/lora.cfg lr=1e-4 data=[alpaca,dolly] steps=1_000
+    python sft.py recipes/smollm2-toy-lora.cfg lr=1e-4 data=[alpaca,dolly] steps=1_000
     python sft.py help
 
 Later arguments win. A preset holds one `key=value` a line. `#` at the start of a line or after a

@@ -21,8 +21,10 @@ def load_function(spec):
     """The function that `spec`, file.py:function, names. UserError where there is none, or where
     the file does not run."""
     path, _, name = spec.rpartition(":")
-    if not path.endswith(".py") or not Path(path).is_file():
-        raise UserError(f"{spec}: give it as file.py:function; there is no such file here")
+    if not path.endswith(".py"):
+        raise UserError(f"{spec} names no function: write it as file.py:function")
+    if not Path(path).is_file():
+        raise UserError(f"{spec}: there is no file {path}")
     module_spec = importlib.util.spec_from_file_location(path, path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[path] = module  # where dataclasses and pickle look it up

@@ -56,6 +56,10 @@ class Run:
         self.resumes = state.resumes(self.out, cfg.resume, rt, *sources)
         rt.catch_signals()
 
+    def saved_meta(self):
+        """What the stage kept in run.meta when the state was saved, before anything is loaded."""
+        return self.rt.once(files.read_json, self.out / "state" / "state.json").get("meta", {})
+
     def attach(self, model, trained, optimizers, tok, base, adapter=None):
         """Says what the run trains and saves, loads the state on a resume, and opens the log.
 

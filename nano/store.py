@@ -376,8 +376,10 @@ def mix(dirs, sizes=(), seed=0, split="train", tokenizer=None, groups=False):
     draws which rows are taken. For example data=[arc,mmlu,orca] sizes=[all,10%,1000]. UserError for
     folders that do not fit together or hold too little.
     """
+    if not dirs:
+        raise UserError("data= names no folder: give at least one")
     sizes = sizes or ["all"] * len(dirs)
-    if len(dirs) != len(sizes) or not dirs:
+    if len(dirs) != len(sizes):
         raise UserError(
             f"data= names {len(dirs)} folders and sizes= {len(sizes)} sizes: "
             "give one size for each folder"

@@ -386,7 +386,7 @@ def test_reward_functions(base, tmp_path):
         scores, torch.tensor([2 + 0.3 - 0.5, 0.1])
     )  # special tokens are no text
     for spec, said in [
-        ("none.py:f", "no such file"),
+        ("none.py:f", "no file none.py"),
         (f"{path}:nothing", "no function nothing"),
         (f"{base / 'config.json'}:x", "file.py:function"),
         ("x", "file.py:function"),
@@ -463,7 +463,7 @@ def test_settings_that_do_not_go_together():
     ppo.check(ppo.Config(**pairs), rt)
     wrong = {
         "batch_size=24 must be a multiple of": dict(batch_size=24),
-        "share of a minibatch .16. one of group=5": dict(
+        "gives a rank 16 episodes of a minibatch": dict(
             batch_size=64, minibatches=2, group=5, micro_batch=1
         ),
         "advantage=group_std compares .* group=2": dict(advantage="group_std"),
