@@ -335,9 +335,9 @@ def test_mistakes_end_with_a_sentence(run, folder, tmp_path):
     assert not (tmp_path / "out" / "last").exists()
 
 
-def test_prompts_that_leave_no_room_are_not_answered(run, folder, tmp_path):
+def test_validation_rows_beyond_the_models_positions_are_refused(run, folder, tmp_path):
     group = [([97] * 256 + [98 + i, 258], [0] * 256 + [1, 1]) for i in range(2)]
     meta = dict(vocab_size=264, tokenizer=tokenizer.load(folder / "model").fingerprint)
     write_store(tmp_path / "long", dict(train=tiny.ranked(2), val=[group, tiny.ranked(1)[0]]), meta)
-    out = run("steps=1", f"data={tmp_path / 'long'}", "max_length=1024", "samples=2")
-    assert len(tiny.records(out, "samples")[0]["rows"]) == 1
+    with pytest.raises(UserError, match="a row has 258 tokens, .* takes 256"):
+        run("steps=1", f"data={tmp_path / 'long'}", "max_length=1024", "samples=2")

@@ -919,7 +919,7 @@ def test_mistakes_end_in_a_sentence(folder, tmp_path):
     long = tiny.store(tmp_path / "long", folder / "base", low=600, high=700)
     wrong = {
         "no model directory": dict(reward=folder / "nothing"),
-        "file.py:function": dict(reward=f"{folder}/nothing.py:f"),
+        "there is no file": dict(reward=f"{folder}/nothing.py:f"),
         "has no function": dict(reward=f"{folder}/rewards.py:f"),
         "reward=.*/base is a language model": dict(reward=folder / "base"),
         "reward=.* has another tokenizer": dict(
