@@ -929,7 +929,7 @@ def test_mistakes_end_in_a_sentence(folder, tmp_path):
         "no prompt has between 1 and max_prompt=256": dict(data=tmp_path / "text"),
         "max_prompt=1 ": dict(max_prompt=1),
         "batch_size=10 must be a multiple": dict(batch_size=10),
-        "advantage=group_std compares": dict(algo="grpo"),
+        "advantage=group_std .* compares": dict(algo="grpo"),
         "is an adapter": dict(model=folder / "adapter", lora_rank=2),
         "leaves nothing to train": dict(freeze_layers=2, train="qv"),
         "resume=true": dict(resume="true"),
