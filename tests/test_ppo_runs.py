@@ -933,7 +933,7 @@ def test_mistakes_end_in_a_sentence(folder, tmp_path):
         "is an adapter": dict(model=folder / "adapter", lora_rank=2),
         "leaves nothing to train": dict(freeze_layers=2, train="qv"),
         "resume=true": dict(resume="true"),
-        "the model takes 256 in all": dict(max_prompt=1000, data=long),
+        "max_new_tokens=6 make .* takes 256": dict(max_prompt=1000, data=long),
     }
     for said, settings in wrong.items():
         with pytest.raises(UserError, match=said):
@@ -943,6 +943,6 @@ def test_mistakes_end_in_a_sentence(folder, tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert (
         result.returncode == 2
-        and result.stderr.startswith("error: advantage=rloo compares")
+        and result.stderr.startswith("error: group=1 with advantage=rloo")
         and result.stderr.count("\n") == 1
     )
