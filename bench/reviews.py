@@ -69,7 +69,7 @@ sft.py {recipes}/sft.cfg model={start} data={data}/sft out={root}/sft seed={seed
 -m prepare.preferences source={data}/preferences.jsonl model={sft} {plain} out={data}/preferences
 reward.py {recipes}/reward.cfg {ranked} out={root}/reward
 ppo.py {recipes}/ppo.cfg {rl} out={root}/ppo
-ppo.py {recipes}/ppo.cfg {rl} kl_coef=0 schedule=constant steps=80 out={root}/ppo-no-kl
+ppo.py {recipes}/ppo.cfg {rl} kl_coef=0 log_kl=true schedule=constant steps=80 out={root}/ppo-no-kl
 ppo.py {recipes}/rloo.cfg {rl} out={root}/rloo
 dpo.py {recipes}/dpo.cfg {ranked} out={root}/dpo
 """
@@ -143,7 +143,7 @@ def curves(root, path, width=720, height=260):
         for key, dash, color, unit in LINES:
             points = []
             for row in rows:
-                if row[key] is not None:
+                if row.get(key) is not None:
                     y = 30 + scale_y * (high - min(max(row[key] / unit, low), high))
                     points.append(f"{left + scale_x * row['step']:.1f},{y:.1f}")
             line = f'fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"'
