@@ -72,7 +72,7 @@ def recover_dir(dir):
     old = Path(f"{dir}{REPLACED}")
     if Path(dir).exists():
         shutil.rmtree(old, ignore_errors=True)
-    else:
+    elif old.exists():
         with contextlib.suppress(FileNotFoundError):
             os.replace(old, dir)
 
