@@ -532,10 +532,11 @@ class Parking:
 def check(cfg, rt):
     """UserError for settings that do not go together."""
     share = cfg.batch_size // (rt.world * cfg.minibatches)
-    if cfg.batch_size % (cfg.minibatches * cfg.micro_batch * rt.shards):
+    micro_batch = rt.micro_batch(cfg.micro_batch)  # episodes of this process's forward
+    if cfg.batch_size % (cfg.minibatches * micro_batch * rt.world):
         raise UserError(
             f"batch_size={cfg.batch_size} must be a multiple of minibatches={cfg.minibatches} x "
-            f"micro_batch={cfg.micro_batch} x {rt.shards} devices"
+            f"{micro_batch} episodes of a forward (micro_batch=) x {rt.world} ranks"
         )
     if share % cfg.group:
         raise UserError(
@@ -571,7 +572,7 @@ def check(cfg, rt):
         raise UserError(f"temperature={cfg.temperature}: must be above 0, where samples differ")
     if bool(cfg.ptx_coef) != bool(cfg.ptx_data):
         raise UserError("ptx_data= and ptx_coef= go together: give both or neither")
-    rows = min(cfg.micro_batch * rt.shards // rt.world, cfg.ptx_batch // rt.world)
+    rows = min(micro_batch, cfg.ptx_batch // rt.world)
     if cfg.ptx_coef and (rows < 1 or cfg.ptx_batch % (rows * rt.world)):
         raise UserError(
             f"ptx_batch={cfg.ptx_batch} must be a multiple of micro_batch={cfg.micro_batch} x "

@@ -456,7 +456,7 @@ def test_diseases():
 
 
 def test_settings_that_do_not_go_together():
-    rt = SimpleNamespace(world=2, shards=2, mesh=None, weight_shards=1)
+    rt = SimpleNamespace(world=2, micro_batch=lambda n: n, weight_shards=1)
     ppo.check(ppo.Config(batch_size=64, minibatches=2, micro_batch=8, group=4), rt)
     ppo.check(ppo.Config(advantage="gae", kl_in="loss", kl_control="adaptive"), rt)
     pairs = dict(advantage="group", group=2)
