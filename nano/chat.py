@@ -495,7 +495,7 @@ class ChatTemplate:
             ]
         targets = []
         closing = None
-        for n, (i, skipped), rest, (j, taken), closing in self.shapes[shape]:
+        for n, (i, skipped), rest, (j, taken), stop in self.shapes[shape]:
             begin = starts[i] + skipped
             end = starts[j] + taken
             if rest and plain.startswith(rest, begin):
@@ -504,6 +504,7 @@ class ChatTemplate:
             if n in learned:
                 self.check_answer(messages[n], plain[begin:end], n, n + 1 == len(messages))
             targets.append((n, begin, end))
+            closing = stop
         return Layout(plain, runs, starts, targets, closing, shape)
 
     def parts(self, *request, **options):

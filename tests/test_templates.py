@@ -4,7 +4,6 @@ beside {% generation %} marks and masks by hand, and nothing of a message that b
 import collections
 import os
 import re
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
