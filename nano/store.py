@@ -22,11 +22,12 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated, NotRequired, TypedDict
 
 import numpy as np
 
 from nano import files
-from nano.config import UserError
+from nano.config import PositiveInt, UserError
 
 FORMAT, VERSION = "nanoInstruct store", 1
 KINDS = {"tokens": None, "mask": np.uint8, "rows": np.int64, "groups": np.int64}
@@ -199,6 +200,23 @@ def parse_share(text, n):
 # ------------------------------------------------------------------------------------------ reading
 
 
+class Counts(TypedDict):
+    rows: PositiveInt
+    tokens: PositiveInt
+    groups: NotRequired[PositiveInt]
+    files: list[str]
+
+
+class Meta(TypedDict):
+    format: Annotated[str, (repr(FORMAT), FORMAT.__eq__)]
+    version: int
+    dtype: Annotated[str, ("uint16 or uint32", ("uint16", "uint32").__contains__)]
+    vocab_size: PositiveInt
+    splits: dict[str, Counts]
+    tokenizer: NotRequired[str | None]
+    chat_template: NotRequired[str | None]
+
+
 def read_meta(dir):
     """meta.json of a prepared data folder as a dict. UserError when there is none."""
     files.recover_dir(dir)
@@ -211,19 +229,16 @@ def read_meta(dir):
             f"data folder {dir} {what}: make one with python -m prepare.NAME ... out={dir}"
         )
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        np.dtype(meta["dtype"])
-        version = meta["version"]
-        ours = meta["format"] == FORMAT and "vocab_size" in meta
-        for counts in meta["splits"].values():
-            ours = ours and counts.keys() >= {"rows", "tokens", "files"}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        ours = False
-    if not ours:
-        raise UserError(f"{path} is damaged or not of a prepared data folder: prepare it again")
-    if version != VERSION:
+        meta = files.read_json(path, kind=Meta)
+    except UserError as e:
+        reason = str(e).removeprefix(f"{path}: ").removeprefix(f"{path} ")
         raise UserError(
-            f"{path} has format version {version}, this program reads {VERSION}: prepare it again"
+            f"{path} is damaged or not of a prepared data folder ({reason}): prepare it again"
+        ) from None
+    if meta["version"] != VERSION:
+        raise UserError(
+            f"{path} has format version {meta['version']}, this program reads {VERSION}: "
+            "prepare it again"
         )
     return meta
 
@@ -261,6 +276,10 @@ class Store:
         self.offsets = self._offsets("rows", counts["rows"], counts["tokens"])
         self.groups = None
         if "groups" in counts["files"]:
+            if "groups" not in counts:
+                raise UserError(
+                    f"{dir}/meta.json is damaged (no number of groups): prepare it again"
+                )
             self.groups = self._offsets("groups", counts["groups"], counts["rows"])
         self.lengths = np.diff(self.offsets)
 
@@ -296,8 +315,13 @@ class Store:
         return self.span(self.offsets[i], self.offsets[i + 1])
 
     def span(self, a, b):
-        """The tokens from a up to b, and their mask."""
+        """The tokens from a up to b, and their mask. UserError for ids outside the vocabulary."""
         tokens = self.tokens[a:b]
+        if len(tokens) and tokens.max() >= self.meta["vocab_size"]:
+            raise UserError(
+                f"{self.dir}/{self.split}.tokens.bin is damaged: token id {tokens.max()} is "
+                f"outside the vocabulary of {self.meta['vocab_size']}; prepare {self.dir} again"
+            )
         return tokens, np.ones(len(tokens), np.uint8) if self.mask is None else self.mask[a:b]
 
 

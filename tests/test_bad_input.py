@@ -6,6 +6,7 @@ What can be wrong with records and tokenizer files is tested beside their code.
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -220,7 +221,7 @@ def damage_model(dir, how):
         (dict(num_hidden_layers=1), ["unexpected", "model.layers.1"]),
         (dict(rms_norm_eps="x"), ["config.json", "rms_norm_eps is 'x', not a number"]),
         (dict(rope_theta="x"), ["config.json", "rope_theta is 'x', not a number"]),
-        (dict(rope_scaling="linear"), ["config.json", "rope scaling 'linear' is not supported"]),
+        (dict(rope_scaling="linear"), ["config.json", "rope_scaling is 'linear', not an object"]),
         (dict(architectures=["BertModel"]), ["BertModel", "not supported", "the nearest that are"]),
         (dict(num_attention_heads="four"), ["num_attention_heads", "'four'"]),
     ],
@@ -232,6 +233,113 @@ def test_model_directories(run, tmp_path, how, words):
     before = contents(tmp_path)
     refused(run(model=model), *words)
     assert contents(tmp_path) == before
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", "invert": False}
+
+
+def without(step, key):
+    return {k: v for k, v in step.items() if k != key}
+
+
+def steps(*pretokenizers):
+    return dict(pre_tokenizer=dict(type="Sequence", pretokenizers=list(pretokenizers)))
+
+
+@pytest.mark.parametrize(
+    "name, change, words",
+    [
+        ("config.json", dict(architectures=3), "architectures is 3, not a list or null"),
+        ("config.json", dict(architectures=[3]), "architectures[0] is 3, not text"),
+        ("config.json", dict(architectures={}), "architectures is {}, not a list or null"),
+        ("config.json", dict(model_type=["llama"]), "model_type is ['llama'], not text"),
+        ("config.json", dict(id2label=3), "id2label is 3, not an object"),
+        ("config.json", dict(eos_token_id=["x"]), "eos_token_id[0] is 'x', not a whole number"),
+        ("config.json", dict(eos_token_id="x"), "eos_token_id is 'x', not a whole number or a list"),
+        ("config.json", dict(hidden_act=["silu"]), "hidden_act is ['silu'], not text"),
+        ("config.json", dict(rms_norm_eps=-1), "rms_norm_eps is -1, not a number, 0 or more"),
+        ("config.json", dict(rms_norm_eps=float("nan")), "rms_norm_eps is nan, not a number"),
+        ("config.json", dict(rope_theta=-1), "rope_theta is -1, not a number, above 0"),
+        ("config.json", dict(rope_scaling=dict(type=[1])), "rope_scaling.type is [1], not text"),
+        ("config.json", dict(hidden_size=2**40), "hidden_size is 1099511627776, not a positive"),
+        ("tokenizer.json", dict(model=3), "model is 3, not an object"),
+        ("tokenizer.json", dict(model={}), "model.merges is missing"),
+        ("tokenizer.json", dict(model=dict(vocab={"a": "b"}, merges=[])), "model.vocab['a'] is 'b'"),
+        ("tokenizer.json", dict(model=dict(vocab={"a": -1}, merges=[])), "model.vocab['a'] is -1"),
+        ("tokenizer.json", dict(model=dict(vocab={}, merges=[])), "the vocabulary of the tokenizer is empty"),
+        (
+            "tokenizer.json",
+            dict(model=dict(vocab={"a": 1, "b": 1}, merges=[])),
+            "'a' and 'b' of the tokenizer have the same id 1",
+        ),
+        (
+            "tokenizer.json",
+            dict(model=dict(vocab={"a": 1}, merges=[3])),
+            "model.merges[0] is 3, not text or a list",
+        ),
+        (
+            "tokenizer.json",
+            dict(model=dict(vocab={"a": 1}, merges=[["a", 3]])),
+            "model.merges[0][1] is 3, not text",
+        ),
+        ("tokenizer.json", dict(model=dict(vocab={"a": 1}, merges=["a"])), "merge 'a'"),
+        ("tokenizer.json", dict(model=dict(type="WordPiece", vocab={})), "of the kind WordPiece"),
+        ("tokenizer.json", dict(model=dict(type="Unigram", vocab=[["a", -1]])), "the kind Unigram"),
+        ("tokenizer.json", dict(model=dict(type="WordLevel", vocab={})), "the kind WordLevel"),
+        ("tokenizer.json", dict(added_tokens=3), "added_tokens is 3, not a list"),
+        ("tokenizer.json", dict(added_tokens=[{}]), "added_tokens[0].content is missing"),
+        (
+            "tokenizer.json",
+            dict(added_tokens=[dict(id="x", content="y")]),
+            "added_tokens[0].id is 'x', not a whole number, from 0",
+        ),
+        ("tokenizer.json", dict(pre_tokenizer={}), "pre_tokenizer.type is missing"),
+        ("tokenizer.json", dict(pre_tokenizer=["ByteLevel"]), "pre_tokenizer is ['ByteLevel']"),
+        ("tokenizer.json", dict(pre_tokenizer=dict(type="Sequence")), "has no steps"),
+        ("tokenizer.json", steps({}, BYTE_LEVEL), "pre_tokenizer.pretokenizers[0].type is missing"),
+        ("tokenizer.json", steps(without(SPLIT, "pattern"), BYTE_LEVEL), "Split lacks 'pattern'"),
+        ("tokenizer.json", steps(without(SPLIT, "behavior"), BYTE_LEVEL), "Split lacks 'behavior'"),
+        ("tokenizer.json", steps(SPLIT | dict(pattern={"Regex": "("}), BYTE_LEVEL), "splits text by"),
+        ("tokenizer.json", steps(dict(type="Digits"), BYTE_LEVEL), "lacks 'individual_digits'"),
+        ("tokenizer.json", dict(normalizer=dict(type=3)), "normalizer.type is 3, not text"),
+        (
+            "tokenizer.json",
+            dict(post_processor=dict(type="TemplateProcessing")),
+            "TemplateProcessing lacks 'single'",
+        ),
+        ("tokenizer_config.json", dict(bos_token=3), "bos_token is 3, not text or an object"),
+        ("tokenizer_config.json", dict(bos_token={}), "bos_token.content is missing"),
+        ("tokenizer_config.json", dict(chat_template=3), "chat_template is 3, not text or a list"),
+        ("tokenizer_config.json", dict(chat_template=[{}]), "chat_template[0].name is missing"),
+        ("tokenizer_config.json", dict(added_tokens_decoder=[]), "added_tokens_decoder is []"),
+        ("tokenizer_config.json", dict(added_tokens_decoder={"x": {}}), "['x'] is 'x', not text, a"),
+        ("tokenizer_config.json", dict(added_tokens_decoder={"1": {}}), "['1'].content is missing"),
+        ("tokenizer_config.json", dict(add_bos_token="yes"), "add_bos_token is 'yes', not true or"),
+        ("special_tokens_map.json", dict(eos_token=["x"]), "eos_token is ['x'], not text"),
+        ("generation_config.json", dict(eos_token_id=["x"]), "eos_token_id[0] is 'x', not a whole"),
+        ("generation_config.json", dict(eos_token_id=2.5), "eos_token_id is 2.5, not a whole"),
+        ("added_tokens.json", {"<x>": "y"}, "['<x>'] is 'y', not a whole number"),
+    ],
+    ids=str,
+)
+def test_a_field_of_a_wrong_type_is_named(good, tmp_path, name, change, words):
+    model = shutil.copytree(good["model"], tmp_path / "model")
+    tiny.write(model, name, files.read_json(model / name, missing={}) | change)
+    with pytest.raises(config.UserError) as e:
+        weights.open(model)
+    message = str(e.value)
+    assert words in message and len(message) < 450 and "\n" not in message
+    assert str(model) in message and (name in message or "of the tokenizer" in message)
+
+
+def test_text_that_is_no_text_in_json(good, tmp_path):
+    """Half of a surrogate pair, and brackets without an end."""
+    model = shutil.copytree(good["model"], tmp_path / "model")
+    for text in ('{"bos_token": "\\ud800"}', '{"a": ' * 100_000, "[1]", "3"):
+        (model / "tokenizer_config.json").write_text(text)
+        with pytest.raises(config.UserError, match="tokenizer_config.json"):
+            tokenizer.load(model)
 
 
 def damage_data(dir, how):
