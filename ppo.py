@@ -45,6 +45,7 @@ from nano.config import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Seed,
@@ -57,11 +58,11 @@ from nano.run import Run
 @dataclass
 class Config:
     # what
-    model: str = "out/sft/last"  # the policy to start from, and the reference to stay near
-    reward: str = "out/reward/last"  # score model or adapter, or file.py:function
-    gold: str = ""  # file.py:function that is only logged: the true reward, when there is one
-    data: tuple[str, ...] = ("data/preferences",)  # prepared folders, for their prompts
-    out: str = "out/ppo"  # run folder
+    model: PathText = "out/sft/last"  # the policy to start from, and the reference to stay near
+    reward: PathText = "out/reward/last"  # score model or adapter, or file.py:function
+    gold: PathText = ""  # file.py:function that is only logged: the true reward, when there is one
+    data: tuple[PathText, ...] = ("data/preferences",)  # prepared folders, for their prompts
+    out: PathText = "out/ppo"  # run folder
     # rollouts
     steps: NonNegativeInt = 100  # iterations of rollout and update
     batch_size: PositiveInt = 64  # episodes of one iteration, over all ranks
@@ -101,7 +102,7 @@ class Config:
     entropy_coef: float = 0.0  # bonus for a nat of entropy
     target_kl: NonNegativeFloat = 0.0  # KL(old, new) a token that ends the passes; 0: off
     value_warmup: NonNegativeInt = 0  # iterations that train the critic alone
-    ptx_data: tuple[str, ...] = ()  # prepared folders whose next-token loss is mixed in
+    ptx_data: tuple[PathText, ...] = ()  # prepared folders whose next-token loss is mixed in
     ptx_coef: NonNegativeFloat = 0.0  # its weight
     ptx_batch: PositiveInt = 8  # packed rows of it in an optimizer step
     # what is trained
@@ -640,13 +641,16 @@ def pick(prompts, position, seed):
 
 
 def cut_at(strings, tok, tokens):
-    """(tokens up to the one that completes the first of `strings`, whether there was one)."""
-    if not any(s in tok.decode(tokens) for s in strings):
+    """(tokens up to the one that completes the first of `strings`, whether there was one). A string
+    may name a control token."""
+
+    def complete(n):
+        text = tok.decode(tokens[:n], skip_special=False)
+        return any(s in text for s in strings)
+
+    if not complete(len(tokens)):
         return tokens, False
-    n = 1
-    while not any(s in tok.decode(tokens[:n]) for s in strings):
-        n += 1
-    return tokens[:n], True
+    return tokens[: next(n for n in range(1, len(tokens) + 1) if complete(n))], True
 
 
 # A forward gives a number for each of M positions, the algorithm wants a matrix (N, R). Both hold

@@ -49,6 +49,7 @@ from nano.config import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Seed,
@@ -61,12 +62,12 @@ from nano.run import Run
 @dataclass
 class Config:
     # what
-    data: tuple[str, ...] = ("data/web",)  # prepared folders
+    data: tuple[PathText, ...] = ("data/web",)  # prepared folders
     weights: tuple[float, ...] = ()  # shares of the folders; []: every window once an epoch
-    tokenizer: str = ""  # directory; "": the model's, or else DATA/tokenizer of the first folder
-    out: str = "out/pretrain"  # run folder
+    tokenizer: PathText = ""  # directory; "": the model's, or else the first DATA/tokenizer
+    out: PathText = "out/pretrain"  # run folder
     # the model
-    model: str = ""  # model directory to continue from; "": from scratch, of the `size`
+    model: PathText = ""  # model directory to continue from; "": from scratch, of the `size`
     size: Literal["toy", "15m", "124m", "350m", "1b", "3b", "7b"] = "124m"
     n_layers: NonNegativeInt = 0  # this and the next four: 0 is that of the size
     dim: NonNegativeInt = 0

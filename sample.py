@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config, files, runtime, tokenizer, weights
-from nano.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, Share, UserError
+from nano.config import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathText,
+    PositiveInt,
+    Seed,
+    Share,
+    UserError,
+)
 from nano.generate import generate
 
 HELP = """/reset         forget the conversation
@@ -30,8 +38,8 @@ HELP = """/reset         forget the conversation
 @dataclass
 class Config:
     # what
-    model: str = "models/smollm2"  # model or adapter directory
-    base: str | None = None  # for an adapter: the model to put it on
+    model: PathText = "models/smollm2"  # model or adapter directory
+    base: PathText | None = None  # for an adapter: the model to put it on
     prompt: str | None = None  # complete this one and leave
     prompts: Path | None = None  # complete this file and leave
     out: Path | None = None  # JSON file for the answers to prompts=; none: the terminal
@@ -44,7 +52,7 @@ class Config:
     temperature: NonNegativeFloat = 0.7  # 0: always the likeliest token
     top_k: NonNegativeInt = 0  # 0: off
     top_p: Share = 0.95
-    stop: tuple[str, ...] = ()  # strings that end an answer; they are cut off
+    stop: tuple[str, ...] = ()  # strings or control tokens that end an answer; cut off
     seed: Seed = 0
     batch_size: PositiveInt = 16  # prompts of a file that are answered together
     # device
@@ -84,9 +92,7 @@ class Sampler:
 
     def text(self, ids):
         """(the text of ids up to the first stop string, whether there was one)."""
-        text = self.tok.decode(ids, inside=not self.chats)
-        end = min((text.index(s) for s in self.cfg.stop if s in text), default=None)
-        return text[:end], end is not None
+        return self.tok.decode_until(ids, self.cfg.stop, inside=not self.chats)
 
     def answer(self, prompts, seed, on_text=None):
         """The answers to rendered prompts, as texts.

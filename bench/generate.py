@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config, weights
-from nano.config import NonNegativeFloat, PositiveInt, Seed
+from nano.config import NonNegativeFloat, PathText, PositiveInt, Seed
 
 
 @dataclass
 class Config:
-    model: str = "models/smollm2"  # directory; random-1b: Llama-3.2-1B's shape
+    model: PathText = "models/smollm2"  # directory; random-1b: Llama-3.2-1B's shape
     batch_size: PositiveInt = 16
     prompts: int = 64  # of the unequal case
     prompt: int = 32  # tokens of a prompt

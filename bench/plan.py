@@ -45,7 +45,14 @@ import lora
 import pretrain
 from model import ModelConfig, Transformer
 from nano import config, estimate, families, log, tensor
-from nano.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
+from nano.config import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    UserError,
+)
 
 # Memory in GB, its bandwidth in GB/s, and the GB/s that a device sends within its node, to other
 # nodes and to the CPU. The makers' data sheets give the first three. The others are assumed: an
@@ -79,7 +86,7 @@ SIZES = {
 @dataclass
 class Config:
     # what
-    model: str = ""  # directory, of which only config.json is read; "": use size
+    model: PathText = ""  # directory, of which only config.json is read; "": use size
     size: str = "8b"  # one of pretrain.py's sizes, or 8b, 70b, 405b
     vocab_size: PositiveInt = 128_256  # with size=
     stage: Literal["pretrain", "sft", "reward", "dpo", "ppo"] = "sft"

@@ -28,16 +28,16 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config
-from nano.config import NonNegativeInt, PositiveInt, UserError
+from nano.config import NonNegativeInt, PathText, PositiveInt, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
 class Config:
-    data: str  # instruction records: JSON or JSONL
-    model: str = "models/smollm2"
-    out: str = "out/bench/sft"  # scratch folder
+    data: PathText  # instruction records: JSON or JSONL
+    model: PathText = "models/smollm2"
+    out: PathText = "out/bench/sft"  # scratch folder
     methods: tuple[Literal["full", "lora"], ...] = ("full", "lora")
     sides: tuple[Literal["ours", "compiled", "trl", "trl-packed"], ...] = (
         "ours",

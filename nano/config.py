@@ -7,6 +7,10 @@ Later arguments win. A preset holds one `key=value` a line. `#` at the start of 
 space begins a comment. A value or list element in double quotes is a JSON string, so that any text
 fits on one line. Nothing is ever evaluated as code.
 
+On the command line a value keeps its white space. A list may stand in brackets, and there the
+spaces around its elements do not count. `~` at the start of a path is the home directory, whether
+or not the shell knows.
+
 A Config may have built-in presets, such as algo=grpo. They stand in its class variable
 PRESETS = {"algo": {"grpo": {key: value, ...}}}. Such a preset expands where it stands, and
 config.cfg holds the keys that it sets.
@@ -31,7 +35,7 @@ from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hin
 QUOTED = r'"(?:[^"\\]|\\.)*"'
 # A quoted value is stepped over, '#' and all.
 COMMENT = re.compile(rf"(?<=[=,\[])\s*{QUOTED}|((?:^|\s)#.*)")
-ELEMENT = re.compile(rf"\s*({QUOTED}|[^,]*?)\s*(?:,|$)")
+ELEMENT = re.compile(rf"\s*({QUOTED})\s*,|([^,]*),")
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 UNIONS = (Union, UnionType)
 
@@ -54,11 +58,42 @@ class UserError(Exception):
 
 
 class Quoted(str):
-    """Text that stood in double quotes. It is always text, and never `none`, a number or a list."""
+    """Text that stood in double quotes. It is always text, and never `none`, a number or several
+    elements of a list."""
+
+
+class AsTyped(str):
+    """Text of the command line, whose white space counts."""
+
+
+class PathText(str):
+    """The annotation of a key that names a path, or a path or something else, such as a hub id."""
 
 
 def unquote(text):
-    return Quoted(json.loads(text)) if re.fullmatch(QUOTED, text) else text
+    quoted = re.fullmatch(QUOTED, text)
+    return Quoted(json.loads(text, strict=False)) if quoted else text
+
+
+def elements(text):
+    """The texts of a list's elements.
+
+    The spaces around them count where they stand on the command line and not in brackets."""
+    inner = text.strip(" ")
+    if inner.startswith("["):
+        if not inner.endswith("]") or inner == "[":
+            raise ValueError(text)
+        text = inner[1:-1].strip(" ")
+    if not text:
+        return []
+    edges = "" if isinstance(text, AsTyped) else " \t"
+    items = [
+        unquote(quoted) if quoted else plain.strip(edges)
+        for quoted, plain in ELEMENT.findall(text + ",")
+    ]
+    if any(item == "" and not isinstance(item, Quoted) for item in items):
+        raise ValueError(text)
+    return items
 
 
 def element_kinds(kind, count):
@@ -78,7 +113,7 @@ def cast(kind, text):
     if origin in UNIONS:
         # None comes first: unquoted `none` is not the str "none".
         for member in sorted(args, key=lambda k: k is not NoneType):
-            textual = member in (str, Path) or get_origin(member) is Literal
+            textual = member in (str, PathText, Path) or get_origin(member) is Literal
             if textual or not isinstance(text, Quoted):
                 with suppress(ValueError):
                     return cast(member, text)
@@ -88,24 +123,23 @@ def cast(kind, text):
                 if cast(type(option), text) == option:
                     return option
     elif origin in (list, tuple):
-        inner = text.strip()
-        if inner.startswith("["):
-            if not inner.endswith("]"):
-                raise ValueError(text)
-            inner = inner[1:-1].strip()
-        items = ELEMENT.findall(inner + ",")[:-1] if inner else []
+        items = [text] if isinstance(text, Quoted) else elements(text)
         kinds = element_kinds(kind, len(items))
-        if "" in items or len(kinds) != len(items):
+        if len(kinds) != len(items):
             raise ValueError(text)
-        return origin(cast(k, unquote(item)) for k, item in zip(kinds, items, strict=True))
+        return origin(cast(k, item) for k, item in zip(kinds, items, strict=True))
     elif kind is NoneType and word == "none":
         return None
     elif kind is bool and word in BOOLS:
         return BOOLS[word]
     elif kind is float and math.isfinite(value := float(text)):
         return value
-    elif kind in (int, str, Path):
-        return kind(text)
+    elif kind in (PathText, Path):
+        # in quotes ~ is an ordinary character, as it is in a shell
+        path = str(text) if isinstance(text, Quoted) else os.path.expanduser(text)
+        return Path(path) if kind is Path else path
+    elif kind in (int, str):
+        return kind(str(text))
     raise ValueError(text)
 
 
@@ -139,7 +173,8 @@ def describe(kind):
         return f"{len(args)} values [{','.join(map(describe, args))}]"
     if origin in (list, tuple):
         return f"list of {describe(args[0])}"
-    return {NoneType: "none", bool: "true or false", Path: "path"}.get(kind, kind.__name__)
+    words = {NoneType: "none", bool: "true or false", Path: "path", PathText: "path"}
+    return words.get(kind, kind.__name__)
 
 
 def nearest(name, keys):
@@ -160,7 +195,7 @@ def nearest(name, keys):
 def read_preset(path):
     """[(where, line)] of the lines that hold something. `where` is file:line."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"preset {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as e:
@@ -200,7 +235,7 @@ def parse(Config, argv):
             given.add(key)
         try:
             # on the command line a value is taken as it is, quotes and spaces too
-            value = cast(kinds[key], unquote(text.strip()) if where else text)
+            value = cast(kinds[key], unquote(text.strip()) if where else AsTyped(text))
         except ValueError:
             expected = describe(kinds[key])
             raise UserError(f"{where}{key}={text.strip()}: expected {expected}") from None

