@@ -49,6 +49,7 @@ from nano.config import (
     PositiveFloat,
     PositiveInt,
     Seed,
+    Temperature,
     UnitFloat,
     UserError,
 )
@@ -70,7 +71,7 @@ class Config:
     rollout_batch: PositiveInt = 32  # responses that one device generates at the same time
     max_prompt: PositiveInt = 256  # longer prompts are left out
     max_new_tokens: PositiveInt = 128  # of a response
-    temperature: NonNegativeFloat = 1.0  # of sampling, and of all log-probabilities
+    temperature: Temperature = 1.0  # of sampling, and of all log-probabilities
     # reward
     missing_eos_penalty: float = 1.0  # off the score of a response that did not end
     truncate_at: tuple[str, ...] = ()  # a response ends behind the first of these strings
@@ -569,15 +570,24 @@ def check(cfg, rt):
             f"kl_control=adaptive starts from kl_coef= above 0 with kl_in=reward or loss, not from "
             f"kl_coef={cfg.kl_coef} with kl_in={cfg.kl_in}"
         )
+    if cfg.kl_control == "adaptive" and cfg.kl_horizon <= cfg.batch_size / 5:
+        raise UserError(
+            f"kl_horizon={cfg.kl_horizon} must be above a fifth of batch_size={cfg.batch_size}: "
+            "one iteration could take the adaptive coefficient of the KL to 0 or below"
+        )
+    if not all(cfg.truncate_at):
+        raise UserError("truncate_at= holds an empty string, which would end each response at once")
     if cfg.temperature <= 0:
         raise UserError(f"temperature={cfg.temperature}: must be above 0, where samples differ")
     if bool(cfg.ptx_coef) != bool(cfg.ptx_data):
         raise UserError("ptx_data= and ptx_coef= go together: give both or neither")
-    rows = min(micro_batch, cfg.ptx_batch // rt.world)
-    if cfg.ptx_coef and (rows < 1 or cfg.ptx_batch % (rows * rt.world)):
+    rows = cfg.ptx_batch // rt.world
+    if cfg.ptx_coef and cfg.ptx_batch % rt.world:
+        raise UserError(f"ptx_batch={cfg.ptx_batch} must be a multiple of the {rt.world} ranks")
+    if cfg.ptx_coef and rows > micro_batch and rows % micro_batch:
         raise UserError(
-            f"ptx_batch={cfg.ptx_batch} must be a multiple of micro_batch={cfg.micro_batch} x "
-            f"{rt.world} ranks, or one row for each rank and less than that"
+            f"ptx_batch={cfg.ptx_batch} gives a rank {rows} rows, which must be a multiple of the "
+            f"{micro_batch} of a forward (micro_batch=), or fewer"
         )
     if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
         raise UserError(
@@ -817,6 +827,7 @@ def main(cfg):
             cfg.ptx_batch,
             min(micro_batch, cfg.ptx_batch // rt.world),
             cfg.max_prompt + cfg.max_new_tokens,
+            length_key="max_prompt + max_new_tokens",
             seed=cfg.seed,
             rank=rt.rank,
             world=rt.world,

@@ -53,6 +53,7 @@ from nano.config import (
     PositiveFloat,
     PositiveInt,
     Seed,
+    Temperature,
     UnitFloat,
     UserError,
 )
@@ -112,7 +113,7 @@ class Config:
     sample_every: Every = 0  # steps; 0: once an epoch, -1: never
     prompts: tuple[str, ...] = ()  # texts to go on from; []: the starts of two documents
     sample_tokens: NonNegativeInt = 64  # 0: no samples
-    temperature: NonNegativeFloat = 0.8  # of the samples
+    temperature: Temperature = 0.8  # of the samples
 
 
 # name: layers, dim, heads, key/value heads, ffn, tied embeddings. The name counts the parameters
@@ -256,6 +257,8 @@ def main(cfg):
     # A store is one long array of tokens on disk, memory-mapped. A window is max_length of them.
     # Which windows a step takes is a function of the seed and the step's number alone, so a resume
     # needs no data position.
+    if not cfg.data:
+        raise UserError("data= names no folder: give at least one")
     metas = [store.read_meta(dir) for dir in cfg.data]
     base = cfg.model or cfg.tokenizer or Path(cfg.data[0]) / "tokenizer"
     if not Path(base).is_dir() and not cfg.model and not cfg.tokenizer:

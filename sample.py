@@ -19,15 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config, files, runtime, tokenizer, weights
-from nano.config import (
-    NonNegativeFloat,
-    NonNegativeInt,
-    PathText,
-    PositiveInt,
-    Seed,
-    Share,
-    UserError,
-)
+from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, Share, Temperature, UserError
 from nano.generate import generate
 
 HELP = """/reset         forget the conversation
@@ -49,7 +41,7 @@ class Config:
     system: str | None = None  # system message; the conversations of prompts= bring their own
     # how it is sampled
     max_new_tokens: PositiveInt = 256
-    temperature: NonNegativeFloat = 0.7  # 0: always the likeliest token
+    temperature: Temperature = 0.7  # 0: always the likeliest token
     top_k: NonNegativeInt = 0  # 0: off
     top_p: Share = 0.95
     stop: tuple[str, ...] = ()  # strings or control tokens that end an answer; cut off

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config, weights
-from nano.config import NonNegativeFloat, PathText, PositiveInt, Seed
+from nano.config import PathText, PositiveInt, Seed, Temperature
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Config:
     prompts: int = 64  # of the unequal case
     prompt: int = 32  # tokens of a prompt
     new: int = 128  # tokens of a sample
-    temperature: NonNegativeFloat = 0.0
+    temperature: Temperature = 0.0
     rounds: int = 3
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     device: str = "cpu"  # cpu, cuda

@@ -21,7 +21,6 @@ import errno
 import inspect
 import io
 import json
-import math
 import os
 import re
 import signal
@@ -36,6 +35,7 @@ QUOTED = r'"(?:[^"\\]|\\.)*"'
 # A quoted value is stepped over, '#' and all.
 COMMENT = re.compile(rf"(?<=[=,\[])\s*{QUOTED}|((?:^|\s)#.*)")
 ELEMENT = re.compile(rf"\s*({QUOTED})\s*,|([^,]*),")
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 UNIONS = (Union, UnionType)
 
@@ -49,6 +49,8 @@ PositiveFloat = Annotated[float, ("above 0", lambda x: x > 0)]
 UnitFloat = Annotated[float, ("from 0 to 1", lambda x: 0 <= x <= 1)]
 Fraction = Annotated[float, ("0 or more and below 1", lambda x: 0 <= x < 1)]
 Share = Annotated[float, ("above 0 and at most 1", lambda x: 0 < x <= 1)]
+# Logits divided by a smaller number than this overflow, and 0 stands for the likeliest token.
+Temperature = Annotated[float, ("0, or 1e-6 or more", lambda x: x == 0 or x >= 1e-6)]
 Every = Annotated[int, ("-1 or more", lambda x: x >= -1)]  # a number of steps, 0 or -1
 Seed = Annotated[int, ("from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)]  # as in torch
 
@@ -132,7 +134,7 @@ def cast(kind, text):
         return None
     elif kind is bool and word in BOOLS:
         return BOOLS[word]
-    elif kind is float and math.isfinite(value := float(text)):
+    elif kind is float and abs(value := float(text)) <= FLOAT32_MAX:  # nor is NaN
         return value
     elif kind in (PathText, Path):
         # in quotes ~ is an ordinary character, as it is in a shell

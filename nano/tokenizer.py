@@ -646,7 +646,7 @@ def load(path, template=None):
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"there is no model directory {folder}")
+        raise files.no_model_directory(folder)
     spec = read_json(folder / "tokenizer.json", TokenizerJson)
     config = read_json(folder / "tokenizer_config.json", TokenizerConfig)
     generation = read_json(folder / "generation_config.json", TokenIds)

@@ -16,7 +16,6 @@ import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 import lora
 from model import ScoreHead, Transformer, empty
 from nano import tokenizer
-from nano.config import PositiveInt, UserError
+from nano.config import UserError
 from nano.families import CONV1D, FAMILIES, config_json, load_config, places
 from nano.files import read_json, sync, write_json, write_text
 
@@ -67,7 +66,7 @@ def tensor_files(dir, name="model"):
                 )
         return {key: dir / shard for key, shard in shards.items()}
     hint = ""
-    if pickled := [*dir.glob("*.bin"), *dir.glob("*.pth")]:
+    if name == "model" and (pickled := sorted(dir.glob("pytorch_model*.bin"))):
         hint = f"; `python -m prepare.weights source={dir} out=NEW` converts {pickled[0].name}"
     raise UserError(f"{dir} has no {single.name} and no {index.name}{hint}")
 
@@ -295,11 +294,6 @@ def write_template(tok, dir, config):
     write_json(dir / "generation_config.json", generation | {"eos_token_id": ends})
 
 
-class ScoreScale(TypedDict, total=False):
-    reward_gain: float
-    reward_bias: float
-
-
 def read_score_scale(dir):
     """(gain, bias) of a reward model's or score adapter's directory, (1.0, 0.0) where none were
     fitted.
@@ -308,7 +302,7 @@ def read_score_scale(dir):
     model was trained for. An adapter keeps them in score_scale.json."""
     values = {}
     for name in ("config.json", "score_scale.json"):
-        values |= read_json(Path(dir) / name, missing={}, kind=ScoreScale)
+        values |= read_json(Path(dir) / name, missing={})
     return float(values.get("reward_gain", 1.0)), float(values.get("reward_bias", 0.0))
 
 
@@ -394,14 +388,6 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
         path.unlink(missing_ok=True)
 
 
-class AdapterConfig(TypedDict, total=False):
-    base_model_name_or_path: str | None
-    task_type: str | None
-    r: PositiveInt
-    lora_alpha: float
-    use_rslora: bool | None
-
-
 def read_adapter_config(dir):
     """adapter_config.json of a PEFT directory as a dict.
 
@@ -409,7 +395,7 @@ def read_adapter_config(dir):
     path = Path(dir) / "adapter_config.json"
     if not path.exists():
         raise UserError(f"{dir} is no adapter directory: it has no adapter_config.json")
-    config = read_json(path, kind=AdapterConfig)
+    config = read_json(path)
     if config.get("peft_type") != "LORA":
         raise UserError(
             f"{path}: peft_type {config.get('peft_type')!r} is not supported (only 'LORA' is)"
@@ -539,7 +525,7 @@ def base_of(dir, base=None):
             return place
     raise UserError(
         f"{dir}: its base {str(named)!r} is no model directory here: "
-        "name it with base=, or in adapter_config.json"
+        "write where it is as base_model_name_or_path into adapter_config.json"
     )
 
 
@@ -577,7 +563,7 @@ def open(
     if adapter and as_base:
         raise UserError(
             f"{dir} is an adapter; a new one needs a base on disk: "
-            f"merge it, python -m prepare.weights source={dir}"
+            f"merge it, python -m prepare.weights source={dir} out=NEW"
         )
     place = base_of(dir, base)
     if adapter and head is None and is_scorer(dir):

@@ -603,7 +603,7 @@ def held_out(hashes, val):
     split. Where copies meet the limit, fewer than `val` documents are held out. UserError if none
     would be left to train on.
     """
-    count = parse_share(val, len(hashes))
+    count = parse_share(val, len(hashes), "val")
     if count >= len(hashes):
         raise UserError(
             f"val={val} leaves none of the {len(hashes)} documents to train on: "

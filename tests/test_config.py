@@ -130,6 +130,7 @@ def test_casts(monkeypatch, argument, key, value):
         ("lr=fast", "lr=fast: expected float"),
         ("lr=nan", "expected float"),
         ("lr=inf", "expected float"),
+        ("lr=1e39", "expected float"),  # beyond float32, in which all of it is computed
         ("lr=__import__('os')", "expected float"),
         ("compile=maybe", "expected true or false"),
         ("betas=0.9", "expected 2 values [float,float]"),
@@ -254,7 +255,7 @@ texts = st.text() | st.sampled_from(
         "\udc80",
     ]
 )
-floats = st.floats(allow_nan=False, allow_infinity=False)
+floats = st.floats(allow_nan=False, allow_infinity=False, width=32)
 configs = st.builds(
     Config,
     data=st.lists(texts),
