@@ -9,7 +9,7 @@ global number.
 
     # a CPU or one GPU; two corpora and Muon; a model directory, continued
     python pretrain.py size=toy data=data/web max_length=256 batch_size=16
-    python pretrain.py data=[data/web,data/code] weights=[0.7,0.3] optimizer=muon compile=true
+    python pretrain.py 'data=[data/web,data/code]' 'weights=[0.7,0.3]' optimizer=muon compile=true
     python pretrain.py model=models/smollm2 data=data/books lr=1e-4 min_lr=1e-5
 
     # 8 GPUs; pairs of them that share each layer; 4 nodes

@@ -1,6 +1,6 @@
 """Talk to a model, complete a prompt, or answer a file of prompts.
 
-    python sample.py model=out/sft/last            # chat; /help lists its commands
+    python sample.py model=out/sft/last            # a chat, where /help lists the commands
     python sample.py model=out/lora/last base=models/smollm2 prompt="Why is the sky blue?"
     python sample.py model=models/smollm2 prompts=prompts.txt out=result.json temperature=0
     python sample.py model=models/base template=plain prompt="Once upon a time"    # completion

@@ -2,7 +2,7 @@
 
     python -m bench.pretrain                                 # ours, with and without compile
     python -m bench.pretrain nanogpt=../nanoGPT rounds=3     # beside a checkout of nanoGPT, in turn
-    python -m bench.pretrain size=1b micro_batch=8 max_length=2048 malloc=[tuned] device=cuda
+    python -m bench.pretrain size=1b micro_batch=8 max_length=2048 'malloc=[tuned]' device=cuda
 
 Both sides take the same tokens (pydoc's topics, prepared by prepare/text.py), layers, width,
 vocabulary, threads and dtype, and both clip and step AdamW. Ours also masks documents from each

@@ -1,7 +1,7 @@
 """The whole path on a toy language, from random weights to PPO, and the worth of each stage.
 
     python -m bench.reviews                             # one seed
-    python -m bench.reviews seeds=[0,1,2,3,4]           # medians over seeds, one after another
+    python -m bench.reviews 'seeds=[0,1,2,3,4]'           # medians over seeds, one after another
     python -m bench.reviews svg=bench/reviews.svg       # where the curves of the last seed go
 
 The language is that of `prepare.toy task=reviews`. Runs the stage scripts as a user would, and

@@ -1,7 +1,7 @@
 """Speed and memory of fine-tuning in bf16, full and LoRA, beside TRL's (bench/sft_trl.py).
 
     python -m bench.sft data=alpaca_en_demo.json                   # sft.py, TRL padded, TRL packed
-    python -m bench.sft data=alpaca_en_demo.json sides=[ours,compiled,trl] steps=40 repeats=1
+    python -m bench.sft data=alpaca_en_demo.json 'sides=[ours,compiled,trl]' steps=40 repeats=1
     python -m bench.sft data=alpaca_en_demo.json device=cuda model=DIR micro_batch=16 trl_batch=80
 
 `data` holds instruction records of a shape that prepare.instructions reads. Every run is a process

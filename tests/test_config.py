@@ -148,6 +148,12 @@ def test_mistakes(capsys, argument, says):
     assert says in refused(capsys, argument)
 
 
+def test_a_comment_that_the_shell_passes_on():
+    """As zsh does with a line of the README that is pasted into it."""
+    cfg = config.load(Config, ["steps=3", "prompt=#", "#", "steps=4", "or", "help"])
+    assert (cfg.steps, cfg.prompt) == (3, "#")
+
+
 def test_twice_on_the_command_line(capsys):
     assert "'steps' is given twice" in refused(capsys, "steps=1", "lr=1", "--steps=1")
 
