@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+import nano  # noqa: F401  first, because bench/nano.py finds the others
 from model import Extras, document_attention
 from nano import config, runtime
 from nano.config import NonNegativeInt

@@ -41,8 +41,9 @@ from typing import Literal
 
 import torch
 
-import lora
+import nano  # noqa: F401  first, because bench/nano.py finds the others
 import pretrain
+from lora import apply as add_adapters
 from model import ModelConfig, Transformer
 from nano import config, estimate, families, log, tensor
 from nano.config import (
@@ -139,7 +140,7 @@ def build(cfg):
         model = Transformer(shape)
         if cfg.lora_rank:
             model.to(getattr(torch, cfg.dtype))
-            lora.apply(model, cfg.lora_rank, 32.0)
+            add_adapters(model, cfg.lora_rank, 32.0)
     return model
 
 

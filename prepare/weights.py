@@ -32,6 +32,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+import nano  # noqa: F401  first, because prepare/nano.py finds the others
 from model import ModelConfig, rope_frequencies
 from nano import config, families, files, tokenizer, vocab, weights
 from nano.config import PathText, UserError
