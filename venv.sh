@@ -31,6 +31,6 @@ make_venv() {
 
 # need_pip makes sure that the environment has pip. Those that uv makes come without.
 need_pip() {
-    "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip -q >/dev/null 2>&1 ||
+    "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 ||
         fail "$venv has no pip and no ensurepip: remove it, or install pip into it (uv pip install --python $python pip)"
 }

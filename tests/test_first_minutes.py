@@ -76,7 +76,7 @@ def test_a_python_that_makes_no_environments(tmp_path):
 NO_PIP = 'case "$1 $2" in "-m pip"|"-m ensurepip") exit 1;; *) exec "{python}" "$@";; esac'
 ENSURES = """case "$1 $2" in
 "-m pip") test -e "$0.pip";;
-"-m ensurepip") touch "$0.pip";;
+"-m ensurepip") [ $# = 2 ] && touch "$0.pip";;
 *) exec "{python}" "$@";; esac"""
 
 
