@@ -20,7 +20,7 @@ Source: Rafailov et al. 2023 (arXiv:2305.18290).
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ from nano import batches, config, estimate, files, generate, losses, optim, runt
 from nano.config import (
     Every,
     Fraction,
+    Full,
+    LoRA,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -38,8 +40,15 @@ from nano.config import (
     Seed,
     UnitFloat,
     UserError,
+    With,
+    Without,
 )
 from nano.run import Run
+
+# annotation of label_smoothing
+Smoothing = Annotated[
+    float, ("0 or more and below 0.5", lambda x: 0 <= x < 0.5), With("loss", "sigmoid")
+]
 
 
 @dataclass
@@ -58,19 +67,19 @@ class Config:
     # the loss
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO, or IPO
     beta: PositiveFloat = 0.1  # pull to the reference; IPO: the target difference is 1 / (2 beta)
-    label_smoothing: float = 0.0  # share of pairs taken to be ranked wrongly (cDPO); sigmoid only
+    label_smoothing: Smoothing = 0.0  # share of pairs taken to be ranked wrongly (cDPO)
     nll_weight: NonNegativeFloat = 0.0  # of the next-token loss on the best completions
     # what is trained
-    train: Literal["all", "attention", "qv"] = "all"  # which of the model's own weights
-    freeze_layers: NonNegativeInt = 0  # freeze the embeddings and the first N layers
+    train: Full[Literal["all", "attention", "qv"]] = "all"  # which of the model's own weights
+    freeze_layers: Full[NonNegativeInt] = 0  # freeze the embeddings and the first N layers
     lora_rank: NonNegativeInt = 0  # 0: train the weights themselves
-    lora_alpha: PositiveFloat = 32.0  # the adapter's update is scaled by alpha / rank
-    lora_dropout: Fraction = 0.0  # of an adapter's input
-    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes; all-linear: not the head
-    lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
+    lora_alpha: LoRA[PositiveFloat] = 32.0  # the adapter's update is scaled by alpha / rank
+    lora_dropout: LoRA[Fraction] = 0.0  # of an adapter's input
+    lora_targets: LoRA[tuple[str, ...]] = ("all-linear",)  # suffixes; all-linear: not the head
+    lora_rslora: LoRA[bool] = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # optimizer
     lr: NonNegativeFloat = 5e-6  # the highest learning rate
-    min_lr: NonNegativeFloat = 0.0  # the learning rate at the end
+    min_lr: Annotated[NonNegativeFloat, Without("schedule", "constant")] = 0.0  # the last one
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
     warmup_ratio: UnitFloat = 0.1  # of all steps
     warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
@@ -278,15 +287,6 @@ def main(cfg):
     # holds a state to continue from, and where the log and the models go.
     rt = runtime.start(cfg)
     run = Run("dpo", cfg, rt)
-    if not 0 <= cfg.label_smoothing < 0.5 or cfg.loss == "ipo" and cfg.label_smoothing:
-        raise UserError(
-            f"label_smoothing={cfg.label_smoothing} must be in [0, 0.5), and 0 with loss=ipo"
-        )
-    if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
-        raise UserError(
-            "train= and freeze_layers= choose among the model's own weights: "
-            "with lora_rank= use lora_targets="
-        )
 
     # ---- model
     # An adapter in model= is merged into its base first. What is trained is chosen below.
@@ -312,6 +312,8 @@ def main(cfg):
     val = batches.Groups(val_rows, cfg.batch_size, **layout) if val_rows else None
     longest = max(rows.longest for rows in (train, val) if rows)
     batches.check_reach(longest, model.cfg.max_positions, cfg.model)
+    if not val:
+        run.refuse_validation("eval_every")
     steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 

@@ -21,7 +21,7 @@ import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ from nano import (
 from nano.config import (
     Every,
     Fraction,
+    Full,
+    LoRA,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -50,8 +52,16 @@ from nano.config import (
     Seed,
     UnitFloat,
     UserError,
+    With,
+    Without,
 )
 from nano.run import Run
+
+# annotations of keys that have an effect only with a critic, a KL penalty or adaptive KL
+T = TypeVar("T")
+Critic = Annotated[T, With("advantage", "gae")]
+Penalised = Annotated[T, Without("kl_in", "none"), With("kl_coef")]
+Adaptive = Annotated[T, With("kl_control", "adaptive")]
 
 
 @dataclass
@@ -73,21 +83,21 @@ class Config:
     # reward
     missing_eos_penalty: float = 1.0  # off the score of a response that did not end
     truncate_at: tuple[str, ...] = ()  # a response ends behind the first of these strings
-    truncate_penalty: float = 1.0  # off the score of such a response, in place of the other penalty
+    truncate_penalty: Annotated[float, With("truncate_at")] = 1.0  # instead of the other one
     score_clip: NonNegativeFloat = 0.0  # scores are clipped to +- this; 0: off
     kl_in: Literal["reward", "loss", "none"] = "reward"  # what the KL is added to; loss: as in GRPO
-    kl_coef: NonNegativeFloat = 0.05  # price of a nat of KL(policy, reference)
-    kl_control: Literal["fixed", "adaptive"] = "fixed"  # adaptive: steer to kl_target
-    kl_target: PositiveFloat = 6.0  # nats a response
-    kl_horizon: PositiveInt = 10_000  # episodes over which the adaptive controller acts
+    kl_coef: Annotated[NonNegativeFloat, Without("kl_in", "none")] = 0.05  # price of a nat
+    kl_control: Penalised[Literal["fixed", "adaptive"]] = "fixed"
+    kl_target: Adaptive[PositiveFloat] = 6.0  # nats a response that adaptive steers to
+    kl_horizon: Adaptive[PositiveInt] = 10_000  # episodes over which the adaptive controller acts
     log_kl: bool = False  # log the KL also with kl_coef=0 or kl_in=none, which need no reference
     # advantage
     # gae: over a critic's prediction; group, group_std, rloo: over samples of the same prompt
     advantage: Literal["gae", "group", "group_std", "rloo"] = "gae"
-    gamma: UnitFloat = 1.0  # discount, of gae
-    lam: UnitFloat = 0.95  # of gae
-    whiten_advantages: bool = True  # of gae: mean 0 and variance 1 over all actions
-    whiten_rewards: bool = False  # of gae: rewards of variance 1; reported to be harmful
+    gamma: Critic[UnitFloat] = 1.0  # discount
+    lam: Critic[UnitFloat] = 0.95  # bias against variance
+    whiten_advantages: Critic[bool] = True  # mean 0 and variance 1 over all actions
+    whiten_rewards: Critic[bool] = False  # rewards of variance 1; reported to be harmful
     # update
     ppo_epochs: PositiveInt = 4  # passes over an iteration's episodes
     minibatches: PositiveInt = 1  # optimizer steps of one pass
@@ -97,26 +107,26 @@ class Config:
     loss_mean: Literal["tokens", "samples", "constant"] = "tokens"
     clip: NonNegativeFloat = 0.2  # of the probability ratio
     clip_high: NonNegativeFloat = 0.0  # of the ratio above 1; 0: the same as clip
-    value_clip: NonNegativeFloat = 0.2  # of the distance from the old value; 0: off
+    value_clip: Critic[NonNegativeFloat] = 0.2  # of the distance from the old value; 0: off
     entropy_coef: float = 0.0  # bonus for a nat of entropy
     target_kl: NonNegativeFloat = 0.0  # KL(old, new) a token that ends the passes; 0: off
-    value_warmup: NonNegativeInt = 0  # iterations that train the critic alone
-    ptx_data: tuple[str, ...] = ()  # prepared folders whose next-token loss is mixed in
-    ptx_coef: NonNegativeFloat = 0.0  # its weight
-    ptx_batch: PositiveInt = 8  # packed rows of it in an optimizer step
+    value_warmup: Critic[NonNegativeInt] = 0  # iterations that train the critic alone
+    ptx_data: Annotated[tuple[str, ...], With("ptx_coef")] = ()  # folders for a next-token loss
+    ptx_coef: Annotated[NonNegativeFloat, With("ptx_data")] = 0.0  # its weight
+    ptx_batch: Annotated[PositiveInt, With("ptx_data")] = 8  # packed rows a step
     # what is trained
-    train: Literal["all", "attention", "qv"] = "all"  # which of the model's own weights
-    freeze_layers: NonNegativeInt = 0  # the embeddings and the first N layers stay as they are
+    train: Full[Literal["all", "attention", "qv"]] = "all"  # which of the model's own weights
+    freeze_layers: Full[NonNegativeInt] = 0  # freeze the embeddings and the first N layers
     lora_rank: NonNegativeInt = 0  # 0: full models; otherwise one frozen trunk with adapters
-    lora_alpha: PositiveFloat = 32.0
+    lora_alpha: LoRA[PositiveFloat] = 32.0
     # suffixes of layer names; all-linear: all but the head
-    lora_targets: tuple[str, ...] = ("all-linear",)
-    lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
+    lora_targets: LoRA[tuple[str, ...]] = ("all-linear",)
+    lora_rslora: LoRA[bool] = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # no lora_dropout: the ratio compares two forwards, which must drop nothing
     # optimizer
     lr: NonNegativeFloat = 1e-6  # of the policy
-    value_lr: NonNegativeFloat = 5e-6  # of the critic
-    min_lr: NonNegativeFloat = 0.0
+    value_lr: Critic[NonNegativeFloat] = 5e-6  # of the critic
+    min_lr: Annotated[NonNegativeFloat, Without("schedule", "constant")] = 0.0
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
     warmup_ratio: UnitFloat = 0.0  # of all steps
     warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
@@ -543,45 +553,18 @@ def check(cfg, rt):
             f"batch_size={cfg.batch_size} gives a rank {share} episodes of a minibatch, which "
             f"must be a multiple of group={cfg.group}"
         )
-    if not cfg.has_critic:
-        if cfg.group < 2:
-            raise UserError(
-                f"group={cfg.group} with advantage={cfg.advantage} (which algo=grpo and rloo set "
-                "too): it compares the samples of one prompt, so give group=2 or more"
-            )
-        if cfg.value_warmup:
-            raise UserError(
-                f"value_warmup={cfg.value_warmup} trains a critic, which advantage={cfg.advantage} "
-                "does not have: leave it out"
-            )
-        if cfg.whiten_rewards:
-            raise UserError(
-                f"whiten_rewards=true scales the rewards of single actions, which "
-                f"advantage={cfg.advantage} does not have: leave it out"
-            )
-    if cfg.kl_in == "none" and cfg.kl_coef not in (0, Config.kl_coef):
+    if not cfg.has_critic and cfg.group < 2:
         raise UserError(
-            f"kl_coef={cfg.kl_coef} has no effect with kl_in=none: leave one of them out"
-        )
-    if cfg.kl_control == "adaptive" and not cfg.has_kl:
-        raise UserError(
-            f"kl_control=adaptive starts from kl_coef= above 0 with kl_in=reward or loss, not from "
-            f"kl_coef={cfg.kl_coef} with kl_in={cfg.kl_in}"
+            f"group={cfg.group} with advantage={cfg.advantage} (which algo=grpo and rloo set "
+            "too): it compares the samples of one prompt, so give group=2 or more"
         )
     if cfg.temperature <= 0:
         raise UserError(f"temperature={cfg.temperature}: must be above 0, where samples differ")
-    if bool(cfg.ptx_coef) != bool(cfg.ptx_data):
-        raise UserError("ptx_data= and ptx_coef= go together: give both or neither")
     rows = min(micro_batch, cfg.ptx_batch // rt.world)
     if cfg.ptx_coef and (rows < 1 or cfg.ptx_batch % (rows * rt.world)):
         raise UserError(
             f"ptx_batch={cfg.ptx_batch} must be a multiple of micro_batch={cfg.micro_batch} x "
             f"{rt.world} ranks, or one row for each rank and less than that"
-        )
-    if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
-        raise UserError(
-            "train= and freeze_layers= choose among the model's own weights: with lora_rank= use "
-            "lora_targets="
         )
     if cfg.offload and cfg.lora_rank and rt.weight_shards == 1:
         raise UserError(

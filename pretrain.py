@@ -26,7 +26,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
 import torch
 
@@ -54,8 +54,12 @@ from nano.config import (
     Seed,
     UnitFloat,
     UserError,
+    Without,
 )
 from nano.run import Run
+
+# annotation of keys that have no effect when model= brings a shape and a tokenizer of its own
+Fresh = Annotated[TypeVar("T"), Without("model")]
 
 
 @dataclass
@@ -63,17 +67,17 @@ class Config:
     # what
     data: tuple[str, ...] = ("data/web",)  # prepared folders
     weights: tuple[float, ...] = ()  # shares of the folders; []: every window once an epoch
-    tokenizer: str = ""  # directory; "": the model's, or else DATA/tokenizer of the first folder
+    tokenizer: Fresh[str] = ""  # directory; "": DATA/tokenizer of the first folder
     out: str = "out/pretrain"  # run folder
     # the model
     model: str = ""  # model directory to continue from; "": from scratch, of the `size`
-    size: Literal["toy", "15m", "124m", "350m", "1b", "3b", "7b"] = "124m"
-    n_layers: NonNegativeInt = 0  # this and the next four: 0 is that of the size
-    dim: NonNegativeInt = 0
-    n_heads: NonNegativeInt = 0
-    n_kv_heads: NonNegativeInt = 0
-    ffn_dim: NonNegativeInt = 0
-    rope_theta: PositiveFloat = 10000.0
+    size: Fresh[Literal["toy", "15m", "124m", "350m", "1b", "3b", "7b"]] = "124m"
+    n_layers: Fresh[NonNegativeInt] = 0  # this and the next four: 0 is that of the size
+    dim: Fresh[NonNegativeInt] = 0
+    n_heads: Fresh[NonNegativeInt] = 0
+    n_kv_heads: Fresh[NonNegativeInt] = 0
+    ffn_dim: Fresh[NonNegativeInt] = 0
+    rope_theta: Fresh[PositiveFloat] = 10000.0
     # how long
     epochs: NonNegativeFloat = 1.0  # 0: evaluate once and save nothing
     steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes
@@ -84,7 +88,7 @@ class Config:
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for hidden matrices
     lr: NonNegativeFloat = 6e-4  # the highest learning rate
-    min_lr: NonNegativeFloat = 6e-5  # the learning rate at the end
+    min_lr: Annotated[NonNegativeFloat, Without("schedule", "constant")] = 6e-5  # the last one
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_ratio: UnitFloat = 0.02  # of all steps
     warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
@@ -126,10 +130,6 @@ SIZES = {
     "3b": (28, 3072, 24, 8, 8192, True),
     "7b": (32, 4096, 32, 32, 11008, False),
 }
-
-
-# the keys that have no effect when model= brings a shape and a tokenizer of its own
-SHAPE = {"tokenizer", "size", "n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "rope_theta"}
 
 
 def model_config(cfg, vocab_size):
@@ -243,13 +243,6 @@ def main(cfg):
     # holds a state to continue from, and where the log and the models go.
     rt = runtime.start(cfg)
     run = Run("pretrain", cfg, rt)
-    if cfg.model and (
-        ignored := [pair for pair in config.diff(cfg) if pair.split("=")[0] in SHAPE]
-    ):
-        raise UserError(
-            f"model={cfg.model} has a shape and a tokenizer of its own: "
-            f"leave out {', '.join(ignored)}"
-        )
 
     # ---- data
     # A store is one long array of tokens on disk, memory-mapped. A window is max_length of them.
@@ -278,7 +271,9 @@ def main(cfg):
     steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
     val = None
-    if val_stores:
+    if not val_stores:
+        run.refuse_validation("eval_every", "eval_windows")
+    else:
         val = batches.Windows(val_stores, layout["micro_batch"] * rt.world, **layout)
         eval_steps = -(-cfg.eval_windows // val.batch_size) or val.steps_per_epoch
         eval_steps = min(eval_steps, val.steps_per_epoch)

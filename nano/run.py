@@ -22,7 +22,8 @@ The stage calls Run, and Run never calls the stage. It takes no function and kno
 import math
 from pathlib import Path
 
-from nano import files, state, weights
+from nano import config, files, state, weights
+from nano.config import UserError
 from nano.log import Log
 
 SOURCES = ("model", "reward", "policy")  # the keys that name a model from which a run starts
@@ -41,6 +42,7 @@ class Run:
     """
 
     def __init__(self, stage, cfg, rt):
+        config.check(cfg)  # here too, because a notebook calls main(cfg) itself
         self.stage = stage
         self.cfg = cfg
         self.rt = rt
@@ -86,11 +88,24 @@ class Run:
 
     # ---- the loop
 
+    def refuse_validation(self, *keys):
+        """UserError for those of the keys that were given, where the data have no validation
+        split. -1 asks for nothing."""
+        for key in (key for key in keys if getattr(self.cfg, key) != -1):
+            config.refuse(
+                self.cfg, key, "without a validation split", "the data: prepare with val="
+            )
+
     def total_steps(self, steps_per_epoch):
         """The number of optimizer steps: steps=, or else epochs= times `steps_per_epoch`."""
         self.epoch = steps_per_epoch
         epochs = getattr(self.cfg, "epochs", 0)
         self.total = self.cfg.steps or max(round(epochs * steps_per_epoch), int(epochs > 0))
+        if 0 < self.total < self.cfg.warmup_steps:
+            raise UserError(
+                f"warmup_steps={self.cfg.warmup_steps} is above the {self.total} steps of the run, "
+                f"which would never reach lr={self.cfg.lr}: lower it"
+            )
         return self.total
 
     def steps(self, flops_per_token=0.0):

@@ -88,6 +88,8 @@ def arguments(folder, out, settings):
         | dict(model=folder / "base", data=folder / "store", reward="letters", out=out)
         | settings
     )
+    if settings.get("algo", "ppo") != "ppo" or settings.get("advantage", "gae") != "gae":
+        settings.pop("value_lr")  # there is no critic
     if settings["reward"] in ("last", "letters", "zero"):
         settings["reward"] = f"{folder / 'rewards.py'}:{settings['reward']}"
     text = {

@@ -6,6 +6,7 @@ import importlib
 import pytest
 import tiny
 
+from nano.config import UserError
 from nano.run import Run
 
 COMMON = "device=cpu dtype=float32 batch_size=4 micro_batch=2 max_length=128 log_every=1".split()
@@ -89,3 +90,18 @@ def test_how_often_a_run_evaluates_samples_logs_and_saves(stage, run, tmp_path, 
     assert saved == [("last", 3)]  # -1 still saves at the end
     assert tiny.state(tmp_path / "never" / "state")[1]["meta"]["step"] == 3
     assert tiny.same_tensors(tmp_path / "never" / "last", tmp_path / "always" / "last")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_validation_keys_without_a_validation_split(stage, folder, tmp_path):
+    if STAGES[stage][0] == "rows":
+        tiny.store(tmp_path / "rows", folder / "model", n=16, val=0)
+    else:
+        tiny.preferences(tmp_path / "groups", folder / "model", n=16, val=0)
+    paths = [f"model={folder}/model", f"data={tmp_path}/{STAGES[stage][0]}", f"out={tmp_path}/out"]
+    settings = [*paths, *COMMON] + (["norm_samples=0"] if stage == "reward" else [])
+    with pytest.raises(UserError, match="eval_every=3 has no effect without a validation"):
+        tiny.train(stage, [*settings, "eval_every=3", "steps=2"])
+    with pytest.raises(UserError, match="warmup_steps=9 is above the 2 steps of the run"):
+        tiny.train(stage, [*settings, "eval_every=-1", "steps=2", "warmup_steps=9"])
+    tiny.train(stage, [*settings, "eval_every=-1", "epochs=0"])
