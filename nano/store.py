@@ -15,6 +15,7 @@ Tokens and masks stay on disk. Only the offsets are read into memory.
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -256,6 +257,7 @@ class Store:
                 "prepare it again with model= of this model"
             )
         counts = self.meta["splits"][split]
+        self.maps = {}  # {kind: the file in memory}
         self.tokens = self._open("tokens", counts["tokens"])
         self.mask = self._open("mask", counts["tokens"]) if "mask" in counts["files"] else None
         self.offsets = self._offsets("rows", counts["rows"], counts["tokens"])
@@ -276,7 +278,19 @@ class Store:
                 f"{path} has {size} bytes and not {count * dtype.itemsize}: "
                 f"it is damaged, prepare {self.dir} again"
             )
-        return np.memmap(path, dtype, "r")
+        with open(path, "rb") as f:
+            self.maps[kind] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(self.maps[kind], dtype)
+
+    def read_randomly(self):
+        """Tells the kernel that rows will be read in random order.
+
+        It otherwise reads far ahead of each row, hundreds of megabytes a step from a cold disk,
+        and throws out of memory what other steps need."""
+        if hasattr(mmap, "MADV_RANDOM"):
+            for kind in ("tokens", "mask"):
+                if kind in self.maps:
+                    self.maps[kind].madvise(mmap.MADV_RANDOM)
 
     def _offsets(self, kind, count, end):
         """The offsets (count+1,) of a file, in memory. They grow from 0 to `end`."""
@@ -322,6 +336,10 @@ class Mix:
     def row(self, i):
         return self.stores[self.store_of[i]].row(self.picks[i])
 
+    def read_randomly(self):
+        for store in self.stores:
+            store.read_randomly()
+
 
 class GroupMix:
     """Preference groups of several stores behind one index: len(), group(g), prompt(g).
@@ -354,6 +372,10 @@ class GroupMix:
         store = self.stores[self.store_of[g]]
         a, b = store.groups[self.picks[g] : self.picks[g] + 2]
         return [store.row(row) for row in range(a, b)]
+
+    def read_randomly(self):
+        for store in self.stores:
+            store.read_randomly()
 
     def prompt(self, g):
         """The ids of a group's prompt as a list, which are the tokens before the first target."""
