@@ -429,7 +429,7 @@ def check_scorer(dir, tok):
             f"reward={dir} is a language model: train a score model with reward.py, or give "
             "file.py:function"
         )
-    if weights.load_tokenizer(dir).fingerprint != tok.fingerprint:
+    if weights.load_tokenizer(dir).identity != tok.identity:
         raise UserError(
             f"reward={dir} has another tokenizer than the policy: its tokens would mean something "
             "else there"

@@ -184,7 +184,7 @@ def draw_samples(rt, cfg, rows, tok):
         raise UserError(
             f"{source} is no language model: name one with policy=, or set norm_samples=0"
         )
-    if opened.tok.fingerprint != tok.fingerprint:
+    if opened.tok.identity != tok.identity:
         raise UserError(
             f"policy={source} has another tokenizer than model={cfg.model}: "
             "their scores cannot be matched"

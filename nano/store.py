@@ -55,8 +55,8 @@ class Writer:
 
     Rows stream into `<dir>.tmp-<pid>`. When the block ends without an exception, that folder
     replaces `dir`. Otherwise it is removed. `meta` is a dict that may grow until the end. It is
-    written to meta.json: template, source, counts, and as `tokenizer` the fingerprint that Store
-    compares. UserError for a folder that may not be replaced and for ids outside the vocabulary.
+    written to meta.json: template, source, counts, and as `tokenizer` and
+    `tokenizer_identity` what Store compares. UserError for a folder that may not be replaced and for ids outside the vocabulary.
     """
 
     def __init__(self, dir, vocab_size, meta=None):
@@ -233,7 +233,7 @@ class Store:
     """One split of a prepared data folder, memory-mapped: len(), row(i).
 
     .tokens and .mask (all tokens,), .offsets (N+1,), .lengths (N,), .groups (G+1,), .meta the dict
-    of meta.json; mask and groups may be None. `tokenizer` is the one whose `.fingerprint` must fit.
+    of meta.json; mask and groups may be None. `tokenizer` is the one whose ids the folder must hold.
     A folder that names no tokenizer gets a notice on stderr. UserError where a file is missing, has
     another size than meta.json says, or was made with another tokenizer.
     """
@@ -244,18 +244,8 @@ class Store:
         self.meta = read_meta(dir)
         if split not in self.meta["splits"]:
             raise UserError(f"{dir} has no split '{split}', only {', '.join(self.meta['splits'])}")
-        prepared_with = self.meta.get("tokenizer")
-        if tokenizer is not None and prepared_with is None:
-            print(
-                f"note: {dir} does not say which tokenizer prepared it; the model's is assumed",
-                file=sys.stderr,
-            )
-        elif tokenizer is not None and prepared_with != tokenizer.fingerprint:
-            raise UserError(
-                f"{dir} was prepared with another tokenizer than the model's "
-                f"(sha256 {prepared_with[:12]}, the model's has {tokenizer.fingerprint[:12]}): "
-                "prepare it again with model= of this model"
-            )
+        if tokenizer is not None:
+            self._check(tokenizer)
         counts = self.meta["splits"][split]
         self.maps = {}  # {kind: the file in memory}
         self.tokens = self._open("tokens", counts["tokens"])
@@ -265,6 +255,27 @@ class Store:
         if "groups" in counts["files"]:
             self.groups = self._offsets("groups", counts["groups"], counts["rows"])
         self.lengths = np.diff(self.offsets)
+
+    def _check(self, tokenizer):
+        """UserError where another tokenizer prepared the folder.
+
+        Tokenizers are the same that give the same ids, in whatever files they were saved. Folders
+        of the first edition name the content of the files instead."""
+        key = "identity" if "tokenizer_identity" in self.meta else "fingerprint"
+        prepared_with = self.meta.get("tokenizer_identity") or self.meta.get("tokenizer")
+        expected = getattr(tokenizer, key)
+        if prepared_with is None:
+            print(
+                f"note: {self.dir} does not say which tokenizer prepared it; "
+                "the model's is assumed",
+                file=sys.stderr,
+            )
+        elif prepared_with != expected:
+            raise UserError(
+                f"{self.dir} was prepared with another tokenizer than the model's "
+                f"(sha256 {prepared_with[:12]}, the model's has {expected[:12]}): "
+                "prepare it again with model= of this model"
+            )
 
     def _open(self, kind, count):
         """A file of `count` numbers, memory-mapped."""
@@ -407,7 +418,7 @@ def mix(dirs, sizes=(), seed=0, split="train", tokenizer=None, groups=False):
             "give one size for each folder"
         )
     stores = [Store(dir, split, tokenizer) for dir in dirs]
-    if len({s.meta.get("tokenizer") for s in stores} - {None}) > 1:
+    if tokenizer is None and len({s.meta.get("tokenizer") for s in stores} - {None}) > 1:
         raise UserError(
             f"{', '.join(map(str, dirs))} were prepared with different tokenizers: "
             "use one model= for all"
