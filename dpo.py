@@ -98,7 +98,7 @@ class Config:
     offload: bool = False  # fsdp, zero2, hsdp: keep weights and optimizer in CPU memory
     # bookkeeping
     seed: Seed = 0  # of everything random
-    resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
+    resume: Literal["auto", "true", "false", "anyway"] = "auto"  # anyway: on other data too
     eval_every: Every = 0  # steps; 0: once an epoch, -1: never. Needs a validation split
     save_every: Every = 0  # steps; 0: once an epoch, -1: at the end only
     log_every: NonNegativeInt = 5  # steps; 0: the last step only
@@ -206,15 +206,6 @@ def evaluate(rt, net, val, reference, cfg):
     return summary(rt.all_sum(sums), rt.all_sum(best_tokens), cfg)
 
 
-def fingerprint(model, *settings):
-    """Short hexadecimal name of a model's weights and what else decides its log-probabilities."""
-    digest = hashlib.sha256(repr(settings).encode())
-    for name, p in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(p.detach().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
 def reference_logprobs(rt, net, rows, path):
     """`completion_logprobs` of all completions, (N,) float32, under the model as it is,
     memory-mapped.
@@ -318,15 +309,13 @@ def main(cfg):
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 
     # ---- what is trained
-    # The key names the reference's log-probabilities on disk. It is taken of the model's own
-    # weights, so it comes before an adapter changes the parameters' names.
-    val_key = val_rows and val_rows.fingerprint()
-    key = fingerprint(model, rt.dtype, cfg.max_length, rows.fingerprint(), val_key)
-    if run.resumes and run.saved_meta().get("reference", key) != key:
-        raise UserError(
-            f"{run.out} was trained from another model or on other data: "
-            "give the run's own, or resume=false"
-        )
+    # A state is only continued from the model and the data that it was made from. The key names the
+    # reference's log-probabilities on disk, so it holds all that decides them. Both are taken of
+    # the model's own weights, before an adapter changes the parameters' names.
+    validation = val_rows.fingerprint() if val_rows else None
+    made_from = run.identify(model.named_parameters(), rows.fingerprint(), validation)
+    settings = repr((sorted(made_from.items()), model.cfg, rt.dtype, cfg.max_length))
+    key = hashlib.sha256(settings.encode()).hexdigest()[:16]
     if cfg.lora_rank:
         weights.add_adapter(model, cfg)
     else:
@@ -350,7 +339,7 @@ def main(cfg):
     reference = reference_logprobs(rt, net, train, paths["train"])
     val_reference = reference_logprobs(rt, net, val, paths["val"]) if val else None
     lora.use(model, "default" if cfg.lora_rank else None)
-    run.meta = dict(reference=key, warned=False)
+    run.meta = dict(warned=False)
     adapter = "default" if cfg.lora_rank else None
     run.attach(model, trained, dict(adamw=optimizer), tok, opened.base, adapter)
     if rt.is_main:

@@ -148,7 +148,7 @@ class Config:
     offload: bool = False
     # bookkeeping
     seed: Seed = 0
-    resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
+    resume: Literal["auto", "true", "false", "anyway"] = "auto"  # anyway: on other data too
     save_every: Every = 20  # steps; 0: one pass over the prompts, -1: at the end
     log_every: NonNegativeInt = 1  # steps; 0: the last step only
     sample_every: Every = 10  # steps; 0: one pass over the prompts, -1: never
@@ -807,6 +807,17 @@ def main(cfg):
     # and so does the critic if there is one; each has an optimizer over its own parameters.
     policy, reference, scorer, critic = build(cfg, tok)
     check_reach(cfg, policy.model, max(map(len, all_prompts)))
+
+    # A state is only continued from the models and the data that it was made from. New adapters and
+    # heads are drawn anew by each start, so they do not count.
+    params = [
+        (name, p)
+        for role in (policy, scorer)
+        for name, p in (role.model.named_parameters() if role else ())
+        if not name.endswith((".policy", ".value")) and not name.startswith("value_head.")
+    ]
+    stores = [store.Store(dir) for dir in (*cfg.data, *cfg.ptx_data)]
+    run.identify(params, store.fingerprint(stores))
     roles = [role for role in (policy, reference, scorer, critic) if role]
     models = {id(role.model): role.model for role in roles}.values()
     if cfg.compile:

@@ -107,7 +107,7 @@ class Config:
     offload: bool = False  # fsdp, zero2, hsdp: keep weights and optimizer in CPU memory
     # bookkeeping
     seed: Seed = 0  # of everything random
-    resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
+    resume: Literal["auto", "true", "false", "anyway"] = "auto"  # anyway: on other data too
     eval_every: Every = 250  # steps; 0: once an epoch, -1: never. Needs a validation split
     eval_windows: NonNegativeInt = 1000  # of the validation split, the same each time; 0: all
     save_every: Every = 1000  # steps; 0: once an epoch, -1: at the end only
@@ -290,6 +290,11 @@ def main(cfg):
         run.model_keys = dict(
             bos_token_id=tok.bos_id, eos_token_id=tok.eos_id, pad_token_id=tok.pad_id
         )
+
+    # A state is only continued from the model and the data that it was made from.
+    params = model.named_parameters() if cfg.model else ()
+    validation = store.fingerprint(val_stores) if val_stores else None
+    run.identify(params, store.fingerprint(stores), validation)
 
     # ---- optimizer, resume
     # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it

@@ -93,7 +93,7 @@ class Config:
     offload: bool = False  # fsdp, zero2, hsdp: keep weights and optimizer in CPU memory
     # bookkeeping
     seed: Seed = 0  # of everything random
-    resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
+    resume: Literal["auto", "true", "false", "anyway"] = "auto"  # anyway: on other data too
     eval_every: Every = 0  # steps; 0: once an epoch, -1: never. Needs a validation split
     save_every: Every = 0  # steps; 0: once an epoch, -1: at the end only
     log_every: NonNegativeInt = 10  # steps; 0: the last step only
@@ -273,11 +273,6 @@ def main(cfg):
         template=store.chat_template(cfg.data),
     )
     model, tok = opened.model, opened.tok
-    if cfg.lora_rank:
-        weights.add_adapter(model, cfg)
-    else:
-        optim.choose_trained(model, cfg.train, cfg.freeze_layers)
-    model.score.requires_grad_(True)
 
     # transformers reads the score at the last token that is not padding. So the id that it takes
     # for padding must not be one that ends a completion.
@@ -305,6 +300,18 @@ def main(cfg):
         run.refuse_validation("eval_every")
     steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
+
+    # ---- what is trained
+    # A state is only continued from the model and the data that it was made from. The head is drawn
+    # anew by each start, so it does not count.
+    body = [(name, p) for name, p in model.named_parameters() if not name.startswith("score.")]
+    validation = val_rows.fingerprint() if val_rows else None
+    run.identify(body, rows.fingerprint(), validation)
+    if cfg.lora_rank:
+        weights.add_adapter(model, cfg)
+    else:
+        optim.choose_trained(model, cfg.train, cfg.freeze_layers)
+    model.score.requires_grad_(True)
 
     # The scores of the policy's own samples fix gain and bias, and PPO then gets rewards of mean 0
     # and variance 1. We draw these samples before the optimizer takes its memory, and a resume

@@ -82,7 +82,7 @@ class Config:
     offload: bool = False  # fsdp, zero2, hsdp: keep weights and optimizer in CPU memory
     # bookkeeping
     seed: Seed = 0  # of everything random
-    resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
+    resume: Literal["auto", "true", "false", "anyway"] = "auto"  # anyway: on other data too
     eval_every: Every = 0  # steps; 0: once an epoch, -1: never. Needs a validation split
     save_every: Every = 0  # steps; 0: once an epoch, -1: at the end only
     log_every: NonNegativeInt = 10  # steps; 0: the last step only
@@ -151,16 +151,11 @@ def main(cfg):
     run = Run("sft", cfg, rt)
 
     # ---- model
-    # An adapter in model= is merged into its base first. A new adapter (lora_rank=) freezes all of
-    # the model's own weights; without one they are trained, or the part of them that train= names.
+    # An adapter in model= is merged into its base first. What is trained is chosen below.
     opened = weights.open(
         cfg.model, merge=True, as_base=cfg.lora_rank > 0, template=store.chat_template(cfg.data)
     )
     model, tok = opened.model, opened.tok
-    if cfg.lora_rank:
-        weights.add_adapter(model, cfg)
-    else:
-        optim.choose_trained(model, cfg.train, cfg.freeze_layers)
 
     # ---- data
     # Prepared rows of (tokens, mask), memory-mapped. What an optimizer step holds is a function of
@@ -193,6 +188,17 @@ def main(cfg):
         run.refuse_validation("eval_every", "sample_every")
     steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
+
+    # ---- what is trained
+    # A state is only continued from the model and the data that it was made from. A new adapter
+    # (lora_rank=) freezes all of the model's own weights; without one they are trained, or the part
+    # of them that train= names.
+    validation = val_rows.fingerprint() if val_rows else None
+    run.identify(model.named_parameters(), rows.fingerprint(), validation)
+    if cfg.lora_rank:
+        weights.add_adapter(model, cfg)
+    else:
+        optim.choose_trained(model, cfg.train, cfg.freeze_layers)
 
     # ---- optimizer, resume
     # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it

@@ -49,14 +49,29 @@ def check_target(dir):
         )
 
 
+class Hashed:
+    """A new file, and the sha256 of what is written to it."""
+
+    def __init__(self, path):
+        self.file = open(path, "wb")
+        self.name = self.file.name
+        self.digest = hashlib.sha256()
+        self.close = self.file.close
+
+    def write(self, content):
+        self.digest.update(content)
+        self.file.write(content)
+
+
 class Writer:
     """`with Writer(dir, vocab_size, meta) as w: w.add("train", tokens, mask)` writes a whole store,
     or nothing.
 
     Rows stream into `<dir>.tmp-<pid>`. When the block ends without an exception, that folder
     replaces `dir`. Otherwise it is removed. `meta` is a dict that may grow until the end. It is
-    written to meta.json: template, source, counts, and as `tokenizer` and
-    `tokenizer_identity` what Store compares. UserError for a folder that may not be replaced and for ids outside the vocabulary.
+    written to meta.json: template, source, counts, and as `tokenizer` and `tokenizer_identity` what
+    Store compares. UserError for a folder that may not be replaced and for ids outside the
+    vocabulary.
     """
 
     def __init__(self, dir, vocab_size, meta=None):
@@ -86,7 +101,7 @@ class Writer:
             shutil.rmtree(self.tmp, ignore_errors=True)
 
     def open(self, split, kind):
-        f = open(self.tmp / f"{split}.{kind}.bin", "wb")
+        f = Hashed(self.tmp / f"{split}.{kind}.bin")
         if kind in ("rows", "groups"):
             f.write(bytes(8))  # offset 0
         return f
@@ -150,7 +165,8 @@ class Writer:
             for f in s.files.values():
                 f.close()
                 files.sync(f.name)
-            splits[name] = s.counts | dict(files=sorted(s.files))
+            hashes = {kind: f.digest.hexdigest() for kind, f in sorted(s.files.items())}
+            splits[name] = s.counts | dict(files=sorted(s.files), sha256=hashes)
         head = dict(format=FORMAT, version=VERSION, dtype=self.dtype.name)
         head |= dict(vocab_size=self.vocab_size, splits=splits)
         # json escapes all but ASCII, because the names of a user's files need not be valid UTF-8
@@ -229,13 +245,19 @@ def read_meta(dir):
     return meta
 
 
+def open_mapped(path):
+    """The bytes of a file, memory-mapped."""
+    with open(path, "rb") as f:
+        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 class Store:
     """One split of a prepared data folder, memory-mapped: len(), row(i).
 
     .tokens and .mask (all tokens,), .offsets (N+1,), .lengths (N,), .groups (G+1,), .meta the dict
-    of meta.json; mask and groups may be None. `tokenizer` is the one whose ids the folder must hold.
-    A folder that names no tokenizer gets a notice on stderr. UserError where a file is missing, has
-    another size than meta.json says, or was made with another tokenizer.
+    of meta.json; mask and groups may be None. `tokenizer` is the one whose ids the folder must
+    hold. A folder that names no tokenizer gets a notice on stderr. UserError where a file is
+    missing, has another size than meta.json says, or was made with another tokenizer.
     """
 
     def __init__(self, dir, split="train", tokenizer=None):
@@ -289,9 +311,19 @@ class Store:
                 f"{path} has {size} bytes and not {count * dtype.itemsize}: "
                 f"it is damaged, prepare {self.dir} again"
             )
-        with open(path, "rb") as f:
-            self.maps[kind] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        self.maps[kind] = open_mapped(path)
         return np.frombuffer(self.maps[kind], dtype)
+
+    def fingerprint(self):
+        """sha256 of all content, in hex.
+
+        A folder of the first edition does not say the sha256 of its files, so they are read."""
+        counts = self.meta["splits"][self.split]
+        hashes = counts.get("sha256") or {
+            kind: hashlib.sha256(open_mapped(self.dir / f"{self.split}.{kind}.bin")).hexdigest()
+            for kind in counts["files"]
+        }
+        return hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()
 
     def read_randomly(self):
         """Tells the kernel that rows will be read in random order.
@@ -351,6 +383,9 @@ class Mix:
         for store in self.stores:
             store.read_randomly()
 
+    def fingerprint(self):
+        return fingerprint(self.stores, [self.store_of, self.picks])
+
 
 class GroupMix:
     """Preference groups of several stores behind one index: len(), group(g), prompt(g).
@@ -394,12 +429,15 @@ class GroupMix:
         return tokens[: mask.argmax()].tolist()
 
     def fingerprint(self):
-        """sha256 of all content, in hex."""
-        digest = hashlib.sha256(self.first.tobytes())
-        for g in range(len(self)):
-            for tokens, mask in self.group(g):
-                digest.update(np.int64(len(tokens)).tobytes() + tokens.tobytes() + mask.tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.stores, [self.store_of, self.picks])
+
+
+def fingerprint(stores, picks=None):
+    """sha256 in hex of stores, and of what is picked from them, if given: (2, N) the numbers of the
+    stores and of the rows or groups."""
+    parts = [store.fingerprint() for store in stores]
+    numbers = b"" if picks is None else np.asarray(picks, np.int64).tobytes()
+    return hashlib.sha256(repr(parts).encode() + numbers).hexdigest()
 
 
 def mix(dirs, sizes=(), seed=0, split="train", tokenizer=None, groups=False):
