@@ -136,7 +136,7 @@ class Config:
     adam_eps: NonNegativeFloat = 1e-5
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # auto, cpu, cuda or xla
+    device: str = "auto"  # auto, cpu, cuda, mps or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work

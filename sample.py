@@ -48,7 +48,7 @@ class Config:
     seed: Annotated[Seed, With("temperature")] = 0
     batch_size: Annotated[PositiveInt, With("prompts")] = 16  # answered together
     # device
-    device: str = "auto"  # auto, cpu, cuda or xla
+    device: str = "auto"  # auto, cpu, cuda, mps or xla
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 
 
