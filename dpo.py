@@ -35,6 +35,7 @@ from nano.config import (
     LoRA,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Seed,
@@ -54,10 +55,10 @@ Smoothing = Annotated[
 @dataclass
 class Config:
     # what
-    model: str = "models/smollm2"  # a directory, or an adapter's to merge; the reference too
-    data: tuple[str, ...] = ("data/dpo",)  # prepared folders of groups
+    model: PathText = "models/smollm2"  # a directory, or an adapter's to merge; the reference too
+    data: tuple[PathText, ...] = ("data/dpo",)  # prepared folders of groups
     sizes: tuple[str, ...] = ()  # of each folder: all, a number of groups or a share; []: all
-    out: str = "out/dpo"  # run folder
+    out: PathText = "out/dpo"  # run folder
     # how long
     epochs: NonNegativeFloat = 1.0  # 0: evaluate once and save nothing
     steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes

@@ -47,9 +47,11 @@ from nano.config import (
     LoRA,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Seed,
+    Temperature,
     UnitFloat,
     UserError,
     With,
@@ -67,11 +69,11 @@ Adaptive = Annotated[T, With("kl_control", "adaptive")]
 @dataclass
 class Config:
     # what
-    model: str = "out/sft/last"  # the policy to start from, and the reference to stay near
-    reward: str = "out/reward/last"  # score model or adapter, or file.py:function
-    gold: str = ""  # file.py:function that is only logged: the true reward, when there is one
-    data: tuple[str, ...] = ("data/preferences",)  # prepared folders, for their prompts
-    out: str = "out/ppo"  # run folder
+    model: PathText = "out/sft/last"  # the policy to start from, and the reference to stay near
+    reward: PathText = "out/reward/last"  # score model or adapter, or file.py:function
+    gold: PathText = ""  # file.py:function that is only logged: the true reward, when there is one
+    data: tuple[PathText, ...] = ("data/preferences",)  # prepared folders, for their prompts
+    out: PathText = "out/ppo"  # run folder
     # rollouts
     steps: NonNegativeInt = 100  # iterations of rollout and update
     batch_size: PositiveInt = 64  # episodes of one iteration, over all ranks
@@ -79,7 +81,7 @@ class Config:
     rollout_batch: PositiveInt = 32  # responses that one device generates at the same time
     max_prompt: PositiveInt = 256  # longer prompts are left out
     max_new_tokens: PositiveInt = 128  # of a response
-    temperature: NonNegativeFloat = 1.0  # of sampling, and of all log-probabilities
+    temperature: Temperature = 1.0  # of sampling, and of all log-probabilities
     # reward
     missing_eos_penalty: float = 1.0  # off the score of a response that did not end
     truncate_at: tuple[str, ...] = ()  # a response ends behind the first of these strings
@@ -111,7 +113,9 @@ class Config:
     entropy_coef: float = 0.0  # bonus for a nat of entropy
     target_kl: NonNegativeFloat = 0.0  # KL(old, new) a token that ends the passes; 0: off
     value_warmup: Critic[NonNegativeInt] = 0  # iterations that train the critic alone
-    ptx_data: Annotated[tuple[str, ...], With("ptx_coef")] = ()  # folders for a next-token loss
+    ptx_data: Annotated[
+        tuple[PathText, ...], With("ptx_coef")
+    ] = ()  # folders for a next-token loss
     ptx_coef: Annotated[NonNegativeFloat, With("ptx_data")] = 0.0  # its weight
     ptx_batch: Annotated[PositiveInt, With("ptx_data")] = 8  # packed rows a step
     # what is trained
@@ -558,13 +562,20 @@ def check(cfg, rt):
             f"group={cfg.group} with advantage={cfg.advantage} (which algo=grpo and rloo set "
             "too): it compares the samples of one prompt, so give group=2 or more"
         )
+    if cfg.kl_control == "adaptive" and cfg.kl_horizon <= cfg.batch_size / 5:
+        raise UserError(
+            f"kl_horizon={cfg.kl_horizon} must be above a fifth of batch_size={cfg.batch_size}: "
+            "one iteration could take the adaptive coefficient of the KL to 0 or below"
+        )
+    if not all(cfg.truncate_at):
+        raise UserError("truncate_at= holds an empty string, which would end each response at once")
     if cfg.temperature <= 0:
         raise UserError(f"temperature={cfg.temperature}: must be above 0, where samples differ")
     rows = min(micro_batch, cfg.ptx_batch // rt.world)
     if cfg.ptx_coef and (rows < 1 or cfg.ptx_batch % (rows * rt.world)):
         raise UserError(
-            f"ptx_batch={cfg.ptx_batch} must be a multiple of micro_batch={cfg.micro_batch} x "
-            f"{rt.world} ranks, or one row for each rank and less than that"
+            f"ptx_batch={cfg.ptx_batch} gives a rank {rows} rows, which must be a multiple of the "
+            f"{micro_batch} of a forward (micro_batch=), or fewer"
         )
     if cfg.offload and cfg.lora_rank and rt.weight_shards == 1:
         raise UserError(
@@ -623,13 +634,16 @@ def pick(prompts, position, seed):
 
 
 def cut_at(strings, tok, tokens):
-    """(tokens up to the one that completes the first of `strings`, whether there was one)."""
-    if not any(s in tok.decode(tokens) for s in strings):
+    """(tokens up to the one that completes the first of `strings`, whether there was one). A string
+    may name a control token."""
+
+    def complete(n):
+        text = tok.decode(tokens[:n], skip_special=False)
+        return any(s in text for s in strings)
+
+    if not complete(len(tokens)):
         return tokens, False
-    n = 1
-    while not any(s in tok.decode(tokens[:n]) for s in strings):
-        n += 1
-    return tokens[:n], True
+    return tokens[: next(n for n in range(1, len(tokens) + 1) if complete(n))], True
 
 
 # A forward gives a number for each of M positions, the algorithm wants a matrix (N, R). Both hold
@@ -796,6 +810,7 @@ def main(cfg):
             cfg.ptx_batch,
             min(micro_batch, cfg.ptx_batch // rt.world),
             cfg.max_prompt + cfg.max_new_tokens,
+            length_key="max_prompt + max_new_tokens",
             seed=cfg.seed,
             rank=rt.rank,
             world=rt.world,

@@ -9,7 +9,7 @@ global number.
 
     # a CPU or one GPU; two corpora and Muon; a model directory, continued
     python pretrain.py size=toy data=data/web max_length=256 batch_size=16
-    python pretrain.py data=[data/web,data/code] weights=[0.7,0.3] optimizer=muon compile=true
+    python pretrain.py 'data=[data/web,data/code]' 'weights=[0.7,0.3]' optimizer=muon compile=true
     python pretrain.py model=models/smollm2 data=data/books lr=1e-4 min_lr=1e-5
 
     # 8 GPUs; pairs of them that share each layer; 4 nodes
@@ -49,9 +49,11 @@ from nano.config import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Seed,
+    Temperature,
     UnitFloat,
     UserError,
     Without,
@@ -65,12 +67,12 @@ Fresh = Annotated[TypeVar("T"), Without("model")]
 @dataclass
 class Config:
     # what
-    data: tuple[str, ...] = ("data/web",)  # prepared folders
+    data: tuple[PathText, ...] = ("data/web",)  # prepared folders
     weights: tuple[float, ...] = ()  # shares of the folders; []: every window once an epoch
-    tokenizer: Fresh[str] = ""  # directory; "": DATA/tokenizer of the first folder
-    out: str = "out/pretrain"  # run folder
+    tokenizer: Fresh[PathText] = ""  # directory; "": DATA/tokenizer of the first folder
+    out: PathText = "out/pretrain"  # run folder
     # the model
-    model: str = ""  # model directory to continue from; "": from scratch, of the `size`
+    model: PathText = ""  # model directory to continue from; "": from scratch, of the `size`
     size: Fresh[Literal["toy", "15m", "124m", "350m", "1b", "3b", "7b"]] = "124m"
     n_layers: Fresh[NonNegativeInt] = 0  # this and the next four: 0 is that of the size
     dim: Fresh[NonNegativeInt] = 0
@@ -115,7 +117,7 @@ class Config:
     sample_every: Every = 0  # steps; 0: once an epoch, -1: never
     prompts: tuple[str, ...] = ()  # texts to go on from; []: the starts of two documents
     sample_tokens: NonNegativeInt = 64  # 0: no samples
-    temperature: NonNegativeFloat = 0.8  # of the samples
+    temperature: Temperature = 0.8  # of the samples
 
 
 # name: layers, dim, heads, key/value heads, ffn, tied embeddings. The name counts the parameters
@@ -248,6 +250,8 @@ def main(cfg):
     # A store is one long array of tokens on disk, memory-mapped. A window is max_length of them.
     # Which windows a step takes is a function of the seed and the step's number alone, so a resume
     # needs no data position.
+    if not cfg.data:
+        raise UserError("data= names no folder: give at least one")
     metas = [store.read_meta(dir) for dir in cfg.data]
     base = cfg.model or cfg.tokenizer or Path(cfg.data[0]) / "tokenizer"
     if not Path(base).is_dir() and not cfg.model and not cfg.tokenizer:

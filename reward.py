@@ -33,6 +33,7 @@ from nano.config import (
     LoRA,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Seed,
@@ -47,10 +48,10 @@ from nano.run import Run
 @dataclass
 class Config:
     # what
-    model: str = "models/smollm2"  # the SFT model: a directory, or an adapter's to merge
-    data: tuple[str, ...] = ("data/hh",)  # prepared folders of groups
+    model: PathText = "models/smollm2"  # the SFT model: a directory, or an adapter's to merge
+    data: tuple[PathText, ...] = ("data/hh",)  # prepared folders of groups
     sizes: tuple[str, ...] = ()  # of each folder: all, a number of groups or a share; []: all
-    out: str = "out/reward"  # run folder
+    out: PathText = "out/reward"  # run folder
     # how long
     epochs: NonNegativeFloat = 1.0  # 0: evaluate once and save nothing
     steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes
@@ -69,7 +70,7 @@ class Config:
     lora_targets: LoRA[tuple[str, ...]] = ("all-linear",)  # suffixes; all-linear: not the head
     lora_rslora: LoRA[bool] = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # gain and bias
-    policy: Annotated[str, With("norm_samples")] = ""  # whose samples score 0 +- 1; "": model=
+    policy: Annotated[PathText, With("norm_samples")] = ""  # whose samples score 0 +- 1; "": model=
     norm_samples: NonNegativeInt = 256  # samples of it; 0: leave scores as they are
     norm_tokens: Annotated[PositiveInt, With("norm_samples")] = 128  # tokens of a sample
     # optimizer

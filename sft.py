@@ -27,6 +27,7 @@ from nano.config import (
     LoRA,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Seed,
@@ -40,10 +41,10 @@ from nano.run import Run
 @dataclass
 class Config:
     # what
-    model: str = "models/smollm2"  # model directory, or an adapter's to merge
-    data: tuple[str, ...] = ("data/alpaca",)  # prepared folders
+    model: PathText = "models/smollm2"  # model directory, or an adapter's to merge
+    data: tuple[PathText, ...] = ("data/alpaca",)  # prepared folders
     sizes: tuple[str, ...] = ()  # of each folder: all, a number of rows or a share; []: all
-    out: str = "out/sft"  # run folder
+    out: PathText = "out/sft"  # run folder
     # how long
     epochs: NonNegativeFloat = 3.0  # 0: evaluate once and save nothing
     steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes

@@ -302,6 +302,7 @@ class Rows:
     world: int = 1
     prompt_weight: float = 0.0
     over_length: str = "truncate"
+    length_key: str = "max_length"  # the key, or the sum of keys, that sets max_length
     fixed_length: bool = False
     fixed_shapes: bool = False
 
@@ -320,8 +321,8 @@ class Rows:
         self.truncated = int(keep[long].sum())
         if not len(self.index):
             raise UserError(
-                f"none of the {len(self.rows)} rows fits into max_length={self.max_length}: "
-                "raise it"
+                f"none of the {len(self.rows)} rows fits into "
+                f"{self.length_key}={self.max_length}: raise it"
             )
         self.rows.read_randomly()
         self.lengths = lengths = np.minimum(self.rows.lengths[self.index], self.max_length)
@@ -398,10 +399,12 @@ class Windows:
     def __post_init__(self):
         check_sizes(self.batch_size, self.micro_batch, self.world)
         stores, weights = self.stores, self.weights
-        if weights and (len(weights) != len(stores) or min(weights) <= 0):
+        if weights and len(weights) != len(stores):
             raise UserError(
                 f"weights= has {len(weights)} for {len(stores)} data folders: give each one above 0"
             )
+        if weights and min(weights) <= 0:
+            raise UserError(f"weights= holds {min(weights)}: give each data folder one above 0")
         self.ahead = {}
         for store in stores:
             store.read_randomly()

@@ -1,11 +1,15 @@
 """Configuration: one dataclass per script, filled from `key=value` arguments and `.cfg` presets.
 
-    python sft.py recipes/smollm2-toy-lora.cfg lr=1e-4 data=[alpaca,dolly] steps=1_000
+    python sft.py recipes/smollm2-toy-lora.cfg lr=1e-4 'data=[alpaca,dolly]' steps=1_000
     python sft.py help
 
 Later arguments win. A preset holds one `key=value` a line. `#` at the start of a line or after a
 space begins a comment. A value or list element in double quotes is a JSON string, so that any text
 fits on one line. Nothing is ever evaluated as code.
+
+On the command line a value keeps its white space. A list may stand in brackets, and there the
+spaces around its elements do not count. `~` at the start of a path is the home directory, whether
+or not the shell knows.
 
 A Config may have built-in presets, such as algo=grpo. They stand in its class variable
 PRESETS = {"algo": {"grpo": {key: value, ...}}}. Such a preset expands where it stands, and
@@ -17,7 +21,6 @@ import errno
 import inspect
 import io
 import json
-import math
 import os
 import re
 import signal
@@ -31,7 +34,8 @@ from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin, get
 QUOTED = r'"(?:[^"\\]|\\.)*"'
 # A quoted value is stepped over, '#' and all.
 COMMENT = re.compile(rf"(?<=[=,\[])\s*{QUOTED}|((?:^|\s)#.*)")
-ELEMENT = re.compile(rf"\s*({QUOTED}|[^,]*?)\s*(?:,|$)")
+ELEMENT = re.compile(rf"\s*({QUOTED})\s*,|([^,]*),")
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 UNIONS = (Union, UnionType)
 
@@ -45,6 +49,8 @@ PositiveFloat = Annotated[float, ("above 0", lambda x: x > 0)]
 UnitFloat = Annotated[float, ("from 0 to 1", lambda x: 0 <= x <= 1)]
 Fraction = Annotated[float, ("0 or more and below 1", lambda x: 0 <= x < 1)]
 Share = Annotated[float, ("above 0 and at most 1", lambda x: 0 < x <= 1)]
+# Logits divided by a smaller number than this overflow, and 0 stands for the likeliest token.
+Temperature = Annotated[float, ("0, or 1e-6 or more", lambda x: x == 0 or x >= 1e-6)]
 Every = Annotated[int, ("-1 or more", lambda x: x >= -1)]  # a number of steps, 0 or -1
 Seed = Annotated[int, ("from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)]  # as in torch
 
@@ -92,11 +98,42 @@ class UserError(Exception):
 
 
 class Quoted(str):
-    """Text that stood in double quotes. It is always text, and never `none`, a number or a list."""
+    """Text that stood in double quotes. It is always text, and never `none`, a number or several
+    elements of a list."""
+
+
+class AsTyped(str):
+    """Text of the command line, whose white space counts."""
+
+
+class PathText(str):
+    """The annotation of a key that names a path, or a path or something else, such as a hub id."""
 
 
 def unquote(text):
-    return Quoted(json.loads(text)) if re.fullmatch(QUOTED, text) else text
+    quoted = re.fullmatch(QUOTED, text)
+    return Quoted(json.loads(text, strict=False)) if quoted else text
+
+
+def elements(text):
+    """The texts of a list's elements.
+
+    The spaces around them count where they stand on the command line and not in brackets."""
+    inner = text.strip(" ")
+    if inner.startswith("["):
+        if not inner.endswith("]") or inner == "[":
+            raise ValueError(text)
+        text = inner[1:-1].strip(" ")
+    if not text:
+        return []
+    edges = "" if isinstance(text, AsTyped) else " \t"
+    items = [
+        unquote(quoted) if quoted else plain.strip(edges)
+        for quoted, plain in ELEMENT.findall(text + ",")
+    ]
+    if any(item == "" and not isinstance(item, Quoted) for item in items):
+        raise ValueError(text)
+    return items
 
 
 def element_kinds(kind, count):
@@ -116,7 +153,7 @@ def cast(kind, text):
     if origin in UNIONS:
         # None comes first: unquoted `none` is not the str "none".
         for member in sorted(args, key=lambda k: k is not NoneType):
-            textual = member in (str, Path) or get_origin(member) is Literal
+            textual = member in (str, PathText, Path) or get_origin(member) is Literal
             if textual or not isinstance(text, Quoted):
                 with suppress(ValueError):
                     return cast(member, text)
@@ -126,24 +163,23 @@ def cast(kind, text):
                 if cast(type(option), text) == option:
                     return option
     elif origin in (list, tuple):
-        inner = text.strip()
-        if inner.startswith("["):
-            if not inner.endswith("]"):
-                raise ValueError(text)
-            inner = inner[1:-1].strip()
-        items = ELEMENT.findall(inner + ",")[:-1] if inner else []
+        items = [text] if isinstance(text, Quoted) else elements(text)
         kinds = element_kinds(kind, len(items))
-        if "" in items or len(kinds) != len(items):
+        if len(kinds) != len(items):
             raise ValueError(text)
-        return origin(cast(k, unquote(item)) for k, item in zip(kinds, items, strict=True))
+        return origin(cast(k, item) for k, item in zip(kinds, items, strict=True))
     elif kind is NoneType and word == "none":
         return None
     elif kind is bool and word in BOOLS:
         return BOOLS[word]
-    elif kind is float and math.isfinite(value := float(text)):
+    elif kind is float and abs(value := float(text)) <= FLOAT32_MAX:  # nor is NaN
         return value
-    elif kind in (int, str, Path):
-        return kind(text)
+    elif kind in (PathText, Path):
+        # in quotes ~ is an ordinary character, as it is in a shell
+        path = str(text) if isinstance(text, Quoted) else os.path.expanduser(text)
+        return Path(path) if kind is Path else path
+    elif kind in (int, str):
+        return kind(str(text))
     raise ValueError(text)
 
 
@@ -177,7 +213,8 @@ def describe(kind):
         return f"{len(args)} values [{','.join(map(describe, args))}]"
     if origin in (list, tuple):
         return f"list of {describe(args[0])}"
-    return {NoneType: "none", bool: "true or false", Path: "path"}.get(kind, kind.__name__)
+    words = {NoneType: "none", bool: "true or false", Path: "path", PathText: "path"}
+    return words.get(kind, kind.__name__)
 
 
 def nearest(name, keys):
@@ -198,7 +235,7 @@ def nearest(name, keys):
 def read_preset(path):
     """[(where, line)] of the lines that hold something. `where` is file:line."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"preset {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as e:
@@ -238,7 +275,7 @@ def parse(Config, argv):
             given.add(key)
         try:
             # on the command line a value is taken as it is, quotes and spaces too
-            value = cast(kinds[key], unquote(text.strip()) if where else text)
+            value = cast(kinds[key], unquote(text.strip()) if where else AsTyped(text))
         except ValueError:
             expected = describe(kinds[key])
             raise UserError(f"{where}{key}={text.strip()}: expected {expected}") from None
@@ -254,8 +291,10 @@ def load(Config, argv):
     """A `Config` dataclass filled from the arguments `argv`.
 
     A mistake ends the program with status 2 and a sentence on stderr. `help`, `-h` and `--help`
-    print every key and exit.
+    print every key and exit. What follows an argument `#` is a comment.
     """
+    if "#" in argv:  # zsh passes on the comment behind a command that was pasted into it
+        argv = argv[: argv.index("#")]
     if {"help", "-h", "--help"} & set(argv):
         print(help_text(Config))
         sys.exit(0)

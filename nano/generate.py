@@ -6,8 +6,12 @@ log-probabilities out.
 
 `batch_size` rows are decoded together, one token a step. A row that ends makes room for the next
 prompt. When none waits, the batch shrinks. So answers of unequal length cost their sum and not
-rows x longest. The sample drawn depends on (seed, sample index) and the model alone, not on its
-neighbours in the batch, the order of refills or the device.
+rows x longest.
+
+The random numbers of a sample depend on (seed, sample index) alone, not on its neighbours in the
+batch, the order of refills or the device. In fp32 the same holds for the tokens that are drawn,
+unless the choice between two of them is a matter of rounding. In bf16 a matrix product rounds
+otherwise in a batch of another shape, so there a sample may differ with the batch and the device.
 """
 
 from collections import deque

@@ -23,11 +23,12 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated, NotRequired, TypedDict
 
 import numpy as np
 
 from nano import files
-from nano.config import UserError
+from nano.config import PositiveInt, UserError
 
 FORMAT, VERSION = "nanoInstruct store", 1
 KINDS = {"tokens": None, "mask": np.uint8, "rows": np.int64, "groups": np.int64}
@@ -189,11 +190,11 @@ def write_store(dir, splits, meta):
                     w.end_group(split)
 
 
-def parse_share(text, n):
+def parse_share(text, n, key="sizes"):
     """How many of `n` rows `text` asks for.
 
     It is "all", a number such as "100", or a share such as "5%" or "0.05", rounded down. UserError
-    for anything else, and for more than `n`.
+    for anything else, and for more than `n`. key: where the text comes from, for the message.
     """
     text = str(text).strip()
     if text == "all":
@@ -202,18 +203,35 @@ def parse_share(text, n):
         # a Fraction, because in floating point 29% of 100 is 28
         share = Fraction(match[1]) / 100 if match[1] else Fraction(match[2])
         count = int(n * share) if share <= 1 else n + 1
-    elif re.fullmatch(r"\d[\d_]*", text):
-        count = int(text)
+    elif re.fullmatch(r"\d{1,18}", text.replace("_", "")):
+        count = int(text.replace("_", ""))
     else:
         raise UserError(
-            f"size '{text}' is not all, a number of rows such as 1000, or a share such as 10%"
+            f"{key}={text} is not all, a number of rows such as 1000, or a share such as 10%"
         )
     if count > n:
-        raise UserError(f"size '{text}' is more than the {n} rows there are")
+        raise UserError(f"{key}={text} is more than the {n} rows there are")
     return count
 
 
 # ------------------------------------------------------------------------------------------ reading
+
+
+class Counts(TypedDict):
+    rows: PositiveInt
+    tokens: PositiveInt
+    groups: NotRequired[PositiveInt]
+    files: list[str]
+
+
+class Meta(TypedDict):
+    format: Annotated[str, (repr(FORMAT), FORMAT.__eq__)]
+    version: int
+    dtype: Annotated[str, ("uint16 or uint32", ("uint16", "uint32").__contains__)]
+    vocab_size: PositiveInt
+    splits: dict[str, Counts]
+    tokenizer: NotRequired[str | None]
+    chat_template: NotRequired[str | None]
 
 
 def read_meta(dir):
@@ -225,22 +243,20 @@ def read_meta(dir):
         if Path(dir).is_dir():
             what = "is not a prepared data folder (it has no meta.json)"
         raise UserError(
-            f"data folder {dir} {what}: make one with python -m prepare.NAME ... out={dir}"
+            f"data folder {dir} {what}: make one with python -m prepare.text, prepare.instructions "
+            f"or prepare.preferences and out={dir}"
         )
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        np.dtype(meta["dtype"])
-        version = meta["version"]
-        ours = meta["format"] == FORMAT and "vocab_size" in meta
-        for counts in meta["splits"].values():
-            ours = ours and counts.keys() >= {"rows", "tokens", "files"}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        ours = False
-    if not ours:
-        raise UserError(f"{path} is damaged or not of a prepared data folder: prepare it again")
-    if version != VERSION:
+        meta = files.read_json(path, kind=Meta)
+    except UserError as e:
+        reason = str(e).removeprefix(f"{path}: ").removeprefix(f"{path} ")
         raise UserError(
-            f"{path} has format version {version}, this program reads {VERSION}: prepare it again"
+            f"{path} is damaged or not of a prepared data folder ({reason}): prepare it again"
+        ) from None
+    if meta["version"] != VERSION:
+        raise UserError(
+            f"{path} has format version {meta['version']}, this program reads {VERSION}: "
+            "prepare it again"
         )
     return meta
 
@@ -275,6 +291,10 @@ class Store:
         self.offsets = self._offsets("rows", counts["rows"], counts["tokens"])
         self.groups = None
         if "groups" in counts["files"]:
+            if "groups" not in counts:
+                raise UserError(
+                    f"{dir}/meta.json is damaged (no number of groups): prepare it again"
+                )
             self.groups = self._offsets("groups", counts["groups"], counts["rows"])
         self.lengths = np.diff(self.offsets)
 
@@ -353,8 +373,13 @@ class Store:
         return self.span(self.offsets[i], self.offsets[i + 1])
 
     def span(self, a, b):
-        """The tokens from a up to b, and their mask."""
+        """The tokens from a up to b, and their mask. UserError for ids outside the vocabulary."""
         tokens = self.tokens[a:b]
+        if len(tokens) and tokens.max() >= self.meta["vocab_size"]:
+            raise UserError(
+                f"{self.dir}/{self.split}.tokens.bin is damaged: token id {tokens.max()} is "
+                f"outside the vocabulary of {self.meta['vocab_size']}; prepare {self.dir} again"
+            )
         return tokens, np.ones(len(tokens), np.uint8) if self.mask is None else self.mask[a:b]
 
 

@@ -68,7 +68,7 @@ def tensor_files(dir, name="model"):
                 )
         return {key: dir / shard for key, shard in shards.items()}
     hint = ""
-    if pickled := [*dir.glob("*.bin"), *dir.glob("*.pth")]:
+    if name == "model" and (pickled := sorted(dir.glob("pytorch_model*.bin"))):
         hint = f"; `python -m prepare.weights source={dir} out=NEW` converts {pickled[0].name}"
     raise UserError(f"{dir} has no {single.name} and no {index.name}{hint}")
 
@@ -539,7 +539,7 @@ def base_of(dir, base=None):
             return place
     raise UserError(
         f"{dir}: its base {str(named)!r} is no model directory here: "
-        "name it with base=, or in adapter_config.json"
+        "write where it is as base_model_name_or_path into adapter_config.json"
     )
 
 
@@ -577,7 +577,7 @@ def open(
     if adapter and as_base:
         raise UserError(
             f"{dir} is an adapter; a new one needs a base on disk: "
-            f"merge it, python -m prepare.weights source={dir}"
+            f"merge it, python -m prepare.weights source={dir} out=NEW"
         )
     place = base_of(dir, base)
     if adapter and head is None and is_scorer(dir):

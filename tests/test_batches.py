@@ -259,6 +259,8 @@ def test_rows_over_max_length(tmp_path):
     assert found == expected([([1, 2, 3], [0, 0, 1]), ([1, 2], [0, 1])])
     dropped = Rows(store, 1, 1, 4, over_length="drop")
     assert (dropped.dropped, dropped.truncated, len(dropped.index)) == (1, 0, 2)
+    with pytest.raises(UserError, match=r"none of the 3 rows fits into a \+ b=1: raise it"):
+        Rows(store, 1, 1, 1, length_key="a + b")
     with pytest.raises(UserError, match="none of the 3 rows fits into max_length=1"):
         Rows(store, 1, 1, 1)
 

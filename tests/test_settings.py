@@ -31,7 +31,7 @@ FREE = {
 }
 TABLE = {  # key: (values that are refused, values at the edge that are not)
     **dict.fromkeys(
-        "lr weight_decay grad_clip epochs steps lora_rank temperature seed top_k".split(),
+        "lr weight_decay grad_clip epochs steps lora_rank seed top_k".split(),
         ([-1], [0]),
     ),
     **dict.fromkeys(
@@ -42,6 +42,7 @@ TABLE = {  # key: (values that are refused, values at the edge that are not)
     **dict.fromkeys("warmup_ratio gamma lam".split(), ([-0.1, 1.1], [0, 1])),
     **dict.fromkeys("eval_every save_every sample_every".split(), ([-2], [-1, 0])),
     "top_p": ([0, -0.1, 1.1], [1]),
+    "temperature": ([-1, 1e-38, 9e-7], [0, 1e-6]),
 }
 
 

@@ -266,7 +266,7 @@ def test_mix(tmp_path):
     assert mix(dirs, ["0", "3"]).lengths.shape == (3,) and len(mix(dirs)) == 50
     with pytest.raises(UserError, match="2 folders and sizes= 1 sizes"):
         mix(dirs, ["all"])
-    with pytest.raises(UserError, match="b: size '21' is more than the 20 rows"):
+    with pytest.raises(UserError, match="b: sizes=21 is more than the 20 rows"):
         mix(dirs, ["all", "21"])
     make_store(tmp_path / "c", [3], tokenizer="one")
     make_store(tmp_path / "d", [3], tokenizer="other")

@@ -624,6 +624,25 @@ def test_bytes_of_streams(kind, kinds):
     assert ours.bytes_of([10**6]) == b""  # models may have more ids than their tokenizer
 
 
+@pytest.mark.parametrize("kind", ["bpe", "chain", "spm"])
+def test_text_up_to_a_stop_string(kind, kinds):
+    """It is sought among the names of control tokens, which the text itself leaves out."""
+    tok = tokenizer.load(kinds[kind])
+    name = next(name for name, entry in tok.added.items() if entry["id"] in tok.control)
+    control = tok.added[name]["id"]
+    start = tok.encode("Say it. ")
+    ids = [*start, control, *tok.encode("And more é")]
+    assert tok.decode_until(ids, ()) == (tok.decode(ids), False)
+    assert tok.decode_until(ids, ("nowhere",)) == (tok.decode(ids), False)
+    assert tok.decode_until(ids, ("more", name)) == (tok.decode(start), True)
+    assert tok.decode_until(ids, (f". {name}",)) == ("Say it", True)
+    assert tok.decode_until(ids, (" it", "Say")) == ("", True)
+    assert tok.decode_until(ids, (" more",), inside=True) == (
+        tok.decode(ids, inside=True).partition(" more")[0],
+        True,
+    )
+
+
 def test_fingerprint(kinds, tmp_path):
     first = tokenizer.load(kinds["bpe"]).fingerprint
     shutil.copytree(kinds["bpe"], tmp_path / "copy")
