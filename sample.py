@@ -44,7 +44,7 @@ class Config:
     prompt: str | None = None  # complete this one and leave
     prompts: Path | None = None  # complete this file and leave
     out: Annotated[Path | None, With("prompts")] = None  # JSON file; none: the terminal
-    echo: Annotated[bool, With("prompts")] = False  # outputs repeat the prompt in front
+    echo: bool = False  # outputs repeat the prompt in front
     # how it is laid out
     template: str | None = None  # chat template: none: the model's own; plain: text completion
     system: str | None = None  # system message; the conversations of prompts= bring their own
