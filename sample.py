@@ -16,10 +16,19 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from nano import config, files, runtime, tokenizer, weights
-from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, Share, Temperature, UserError
+from nano.config import (
+    NonNegativeInt,
+    PathText,
+    PositiveInt,
+    Seed,
+    Share,
+    Temperature,
+    UserError,
+    With,
+)
 from nano.generate import generate
 
 HELP = """/reset         forget the conversation
@@ -34,7 +43,7 @@ class Config:
     base: PathText | None = None  # for an adapter: the model to put it on
     prompt: str | None = None  # complete this one and leave
     prompts: Path | None = None  # complete this file and leave
-    out: Path | None = None  # JSON file for the answers to prompts=; none: the terminal
+    out: Annotated[Path | None, With("prompts")] = None  # JSON file; none: the terminal
     echo: bool = False  # outputs repeat the prompt in front
     # how it is laid out
     template: str | None = None  # chat template: none: the model's own; plain: text completion
@@ -42,13 +51,13 @@ class Config:
     # how it is sampled
     max_new_tokens: PositiveInt = 256
     temperature: Temperature = 0.7  # 0: always the likeliest token
-    top_k: NonNegativeInt = 0  # 0: off
-    top_p: Share = 0.95
+    top_k: Annotated[NonNegativeInt, With("temperature")] = 0  # 0: off
+    top_p: Annotated[Share, With("temperature")] = 0.95
     stop: tuple[str, ...] = ()  # strings or control tokens that end an answer; cut off
-    seed: Seed = 0
-    batch_size: PositiveInt = 16  # prompts of a file that are answered together
+    seed: Annotated[Seed, With("temperature")] = 0
+    batch_size: Annotated[PositiveInt, With("prompts")] = 16  # answered together
     # device
-    device: str = "auto"  # auto, cpu, cuda or xla
+    device: str = "auto"  # auto, cpu, cuda, mps or xla
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 
 

@@ -29,7 +29,7 @@ from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 QUOTED = r'"(?:[^"\\]|\\.)*"'
 # A quoted value is stepped over, '#' and all.
@@ -53,6 +53,44 @@ Share = Annotated[float, ("above 0 and at most 1", lambda x: 0 < x <= 1)]
 Temperature = Annotated[float, ("0, or 1e-6 or more", lambda x: x == 0 or x >= 1e-6)]
 Every = Annotated[int, ("-1 or more", lambda x: x >= -1)]  # a number of steps, 0 or -1
 Seed = Annotated[int, ("from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)]  # as in torch
+
+
+class With:
+    """In a field's annotation: the key has an effect only with another key.
+
+    With("lora_rank"): where lora_rank is not 0, false, none or empty. With("advantage", "gae"):
+    where it is one of these values. `check` refuses a value that has no effect, unless it is the
+    default, because the config.cfg of a run holds every key."""
+
+    words = "only with"
+
+    def __init__(self, key, *values):
+        self.key = key
+        self.values = values
+
+    def fits(self, cfg):
+        value = getattr(cfg, self.key)
+        return value in self.values if self.values else bool(value)
+
+    def __str__(self):
+        return f"{self.words} {self.key}={' or '.join(map(str, self.values))}"
+
+
+class Without(With):
+    """In a field's annotation: the key has an effect only where `With` of the same would not fit.
+
+    Without("lora_rank"): where lora_rank is 0, false, none or empty."""
+
+    words = "not with"
+
+    def fits(self, cfg):
+        return not super().fits(cfg)
+
+
+# `lora_alpha: LoRA[PositiveFloat] = 32.0` has an effect only with lora_rank=.
+T = TypeVar("T")
+LoRA = Annotated[T, With("lora_rank")]
+Full = Annotated[T, Without("lora_rank")]
 
 
 class UserError(Exception):
@@ -266,13 +304,41 @@ def load(Config, argv):
         fail(e)
 
 
+def annotations(Config):
+    """{key: ([(words, test) of its range], [With or Without])} from the annotations of a Config."""
+    notes = {}
+    kinds = get_type_hints(Config, include_extras=True)
+    for key in (f.name for f in fields(Config)):
+        extras = getattr(kinds[key], "__metadata__", ())
+        others = [extra for extra in extras if isinstance(extra, With)]
+        notes[key] = [extra for extra in extras if extra not in others], others
+    return notes
+
+
+def refuse(cfg, key, why, change):
+    """UserError where a key without effect differs from its default, so that somebody gave it.
+
+    why: words such as "with lora_rank=0". change: what else would mend it, such as "lora_rank=".
+    """
+    values = {f.name: default(f) for f in fields(cfg)}
+    if getattr(cfg, key) != values[key]:
+        raise UserError(
+            f"{key}={texts(cfg)[key]} has no effect {why}: leave it out, or change {change}"
+        )
+
+
 def check(cfg):
-    """UserError for a number out of the range in its field's annotation."""
-    for key, kind in get_type_hints(type(cfg), include_extras=True).items():
-        value = getattr(cfg, key, None)
-        for words, holds in getattr(kind, "__metadata__", ()):
-            if not holds(value):
-                raise UserError(f"{key}={value}: must be {words}")
+    """UserError for a number out of the range in its field's annotation, and for a key that has no
+    effect beside the others."""
+    notes = annotations(type(cfg))
+    for key, (ranges, _) in notes.items():
+        for words, holds in ranges:
+            if not holds(getattr(cfg, key)):
+                raise UserError(f"{key}={getattr(cfg, key)}: must be {words}")
+    for key, (_, others) in notes.items():
+        for other in others:
+            if not other.fits(cfg):
+                refuse(cfg, key, f"with {other.key}={texts(cfg)[other.key]}", f"{other.key}=")
     lr, min_lr = getattr(cfg, "lr", 0), getattr(cfg, "min_lr", 0)
     if min_lr > lr and cfg.schedule != "constant":
         raise UserError(f"min_lr={min_lr} is above lr={lr}, from which it is to fall: lower it too")
@@ -310,6 +376,7 @@ def help_text(Config):
 
     A comment line in the Config heads the group of keys below it."""
     heads, notes = comments(Config)
+    effects = annotations(Config)
     kinds = get_type_hints(Config)
     lines = [(sys.modules[Config.__module__].__doc__ or "").strip(), ""]
     for f in fields(Config):
@@ -317,7 +384,9 @@ def help_text(Config):
             lines += ["", *heads[f.name]]
         value = "" if default(f) is MISSING else show(kinds[f.name], default(f))
         line = f"  {f.name + '=' + value:<32} {describe(kinds[f.name]):<14} "
-        lines.append((line + notes.get(f.name, "")).rstrip())
+        others = ", ".join(map(str, effects[f.name][1]))
+        note = notes.get(f.name, "") + (f" ({others})" if others else "")
+        lines.append((line + note.strip()).rstrip())
     for key, options in getattr(Config, "PRESETS", {}).items():
         lines += ["", f"{key}= sets several keys at once, where it stands"]
         for option, keys in options.items():

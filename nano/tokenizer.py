@@ -10,6 +10,7 @@ template writes control tokens, by id. Tokenizer.render is the one place that la
 """
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -270,6 +271,10 @@ class BytePairs:
             return self._ids(self.core.encode_ordinary(text))
         return self.pieces.join(self.split(text))
 
+    def order(self, special):
+        """What decides the ids, beside the way that text is split: the tokens by merge order."""
+        return sorted(self.ranks, key=self.ranks.get)
+
     def _piece(self, piece):
         # A byte that the vocabulary lacks is dropped, and merges reach across the gap.
         piece = piece.translate(None, self.holes)
@@ -422,6 +427,12 @@ class SentencePiece:
         kept = b"".join(map(self.bytes.get, self.bare.encode(probe))) == probe.encode()
         self.by_word = kept and not any("▁" in token.lstrip("▁") for token in tokens)
         self.words = Cache(self.bare.encode)
+
+    def order(self, special):
+        """What decides the ids: the ids of each piece's own text, whatever its score is. Text never
+        becomes an id of `special`, so these pieces are left out."""
+        texts = [self.bytes[id].decode(errors="replace") for id in self.bytes if id not in special]
+        return [repr(ids).encode() for ids in self.bare.encode(texts)]
 
     def encode(self, text, lead):
         if not self.by_word or text.count(" ") * 10 < len(text):  # few and long words do not repeat
@@ -726,6 +737,14 @@ def alternation(entries):
     return re.compile("(" + "|".join(tokens) + ")") if tokens else None
 
 
+# Texts that tokenizers split, normalize and prefix in different ways. `identity` holds their ids.
+PROBES = (
+    "Hello  world",
+    " a\tb \n\n  c\r\n",
+    "I'll we'RE 1234567 12.5% x_y fooBar(1,2);",
+    "naïve cafe\u0301 ﬁ １２ 你好，世界 مرحبا नमस्ते 😀👍🏽",
+    "\u00a0\u3000-- ...!?\u2026 \x00\x7f",
+)
 # Where a stretch of text stands: it opens the sequence, follows an added token, or goes on from
 # other text.
 START, AFTER, INSIDE = range(3)
@@ -744,6 +763,7 @@ class Tokenizer:
     .chat_template  the same in Jinja, or None
     .adopted        whether chat_template is not the directory's own
     .fingerprint    sha256 in hex over the vocabulary files and the special tokens
+    .identity       sha256 in hex over what it does to text, in whatever files it was saved
     """
 
     def __init__(self, model, added, ends, add_bos, fingerprint, stops, own, template):
@@ -785,6 +805,16 @@ class Tokenizer:
             for name, entry in added.items()
             if entry["id"] in self.control and entry["id"] in model.encode(name, False)
         }
+
+    @functools.cached_property
+    def identity(self):
+        special = sorted((e["id"], name) for name, e in self.added.items() if e["special"])
+        probes = [self._text(text, where, None) for text in PROBES for where in (START, INSIDE)]
+        digest = hashlib.sha256(json.dumps([special, probes]).encode())
+        order = self.model.order({id for id, _ in special})
+        for token in chain((self.bytes[id] for id in sorted(self.bytes)), order):
+            digest.update(len(token).to_bytes(4, "little") + token)
+        return digest.hexdigest()
 
     def check_embeddings(self, count, dir):
         """UserError when text may become an id for which the model of `dir` has no embedding.

@@ -10,10 +10,12 @@ peft write opens here, and the reverse. Nothing is pickled.
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
@@ -218,6 +220,18 @@ def load_model(dir, device="cpu", dtype=None, head=None):
         weights["score.weight"] = ScoreHead(cfg.dim).weight.detach().to(device)
     model.load_state_dict(weights, assign=True)
     return model
+
+
+def fingerprint(params):
+    """16 hex digits that name the values of parameters on the CPU, [(name, parameter)]."""
+
+    def digest(named):
+        name, p = named
+        content = p.detach().contiguous().flatten().view(torch.uint8).numpy()
+        return name.encode() + hashlib.sha256(content).digest()
+
+    with ThreadPoolExecutor() as pool:  # sha256 lets other threads run
+        return hashlib.sha256(b"".join(pool.map(digest, params))).hexdigest()[:16]
 
 
 def check_tensors(where, wanted, tensors, what="its config.json"):

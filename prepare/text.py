@@ -634,6 +634,7 @@ def assemble(cfg, directory, shards, counts):
     size = Counter()
     meta = dict(
         tokenizer=tok.fingerprint,
+        tokenizer_identity=tok.identity,
         source=cfg.source,
         seed=cfg.seed,
         dropped={"empty": empty},
