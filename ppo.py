@@ -571,8 +571,10 @@ def check(cfg, rt):
         raise UserError("truncate_at= holds an empty string, which would end each response at once")
     if cfg.temperature <= 0:
         raise UserError(f"temperature={cfg.temperature}: must be above 0, where samples differ")
-    rows = min(micro_batch, cfg.ptx_batch // rt.world)
-    if cfg.ptx_coef and (rows < 1 or cfg.ptx_batch % (rows * rt.world)):
+    rows = cfg.ptx_batch // rt.world
+    if cfg.ptx_coef and cfg.ptx_batch % rt.world:
+        raise UserError(f"ptx_batch={cfg.ptx_batch} must be a multiple of the {rt.world} ranks")
+    if cfg.ptx_coef and rows > micro_batch and rows % micro_batch:
         raise UserError(
             f"ptx_batch={cfg.ptx_batch} gives a rank {rows} rows, which must be a multiple of the "
             f"{micro_batch} of a forward (micro_batch=), or fewer"
