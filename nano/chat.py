@@ -469,7 +469,8 @@ class ChatTemplate:
 
         learned: the numbers of the messages that are targets, by default all answers.
         empty_thought: the empty thought that a template prints is a target too.
-        NotFollowed where the template leaves out a message, or where a target is not found.
+        NotFollowed where the template leaves out a message, or where a target is not found. With
+        generation, the text is a prompt, and answers in it need no targets.
         """
         text = self.render(messages, generation, tools)
         plain = str.__str__(text)
@@ -484,11 +485,12 @@ class ChatTemplate:
             (message["role"], n in learned, "think" in (message.get("content") or ""))
             for n, message in enumerate(messages)
         ]
-        shape = (*pieces, *flags, bool(tools), empty_thought)
+        shape = (*pieces, *flags, bool(tools), empty_thought, generation)
         if shape not in self.shapes:
             if len(self.shapes) > 10_000:
                 self.shapes.clear()
-            places = self.places(messages, text, tools, learned, empty_thought)
+            needed = {*()} if generation else learned
+            places = self.places(messages, text, tools, needed, empty_thought)
             index = functools.partial(index_of, starts)
             self.shapes[shape] = [
                 (n, index(a), rest, index(b), stop) for n, a, rest, b, stop in places
@@ -501,7 +503,7 @@ class ChatTemplate:
             if rest and plain.startswith(rest, begin):
                 begin += len(rest)  # the prompt says already how the answer begins
                 shape = (*shape, n)
-            if n in learned:
+            if n in learned and not generation:
                 self.check_answer(messages[n], plain[begin:end], n, n + 1 == len(messages))
             targets.append((n, begin, end))
             closing = stop
@@ -513,10 +515,10 @@ class ChatTemplate:
 
     # ---- where the answers are
 
-    def places(self, messages, text, tools, learned, empty_thought):
+    def places(self, messages, text, tools, needed, empty_thought):
         """[(n, begin, rest, end, stop), ...] of the answers: what `begin` and `end` return.
 
-        An answer that is no target may have no place.
+        NotFollowed where one of the answers `needed` has no place.
         """
         places = []
         border = 0
@@ -529,7 +531,7 @@ class ChatTemplate:
                 if begin < border:
                     raise NotFollowed("the chat template joins this answer with the one before", n)
             except NotFollowed:
-                if n in learned:
+                if n in needed:
                     raise
                 continue
             border = end
@@ -615,6 +617,26 @@ class ChatTemplate:
         if {str.__str__(text)[a:b] for a, b in spans if a >= end} - names:
             raise NotFollowed("the chat template prints this answer in several places", n)
         return end, None
+
+    def answers_in(self, text):
+        """[(begin, end), ...] of the targets in a text that the template has rendered.
+
+        UserError where the template does not print what asks for an answer.
+        """
+        header, _ = self.header(None)
+        if not header:
+            raise UserError(
+                "the chat template prints nothing that asks for an answer, so none is found in "
+                "rendered text: name what stands before answers, response_template="
+            )
+        spans = []
+        end = 0
+        while (at := text.find(header, end)) >= 0:
+            begin = at + len(header)
+            ends = (m.end() for m in self.token.finditer(text, begin) if m[0] in self.ends)
+            end = next(ends, len(text))
+            spans.append((begin, end))
+        return spans
 
     def anchor(self, text, n, end):
         """(which of the first n messages has the last characters before `end`, where they end).
@@ -927,15 +949,17 @@ def choose(key, own, marks, added, build, options=()):
         key = None
     name = template = None
     if own and key not in PRIVATE:
-        own = with_options(own, options)
         public = [
             name for name in TEMPLATES if name not in PRIVATE and not lacking(name, marks, added)
         ]
         name = next((name for name in public if own == in_jinja(name, marks)), None)
+        own = with_options(own, options)
         template = build(own, name)
         name = name or alike(template, public, marks, build)
     if key not in (None, name, *TEMPLATES):
         raise UserError(f"unknown template '{key}': there are {', '.join(TEMPLATES)}")
+    if options and not (template or key):
+        raise UserError("template_options: the model has no chat template; name one, template=")
     if key in (None, name):
         return name, template, own
     if lack := lacking(key, marks, added):
