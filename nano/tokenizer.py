@@ -725,6 +725,8 @@ def as_list(value):
 
 def mend(text):
     """`text` as UTF-8 can hold it: surrogate pairs are joined, lone surrogates replaced."""
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -1076,7 +1078,8 @@ class Tokenizer:
         ids = []
         prefix = self.model.prefix
         text = mend(text)
-        for start, stop, id in self._spans(text, added):
+        spans = self._spans(text, added) if added else [(0, len(text), None)] if text else []
+        for start, stop, id in spans:
             if id is not None:
                 ids.append(id)
                 position = AFTER

@@ -2,8 +2,8 @@
 something is wrong."""
 
 import json
-import shutil
 import re
+import shutil
 import subprocess
 import sys
 
