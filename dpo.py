@@ -78,6 +78,9 @@ class Config:
     beta1: Fraction = 0.9  # AdamW: decay of the mean gradient
     beta2: Fraction = 0.999  # AdamW: decay of the mean square
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
+    # steps in a row that NaN or infinity in the gradient may take before the run fails; 0: any
+    bad_steps: NonNegativeInt = 3
+    ema: Fraction = 0.0  # decay of a mean of the weights, for evaluation, best/, last/; 0: off
     # device
     device: str = "auto"  # auto, cpu, cuda or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
@@ -92,7 +95,10 @@ class Config:
     resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
     eval_every: Every = 0  # steps; 0: once an epoch, -1: never. Needs a validation split
     save_every: Every = 0  # steps; 0: once an epoch, -1: at the end only
+    keep_last: NonNegativeInt = 0  # saves that stay as step-N/ beside last/
+    patience: NonNegativeInt = 0  # evaluations without a better one that end the run; 0: off
     log_every: NonNegativeInt = 5  # steps; 0: the last step only
+    track: str = ""  # wandb:PROJECT or trackio:PROJECT beside TensorBoard
     samples: NonNegativeInt = 2  # validation prompts answered at every evaluation
     sample_tokens: NonNegativeInt = 64  # 0: no samples
 
@@ -272,11 +278,11 @@ def answers(rt, model, tok, rows, cfg):
     return table
 
 
-def main(cfg):
+@runtime.started
+def main(cfg, rt):
     # ---- setup
     # The runtime knows the device and the other processes. The run knows its folder: whether it
     # holds a state to continue from, and where the log and the models go.
-    rt = runtime.start(cfg)
     run = Run("dpo", cfg, rt)
     if not 0 <= cfg.label_smoothing < 0.5 or cfg.loss == "ipo" and cfg.label_smoothing:
         raise UserError(
@@ -410,7 +416,7 @@ def main(cfg):
                 run.log.text(falling(-chosen, -rejected))
             sums, best_tokens = torch.zeros_like(sums), 0
 
-    run.close()
+    return run.close()
 
 
 if __name__ == "__main__":

@@ -92,6 +92,9 @@ class Config:
     beta1: Fraction = 0.9  # AdamW: decay of the mean gradient
     beta2: Fraction = 0.95  # AdamW: decay of the mean square
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
+    # steps in a row that NaN or infinity in the gradient may take before the run fails; 0: any
+    bad_steps: NonNegativeInt = 3
+    ema: Fraction = 0.0  # decay of a mean of the weights, for evaluation, best/, last/; 0: off
     # device
     device: str = "auto"  # auto, cpu, cuda or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
@@ -107,7 +110,10 @@ class Config:
     eval_every: Every = 250  # steps; 0: once an epoch, -1: never. Needs a validation split
     eval_windows: NonNegativeInt = 1000  # of the validation split, the same each time; 0: all
     save_every: Every = 1000  # steps; 0: once an epoch, -1: at the end only
+    keep_last: NonNegativeInt = 0  # saves that stay as step-N/ beside last/
+    patience: NonNegativeInt = 0  # evaluations without a better one that end the run; 0: off
     log_every: NonNegativeInt = 10  # steps; 0: the last step only
+    track: str = ""  # wandb:PROJECT or trackio:PROJECT beside TensorBoard
     sample_every: Every = 0  # steps; 0: once an epoch, -1: never
     prompts: tuple[str, ...] = ()  # texts to go on from; []: the starts of two documents
     sample_tokens: NonNegativeInt = 64  # 0: no samples
@@ -237,11 +243,11 @@ def continuations(rt, model, tok, documents, cfg):
     ]
 
 
-def main(cfg):
+@runtime.started
+def main(cfg, rt):
     # ---- setup
     # The runtime knows the device and the other processes. The run knows its folder: whether it
     # holds a state to continue from, and where the log and the models go.
-    rt = runtime.start(cfg)
     run = Run("pretrain", cfg, rt)
     if cfg.model and (
         ignored := [pair for pair in config.diff(cfg) if pair.split("=")[0] in SHAPE]
@@ -363,7 +369,7 @@ def main(cfg):
         if run.logs:
             run.log_step(loss=rt.all_sum(loss), grad_norm=norm, lr=lr)
 
-    run.close()
+    return run.close()
 
 
 if __name__ == "__main__":
