@@ -125,16 +125,18 @@ def contents(dir):
 def kill(line, whole, dir, output, moment):
     """Kills a run after `moment` seconds, and lets the same command finish.
 
-    Returns what was there when it died: "done" (it was not killed), "nothing", "a state" or
-    "a folder". UserError where something is lost or left."""
+    Returns what was there when it died: "nothing", "a folder" or "a state"; "done" if it had ended.
+    UserError where something is lost or left."""
     pid = start(line, output)
     time.sleep(moment)
     os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
-    if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
+    text = Path(output).read_text()
+    code = os.waitstatus_to_exitcode(status)
+    if code not in (0, -signal.SIGKILL) or "Traceback" in text:
+        raise UserError(f"status {code} of: {line}\n{text[-3000:]}")
+    if not code:
         return "done"
-    if "Traceback" in Path(output).read_text():
-        raise UserError(f"a traceback of: {line}\n{Path(output).read_text()[-3000:]}")
     there = "nothing"
     if (dir / "state").exists():
         there = "a state"

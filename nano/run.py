@@ -1,6 +1,7 @@
 """The book-keeping of a run: its folder, log, resume, saved models and state, stop and end message.
 
     run = Run("sft", cfg, rt)                                    # refuses a folder that will not do
+    run.identify(model.named_parameters(), data.fingerprint())   # refuses a resume on other data
     run.attach(model, trained, {"adamw": optimizer}, tok, base)  # on a resume, loads the state
     steps = run.total_steps(train.steps_per_epoch)
     for step in run.steps():
@@ -20,6 +21,7 @@ The stage calls Run, and Run never calls the stage. It takes no function and kno
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import shutil
@@ -49,6 +51,7 @@ class Run:
     """
 
     def __init__(self, stage, cfg, rt):
+        config.check(cfg)  # here too, because a notebook calls main(cfg) itself
         self.stage = stage
         self.cfg = cfg
         self.rt = rt
@@ -115,6 +118,50 @@ class Run:
         """What the stage kept in run.meta when the state was saved, before anything is loaded."""
         return self.rt.once(files.read_json, self.out / "state" / "state.json").get("meta", {})
 
+    def identify(self, params, data, validation=None):
+        """Says what the run is made from -> the fingerprints of it, {"model", "data",
+        "validation"}.
+
+        params: [(name, parameter)] of the models that it starts from, on the CPU. data, validation:
+        fingerprints of the data. UserError where the state in the folder comes from another model
+        or other data, unless resume=anyway, and where the ranks do not see the same data."""
+        rt = self.rt
+        number = int(hashlib.sha256(f"{data} {validation}".encode()).hexdigest()[:8], 16)
+        if rt.all_sum(float(rt.all_sum(float(number)) != rt.world * number)):
+            raise UserError(
+                "the ranks read different data: put data= on a file system that all nodes see, "
+                "or copy the same folders to each"
+            )
+        # one rank reads the weights and tells the others, in two numbers that a sum keeps exact
+        model = weights.fingerprint(params) if rt.rank == 0 else "0" * 16
+        halves = [rt.all_sum(float(int(model[i : i + 8], 16))) for i in (0, 8)]
+        model = "".join(f"{int(half):08x}" for half in halves)
+        self.made_from = dict(model=model, data=data, validation=validation)
+        if not self.resumes:
+            return self.made_from
+        saved = self.saved_meta().get("made_from")
+        if saved is None:
+            self.tell(
+                f"note: {self.out}/state does not say what it was made from: the model and "
+                "the data of this command are assumed"
+            )
+            return self.made_from
+        names = dict(model="another model", data="other data", validation="other validation data")
+        other = " and ".join(names[key] for key in names if saved[key] != self.made_from[key])
+        if other and self.cfg.resume != "anyway":
+            raise UserError(
+                f"{self.out}/state was made from {other}: give the run's own, start anew with "
+                "resume=false, or go on all the same with resume=anyway"
+            )
+        if other:
+            self.tell(f"note: the run goes on from {other} than before")
+        return self.made_from
+
+    def tell(self, text):
+        """Prints a line before the log is open."""
+        if self.rt.is_main:
+            print(text, flush=True)
+
     def attach(self, model, trained, optimizers, tok, base, adapter=None):
         """Says what the run trains and saves, loads the state on a resume, and opens the log.
 
@@ -151,8 +198,10 @@ class Run:
             self.out / "state", self.rt, self.stage, self.trained, self.optimizers
         )
         self.start = self.step = meta.pop("step")
-        self.best = meta.pop("best", math.inf)
-        self.evaluations = meta.pop("evaluations", self.evaluations)
+        best, evaluations = meta.pop("best", math.inf), meta.pop("evaluations", self.evaluations)
+        made_from = meta.pop("made_from", self.made_from)
+        if made_from["validation"] == self.made_from["validation"]:
+            self.best, self.evaluations = best, evaluations  # of other data they would mean nothing
         for name, skips in meta.pop("skips", {}).items():
             self.optimizers[name].skips = torch.tensor(skips, device=self.rt.device)
             self.skips[name] = skips[0]
@@ -187,11 +236,24 @@ class Run:
 
     # ---- the loop
 
+    def refuse_validation(self, *keys):
+        """UserError for those of the keys that were given, where the data have no validation
+        split. -1 asks for nothing."""
+        for key in (key for key in keys if getattr(self.cfg, key) != -1):
+            config.refuse(
+                self.cfg, key, "without a validation split", "the data: prepare with val="
+            )
+
     def total_steps(self, steps_per_epoch):
         """The number of optimizer steps: steps=, or else epochs= times `steps_per_epoch`."""
         self.epoch = steps_per_epoch
         epochs = getattr(self.cfg, "epochs", 0)
         self.total = self.cfg.steps or max(round(epochs * steps_per_epoch), int(epochs > 0))
+        if 0 < self.total < self.cfg.warmup_steps:
+            raise UserError(
+                f"warmup_steps={self.cfg.warmup_steps} is above the {self.total} steps of the run, "
+                f"which would never reach lr={self.cfg.lr}: lower it"
+            )
         return self.total
 
     def steps(self, flops_per_token=0.0):
@@ -340,6 +402,7 @@ class Run:
         meta = dict(
             step=self.step,
             best=self.best,
+            made_from=self.made_from,
             evaluations=self.evaluations,
             skips={name: o.skips.tolist() for name, o in self.optimizers.items()},
             config=settings,

@@ -77,7 +77,8 @@ def restore_optimizer(optimizer, tensors, meta, prefix="optimizer."):
 def resumes(out, resume, rt):
     """Whether a run continues from the state in its folder `out`.
 
-    resume: "auto" (if there is a state), "true" (it is an error if there is none) or "false".
+    resume: "auto" and "anyway" (if there is a state), "true" (it is an error if there is none) or
+    "false".
     UserError where only some ranks see the state."""
     found = rt.once(_resumable, Path(out) / "state", resume)
     if 0 < rt.all_sum(int(found)) < rt.world:

@@ -334,7 +334,7 @@ def test_a_run_that_starts_anew_leaves_nothing_of_the_one_before(
     meta = json.loads((tmp_path / "rows" / "meta.json").read_text())
     del meta["splits"]["val"]
     (tmp_path / "rows" / "meta.json").write_text(json.dumps(meta))
-    anew = ("steps=3", "lr=1e-4", "save_every=100", "log_every=1", "sample_every=-1", rows)
+    anew = ("steps=3", "lr=1e-4", "save_every=100", "eval_every=0", "sample_every=-1", rows)
     with monkeypatch.context() as patch:  # killed before its first save
         at_step(patch, 1, lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
