@@ -52,7 +52,10 @@ class Run:
         self.model_keys = {}
         self.tokens = self.targets = 0  # of this rank since the last line of the log
         self.stopped = False
-        sources = [getattr(cfg, key, "") for key in SOURCES]
+        sources = []
+        for key in SOURCES:
+            value = getattr(cfg, key, "")
+            sources += value if isinstance(value, tuple) else [value]
         self.resumes = state.resumes(self.out, cfg.resume, rt, *sources)
         rt.catch_signals()
 

@@ -8,8 +8,13 @@ A folder holds meta.json and, for each split NAME (`train`, `val`),
     NAME.rows.bin     int64: N+1 offsets of the rows into the tokens
     NAME.groups.bin   int64: G+1 offsets of the groups into the rows, for preference data. A group
                       is one prompt's completions, best first
+    NAME.records.jsonl, NAME.records.bin
+                      optional: the records of rows as JSON, a line each, and int64: N+1 offsets of
+                      the lines. A reward or a benchmark reads them. A row without a record has an
+                      empty span
 
-Tokens and masks stay on disk. Only the offsets are read into memory.
+A row without a target is a prompt alone. Tokens, masks and records stay on disk. Only the offsets
+of rows and groups are read into memory.
 """
 
 import contextlib
@@ -29,7 +34,15 @@ from nano import files
 from nano.config import UserError
 
 FORMAT, VERSION = "nanoInstruct store", 1
-KINDS = {"tokens": None, "mask": np.uint8, "rows": np.int64, "groups": np.int64}
+JSONL = "records.jsonl"
+KINDS = {
+    "tokens": None,
+    "mask": np.uint8,
+    "rows": np.int64,
+    "groups": np.int64,
+    "records": np.int64,
+    JSONL: np.uint8,
+}
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -39,7 +52,8 @@ def check_target(dir):
     """UserError unless `dir` is free, empty or an earlier store, which may be replaced."""
     dir = Path(dir)
     names = {p.name for p in dir.iterdir()} if dir.is_dir() else set()
-    pattern = r"tokenizer|meta\.json|\w+\.(tokens|mask|rows|groups)\.bin"
+    pattern = r"tokenizer|meta\.json|\w+\.(tokens|mask|rows|groups|records)\.bin"
+    pattern += r"|\w+\.records\.jsonl"
     ours = "meta.json" in names and all(re.fullmatch(pattern, name) for name in names)
     ours = ours and FORMAT in (dir / "meta.json").read_text(errors="replace")
     if dir.is_file() or names and not ours:
@@ -85,8 +99,8 @@ class Writer:
             shutil.rmtree(self.tmp, ignore_errors=True)
 
     def open(self, split, kind):
-        f = open(self.tmp / f"{split}.{kind}.bin", "wb")
-        if kind in ("rows", "groups"):
+        f = open(self.tmp / f"{split}.{kind}{'' if kind == JSONL else '.bin'}", "wb")
+        if kind in ("rows", "groups", "records"):
             f.write(bytes(8))  # offset 0
         return f
 
@@ -94,8 +108,11 @@ class Writer:
         """One row: tokens (T,) ints, mask (T,) of 0 and 1, or None for plain text."""
         self.extend(split, tokens, mask, [len(tokens)])
 
-    def extend(self, split, tokens, mask, lengths):
-        """Many rows at once: tokens and mask (sum of lengths,), lengths (N,) of at least 1 each."""
+    def extend(self, split, tokens, mask, lengths, records=()):
+        """Many rows at once: tokens and mask (sum of lengths,), lengths (N,) of at least 1 each.
+
+        records: N lines of JSON as bytes, b"" for a row without one. () stands for none at all.
+        """
         lengths = np.asarray(lengths, np.int64)
         if not len(lengths):
             return
@@ -114,17 +131,35 @@ class Writer:
             )
         if split not in self.splits:
             opened = {kind: self.open(split, kind) for kind in ("rows", *columns)}
-            counts = dict(rows=0, tokens=0, target_tokens=0)
+            counts = dict(rows=0, tokens=0, target_tokens=0, prompts=0)
             self.splits[split] = SimpleNamespace(files=opened, counts=counts, grouped=0)
         s = self.splits[split]
         if ("mask" in s.files) != ("mask" in columns):
             raise ValueError("a split has a mask for all of its rows or for none")
         for kind, column in columns.items():
             s.files[kind].write(np.ascontiguousarray(column, KINDS[kind] or self.dtype))
-        s.files["rows"].write((s.counts["tokens"] + np.cumsum(lengths)).tobytes())
+        ends = np.cumsum(lengths)
+        s.files["rows"].write((s.counts["tokens"] + ends).tobytes())
+        if any(records):
+            self.keep(s, split, records)
+        elif JSONL in s.files:
+            self.keep(s, split, [b""] * len(lengths))
         s.counts["rows"] += len(lengths)
+        if mask is not None:
+            s.counts["prompts"] += int(
+                (np.maximum.reduceat(columns["mask"], ends - lengths) == 0).sum()
+            )
         s.counts["tokens"] += total
         s.counts["target_tokens"] += total if mask is None else int(columns["mask"].sum())
+
+    def keep(self, s, split, records):
+        """Writes the records of the next rows of a split. Rows before the first one have none."""
+        if JSONL not in s.files:
+            s.files |= {kind: self.open(split, kind) for kind in (JSONL, "records")}
+            s.files["records"].write(bytes(8 * s.counts["rows"]))
+        ends = s.files[JSONL].tell() + np.cumsum([len(record) for record in records])
+        s.files[JSONL].write(b"".join(records))
+        s.files["records"].write(ends.astype(np.int64).tobytes())
 
     def end_group(self, split):
         """Makes one group of the rows added since the last call, which are completions, best
@@ -229,7 +264,7 @@ def read_meta(dir):
 
 
 class Store:
-    """One split of a prepared data folder, memory-mapped: len(), row(i).
+    """One split of a prepared data folder, memory-mapped: len(), row(i), prompt(i), line(i).
 
     .tokens and .mask (all tokens,), .offsets (N+1,), .lengths (N,), .groups (G+1,), .meta the dict
     of meta.json; mask and groups may be None. `tokenizer` is the one whose `.fingerprint` must fit.
@@ -262,11 +297,15 @@ class Store:
         self.groups = None
         if "groups" in counts["files"]:
             self.groups = self._offsets("groups", counts["groups"], counts["rows"])
+        self.records = self.record_offsets = None
+        if JSONL in counts["files"]:
+            self.record_offsets = self._open("records", counts["rows"] + 1)
+            self.records = self._open(JSONL, int(self.record_offsets[-1]))
         self.lengths = np.diff(self.offsets)
 
     def _open(self, kind, count):
         """A file of `count` numbers, memory-mapped."""
-        path = self.dir / f"{self.split}.{kind}.bin"
+        path = self.dir / f"{self.split}.{kind}{'' if kind == JSONL else '.bin'}"
         dtype = np.dtype(KINDS[kind] or self.meta["dtype"])
         if not path.exists():
             raise UserError(f"{path} is missing: prepare {self.dir} again")
@@ -295,6 +334,22 @@ class Store:
         """A row: tokens (T,) uint16 or uint32, mask (T,) uint8."""
         return self.span(self.offsets[i], self.offsets[i + 1])
 
+    def line(self, i):
+        """The record of a row as a line of JSON, b"" where it has none."""
+        if self.records is None:
+            return b""
+        return self.records[self.record_offsets[i] : self.record_offsets[i + 1]].tobytes()
+
+    def prompt(self, i):
+        """The tokens of a row (T,) that a policy answers: those before the first target.
+
+        A row that has a record and does not end with a target awaits its answer: all of it.
+        """
+        tokens, mask = self.row(i)
+        if not mask[-1] and self.line(i):
+            return tokens
+        return tokens[: mask.argmax()] if mask.any() else tokens
+
     def span(self, a, b):
         """The tokens from a up to b, and their mask."""
         tokens = self.tokens[a:b]
@@ -305,7 +360,9 @@ class Store:
 
 
 class Mix:
-    """Rows of several stores behind one index: len(), row(i). .lengths (N,) are their tokens.
+    """Rows of several stores behind one index: len(), row(i), prompt(i), line(i) as of a Store.
+
+    .lengths (N,) are their tokens.
 
     picks: for each store the numbers of its rows that are in the mix.
     """
@@ -321,6 +378,12 @@ class Mix:
 
     def row(self, i):
         return self.stores[self.store_of[i]].row(self.picks[i])
+
+    def prompt(self, i):
+        return self.stores[self.store_of[i]].prompt(self.picks[i])
+
+    def line(self, i):
+        return self.stores[self.store_of[i]].line(self.picks[i])
 
 
 class GroupMix:

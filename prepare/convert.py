@@ -1,25 +1,25 @@
 """Records to a prepared data folder: what prepare.instructions and prepare.preferences share.
 
-A script has a function encode(cfg, tok, record) that returns (rows, key, counts):
+A script has a function encode(cfg, tok, record) that returns a Unit. It raises Drop or BadRecord
+for a record without rows. A unit is what one record gives: a row, or a group of rows.
 
-    rows      [(ids, mask), ...]: one row, or the completions of a prompt, best first
-    key       ids whose hash decides whether the rows are held out: equal keys are in one split
-    counts    {name: number} of anything else that is to be summed over all records
-
-It raises Drop or BadRecord for a record without rows.
+What recognises a record takes the fields that it uses out of it. What is left must be known to be
+harmless, or the record is dropped and counted (`check_rest`): no part of a record is lost silently.
 
 This file reads the records and encodes them on all cores. It writes the rows in the order of the
-records, holds some of them out, and prints a report. A unit is what one record gives: a row, or a
-group of rows.
+records, holds some of them out, and prints a report.
 """
 
 import contextlib
 import hashlib
+import json
 import os
+import re
 import shutil
 from array import array
 from collections import Counter
-from itertools import groupby, islice, pairwise
+from dataclasses import dataclass
+from itertools import groupby, pairwise
 from operator import itemgetter
 from types import SimpleNamespace
 
@@ -32,20 +32,69 @@ from prepare import records
 from prepare.records import BadRecord
 
 RUN = 1024  # rows that are copied into a split at once
+REASONS = 12  # reasons of dropped records that are shown
 
 
 class Drop(Exception):
-    """A record that is in order but gives no rows. It is counted under the exception's text."""
+    """A record that is in order but gives no rows. It is counted under the exception's text.
+
+    row: (ids, mask) of a record that was rendered before, for show=.
+    """
+
+    def __init__(self, reason, row=None):
+        super().__init__(reason)
+        self.row = row
 
 
-# --------------------------------------------------------------- the fields of a record -> messages
+@dataclass
+class Unit:
+    """The rows of a record."""
 
+    rows: list  # [(ids (T,), mask (T,) bytes), ...]: one row, or ranked completions, best first
+    key: object  # ids whose hash decides whether the rows are held out: equal keys are in one split
+    counts: dict  # {name: number} of anything else that is to be summed over all records
+    record: bytes = b""  # a line of JSON that is kept beside the row
+
+
+# ---------------------------------------------------------------------------- the fields of a record
+
+USERS = "user human prompter customer question"
+ASSISTANTS = "assistant ai gpt gpt4 model bot chatbot chatgpt bard bing llm answer"
+TOOLS = "tool function observation function_response function_result tool_response tool_result "
+TOOLS += "tool_output ipython environment"
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "function_response"), "tool"),
+    **dict.fromkeys(USERS.split(), "user"),
+    **dict.fromkeys(ASSISTANTS.split(), "assistant"),
+    **dict.fromkeys(TOOLS.split(), "tool"),
+    **dict.fromkeys(("function_call", "tool_call", "tool_calls"), "call"),  # its content is a call
 }
+SYSTEMS = "system system_prompt system_message system_instruction systemPrompt system_text".split()
+TURNS = "messages conversations conversation".split()
+THOUGHTS = "reasoning_content reasoning thinking thought thoughts".split()
+DEFINITIONS = "tools functions".split()
+MEDIA = re.compile(
+    r"(images?|videos?|audios?|files?|documents?|attachments?)(_(bytes|url|urls|path|paths))?", re.I
+)
+# Marks of what is not to be learned, of a message or a record. The first kind means: 1 is learned.
+LEARNED = "weight loss loss_mask train training train_on_turn trainable is_trainable learn".split()
+LEARNED += ["kto_tag", "desirable"]
+MASKED = "mask masked ignore ignored".split()
+MARKS = {*LEARNED, *MASKED, "label"}
+# Names of fields that a row may do without, after any first words such as prompt_id.
+HARMLESS = re.compile(
+    r"(.*[_\-. ])?(id|ids|idx|index|no|uid|uuid|guid|hash|md5|sha1|sha256|url|urls|uri|link|links"
+    r"|date|time|timestamp|created|updated|created_at|updated_at|create_time|update_time"
+    r"|source|sources|dataset|datasets|origin|split|subset|file_?name|lang|language|locale"
+    r"|licen[sc]e|author|author_profile|user_name|username|model|models|generator|version"
+    r"|domain|domains|category|categories|topic|topics|tag|tags|labels?|task|tasks|task_type"
+    r"|task_name|type|kind|level|difficulty|quality|scores?|ratings?|rank|votes|upvotes|likes"
+    r"|length|len|tokens|token_count|count|turns|cost|seed|temperature|top_p|finish_reason|logprobs?"
+    r"|metadata|meta|extra_info|is_classification|name|tool_call_id|critique|annotations|principle)"
+    r"|(num|n)_\w+|__\w+__|(correct|incorrect)_answers|custom_system_prompt",
+    re.I,
+)
+LONG = 200  # characters: a longer text is no name, date or label
 
 
 def message(role, content, **more):
@@ -53,56 +102,276 @@ def message(role, content, **more):
     return {"role": role, "content": content, **more}
 
 
-def text(record, key):
-    """The text in a field of a record; BadRecord when there is none."""
-    value = record.get(key)
+def is_empty(value):
+    """Whether a field holds nothing: null, NaN, blank text, an empty list or object."""
     if isinstance(value, str):
-        return value
+        return not value.strip() or value.strip() in ("[]", "{}")
+    return value is None or value == [] or value == {} or value != value
+
+
+def text(record, key):
+    """The text in a field of a record, which is taken out; BadRecord when there is none."""
     if key not in record:
         raise BadRecord(f"field '{key}' is missing")
+    value = record.pop(key)
+    if isinstance(value, str):
+        return value
     raise BadRecord(f"field '{key}' is {type(value).__name__} and not text")
 
 
+def first(record, keys):
+    """The first of `keys` whose field holds something, or None."""
+    return next((key for key in keys if key in record and not is_empty(record[key])), None)
+
+
+def without(value, ignored):
+    """A record without its nulls and the fields `ignored`, those of its messages included.
+
+    A table has nulls in the fields that a record does not use.
+    """
+    record = {key: item for key, item in value.items() if item is not None and key not in ignored}
+    for key, items in record.items() if ignored else ():
+        if isinstance(items, list):
+            record[key] = [without(x, ignored) if isinstance(x, dict) else x for x in items]
+    return record
+
+
+def learned(fields):
+    """Whether the answers of a record, or a message, are to be learned. The marks are taken out.
+
+    None where nothing says so. BadRecord for a mark that is neither 0 nor 1.
+    """
+    said = None
+    values = {"0": False, "false": False, "1": True, "true": True}
+    marks = [key for key in fields if key.lower() in MARKS]
+    for key in marks:
+        value = fields[key]
+        if is_empty(value) or (key.lower() == "label" and not isinstance(value, bool)):
+            continue
+        del fields[key]
+        number = isinstance(value, (int, float)) and value in (0, 1)
+        word = str(int(value)) if number else str(value).lower()
+        if word not in values:
+            raise BadRecord(
+                f"field '{key}' says whether a turn is learned and is {value!r:.40}, neither 0 nor "
+                f"1: write one of them, or leave the field out with ignore=[{key}]"
+            )
+        mark = values[word] != (key.lower() in MASKED)
+        said = mark if said is None else said and mark
+    return said
+
+
+def strings(value):
+    """All texts in a field; None stands for any other value in it."""
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+    elif not is_empty(value):
+        yield value if isinstance(value, str) else None
+
+
+def check_rest(rest, texts, what="field"):
+    """Drop for fields that are left of a record, or of a message, unless they may be lost.
+
+    These are empty or known to be harmless, or copies of `texts`, the texts of the row.
+    """
+    left = []
+    texts = [text.strip() for text in texts if text]
+    for key, value in rest.items():
+        if is_empty(value):
+            continue
+        name = isinstance(value, str) and len(value) > LONG
+        if HARMLESS.fullmatch(key) and not name:
+            continue
+        found = [*strings(value)]
+        if texts and isinstance(value, str) and all(text in value for text in texts):
+            continue  # the whole row, rendered by somebody
+        if None in found or any(x.strip() not in texts and x.lower() not in ROLES for x in found):
+            left.append(key)
+    if left:
+        names = f"{', '.join(sorted(left)):.100}"
+        media = any(MEDIA.fullmatch(key) for key in left)
+        hint = "text alone is rendered" if media else "ignore= names those that may be lost"
+        raise Drop(f"{what}s without a place in the row: {names} ({hint})")
+
+
+def texts_of(messages):
+    """All texts of messages, for check_rest."""
+    for m in messages:
+        yield m["content"]
+        yield m.get("input")
+        yield m.get("reasoning_content")
+        for _, part in m.get("columns") or ():
+            yield part
+
+
 def system(record):
-    """[the message of the field "system"], or [] where the record has none."""
-    return [message("system", record["system"])] if record.get("system") else []
+    """[the message of the record's system prompt], or [] where it has none."""
+    keys = [key for key in SYSTEMS if not is_empty(record.get(key))]
+    prompts = [text(record, key) for key in keys]
+    if len({*prompts}) > 1:
+        raise Drop("two system prompts")
+    return [message("system", prompts[0])] if prompts else []
+
+
+def after_system(before, messages):
+    """`messages` behind the system prompt of a record, which may stand in them too."""
+    if before and messages and messages[0]["role"] == "system":
+        if messages[0]["content"] != before[0]["content"]:
+            raise Drop("two system prompts")
+        return messages
+    return before + messages
 
 
 def history(record):
-    """The rounds before an instruction, [[question, answer], ...]."""
-    rounds = record.get("history") or []
+    """The messages of the rounds before a question, [[question, answer], ...] or messages."""
+    rounds = record.pop("history", None)
+    if is_empty(rounds):
+        return []
+    if isinstance(rounds, list) and all(isinstance(item, dict) for item in rounds):
+        return turns(rounds)
     if not isinstance(rounds, list) or not all(
         isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in rounds
     ):
         raise BadRecord("'history' is not a list of [question, answer]")
-    return rounds
+    pairs = [(message("user", ask), message("assistant", reply)) for ask, reply in rounds]
+    return [m for pair in pairs for m in pair]
+
+
+def question(record, key):
+    """Messages of the system prompt, the history, and the question in the field `key`.
+
+    The question ends with the record's context and input.
+    """
+    before = after_system(system(record), history(record))
+    ask = text(record, key)
+    more = [name for name in ("context", "input") if name != key and name in record]
+    more = [[name.upper(), text(record, name)] for name in more]
+    more = [[name, part] for name, part in more if part.strip()]
+    if key == "instruction":
+        user = message("user", ask)
+        if more:
+            user["input"] = "\n\n".join(part for _, part in more)
+    else:
+        columns = [[key.upper(), ask], *more]
+        user = message("user", "\n\n".join(part for _, part in columns), columns=columns)
+    return [*before, user]
+
+
+def definitions(record):
+    """The definitions of tools in a record, a list of objects, or None where it has none."""
+    key = first(record, DEFINITIONS)
+    if key is None:
+        return None
+    tools = parsed(record.pop(key))
+    if isinstance(tools, dict):
+        tools = [tools]
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Drop("tools that are no list of definitions")
+    tools = [tool if "function" in tool else dict(type="function", function=tool) for tool in tools]
+    return tools
+
+
+def parsed(value):
+    """The value of a JSON text; other values, and other texts, as they are."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def calls_of(value):
+    """Calls of tools in the form [{"type": "function", "function": {"name", "arguments"}}].
+
+    value: one call or a list of calls, in that form or as {"name", "arguments"}, perhaps as JSON.
+    """
+    value = parsed(value)
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        call = parsed(call)
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            raise Drop("a tool call without a name")
+        arguments = parsed(inner.get("arguments", inner.get("parameters", {})))
+        function = {"name": inner["name"], "arguments": arguments}
+        known = ("name", "arguments", "parameters", "function", "type", "id", "index")
+        extra = {key: x for part in (call, inner) for key, x in part.items() if key not in known}
+        check_rest(extra, (), "field of a tool call, or field")
+        more = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        calls.append({"type": "function", **more, "function": function})
+    return calls
+
+
+def content_of(item):
+    """(text, thought) of a message's content, which is a text or a list of parts. It is taken out."""
+    key = "content" if "content" in item else "value"
+    value = item.get(key)
+    if not isinstance(value, list):
+        return text(item, key), ""
+    del item[key]
+    parts, thought = [], ""
+    for part in value:
+        if not isinstance(part, dict):
+            raise BadRecord(f"field '{key}' is a list of something else than parts")
+        part = without(part, ())
+        kind = part.pop("type", None)
+        if kind in ("text", "input_text", "output_text"):
+            parts.append(text(part, "text"))
+        elif kind in ("thinking", "reasoning") and isinstance(part.get(kind), str):
+            thought += part.pop(kind)
+        else:
+            raise Drop(f"a part of type {kind!s:.30} (text alone is rendered)")
+        check_rest(part, parts, "field of a part, or field")
+    return "".join(parts), thought
+
+
+def turn(item):
+    """The message of one {role, content} or {from, value}. All of it is taken, or it is a Drop."""
+    if not isinstance(item, dict):
+        raise BadRecord("a message is not an object with a role and a content")
+    item = without(item, ())
+    name = text(item, "role" if "role" in item else "from")
+    role = ROLES.get(name.strip().lower())
+    if role is None:
+        raise BadRecord(f"unknown role '{name:.40}'; known are {', '.join(ROLES)}")
+    more = {}
+    for key in ("tool_calls", "function_call"):
+        if not is_empty(item.get(key)):
+            more["tool_calls"] = more.get("tool_calls", []) + calls_of(item.pop(key))
+    if role == "call":
+        role = "assistant"
+        more["tool_calls"] = calls_of(content_of(item)[0])
+        content = ""
+    elif more and is_empty(item.get("content", item.get("value"))):
+        content = None
+    else:
+        content, thought = content_of(item)
+        if thought:
+            more["reasoning_content"] = thought
+    if role == "assistant" and (key := first(item, THOUGHTS)):
+        more["reasoning_content"] = text(item, key)
+    if role == "tool":
+        for key in ("name", "tool_call_id"):
+            if not is_empty(item.get(key)):
+                more[key] = text(item, key)
+    elif not is_empty(item.get("name")):
+        raise Drop("a speaker's name beside a message")
+    mark = learned(item)
+    if mark and role != "assistant":
+        raise Drop(f"a turn of the {role} that is marked to be learned")
+    if mark is False and role == "assistant":
+        more["weight"] = 0
+    check_rest(item, (content, more.get("reasoning_content")), "field of a message, or field")
+    return message(role, content, **more)
 
 
 def turns(items):
     """Messages of a list of {role, content} or {from, value}."""
     if not isinstance(items, list) or not items:
         raise BadRecord("the conversation is not a list of messages")
-    messages = []
-    for item in items:
-        if not isinstance(item, dict):
-            raise BadRecord("a message is not an object with a role and a content")
-        role = text(item, "role" if "role" in item else "from")
-        if role not in ROLES:
-            raise BadRecord(f"unknown role '{role}'; known are {', '.join(ROLES)}")
-        if item.get("tool_calls"):
-            raise Drop("structured tool calls (not rendered)")
-        key = "content" if "content" in item else "value"
-        content = item.get(key)
-        if isinstance(content, list) and all(
-            isinstance(part, dict) and part.get("type") == "text" for part in content
-        ):
-            content = "".join(text(part, "text") for part in content)
-        else:
-            content = text(item, key)
-        messages.append(message(ROLES[role], content))
-        if item.get("weight") == 0:  # OpenAI's mark of an answer that nothing is learned from
-            messages[-1]["weight"] = 0
-    return messages
+    return [turn(item) for item in items]
 
 
 def task(columns, name, answer):
@@ -116,6 +385,15 @@ def task(columns, name, answer):
         message("user", question, columns=columns),
         message("assistant", answer, columns=[[name, answer]]),
     ]
+
+
+def has_answers(messages):
+    return any(m["role"] == "assistant" for m in messages)
+
+
+def says_nothing(m):
+    """Whether an assistant's message is empty: no text, no thought, no call."""
+    return not (m["content"] or "").strip() and not m.get("tool_calls")
 
 
 # ------------------------------------------------------------- records -> rows, in a worker process
@@ -132,18 +410,34 @@ def setup(cfg, encode, template):
     return job.tok
 
 
-def render(tok, messages, last_only):
-    """(ids (T,), mask (T,) bytes) of a conversation; BadRecord where the template does not fit it.
+def render(tok, messages, last_only=False, tools=None):
+    """(ids (T,), mask (T,) bytes) of a conversation; BadRecord where it is none.
 
-    They end with the last target, because nothing is learned from what follows it.
+    Behind a last answer that is a target they end with it, because nothing is learned from what
+    follows. A conversation that awaits an answer ends with the prompt for it.
     """
+    awaits = messages[-1]["role"] != "assistant"
+    check_structure(messages, tools)
     try:
-        ids, mask = tok.render(messages, last_only=last_only)
+        ids, mask = tok.render(messages, add_generation_prompt=awaits, last_only=last_only)
     except UserError as e:
         raise BadRecord(str(e)) from None
     mask = bytes(mask)
-    end = mask.rfind(1) + 1
+    end = len(mask)
+    if not awaits and messages[-1].get("weight") != 0:
+        end = mask.rfind(1) + 1
     return array("I", ids[:end]), mask[:end]
+
+
+def check_structure(messages, tools):
+    """Drop for what the templates do not lay out."""
+    if tools:
+        raise Drop("tool definitions (not rendered)")
+    for m in messages:
+        if m.get("tool_calls"):
+            raise Drop("structured tool calls (not rendered)")
+        if m.get("reasoning_content"):
+            raise Drop("a thought beside the content (not rendered)")
 
 
 def encode_chunk(chunk):
@@ -153,8 +447,10 @@ def encode_chunk(chunk):
     .lengths (N,)      of the rows, in tokens
     .sizes (U,)        of the units, in rows
     .hashes (U,)       of their keys
+    .records (U,)      what is kept of the records
     .counts            Counter of the counts of `encode`
     .dropped           Counter of the records without rows, by reason
+    .unwritten         [(reason, ids, mask)] of some of them that were rendered
     .bad               "file:line: reason" of each record that cannot be used
     """
     name, items = chunk
@@ -164,29 +460,39 @@ def encode_chunk(chunk):
         lengths=[],
         sizes=array("I"),
         hashes=array("Q"),
+        records=[],
         counts=Counter(),
         dropped=Counter(),
+        unwritten=[],
         bad=[],
     )
     seed = job.cfg.seed.to_bytes(8, "little", signed=True)
     for line, raw in items:
         try:
-            rows, key, counts = job.encode(job.cfg, job.tok, records.parse(raw))
+            unit = job.encode(job.cfg, job.tok, records.parse(raw))
         except Drop as e:
             part.dropped[str(e)] += 1
+            if e.row and len(part.unwritten) < job.cfg.show:
+                part.unwritten.append((str(e), *e.row))
         except BadRecord as e:
-            part.bad.append(f"{name}:{line}: {e}")
+            part.bad.append(f"{name}:{line}: {shorten(str(e))}")
         else:
-            digest = hashlib.blake2b(key, digest_size=8, key=seed).digest()
+            digest = hashlib.blake2b(unit.key, digest_size=8, key=seed).digest()
             part.hashes.append(int.from_bytes(digest, "little"))
-            part.sizes.append(len(rows))
-            for what, number in counts.items():
+            part.sizes.append(len(unit.rows))
+            part.records.append(unit.record)
+            for what, number in unit.counts.items():
                 part.counts[what] += number
-            for ids, mask in rows:
+            for ids, mask in unit.rows:
                 part.tokens += ids
                 part.mask += mask
                 part.lengths.append(len(ids))
     return part
+
+
+def shorten(reason, limit=400):
+    """A message that stays a sentence where a record's content is part of it."""
+    return reason if len(reason) <= limit else f"{reason[:limit]} ..."
 
 
 # ------------------------------------------------------------------------------------ the whole job
@@ -226,7 +532,10 @@ def fill(cfg, writer, unit, files, hub):
         rows = slice(first_rows[a], first_rows[b])
         span = slice(store.offsets[rows.start], store.offsets[rows.stop])
         split = "val" if held_out[a] else "train"
-        writer.extend(split, store.tokens[span], store.mask[span], store.lengths[rows])
+        kept = []
+        if store.records is not None:
+            kept = [store.line(i) for i in range(rows.start, rows.stop)]
+        writer.extend(split, store.tokens[span], store.mask[span], store.lengths[rows], kept)
         if unit == "group":
             writer.end_group(split)
     shutil.rmtree(writer.tmp / "all")
@@ -238,7 +547,7 @@ def fill_split(cfg, writer, split, unit, files, hub):
     size = sum(f.stat().st_size for f in files) if files else None
     workers = cfg.workers or (records.cores() if size is None or size > 4e6 else 1)
     total = SimpleNamespace(rows=0, sizes=array("I"), hashes=array("Q"))
-    counts, dropped, bad = Counter(), Counter(), []
+    counts, dropped, bad, unwritten = Counter(), Counter(), [], []
     with records.progress(size, "B" if files else f" {unit}s") as bar:
         if files:
             sources = ((f, records.read_file(f, bar)) for f in files)
@@ -249,22 +558,27 @@ def fill_split(cfg, writer, split, unit, files, hub):
         parts = records.ordered_map(encode_chunk, chunks, workers, setup, settings)
         with contextlib.closing(parts):
             for part in parts:
+                show(part, max(cfg.show - len(total.sizes), 0))
                 if part.bad and cfg.on_error == "stop":
                     raise UserError(
                         f"{part.bad[0]}; mend it, or skip and count such records with on_error=skip"
                     )
-                show(part, max(cfg.show - len(total.sizes), 0))
-                writer.extend(split, part.tokens, part.mask, part.lengths)
+                writer.extend(split, part.tokens, part.mask, part.lengths, part.records)
                 total.rows += len(part.lengths)
                 total.sizes += part.sizes
                 total.hashes += part.hashes
                 counts += part.counts
                 dropped += part.dropped
                 bad += part.bad
+                unwritten += part.unwritten[: max(cfg.show - len(unwritten), 0)]
                 if not files:
                     bar.update(len(part.sizes))
     if not total.sizes:
-        why = [f"{n} dropped: {reason}" for reason, n in dropped.most_common()]
+        for reason, ids, mask in unwritten:
+            print(f"dropped, {reason}:")
+            show_row(ids, mask)
+        why = [f"{n} dropped: {shorten(reason)}" for reason, n in dropped.most_common(3)]
+        why += [f"{len(dropped) - 3} reasons more"] if len(dropped) > 3 else []
         why += [f"{len(bad)} bad, the first is {bad[0]}"] if bad else []
         reasons = "; ".join(why) or "it holds no record"
         raise UserError(f"{cfg.source} gives no {unit} ({reasons})")
@@ -275,14 +589,20 @@ def fill_split(cfg, writer, split, unit, files, hub):
 
 
 def show(part, count):
-    """Prints the first `count` units of a chunk. Targets are green, or in «» if NO_COLOR is set."""
-    on, off = ("«", "»") if os.environ.get("NO_COLOR") else ("\033[32m", "\033[0m")
-    pairs = zip(part.tokens, part.mask, strict=True)
+    """Prints the rows of the first `count` units of a chunk."""
+    a = 0
     for length in part.lengths[: sum(part.sizes[:count])]:
-        for target, run in groupby(islice(pairs, length), key=itemgetter(1)):
-            piece = job.tok.decode([token for token, _ in run], skip_special=False)
-            print(f"{on}{piece}{off}" if target else piece, end="")
-        print("\n" + "-" * 80)
+        show_row(part.tokens[a : a + length], part.mask[a : a + length])
+        a += length
+
+
+def show_row(ids, mask):
+    """Prints a row. Targets are green, or in «» if NO_COLOR is set."""
+    on, off = ("«", "»") if os.environ.get("NO_COLOR") else ("\033[32m", "\033[0m")
+    for target, run in groupby(zip(ids, mask, strict=True), key=itemgetter(1)):
+        piece = job.tok.decode([token for token, _ in run], skip_special=False)
+        print(f"{on}{piece}{off}" if target else piece, end="")
+    print("\n" + "-" * 80)
 
 
 def report(cfg, unit, total, each, after_kept=(), before_tokens=()):
@@ -295,12 +615,16 @@ def report(cfg, unit, total, each, after_kept=(), before_tokens=()):
     tokens = sum(split["tokens"] for split in meta["splits"].values())
     targets = sum(split["target_tokens"] for split in meta["splits"].values())
     kept, bad = len(total.sizes), total.bad["bad_records"]
+    reasons = [(n, shorten(reason)) for reason, n in total.dropped.items()]
+    if len(reasons) > REASONS:
+        rest = sum(n for n, _ in reasons[REASONS:])
+        reasons = [*reasons[:REASONS], (rest, f"{len(reasons) - REASONS} reasons more")]
     splits = [f"{name} {split[f'{unit}s']:,}" for name, split in meta["splits"].items()]
     table = [
         ("records read", kept + sum(total.dropped.values()) + bad, ""),
         (f"{unit}s kept", kept, ", ".join(splits)),
         *after_kept,
-        *((f"{unit}s dropped", n, reason) for reason, n in total.dropped.items()),
+        *((f"{unit}s dropped", n, reason) for n, reason in reasons),
         *(("bad records", bad, f"skipped; the first: {e}") for e in total.bad["first_bad"][:1]),
         *before_tokens,
         ("tokens", tokens, f"{tokens / total.rows:.1f} {each}"),

@@ -65,7 +65,7 @@ def files_below(path, suffixes, outputs):
     return sorted(files)
 
 
-def find_files(source, out):
+def find_files(source, out, split="train"):
     """The files of a file or folder `source`, without those below `out`; None if it is neither."""
     path = Path(source)
     if path.is_dir():

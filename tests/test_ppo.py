@@ -352,13 +352,12 @@ def test_prompts_of_a_folder(base, tmp_path):
         ([6, 6], [0, 0]),
     ]
     store.write_store(tmp_path, dict(train=rows), dict(vocab_size=264, tokenizer=tok.fingerprint))
-    prompts, left_out = ppo.prompts_of(
+    prompts, rows, left_out = ppo.prompts_of(
         SimpleNamespace(data=[str(tmp_path)], seed=0, max_prompt=3), tok
     )
-    assert (
-        sorted(prompts) == [[1, 2], [4]] and left_out == 1
-    )  # once each, up to the first target; one too long
-    assert all(type(i) is int for p in prompts for i in p)
+    # once each, up to the first target, or whole where there is none; one is too long
+    assert prompts == [((1, 2), 0), ((4,), 2), ((6, 6), 5)] and left_out == 1
+    assert all(type(i) is int for p, _ in prompts for i in p)
     with pytest.raises(UserError, match="max_prompt=0"):
         ppo.prompts_of(SimpleNamespace(data=[str(tmp_path)], seed=0, max_prompt=0), tok)
 

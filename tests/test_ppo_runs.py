@@ -462,7 +462,7 @@ def test_where_the_kl_goes(folder, tmp_path, monkeypatch, kl_in):
         kl.append(torch.zeros(4).index_add(0, batch["rows"], log_ratio))
     kl = torch.cat(kl)
     assert kl.abs().min() > 1e-3 and math.isclose(kl.mean(), log[1]["kl"], rel_tol=1e-3)
-    (*_, finished), _, scores = judged[1]
+    (_, _, _, _, finished, *_), _, scores = judged[1]
     rewards = scores - (1 - finished)
     price = 0.5 if kl_in == "reward" else 0.0
     right = ppo.penalised_advantages(rewards, kl, 4, "group_std", price)
@@ -553,7 +553,7 @@ def test_what_is_scored(folder, tmp_path, monkeypatch):
         gold=f"{folder / 'rewards.py'}:last",
     )
     samples, ((scores, logprobs, ref, mask, coef), _, rewards) = made[0][2], shaped[0]
-    (_, _, prompts, answers, _), _, judged = seen[0]
+    (_, _, prompts, answers, *_), _, judged = seen[0]
     assert all(258 in prompt for prompt in prompts) and judged.max() > 1.5
     ends = {"stop": 0, "cut": 0, "long": 0}
     for i, (tokens, answer) in enumerate(zip(samples.tokens, answers, strict=True)):
