@@ -287,6 +287,7 @@ def main(cfg):
             "train= and freeze_layers= choose among the model's own weights: "
             "with lora_rank= use lora_targets="
         )
+    store.check_prepared(cfg.data, "preferences", f"model={cfg.model}")
 
     # ---- model
     # An adapter in model= is merged into its base first. What is trained is chosen below.

@@ -255,6 +255,8 @@ def main(cfg):
     # A store is one long array of tokens on disk, memory-mapped. A window is max_length of them.
     # Which windows a step takes is a function of the seed and the step's number alone, so a resume
     # needs no data position.
+    like = cfg.model or cfg.tokenizer or "train:32000"
+    store.check_prepared(cfg.data, "text", f"tokenizer={like}")
     metas = [store.read_meta(dir) for dir in cfg.data]
     base = cfg.model or cfg.tokenizer or Path(cfg.data[0]) / "tokenizer"
     if not Path(base).is_dir() and not cfg.model and not cfg.tokenizer:

@@ -262,6 +262,7 @@ def main(cfg):
             "train= and freeze_layers= choose among the model's own weights: "
             "with lora_rank= use lora_targets="
         )
+    store.check_prepared(cfg.data, "preferences", f"model={cfg.model}")
 
     # ---- model
     # The language model loses its output matrix and gets a head with one number a token. The head

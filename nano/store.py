@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from fractions import Fraction
@@ -35,6 +36,7 @@ from nano.config import UserError
 
 FORMAT, VERSION = "nanoInstruct store", 1
 JSONL = "records.jsonl"
+SOURCE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow|txt)(\.gz)?$", re.I)
 KINDS = {
     "tokens": None,
     "mask": np.uint8,
@@ -234,6 +236,27 @@ def parse_share(text, n):
 # ------------------------------------------------------------------------------------------ reading
 
 
+def check_prepared(dirs, script, keys):
+    """UserError, with the command that prepares it, for a file, a folder of files, or an id of the
+    hub (org/name) in the place of a prepared folder.
+
+    script, keys: the program in prepare/ that does, and the keys of it that the stage knows.
+    """
+    for dir in dirs:
+        path = Path(dir)
+        is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(dir)) and not path.parent.exists()
+        is_id = is_id and path.parent.name not in ("data", "out", "..")
+        holds_files = path.is_dir() and not (path / "meta.json").exists()
+        holds_files = holds_files and any(SOURCE.search(p.name) for p in path.iterdir())
+        if path.is_file() or holds_files or (is_id and not path.exists()):
+            folder = shlex.quote(f"data/{path.name.partition('.')[0] or 'prepared'}")
+            source = shlex.quote(str(dir))
+            raise UserError(
+                f"data={dir} is not prepared yet: run `python -m prepare.{script} source={source} "
+                f"{keys} out={folder}`, and then this with data={folder}"
+            )
+
+
 def read_meta(dir):
     """meta.json of a prepared data folder as a dict. UserError when there is none."""
     files.recover_dir(dir)
@@ -267,9 +290,10 @@ class Store:
     """One split of a prepared data folder, memory-mapped: len(), row(i), prompt(i), line(i).
 
     .tokens and .mask (all tokens,), .offsets (N+1,), .lengths (N,), .groups (G+1,), .meta the dict
-    of meta.json; mask and groups may be None. `tokenizer` is the one whose `.fingerprint` must fit.
-    A folder that names no tokenizer gets a notice on stderr. UserError where a file is missing, has
-    another size than meta.json says, or was made with another tokenizer.
+    of meta.json; mask and groups may be None. .prompts is the number of prompts alone.
+    `tokenizer` is the one whose `.fingerprint` must fit. A folder that names no tokenizer gets a
+    notice on stderr. UserError where a file is missing, has another size than meta.json says, or
+    was made with another tokenizer.
     """
 
     def __init__(self, dir, split="train", tokenizer=None):
@@ -297,6 +321,7 @@ class Store:
         self.groups = None
         if "groups" in counts["files"]:
             self.groups = self._offsets("groups", counts["groups"], counts["rows"])
+        self.prompts = counts.get("prompts", 0)
         self.records = self.record_offsets = None
         if JSONL in counts["files"]:
             self.record_offsets = self._open("records", counts["rows"] + 1)
@@ -372,6 +397,7 @@ class Mix:
         self.picks = np.concatenate(picks)
         self.store_of = np.repeat(np.arange(len(stores)), [len(p) for p in picks])
         self.lengths = np.concatenate([s.lengths[p] for s, p in zip(stores, picks, strict=True)])
+        self.prompts = sum(store.prompts for store in stores)  # of the whole stores
 
     def __len__(self):
         return len(self.picks)

@@ -30,8 +30,8 @@ from typing import Literal
 
 from nano import config
 from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
-from prepare import convert, records
-from prepare.convert import Drop, message, task, text, turns
+from prepare import convert, fields, records
+from prepare.fields import Drop, message, task, text, turns
 from prepare.records import BadRecord
 
 
@@ -72,16 +72,16 @@ PROMPTS = "prompt question problem instruction query input".split()
 def recognise(record):
     """Messages of a record in one of the common shapes. They end with the user where the record has
     no answer. The fields that are used are taken out of `record`."""
-    key = convert.first(record, convert.TURNS)
+    key = fields.first(record, fields.TURNS)
     if key:
-        messages = convert.after_system(convert.system(record), turns(record.pop(key)))
+        messages = fields.after_system(fields.system(record), turns(record.pop(key)))
         if messages[-1]["role"] != "assistant" and isinstance(record.get("chosen"), dict):
             # the better answer of preference data
             record.pop("rejected", None)
             messages = as_prompt(messages) + turns([record.pop("chosen")])
         return with_thought(messages, record)
     pair = next((pair for pair in PAIRS if pair[0] in record and pair[1] in record), None)
-    ask = pair[0] if pair else convert.first(record, PROMPTS)
+    ask = pair[0] if pair else fields.first(record, PROMPTS)
     if ask is None:
         pairs = ", ".join(map("/".join, PAIRS))
         raise BadRecord(
@@ -90,9 +90,9 @@ def recognise(record):
         )
     if isinstance(record[ask], list):
         messages = turns(record.pop(ask))
-        messages = as_prompt(convert.after_system(convert.system(record), messages))
+        messages = as_prompt(fields.after_system(fields.system(record), messages))
     else:
-        messages = convert.question(record, ask)
+        messages = fields.question(record, ask)
     if not pair:
         return messages
     answer = record[pair[1]]
@@ -112,7 +112,7 @@ def as_prompt(messages):
 
 def with_thought(messages, record):
     """`messages` with the thought that stands beside the last answer in the record."""
-    key = convert.first(record, convert.THOUGHTS)
+    key = fields.first(record, fields.THOUGHTS)
     if key and messages[-1]["role"] == "assistant":
         messages[-1]["reasoning_content"] = text(record, key)
     return messages
@@ -206,19 +206,19 @@ def split_text(cfg, record):
 
 def encode(cfg, tok, record):
     """The Unit of a record, one row, for convert.py."""
-    fields = convert.without(record, cfg.ignore)
+    rest = fields.without(record, cfg.ignore)
     known = cfg.text_field or cfg.source in SETS  # what such records may lose is known
-    tools = None if known else convert.definitions(fields)
+    tools = None if known else fields.definitions(rest)
     if cfg.text_field:
-        messages = split_text(cfg, fields)
+        messages = split_text(cfg, rest)
     elif known:
-        messages = SETS[cfg.source][3](fields)
+        messages = SETS[cfg.source][3](rest)
     else:
-        messages = recognise(fields)
+        messages = recognise(rest)
 
     # An empty last answer is none. Earlier ones would teach the model to stop at once.
     empty = False
-    while messages and messages[-1]["role"] == "assistant" and convert.says_nothing(messages[-1]):
+    while messages and messages[-1]["role"] == "assistant" and fields.says_nothing(messages[-1]):
         messages = messages[:-1]
         empty = True
     if cfg.train_on == "none":
@@ -232,16 +232,16 @@ def encode(cfg, tok, record):
         raise Drop("no turn of the user")
     awaits = messages[-1]["role"] != "assistant"
     if not known:
-        if not awaits or convert.has_answers(messages):
-            if convert.learned(fields) is False:
+        if not awaits or fields.has_answers(messages):
+            if fields.learned(rest) is False:
                 messages = as_prompt(messages)
         if not awaits:
-            convert.check_rest(fields, [*convert.texts_of(messages)])
-        elif media := [key for key in fields if convert.MEDIA.fullmatch(key)]:
-            convert.check_rest({key: fields[key] for key in media}, ())
+            fields.check_rest(rest, [*fields.texts_of(messages)])
+        elif media := [key for key in rest if fields.MEDIA.fullmatch(key)]:
+            fields.check_rest({key: rest[key] for key in media}, ())
     silent = 0
     for i, m in enumerate(messages):
-        if m["role"] == "assistant" and convert.says_nothing(m):
+        if m["role"] == "assistant" and fields.says_nothing(m):
             messages[i] = m | {"weight": 0}
         silent += messages[i].get("weight") == 0
 

@@ -32,8 +32,8 @@ from typing import Literal
 
 from nano import config
 from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
-from prepare import convert, records
-from prepare.convert import Drop, message, text, turns
+from prepare import convert, fields, records
+from prepare.fields import Drop, message, text, turns
 from prepare.records import BadRecord
 
 
@@ -144,18 +144,18 @@ def transcript(whole):
 
 def prompt(record):
     """Messages of the prompt; [] where the record has no field for it."""
-    key = convert.first(record, (*TURNS, *PROMPTS))
+    key = fields.first(record, (*TURNS, *PROMPTS))
     if key is None:
-        return convert.system(record)
+        return fields.system(record)
     if isinstance(record[key], list):
         messages = turns(record.pop(key))
-        return convert.after_system(convert.system(record), messages)
+        return fields.after_system(fields.system(record), messages)
     if isinstance(record[key], str) and record[key].lstrip().startswith("Human:"):
         messages = transcript(text(record, key))
         if not messages[-1]["content"]:  # the Assistant's turn, which a completion fills
             messages.pop()
-        return convert.system(record) + messages
-    return convert.question(record, key)
+        return fields.system(record) + messages
+    return fields.question(record, key)
 
 
 def words(name):
@@ -170,12 +170,12 @@ def score_name(name):
 
 
 def is_number(value):
-    return isinstance(value, (int, float)) and not convert.is_empty(value)
+    return isinstance(value, (int, float)) and not fields.is_empty(value)
 
 
 def number(score, name):
     """A score as a float, None for a missing one. BadRecord for what is no number."""
-    if convert.is_empty(score) or str(score).strip().lower() in ("n/a", "na", "none", "nan"):
+    if fields.is_empty(score) or str(score).strip().lower() in ("n/a", "na", "none", "nan"):
         return None
     try:
         value = float(score)
@@ -203,7 +203,7 @@ def scores_of(record, key, values):
         score = score_name(name)
         items = column if isinstance(column, list) else [column]
         looks = LOOK.search(words(name))
-        if all(map(convert.is_empty, items)):  # a table has nulls
+        if all(map(fields.is_empty, items)):  # a table has nulls
             if score and score not in FLAGS:
                 known.setdefault(score, [None] * len(values))
             continue
@@ -217,9 +217,9 @@ def scores_of(record, key, values):
                     f"{key}"
                 )
             known[score] = [number(x, name) for x in column]
-        elif where == "in them" and (whole or convert.HARMLESS.fullmatch(name) and not looks):
+        elif where == "in them" and (whole or fields.HARMLESS.fullmatch(name) and not looks):
             continue  # a part of a whole score, or an id
-        elif where == "in them" or looks or not convert.HARMLESS.fullmatch(name):
+        elif where == "in them" or looks or not fields.HARMLESS.fullmatch(name):
             raise BadRecord(
                 f"field '{name}' {where} looks like a score of the {key}, and what it says is not "
                 f"known: call it scores or ranks, or leave it out with ignore=[{name}]"
@@ -295,16 +295,16 @@ def conversation(before, value):
         if whole[:-1][: len(prompt)] == prompt:  # the transcript begins with the prompt
             return before[: len(before) - len(prompt)] + whole
     if isinstance(value, dict) and not {"role", "from"} & value.keys():
-        value = convert.without(value, ())
+        value = fields.without(value, ())
         key = next((key for key in TEXTS if key in value), None)
         if key is None:
             raise BadRecord(f"a completion has none of the fields {', '.join(TEXTS)}")
         answer = message("assistant", text(value, key))
-        if key := convert.first(value, convert.THOUGHTS):
+        if key := fields.first(value, fields.THOUGHTS):
             answer["reasoning_content"] = text(value, key)
         # scores_of has judged what is a number or looks like a score
         rest = {n: x for n, x in value.items() if not is_number(x) and not LOOK.search(words(n))}
-        convert.check_rest(rest, [*convert.texts_of([answer])], "field of a completion, or field")
+        fields.check_rest(rest, [*fields.texts_of([answer])], "field of a completion, or field")
         return [*before, answer]
     if isinstance(value, str):
         return [*before, message("assistant", value)]
@@ -319,7 +319,7 @@ def conversation(before, value):
 def recognise(record):
     """(messages of the prompt, assistant messages of the completions best first, tools, Counter of
     the completions left out). The fields that are used are taken out of `record`."""
-    tools = convert.definitions(record)
+    tools = fields.definitions(record)
     values, lost = ranked(record)
     before = prompt(record)
     prefix, completions = None, []
@@ -339,12 +339,12 @@ def recognise(record):
         raise Drop("no prompt")
     if prefix[-1]["role"] == "assistant":
         raise Drop("a prompt that ends with the assistant")
-    there = [*convert.texts_of(prefix), *convert.texts_of(completions)]
-    if any(text not in there for text in convert.texts_of(before)):
+    there = [*fields.texts_of(prefix), *fields.texts_of(completions)]
+    if any(text not in there for text in fields.texts_of(before)):
         raise Drop("a prompt beside whole conversations that are not its own")
-    if convert.learned(record) is False:
+    if fields.learned(record) is False:
         raise Drop("marked as not to be learned")
-    convert.check_rest(record, there)
+    fields.check_rest(record, there)
     if html:
         for i, m in enumerate(prefix):
             content = str(Post(m["content"]))
@@ -362,11 +362,11 @@ def encode(cfg, tok, record):
     """
     nulls = {key: [] for key, x in record.items() if x is None and score_name(key)}
     nulls = {key: x for key, x in nulls.items() if key not in cfg.ignore}
-    record = nulls | convert.without(record, cfg.ignore)
+    record = nulls | fields.without(record, cfg.ignore)
     before, completions, tools, dropped = recognise(record)
     rows, seen, long = [], set(), None
     for completion in completions:
-        if convert.says_nothing(completion):
+        if fields.says_nothing(completion):
             dropped["empty"] += 1
             continue
         answer = {"columns": [["RESPONSE", completion["content"] or ""]]} | completion

@@ -19,7 +19,7 @@ model to each of 1,000 prompts, ranked by gold plus noise of variance 1, as peop
 `bullets` asks a real chat model for three bullet points in train.jsonl and, on other subjects, in
 test.jsonl. `three_bullets` is the reward (reward=prepare/toy.py:three_bullets).
 
-`sums` asks for sums of a number below 50 and a digit in train.jsonl and, of others, in test.jsonl.
+`sums` asks for sums of a number up to 20 and a digit in train.jsonl and, of others, in test.jsonl.
 The records are prompts alone, conversations that end with the user, beside the right number as
 `answer`. `right_number` is the reward (reward=prepare/toy.py:right_number).
 """
@@ -41,9 +41,9 @@ class Config:
     task: Literal["instructions", "reviews", "preferences", "bullets", "sums"] = "instructions"
     out: str = "data/toy"  # folder
     model: str = ""  # preferences: the model whose answers are ranked
-    # 0: 3,000 instructions, 10,000 reviews, 1,000 rankings, 300 bullets, 300 sums
+    # 0: 3,000 instructions, 10,000 reviews, 1,000 rankings, 300 bullets, 120 sums
     rows: NonNegativeInt = 0
-    test: NonNegativeInt = 0  # held out, or prompts of reviews; 0: 300, of sums 100
+    test: NonNegativeInt = 0  # held out, or prompts of reviews; 0: 300, of sums 48
     seed: Seed = 0
 
 
@@ -357,9 +357,15 @@ def bullets(rows, test, seed=0):
 
 
 def right_number(prompt, response, finished, record):
-    """1.0 for a finished response whose last number is the record's answer, otherwise 0.0."""
+    """1.0 for a finished response whose last number is the record's answer, otherwise at most 0.5.
+
+    A near miss gets 0.5 less 0.05 for each one that its number is off.
+    """
     numbers = re.findall(r"-?\d+", response.replace(",", ""))
-    return float(finished and numbers[-1:] == [record["answer"]])
+    if not finished or not numbers:
+        return 0.0
+    off = abs(int(numbers[-1]) - int(record["answer"]))
+    return max(0.0, 0.5 - 0.05 * off) if off else 1.0
 
 
 SHOTS = (("34 + 5", "39"), ("12 + 6", "18"), ("8 + 7", "15"))
@@ -370,11 +376,11 @@ def sums(rows, test, seed=0):
 
     UserError for more records than there are sums.
     """
-    start = [dict(role="system", content="You add numbers.")]
+    start = []
     for question, answer in SHOTS:
         start.append(dict(role="user", content=f"What is {question}?"))
         start.append(dict(role="assistant", content=answer))
-    pairs = [(a, b) for a in range(2, 50) for b in range(1, 10)]
+    pairs = [(a, b) for a in range(2, 21) for b in range(1, 10)]
     pairs = [(a, b) for a, b in pairs if f"{a} + {b}" not in dict(SHOTS)]
     if rows + test > len(pairs):
         raise UserError(
@@ -388,10 +394,10 @@ def sums(rows, test, seed=0):
 
 
 def main(cfg):
-    defaults = dict(instructions=3000, reviews=10_000, preferences=1000, bullets=300, sums=300)
+    defaults = dict(instructions=3000, reviews=10_000, preferences=1000, bullets=300, sums=120)
     out = Path(cfg.out)
     rows = cfg.rows or defaults[cfg.task]
-    test = cfg.test or (100 if cfg.task == "sums" else 300)
+    test = cfg.test or (48 if cfg.task == "sums" else 300)
     if cfg.task == "instructions":
         records = instructions(rows + test, cfg.seed)
         files = {"train.jsonl": records[:rows], "test.jsonl": records[rows:]}

@@ -373,6 +373,28 @@ def test_a_response_is_cut_behind_a_string(base):
     )  # the one that is complete first
 
 
+@pytest.mark.parametrize("how", ["group", "group_std", "rloo"])
+def test_samples_without_a_score_are_left_out_of_their_group(how):
+    """The others of a group have the advantages of a group of them alone, the KL's part too."""
+    nan = float("nan")
+    scores = torch.tensor([1.0, nan, 4.0, 2.0, nan, nan, nan, 3.0, nan, nan, nan, nan])
+    kl = torch.arange(12.0)
+    got = ppo.penalised_advantages(scores, kl, 4, how, 0.1).view(3, 4)
+    alone = ppo.penalised_advantages(torch.tensor([1.0, 4.0, 2.0]), kl[[0, 2, 3]], 3, how, 0.1)
+    torch.testing.assert_close(got[0, [0, 2, 3]], alone)
+    assert got[0, 1] == 0 and not got[1:].any()
+    mean = 7 / 3
+    if how == "group":  # by hand
+        torch.testing.assert_close(got[0, 0], torch.tensor(1 - mean - 0.1 * (0 - 5 / 3)))
+
+
+def test_the_sum_of_rewards():
+    nan = float("nan")
+    parts = [torch.tensor([1.0, nan, nan, 0.0]), torch.tensor([2.0, 3.0, nan, -1.0])]
+    total = ppo.total_score(parts, [1.0, 0.5])
+    assert total[[0, 1, 3]].tolist() == [2.0, 1.5, -0.5] and total[2].isnan()
+
+
 def test_reward_functions(base, tmp_path):
     tok = tokenizer.load(base)
     path = tmp_path / "rewards.py"
