@@ -20,7 +20,7 @@ Source: Rafailov et al. 2023 (arXiv:2305.18290).
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -31,24 +31,34 @@ from nano import batches, config, estimate, files, generate, losses, optim, runt
 from nano.config import (
     Every,
     Fraction,
+    Full,
+    LoRA,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Seed,
     UnitFloat,
     UserError,
+    With,
+    Without,
 )
 from nano.run import Run
+
+# annotation of label_smoothing
+Smoothing = Annotated[
+    float, ("0 or more and below 0.5", lambda x: 0 <= x < 0.5), With("loss", "sigmoid")
+]
 
 
 @dataclass
 class Config:
     # what
-    model: str = "models/smollm2"  # a directory, or an adapter's to merge; the reference too
-    data: tuple[str, ...] = ("data/dpo",)  # prepared folders of groups
+    model: PathText = "models/smollm2"  # a directory, or an adapter's to merge; the reference too
+    data: tuple[PathText, ...] = ("data/dpo",)  # prepared folders of groups
     sizes: tuple[str, ...] = ()  # of each folder: all, a number of groups or a share; []: all
-    out: str = "out/dpo"  # run folder
+    out: PathText = "out/dpo"  # run folder
     # how long
     epochs: NonNegativeFloat = 1.0  # 0: evaluate once and save nothing
     steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes
@@ -58,19 +68,19 @@ class Config:
     # the loss
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO, or IPO
     beta: PositiveFloat = 0.1  # pull to the reference; IPO: the target difference is 1 / (2 beta)
-    label_smoothing: float = 0.0  # share of pairs taken to be ranked wrongly (cDPO); sigmoid only
+    label_smoothing: Smoothing = 0.0  # share of pairs taken to be ranked wrongly (cDPO)
     nll_weight: NonNegativeFloat = 0.0  # of the next-token loss on the best completions
     # what is trained
-    train: Literal["all", "attention", "qv"] = "all"  # which of the model's own weights
-    freeze_layers: NonNegativeInt = 0  # freeze the embeddings and the first N layers
+    train: Full[Literal["all", "attention", "qv"]] = "all"  # which of the model's own weights
+    freeze_layers: Full[NonNegativeInt] = 0  # freeze the embeddings and the first N layers
     lora_rank: NonNegativeInt = 0  # 0: train the weights themselves
-    lora_alpha: PositiveFloat = 32.0  # the adapter's update is scaled by alpha / rank
-    lora_dropout: Fraction = 0.0  # of an adapter's input
-    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes; all-linear: not the head
-    lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
+    lora_alpha: LoRA[PositiveFloat] = 32.0  # the adapter's update is scaled by alpha / rank
+    lora_dropout: LoRA[Fraction] = 0.0  # of an adapter's input
+    lora_targets: LoRA[tuple[str, ...]] = ("all-linear",)  # suffixes; all-linear: not the head
+    lora_rslora: LoRA[bool] = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # optimizer
     lr: NonNegativeFloat = 5e-6  # the highest learning rate
-    min_lr: NonNegativeFloat = 0.0  # the learning rate at the end
+    min_lr: Annotated[NonNegativeFloat, Without("schedule", "constant")] = 0.0  # the last one
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
     warmup_ratio: UnitFloat = 0.1  # of all steps
     warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
@@ -78,8 +88,11 @@ class Config:
     beta1: Fraction = 0.9  # AdamW: decay of the mean gradient
     beta2: Fraction = 0.999  # AdamW: decay of the mean square
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
+    # steps in a row that NaN or infinity in the gradient may take before the run fails; 0: any
+    bad_steps: NonNegativeInt = 3
+    ema: Fraction = 0.0  # decay of a mean of the weights, for evaluation, best/, last/; 0: off
     # device
-    device: str = "auto"  # auto, cpu, cuda or xla
+    device: str = "auto"  # auto, cpu, cuda, mps or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallelism)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
@@ -89,10 +102,13 @@ class Config:
     offload: bool = False  # fsdp, zero2, hsdp: keep weights and optimizer in CPU memory
     # bookkeeping
     seed: Seed = 0  # of everything random
-    resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
+    resume: Literal["auto", "true", "false", "anyway"] = "auto"  # anyway: on other data too
     eval_every: Every = 0  # steps; 0: once an epoch, -1: never. Needs a validation split
     save_every: Every = 0  # steps; 0: once an epoch, -1: at the end only
+    keep_last: NonNegativeInt = 0  # saves that stay as step-N/ beside last/
+    patience: NonNegativeInt = 0  # evaluations without a better one that end the run; 0: off
     log_every: NonNegativeInt = 5  # steps; 0: the last step only
+    track: str = ""  # wandb:PROJECT or trackio:PROJECT beside TensorBoard
     samples: NonNegativeInt = 2  # validation prompts answered at every evaluation
     sample_tokens: NonNegativeInt = 64  # 0: no samples
 
@@ -197,15 +213,6 @@ def evaluate(rt, net, val, reference, cfg):
     return summary(rt.all_sum(sums), rt.all_sum(best_tokens), cfg)
 
 
-def fingerprint(model, *settings):
-    """Short hexadecimal name of a model's weights and what else decides its log-probabilities."""
-    digest = hashlib.sha256(repr(settings).encode())
-    for name, p in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(p.detach().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
 def reference_logprobs(rt, net, rows, path):
     """`completion_logprobs` of all completions, (N,) float32, under the model as it is,
     memory-mapped.
@@ -272,21 +279,12 @@ def answers(rt, model, tok, rows, cfg):
     return table
 
 
-def main(cfg):
+@runtime.started
+def main(cfg, rt):
     # ---- setup
     # The runtime knows the device and the other processes. The run knows its folder: whether it
     # holds a state to continue from, and where the log and the models go.
-    rt = runtime.start(cfg)
     run = Run("dpo", cfg, rt)
-    if not 0 <= cfg.label_smoothing < 0.5 or cfg.loss == "ipo" and cfg.label_smoothing:
-        raise UserError(
-            f"label_smoothing={cfg.label_smoothing} must be in [0, 0.5), and 0 with loss=ipo"
-        )
-    if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
-        raise UserError(
-            "train= and freeze_layers= choose among the model's own weights: "
-            "with lora_rank= use lora_targets="
-        )
     store.check_prepared(cfg.data, "preferences", f"model={cfg.model}")
 
     # ---- model
@@ -313,19 +311,19 @@ def main(cfg):
     val = batches.Groups(val_rows, cfg.batch_size, **layout) if val_rows else None
     longest = max(rows.longest for rows in (train, val) if rows)
     batches.check_reach(longest, model.cfg.max_positions, cfg.model)
+    if not val:
+        run.refuse_validation("eval_every", "patience")
     steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 
     # ---- what is trained
-    # The key names the reference's log-probabilities on disk. It is taken of the model's own
-    # weights, so it comes before an adapter changes the parameters' names.
-    val_key = val_rows and val_rows.fingerprint()
-    key = fingerprint(model, rt.dtype, cfg.max_length, rows.fingerprint(), val_key)
-    if run.resumes and run.saved_meta().get("reference", key) != key:
-        raise UserError(
-            f"{run.out} was trained from another model or on other data: "
-            "give the run's own, or resume=false"
-        )
+    # A state is only continued from the model and the data that it was made from. The key names the
+    # reference's log-probabilities on disk, so it holds all that decides them. Both are taken of
+    # the model's own weights, before an adapter changes the parameters' names.
+    validation = val_rows.fingerprint() if val_rows else None
+    made_from = run.identify(model.named_parameters(), rows.fingerprint(), validation)
+    settings = repr((sorted(made_from.items()), model.cfg, rt.dtype, cfg.max_length))
+    key = hashlib.sha256(settings.encode()).hexdigest()[:16]
     if cfg.lora_rank:
         weights.add_adapter(model, cfg)
     else:
@@ -349,7 +347,7 @@ def main(cfg):
     reference = reference_logprobs(rt, net, train, paths["train"])
     val_reference = reference_logprobs(rt, net, val, paths["val"]) if val else None
     lora.use(model, "default" if cfg.lora_rank else None)
-    run.meta = dict(reference=key, warned=False)
+    run.meta = dict(warned=False)
     adapter = "default" if cfg.lora_rank else None
     run.attach(model, trained, dict(adamw=optimizer), tok, opened.base, adapter)
     if rt.is_main:
@@ -411,7 +409,7 @@ def main(cfg):
                 run.log.text(falling(-chosen, -rejected))
             sums, best_tokens = torch.zeros_like(sums), 0
 
-    run.close()
+    return run.close()
 
 
 if __name__ == "__main__":

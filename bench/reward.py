@@ -18,16 +18,16 @@ from dataclasses import dataclass
 import torch
 
 from nano import config, functions, generate, runtime, store, weights
-from nano.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
+from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, Temperature
 
 
 @dataclass
 class Config:
-    reward: str  # file.py:function, as in ppo.py
-    model: str = "models/smollm2"  # model or adapter directory
-    data: str = "data/bullets/test"  # prepared folder
+    reward: PathText  # file.py:function, as in ppo.py
+    model: PathText = "models/smollm2"  # model or adapter directory
+    data: PathText = "data/bullets/test"  # prepared folder
     rows: NonNegativeInt = 100  # the first prompts; 0: all
-    temperature: NonNegativeFloat = 1.0  # 0: always the likeliest token
+    temperature: Temperature = 1.0  # 0: always the likeliest token
     max_new_tokens: PositiveInt = 96
     batch_size: PositiveInt = 64
     device: str = "auto"

@@ -6,8 +6,12 @@ log-probabilities out.
 
 `batch_size` rows are decoded together, one token a step. A row that ends makes room for the next
 prompt. When none waits, the batch shrinks. So answers of unequal length cost their sum and not
-rows x longest. The sample drawn depends on (seed, sample index) and the model alone, not on its
-neighbours in the batch, the order of refills or the device.
+rows x longest.
+
+The random numbers of a sample depend on (seed, sample index) alone, not on its neighbours in the
+batch, the order of refills or the device. In fp32 the same holds for the tokens that are drawn,
+unless the choice between two of them is a matter of rounding. In bf16 a matrix product rounds
+otherwise in a batch of another shape, so there a sample may differ with the batch and the device.
 """
 
 from collections import deque
@@ -81,10 +85,16 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
         token = (total <= threshold).sum(-1, keepdim=True)
     else:
         token = torch.searchsorted(total, threshold, right=True)
+        token = token.clamp(max=logits.shape[-1] - 1)  # beyond the end for NaN, see `collect`
     return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 
 # ---------------------------------------------------------------------- the model for decoding
+
+
+def has_fast_bf16():
+    """Whether oneDNN has bf16 products for this processor. Builds for Apple silicon lack oneDNN."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class FrozenLinear(nn.Module):
@@ -325,12 +335,11 @@ class Plan:
     def for_device(cls, device, longest):
         """longest: most new tokens of a sample. Copying the weights pays off from 16 on."""
         if device.type == "cpu":
-            able = torch.backends.mkldnn.is_available()
-            able = able and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            return cls("free", 1, pack=able and longest >= 16)
+            return cls("free", 1, pack=has_fast_bf16() and longest >= 16)
         if device.type == "xla":  # compiles each shape
             return cls("fixed", 8)
-        return cls("few", 8, graphs=True, span=256)  # CUDA records each shape
+        graphs = device.type == "cuda"  # which records each shape
+        return cls("few", 8, graphs=graphs, span=256)
 
 
 @dataclass
@@ -430,7 +439,9 @@ class Scheduler:
         return steps
 
     def collect(self, on_token, stop_ids):
-        """Shows the new tokens to on_token, and takes finished samples out of the batch."""
+        """Shows the new tokens to on_token, and takes finished samples out of the batch.
+
+        UserError if the model gave NaN, of which no token can be drawn."""
         batch = self.batch
         counts, dones = torch.stack((batch.count, batch.done.long())).tolist()
         if on_token or any(dones[row] for row in self.live):
@@ -438,6 +449,11 @@ class Scheduler:
         for row, sample in list(self.live.items()):
             begin, end = self.seen[sample], counts[row]
             stopped = False
+            if (on_token or dones[row]) and not logprobs[row, :end].isfinite().all():
+                raise UserError(
+                    "the model gives NaN or infinity where probabilities should be: its weights "
+                    "are damaged, or too large for the dtype (try dtype=float32)"
+                )
             if on_token:
                 for i, token in enumerate(tokens[row, begin:end].tolist(), begin + 1):
                     if on_token(sample, token):

@@ -11,6 +11,9 @@ for TPUs.
     n = rt.all_sum(n)                    # a sum over all ranks
     with rt.evaluating(net): ...         # evaluation mode, no gradients
 
+    @runtime.started                     # gives back what the runtime took, however main ends
+    def main(cfg, rt): ...
+
 One process runs per device. They communicate through gloo (CPU) or nccl (CUDA). With tensor=N, N
 neighbouring devices share each layer and see the same rows (nano/tensor.py). `rank` and `world`
 count such groups, and sums over ranks count a group once.
@@ -18,13 +21,19 @@ count such groups, and sums over ranks count a group once.
 
 import contextlib
 import ctypes
+import functools
 import os
 import random
-import resource
 import signal
 import sys
+import threading
 import time
 from collections import Counter
+
+try:
+    import resource
+except ImportError:
+    resource = None  # Windows
 
 import numpy as np
 import torch
@@ -36,7 +45,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 
 from model import ScoreHead
-from nano import losses, optim, tensor
+from nano import generate, losses, optim, tensor
 from nano.config import UserError
 
 KEYS = ("device", "parallel", "dtype", "seed", "offload", "tensor", "reduce_dtype")
@@ -46,12 +55,28 @@ TRIM = 30.0  # seconds between two trims of the heap; the step after one takes a
 def start(cfg, **settings):
     """The Runtime of this process, from those of KEYS that a script's config has. `settings`
     override them. UserError for keys that do not fit the machine or each other."""
+    if resource is None:
+        raise UserError("Windows is not supported: run this in its Linux subsystem (WSL)")
     settings = {key: getattr(cfg, key) for key in KEYS if hasattr(cfg, key)} | settings
     if settings["device"] == "xla":
         from nano.xla import XLA  # here, because nano.xla imports this module
 
         return XLA(**settings)
     return Runtime(**settings)
+
+
+def started(main):
+    """Decorates a stage's main(cfg, rt), which is then called as main(cfg).
+
+    When it ends, in whatever way, the process has its signal handlers back, and no lock is left. So
+    a notebook or a thread may call one stage after another."""
+
+    @functools.wraps(main)
+    def with_runtime(cfg):
+        with start(cfg) as rt:
+            return main(cfg, rt)
+
+    return with_runtime
 
 
 class Runtime:
@@ -89,10 +114,23 @@ class Runtime:
             dtype = "bfloat16" if self._has_fast_bf16() else "float32"
         self.dtype = getattr(torch, dtype)
         self._trimmed = time.monotonic()
-        self._stop = False
+        self.signal = 0  # the number of the signal that asked the run to stop
+        self.cleanup = contextlib.ExitStack()  # what `with rt:` gives back at its end
         self._saving_group = None
         self.saving = None  # waits for the training state that is being written in the background
         self.seed(seed)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            # A rank that failed leaves at once. Its peers may be in a collective, and no longer
+            # answer.
+            if kind is None or self.processes == 1:
+                self.close()
+        finally:
+            self.cleanup.close()
 
     # ---------------------------------------------------------------------------------------- start
 
@@ -100,6 +138,11 @@ class Runtime:
         """Chooses the device, joins the other processes and creates the groups of devices."""
         device = choose_device(device)
         self.process, self.processes, local_rank, self.local_world = join(device)
+        if device == "mps" and self.processes > 1:
+            raise UserError(
+                f"device=mps is a single GPU, which {self.processes} processes cannot share: "
+                "start one, without torchrun"
+            )
         if self.local_world % self.tensor:
             raise UserError(
                 f"tensor={self.tensor} must divide the number of processes of a node, "
@@ -127,7 +170,9 @@ class Runtime:
     def _has_fast_bf16(self):
         if self.device.type == "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if self.device.type == "mps":
+            return torch.backends.mps.is_macos_or_newer(14, 0)
+        return generate.has_fast_bf16()
 
     @property
     def name(self):
@@ -164,6 +209,8 @@ class Runtime:
         """The part of `wrap` that a model needs even without training: all but DDP."""
         if self.world > 1 and self.parallel == "none":
             raise UserError(f"{self.world} processes need parallel=ddp or parallel=fsdp")
+        if compile and self.device.type == "mps":
+            raise UserError("compile=true is for cpu and cuda: leave it out with device=mps")
         tensor.check(model.cfg, self.tensor)
         if grad_checkpoint:
             model.recompute = self.recompute
@@ -228,10 +275,11 @@ class Runtime:
     def step(self, optimizer, params, lr, grad_clip):
         """Clips the gradients of `params` to a global norm of `grad_clip` (0: not at all), steps at
         learning rate `lr`, and drops the gradients -> the norm before clipping, a 0-d tensor, the
-        same on all ranks. Nothing waits for the device."""
+        same on all ranks. Where it is not finite, the step is skipped (optim.step). Nothing waits
+        for the device."""
         optim.set_lr(optimizer, lr)
         norm = optim.clip_(params, grad_clip)
-        optimizer.step()
+        optim.step(optimizer, norm)
         optimizer.zero_grad(set_to_none=True)
         self.sync()
         return norm
@@ -271,6 +319,8 @@ class Runtime:
         """Waits until the device has done everything, for timing."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     def once(self, f, *args):
         """f(*args). On a TPU slice host 0 calls it for all hosts, whose results could differ."""
@@ -318,6 +368,8 @@ class Runtime:
         generators = {"cpu": (torch.get_rng_state, torch.set_rng_state)}
         if self.device.type == "cuda":
             generators["cuda"] = (torch.cuda.get_rng_state, torch.cuda.set_rng_state)
+        elif self.device.type == "mps":
+            generators["mps"] = (torch.mps.get_rng_state, torch.mps.set_rng_state)
         return generators
 
     def to_cpu(self, t):
@@ -349,35 +401,50 @@ class Runtime:
         self.saving = None
 
     def peak_memory(self):
-        """Peak memory in bytes, of the device on CUDA, of the process elsewhere."""
+        """Peak memory in bytes, of the device on CUDA, of the process elsewhere. On Apple's GPUs
+        it is what the driver has reserved, which hardly ever shrinks."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
+        if self.device.type == "mps":
+            return torch.mps.driver_allocated_memory()
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     # ----------------------------------------------------------------------------------------- stop
 
     def catch_signals(self):
-        """SIGTERM and Ctrl-C ask the loop to stop after its step (`should_stop`). The second one
-        ends the process at once."""
+        """SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 ask the loop to stop after its step (`should_stop`).
+        A second SIGTERM or Ctrl-C ends the process at once.
+
+        A signal that is ignored stays so (nohup). `with rt:` gives the handlers back. Python lets
+        the main thread alone have handlers, so a run in another thread is not asked."""
 
         def handler(number, frame):
-            self._stop = True
-            default = signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
-            signal.signal(number, default)
+            self.signal = number
+            text = "finishing this step, then saving"
+            if number in (signal.SIGTERM, signal.SIGINT):
+                default = signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
+                signal.signal(number, default)
+                text += " (again: stop at once)"
             if self.is_main:
-                text = "finishing this step, then saving (again: stop at once)"
-                print(f"\n{signal.Signals(number).name}: {text}", flush=True)
+                # the terminal may be gone, or a line may be on its way to it
+                with contextlib.suppress(OSError, RuntimeError):
+                    print(f"\n{signal.Signals(number).name}: {text}", flush=True)
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+                kept = signal.getsignal(number)
+                if kept not in (signal.SIG_IGN, None):
+                    signal.signal(number, handler)
+                    self.cleanup.callback(signal.signal, number, kept)
 
     def should_stop(self):
         """True on every rank as soon as one was asked to stop."""
-        flag = torch.tensor(int(self._stop))  # on the CPU, where asking costs no device sync
+        number = torch.tensor(self.signal)  # on the CPU, where asking costs no device sync
         if self.processes > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        self.signal = int(number)
+        return self.signal > 0
 
     def close(self):
         self.finish_saving()
@@ -386,36 +453,63 @@ class Runtime:
 
 
 def choose_device(device):
-    """auto, cpu or cuda -> cpu or cuda. UserError for another, and for cuda where there is none."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device={device}: use auto, cpu, cuda or xla")
+    """auto, cpu, cuda or mps -> the device's type; auto is cuda where there is one, else cpu.
+    UserError for another, and for a device that this torch does not find."""
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),  # Apple's GPUs
+    }
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device=cuda: this torch ({torch.__version__}) finds no such device")
+        return "cuda" if there["cuda"] else "cpu"
+    if device not in there:
+        raise UserError(f"device={device}: use auto, cpu, cuda, mps or xla")
+    if not there[device]:
+        raise UserError(f"device={device}: this torch ({torch.__version__}) finds no such device")
     return device
 
 
 def join(device):
     """Joins the processes that torchrun started -> (process, processes, process of this node,
     processes of this node). UserError for an environment that torchrun did not set."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" not in os.environ:
         return 0, 1, 0, 1
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    try:
-        ranks = [int(os.environ[name]) for name in names]
-    except KeyError:
+    if missing := [name for name in names if not os.environ.get(name)]:
         raise UserError(
-            "RANK is set, but not all of WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE: "
-            "start it with torchrun"
+            f"RANK is in the environment, but {' and '.join(missing)} is empty or not there: "
+            "start it with torchrun, or unset RANK"
+        )
+    try:
+        ranks = [int(os.environ[name]) for name in names[:4]]
+    except ValueError as e:
+        raise UserError(
+            f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be numbers ({e}): "
+            "start it with torchrun, or unset RANK"
         ) from None
     if device == "cuda" and ranks[3] > (count := torch.cuda.device_count()):
         raise UserError(
             f"{ranks[3]} processes on this node share {count} devices: lower --nproc_per_node"
         )
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    with at_once():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     sys.excepthook = end_at_once
     return ranks
+
+
+@contextlib.contextmanager
+def at_once():
+    """Within it SIGTERM and Ctrl-C end the process. A handler in Python would wait until torch has
+    met the other processes, which may take half an hour."""
+    kept = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            kept[number] = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def parameter_dtype(module, p, dtype):

@@ -10,13 +10,15 @@ template writes control tokens, by id. Tokenizer.render is the one place that la
 """
 
 import base64
+import functools
 import hashlib
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain, groupby, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import regex  # comes with tiktoken
@@ -38,8 +40,15 @@ from nano.vocab import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    BytePairJson,
+    Id,
+    SpecialTokensMap,
+    TokenIds,
+    TokenizerConfig,
+    TokenizerJson,
     added_token,
     one_regex,
+    part,
     sentencepiece_proto,
 )
 
@@ -93,7 +102,10 @@ def flat(node):
         return []
     if node["type"] != "Sequence":
         return [node]
-    children = next(value for value in node.values() if isinstance(value, list))
+    kinds = ("normalizers", "pretokenizers", "processors")
+    children = next((node[kind] for kind in kinds if kind in node), None)
+    if children is None:
+        raise UserError("tokenizer.json is damaged: a step of type Sequence has no steps")
     return [step for child in children for step in flat(child)]
 
 
@@ -131,14 +143,15 @@ def splitter(steps):
             if step is not steps[-1]:  # later steps see the characters that stand for bytes
                 stages.append(lambda text: ["".join(map(BYTE_CHAR.get, text.encode()))])
         elif kind == "Digits":
-            stages.append(cutter(r"\p{N}" if step["individual_digits"] else r"\p{N}+"))
+            stages.append(cutter(r"\p{N}" if part(step, "individual_digits") else r"\p{N}+"))
         elif kind == "Punctuation" and behavior in ("Isolated", "Contiguous"):
             many = "+" if behavior == "Contiguous" else ""
             stages.append(cutter(r"[!-/:-@\[-`{-~\p{P}]" + many))
         elif kind == "Split" and behavior in ("Isolated", "Removed"):
-            pattern = step["pattern"].get("Regex") or regex.escape(step["pattern"]["String"])
-            keep = behavior == "Isolated"
-            stages.append(cutter(pattern, keep or step["invert"], keep or not step["invert"]))
+            pattern = part(step, "pattern")
+            pattern = pattern.get("Regex") or regex.escape(pattern.get("String", ""))
+            keep, invert = behavior == "Isolated", part(step, "invert")
+            stages.append(cutter(pattern, keep or invert, keep or not invert))
         else:
             raise UserError(
                 f"tokenizer.json has the pre-tokenizer {kind} {behavior}, which is not supported"
@@ -158,8 +171,11 @@ def splitter(steps):
 
 def cutter(pattern, matches=True, gaps=True):
     """A function from text to a list of the matches of `pattern` and of the gaps between them."""
-    # tokenizer.json has nested sets in its regexes, which V0 does not know.
-    compiled = regex.compile(pattern, regex.V1)
+    try:
+        # tokenizer.json has nested sets in its regexes, which V0 does not know.
+        compiled = regex.compile(pattern, regex.V1)
+    except regex.error as error:
+        raise UserError(f"tokenizer.json splits text by {pattern!r:.80}: {error}") from None
 
     def cut(text):
         pieces = []
@@ -233,9 +249,12 @@ class BytePairs:
 
     def __post_init__(self):
         pattern = grouped(self.pattern or r"[\s\S]+")
-        self.core = tiktoken.Encoding(
-            "bpe", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={}
-        )
+        try:
+            self.core = tiktoken.Encoding(
+                "bpe", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={}
+            )
+        except ValueError as error:
+            raise UserError(f"tiktoken does not take the tokenizer: {error}") from None
         self.pieces = Cache(self._piece)
 
     def encode(self, text, lead):
@@ -253,6 +272,10 @@ class BytePairs:
             return self._ids(self.core.encode_ordinary(text))
         return self.pieces.join(self.split(text))
 
+    def order(self, special):
+        """What decides the ids, beside the way that text is split: the tokens by merge order."""
+        return sorted(self.ranks, key=self.ranks.get)
+
     def _piece(self, piece):
         # A byte that the vocabulary lacks is dropped, and merges reach across the gap.
         piece = piece.translate(None, self.holes)
@@ -264,7 +287,24 @@ class BytePairs:
 
 def merge_pairs(model):
     """The merges of tokenizer.json as pairs. Older files write each as "left right"."""
-    return [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    for pair in pairs:
+        if len(pair) != 2:
+            raise UserError(f"merge {' '.join(pair)!r:.80} of the tokenizer is not of two parts")
+    return pairs
+
+
+def check_ids(vocab):
+    """UserError for a vocabulary {token: id} without tokens, and for two tokens of one id."""
+    if not vocab:
+        raise UserError("the vocabulary of the tokenizer is empty")
+    token_of = {}
+    for token, id in vocab.items():
+        if token_of.setdefault(id, token) is not token:
+            raise UserError(
+                f"the tokens {token_of[id]!r:.60} and {token!r:.60} of the tokenizer "
+                f"have the same id {id}"
+            )
 
 
 def byte_pairs(model, added, pattern, split, normal, prefix):
@@ -278,6 +318,7 @@ def byte_pairs(model, added, pattern, split, normal, prefix):
     before it. UserError for other merges, and for settings that are not supported.
     """
     vocab = model["vocab"]
+    check_ids(vocab)
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise UserError(
             "tokenizer.json marks the parts of words, which byte-level BPE here does not support"
@@ -388,6 +429,12 @@ class SentencePiece:
         self.by_word = kept and not any("▁" in token.lstrip("▁") for token in tokens)
         self.words = Cache(self.bare.encode)
 
+    def order(self, special):
+        """What decides the ids: the ids of each piece's own text, whatever its score is. Text never
+        becomes an id of `special`, so these pieces are left out."""
+        texts = [self.bytes[id].decode(errors="replace") for id in self.bytes if id not in special]
+        return [repr(ids).encode() for ids in self.bare.encode(texts)]
+
     def encode(self, text, lead):
         if not self.by_word or text.count(" ") * 10 < len(text):  # few and long words do not repeat
             return (self.model if lead else self.bare).encode(text)
@@ -404,8 +451,9 @@ def proto_from_json(spec, prefix):
     express.
     """
     model = spec["model"]
+    check_ids(model["vocab"])
     tokens = {id: token for token, id in model["vocab"].items()}
-    special = {entry["id"]: entry["special"] for entry in spec["added_tokens"]}
+    special = {entry["id"]: entry.get("special", True) for entry in spec.get("added_tokens", [])}
     products = ["".join(merge) for merge in merge_pairs(model)]
     rank = {}
     for i, token in enumerate(products):
@@ -455,8 +503,9 @@ TIKTOKEN = {
 }
 
 
-def read_json(path):
-    return files.read_json(path) if path.exists() else {}
+def read_json(path, kind):
+    """A JSON file of the type `kind` of nano.vocab, or {} where there is none."""
+    return files.read_json(path, missing={}, kind=kind)
 
 
 def read_tiktoken(path):
@@ -469,9 +518,12 @@ def read_tiktoken(path):
             return None
     try:
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
-        return {base64.b64decode(text, validate=True): int(rank) for text, rank in lines}
+        ranks = {base64.b64decode(text, validate=True): int(rank) for text, rank in lines}
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
+    if sorted(ranks.values()) != [*range(len(ranks))]:
+        raise UserError(f"{path} is damaged: its ranks are not 0, 1, 2 and so on")
+    return ranks
 
 
 def check_sentencepiece(path, spec):
@@ -505,14 +557,15 @@ def read_sentencepiece(folder, spec, config, added):
         prefix = space.get("prepend_scheme", default)
         if prefix == "always":
             prefix = "missing"
-        wide = any("▁" in name[1:] for name in spec["model"]["vocab"] if name not in added)
-        if wide and space.get("split", True) and from_json:
+        names = spec["model"]["vocab"] if from_json else ()
+        wide = any("▁" in name[1:] for name in names if name not in added)
+        if wide and space.get("split", True):
             raise UserError(
                 f"{whole} splits text at every space, but has tokens with several; "
                 "that is not supported"
             )
     elif spec:
-        prefix = "always" if first(spec["normalizer"], "Prepend") else "never"
+        prefix = "always" if first(spec.get("normalizer"), "Prepend") else "never"
     else:
         prefix = "first" if config.get("legacy") is False else "always"
     back = SentencePiece(proto_from_json(spec, prefix) if from_json else proto.read_bytes(), prefix)
@@ -538,10 +591,13 @@ def read_vocabulary(folder, spec, config, added, names):
     model = spec.get("model", {})
     from_pair = not spec and all(path.exists() for path in pair)
     if from_pair:
-        lines = pair[1].read_text(encoding="utf-8").split("\n")
+        lines = files.read_text(pair[1]).split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
-        model = {"vocab": read_json(pair[0]), "merges": merges}
-    if from_pair or first(spec.get("pre_tokenizer"), "ByteLevel"):
+        model = {"vocab": read_json(pair[0], dict[str, Id]), "merges": merges}
+    is_bpe = bool(spec) and model.get("type", "BPE") == "BPE"
+    if is_bpe:
+        files.check_json(spec, BytePairJson, whole)
+    if from_pair or (is_bpe and first(spec.get("pre_tokenizer"), "ByteLevel")):
         for name in names.values():
             if name in model["vocab"]:
                 added.setdefault(name, added_token(model["vocab"][name], name))
@@ -566,13 +622,13 @@ def read_vocabulary(folder, spec, config, added, names):
             bytes_of = {rank: token for token, rank in ranks.items()}
             return BytePairs(ranks, bytes_of, pattern, normal=normal), [file], ends
 
-    if proto.exists() or (model.get("type") == "BPE" and model.get("byte_fallback")):
+    if proto.exists() or (is_bpe and model.get("byte_fallback")):
         back, file, ends = read_sentencepiece(folder, spec, config, added)
         return back, [file], ends
     if spec:
         raise UserError(
-            f"{whole} is a tokenizer of the kind {model.get('type')}; "
-            "byte-level or byte-fallback BPE is needed"
+            f"{whole} is a tokenizer of the kind {model.get('type', 'BPE')} without bytes: "
+            "a byte-level or byte-fallback BPE or a sentencepiece tokenizer.model is needed"
         )
     raise UserError(
         f"{folder} has no tokenizer.json, tokenizer.model, vocab.json + merges.txt or *.tiktoken"
@@ -583,51 +639,67 @@ def own_template(folder, config):
     """The chat template of a model directory in Jinja, or None."""
     path = folder / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        return files.read_text(path)
     source = config.get("chat_template")
     if isinstance(source, list):
         return next((entry["template"] for entry in source if entry["name"] == "default"), None)
     return source
 
 
-def load(path, template=None):
+def named_tokens(settings):
+    """{"bos_token": text, ...} of tokenizer_config.json, as templates get them in transformers."""
+    more = settings.get("extra_special_tokens")
+    settings = settings | (more if isinstance(more, dict) else {})
+    tokens = {key: value for key, value in settings.items() if key.endswith("_token")}
+    tokens = {
+        key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()
+    }
+    return {key: token for key, token in tokens.items() if isinstance(token, str) and token}
+
+
+def load(path, template=None, options=()):
     """The Tokenizer of a model directory.
 
     template: a key of chat.TEMPLATES, or a chat template in Jinja. None: the directory's own chat
     template, where it has one. A key that names the directory's own template selects that one, with
     its default system prompt.
+    options: ["name=value", ...] for variables that the template reads, such as
+    enable_thinking=false. They become a part of .chat_template.
 
     UserError for files that are missing or damaged, for a kind of tokenizer whose ids would not
     come out exactly, and for a template whose tokens the vocabulary lacks.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"there is no model directory {folder}")
-    spec = read_json(folder / "tokenizer.json")
-    config = read_json(folder / "tokenizer_config.json")
-    generation = read_json(folder / "generation_config.json")
-    named = read_json(folder / "special_tokens_map.json")
+        raise files.no_model_directory(folder)
+    spec = read_json(folder / "tokenizer.json", TokenizerJson)
+    config = read_json(folder / "tokenizer_config.json", TokenizerConfig)
+    generation = read_json(folder / "generation_config.json", TokenIds)
+    named = read_json(folder / "special_tokens_map.json", SpecialTokensMap)
     named |= {key: value for key, value in config.items() if value}
-    names = {}
-    for key in ("bos", "eos", "pad", "unk"):
-        name = named.get(f"{key}_token")
-        names[key] = name["content"] if isinstance(name, dict) else name
+    texts = named_tokens(named)
+    names = {key: texts.get(f"{key}_token") for key in ("bos", "eos", "pad", "unk")}
     added = {entry["content"]: added_token(**entry) for entry in spec.get("added_tokens", [])}
     for id, entry in config.get("added_tokens_decoder", {}).items():
         added.setdefault(entry["content"], added_token(**entry | {"id": int(id)}))
-    for name, id in read_json(folder / "added_tokens.json").items():
+    for name, id in read_json(folder / "added_tokens.json", dict[str, Id]).items():
         added.setdefault(name, added_token(id, name, special=name in names.values()))
-    back, read, ends = read_vocabulary(folder, spec, config, added, names)
+    try:
+        back, read, ends = read_vocabulary(folder, spec, config, added, names)
+        post = first(spec.get("post_processor"), "TemplateProcessing")
+        start = next(iter(part(post, "single")), ()) if post else ()
+    except UserError as e:
+        raise UserError(str(e) if str(folder) in str(e) else f"{folder}: {e}") from None
     for key in ("bos", "eos", "pad"):
         if names[key] in added:
             ends[key] = added[names[key]]["id"]
         elif key not in ends and not named:  # only the model's own configuration can tell
-            settings = read_json(folder / "config.json") | generation
+            settings = read_json(folder / "config.json", TokenIds) | generation
             ends[key] = next(iter(as_list(settings.get(f"{key}_token_id"))), None)
 
     default = not spec and "bos" in ends
-    if post := first(spec.get("post_processor"), "TemplateProcessing"):
-        default = "SpecialToken" in post["single"][0]
+    if post:
+        default = "SpecialToken" in start
     tokens = sorted((name, entry["id"], entry["special"]) for name, entry in added.items())
     content = b"".join(file.read_bytes() for file in read) + json.dumps(tokens).encode()
     return Tokenizer(
@@ -637,15 +709,17 @@ def load(path, template=None):
         add_bos=config.get("add_bos_token", default),
         fingerprint=hashlib.sha256(content).hexdigest(),
         stops=as_list(generation.get("eos_token_id")),
+        named=texts,
         own=own_template(folder, config),
         template=template,
+        options=options,
     )
 
 
 def as_list(value):
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
+    """The ids of a field of generation_config.json. -1 in old files stands for none."""
+    ids = value if isinstance(value, list) else [value]
+    return [id for id in ids if id is not None and id >= 0]
 
 
 def mend(text):
@@ -677,6 +751,14 @@ def alternation(entries):
     return re.compile("(" + "|".join(tokens) + ")") if tokens else None
 
 
+# Texts that tokenizers split, normalize and prefix in different ways. `identity` holds their ids.
+PROBES = (
+    "Hello  world",
+    " a\tb \n\n  c\r\n",
+    "I'll we'RE 1234567 12.5% x_y fooBar(1,2);",
+    "naïve cafe\u0301 ﬁ １２ 你好，世界 مرحبا नमस्ते 😀👍🏽",
+    "\u00a0\u3000-- ...!?\u2026 \x00\x7f",
+)
 # Where a stretch of text stands: it opens the sequence, follows an added token, or goes on from
 # other text.
 START, AFTER, INSIDE = range(3)
@@ -689,15 +771,21 @@ class Tokenizer:
     .bos_first      whether render puts BOS first
     .vocab_size     the tokenizer's highest id + 1 (a model's embedding may be larger)
     .stop_ids       tuple: EOS, the template's end of turn, the EOS ids of generation_config.json
-    .control        set of the ids that text never becomes
+    .control        set of the ids that text never becomes: special tokens, and those that the
+                    template prints outside of answers
     .template       name of the chat template, or None. "model": the directory's own, of no other
                     name
     .chat_template  the same in Jinja, or None
     .adopted        whether chat_template is not the directory's own
+    .empty_thoughts whether the empty thought that a template prints is a target
+    .counts         Counter of what `render` did to answers that a report should tell
     .fingerprint    sha256 in hex over the vocabulary files and the special tokens
+    .identity       sha256 in hex over what it does to text, in whatever files it was saved
     """
 
-    def __init__(self, model, added, ends, add_bos, fingerprint, stops, own, template):
+    def __init__(
+        self, model, added, ends, add_bos, fingerprint, stops, named, own, template, options
+    ):
         self.model = model
         self.added = added
         self.fingerprint = fingerprint
@@ -706,26 +794,33 @@ class Tokenizer:
         self.pad_id = ends.get("pad")
         self.bytes = model.bytes | {entry["id"]: name.encode() for name, entry in added.items()}
         self.vocab_size = max(self.bytes) + 1
-        self._known = {}
+        self._plans = {}  # shape of a layout -> its steps
         self._all = alternation(added.values())
         texts = {entry["id"]: name for name, entry in added.items()}
         self._marks = {key: texts.get(ends.get(key), "") for key in ("bos", "eos")}
+        self._named = {f"{key}_token": text for key, text in self._marks.items() if text} | named
         self._marks["first"] = self._marks["bos"] if add_bos else ""
+        self._ends = [texts[id] for id in stops if id in texts]
+        self._others = {}  # named template -> its layout, for what `advice` tries
         self.template, self.layout, self.chat_template = chat.choose(
-            template, own, self._marks, self._all
+            template, own, self._marks, added, self._layout, options
         )
         self.adopted = bool(self.chat_template) and self.chat_template != own
-        self.bos_first = (
-            bool(add_bos) and self.bos_id is not None and getattr(self.layout, "bos", True)
-        )
+        self.bos_first = bool(add_bos) and self.bos_id is not None and chat.takes_bos(self.layout)
+        self.empty_thoughts = False
+        self.counts = Counter()
 
         # Text never becomes a special token or a token of the chat template.
         self.control = {entry["id"] for entry in added.values() if entry["special"]}
         self.control |= {self.bos_id, self.eos_id}
         stops = {*stops, self.eos_id}
-        if isinstance(self.layout, chat.Turns):
-            self.control |= self._tokens(self.layout.fixed())
-            stops |= self._tokens(self.layout.assistant.partition("{}")[2])
+        if self.layout:
+            self.control |= {
+                added[name]["id"]
+                for name in self.layout.control | self.layout.stops
+                if name in added
+            }
+            stops |= {added[name]["id"] for name in self.layout.stops if name in added}
         self.control -= {None}
         self.stop_ids = tuple(sorted(stops - {None}))
         self._plain = alternation(e for e in added.values() if e["id"] not in self.control)
@@ -736,6 +831,16 @@ class Tokenizer:
             for name, entry in added.items()
             if entry["id"] in self.control and entry["id"] in model.encode(name, False)
         }
+
+    @functools.cached_property
+    def identity(self):
+        special = sorted((e["id"], name) for name, e in self.added.items() if e["special"])
+        probes = [self._text(text, where, None) for text in PROBES for where in (START, INSIDE)]
+        digest = hashlib.sha256(json.dumps([special, probes]).encode())
+        order = self.model.order({id for id, _ in special})
+        for token in chain((self.bytes[id] for id in sorted(self.bytes)), order):
+            digest.update(len(token).to_bytes(4, "little") + token)
+        return digest.hexdigest()
 
     def check_embeddings(self, count, dir):
         """UserError when text may become an id for which the model of `dir` has no embedding.
@@ -781,85 +886,161 @@ class Tokenizer:
         """
         if skip_special:
             ids = [id for id in ids if id not in self.control]
-        text = self.bytes_of(ids).decode("utf-8", "replace")
+        return self._decoded(self.bytes_of(ids), inside)
+
+    def decode_until(self, ids, stops, inside=False):
+        """(the text of ids before the first of the strings `stops`, whether there is one).
+
+        Control tokens are left out of the text, but a string may name one. inside: as in decode.
+        """
+        whole = self.bytes_of(ids)
+        ends = [whole.find(mend(stop).encode()) for stop in stops]
+        end = min((end for end in ends if end >= 0), default=len(whole))
+        kept = b""
+        at = 0
+        for id in ids:
+            piece = self.bytes.get(id, b"")
+            if id not in self.control:
+                kept += piece[: max(end - at, 0)]
+            at += len(piece)
+        return self._decoded(kept, inside), any(end >= 0 for end in ends)
+
+    def _decoded(self, raw, inside):
+        text = raw.decode("utf-8", "replace")
         spaced = isinstance(self.model, SentencePiece) and self.model.prefix != "never"
         return text.removeprefix(" ") if spaced and not inside else text
 
-    def render(self, messages, add_generation_prompt=False, last_only=False):
+    def _layout(self, source, name=None):
+        """The ChatTemplate of a source in Jinja with the tokens of this vocabulary."""
+        return chat.ChatTemplate(source, self._named, self.added, self._ends, name)
+
+    def render(self, messages, add_generation_prompt=False, last_only=False, tools=None):
         """(ids, mask) of a conversation, two lists of equal length.
 
         mask is 1 on what the assistant has to produce, including the end of its turn.
 
         messages: list of {"role": "system" | "user" | "assistant" | "tool", "content": str}.
         Optional keys: "input": str, as in Alpaca records; "columns": list of [name, text];
-        "weight": 0 on an assistant's turn that is no target.
+        "weight": 0 on an assistant's turn that is no target; and what templates read:
+        "reasoning_content": str, "tool_calls": list of {"type": "function", "function": {"name":
+        str, "arguments": dict or its JSON}}, "tool_call_id", "name". With tool_calls, content may
+        be None.
         add_generation_prompt: end with the prompt of an answer. last_only: only the last assistant
-        turn is a target.
+        turn is a target. tools: list of the definitions of functions.
 
-        render(messages[:-1], True) is a prefix of render(messages), and no token spans the border.
-        UserError for messages that the template cannot lay out.
+        render(messages[:-1], True) is a prefix of render(messages), and no token spans the border,
+        unless the template lays out the messages otherwise when an answer follows.
+        UserError for messages that are no conversation. NotFollowed for one that the template
+        cannot lay out.
         """
         if self.layout is None:
             raise UserError(
-                "the model has no chat template that can be followed: "
-                f"choose template={'|'.join(chat.TEMPLATES)}"
+                f"the model has no chat template: choose template={'|'.join(chat.TEMPLATES)}"
             )
-        chat.check(messages)
-        parts = self.layout(messages, add_generation_prompt)
-        learned = {target for _, _, target in parts} - {None}
-        if last_only and learned:
-            learned = {max(learned)}
-        learned = {target for target in learned if messages[target].get("weight") != 0}
-        pieces = [
-            (target, isinstance(piece, int), piece, fixed)
-            for text, fixed, target in parts
-            for piece in (self._fixed(text) if fixed else [text])
-        ]
-        ids = [self.bos_id] if self.bos_first else []
-        mask = [0] * len(ids)
+        messages = chat.check(messages)
+        answers = chat.answers_of(messages)
+        learned = {n for n in answers[-last_only:] if messages[n].get("weight") != 0}
+        if self.template == "columns":  # it lays out one answer, the last message
+            learned &= {len(messages) - 1}
+        request = (messages, add_generation_prompt, tools, learned, self.empty_thoughts)
+        try:
+            layout = self.layout.lay_out(*request)
+        except chat.NotFollowed as error:
+            raise chat.NotFollowed(error.reason, error.message, self._advice(request)) from None
+        if layout.closing:
+            self.counts[f"answers that the template leaves open, ended by {layout.closing}"] += 1
+        if layout.shape not in self._plans:
+            if len(self._plans) > 10_000:
+                self._plans.clear()
+            self._plans[layout.shape] = self._plan(layout, learned)
+        ids = []
+        mask = []
         position = START
-        # Neighbours of equal target are encoded as one text, so tokens may span them.
-        for (target, is_token), group in groupby(pieces, key=lambda piece: piece[:2]):
-            _, _, texts, fixed = zip(*group, strict=True)
-            if is_token:
-                new = texts
-                position = AFTER
-            else:
-                text = "".join(texts)
-                new = self._known.get((text, position))
-                if new is None:
-                    new = self._text(text, position, self._plain)
-                if all(fixed):  # the same in every conversation
-                    self._known[text, position] = new
-                if text:
-                    position = INSIDE
+        starts = layout.starts
+        for known, flags, first, last in self._plans[layout.shape]:
+            if known is not None:
+                ids += known
+                mask += flags
+                position = last
+                continue
+            (i, a), (j, b) = first, last
+            text = layout.text[starts[i] + a : starts[j] + b]
+            new = self._text(text, position, self._plain)
             ids += new
-            mask += [int(target in learned)] * len(new)
+            mask += flags * len(new)
+            if text:
+                position = INSIDE
         return ids, mask
 
-    def _pieces(self, text, added):
-        """`text` as a list of ids (of added tokens) and of the strings between them.
+    def _plan(self, layout, learned):
+        """How the text of a layout, and of each of the same shape, becomes ids, as a list of steps.
+
+        Steps of what is the same in all of them: (ids, mask, None, where text stands behind them).
+        Steps of text: (None, [its mask], where it begins, where it ends). These two places are
+        what chat.index_of gives. Text of equal target between two tokens is
+        encoded as one, so tokens may span its parts.
+        """
+        pieces = []  # (start, stop, id, target, own)
+        at = 0
+        for text, own, target in layout.parts():
+            spans = self._spans(text, self._all) if own else [(0, len(text), None)]
+            for start, stop, id in spans:
+                before = pieces[-1] if pieces else None
+                if id is None and before and before[2:4] == (None, target):
+                    start = before[0] - at
+                    own = own and before[4]
+                    pieces.pop()
+                pieces.append((at + start, at + stop, id, target, own))
+            at += len(text)
+        steps = []
+        position = START
+        for start, stop, id, target, own in pieces:
+            flag = int(target in learned)
+            if id is not None or (own and position is not None):
+                text = layout.text[start:stop]
+                new = [id] if id is not None else self._text(text, position, self._plain)
+                position = INSIDE if id is None else AFTER
+                if not steps or steps[-1][0] is None:
+                    steps.append(([], [], None, None))
+                known, flags, _, _ = steps[-1]
+                steps[-1] = (known + new, flags + [flag] * len(new), None, position)
+            else:
+                first, last = (chat.index_of(layout.starts, place) for place in (start, stop))
+                steps.append((None, [flag], first, last))
+                position = None  # it may be empty in another conversation
+        return steps
+
+    def _advice(self, request):
+        """ "; template=NAME lays it out", or "": the first named template that takes a request."""
+        for name in chat.TEMPLATES:
+            if name == self.template or chat.lacking(name, self._marks, self.added):
+                continue
+            if name not in self._others:
+                self._others[name] = self._layout(chat.in_jinja(name, self._marks), name)
+            try:
+                self._others[name].parts(*request)
+            except chat.NotFollowed:
+                continue
+            return f"; template={name} lays it out"
+        return "; no named template lays it out"
+
+    def _spans(self, text, added):
+        """[(start, stop, id), ...]: the added tokens in `text`, and with None what is between them.
 
         added: what `alternation` returned.
         """
-        pieces = added.split(text) if added else [text]
-        for i in range(1, len(pieces), 2):
-            name = pieces[i]
+        spans = []
+        at = 0
+        for match in added.finditer(text) if added else ():
+            name = match[0]
             if name not in self.added:  # whitespace follows, which a token with rstrip takes in
-                name = max((name for name in self.added if pieces[i].startswith(name)), key=len)
-            pieces[i] = self.added[name]["id"]
+                name = max((name for name in self.added if match[0].startswith(name)), key=len)
+            before = text[at : match.start()]
             if self.added[name]["lstrip"]:
-                pieces[i - 1] = pieces[i - 1].rstrip(WHITE)
-        return [piece for piece in pieces if piece != ""]
-
-    def _fixed(self, text):
-        """The pieces of a template's own text, in which names of tokens are tokens."""
-        if text not in self._known:
-            self._known[text] = self._pieces(chat.fill(text, self._marks), self._all)
-        return self._known[text]
-
-    def _tokens(self, text):
-        return {piece for piece in self._fixed(text) if isinstance(piece, int)}
+                before = before.rstrip(WHITE)
+            spans += [(at, at + len(before), None), (*match.span(), self.added[name]["id"])]
+            at = match.end()
+        return [span for span in [*spans, (at, len(text), None)] if span[0] < span[1]]
 
     def _text(self, text, position, added):
         """The ids of text in which names of control tokens are plain text.
@@ -869,11 +1050,13 @@ class Tokenizer:
         """
         ids = []
         prefix = self.model.prefix
-        for piece in self._pieces(mend(text), added):
-            if isinstance(piece, int):
-                ids.append(piece)
+        text = mend(text)
+        for start, stop, id in self._spans(text, added):
+            if id is not None:
+                ids.append(id)
                 position = AFTER
                 continue
+            piece = text[start:stop]
             lead = prefix == "always" or (prefix != "never" and piece[0] not in " ▁")
             lead = lead and (position == START or (position == AFTER and prefix != "first"))
             new = self.model.encode(piece, lead)

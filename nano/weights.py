@@ -10,12 +10,15 @@ peft write opens here, and the reverse. Nothing is pickled.
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +69,7 @@ def tensor_files(dir, name="model"):
                 )
         return {key: dir / shard for key, shard in shards.items()}
     hint = ""
-    if pickled := [*dir.glob("*.bin"), *dir.glob("*.pth")]:
+    if name == "model" and (pickled := sorted(dir.glob("pytorch_model*.bin"))):
         hint = f"; `python -m prepare.weights source={dir} out=NEW` converts {pickled[0].name}"
     raise UserError(f"{dir} has no {single.name} and no {index.name}{hint}")
 
@@ -219,6 +222,18 @@ def load_model(dir, device="cpu", dtype=None, head=None):
     return model
 
 
+def fingerprint(params):
+    """16 hex digits that name the values of parameters on the CPU, [(name, parameter)]."""
+
+    def digest(named):
+        name, p = named
+        content = p.detach().contiguous().flatten().view(torch.uint8).numpy()
+        return name.encode() + hashlib.sha256(content).digest()
+
+    with ThreadPoolExecutor() as pool:  # sha256 lets other threads run
+        return hashlib.sha256(b"".join(pool.map(digest, params))).hexdigest()[:16]
+
+
 def check_tensors(where, wanted, tensors, what="its config.json"):
     """UserError unless `tensors` {name: tensor} are floats of exactly the names and shapes in
     `wanted` {name: shape}, which `what` asks for."""
@@ -294,6 +309,11 @@ def write_template(tok, dir, config):
     write_json(dir / "generation_config.json", generation | {"eos_token_id": ends})
 
 
+class ScoreScale(TypedDict, total=False):
+    reward_gain: float
+    reward_bias: float
+
+
 def read_score_scale(dir):
     """(gain, bias) of a reward model's or score adapter's directory, (1.0, 0.0) where none were
     fitted.
@@ -302,7 +322,7 @@ def read_score_scale(dir):
     model was trained for. An adapter keeps them in score_scale.json."""
     values = {}
     for name in ("config.json", "score_scale.json"):
-        values |= read_json(Path(dir) / name, missing={})
+        values |= read_json(Path(dir) / name, missing={}, kind=ScoreScale)
     return float(values.get("reward_gain", 1.0)), float(values.get("reward_bias", 0.0))
 
 
@@ -388,6 +408,12 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
         path.unlink(missing_ok=True)
 
 
+class AdapterConfig(TypedDict, total=False):
+    base_model_name_or_path: str | None
+    task_type: str | None
+    use_rslora: bool | None
+
+
 def read_adapter_config(dir):
     """adapter_config.json of a PEFT directory as a dict.
 
@@ -395,7 +421,7 @@ def read_adapter_config(dir):
     path = Path(dir) / "adapter_config.json"
     if not path.exists():
         raise UserError(f"{dir} is no adapter directory: it has no adapter_config.json")
-    config = read_json(path)
+    config = read_json(path, kind=AdapterConfig)
     if config.get("peft_type") != "LORA":
         raise UserError(
             f"{path}: peft_type {config.get('peft_type')!r} is not supported (only 'LORA' is)"
@@ -525,7 +551,7 @@ def base_of(dir, base=None):
             return place
     raise UserError(
         f"{dir}: its base {str(named)!r} is no model directory here: "
-        "name it with base=, or in adapter_config.json"
+        "write where it is as base_model_name_or_path into adapter_config.json"
     )
 
 
@@ -563,7 +589,7 @@ def open(
     if adapter and as_base:
         raise UserError(
             f"{dir} is an adapter; a new one needs a base on disk: "
-            f"merge it, python -m prepare.weights source={dir}"
+            f"merge it, python -m prepare.weights source={dir} out=NEW"
         )
     place = base_of(dir, base)
     if adapter and head is None and is_scorer(dir):

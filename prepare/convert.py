@@ -21,7 +21,9 @@ from types import SimpleNamespace
 import numpy as np
 
 from nano import tokenizer
+from nano.chat import NotFollowed
 from nano.config import UserError
+from nano.files import refuse_overwrite
 from nano.store import Store, Writer, check_target, read_meta
 from prepare import records
 from prepare.fields import Drop
@@ -56,15 +58,19 @@ def setup(cfg, encode, template):
 
 
 def render(tok, messages, last_only=False, tools=None):
-    """(ids (T,), mask (T,) bytes) of a conversation; BadRecord where it is none.
+    """(ids (T,), mask (T,) bytes) of a conversation. BadRecord where it is none, and Drop where the
+    template cannot lay it out.
 
     Behind a last answer that is a target they end with it, because nothing is learned from what
     follows. A conversation that awaits an answer ends with the prompt for it.
     """
     awaits = messages[-1]["role"] != "assistant"
-    check_structure(messages, tools)
     try:
-        ids, mask = tok.render(messages, add_generation_prompt=awaits, last_only=last_only)
+        ids, mask = tok.render(
+            messages, add_generation_prompt=awaits, last_only=last_only, tools=tools
+        )
+    except NotFollowed as e:
+        raise Drop(e.reason) from None
     except UserError as e:
         raise BadRecord(str(e)) from None
     mask = bytes(mask)
@@ -72,17 +78,6 @@ def render(tok, messages, last_only=False, tools=None):
     if not awaits and messages[-1].get("weight") != 0:
         end = mask.rfind(1) + 1
     return array("I", ids[:end]), mask[:end]
-
-
-def check_structure(messages, tools):
-    """Drop for what the templates do not lay out."""
-    if tools:
-        raise Drop("tool definitions (not rendered)")
-    for m in messages:
-        if m.get("tool_calls"):
-            raise Drop("structured tool calls (not rendered)")
-        if m.get("reasoning_content"):
-            raise Drop("a thought beside the content (not rendered)")
 
 
 def encode_chunk(chunk):
@@ -145,9 +140,11 @@ def shorten(reason, limit=400):
 
 def start(cfg, encode, template):
     """(tokenizer, Writer of the prepared folder). A script may add to .meta of the Writer."""
+    refuse_overwrite([cfg.out], [cfg.source, cfg.model])
     check_target(cfg.out)
     tok = setup(cfg, encode, template)
-    meta = dict(tokenizer=tok.fingerprint, template=tok.template, chat_template=tok.chat_template)
+    meta = dict(tokenizer=tok.fingerprint, tokenizer_identity=tok.identity)
+    meta |= dict(template=tok.template, chat_template=tok.chat_template)
     meta |= dict(source=cfg.source, model=cfg.model, seed=cfg.seed)
     return tok, Writer(cfg.out, tok.vocab_size, meta)
 

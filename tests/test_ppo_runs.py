@@ -88,6 +88,8 @@ def arguments(folder, out, settings):
         | dict(model=folder / "base", data=folder / "store", reward="letters", out=out)
         | settings
     )
+    if settings.get("algo", "ppo") != "ppo" or settings.get("advantage", "gae") != "gae":
+        settings.pop("value_lr")  # there is no critic
     if settings["reward"] in ("last", "letters", "zero"):
         settings["reward"] = f"{folder / 'rewards.py'}:{settings['reward']}"
     text = {
@@ -1007,3 +1009,20 @@ def test_mistakes_end_in_a_sentence(folder, tmp_path):
         and result.stderr.startswith("error: group=1 with advantage=rloo")
         and result.stderr.count("\n") == 1
     )
+
+
+def test_a_resume_needs_the_models_and_the_prompts_of_the_run(folder, tmp_path, capsys):
+    tiny.model_dir(tmp_path / "other", seed=5)
+    tiny.store(tmp_path / "more", folder / "base", n=30)
+    for more in (dict(), dict(lora_rank=2, lr=1e-3)):
+        out, settings = tmp_path / f"out{len(more)}", dict(reward=folder / "score", **more)
+        train(folder, out, steps=1, **settings)
+        train(folder, out, steps=2, **settings)  # new adapters and heads are no other model
+        for change, words in [
+            (dict(model=tmp_path / "other"), "another model"),
+            (dict(data=tmp_path / "more"), "other data"),
+        ]:
+            with pytest.raises(UserError, match=f"was made from {words}:"):
+                train(folder, out, steps=3, **settings | change)
+        train(folder, out, steps=3, **settings, data=tmp_path / "more", resume="anyway")
+        assert "goes on from other data" in capsys.readouterr().out
