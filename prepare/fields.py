@@ -96,8 +96,11 @@ def without(value, ignored):
 
     A table has nulls in the fields that a record does not use.
     """
-    record = {key: item for key, item in value.items() if item is not None and key not in ignored}
-    for key, items in record.items() if ignored else ():
+    record = {key: item for key, item in value.items() if item is not None}
+    if not ignored:
+        return record
+    record = {key: item for key, item in record.items() if key not in ignored}
+    for key, items in record.items():
         if isinstance(items, list):
             record[key] = [without(x, ignored) if isinstance(x, dict) else x for x in items]
     return record
@@ -178,7 +181,7 @@ def texts_of(messages):
 
 def system(record):
     """[the message of the record's system prompt], or [] where it has none."""
-    keys = [key for key in SYSTEMS if not is_empty(record.get(key))]
+    keys = [key for key in SYSTEMS if key in record and not is_empty(record[key])]
     prompts = [text(record, key) for key in keys]
     if len({*prompts}) > 1:
         raise Drop("two system prompts")
@@ -196,7 +199,9 @@ def after_system(before, messages):
 
 def history(record):
     """The messages of the rounds before a question, [[question, answer], ...] or messages."""
-    rounds = record.pop("history", None)
+    if "history" not in record:
+        return []
+    rounds = record.pop("history")
     if is_empty(rounds):
         return []
     if isinstance(rounds, list) and all(isinstance(item, dict) for item in rounds):
@@ -361,5 +366,7 @@ def has_answers(messages):
 
 
 def says_nothing(m):
-    """Whether an assistant's message is empty: no text, no thought, no call."""
-    return not ((m["content"] or "").strip() or m.get("tool_calls") or m.get("reasoning_content"))
+    """Whether a message is the assistant's and empty: no text, no thought, no call."""
+    return m["role"] == "assistant" and not (
+        (m["content"] or "").strip() or m.get("tool_calls") or m.get("reasoning_content")
+    )

@@ -244,7 +244,7 @@ def encode(cfg, tok, record):
 
     # An empty last answer is none. Earlier ones would teach the model to stop at once.
     empty = False
-    while messages and messages[-1]["role"] == "assistant" and fields.says_nothing(messages[-1]):
+    while messages and fields.says_nothing(messages[-1]):
         messages = messages[:-1]
         empty = True
     if cfg.train_on == "none":
@@ -257,7 +257,7 @@ def encode(cfg, tok, record):
     if not messages or not asked and not cfg.text_field:
         raise Drop("no turn of the user")
     awaits = messages[-1]["role"] != "assistant"
-    if not known:
+    if rest and not known:
         if not awaits or fields.has_answers(messages):
             if fields.learned(rest) is False:
                 messages = as_prompt(messages)
@@ -265,11 +265,8 @@ def encode(cfg, tok, record):
             fields.check_rest(rest, [*fields.texts_of(messages)])
         elif media := [key for key in rest if fields.MEDIA.fullmatch(key)]:
             fields.check_rest({key: rest[key] for key in media}, ())
-    silent = 0
-    for i, m in enumerate(messages):
-        if m["role"] == "assistant" and fields.says_nothing(m):
-            messages[i] = m | {"weight": 0}
-        silent += messages[i].get("weight") == 0
+    messages = [m | {"weight": 0} if fields.says_nothing(m) else m for m in messages]
+    silent = sum("weight" in m for m in messages)
 
     last_only = cfg.train_on == "last" or cfg.source == "slimorca"
     counts |= dict(prompts=int(awaits), silent=silent)
