@@ -37,8 +37,9 @@ def read_text(path):
 def read_json(path, missing=None, kind=dict, unicode=False):
     """The object in a JSON file as a dict. missing: what to return if there is no such file.
 
-    kind: the type of the object, see `check_json`. unicode: whether all of its text must be Unicode,
-    without the halves of surrogate pairs that the names of files may hold.
+    kind: the type of the object, see `check_json`.
+    unicode: whether all of its text must be Unicode, without the halves of surrogate pairs that the
+    names of files may hold.
     UserError for a file that cannot be read, and for one that holds something else."""
     if missing is not None and not Path(path).exists():
         return missing
