@@ -306,7 +306,7 @@ def read_meta(dir):
             f"or prepare.preferences and out={dir}"
         )
     try:
-        meta = files.read_json(path, kind=Meta, surrogates=True)
+        meta = files.read_json(path, kind=Meta)
     except UserError as e:
         reason = str(e).removeprefix(f"{path}: ").removeprefix(f"{path} ")
         raise UserError(

@@ -505,7 +505,7 @@ TIKTOKEN = {
 
 def read_json(path, kind):
     """A JSON file of the type `kind` of nano.vocab, or {} where there is none."""
-    return files.read_json(path, missing={}, kind=kind)
+    return files.read_json(path, missing={}, kind=kind, unicode=True)
 
 
 def read_tiktoken(path):

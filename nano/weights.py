@@ -551,7 +551,8 @@ def base_of(dir, base=None):
             return place
     raise UserError(
         f"{dir}: its base {str(named)!r} is no model directory here: "
-        "write where it is as base_model_name_or_path into adapter_config.json"
+        "name it in adapter_config.json (base_model_name_or_path), or with base= where the script "
+        "has that key"
     )
 
 

@@ -666,7 +666,7 @@ def test_sources_that_are_none(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     refused(capsys, "is no file", "nothing-like-this", out)
     (tmp_path / "empty").mkdir()
-    refused(capsys, "no config.json", tmp_path / "empty", out)
+    refused(capsys, "holds no model: a Hugging Face model has a config.json", tmp_path / "empty", out)
     (tmp_path / "empty" / "adapter_config.json").write_text("{}")
     refused(capsys, "peft_type None is not supported", tmp_path / "empty", out)
 
