@@ -45,7 +45,8 @@ from nano.run import Run
 @dataclass
 class Config:
     # what
-    model: str = "models/smollm2"  # a directory, or an adapter's to merge; the reference too
+    model: str = "models/smollm2"  # a directory, or an adapter's; the reference too
+    base: str | None = None  # for an adapter in model=: the model to put it on
     data: tuple[str, ...] = ("data/dpo",)  # prepared folders of groups
     sizes: tuple[str, ...] = ()  # of each folder: all, a number of groups or a share; []: all
     out: str = "out/dpo"  # run folder
@@ -199,6 +200,9 @@ def evaluate(rt, net, val, reference, cfg):
 
 def fingerprint(model, *settings):
     """Short hexadecimal name of a model's weights and what else decides its log-probabilities."""
+    scales = [(name, m.scales) for name, m in lora.adapted(model)]
+    if scales:
+        settings += (scales,)
     digest = hashlib.sha256(repr(settings).encode())
     for name, p in model.named_parameters():
         digest.update(name.encode())
@@ -289,9 +293,10 @@ def main(cfg):
         )
 
     # ---- model
-    # An adapter in model= is merged into its base first. What is trained is chosen below.
+    # With lora_rank= an adapter in model= is trained further, and without it merged into its base.
+    # What is trained is chosen below.
     opened = weights.open(
-        cfg.model, merge=True, as_base=cfg.lora_rank > 0, template=store.chat_template(cfg.data)
+        cfg.model, cfg.base, merge=not cfg.lora_rank, template=store.chat_template(cfg.data)
     )
     model, tok = opened.model, opened.tok
 
@@ -319,8 +324,11 @@ def main(cfg):
     # The key names the reference's log-probabilities on disk. It is taken of the model's own
     # weights, so it comes before an adapter changes the parameters' names.
     val_key = val_rows and val_rows.fingerprint()
-    key = fingerprint(model, rt.dtype, cfg.max_length, rows.fingerprint(), val_key)
-    if run.resumes and run.saved_meta().get("reference", key) != key:
+    settings = rt.dtype, cfg.max_length, rows.fingerprint(), val_key
+    key = fingerprint(model, model.cfg, *settings)
+    started = run.resumes and run.saved_meta().get("reference")
+    # the key of older runs left the configuration out
+    if started and started not in (key, fingerprint(model, *settings)):
         raise UserError(
             f"{run.out} was trained from another model or on other data: "
             "give the run's own, or resume=false"
@@ -340,14 +348,12 @@ def main(cfg):
     )
 
     # ---- reference, resume
-    # The reference is the model as it was at the start: its adapter is switched off here, or its
-    # weights are still untrained. So its log-probabilities are computed before a resume loads a
+    # The reference is the model as it was at the start: its weights are still untrained here, and a
+    # new adapter does nothing yet. So its log-probabilities are computed before a resume loads a
     # state, once, and then read from disk. Training needs no second model in memory.
     paths = {split: run.out / f"reference.{split}.{key}.bin" for split in ("train", "val")}
-    lora.use(model, None)
     reference = reference_logprobs(rt, net, train, paths["train"])
     val_reference = reference_logprobs(rt, net, val, paths["val"]) if val else None
-    lora.use(model, "default" if cfg.lora_rank else None)
     run.meta = dict(reference=key, warned=False)
     adapter = "default" if cfg.lora_rank else None
     run.attach(model, trained, dict(adamw=optimizer), tok, opened.base, adapter)

@@ -38,6 +38,7 @@ from nano import (
     optim,
     runtime,
     store,
+    tokenizer,
     weights,
 )
 from nano.config import (
@@ -58,6 +59,7 @@ from nano.run import Run
 class Config:
     # what
     model: str = "out/sft/last"  # the policy to start from, and the reference to stay near
+    base: str | None = None  # for adapters in model= and reward=: the model to put them on
     reward: str = "out/reward/last"  # score model or adapter, or file.py:function
     gold: str = ""  # file.py:function that is only logged: the true reward, when there is one
     data: tuple[str, ...] = ("data/preferences",)  # prepared folders, for their prompts
@@ -402,14 +404,26 @@ class Role:
 def build(cfg, tok):
     """Policy, reference, scorer, critic: Roles on the CPU, or None for one that the run does
     without. It has no scorer where a Python function gives the reward."""
+    adapters = [dir for dir in (cfg.model, cfg.reward) if weights.is_adapter(dir)]
+    if cfg.base and not adapters:
+        raise UserError(
+            f"neither model= nor reward= is an adapter: leave out base={cfg.base}, which has no "
+            "effect"
+        )
     if ".py:" not in cfg.reward:
-        check_scorer(cfg.reward, tok)
+        check_scorer(cfg, tok)
     return one_trunk(cfg) if cfg.lora_rank else full_models(cfg)
 
 
-def check_scorer(dir, tok):
-    """UserError unless `dir` is a score model, or an adapter of one, that reads the policy's
-    tokens."""
+def base_for(cfg, dir):
+    """base=, if `dir` is an adapter."""
+    return cfg.base if weights.is_adapter(dir) else None
+
+
+def check_scorer(cfg, tok):
+    """UserError unless reward= is a score model, or an adapter of one, that reads the policy's
+    tokens in the chat template of the policy's prompts."""
+    dir = cfg.reward
     if weights.is_adapter(dir):
         is_scorer = weights.is_scorer(dir)
     else:
@@ -419,16 +433,35 @@ def check_scorer(dir, tok):
             f"reward={dir} is a language model: train a score model with reward.py, or give "
             "file.py:function"
         )
-    if weights.load_tokenizer(dir).fingerprint != tok.fingerprint:
+    trained_with = weights.read_score_keys(dir).get("prompt_template")
+    other = tokenizer.load(dir, trained_with, base_for(cfg, dir))
+    if other.fingerprint != tok.fingerprint:
         raise UserError(
             f"reward={dir} has another tokenizer than the policy: its tokens would mean something "
             "else there"
         )
+    # Of older reward models we do not know whether they were trained in a template that model
+    # directories cannot hold.
+    unknown = trained_with is None and tok.template in ("plain", "columns")
+    if not unknown and probe(other) != probe(tok):
+        raise UserError(
+            f"reward={dir} was trained in the chat template {other.template}, and the prompts are "
+            f"in {tok.template}: its scores would mean little. Prepare both with the same template="
+        )
+
+
+def probe(tok):
+    """How the template lays out a short conversation, as ids. None if there is no template."""
+    if tok.layout is None:
+        return None
+    ask, answer = dict(role="user", content="a"), dict(role="assistant", content="b")
+    return tok.render([ask, answer])
 
 
 def open_scorer(cfg):
     """A frozen reward model of its own."""
-    model = weights.open(cfg.reward, head="score", merge=True).model.requires_grad_(False)
+    base = base_for(cfg, cfg.reward)
+    model = weights.open(cfg.reward, base, head="score", merge=True).model.requires_grad_(False)
     return Role(model, head=model.score, scale=weights.read_score_scale(cfg.reward))
 
 
@@ -437,7 +470,7 @@ def full_models(cfg):
     fp32 weights to the same bf16 values, so policy and reference start bitwise equal."""
 
     def trainable(dir, head=None):
-        model = weights.open(dir, head=head, merge=True).model
+        model = weights.open(dir, base_for(cfg, dir), head=head, merge=True).model
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
         return model
 
@@ -448,7 +481,8 @@ def full_models(cfg):
         )
     reference = scorer = critic = None
     if cfg.has_reference:
-        reference = Role(weights.open(cfg.model, merge=True).model.requires_grad_(False))
+        reference = weights.open(cfg.model, base_for(cfg, cfg.model), merge=True).model
+        reference = Role(reference.requires_grad_(False))
     if ".py:" not in cfg.reward:
         scorer = open_scorer(cfg)
     if cfg.has_critic and scorer:  # it starts as the reward model and speaks in its units
@@ -464,19 +498,26 @@ def full_models(cfg):
 
 
 def one_trunk(cfg):
-    """The roles are one frozen trunk under different adapters; the reference is the trunk alone.
-    The reward model joins them when it is an adapter on the same trunk. Otherwise it is a frozen
-    model of its own."""
-    opened = weights.open(cfg.model, merge=True, as_base=True)
+    """The roles are one frozen trunk under different adapters; the reference is the trunk alone, or
+    a copy of the adapter that the policy starts from. The reward model joins them when it is an
+    adapter on the same trunk. Otherwise it is a frozen model of its own."""
+    base = base_for(cfg, cfg.model)
+    opened = weights.open(cfg.model, base, name="policy")  # dropout is left out, see add_adapter
     model = opened.model
+    goes_on = weights.is_adapter(cfg.model)
+    if goes_on:
+        lora.copy(model, "policy", "reference")
 
     # Adapters drop nothing: the ratio compares the probabilities of two forwards.
     weights.add_adapter(model, cfg, "policy", dropout=0.0)
     policy = Role(model, "policy")
-    reference = Role(model) if cfg.has_reference else None
+    reference = Role(model, "reference" if goes_on else None) if cfg.has_reference else None
     scorer = critic = None
-    joins = weights.is_adapter(cfg.reward)
-    joins = joins and weights.base_of(cfg.reward).resolve() == opened.base.resolve()
+    joins = weights.is_adapter(cfg.reward) and not weights.extras_of(model)
+    joins = joins and weights.only_blocks(cfg.reward)
+    if joins:
+        trunk = weights.base_of(cfg.reward, base_for(cfg, cfg.reward))
+        joins = trunk.resolve() == opened.base.resolve()
     if joins:
         model.reward_head = weights.load_scorer(model, cfg.reward, "reward")
         scale = weights.read_score_scale(cfg.reward)
@@ -486,8 +527,11 @@ def one_trunk(cfg):
     if cfg.has_critic and joins:  # it starts as a copy of the reward adapter and its head
         model.value_head = weights.load_scorer(model, cfg.reward, "value")
         critic = Role(model, "value", model.value_head, scorer.scale)
-    elif cfg.has_critic:
-        weights.add_adapter(model, cfg, "value", dropout=0.0)
+    elif cfg.has_critic:  # it starts as the policy, and its head at zero
+        if goes_on:
+            lora.copy(model, "policy", "value")
+        else:
+            weights.add_adapter(model, cfg, "value", dropout=0.0)
         model.value_head = ScoreHead(model.cfg.dim)
         torch.nn.init.zeros_(model.value_head.weight)
         critic = Role(model, "value", model.value_head)
@@ -590,14 +634,16 @@ def check(cfg, rt):
         )
 
 
-def check_reach(cfg, model, longest_prompt):
-    """UserError where the longest prompt and its response go beyond the model's positions."""
-    longest, reach = longest_prompt + cfg.max_new_tokens, model.cfg.max_positions
-    if longest > reach:
-        raise UserError(
-            f"the longest prompt and max_new_tokens={cfg.max_new_tokens} make {longest} tokens, "
-            f"{cfg.model} takes {reach}: lower max_prompt= or max_new_tokens="
-        )
+def check_reach(cfg, policy, scorer, longest_prompt):
+    """UserError where the longest prompt and its response go beyond the positions of the policy or
+    the reward model. The other two models are copies of these."""
+    longest = longest_prompt + cfg.max_new_tokens
+    for dir, role in ((cfg.model, policy), (cfg.reward, scorer)):
+        if role and longest > (reach := role.model.cfg.max_positions):
+            raise UserError(
+                f"the longest prompt and max_new_tokens={cfg.max_new_tokens} make {longest} "
+                f"tokens, {dir} takes {reach}: lower max_prompt= or max_new_tokens="
+            )
 
 
 def check_resume(out):
@@ -800,8 +846,8 @@ def main(cfg):
 
     # ---- prompts
     # The policy answers the prompts of prepared data. The answers that stand there are not read.
-    base = weights.base_of(cfg.model)
-    tok = weights.load_tokenizer(cfg.model, template=store.chat_template(cfg.data))
+    base = weights.base_of(cfg.model, base_for(cfg, cfg.model))
+    tok = tokenizer.load(cfg.model, store.chat_template(cfg.data), base_for(cfg, cfg.model))
     all_prompts, too_long = prompts_of(cfg, tok)
 
     # Other text may help the policy to keep its language: a next-token loss beside the reward.
@@ -823,7 +869,9 @@ def main(cfg):
     # Several of the four may share one module, which goes to the device once. The policy learns,
     # and so does the critic if there is one; each has an optimizer over its own parameters.
     policy, reference, scorer, critic = build(cfg, tok)
-    check_reach(cfg, policy.model, max(map(len, all_prompts)))
+    check_reach(cfg, policy, scorer, max(map(len, all_prompts)))
+    if ptx:
+        batches.check_reach(ptx.longest, policy.model.cfg.max_positions, cfg.model)
     roles = [role for role in (policy, reference, scorer, critic) if role]
     models = {id(role.model): role.model for role in roles}.values()
     if cfg.compile:

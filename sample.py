@@ -70,7 +70,7 @@ class Sampler:
             raise UserError(f"{cfg.model} is a score model: it cannot write text")
         self.chats = self.tok.template not in (None, "plain")
         if self.tok.template is None:
-            self.tok = tokenizer.load(opened.base, template="plain")
+            self.tok = tokenizer.load(opened.tok.dir, template="plain")
 
     def render(self, messages):
         """The ids of a prompt. UserError for one that leaves the model no room to answer."""

@@ -37,7 +37,8 @@ from nano.run import Run
 @dataclass
 class Config:
     # what
-    model: str = "models/smollm2"  # model directory, or an adapter's to merge
+    model: str = "models/smollm2"  # model directory, or an adapter's
+    base: str | None = None  # for an adapter in model=: the model to put it on
     data: tuple[str, ...] = ("data/alpaca",)  # prepared folders
     sizes: tuple[str, ...] = ()  # of each folder: all, a number of rows or a share; []: all
     out: str = "out/sft"  # run folder
@@ -153,10 +154,11 @@ def main(cfg):
         )
 
     # ---- model
-    # An adapter in model= is merged into its base first. A new adapter (lora_rank=) freezes all of
-    # the model's own weights; without one they are trained, or the part of them that train= names.
+    # With lora_rank= an adapter in model= is trained further, or a new one is put on the model, and
+    # all of the model's own weights are frozen. Without it an adapter is merged into its base, and
+    # the model's own weights are trained, or the part of them that train= names.
     opened = weights.open(
-        cfg.model, merge=True, as_base=cfg.lora_rank > 0, template=store.chat_template(cfg.data)
+        cfg.model, cfg.base, merge=not cfg.lora_rank, template=store.chat_template(cfg.data)
     )
     model, tok = opened.model, opened.tok
     if cfg.lora_rank:

@@ -4,6 +4,7 @@ A family is an entry of FAMILIES. Its tables hold what tables can say, and two f
 rest. A family whose files name, fuse and lay out tensors as this model does needs no `tensors`."""
 
 import difflib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -214,8 +215,10 @@ def read_rope(c):
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE:
         raise UserError(f"rope scaling {kind!r} is not supported ({', '.join(ROPE)} are)")
-    if not all(isinstance(rope.get(key), (int, float)) for key in ROPE[kind]):
-        raise UserError(f"rope scaling {kind!r} needs the numbers {', '.join(ROPE[kind])}")
+    for key in ROPE[kind]:
+        checked(rope.get(key), f"{key} of rope scaling {kind!r}", float)
+    if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise UserError("high_freq_factor of rope scaling 'llama3' must be above low_freq_factor")
     scaling = {"rope_type": kind} | {key: rope[key] for key in ROPE[kind]}
     return dict(rope_theta=theta, rope_scaling=None if kind == "default" else scaling)
 
@@ -399,8 +402,8 @@ def checked(value, key, kind):
         return bool(value)
     if kind is int and (type(value) is not int or value < 1):
         raise UserError(f"{key} is {value!r}, not a positive whole number")
-    if kind is float and type(value) not in (int, float):
-        raise UserError(f"{key} is {value!r}, not a number")
+    if kind is float and not (type(value) in (int, float) and 0 < value < math.inf):
+        raise UserError(f"{key} is {value!r}, not a number above 0")
     return value
 
 
@@ -473,4 +476,5 @@ REWRITTEN = (
     "label2id",
     "num_labels",
     "problem_type",
+    "auto_map",  # names .py files, which do not go along
 )

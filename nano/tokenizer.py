@@ -23,7 +23,7 @@ import regex  # comes with tiktoken
 import sentencepiece
 import tiktoken
 
-from nano import chat, files
+from nano import adapters, chat, files
 from nano.config import UserError
 from nano.vocab import (
     BYTE,
@@ -62,6 +62,11 @@ def files_of(dir):
     return [path for pattern in FILES for path in Path(dir).glob(pattern)]
 
 
+def has_vocabulary(dir):
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return any((Path(dir) / name).exists() for name in names) or any(Path(dir).glob("*.tiktoken"))
+
+
 def copy_files(source, dir):
     """Copies tokenizer files and generation_config.json byte for byte into `dir`.
 
@@ -74,6 +79,35 @@ def copy_files(source, dir):
             path.unlink()
     for path in files_of(source):
         files.write_bytes(Path(dir) / path.name, path.read_bytes())
+    settings = read_json(Path(dir) / "tokenizer_config.json")
+    if settings.pop("auto_map", None):  # names a .py file, which does not go along
+        files.write_json(Path(dir) / "tokenizer_config.json", settings, ensure_ascii=False)
+
+
+PADDING = "<|score_padding|>"
+
+
+def write_padding(tok, dir):
+    """Makes tok.padding() the token with which the tokenizer of a score model's directory pads.
+
+    transformers reads a score at the last token that is not padding."""
+    name, id = tok.padding()
+    path = Path(dir) / "tokenizer_config.json"
+    settings = read_json(path)
+    listed = dict(settings.get("added_tokens_decoder") or {})
+    # A token may be known by no other name than that of the padding which it was.
+    for entry in tok.added.values():
+        if entry["id"] == tok.pad_id:
+            listed.setdefault(str(tok.pad_id), {k: v for k, v in entry.items() if k != "id"})
+    if name not in tok.added:
+        listed[str(id)] = {k: v for k, v in added_token(id, name).items() if k != "id"}
+    if listed:
+        settings["added_tokens_decoder"] = listed
+    settings |= {"pad_token": name, "padding_side": "right"}
+    files.write_json(path, settings, ensure_ascii=False)
+    path = Path(dir) / "special_tokens_map.json"
+    if path.exists():
+        files.write_json(path, read_json(path) | {"pad_token": name}, ensure_ascii=False)
 
 
 # ----------------------------------------------------------------------------------- pre-tokenizers
@@ -590,9 +624,11 @@ def own_template(folder, config):
     return source
 
 
-def load(path, template=None):
-    """The Tokenizer of a model directory.
+def load(path, template=None, base=None):
+    """The Tokenizer of a model or adapter directory.
 
+    An adapter directory without a vocabulary has that of its base, and may have a chat template of
+    its own. base: takes the place of the base that the adapter names.
     template: a key of chat.TEMPLATES, or a chat template in Jinja. None: the directory's own chat
     template, where it has one. A key that names the directory's own template selects that one, with
     its default system prompt.
@@ -603,9 +639,16 @@ def load(path, template=None):
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"there is no model directory {folder}")
+    ends_of = folder  # the directory whose generation_config.json names the ends of a response
+    if adapters.is_adapter(folder):
+        ends_of = adapters.find_base(folder, base) or folder
+        if not has_vocabulary(folder):
+            if template is None:
+                template = own_template(folder, read_json(folder / "tokenizer_config.json"))
+            folder = ends_of = adapters.base_of(folder, base)
     spec = read_json(folder / "tokenizer.json")
     config = read_json(folder / "tokenizer_config.json")
-    generation = read_json(folder / "generation_config.json")
+    generation = read_json(ends_of / "generation_config.json")
     named = read_json(folder / "special_tokens_map.json")
     named |= {key: value for key, value in config.items() if value}
     names = {}
@@ -628,7 +671,10 @@ def load(path, template=None):
     default = not spec and "bos" in ends
     if post := first(spec.get("post_processor"), "TemplateProcessing"):
         default = "SpecialToken" in post["single"][0]
-    tokens = sorted((name, entry["id"], entry["special"]) for name, entry in added.items())
+    # PADDING only pads, so a score model that has it reads the same tokens as its policy.
+    tokens = sorted(
+        (name, entry["id"], entry["special"]) for name, entry in added.items() if name != PADDING
+    )
     content = b"".join(file.read_bytes() for file in read) + json.dumps(tokens).encode()
     return Tokenizer(
         back,
@@ -639,6 +685,7 @@ def load(path, template=None):
         stops=as_list(generation.get("eos_token_id")),
         own=own_template(folder, config),
         template=template,
+        dir=folder,
     )
 
 
@@ -695,10 +742,12 @@ class Tokenizer:
     .chat_template  the same in Jinja, or None
     .adopted        whether chat_template is not the directory's own
     .fingerprint    sha256 in hex over the vocabulary files and the special tokens
+    .dir            the directory that holds the tokenizer's files
     """
 
-    def __init__(self, model, added, ends, add_bos, fingerprint, stops, own, template):
+    def __init__(self, model, added, ends, add_bos, fingerprint, stops, own, template, dir):
         self.model = model
+        self.dir = dir
         self.added = added
         self.fingerprint = fingerprint
         self.bos_id = ends.get("bos")
@@ -750,6 +799,15 @@ class Tokenizer:
                 f"{dir} has {count} embeddings, none for id {last} of its tokenizer: "
                 "take the one it was trained with"
             )
+
+    def padding(self):
+        """(name, id) of a token that can pad a score model's rows, because no completion ends in
+        it: PAD, BOS or another special token. PADDING, of the next free id, if there is none."""
+        names = {entry["id"]: name for name, entry in self.added.items()}
+        for id in (self.pad_id, self.bos_id, *sorted(self.control)):
+            if id in names and id not in self.stop_ids:
+                return names[id], id
+        return PADDING, self.vocab_size
 
     def encode(self, text, bos=False, eos=False):
         """list of ids. Names of control tokens in `text` are plain text.
