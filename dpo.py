@@ -296,7 +296,11 @@ def main(cfg):
     # With lora_rank= an adapter in model= is trained further, and without it merged into its base.
     # What is trained is chosen below.
     opened = weights.open(
-        cfg.model, cfg.base, merge=not cfg.lora_rank, template=store.chat_template(cfg.data)
+        cfg.model,
+        cfg.base,
+        head="lm",
+        merge=not cfg.lora_rank,
+        template=store.chat_template(cfg.data),
     )
     model, tok = opened.model, opened.tok
 

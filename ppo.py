@@ -433,29 +433,30 @@ def check_scorer(cfg, tok):
             f"reward={dir} is a language model: train a score model with reward.py, or give "
             "file.py:function"
         )
-    trained_with = weights.read_score_keys(dir).get("prompt_template")
-    other = tokenizer.load(dir, trained_with, base_for(cfg, dir))
+    other = tokenizer.load(dir, base=base_for(cfg, dir))
     if other.fingerprint != tok.fingerprint:
         raise UserError(
             f"reward={dir} has another tokenizer than the policy: its tokens would mean something "
             "else there"
         )
-    # Of older reward models we do not know whether they were trained in a template that model
-    # directories cannot hold.
-    unknown = trained_with is None and tok.template in ("plain", "columns")
-    if not unknown and probe(other) != probe(tok):
+    keys = weights.read_score_keys(dir)
+    asks, wants = store.unwritten_template(cfg.data), keys.get("prompt_template")
+    if "prompt_template" not in keys and asks:
+        return  # an older reward model does not tell whether it was trained in plain or columns
+    if asks != wants or not asks and probe(other) != probe(tok):
         raise UserError(
-            f"reward={dir} was trained in the chat template {other.template}, and the prompts are "
-            f"in {tok.template}: its scores would mean little. Prepare both with the same template="
+            f"reward={dir} was trained in the chat template {wants or other.template}, and the "
+            f"prompts are in {asks or tok.template}: its scores would mean little. Prepare both "
+            "with the same template="
         )
 
 
 def probe(tok):
-    """How the template lays out a short conversation, as ids. None if there is no template."""
-    if tok.layout is None:
+    """How the template lays out a short conversation: ids and mask. None if it does not."""
+    try:
+        return tok.render([dict(role="user", content="a"), dict(role="assistant", content="b")])
+    except UserError:
         return None
-    ask, answer = dict(role="user", content="a"), dict(role="assistant", content="b")
-    return tok.render([ask, answer])
 
 
 def open_scorer(cfg):
@@ -469,7 +470,7 @@ def full_models(cfg):
     """Each role has a model of its own. Frozen models are held in bf16. Autocast rounds the trained
     fp32 weights to the same bf16 values, so policy and reference start bitwise equal."""
 
-    def trainable(dir, head=None):
+    def trainable(dir, head="lm"):
         model = weights.open(dir, base_for(cfg, dir), head=head, merge=True).model
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
         return model
@@ -481,8 +482,8 @@ def full_models(cfg):
         )
     reference = scorer = critic = None
     if cfg.has_reference:
-        reference = weights.open(cfg.model, base_for(cfg, cfg.model), merge=True).model
-        reference = Role(reference.requires_grad_(False))
+        model = weights.open(cfg.model, base_for(cfg, cfg.model), head="lm", merge=True).model
+        reference = Role(model.requires_grad_(False))
     if ".py:" not in cfg.reward:
         scorer = open_scorer(cfg)
     if cfg.has_critic and scorer:  # it starts as the reward model and speaks in its units
@@ -502,7 +503,7 @@ def one_trunk(cfg):
     a copy of the adapter that the policy starts from. The reward model joins them when it is an
     adapter on the same trunk. Otherwise it is a frozen model of its own."""
     base = base_for(cfg, cfg.model)
-    opened = weights.open(cfg.model, base, name="policy")  # dropout is left out, see add_adapter
+    opened = weights.open(cfg.model, base, head="lm", name="policy")
     model = opened.model
     goes_on = weights.is_adapter(cfg.model)
     if goes_on:

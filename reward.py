@@ -320,8 +320,8 @@ def main(cfg):
     run.attach(model, trained, dict(adamw=optimizer), tok, opened.base, adapter)
     run.log.text(estimate.describe(model, rt, cfg, train.document_length))
     run.describe(train.summary)
-    # PPO asks for prompts in the template of these data. A model directory holds any but these.
-    unwritten = tok.template if tok.template in ("plain", "columns") else None
+    # PPO asks for prompts in the template of these data.
+    unwritten = store.unwritten_template(cfg.data)
     name, id = tok.padding()
     if id != tok.pad_id:
         # transformers reads the score at the last token that is not padding

@@ -158,7 +158,11 @@ def main(cfg):
     # all of the model's own weights are frozen. Without it an adapter is merged into its base, and
     # the model's own weights are trained, or the part of them that train= names.
     opened = weights.open(
-        cfg.model, cfg.base, merge=not cfg.lora_rank, template=store.chat_template(cfg.data)
+        cfg.model,
+        cfg.base,
+        head="lm",
+        merge=not cfg.lora_rank,
+        template=store.chat_template(cfg.data),
     )
     model, tok = opened.model, opened.tok
     if cfg.lora_rank:

@@ -146,7 +146,10 @@ def in_shards(tensors, shard_bytes):
                 f"{key} has numbers beyond 65,504, which float16 cannot hold: "
                 "choose dtype=bfloat16 or float32"
             )
-        shard[key] = tensor.detach().cpu().contiguous()
+        tensor = tensor.detach().cpu().contiguous()
+        # The tensors of a pickle may share memory, which no safetensors file can say.
+        shared = any(tensor.data_ptr() == other.data_ptr() for other in shard.values())
+        shard[key] = tensor.clone() if shared else tensor
         size += tensor.nbytes
     yield shard
 
@@ -557,8 +560,7 @@ class AdapterFile:
         self.scorer = config.get("task_type") == "SEQ_CLS"
         if self.scorer and not hasattr(model, "score"):
             raise UserError(
-                f"{dir}: the adapter carries a score head, "
-                "but the model was not opened as a score model"
+                f"{dir} is an adapter of a score model, and a language model is needed here"
             )
         self.linears = adapter_places(model)
         names = [n.replace(".base.", ".") for n, _ in model.named_parameters() if ".lora_" not in n]

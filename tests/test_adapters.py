@@ -1,6 +1,7 @@
 """Adapters of every kind that peft writes: read here, saved here, read again by peft."""
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -12,9 +13,11 @@ import transformers
 from safetensors.torch import load_file
 
 import lora
+import ppo
 import prepare.weights as prepare_weights
-from nano import tokenizer, weights
+from nano import config, generate, tokenizer, weights
 from nano.config import UserError
+from nano.weights import PREFIX
 from prepare import convert
 
 TOKENS = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -353,3 +356,139 @@ def test_another_base_in_prepare_and_hub_ids(bases, plain, tmp_path, monkeypatch
         tiny.train(
             "prepare.weights", [f"source={source}", f"base={tmp_path}/m", f"out={tmp_path}/m"]
         )
+
+
+# ---- an adapter is trained further
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """base/, adapter/ on it with layers of every kind, and data for each stage."""
+    folder = tmp_path_factory.mktemp("started")
+    tiny.model_dir(folder / "base", qkv_bias=True, o_bias=True)
+    settings = dict(
+        target_modules=ALL, rank_pattern={"o_proj": 2}, alpha_pattern={"k_proj": 3}, bias="all"
+    )
+    of_peft(folder / "base", folder / "adapter", **settings, modules_to_save=["norm"])
+    of_peft(folder / "base", folder / "dora", target_modules=ALL, use_dora=True)
+    of_peft(folder / "base", folder / "low", target_modules=["q_proj", "v_proj"])
+    tiny.store(folder / "rows", folder / "base")
+    tiny.preferences(folder / "groups", folder / "base")
+    (folder / "rewards.py").write_text("def a(p, r, f):\n    return len(r) % 5 + 0.1 * ('a' in r)\n")
+    return folder
+
+
+def go_on(started, stage, out, *more, adapter="adapter"):
+    settings = f"model={started}/{adapter} out={out} lora_rank=4 device=cpu dtype=float32 steps=2 "
+    settings += "batch_size=8 log_every=1 lr=1e-2 " + dict(
+        sft=f"data={started}/rows max_length=64",
+        dpo=f"data={started}/groups max_length=64 sample_tokens=0",
+        reward=f"data={started}/groups max_length=64 norm_tokens=4 norm_samples=8",
+        ppo=f"data={started}/rows reward={started}/rewards.py:a max_new_tokens=6 micro_batch=4",
+    )[stage]
+    tiny.train(stage, tiny.override(settings.split(), more))
+    return out / "last"
+
+
+@pytest.mark.parametrize("adapter", ["adapter", "dora"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward", "ppo"])
+def test_a_stage_goes_on_with_an_adapter(stage, adapter, started, tmp_path):
+    last = go_on(started, stage, tmp_path / "out", adapter=adapter)
+    before, after = (tiny.tensors(dir, "adapter_model") for dir in (started / adapter, last))
+    assert after.keys() - before.keys() == ({PREFIX + "score.weight"} if stage == "reward" else set())
+    moved = {key for key in before if not torch.equal(before[key].float(), after[key])}
+    low = {key for key in before if ".lora_" in key}  # the rest of it stays as it was
+    assert moved <= low and len(moved) > 0.8 * len(low)
+    config = weights.read_adapter_config(last)
+    assert config["base_model_name_or_path"] == str(started / "base")
+    opened = weights.open(last)
+    if stage != "reward":
+        assert (in_peft(started / "base", last) - logits(opened.model)).abs().max() <= 1e-5
+    # a step of size 0 leaves the function as it was
+    last = go_on(started, stage, tmp_path / "still", "lr=0", "steps=1", adapter=adapter)
+    head = dict(head="score") if stage == "reward" else {}
+    models = [weights.open(dir, **head).model for dir in (started / adapter, last)]
+    with torch.no_grad():
+        hidden = [model.hidden(TOKENS) for model in models]
+    assert (hidden[0] - hidden[1]).abs().max() <= 1e-5
+
+
+def test_the_reference_is_the_adapter_as_it_was(started, tmp_path):
+    go_on(started, "dpo", tmp_path / "dpo", "steps=3")
+    first, *_, last = tiny.records(tmp_path / "dpo", "eval")
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and abs(first["margin"]) < 1e-5
+    assert abs(last["margin"]) > 1e-4
+    argv = f"model={started}/adapter lora_rank=4 reward={started}/rewards.py:a".split()
+    cfg = config.load(ppo.Config, [*argv, f"data={started}/rows"])
+    policy, reference, scorer, critic = ppo.build(cfg, tokenizer.load(started / "adapter"))
+    assert scorer is None and critic.model is policy.model is reference.model
+    right = logits(weights.open(started / "adapter").model)
+    trained = {n for n, p in policy.model.named_parameters() if p.requires_grad}
+    assert all(n.endswith((".policy", ".value", "value_head.weight")) for n in trained)
+    for role in (policy, reference, critic):  # the critic starts from the policy
+        lora.use(role.model, role.adapter)
+        assert torch.equal(logits(role.model), right)
+    with torch.no_grad():
+        for p in tiny.adapter_parameters(policy.model, "policy"):
+            p.add_(1.0)
+    lora.use(policy.model, reference.adapter)
+    assert torch.equal(logits(policy.model), right)
+
+
+def test_a_score_adapter_joins_the_trunk_of_a_policy_that_goes_on(started, tmp_path):
+    """If both change no weights of the base. Otherwise the reward model is a model of its own."""
+    reward = go_on(started, "reward", tmp_path / "low", adapter="low")
+    other = go_on(started, "reward", tmp_path / "other")
+    for model, scorer, joins in (("low", reward, True), ("low", other, False), ("adapter", reward, False)):
+        argv = f"model={started}/{model} reward={scorer} lora_rank=4 data={started}/rows".split()
+        cfg = config.load(ppo.Config, argv)
+        policy, _, scorer_role, _ = ppo.build(cfg, tokenizer.load(started / "low"))
+        assert (scorer_role.model is policy.model) == joins
+        lora.use(scorer_role.model, scorer_role.adapter)
+        own = weights.open(scorer).model
+        with torch.no_grad():
+            expected = own.score(own.hidden(TOKENS))
+            scores = scorer_role.head(scorer_role.model.hidden(TOKENS))
+        assert (scores - expected).abs().max() <= 1e-5
+        lora.use(policy.model, "policy")
+        right = logits(weights.open(started / model).model)
+        assert (logits(policy.model) - right).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["lora_rank=8"], "has rank 4"),
+        (["lora_alpha=64"], "lora_alpha= cannot change"),
+        (["lora_targets=q_proj"], "lora_targets= cannot change"),
+        (["lora_rslora=true"], "lora_rslora= cannot change"),
+        (["base=gone"], "its base 'gone' is no model directory"),
+    ],
+)
+def test_keys_that_contradict_the_adapter(more, said, started, tmp_path):
+    with pytest.raises(UserError, match=said):
+        go_on(started, "sft", tmp_path / "out", *more)
+
+
+def test_base_is_a_key_of_the_stages(started, tmp_path):
+    lost = shutil.copytree(started / "low", tmp_path / "lost")
+    change(lost, base_model_name_or_path="gone/away")
+    for more in ([], ["lora_rank=0"]):
+        go_on(started, "sft", tmp_path / "out", f"model={lost}", f"base={started}/base", *more)
+        shutil.rmtree(tmp_path / "out")
+    with pytest.raises(UserError, match="no model directory here: name it with base="):
+        go_on(started, "sft", tmp_path / "out", f"model={lost}")
+    with pytest.raises(UserError, match="is a whole model, not an adapter: leave out base="):
+        go_on(started, "sft", tmp_path / "out", f"model={started}/base", f"base={started}/base")
+
+
+@pytest.mark.parametrize("adapter", ["adapter", "dora"])
+def test_decoding_under_an_adapter_is_that_of_the_merged_model(adapter, started):
+    opened = weights.open(started / adapter).model
+    merged = weights.open(started / adapter, merge=True).model
+    samples = [
+        generate.generate(m, [[97, 98], [99]], 20, temperature=0.0, plan=dict(pack=pack)).tokens
+        for m in (opened, merged)
+        for pack in (False, True)
+    ]
+    assert samples[0] == samples[1] == samples[2] == samples[3]

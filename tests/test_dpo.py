@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import dpo
 import lora
-from nano import tokenizer, weights
+from nano import files, tokenizer, weights
 from nano.batches import Groups
 from nano.config import UserError
 from nano.store import mix, write_store
@@ -287,6 +288,27 @@ def test_the_reference_is_kept_and_a_stale_one_is_not_used(
     damaged.write_bytes(damaged.read_bytes()[:-4])
     with pytest.raises(UserError, match="remove it"):
         run(f"model={tmp_path}/other", f"data={folder}/pairs", "resume=false")
+
+
+def test_the_key_of_the_reference_holds_the_configuration(run, folder, tmp_path, capsys):
+    computed = lambda: capsys.readouterr().out.count("computing the reference")  # noqa: E731
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    out = run(f"model={model}")
+    assert computed() == 2
+    config = files.read_json(model / "config.json")
+    tiny.write(model, "config.json", config | dict(rope_theta=500.0))
+    with pytest.raises(UserError, match="trained from another model or on other data"):
+        run(f"model={model}", "steps=4")
+    run(f"model={model}", "resume=false")
+    assert computed() == 2
+    # a run whose key left the configuration out goes on
+    state = files.read_json(out / "state" / "state.json")
+    opened, rows = weights.open(model).model, open_rows(folder)
+    settings = torch.float32, 128, rows.fingerprint(), open_rows(folder, "val").fingerprint()
+    state["meta"]["reference"] = dpo.fingerprint(opened, *settings)
+    tiny.write(out / "state", "state.json", state)
+    run(f"model={model}", "steps=4")
+    assert tiny.records(out, "train")[-1]["step"] == 4
 
 
 # ---- resume, mistakes
