@@ -505,7 +505,7 @@ def one_trunk(cfg):
     base = base_for(cfg, cfg.model)
     opened = weights.open(cfg.model, base, head="lm", name="policy")
     model = opened.model
-    goes_on = weights.is_adapter(cfg.model)
+    goes_on = bool(lora.adapted(model))
     if goes_on:
         lora.copy(model, "policy", "reference")
 

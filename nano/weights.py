@@ -430,10 +430,10 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
     There is one file of any size, because peft reads no shards."""
     dir = Path(dir)
     layers = {n: m for n, m in lora.adapted(model) if name in m.scales}
-    if not layers:
+    extras = extras_of(model) or Extras({}, {}, {})
+    if not layers and not extras.tensors:
         raise KeyError(f"there is no adapter {name!r} on this model")
     tensors = tensors or dict(model.named_parameters())
-    extras = extras_of(model) or Extras({}, {}, {})
     stored = adapter_places(model)
     out = {}
     shapes = dict(extras.shapes)  # {layer in the file: (rank, scale)}
@@ -464,7 +464,7 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
         rank_pattern=patterns({layer: r for layer, (r, _) in shapes.items()}, rank),
         alpha_pattern=patterns(alphas, alpha),
         use_dora=any(name in m.lora_magnitude for m in layers.values()),
-        lora_dropout=next(iter(layers.values())).dropouts[name],
+        lora_dropout=max((m.dropouts[name] for m in layers.values()), default=0.0),
         target_modules=sorted(leaves if whole else shapes),
         modules_to_save=saved or None,
         bias=extras.settings.get("bias", "none"),
@@ -654,10 +654,13 @@ class AdapterFile:
             parts, layout = self.stored[name]
             hollow = [torch.empty_like(parameter(model, part), device="meta") for part in parts]
             wanted[name] = layout.fuse(hollow, model.cfg).shape
-        what = "the model: they are incomplete, or of an adapter for another base"
+        what = (
+            "the model: they are incomplete, of an adapter for another base, or of a kind that is "
+            "not read here"
+        )
         check_tensors(self.dir, wanted, self.tensors, what)
-        if not self.shapes.keys() & self.linears.keys():
-            raise UserError(f"{self.dir}: the adapter adapts no linear layer of the blocks")
+        if not self.tensors.keys() - {"score.weight"}:
+            raise UserError(f"{self.dir}: its adapter_model is empty")
 
     def token_rows(self):
         """trainable_token_indices as {layer of .vocabulary: ids}."""
@@ -782,7 +785,8 @@ def load_adapter(model, dir, name="default"):
     file.add(model, name)
     if file.scorer:
         model.score.weight.data.copy_(file.tensors["score.weight"])
-    lora.use(model, name)
+    if lora.adapted(model):
+        lora.use(model, name)
 
 
 def parameter(model, name):

@@ -99,6 +99,7 @@ KINDS = {
             alpha_pattern={"embed_tokens": 3},
         ),
     ),
+    "embedding alone": ("plain", dict(target_modules=["embed_tokens"])),
     "rows": ("plain", dict(trainable_token_indices=[3, 5])),
     "gaussian": ("plain", dict(init_lora_weights="gaussian")),
     "orthogonal": ("plain", dict(init_lora_weights="orthogonal")),
@@ -143,6 +144,13 @@ def test_every_kind_of_adapter(kind, bases, tmp_path):
     assert (logits(again) - theirs).abs().max() <= 1e-5
     ranks = [{len(m.lora_A["default"]) for _, m in lora.adapted(m)} for m in (opened.model, again)]
     assert ranks[0] == ranks[1]
+    # the same trunk under a score head, without what belongs to the output matrix
+    scorer = weights.open(tmp_path / "ours", head="score").model
+    weights.save_adapter(scorer, tmp_path / "scorer", base=base)
+    with torch.no_grad():
+        hidden = [weights.open(tmp_path / d).model.hidden(TOKENS) for d in ("ours", "scorer")]
+        assert (scorer.hidden(TOKENS) - hidden[0]).abs().max() <= 1e-5
+        assert (hidden[1] - hidden[0]).abs().max() <= 1e-5
     # merged
     merged = weights.open(tmp_path / "ours", merge=True)
     weights.save_model(merged.model, tmp_path / "merged", like=base, tok=merged.tok)
@@ -411,6 +419,15 @@ def test_a_stage_goes_on_with_an_adapter(stage, adapter, started, tmp_path):
     with torch.no_grad():
         hidden = [model.hidden(TOKENS) for model in models]
     assert (hidden[0] - hidden[1]).abs().max() <= 1e-5
+
+
+def test_a_stopped_run_goes_on_with_the_adapter(started, tmp_path, monkeypatch):
+    whole = go_on(started, "dpo", tmp_path / "whole", "steps=4")
+    with monkeypatch.context() as patch:
+        tiny.stop_before(patch, 2)
+        go_on(started, "dpo", tmp_path / "parts", "steps=4")
+    parts = go_on(started, "dpo", tmp_path / "parts", "steps=4")
+    assert tiny.same_tensors(whole, parts, "adapter_model")
 
 
 def test_the_reference_is_the_adapter_as_it_was(started, tmp_path):
