@@ -8,13 +8,11 @@ set -euo pipefail
 cd "$(dirname "$0")"
 part=${1:-all}
 
-venv=${NANOINSTRUCT_VENV:-.venv}
-if [ ! -x "$venv/bin/python" ]; then
-    "$(command -v python3.11 || command -v python3)" -m venv "$venv"
-fi
-python=$venv/bin/python
+source venv.sh
+make_venv "${NANOINSTRUCT_VENV:-.venv}"
 "$python" -c "import torch, datasets, sentencepiece, tiktoken, tensorboard" 2>/dev/null || {
     echo "installing into $venv"
+    need_pip
     "$python" -m pip install -q torch==2.13.0
     "$python" -m pip install -q torch==2.13.0 -r requirements.txt
 }

@@ -20,7 +20,7 @@ Source: Rafailov et al. 2023 (arXiv:2305.18290).
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -31,25 +31,35 @@ from nano import batches, config, estimate, files, generate, losses, optim, runt
 from nano.config import (
     Every,
     Fraction,
+    Full,
+    LoRA,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Seed,
     UnitFloat,
     UserError,
+    With,
+    Without,
 )
 from nano.run import Run
+
+# annotation of label_smoothing
+Smoothing = Annotated[
+    float, ("0 or more and below 0.5", lambda x: 0 <= x < 0.5), With("loss", "sigmoid")
+]
 
 
 @dataclass
 class Config:
     # what
-    model: str = "models/smollm2"  # a directory, or an adapter's; the reference too
-    base: str | None = None  # for an adapter in model=: the model to put it on
-    data: tuple[str, ...] = ("data/dpo",)  # prepared folders of groups
+    model: PathText = "models/smollm2"  # a directory, or an adapter's; the reference too
+    base: PathText | None = None  # for an adapter in model=: the model to put it on
+    data: tuple[PathText, ...] = ("data/dpo",)  # prepared folders of groups
     sizes: tuple[str, ...] = ()  # of each folder: all, a number of groups or a share; []: all
-    out: str = "out/dpo"  # run folder
+    out: PathText = "out/dpo"  # run folder
     # how long
     epochs: NonNegativeFloat = 1.0  # 0: evaluate once and save nothing
     steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes
@@ -59,19 +69,19 @@ class Config:
     # the loss
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO, or IPO
     beta: PositiveFloat = 0.1  # pull to the reference; IPO: the target difference is 1 / (2 beta)
-    label_smoothing: float = 0.0  # share of pairs taken to be ranked wrongly (cDPO); sigmoid only
+    label_smoothing: Smoothing = 0.0  # share of pairs taken to be ranked wrongly (cDPO)
     nll_weight: NonNegativeFloat = 0.0  # of the next-token loss on the best completions
     # what is trained
-    train: Literal["all", "attention", "qv"] = "all"  # which of the model's own weights
-    freeze_layers: NonNegativeInt = 0  # freeze the embeddings and the first N layers
+    train: Full[Literal["all", "attention", "qv"]] = "all"  # which of the model's own weights
+    freeze_layers: Full[NonNegativeInt] = 0  # freeze the embeddings and the first N layers
     lora_rank: NonNegativeInt = 0  # 0: train the weights themselves
-    lora_alpha: PositiveFloat = 32.0  # the adapter's update is scaled by alpha / rank
-    lora_dropout: Fraction = 0.0  # of an adapter's input
-    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes; all-linear: not the head
-    lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
+    lora_alpha: LoRA[PositiveFloat] = 32.0  # the adapter's update is scaled by alpha / rank
+    lora_dropout: LoRA[Fraction] = 0.0  # of an adapter's input
+    lora_targets: LoRA[tuple[str, ...]] = ("all-linear",)  # suffixes; all-linear: not the head
+    lora_rslora: LoRA[bool] = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # optimizer
     lr: NonNegativeFloat = 5e-6  # the highest learning rate
-    min_lr: NonNegativeFloat = 0.0  # the learning rate at the end
+    min_lr: Annotated[NonNegativeFloat, Without("schedule", "constant")] = 0.0  # the last one
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
     warmup_ratio: UnitFloat = 0.1  # of all steps
     warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
@@ -80,7 +90,7 @@ class Config:
     beta2: Fraction = 0.999  # AdamW: decay of the mean square
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # auto, cpu, cuda or xla
+    device: str = "auto"  # auto, cpu, cuda, mps or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallelism)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
@@ -90,7 +100,7 @@ class Config:
     offload: bool = False  # fsdp, zero2, hsdp: keep weights and optimizer in CPU memory
     # bookkeeping
     seed: Seed = 0  # of everything random
-    resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
+    resume: Literal["auto", "true", "false", "anyway"] = "auto"  # anyway: on other data too
     eval_every: Every = 0  # steps; 0: once an epoch, -1: never. Needs a validation split
     save_every: Every = 0  # steps; 0: once an epoch, -1: at the end only
     log_every: NonNegativeInt = 5  # steps; 0: the last step only
@@ -198,18 +208,6 @@ def evaluate(rt, net, val, reference, cfg):
     return summary(rt.all_sum(sums), rt.all_sum(best_tokens), cfg)
 
 
-def fingerprint(model, *settings):
-    """Short hexadecimal name of a model's weights and what else decides its log-probabilities."""
-    scales = [(name, m.scales) for name, m in lora.adapted(model)]
-    if scales:
-        settings += (scales,)
-    digest = hashlib.sha256(repr(settings).encode())
-    for name, p in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(p.detach().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
 def reference_logprobs(rt, net, rows, path):
     """`completion_logprobs` of all completions, (N,) float32, under the model as it is,
     memory-mapped.
@@ -282,15 +280,6 @@ def main(cfg):
     # holds a state to continue from, and where the log and the models go.
     rt = runtime.start(cfg)
     run = Run("dpo", cfg, rt)
-    if not 0 <= cfg.label_smoothing < 0.5 or cfg.loss == "ipo" and cfg.label_smoothing:
-        raise UserError(
-            f"label_smoothing={cfg.label_smoothing} must be in [0, 0.5), and 0 with loss=ipo"
-        )
-    if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
-        raise UserError(
-            "train= and freeze_layers= choose among the model's own weights: "
-            "with lora_rank= use lora_targets="
-        )
 
     # ---- model
     # With lora_rank= an adapter in model= is trained further, and without it merged into its base.
@@ -321,22 +310,20 @@ def main(cfg):
     val = batches.Groups(val_rows, cfg.batch_size, **layout) if val_rows else None
     longest = max(rows.longest for rows in (train, val) if rows)
     batches.check_reach(longest, model.cfg.max_positions, cfg.model)
+    if not val:
+        run.refuse_validation("eval_every")
     steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 
     # ---- what is trained
-    # The key names the reference's log-probabilities on disk. It is taken of the model's own
-    # weights, so it comes before an adapter changes the parameters' names.
-    val_key = val_rows and val_rows.fingerprint()
-    settings = rt.dtype, cfg.max_length, rows.fingerprint(), val_key
-    key = fingerprint(model, model.cfg, *settings)
-    started = run.resumes and run.saved_meta().get("reference")
-    # the key of older runs left the configuration out
-    if started and started not in (key, fingerprint(model, *settings)):
-        raise UserError(
-            f"{run.out} was trained from another model or on other data: "
-            "give the run's own, or resume=false"
-        )
+    # A state is only continued from the model and the data that it was made from. The key names the
+    # reference's log-probabilities on disk, so it holds all that decides them. Both are taken of
+    # the model's own weights, before an adapter changes the parameters' names.
+    validation = val_rows.fingerprint() if val_rows else None
+    made_from = run.identify(model.named_parameters(), rows.fingerprint(), validation)
+    scales = [(name, layer.scales) for name, layer in lora.adapted(model)]
+    settings = repr((sorted(made_from.items()), model.cfg, rt.dtype, cfg.max_length, scales))
+    key = hashlib.sha256(settings.encode()).hexdigest()[:16]
     if cfg.lora_rank:
         weights.add_adapter(model, cfg)
     else:
@@ -358,7 +345,7 @@ def main(cfg):
     paths = {split: run.out / f"reference.{split}.{key}.bin" for split in ("train", "val")}
     reference = reference_logprobs(rt, net, train, paths["train"])
     val_reference = reference_logprobs(rt, net, val, paths["val"]) if val else None
-    run.meta = dict(reference=key, warned=False)
+    run.meta = dict(warned=False)
     adapter = "default" if cfg.lora_rank else None
     run.attach(model, trained, dict(adamw=optimizer), tok, opened.base, adapter)
     if rt.is_main:

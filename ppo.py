@@ -21,7 +21,7 @@ import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -44,26 +44,38 @@ from nano import (
 from nano.config import (
     Every,
     Fraction,
+    Full,
+    LoRA,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Seed,
+    Temperature,
     UnitFloat,
     UserError,
+    With,
+    Without,
 )
 from nano.run import Run
+
+# annotations of keys that have an effect only with a critic, a KL penalty or adaptive KL
+T = TypeVar("T")
+Critic = Annotated[T, With("advantage", "gae")]
+Penalised = Annotated[T, Without("kl_in", "none"), With("kl_coef")]
+Adaptive = Annotated[T, With("kl_control", "adaptive")]
 
 
 @dataclass
 class Config:
     # what
-    model: str = "out/sft/last"  # the policy to start from, and the reference to stay near
-    base: str | None = None  # for adapters in model= and reward=: the model to put them on
-    reward: str = "out/reward/last"  # score model or adapter, or file.py:function
-    gold: str = ""  # file.py:function that is only logged: the true reward, when there is one
-    data: tuple[str, ...] = ("data/preferences",)  # prepared folders, for their prompts
-    out: str = "out/ppo"  # run folder
+    model: PathText = "out/sft/last"  # the policy to start from, and the reference to stay near
+    base: PathText | None = None  # for adapters in model= and reward=: the model to put them on
+    reward: PathText = "out/reward/last"  # score model or adapter, or file.py:function
+    gold: PathText = ""  # file.py:function that is only logged: the true reward, when there is one
+    data: tuple[PathText, ...] = ("data/preferences",)  # prepared folders, for their prompts
+    out: PathText = "out/ppo"  # run folder
     # rollouts
     steps: NonNegativeInt = 100  # iterations of rollout and update
     batch_size: PositiveInt = 64  # episodes of one iteration, over all ranks
@@ -71,25 +83,25 @@ class Config:
     rollout_batch: PositiveInt = 32  # responses that one device generates at the same time
     max_prompt: PositiveInt = 256  # longer prompts are left out
     max_new_tokens: PositiveInt = 128  # of a response
-    temperature: NonNegativeFloat = 1.0  # of sampling, and of all log-probabilities
+    temperature: Temperature = 1.0  # of sampling, and of all log-probabilities
     # reward
     missing_eos_penalty: float = 1.0  # off the score of a response that did not end
     truncate_at: tuple[str, ...] = ()  # a response ends behind the first of these strings
-    truncate_penalty: float = 1.0  # off the score of such a response, in place of the other penalty
+    truncate_penalty: Annotated[float, With("truncate_at")] = 1.0  # instead of the other one
     score_clip: NonNegativeFloat = 0.0  # scores are clipped to +- this; 0: off
     kl_in: Literal["reward", "loss", "none"] = "reward"  # what the KL is added to; loss: as in GRPO
-    kl_coef: NonNegativeFloat = 0.05  # price of a nat of KL(policy, reference)
-    kl_control: Literal["fixed", "adaptive"] = "fixed"  # adaptive: steer to kl_target
-    kl_target: PositiveFloat = 6.0  # nats a response
-    kl_horizon: PositiveInt = 10_000  # episodes over which the adaptive controller acts
+    kl_coef: Annotated[NonNegativeFloat, Without("kl_in", "none")] = 0.05  # price of a nat
+    kl_control: Penalised[Literal["fixed", "adaptive"]] = "fixed"
+    kl_target: Adaptive[PositiveFloat] = 6.0  # nats a response that adaptive steers to
+    kl_horizon: Adaptive[PositiveInt] = 10_000  # episodes over which the adaptive controller acts
     log_kl: bool = False  # log the KL also with kl_coef=0 or kl_in=none, which need no reference
     # advantage
     # gae: over a critic's prediction; group, group_std, rloo: over samples of the same prompt
     advantage: Literal["gae", "group", "group_std", "rloo"] = "gae"
-    gamma: UnitFloat = 1.0  # discount, of gae
-    lam: UnitFloat = 0.95  # of gae
-    whiten_advantages: bool = True  # of gae: mean 0 and variance 1 over all actions
-    whiten_rewards: bool = False  # of gae: rewards of variance 1; reported to be harmful
+    gamma: Critic[UnitFloat] = 1.0  # discount
+    lam: Critic[UnitFloat] = 0.95  # bias against variance
+    whiten_advantages: Critic[bool] = True  # mean 0 and variance 1 over all actions
+    whiten_rewards: Critic[bool] = False  # rewards of variance 1; reported to be harmful
     # update
     ppo_epochs: PositiveInt = 4  # passes over an iteration's episodes
     minibatches: PositiveInt = 1  # optimizer steps of one pass
@@ -99,26 +111,28 @@ class Config:
     loss_mean: Literal["tokens", "samples", "constant"] = "tokens"
     clip: NonNegativeFloat = 0.2  # of the probability ratio
     clip_high: NonNegativeFloat = 0.0  # of the ratio above 1; 0: the same as clip
-    value_clip: NonNegativeFloat = 0.2  # of the distance from the old value; 0: off
+    value_clip: Critic[NonNegativeFloat] = 0.2  # of the distance from the old value; 0: off
     entropy_coef: float = 0.0  # bonus for a nat of entropy
     target_kl: NonNegativeFloat = 0.0  # KL(old, new) a token that ends the passes; 0: off
-    value_warmup: NonNegativeInt = 0  # iterations that train the critic alone
-    ptx_data: tuple[str, ...] = ()  # prepared folders whose next-token loss is mixed in
-    ptx_coef: NonNegativeFloat = 0.0  # its weight
-    ptx_batch: PositiveInt = 8  # packed rows of it in an optimizer step
+    value_warmup: Critic[NonNegativeInt] = 0  # iterations that train the critic alone
+    ptx_data: Annotated[
+        tuple[PathText, ...], With("ptx_coef")
+    ] = ()  # folders for a next-token loss
+    ptx_coef: Annotated[NonNegativeFloat, With("ptx_data")] = 0.0  # its weight
+    ptx_batch: Annotated[PositiveInt, With("ptx_data")] = 8  # packed rows a step
     # what is trained
-    train: Literal["all", "attention", "qv"] = "all"  # which of the model's own weights
-    freeze_layers: NonNegativeInt = 0  # the embeddings and the first N layers stay as they are
+    train: Full[Literal["all", "attention", "qv"]] = "all"  # which of the model's own weights
+    freeze_layers: Full[NonNegativeInt] = 0  # freeze the embeddings and the first N layers
     lora_rank: NonNegativeInt = 0  # 0: full models; otherwise one frozen trunk with adapters
-    lora_alpha: PositiveFloat = 32.0
+    lora_alpha: LoRA[PositiveFloat] = 32.0
     # suffixes of layer names; all-linear: all but the head
-    lora_targets: tuple[str, ...] = ("all-linear",)
-    lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
+    lora_targets: LoRA[tuple[str, ...]] = ("all-linear",)
+    lora_rslora: LoRA[bool] = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # no lora_dropout: the ratio compares two forwards, which must drop nothing
     # optimizer
     lr: NonNegativeFloat = 1e-6  # of the policy
-    value_lr: NonNegativeFloat = 5e-6  # of the critic
-    min_lr: NonNegativeFloat = 0.0
+    value_lr: Critic[NonNegativeFloat] = 5e-6  # of the critic
+    min_lr: Annotated[NonNegativeFloat, Without("schedule", "constant")] = 0.0
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
     warmup_ratio: UnitFloat = 0.0  # of all steps
     warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
@@ -128,7 +142,7 @@ class Config:
     adam_eps: NonNegativeFloat = 1e-5
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # auto, cpu, cuda or xla
+    device: str = "auto"  # auto, cpu, cuda, mps or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallel)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
@@ -140,7 +154,7 @@ class Config:
     offload: bool = False
     # bookkeeping
     seed: Seed = 0
-    resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
+    resume: Literal["auto", "true", "false", "anyway"] = "auto"  # anyway: on other data too
     save_every: Every = 20  # steps; 0: one pass over the prompts, -1: at the end
     log_every: NonNegativeInt = 1  # steps; 0: the last step only
     sample_every: Every = 10  # steps; 0: one pass over the prompts, -1: never
@@ -434,7 +448,7 @@ def check_scorer(cfg, tok):
             "file.py:function"
         )
     other = tokenizer.load(dir, base=base_for(cfg, dir))
-    if other.fingerprint != tok.fingerprint:
+    if other.identity != tok.identity:
         raise UserError(
             f"reward={dir} has another tokenizer than the policy: its tokens would mean something "
             "else there"
@@ -588,45 +602,27 @@ def check(cfg, rt):
             f"batch_size={cfg.batch_size} gives a rank {share} episodes of a minibatch, which "
             f"must be a multiple of group={cfg.group}"
         )
-    if not cfg.has_critic:
-        if cfg.group < 2:
-            raise UserError(
-                f"group={cfg.group} with advantage={cfg.advantage} (which algo=grpo and rloo set "
-                "too): it compares the samples of one prompt, so give group=2 or more"
-            )
-        if cfg.value_warmup:
-            raise UserError(
-                f"value_warmup={cfg.value_warmup} trains a critic, which advantage={cfg.advantage} "
-                "does not have: leave it out"
-            )
-        if cfg.whiten_rewards:
-            raise UserError(
-                f"whiten_rewards=true scales the rewards of single actions, which "
-                f"advantage={cfg.advantage} does not have: leave it out"
-            )
-    if cfg.kl_in == "none" and cfg.kl_coef not in (0, Config.kl_coef):
+    if not cfg.has_critic and cfg.group < 2:
         raise UserError(
-            f"kl_coef={cfg.kl_coef} has no effect with kl_in=none: leave one of them out"
+            f"group={cfg.group} with advantage={cfg.advantage} (which algo=grpo and rloo set "
+            "too): it compares the samples of one prompt, so give group=2 or more"
         )
-    if cfg.kl_control == "adaptive" and not cfg.has_kl:
+    if cfg.kl_control == "adaptive" and cfg.kl_horizon <= cfg.batch_size / 5:
         raise UserError(
-            f"kl_control=adaptive starts from kl_coef= above 0 with kl_in=reward or loss, not from "
-            f"kl_coef={cfg.kl_coef} with kl_in={cfg.kl_in}"
+            f"kl_horizon={cfg.kl_horizon} must be above a fifth of batch_size={cfg.batch_size}: "
+            "one iteration could take the adaptive coefficient of the KL to 0 or below"
         )
+    if not all(cfg.truncate_at):
+        raise UserError("truncate_at= holds an empty string, which would end each response at once")
     if cfg.temperature <= 0:
         raise UserError(f"temperature={cfg.temperature}: must be above 0, where samples differ")
-    if bool(cfg.ptx_coef) != bool(cfg.ptx_data):
-        raise UserError("ptx_data= and ptx_coef= go together: give both or neither")
-    rows = min(micro_batch, cfg.ptx_batch // rt.world)
-    if cfg.ptx_coef and (rows < 1 or cfg.ptx_batch % (rows * rt.world)):
+    rows = cfg.ptx_batch // rt.world
+    if cfg.ptx_coef and cfg.ptx_batch % rt.world:
+        raise UserError(f"ptx_batch={cfg.ptx_batch} must be a multiple of the {rt.world} ranks")
+    if cfg.ptx_coef and rows > micro_batch and rows % micro_batch:
         raise UserError(
-            f"ptx_batch={cfg.ptx_batch} must be a multiple of micro_batch={cfg.micro_batch} x "
-            f"{rt.world} ranks, or one row for each rank and less than that"
-        )
-    if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
-        raise UserError(
-            "train= and freeze_layers= choose among the model's own weights: with lora_rank= use "
-            "lora_targets="
+            f"ptx_batch={cfg.ptx_batch} gives a rank {rows} rows, which must be a multiple of the "
+            f"{micro_batch} of a forward (micro_batch=), or fewer"
         )
     if cfg.offload and cfg.lora_rank and rt.weight_shards == 1:
         raise UserError(
@@ -687,13 +683,16 @@ def pick(prompts, position, seed):
 
 
 def cut_at(strings, tok, tokens):
-    """(tokens up to the one that completes the first of `strings`, whether there was one)."""
-    if not any(s in tok.decode(tokens) for s in strings):
+    """(tokens up to the one that completes the first of `strings`, whether there was one). A string
+    may name a control token."""
+
+    def complete(n):
+        text = tok.decode(tokens[:n], skip_special=False)
+        return any(s in text for s in strings)
+
+    if not complete(len(tokens)):
         return tokens, False
-    n = 1
-    while not any(s in tok.decode(tokens[:n]) for s in strings):
-        n += 1
-    return tokens[:n], True
+    return tokens[: next(n for n in range(1, len(tokens) + 1) if complete(n))], True
 
 
 # A forward gives a number for each of M positions, the algorithm wants a matrix (N, R). Both hold
@@ -860,6 +859,7 @@ def main(cfg):
             cfg.ptx_batch,
             min(micro_batch, cfg.ptx_batch // rt.world),
             cfg.max_prompt + cfg.max_new_tokens,
+            length_key="max_prompt + max_new_tokens",
             seed=cfg.seed,
             rank=rt.rank,
             world=rt.world,
@@ -873,6 +873,17 @@ def main(cfg):
     check_reach(cfg, policy, scorer, max(map(len, all_prompts)))
     if ptx:
         batches.check_reach(ptx.longest, policy.model.cfg.max_positions, cfg.model)
+
+    # A state is only continued from the models and the data that it was made from. New adapters and
+    # heads are drawn anew by each start, so they do not count.
+    params = [
+        (name, p)
+        for role in (policy, scorer)
+        for name, p in (role.model.named_parameters() if role else ())
+        if not name.endswith((".policy", ".value")) and not name.startswith("value_head.")
+    ]
+    stores = [store.Store(dir) for dir in (*cfg.data, *cfg.ptx_data)]
+    run.identify(params, store.fingerprint(stores))
     roles = [role for role in (policy, reference, scorer, critic) if role]
     models = {id(role.model): role.model for role in roles}.values()
     if cfg.compile:

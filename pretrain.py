@@ -9,7 +9,7 @@ global number.
 
     # a CPU or one GPU; two corpora and Muon; a model directory, continued
     python pretrain.py size=toy data=data/web max_length=256 batch_size=16
-    python pretrain.py data=[data/web,data/code] weights=[0.7,0.3] optimizer=muon compile=true
+    python pretrain.py 'data=[data/web,data/code]' 'weights=[0.7,0.3]' optimizer=muon compile=true
     python pretrain.py model=models/smollm2 data=data/books lr=1e-4 min_lr=1e-5
 
     # 8 GPUs; pairs of them that share each layer; 4 nodes
@@ -26,7 +26,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
 import torch
 
@@ -49,31 +49,37 @@ from nano.config import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Seed,
+    Temperature,
     UnitFloat,
     UserError,
+    Without,
 )
 from nano.run import Run
+
+# annotation of keys that have no effect when model= brings a shape and a tokenizer of its own
+Fresh = Annotated[TypeVar("T"), Without("model")]
 
 
 @dataclass
 class Config:
     # what
-    data: tuple[str, ...] = ("data/web",)  # prepared folders
+    data: tuple[PathText, ...] = ("data/web",)  # prepared folders
     weights: tuple[float, ...] = ()  # shares of the folders; []: every window once an epoch
-    tokenizer: str = ""  # directory; "": the model's, or else DATA/tokenizer of the first folder
-    out: str = "out/pretrain"  # run folder
+    tokenizer: Fresh[PathText] = ""  # directory; "": DATA/tokenizer of the first folder
+    out: PathText = "out/pretrain"  # run folder
     # the model
-    model: str = ""  # model directory to continue from; "": from scratch, of the `size`
-    size: Literal["toy", "15m", "124m", "350m", "1b", "3b", "7b"] = "124m"
-    n_layers: NonNegativeInt = 0  # this and the next four: 0 is that of the size
-    dim: NonNegativeInt = 0
-    n_heads: NonNegativeInt = 0
-    n_kv_heads: NonNegativeInt = 0
-    ffn_dim: NonNegativeInt = 0
-    rope_theta: PositiveFloat = 10000.0
+    model: PathText = ""  # model directory to continue from; "": from scratch, of the `size`
+    size: Fresh[Literal["toy", "15m", "124m", "350m", "1b", "3b", "7b"]] = "124m"
+    n_layers: Fresh[NonNegativeInt] = 0  # this and the next four: 0 is that of the size
+    dim: Fresh[NonNegativeInt] = 0
+    n_heads: Fresh[NonNegativeInt] = 0
+    n_kv_heads: Fresh[NonNegativeInt] = 0
+    ffn_dim: Fresh[NonNegativeInt] = 0
+    rope_theta: Fresh[PositiveFloat] = 10000.0
     # how long
     epochs: NonNegativeFloat = 1.0  # 0: evaluate once and save nothing
     steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes
@@ -84,7 +90,7 @@ class Config:
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for hidden matrices
     lr: NonNegativeFloat = 6e-4  # the highest learning rate
-    min_lr: NonNegativeFloat = 6e-5  # the learning rate at the end
+    min_lr: Annotated[NonNegativeFloat, Without("schedule", "constant")] = 6e-5  # the last one
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_ratio: UnitFloat = 0.02  # of all steps
     warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
@@ -93,7 +99,7 @@ class Config:
     beta2: Fraction = 0.95  # AdamW: decay of the mean square
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # auto, cpu, cuda or xla
+    device: str = "auto"  # auto, cpu, cuda, mps or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallelism)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
@@ -103,7 +109,7 @@ class Config:
     offload: bool = False  # fsdp, zero2, hsdp: keep weights and optimizer in CPU memory
     # bookkeeping
     seed: Seed = 0  # of everything random
-    resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
+    resume: Literal["auto", "true", "false", "anyway"] = "auto"  # anyway: on other data too
     eval_every: Every = 250  # steps; 0: once an epoch, -1: never. Needs a validation split
     eval_windows: NonNegativeInt = 1000  # of the validation split, the same each time; 0: all
     save_every: Every = 1000  # steps; 0: once an epoch, -1: at the end only
@@ -111,7 +117,7 @@ class Config:
     sample_every: Every = 0  # steps; 0: once an epoch, -1: never
     prompts: tuple[str, ...] = ()  # texts to go on from; []: the starts of two documents
     sample_tokens: NonNegativeInt = 64  # 0: no samples
-    temperature: NonNegativeFloat = 0.8  # of the samples
+    temperature: Temperature = 0.8  # of the samples
 
 
 # name: layers, dim, heads, key/value heads, ffn, tied embeddings. The name counts the parameters
@@ -126,10 +132,6 @@ SIZES = {
     "3b": (28, 3072, 24, 8, 8192, True),
     "7b": (32, 4096, 32, 32, 11008, False),
 }
-
-
-# the keys that have no effect when model= brings a shape and a tokenizer of its own
-SHAPE = {"tokenizer", "size", "n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "rope_theta"}
 
 
 def model_config(cfg, vocab_size):
@@ -243,18 +245,13 @@ def main(cfg):
     # holds a state to continue from, and where the log and the models go.
     rt = runtime.start(cfg)
     run = Run("pretrain", cfg, rt)
-    if cfg.model and (
-        ignored := [pair for pair in config.diff(cfg) if pair.split("=")[0] in SHAPE]
-    ):
-        raise UserError(
-            f"model={cfg.model} has a shape and a tokenizer of its own: "
-            f"leave out {', '.join(ignored)}"
-        )
 
     # ---- data
     # A store is one long array of tokens on disk, memory-mapped. A window is max_length of them.
     # Which windows a step takes is a function of the seed and the step's number alone, so a resume
     # needs no data position.
+    if not cfg.data:
+        raise UserError("data= names no folder: give at least one")
     metas = [store.read_meta(dir) for dir in cfg.data]
     base = cfg.model or cfg.tokenizer or Path(cfg.data[0]) / "tokenizer"
     if not Path(base).is_dir() and not cfg.model and not cfg.tokenizer:
@@ -278,7 +275,9 @@ def main(cfg):
     steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
     val = None
-    if val_stores:
+    if not val_stores:
+        run.refuse_validation("eval_every", "eval_windows")
+    else:
         val = batches.Windows(val_stores, layout["micro_batch"] * rt.world, **layout)
         eval_steps = -(-cfg.eval_windows // val.batch_size) or val.steps_per_epoch
         eval_steps = min(eval_steps, val.steps_per_epoch)
@@ -295,6 +294,11 @@ def main(cfg):
         run.model_keys = dict(
             bos_token_id=tok.bos_id, eos_token_id=tok.eos_id, pad_token_id=tok.pad_id
         )
+
+    # A state is only continued from the model and the data that it was made from.
+    params = model.named_parameters() if cfg.model else ()
+    validation = store.fingerprint(val_stores) if val_stores else None
+    run.identify(params, store.fingerprint(stores), validation)
 
     # ---- optimizer, resume
     # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it

@@ -19,7 +19,7 @@ Source: Ouyang et al. 2022 (arXiv:2203.02155).
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -29,13 +29,18 @@ from nano import batches, config, estimate, generate, optim, runtime, store, wei
 from nano.config import (
     Every,
     Fraction,
+    Full,
+    LoRA,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Seed,
     UnitFloat,
     UserError,
+    With,
+    Without,
 )
 from nano.run import Run
 
@@ -43,11 +48,11 @@ from nano.run import Run
 @dataclass
 class Config:
     # what
-    model: str = "models/smollm2"  # the SFT model: a directory, or an adapter's
-    base: str | None = None  # for an adapter in model=: the model to put it on
-    data: tuple[str, ...] = ("data/hh",)  # prepared folders of groups
+    model: PathText = "models/smollm2"  # the SFT model: a directory, or an adapter's
+    base: PathText | None = None  # for an adapter in model=: the model to put it on
+    data: tuple[PathText, ...] = ("data/hh",)  # prepared folders of groups
     sizes: tuple[str, ...] = ()  # of each folder: all, a number of groups or a share; []: all
-    out: str = "out/reward"  # run folder
+    out: PathText = "out/reward"  # run folder
     # how long
     epochs: NonNegativeFloat = 1.0  # 0: evaluate once and save nothing
     steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes
@@ -58,20 +63,20 @@ class Config:
     margin: float = 0.0  # by which the better score is to lead
     centring: NonNegativeFloat = 0.0  # weight of (s_i + s_j)^2; 0.01 holds scores near 0
     # what is trained, beside the score head
-    train: Literal["all", "attention", "qv"] = "all"  # which of the model's own weights
-    freeze_layers: NonNegativeInt = 0  # freeze the embeddings and the first N layers
+    train: Full[Literal["all", "attention", "qv"]] = "all"  # which of the model's own weights
+    freeze_layers: Full[NonNegativeInt] = 0  # freeze the embeddings and the first N layers
     lora_rank: NonNegativeInt = 0  # 0: train the weights themselves
-    lora_alpha: PositiveFloat = 32.0  # the adapter's update is scaled by alpha / rank
-    lora_dropout: Fraction = 0.0  # of an adapter's input
-    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes; all-linear: not the head
-    lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
+    lora_alpha: LoRA[PositiveFloat] = 32.0  # the adapter's update is scaled by alpha / rank
+    lora_dropout: LoRA[Fraction] = 0.0  # of an adapter's input
+    lora_targets: LoRA[tuple[str, ...]] = ("all-linear",)  # suffixes; all-linear: not the head
+    lora_rslora: LoRA[bool] = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # gain and bias
-    policy: str = ""  # the model whose own samples score 0 +- 1; empty: `model`
+    policy: Annotated[PathText, With("norm_samples")] = ""  # whose samples score 0 +- 1; "": model=
     norm_samples: NonNegativeInt = 256  # samples of it; 0: leave scores as they are
-    norm_tokens: PositiveInt = 128  # tokens of a sample
+    norm_tokens: Annotated[PositiveInt, With("norm_samples")] = 128  # tokens of a sample
     # optimizer
     lr: NonNegativeFloat = 2e-5  # the highest learning rate
-    min_lr: NonNegativeFloat = 0.0  # the learning rate at the end
+    min_lr: Annotated[NonNegativeFloat, Without("schedule", "constant")] = 0.0  # the last one
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_ratio: UnitFloat = 0.03  # of all steps
     warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
@@ -80,7 +85,7 @@ class Config:
     beta2: Fraction = 0.999  # AdamW: decay of the mean square
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # auto, cpu, cuda or xla
+    device: str = "auto"  # auto, cpu, cuda, mps or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallelism)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
@@ -90,7 +95,7 @@ class Config:
     offload: bool = False  # fsdp, zero2, hsdp: keep weights and optimizer in CPU memory
     # bookkeeping
     seed: Seed = 0  # of everything random
-    resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
+    resume: Literal["auto", "true", "false", "anyway"] = "auto"  # anyway: on other data too
     eval_every: Every = 0  # steps; 0: once an epoch, -1: never. Needs a validation split
     save_every: Every = 0  # steps; 0: once an epoch, -1: at the end only
     log_every: NonNegativeInt = 10  # steps; 0: the last step only
@@ -175,7 +180,7 @@ def draw_samples(rt, cfg, rows, tok, reach):
         raise UserError(
             f"{source} is no language model: name one with policy=, or set norm_samples=0"
         )
-    if opened.tok.fingerprint != tok.fingerprint:
+    if opened.tok.identity != tok.identity:
         raise UserError(
             f"policy={source} has another tokenizer than model={cfg.model}: "
             "their scores cannot be matched"
@@ -252,11 +257,6 @@ def main(cfg):
     # holds a state to continue from, and where the log and the models go.
     rt = runtime.start(cfg)
     run = Run("reward", cfg, rt)
-    if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
-        raise UserError(
-            "train= and freeze_layers= choose among the model's own weights: "
-            "with lora_rank= use lora_targets="
-        )
 
     # ---- model
     # The language model loses its output matrix and gets a head with one number a token. The head
@@ -269,11 +269,6 @@ def main(cfg):
         template=store.chat_template(cfg.data),
     )
     model, tok = opened.model, opened.tok
-    if cfg.lora_rank:
-        weights.add_adapter(model, cfg)
-    else:
-        optim.choose_trained(model, cfg.train, cfg.freeze_layers)
-    model.score.requires_grad_(True)
 
     # ---- data
     # A group is one prompt's completions, best first. It stays together in one packed row, so that
@@ -293,8 +288,22 @@ def main(cfg):
     val = batches.Groups(val_rows, cfg.batch_size, **layout) if val_rows else None
     longest = max(rows.longest for rows in (train, val) if rows)
     batches.check_reach(longest, model.cfg.max_positions, cfg.model)
+    if not val:
+        run.refuse_validation("eval_every")
     steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
+
+    # ---- what is trained
+    # A state is only continued from the model and the data that it was made from. The head is drawn
+    # anew by each start, so it does not count.
+    body = [(name, p) for name, p in model.named_parameters() if not name.startswith("score.")]
+    validation = val_rows.fingerprint() if val_rows else None
+    run.identify(body, rows.fingerprint(), validation)
+    if cfg.lora_rank:
+        weights.add_adapter(model, cfg)
+    else:
+        optim.choose_trained(model, cfg.train, cfg.freeze_layers)
+    model.score.requires_grad_(True)
 
     # The scores of the policy's own samples fix gain and bias, and PPO then gets rewards of mean 0
     # and variance 1. We draw these samples before the optimizer takes its memory, and a resume

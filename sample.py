@@ -1,6 +1,6 @@
 """Talk to a model, complete a prompt, or answer a file of prompts.
 
-    python sample.py model=out/sft/last            # chat; /help lists its commands
+    python sample.py model=out/sft/last            # a chat, where /help lists the commands
     python sample.py model=out/lora/last base=models/smollm2 prompt="Why is the sky blue?"
     python sample.py model=models/smollm2 prompts=prompts.txt out=result.json temperature=0
     python sample.py model=models/base template=plain prompt="Once upon a time"    # completion
@@ -16,10 +16,19 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from nano import config, files, runtime, tokenizer, weights
-from nano.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, Share, UserError
+from nano.config import (
+    NonNegativeInt,
+    PathText,
+    PositiveInt,
+    Seed,
+    Share,
+    Temperature,
+    UserError,
+    With,
+)
 from nano.generate import generate
 
 HELP = """/reset         forget the conversation
@@ -30,25 +39,25 @@ HELP = """/reset         forget the conversation
 @dataclass
 class Config:
     # what
-    model: str = "models/smollm2"  # model or adapter directory
-    base: str | None = None  # for an adapter: the model to put it on
+    model: PathText = "models/smollm2"  # model or adapter directory
+    base: PathText | None = None  # for an adapter: the model to put it on
     prompt: str | None = None  # complete this one and leave
     prompts: Path | None = None  # complete this file and leave
-    out: Path | None = None  # JSON file for the answers to prompts=; none: the terminal
+    out: Annotated[Path | None, With("prompts")] = None  # JSON file; none: the terminal
     echo: bool = False  # outputs repeat the prompt in front
     # how it is laid out
     template: str | None = None  # chat template: none: the model's own; plain: text completion
     system: str | None = None  # system message; the conversations of prompts= bring their own
     # how it is sampled
     max_new_tokens: PositiveInt = 256
-    temperature: NonNegativeFloat = 0.7  # 0: always the likeliest token
-    top_k: NonNegativeInt = 0  # 0: off
-    top_p: Share = 0.95
-    stop: tuple[str, ...] = ()  # strings that end an answer; they are cut off
-    seed: Seed = 0
-    batch_size: PositiveInt = 16  # prompts of a file that are answered together
+    temperature: Temperature = 0.7  # 0: always the likeliest token
+    top_k: Annotated[NonNegativeInt, With("temperature")] = 0  # 0: off
+    top_p: Annotated[Share, With("temperature")] = 0.95
+    stop: tuple[str, ...] = ()  # strings or control tokens that end an answer; cut off
+    seed: Annotated[Seed, With("temperature")] = 0
+    batch_size: Annotated[PositiveInt, With("prompts")] = 16  # answered together
     # device
-    device: str = "auto"  # auto, cpu, cuda or xla
+    device: str = "auto"  # auto, cpu, cuda, mps or xla
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 
 
@@ -84,9 +93,7 @@ class Sampler:
 
     def text(self, ids):
         """(the text of ids up to the first stop string, whether there was one)."""
-        text = self.tok.decode(ids, inside=not self.chats)
-        end = min((text.index(s) for s in self.cfg.stop if s in text), default=None)
-        return text[:end], end is not None
+        return self.tok.decode_until(ids, self.cfg.stop, inside=not self.chats)
 
     def answer(self, prompts, seed, on_text=None):
         """The answers to rendered prompts, as texts.

@@ -15,7 +15,7 @@ loss is a sum over target tokens, divided by their global number.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
@@ -23,13 +23,17 @@ from nano import batches, config, estimate, generate, losses, optim, runtime, st
 from nano.config import (
     Every,
     Fraction,
+    Full,
+    LoRA,
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Seed,
     UnitFloat,
     UserError,
+    Without,
 )
 from nano.run import Run
 
@@ -37,11 +41,11 @@ from nano.run import Run
 @dataclass
 class Config:
     # what
-    model: str = "models/smollm2"  # model directory, or an adapter's
-    base: str | None = None  # for an adapter in model=: the model to put it on
-    data: tuple[str, ...] = ("data/alpaca",)  # prepared folders
+    model: PathText = "models/smollm2"  # model directory, or an adapter's
+    base: PathText | None = None  # for an adapter in model=: the model to put it on
+    data: tuple[PathText, ...] = ("data/alpaca",)  # prepared folders
     sizes: tuple[str, ...] = ()  # of each folder: all, a number of rows or a share; []: all
-    out: str = "out/sft"  # run folder
+    out: PathText = "out/sft"  # run folder
     # how long
     epochs: NonNegativeFloat = 3.0  # 0: evaluate once and save nothing
     steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes
@@ -51,17 +55,17 @@ class Config:
     packing: bool = True  # false: one document a row, rows of similar length together
     over_length: Literal["truncate", "drop"] = "truncate"  # documents over max_length
     # what is trained
-    train: Literal["all", "attention", "qv"] = "all"  # which of the model's own weights
-    freeze_layers: NonNegativeInt = 0  # freeze the embeddings and the first N layers
+    train: Full[Literal["all", "attention", "qv"]] = "all"  # which of the model's own weights
+    freeze_layers: Full[NonNegativeInt] = 0  # freeze the embeddings and the first N layers
     prompt_loss_weight: NonNegativeFloat = 0.0  # of the prompt's tokens (targets: 1)
     lora_rank: NonNegativeInt = 0  # 0: train the weights themselves
-    lora_alpha: PositiveFloat = 32.0  # the adapter's update is scaled by alpha / rank
-    lora_dropout: Fraction = 0.0  # of an adapter's input
-    lora_targets: tuple[str, ...] = ("all-linear",)  # suffixes; all-linear: not the head
-    lora_rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
+    lora_alpha: LoRA[PositiveFloat] = 32.0  # the adapter's update is scaled by alpha / rank
+    lora_dropout: LoRA[Fraction] = 0.0  # of an adapter's input
+    lora_targets: LoRA[tuple[str, ...]] = ("all-linear",)  # suffixes; all-linear: not the head
+    lora_rslora: LoRA[bool] = False  # scale alpha / sqrt(rank) instead of alpha / rank
     # optimizer
     lr: NonNegativeFloat = 2e-5  # the highest learning rate
-    min_lr: NonNegativeFloat = 0.0  # the learning rate at the end
+    min_lr: Annotated[NonNegativeFloat, Without("schedule", "constant")] = 0.0  # the last one
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_ratio: UnitFloat = 0.03  # of all steps
     warmup_steps: NonNegativeInt = 0  # if set, instead of warmup_ratio
@@ -70,7 +74,7 @@ class Config:
     beta2: Fraction = 0.999  # AdamW: decay of the mean square
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # device
-    device: str = "auto"  # auto, cpu, cuda or xla
+    device: str = "auto"  # auto, cpu, cuda, mps or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
     tensor: PositiveInt = 1  # neighbouring devices that share each layer (tensor parallelism)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matrix work
@@ -80,7 +84,7 @@ class Config:
     offload: bool = False  # fsdp, zero2, hsdp: keep weights and optimizer in CPU memory
     # bookkeeping
     seed: Seed = 0  # of everything random
-    resume: Literal["auto", "true", "false"] = "auto"  # auto: if there is a state
+    resume: Literal["auto", "true", "false", "anyway"] = "auto"  # anyway: on other data too
     eval_every: Every = 0  # steps; 0: once an epoch, -1: never. Needs a validation split
     save_every: Every = 0  # steps; 0: once an epoch, -1: at the end only
     log_every: NonNegativeInt = 10  # steps; 0: the last step only
@@ -147,16 +151,10 @@ def main(cfg):
     # holds a state to continue from, and where the log and the models go.
     rt = runtime.start(cfg)
     run = Run("sft", cfg, rt)
-    if cfg.lora_rank and (cfg.train != "all" or cfg.freeze_layers):
-        raise UserError(
-            "train= and freeze_layers= choose among the model's own weights: "
-            "with lora_rank= use lora_targets="
-        )
 
     # ---- model
-    # With lora_rank= an adapter in model= is trained further, or a new one is put on the model, and
-    # all of the model's own weights are frozen. Without it an adapter is merged into its base, and
-    # the model's own weights are trained, or the part of them that train= names.
+    # With lora_rank= an adapter in model= is trained further, and without it merged into its base.
+    # What is trained is chosen below.
     opened = weights.open(
         cfg.model,
         cfg.base,
@@ -165,10 +163,6 @@ def main(cfg):
         template=store.chat_template(cfg.data),
     )
     model, tok = opened.model, opened.tok
-    if cfg.lora_rank:
-        weights.add_adapter(model, cfg)
-    else:
-        optim.choose_trained(model, cfg.train, cfg.freeze_layers)
 
     # ---- data
     # Prepared rows of (tokens, mask), memory-mapped. What an optimizer step holds is a function of
@@ -197,8 +191,21 @@ def main(cfg):
     val = batches.Rows(val_rows, layout["micro_batch"] * rt.world, **layout) if val_rows else None
     longest = max(rows.longest for rows in (train, val) if rows)
     batches.check_reach(longest, model.cfg.max_positions, cfg.model)
+    if not val:
+        run.refuse_validation("eval_every", "sample_every")
     steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
+
+    # ---- what is trained
+    # A state is only continued from the model and the data that it was made from. A new adapter
+    # (lora_rank=) freezes all of the model's own weights; without one they are trained, or the part
+    # of them that train= names.
+    validation = val_rows.fingerprint() if val_rows else None
+    run.identify(model.named_parameters(), rows.fingerprint(), validation)
+    if cfg.lora_rank:
+        weights.add_adapter(model, cfg)
+    else:
+        optim.choose_trained(model, cfg.train, cfg.freeze_layers)
 
     # ---- optimizer, resume
     # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it

@@ -8,13 +8,15 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
+source venv.sh
 torch=torch==2.13.0
 venv=${NANOINSTRUCT_VENV:-.venv-test}
 if [ "${1:-}" = xla ]; then
     shift
     venv=${NANOINSTRUCT_VENV:-.venv-xla}
     if [ "$(cat "$venv/requirements.txt" 2>/dev/null)" != "$(cat requirements-xla.txt requirements.txt)" ]; then
-        "$(command -v python3.11 || command -v python3)" -m venv "$venv"
+        make_venv "$venv"
+        need_pip
         "$venv/bin/python" -m pip install -q -r requirements-xla.txt pytest
         cat requirements-xla.txt requirements.txt > "$venv/requirements.txt"
     fi
@@ -24,8 +26,8 @@ stamp=$venv/requirements.txt
 wanted=$(echo $torch | cat - requirements.txt requirements-test.txt)
 
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    python=$(command -v python3.11 || command -v python3)
-    "$python" -m venv "$venv"
+    make_venv "$venv"
+    need_pip
     "$venv/bin/python" -m pip install -q $torch
     "$venv/bin/python" -m pip install -q $torch -r requirements.txt -r requirements-test.txt
     echo "$wanted" > "$stamp"

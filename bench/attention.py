@@ -1,7 +1,7 @@
 """Attention of a packed row on a CPU: model.document_attention beside torch's kernel.
 
     python -m bench.attention
-    python -m bench.attention documents=[500,500,500,500] rounds=30
+    python -m bench.attention 'documents=[500,500,500,500]' rounds=30
 
 torch's kernel runs in the row's dtype and in fp32. A run is the forward and backward of one layer.
 Every side runs once a round, in turn, and the table shows medians. An error is the norm of the
@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+import nano  # noqa: F401  first, because bench/nano.py finds the others
 from model import Extras, document_attention
 from nano import config, runtime
 from nano.config import NonNegativeInt

@@ -15,15 +15,15 @@ import statistics
 from dataclasses import dataclass
 
 from nano import config, weights
-from nano.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
+from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, Temperature
 
 
 @dataclass
 class Config:
-    model: str = "models/smollm2"  # model or adapter directory
-    data: str = "data/bullets/test.jsonl"
+    model: PathText = "models/smollm2"  # model or adapter directory
+    data: PathText = "data/bullets/test.jsonl"
     rows: NonNegativeInt = 100  # the first ones; 0: all
-    temperature: NonNegativeFloat = 1.0
+    temperature: Temperature = 1.0
     max_new_tokens: PositiveInt = 96
     device: str = "auto"
     dtype: str = "auto"

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config, tokenizer
-from nano.config import PositiveInt
+from nano.config import PathText, PositiveInt
 
 
 @dataclass
 class Config:
-    data: str  # JSON array of Alpaca records
-    model: str = "models/smollm2"  # its tokenizer is used
+    data: PathText  # JSON array of Alpaca records
+    model: PathText = "models/smollm2"  # its tokenizer is used
     copies: int = 4  # of the file's records
     max_length: PositiveInt = 512  # of a row
     runs: int = 3  # of each side

@@ -12,13 +12,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from nano import config, weights
-from nano.config import NonNegativeInt, PositiveInt, Seed
+from nano.config import NonNegativeInt, PathText, PositiveInt, Seed
 
 
 @dataclass
 class Config:
-    model: str = "models/smollm2"  # model or adapter directory
-    data: str = "data/toy/test.jsonl"
+    model: PathText = "models/smollm2"  # model or adapter directory
+    data: PathText = "data/toy/test.jsonl"
     rows: NonNegativeInt = 100  # the first ones; 0: all
     max_new_tokens: PositiveInt = 48
     device: str = "auto"

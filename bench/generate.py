@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config, weights
-from nano.config import NonNegativeFloat, PositiveInt, Seed
+from nano.config import PathText, PositiveInt, Seed, Temperature
 
 
 @dataclass
 class Config:
-    model: str = "models/smollm2"  # directory; random-1b: Llama-3.2-1B's shape
+    model: PathText = "models/smollm2"  # directory; random-1b: Llama-3.2-1B's shape
     batch_size: PositiveInt = 16
     prompts: int = 64  # of the unequal case
     prompt: int = 32  # tokens of a prompt
     new: int = 128  # tokens of a sample
-    temperature: NonNegativeFloat = 0.0
+    temperature: Temperature = 0.0
     rounds: int = 3
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     device: str = "cpu"  # cpu, cuda

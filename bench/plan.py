@@ -41,11 +41,19 @@ from typing import Literal
 
 import torch
 
-import lora
+import nano  # noqa: F401  first, because bench/nano.py finds the others
 import pretrain
+from lora import apply as add_adapters
 from model import ModelConfig, Transformer
 from nano import config, estimate, families, log, tensor
-from nano.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
+from nano.config import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    UserError,
+)
 
 # Memory in GB, its bandwidth in GB/s, and the GB/s that a device sends within its node, to other
 # nodes and to the CPU. The makers' data sheets give the first three. The others are assumed: an
@@ -79,7 +87,7 @@ SIZES = {
 @dataclass
 class Config:
     # what
-    model: str = ""  # directory, of which only config.json is read; "": use size
+    model: PathText = ""  # directory, of which only config.json is read; "": use size
     size: str = "8b"  # one of pretrain.py's sizes, or 8b, 70b, 405b
     vocab_size: PositiveInt = 128_256  # with size=
     stage: Literal["pretrain", "sft", "reward", "dpo", "ppo"] = "sft"
@@ -132,7 +140,7 @@ def build(cfg):
         model = Transformer(shape)
         if cfg.lora_rank:
             model.to(getattr(torch, cfg.dtype))
-            lora.apply(model, cfg.lora_rank, 32.0)
+            add_adapters(model, cfg.lora_rank, 32.0)
     return model
 
 

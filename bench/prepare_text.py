@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config
-from nano.config import NonNegativeInt
+from nano.config import NonNegativeInt, PathText
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,12 +33,12 @@ ROOT = Path(__file__).resolve().parent.parent
 @dataclass
 class Config:
     mb: int = 1000  # megabytes of text to make
-    source: str = ""  # your own text instead
+    source: PathText = ""  # your own text instead
     format: Literal["jsonl", "txt"] = "jsonl"
-    tokenizer: str = "train:8000"  # as in prepare/text.py
+    tokenizer: PathText = "train:8000"  # as in prepare/text.py
     kind: str = "sentencepiece"
     workers: NonNegativeInt = 2
-    out: str = "out/bench/text"
+    out: PathText = "out/bench/text"
 
 
 def documents():

@@ -2,7 +2,7 @@
 
     python -m bench.pretrain                                 # ours, with and without compile
     python -m bench.pretrain nanogpt=../nanoGPT rounds=3     # beside a checkout of nanoGPT, in turn
-    python -m bench.pretrain size=1b micro_batch=8 max_length=2048 malloc=[tuned] device=cuda
+    python -m bench.pretrain size=1b micro_batch=8 max_length=2048 'malloc=[tuned]' device=cuda
 
 Both sides take the same tokens (pydoc's topics, prepared by prepare/text.py), layers, width,
 vocabulary, threads and dtype, and both clip and step AdamW. Ours also masks documents from each
@@ -26,14 +26,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nano import config
-from nano.config import NonNegativeInt, PositiveInt
+from nano.config import NonNegativeInt, PathText, PositiveInt
 
 TUNED = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="-1", MALLOC_TOP_PAD_=str(256 << 20))
 
 
 @dataclass
 class Config:
-    nanogpt: str = ""  # a checkout of it; "": ours alone
+    nanogpt: PathText = ""  # a checkout of it; "": ours alone
     size: str = "124m"  # of pretrain.py
     vocab_size: PositiveInt = 50304
     micro_batch: PositiveInt = 4  # windows of a step
@@ -47,7 +47,7 @@ class Config:
     dtype: str = "auto"
     grad_checkpoint: bool = False
     threads: int = 2
-    out: str = "out/bench/pretrain"
+    out: PathText = "out/bench/pretrain"
     side: str = ""  # of a single run: ours or nanogpt
 
 

@@ -1,7 +1,7 @@
 """The whole path on a toy language, from random weights to PPO, and the worth of each stage.
 
     python -m bench.reviews                             # one seed
-    python -m bench.reviews seeds=[0,1,2,3,4]           # medians over seeds, one after another
+    python -m bench.reviews 'seeds=[0,1,2,3,4]'           # medians over seeds, one after another
     python -m bench.reviews svg=bench/reviews.svg       # where the curves of the last seed go
 
 The language is that of `prepare.toy task=reviews`. Runs the stage scripts as a user would, and
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nano import config, weights
-from nano.config import NonNegativeInt
+from nano.config import NonNegativeInt, PathText
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,12 +43,12 @@ LINES = (  # key of the log, dashes, colour, unit
 
 @dataclass
 class Config:
-    out: str = "out/reviews"
+    out: PathText = "out/reviews"
     seeds: tuple[int, ...] = (0,)
     samples: NonNegativeInt = 512  # answers per model
     threads: int = 1  # a model this small is fastest on one
     jobs: int = 2  # of PPO, its control, RLOO and DPO, how many run at a time
-    svg: str = ""  # file of the curves; "": OUT/curves.svg
+    svg: PathText = ""  # file of the curves; "": OUT/curves.svg
 
 
 def commands(root, seed):

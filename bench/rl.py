@@ -22,17 +22,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import nano  # noqa: F401  first, because bench/nano.py finds the others
 from bench.sft import finish, python
 from nano import config
-from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
+from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError
 
 SIDES = ("ours", "trl")
 
 
 @dataclass
 class Config:
-    model: str = "models/smollm2"
-    out: str = "out/bench/rl"  # scratch folder
+    model: PathText = "models/smollm2"
+    out: PathText = "out/bench/rl"  # scratch folder
     batch_size: PositiveInt = 16  # episodes of an iteration
     group: PositiveInt = 8  # samples of a prompt
     micro_batch: PositiveInt = 8  # episodes of one forward of the update

@@ -1,7 +1,7 @@
 """Speed and memory of fine-tuning in bf16, full and LoRA, beside TRL's (bench/sft_trl.py).
 
     python -m bench.sft data=alpaca_en_demo.json                   # sft.py, TRL padded, TRL packed
-    python -m bench.sft data=alpaca_en_demo.json sides=[ours,compiled,trl] steps=40 repeats=1
+    python -m bench.sft data=alpaca_en_demo.json 'sides=[ours,compiled,trl]' steps=40 repeats=1
     python -m bench.sft data=alpaca_en_demo.json device=cuda model=DIR micro_batch=16 trl_batch=80
 
 `data` holds instruction records of a shape that prepare.instructions reads. Every run is a process
@@ -28,16 +28,16 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config
-from nano.config import NonNegativeInt, PositiveInt, UserError
+from nano.config import NonNegativeInt, PathText, PositiveInt, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
 class Config:
-    data: str  # instruction records: JSON or JSONL
-    model: str = "models/smollm2"
-    out: str = "out/bench/sft"  # scratch folder
+    data: PathText  # instruction records: JSON or JSONL
+    model: PathText = "models/smollm2"
+    out: PathText = "out/bench/sft"  # scratch folder
     methods: tuple[Literal["full", "lora"], ...] = ("full", "lora")
     sides: tuple[Literal["ours", "compiled", "trl", "trl-packed"], ...] = (
         "ours",

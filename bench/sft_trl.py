@@ -14,14 +14,14 @@ import time
 from dataclasses import dataclass
 
 from nano import config, store, tokenizer
-from nano.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
+from nano.config import NonNegativeFloat, NonNegativeInt, PathText, PositiveFloat, PositiveInt, Seed
 
 
 @dataclass
 class Config:
-    model: str = "models/smollm2"
-    data: str = "data/alpaca"
-    out: str = "out/bench/trl"
+    model: PathText = "models/smollm2"
+    data: PathText = "data/alpaca"
+    out: PathText = "out/bench/trl"
     epochs: NonNegativeFloat = 3.0
     steps: NonNegativeInt = 0  # stop earlier; 0: after `epochs`
     micro_batch: PositiveInt = 4  # rows of one forward

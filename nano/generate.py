@@ -6,8 +6,12 @@ log-probabilities out.
 
 `batch_size` rows are decoded together, one token a step. A row that ends makes room for the next
 prompt. When none waits, the batch shrinks. So answers of unequal length cost their sum and not
-rows x longest. The sample drawn depends on (seed, sample index) and the model alone, not on its
-neighbours in the batch, the order of refills or the device.
+rows x longest.
+
+The random numbers of a sample depend on (seed, sample index) alone, not on its neighbours in the
+batch, the order of refills or the device. In fp32 the same holds for the tokens that are drawn,
+unless the choice between two of them is a matter of rounding. In bf16 a matrix product rounds
+otherwise in a batch of another shape, so there a sample may differ with the batch and the device.
 """
 
 from collections import deque
@@ -85,6 +89,11 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
 
 
 # ---------------------------------------------------------------------- the model for decoding
+
+
+def has_fast_bf16():
+    """Whether oneDNN has bf16 products for this processor. Builds for Apple silicon lack oneDNN."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class FrozenLinear(nn.Module):
@@ -328,12 +337,11 @@ class Plan:
     def for_device(cls, device, longest):
         """longest: most new tokens of a sample. Copying the weights pays off from 16 on."""
         if device.type == "cpu":
-            able = torch.backends.mkldnn.is_available()
-            able = able and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            return cls("free", 1, pack=able and longest >= 16)
+            return cls("free", 1, pack=has_fast_bf16() and longest >= 16)
         if device.type == "xla":  # compiles each shape
             return cls("fixed", 8)
-        return cls("few", 8, graphs=True, span=256)  # CUDA records each shape
+        graphs = device.type == "cuda"  # which records each shape
+        return cls("few", 8, graphs=graphs, span=256)
 
 
 @dataclass

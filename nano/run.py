@@ -1,6 +1,7 @@
 """The book-keeping of a run: its folder, log, resume, saved models and state, stop and end message.
 
     run = Run("sft", cfg, rt)                                    # refuses a folder that will not do
+    run.identify(model.named_parameters(), data.fingerprint())   # refuses a resume on other data
     run.attach(model, trained, {"adamw": optimizer}, tok, base)  # on a resume, loads the state
     steps = run.total_steps(train.steps_per_epoch)
     for step in run.steps():
@@ -19,10 +20,12 @@
 The stage calls Run, and Run never calls the stage. It takes no function and knows no loss.
 """
 
+import hashlib
 import math
 from pathlib import Path
 
-from nano import files, state, weights
+from nano import config, files, state, weights
+from nano.config import UserError
 from nano.log import Log
 
 SOURCES = ("model", "reward", "policy")  # the keys that name a model from which a run starts
@@ -41,6 +44,7 @@ class Run:
     """
 
     def __init__(self, stage, cfg, rt):
+        config.check(cfg)  # here too, because a notebook calls main(cfg) itself
         self.stage = stage
         self.cfg = cfg
         self.rt = rt
@@ -59,6 +63,50 @@ class Run:
     def saved_meta(self):
         """What the stage kept in run.meta when the state was saved, before anything is loaded."""
         return self.rt.once(files.read_json, self.out / "state" / "state.json").get("meta", {})
+
+    def identify(self, params, data, validation=None):
+        """Says what the run is made from -> the fingerprints of it, {"model", "data",
+        "validation"}.
+
+        params: [(name, parameter)] of the models that it starts from, on the CPU. data, validation:
+        fingerprints of the data. UserError where the state in the folder comes from another model
+        or other data, unless resume=anyway, and where the ranks do not see the same data."""
+        rt = self.rt
+        number = int(hashlib.sha256(f"{data} {validation}".encode()).hexdigest()[:8], 16)
+        if rt.all_sum(float(rt.all_sum(float(number)) != rt.world * number)):
+            raise UserError(
+                "the ranks read different data: put data= on a file system that all nodes see, "
+                "or copy the same folders to each"
+            )
+        # one rank reads the weights and tells the others, in two numbers that a sum keeps exact
+        model = weights.fingerprint(params) if rt.rank == 0 else "0" * 16
+        halves = [rt.all_sum(float(int(model[i : i + 8], 16))) for i in (0, 8)]
+        model = "".join(f"{int(half):08x}" for half in halves)
+        self.made_from = dict(model=model, data=data, validation=validation)
+        if not self.resumes:
+            return self.made_from
+        saved = self.saved_meta().get("made_from")
+        if saved is None:
+            self.tell(
+                f"note: {self.out}/state does not say what it was made from: the model and "
+                "the data of this command are assumed"
+            )
+            return self.made_from
+        names = dict(model="another model", data="other data", validation="other validation data")
+        other = " and ".join(names[key] for key in names if saved[key] != self.made_from[key])
+        if other and self.cfg.resume != "anyway":
+            raise UserError(
+                f"{self.out}/state was made from {other}: give the run's own, start anew with "
+                "resume=false, or go on all the same with resume=anyway"
+            )
+        if other:
+            self.tell(f"note: the run goes on from {other} than before")
+        return self.made_from
+
+    def tell(self, text):
+        """Prints a line before the log is open."""
+        if self.rt.is_main:
+            print(text, flush=True)
 
     def attach(self, model, trained, optimizers, tok, base, adapter=None):
         """Says what the run trains and saves, loads the state on a resume, and opens the log.
@@ -79,18 +127,34 @@ class Run:
                 self.out / "state", self.rt, self.stage, trained, optimizers
             )
             self.start = self.step = meta.pop("step")
-            self.best = meta.pop("best", math.inf)
+            best = meta.pop("best", math.inf)
+            made_from = meta.pop("made_from", self.made_from)
+            if made_from["validation"] == self.made_from["validation"]:
+                self.best = best  # of other data it would mean nothing
             self.meta |= meta
         self.log = Log(self.out, self.rt, self.start)
         self.log.settings(self.stage, self.cfg, self.resumes)
 
     # ---- the loop
 
+    def refuse_validation(self, *keys):
+        """UserError for those of the keys that were given, where the data have no validation
+        split. -1 asks for nothing."""
+        for key in (key for key in keys if getattr(self.cfg, key) != -1):
+            config.refuse(
+                self.cfg, key, "without a validation split", "the data: prepare with val="
+            )
+
     def total_steps(self, steps_per_epoch):
         """The number of optimizer steps: steps=, or else epochs= times `steps_per_epoch`."""
         self.epoch = steps_per_epoch
         epochs = getattr(self.cfg, "epochs", 0)
         self.total = self.cfg.steps or max(round(epochs * steps_per_epoch), int(epochs > 0))
+        if 0 < self.total < self.cfg.warmup_steps:
+            raise UserError(
+                f"warmup_steps={self.cfg.warmup_steps} is above the {self.total} steps of the run, "
+                f"which would never reach lr={self.cfg.lr}: lower it"
+            )
         return self.total
 
     def steps(self, flops_per_token=0.0):
@@ -171,7 +235,7 @@ class Run:
             self.trained,
             self.optimizers,
             self.tensors,
-            **self.meta | dict(step=self.step, best=self.best),
+            **self.meta | dict(step=self.step, best=self.best, made_from=self.made_from),
         )
 
     def save_model(self, dir):

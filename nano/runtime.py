@@ -20,11 +20,15 @@ import contextlib
 import ctypes
 import os
 import random
-import resource
 import signal
 import sys
 import time
 from collections import Counter
+
+try:
+    import resource
+except ImportError:
+    resource = None  # Windows
 
 import numpy as np
 import torch
@@ -36,7 +40,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 
 from model import ScoreHead
-from nano import losses, optim, tensor
+from nano import generate, losses, optim, tensor
 from nano.config import UserError
 
 KEYS = ("device", "parallel", "dtype", "seed", "offload", "tensor", "reduce_dtype")
@@ -46,6 +50,8 @@ TRIM = 30.0  # seconds between two trims of the heap; the step after one takes a
 def start(cfg, **settings):
     """The Runtime of this process, from those of KEYS that a script's config has. `settings`
     override them. UserError for keys that do not fit the machine or each other."""
+    if resource is None:
+        raise UserError("Windows is not supported: run this in its Linux subsystem (WSL)")
     settings = {key: getattr(cfg, key) for key in KEYS if hasattr(cfg, key)} | settings
     if settings["device"] == "xla":
         from nano.xla import XLA  # here, because nano.xla imports this module
@@ -100,6 +106,11 @@ class Runtime:
         """Chooses the device, joins the other processes and creates the groups of devices."""
         device = choose_device(device)
         self.process, self.processes, local_rank, self.local_world = join(device)
+        if device == "mps" and self.processes > 1:
+            raise UserError(
+                f"device=mps is a single GPU, which {self.processes} processes cannot share: "
+                "start one, without torchrun"
+            )
         if self.local_world % self.tensor:
             raise UserError(
                 f"tensor={self.tensor} must divide the number of processes of a node, "
@@ -127,7 +138,9 @@ class Runtime:
     def _has_fast_bf16(self):
         if self.device.type == "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if self.device.type == "mps":
+            return torch.backends.mps.is_macos_or_newer(14, 0)
+        return generate.has_fast_bf16()
 
     @property
     def name(self):
@@ -164,6 +177,8 @@ class Runtime:
         """The part of `wrap` that a model needs even without training: all but DDP."""
         if self.world > 1 and self.parallel == "none":
             raise UserError(f"{self.world} processes need parallel=ddp or parallel=fsdp")
+        if compile and self.device.type == "mps":
+            raise UserError("compile=true is for cpu and cuda: leave it out with device=mps")
         tensor.check(model.cfg, self.tensor)
         if grad_checkpoint:
             model.recompute = self.recompute
@@ -271,6 +286,8 @@ class Runtime:
         """Waits until the device has done everything, for timing."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     def once(self, f, *args):
         """f(*args). On a TPU slice host 0 calls it for all hosts, whose results could differ."""
@@ -318,6 +335,8 @@ class Runtime:
         generators = {"cpu": (torch.get_rng_state, torch.set_rng_state)}
         if self.device.type == "cuda":
             generators["cuda"] = (torch.cuda.get_rng_state, torch.cuda.set_rng_state)
+        elif self.device.type == "mps":
+            generators["mps"] = (torch.mps.get_rng_state, torch.mps.set_rng_state)
         return generators
 
     def to_cpu(self, t):
@@ -349,9 +368,12 @@ class Runtime:
         self.saving = None
 
     def peak_memory(self):
-        """Peak memory in bytes, of the device on CUDA, of the process elsewhere."""
+        """Peak memory in bytes, of the device on CUDA, of the process elsewhere. On Apple's GPUs
+        it is what the driver has reserved, which hardly ever shrinks."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
+        if self.device.type == "mps":
+            return torch.mps.driver_allocated_memory()
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -386,13 +408,19 @@ class Runtime:
 
 
 def choose_device(device):
-    """auto, cpu or cuda -> cpu or cuda. UserError for another, and for cuda where there is none."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device={device}: use auto, cpu, cuda or xla")
+    """auto, cpu, cuda or mps -> the device's type; auto is cuda where there is one, else cpu.
+    UserError for another, and for a device that this torch does not find."""
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),  # Apple's GPUs
+    }
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device=cuda: this torch ({torch.__version__}) finds no such device")
+        return "cuda" if there["cuda"] else "cpu"
+    if device not in there:
+        raise UserError(f"device={device}: use auto, cpu, cuda, mps or xla")
+    if not there[device]:
+        raise UserError(f"device={device}: this torch ({torch.__version__}) finds no such device")
     return device
 
 

@@ -83,7 +83,8 @@ def restore_optimizer(optimizer, tensors, meta, prefix="optimizer."):
 def resumes(out, resume, rt, *sources):
     """Whether a run continues from the state in its folder `out`.
 
-    resume: "auto" (if there is a state), "true" (it is an error if there is none) or "false".
+    resume: "auto" and "anyway" (if there is a state), "true" (it is an error if there is none) or
+    "false".
     sources: the model directories from which the run starts.
     UserError where the folder cannot be written to, where the run would write over a source, and
     where only some ranks see the state."""

@@ -15,6 +15,7 @@ Tokens and masks stay on disk. Only the offsets are read into memory.
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -22,11 +23,12 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated, NotRequired, TypedDict
 
 import numpy as np
 
 from nano import files
-from nano.config import UserError
+from nano.config import PositiveInt, UserError
 
 FORMAT, VERSION = "nanoInstruct store", 1
 KINDS = {"tokens": None, "mask": np.uint8, "rows": np.int64, "groups": np.int64}
@@ -48,14 +50,29 @@ def check_target(dir):
         )
 
 
+class Hashed:
+    """A new file, and the sha256 of what is written to it."""
+
+    def __init__(self, path):
+        self.file = open(path, "wb")
+        self.name = self.file.name
+        self.digest = hashlib.sha256()
+        self.close = self.file.close
+
+    def write(self, content):
+        self.digest.update(content)
+        self.file.write(content)
+
+
 class Writer:
     """`with Writer(dir, vocab_size, meta) as w: w.add("train", tokens, mask)` writes a whole store,
     or nothing.
 
     Rows stream into `<dir>.tmp-<pid>`. When the block ends without an exception, that folder
     replaces `dir`. Otherwise it is removed. `meta` is a dict that may grow until the end. It is
-    written to meta.json: template, source, counts, and as `tokenizer` the fingerprint that Store
-    compares. UserError for a folder that may not be replaced and for ids outside the vocabulary.
+    written to meta.json: template, source, counts, and as `tokenizer` and `tokenizer_identity` what
+    Store compares. UserError for a folder that may not be replaced and for ids outside the
+    vocabulary.
     """
 
     def __init__(self, dir, vocab_size, meta=None):
@@ -85,7 +102,7 @@ class Writer:
             shutil.rmtree(self.tmp, ignore_errors=True)
 
     def open(self, split, kind):
-        f = open(self.tmp / f"{split}.{kind}.bin", "wb")
+        f = Hashed(self.tmp / f"{split}.{kind}.bin")
         if kind in ("rows", "groups"):
             f.write(bytes(8))  # offset 0
         return f
@@ -149,7 +166,8 @@ class Writer:
             for f in s.files.values():
                 f.close()
                 files.sync(f.name)
-            splits[name] = s.counts | dict(files=sorted(s.files))
+            hashes = {kind: f.digest.hexdigest() for kind, f in sorted(s.files.items())}
+            splits[name] = s.counts | dict(files=sorted(s.files), sha256=hashes)
         head = dict(format=FORMAT, version=VERSION, dtype=self.dtype.name)
         head |= dict(vocab_size=self.vocab_size, splits=splits)
         # json escapes all but ASCII, because the names of a user's files need not be valid UTF-8
@@ -172,11 +190,11 @@ def write_store(dir, splits, meta):
                     w.end_group(split)
 
 
-def parse_share(text, n):
+def parse_share(text, n, key="sizes"):
     """How many of `n` rows `text` asks for.
 
     It is "all", a number such as "100", or a share such as "5%" or "0.05", rounded down. UserError
-    for anything else, and for more than `n`.
+    for anything else, and for more than `n`. key: where the text comes from, for the message.
     """
     text = str(text).strip()
     if text == "all":
@@ -185,18 +203,35 @@ def parse_share(text, n):
         # a Fraction, because in floating point 29% of 100 is 28
         share = Fraction(match[1]) / 100 if match[1] else Fraction(match[2])
         count = int(n * share) if share <= 1 else n + 1
-    elif re.fullmatch(r"\d[\d_]*", text):
-        count = int(text)
+    elif re.fullmatch(r"\d{1,18}", text.replace("_", "")):
+        count = int(text.replace("_", ""))
     else:
         raise UserError(
-            f"size '{text}' is not all, a number of rows such as 1000, or a share such as 10%"
+            f"{key}={text} is not all, a number of rows such as 1000, or a share such as 10%"
         )
     if count > n:
-        raise UserError(f"size '{text}' is more than the {n} rows there are")
+        raise UserError(f"{key}={text} is more than the {n} rows there are")
     return count
 
 
 # ------------------------------------------------------------------------------------------ reading
+
+
+class Counts(TypedDict):
+    rows: PositiveInt
+    tokens: PositiveInt
+    groups: NotRequired[PositiveInt]
+    files: list[str]
+
+
+class Meta(TypedDict):
+    format: Annotated[str, (repr(FORMAT), FORMAT.__eq__)]
+    version: int
+    dtype: Annotated[str, ("uint16 or uint32", ("uint16", "uint32").__contains__)]
+    vocab_size: PositiveInt
+    splits: dict[str, Counts]
+    tokenizer: NotRequired[str | None]
+    chat_template: NotRequired[str | None]
 
 
 def read_meta(dir):
@@ -208,33 +243,37 @@ def read_meta(dir):
         if Path(dir).is_dir():
             what = "is not a prepared data folder (it has no meta.json)"
         raise UserError(
-            f"data folder {dir} {what}: make one with python -m prepare.NAME ... out={dir}"
+            f"data folder {dir} {what}: make one with python -m prepare.text, prepare.instructions "
+            f"or prepare.preferences and out={dir}"
         )
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        np.dtype(meta["dtype"])
-        version = meta["version"]
-        ours = meta["format"] == FORMAT and "vocab_size" in meta
-        for counts in meta["splits"].values():
-            ours = ours and counts.keys() >= {"rows", "tokens", "files"}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        ours = False
-    if not ours:
-        raise UserError(f"{path} is damaged or not of a prepared data folder: prepare it again")
-    if version != VERSION:
+        meta = files.read_json(path, kind=Meta)
+    except UserError as e:
+        reason = str(e).removeprefix(f"{path}: ").removeprefix(f"{path} ")
         raise UserError(
-            f"{path} has format version {version}, this program reads {VERSION}: prepare it again"
+            f"{path} is damaged or not of a prepared data folder ({reason}): prepare it again"
+        ) from None
+    if meta["version"] != VERSION:
+        raise UserError(
+            f"{path} has format version {meta['version']}, this program reads {VERSION}: "
+            "prepare it again"
         )
     return meta
+
+
+def open_mapped(path):
+    """The bytes of a file, memory-mapped."""
+    with open(path, "rb") as f:
+        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 class Store:
     """One split of a prepared data folder, memory-mapped: len(), row(i).
 
     .tokens and .mask (all tokens,), .offsets (N+1,), .lengths (N,), .groups (G+1,), .meta the dict
-    of meta.json; mask and groups may be None. `tokenizer` is the one whose `.fingerprint` must fit.
-    A folder that names no tokenizer gets a notice on stderr. UserError where a file is missing, has
-    another size than meta.json says, or was made with another tokenizer.
+    of meta.json; mask and groups may be None. `tokenizer` is the one whose ids the folder must
+    hold. A folder that names no tokenizer gets a notice on stderr. UserError where a file is
+    missing, has another size than meta.json says, or was made with another tokenizer.
     """
 
     def __init__(self, dir, split="train", tokenizer=None):
@@ -243,26 +282,42 @@ class Store:
         self.meta = read_meta(dir)
         if split not in self.meta["splits"]:
             raise UserError(f"{dir} has no split '{split}', only {', '.join(self.meta['splits'])}")
-        prepared_with = self.meta.get("tokenizer")
-        if tokenizer is not None and prepared_with is None:
-            print(
-                f"note: {dir} does not say which tokenizer prepared it; the model's is assumed",
-                file=sys.stderr,
-            )
-        elif tokenizer is not None and prepared_with != tokenizer.fingerprint:
-            raise UserError(
-                f"{dir} was prepared with another tokenizer than the model's "
-                f"(sha256 {prepared_with[:12]}, the model's has {tokenizer.fingerprint[:12]}): "
-                "prepare it again with model= of this model"
-            )
+        if tokenizer is not None:
+            self._check(tokenizer)
         counts = self.meta["splits"][split]
+        self.maps = {}  # {kind: the file in memory}
         self.tokens = self._open("tokens", counts["tokens"])
         self.mask = self._open("mask", counts["tokens"]) if "mask" in counts["files"] else None
         self.offsets = self._offsets("rows", counts["rows"], counts["tokens"])
         self.groups = None
         if "groups" in counts["files"]:
+            if "groups" not in counts:
+                raise UserError(
+                    f"{dir}/meta.json is damaged (no number of groups): prepare it again"
+                )
             self.groups = self._offsets("groups", counts["groups"], counts["rows"])
         self.lengths = np.diff(self.offsets)
+
+    def _check(self, tokenizer):
+        """UserError where another tokenizer prepared the folder.
+
+        Tokenizers are the same that give the same ids, in whatever files they were saved. Folders
+        of the first edition name the content of the files instead."""
+        key = "identity" if "tokenizer_identity" in self.meta else "fingerprint"
+        prepared_with = self.meta.get("tokenizer_identity") or self.meta.get("tokenizer")
+        expected = getattr(tokenizer, key)
+        if prepared_with is None:
+            print(
+                f"note: {self.dir} does not say which tokenizer prepared it; "
+                "the model's is assumed",
+                file=sys.stderr,
+            )
+        elif prepared_with != expected:
+            raise UserError(
+                f"{self.dir} was prepared with another tokenizer than the model's "
+                f"(sha256 {prepared_with[:12]}, the model's has {expected[:12]}): "
+                "prepare it again with model= of this model"
+            )
 
     def _open(self, kind, count):
         """A file of `count` numbers, memory-mapped."""
@@ -276,7 +331,29 @@ class Store:
                 f"{path} has {size} bytes and not {count * dtype.itemsize}: "
                 f"it is damaged, prepare {self.dir} again"
             )
-        return np.memmap(path, dtype, "r")
+        self.maps[kind] = open_mapped(path)
+        return np.frombuffer(self.maps[kind], dtype)
+
+    def fingerprint(self):
+        """sha256 of all content, in hex.
+
+        A folder of the first edition does not say the sha256 of its files, so they are read."""
+        counts = self.meta["splits"][self.split]
+        hashes = counts.get("sha256") or {
+            kind: hashlib.sha256(open_mapped(self.dir / f"{self.split}.{kind}.bin")).hexdigest()
+            for kind in counts["files"]
+        }
+        return hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()
+
+    def read_randomly(self):
+        """Tells the kernel that rows will be read in random order.
+
+        It otherwise reads far ahead of each row, hundreds of megabytes a step from a cold disk,
+        and throws out of memory what other steps need."""
+        if hasattr(mmap, "MADV_RANDOM"):
+            for kind in ("tokens", "mask"):
+                if kind in self.maps:
+                    self.maps[kind].madvise(mmap.MADV_RANDOM)
 
     def _offsets(self, kind, count, end):
         """The offsets (count+1,) of a file, in memory. They grow from 0 to `end`."""
@@ -296,8 +373,13 @@ class Store:
         return self.span(self.offsets[i], self.offsets[i + 1])
 
     def span(self, a, b):
-        """The tokens from a up to b, and their mask."""
+        """The tokens from a up to b, and their mask. UserError for ids outside the vocabulary."""
         tokens = self.tokens[a:b]
+        if len(tokens) and tokens.max() >= self.meta["vocab_size"]:
+            raise UserError(
+                f"{self.dir}/{self.split}.tokens.bin is damaged: token id {tokens.max()} is "
+                f"outside the vocabulary of {self.meta['vocab_size']}; prepare {self.dir} again"
+            )
         return tokens, np.ones(len(tokens), np.uint8) if self.mask is None else self.mask[a:b]
 
 
@@ -321,6 +403,13 @@ class Mix:
 
     def row(self, i):
         return self.stores[self.store_of[i]].row(self.picks[i])
+
+    def read_randomly(self):
+        for store in self.stores:
+            store.read_randomly()
+
+    def fingerprint(self):
+        return fingerprint(self.stores, [self.store_of, self.picks])
 
 
 class GroupMix:
@@ -355,18 +444,25 @@ class GroupMix:
         a, b = store.groups[self.picks[g] : self.picks[g] + 2]
         return [store.row(row) for row in range(a, b)]
 
+    def read_randomly(self):
+        for store in self.stores:
+            store.read_randomly()
+
     def prompt(self, g):
         """The ids of a group's prompt as a list, which are the tokens before the first target."""
         tokens, mask = self.group(g)[0]
         return tokens[: mask.argmax()].tolist()
 
     def fingerprint(self):
-        """sha256 of all content, in hex."""
-        digest = hashlib.sha256(self.first.tobytes())
-        for g in range(len(self)):
-            for tokens, mask in self.group(g):
-                digest.update(np.int64(len(tokens)).tobytes() + tokens.tobytes() + mask.tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.stores, [self.store_of, self.picks])
+
+
+def fingerprint(stores, picks=None):
+    """sha256 in hex of stores, and of what is picked from them, if given: (2, N) the numbers of the
+    stores and of the rows or groups."""
+    parts = [store.fingerprint() for store in stores]
+    numbers = b"" if picks is None else np.asarray(picks, np.int64).tobytes()
+    return hashlib.sha256(repr(parts).encode() + numbers).hexdigest()
 
 
 def mix(dirs, sizes=(), seed=0, split="train", tokenizer=None, groups=False):
@@ -385,7 +481,7 @@ def mix(dirs, sizes=(), seed=0, split="train", tokenizer=None, groups=False):
             "give one size for each folder"
         )
     stores = [Store(dir, split, tokenizer) for dir in dirs]
-    if len({s.meta.get("tokenizer") for s in stores} - {None}) > 1:
+    if tokenizer is None and len({s.meta.get("tokenizer") for s in stores} - {None}) > 1:
         raise UserError(
             f"{', '.join(map(str, dirs))} were prepared with different tokenizers: "
             "use one model= for all"

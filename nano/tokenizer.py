@@ -10,6 +10,7 @@ template writes control tokens, by id. Tokenizer.render is the one place that la
 """
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -38,8 +39,15 @@ from nano.vocab import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    BytePairJson,
+    Id,
+    SpecialTokensMap,
+    TokenIds,
+    TokenizerConfig,
+    TokenizerJson,
     added_token,
     one_regex,
+    part,
     sentencepiece_proto,
 )
 
@@ -79,7 +87,7 @@ def copy_files(source, dir):
             path.unlink()
     for path in files_of(source):
         files.write_bytes(Path(dir) / path.name, path.read_bytes())
-    settings = read_json(Path(dir) / "tokenizer_config.json")
+    settings = files.read_json(Path(dir) / "tokenizer_config.json", missing={})
     if settings.pop("auto_map", None):  # names a .py file, which does not go along
         files.write_json(Path(dir) / "tokenizer_config.json", settings, ensure_ascii=False)
 
@@ -93,7 +101,7 @@ def write_padding(tok, dir):
     transformers reads a score at the last token that is not padding."""
     name, id = tok.padding()
     path = Path(dir) / "tokenizer_config.json"
-    settings = read_json(path)
+    settings = files.read_json(path, missing={})
     listed = dict(settings.get("added_tokens_decoder") or {})
     # A token may be known by no other name than that of the padding which it was.
     for entry in tok.added.values():
@@ -107,7 +115,7 @@ def write_padding(tok, dir):
     files.write_json(path, settings, ensure_ascii=False)
     path = Path(dir) / "special_tokens_map.json"
     if path.exists():
-        files.write_json(path, read_json(path) | {"pad_token": name}, ensure_ascii=False)
+        files.write_json(path, files.read_json(path) | {"pad_token": name}, ensure_ascii=False)
 
 
 # ----------------------------------------------------------------------------------- pre-tokenizers
@@ -127,7 +135,10 @@ def flat(node):
         return []
     if node["type"] != "Sequence":
         return [node]
-    children = next(value for value in node.values() if isinstance(value, list))
+    kinds = ("normalizers", "pretokenizers", "processors")
+    children = next((node[kind] for kind in kinds if kind in node), None)
+    if children is None:
+        raise UserError("tokenizer.json is damaged: a step of type Sequence has no steps")
     return [step for child in children for step in flat(child)]
 
 
@@ -165,14 +176,15 @@ def splitter(steps):
             if step is not steps[-1]:  # later steps see the characters that stand for bytes
                 stages.append(lambda text: ["".join(map(BYTE_CHAR.get, text.encode()))])
         elif kind == "Digits":
-            stages.append(cutter(r"\p{N}" if step["individual_digits"] else r"\p{N}+"))
+            stages.append(cutter(r"\p{N}" if part(step, "individual_digits") else r"\p{N}+"))
         elif kind == "Punctuation" and behavior in ("Isolated", "Contiguous"):
             many = "+" if behavior == "Contiguous" else ""
             stages.append(cutter(r"[!-/:-@\[-`{-~\p{P}]" + many))
         elif kind == "Split" and behavior in ("Isolated", "Removed"):
-            pattern = step["pattern"].get("Regex") or regex.escape(step["pattern"]["String"])
-            keep = behavior == "Isolated"
-            stages.append(cutter(pattern, keep or step["invert"], keep or not step["invert"]))
+            pattern = part(step, "pattern")
+            pattern = pattern.get("Regex") or regex.escape(pattern.get("String", ""))
+            keep, invert = behavior == "Isolated", part(step, "invert")
+            stages.append(cutter(pattern, keep or invert, keep or not invert))
         else:
             raise UserError(
                 f"tokenizer.json has the pre-tokenizer {kind} {behavior}, which is not supported"
@@ -192,8 +204,11 @@ def splitter(steps):
 
 def cutter(pattern, matches=True, gaps=True):
     """A function from text to a list of the matches of `pattern` and of the gaps between them."""
-    # tokenizer.json has nested sets in its regexes, which V0 does not know.
-    compiled = regex.compile(pattern, regex.V1)
+    try:
+        # tokenizer.json has nested sets in its regexes, which V0 does not know.
+        compiled = regex.compile(pattern, regex.V1)
+    except regex.error as error:
+        raise UserError(f"tokenizer.json splits text by {pattern!r:.80}: {error}") from None
 
     def cut(text):
         pieces = []
@@ -267,9 +282,12 @@ class BytePairs:
 
     def __post_init__(self):
         pattern = grouped(self.pattern or r"[\s\S]+")
-        self.core = tiktoken.Encoding(
-            "bpe", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={}
-        )
+        try:
+            self.core = tiktoken.Encoding(
+                "bpe", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={}
+            )
+        except ValueError as error:
+            raise UserError(f"tiktoken does not take the tokenizer: {error}") from None
         self.pieces = Cache(self._piece)
 
     def encode(self, text, lead):
@@ -287,6 +305,10 @@ class BytePairs:
             return self._ids(self.core.encode_ordinary(text))
         return self.pieces.join(self.split(text))
 
+    def order(self, special):
+        """What decides the ids, beside the way that text is split: the tokens by merge order."""
+        return sorted(self.ranks, key=self.ranks.get)
+
     def _piece(self, piece):
         # A byte that the vocabulary lacks is dropped, and merges reach across the gap.
         piece = piece.translate(None, self.holes)
@@ -298,7 +320,24 @@ class BytePairs:
 
 def merge_pairs(model):
     """The merges of tokenizer.json as pairs. Older files write each as "left right"."""
-    return [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    for pair in pairs:
+        if len(pair) != 2:
+            raise UserError(f"merge {' '.join(pair)!r:.80} of the tokenizer is not of two parts")
+    return pairs
+
+
+def check_ids(vocab):
+    """UserError for a vocabulary {token: id} without tokens, and for two tokens of one id."""
+    if not vocab:
+        raise UserError("the vocabulary of the tokenizer is empty")
+    token_of = {}
+    for token, id in vocab.items():
+        if token_of.setdefault(id, token) is not token:
+            raise UserError(
+                f"the tokens {token_of[id]!r:.60} and {token!r:.60} of the tokenizer "
+                f"have the same id {id}"
+            )
 
 
 def byte_pairs(model, added, pattern, split, normal, prefix):
@@ -312,6 +351,7 @@ def byte_pairs(model, added, pattern, split, normal, prefix):
     before it. UserError for other merges, and for settings that are not supported.
     """
     vocab = model["vocab"]
+    check_ids(vocab)
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise UserError(
             "tokenizer.json marks the parts of words, which byte-level BPE here does not support"
@@ -422,6 +462,12 @@ class SentencePiece:
         self.by_word = kept and not any("▁" in token.lstrip("▁") for token in tokens)
         self.words = Cache(self.bare.encode)
 
+    def order(self, special):
+        """What decides the ids: the ids of each piece's own text, whatever its score is. Text never
+        becomes an id of `special`, so these pieces are left out."""
+        texts = [self.bytes[id].decode(errors="replace") for id in self.bytes if id not in special]
+        return [repr(ids).encode() for ids in self.bare.encode(texts)]
+
     def encode(self, text, lead):
         if not self.by_word or text.count(" ") * 10 < len(text):  # few and long words do not repeat
             return (self.model if lead else self.bare).encode(text)
@@ -438,8 +484,9 @@ def proto_from_json(spec, prefix):
     express.
     """
     model = spec["model"]
+    check_ids(model["vocab"])
     tokens = {id: token for token, id in model["vocab"].items()}
-    special = {entry["id"]: entry["special"] for entry in spec["added_tokens"]}
+    special = {entry["id"]: entry.get("special", True) for entry in spec.get("added_tokens", [])}
     products = ["".join(merge) for merge in merge_pairs(model)]
     rank = {}
     for i, token in enumerate(products):
@@ -489,8 +536,9 @@ TIKTOKEN = {
 }
 
 
-def read_json(path):
-    return files.read_json(path) if path.exists() else {}
+def read_json(path, kind):
+    """A JSON file of the type `kind` of nano.vocab, or {} where there is none."""
+    return files.read_json(path, missing={}, kind=kind)
 
 
 def read_tiktoken(path):
@@ -503,9 +551,12 @@ def read_tiktoken(path):
             return None
     try:
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
-        return {base64.b64decode(text, validate=True): int(rank) for text, rank in lines}
+        ranks = {base64.b64decode(text, validate=True): int(rank) for text, rank in lines}
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
+    if sorted(ranks.values()) != [*range(len(ranks))]:
+        raise UserError(f"{path} is damaged: its ranks are not 0, 1, 2 and so on")
+    return ranks
 
 
 def check_sentencepiece(path, spec):
@@ -539,14 +590,15 @@ def read_sentencepiece(folder, spec, config, added):
         prefix = space.get("prepend_scheme", default)
         if prefix == "always":
             prefix = "missing"
-        wide = any("▁" in name[1:] for name in spec["model"]["vocab"] if name not in added)
-        if wide and space.get("split", True) and from_json:
+        names = spec["model"]["vocab"] if from_json else ()
+        wide = any("▁" in name[1:] for name in names if name not in added)
+        if wide and space.get("split", True):
             raise UserError(
                 f"{whole} splits text at every space, but has tokens with several; "
                 "that is not supported"
             )
     elif spec:
-        prefix = "always" if first(spec["normalizer"], "Prepend") else "never"
+        prefix = "always" if first(spec.get("normalizer"), "Prepend") else "never"
     else:
         prefix = "first" if config.get("legacy") is False else "always"
     back = SentencePiece(proto_from_json(spec, prefix) if from_json else proto.read_bytes(), prefix)
@@ -572,10 +624,13 @@ def read_vocabulary(folder, spec, config, added, names):
     model = spec.get("model", {})
     from_pair = not spec and all(path.exists() for path in pair)
     if from_pair:
-        lines = pair[1].read_text(encoding="utf-8").split("\n")
+        lines = files.read_text(pair[1]).split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
-        model = {"vocab": read_json(pair[0]), "merges": merges}
-    if from_pair or first(spec.get("pre_tokenizer"), "ByteLevel"):
+        model = {"vocab": read_json(pair[0], dict[str, Id]), "merges": merges}
+    is_bpe = bool(spec) and model.get("type", "BPE") == "BPE"
+    if is_bpe:
+        files.check_json(spec, BytePairJson, whole)
+    if from_pair or (is_bpe and first(spec.get("pre_tokenizer"), "ByteLevel")):
         for name in names.values():
             if name in model["vocab"]:
                 added.setdefault(name, added_token(model["vocab"][name], name))
@@ -600,13 +655,13 @@ def read_vocabulary(folder, spec, config, added, names):
             bytes_of = {rank: token for token, rank in ranks.items()}
             return BytePairs(ranks, bytes_of, pattern, normal=normal), [file], ends
 
-    if proto.exists() or (model.get("type") == "BPE" and model.get("byte_fallback")):
+    if proto.exists() or (is_bpe and model.get("byte_fallback")):
         back, file, ends = read_sentencepiece(folder, spec, config, added)
         return back, [file], ends
     if spec:
         raise UserError(
-            f"{whole} is a tokenizer of the kind {model.get('type')}; "
-            "byte-level or byte-fallback BPE is needed"
+            f"{whole} is a tokenizer of the kind {model.get('type', 'BPE')} without bytes: "
+            "a byte-level or byte-fallback BPE or a sentencepiece tokenizer.model is needed"
         )
     raise UserError(
         f"{folder} has no tokenizer.json, tokenizer.model, vocab.json + merges.txt or *.tiktoken"
@@ -617,7 +672,7 @@ def own_template(folder, config):
     """The chat template of a model directory in Jinja, or None."""
     path = folder / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        return files.read_text(path)
     source = config.get("chat_template")
     if isinstance(source, list):
         return next((entry["template"] for entry in source if entry["name"] == "default"), None)
@@ -638,18 +693,19 @@ def load(path, template=None, base=None):
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"there is no model directory {folder}")
+        raise files.no_model_directory(folder)
     ends_of = folder  # the directory whose generation_config.json names the ends of a response
     if adapters.is_adapter(folder):
         ends_of = adapters.find_base(folder, base) or folder
         if not has_vocabulary(folder):
             if template is None:
-                template = own_template(folder, read_json(folder / "tokenizer_config.json"))
+                config = read_json(folder / "tokenizer_config.json", TokenizerConfig)
+                template = own_template(folder, config)
             folder = ends_of = adapters.base_of(folder, base)
-    spec = read_json(folder / "tokenizer.json")
-    config = read_json(folder / "tokenizer_config.json")
-    generation = read_json(ends_of / "generation_config.json")
-    named = read_json(folder / "special_tokens_map.json")
+    spec = read_json(folder / "tokenizer.json", TokenizerJson)
+    config = read_json(folder / "tokenizer_config.json", TokenizerConfig)
+    generation = read_json(ends_of / "generation_config.json", TokenIds)
+    named = read_json(folder / "special_tokens_map.json", SpecialTokensMap)
     named |= {key: value for key, value in config.items() if value}
     names = {}
     for key in ("bos", "eos", "pad", "unk"):
@@ -658,19 +714,24 @@ def load(path, template=None, base=None):
     added = {entry["content"]: added_token(**entry) for entry in spec.get("added_tokens", [])}
     for id, entry in config.get("added_tokens_decoder", {}).items():
         added.setdefault(entry["content"], added_token(**entry | {"id": int(id)}))
-    for name, id in read_json(folder / "added_tokens.json").items():
+    for name, id in read_json(folder / "added_tokens.json", dict[str, Id]).items():
         added.setdefault(name, added_token(id, name, special=name in names.values()))
-    back, read, ends = read_vocabulary(folder, spec, config, added, names)
+    try:
+        back, read, ends = read_vocabulary(folder, spec, config, added, names)
+        post = first(spec.get("post_processor"), "TemplateProcessing")
+        start = next(iter(part(post, "single")), ()) if post else ()
+    except UserError as e:
+        raise UserError(str(e) if str(folder) in str(e) else f"{folder}: {e}") from None
     for key in ("bos", "eos", "pad"):
         if names[key] in added:
             ends[key] = added[names[key]]["id"]
         elif key not in ends and not named:  # only the model's own configuration can tell
-            settings = read_json(folder / "config.json") | generation
+            settings = read_json(folder / "config.json", TokenIds) | generation
             ends[key] = next(iter(as_list(settings.get(f"{key}_token_id"))), None)
 
     default = not spec and "bos" in ends
-    if post := first(spec.get("post_processor"), "TemplateProcessing"):
-        default = "SpecialToken" in post["single"][0]
+    if post:
+        default = "SpecialToken" in start
     # PADDING only pads, so a score model that has it reads the same tokens as its policy.
     tokens = sorted(
         (name, entry["id"], entry["special"]) for name, entry in added.items() if name != PADDING
@@ -690,9 +751,9 @@ def load(path, template=None, base=None):
 
 
 def as_list(value):
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
+    """The ids of a field of generation_config.json. -1 in old files stands for none."""
+    ids = value if isinstance(value, list) else [value]
+    return [id for id in ids if id is not None and id >= 0]
 
 
 def mend(text):
@@ -724,6 +785,14 @@ def alternation(entries):
     return re.compile("(" + "|".join(tokens) + ")") if tokens else None
 
 
+# Texts that tokenizers split, normalize and prefix in different ways. `identity` holds their ids.
+PROBES = (
+    "Hello  world",
+    " a\tb \n\n  c\r\n",
+    "I'll we'RE 1234567 12.5% x_y fooBar(1,2);",
+    "naïve cafe\u0301 ﬁ １２ 你好，世界 مرحبا नमस्ते 😀👍🏽",
+    "\u00a0\u3000-- ...!?\u2026 \x00\x7f",
+)
 # Where a stretch of text stands: it opens the sequence, follows an added token, or goes on from
 # other text.
 START, AFTER, INSIDE = range(3)
@@ -742,6 +811,7 @@ class Tokenizer:
     .chat_template  the same in Jinja, or None
     .adopted        whether chat_template is not the directory's own
     .fingerprint    sha256 in hex over the vocabulary files and the special tokens
+    .identity       sha256 in hex over what it does to text, in whatever files it was saved
     .dir            the directory that holds the tokenizer's files
     """
 
@@ -785,6 +855,19 @@ class Tokenizer:
             for name, entry in added.items()
             if entry["id"] in self.control and entry["id"] in model.encode(name, False)
         }
+
+    @functools.cached_property
+    def identity(self):
+        special = {name: e["id"] for name, e in self.added.items() if e["special"]}
+        padding = special.pop(PADDING, None)
+        special = sorted((id, name) for name, id in special.items())
+        probes = [self._text(text, where, None) for text in PROBES for where in (START, INSIDE)]
+        digest = hashlib.sha256(json.dumps([special, probes]).encode())
+        order = self.model.order({id for id, _ in special})
+        ids = sorted(self.bytes.keys() - {padding})
+        for token in chain((self.bytes[id] for id in ids), order):
+            digest.update(len(token).to_bytes(4, "little") + token)
+        return digest.hexdigest()
 
     def check_embeddings(self, count, dir):
         """UserError when text may become an id for which the model of `dir` has no embedding.
@@ -839,7 +922,27 @@ class Tokenizer:
         """
         if skip_special:
             ids = [id for id in ids if id not in self.control]
-        text = self.bytes_of(ids).decode("utf-8", "replace")
+        return self._decoded(self.bytes_of(ids), inside)
+
+    def decode_until(self, ids, stops, inside=False):
+        """(the text of ids before the first of the strings `stops`, whether there is one).
+
+        Control tokens are left out of the text, but a string may name one. inside: as in decode.
+        """
+        whole = self.bytes_of(ids)
+        ends = [whole.find(mend(stop).encode()) for stop in stops]
+        end = min((end for end in ends if end >= 0), default=len(whole))
+        kept = b""
+        at = 0
+        for id in ids:
+            piece = self.bytes.get(id, b"")
+            if id not in self.control:
+                kept += piece[: max(end - at, 0)]
+            at += len(piece)
+        return self._decoded(kept, inside), any(end >= 0 for end in ends)
+
+    def _decoded(self, raw, inside):
+        text = raw.decode("utf-8", "replace")
         spaced = isinstance(self.model, SentencePiece) and self.model.prefix != "never"
         return text.removeprefix(" ") if spaced and not inside else text
 

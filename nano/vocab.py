@@ -1,10 +1,13 @@
 """What tokenizer files are made of.
 
-The regexes that split text before its merges, the printable characters that stand for bytes, added
-tokens, and sentencepiece's tokenizer.model. Nothing here encodes text.
+The regexes that split text before its merges, the printable characters that stand for bytes, the
+types of the fields in JSON files, and sentencepiece's tokenizer.model. Nothing here encodes text.
 """
 
 import struct
+from typing import Annotated, NotRequired, Required, TypedDict
+
+from nano.config import UserError
 
 # ----------------------------------------------------------------------------------- pre-tokenizers
 
@@ -30,17 +33,24 @@ BYTE_CHAR |= {byte: chr(256 + i) for i, byte in enumerate(HIDDEN)}
 CHAR_BYTE = {ord(char): byte for byte, char in BYTE_CHAR.items()}
 
 
+def part(step, key):
+    """A field of a step in tokenizer.json that steps of its type have. UserError where it lacks."""
+    if key not in step:
+        raise UserError(f"tokenizer.json is damaged: a step of type {step['type']} lacks {key!r}")
+    return step[key]
+
+
 def one_regex(steps):
     """The one regex with which tiktoken splits text as these pre-tokenizer steps do, or None."""
     kinds = [step["type"] for step in steps]
     gpt2 = steps[-1].get("use_regex", True)
     if kinds == ["ByteLevel"] and gpt2:
         return GPT2
-    if kinds == ["Digits", "ByteLevel"] and gpt2 and steps[0]["individual_digits"]:
+    if kinds == ["Digits", "ByteLevel"] and gpt2 and part(steps[0], "individual_digits"):
         return DIGITS_GPT2
-    if kinds == ["Split", "ByteLevel"] and not gpt2 and "Regex" in steps[0]["pattern"]:
+    if kinds == ["Split", "ByteLevel"] and not gpt2 and "Regex" in part(steps[0], "pattern"):
         pattern = steps[0]["pattern"]["Regex"]
-        how = (steps[0]["behavior"], steps[0]["invert"])
+        how = (part(steps[0], "behavior"), part(steps[0], "invert"))
         if how == ("Removed", True):
             return pattern
         # tiktoken drops the text between matches. The second alternative matches that text.
@@ -63,6 +73,107 @@ def added_token(id, content, **flags):
         "normalized": False,
         "special": True,
     } | flags
+
+
+# ----------------------------------------------------------- types of the fields that are read here
+
+Id = Annotated[int, ("from 0 to 2^31 - 1", lambda id: 0 <= id < 2**31)]
+IdText = Annotated[str, ("a number of at most 9 digits", lambda s: s.isdecimal() and len(s) < 10)]
+Ids = int | list[int] | None
+
+
+class AddedToken(TypedDict, total=False):
+    content: Required[str]
+    single_word: bool
+    lstrip: bool
+    rstrip: bool
+    normalized: bool
+    special: bool
+
+
+class NumberedToken(AddedToken):
+    id: Id
+
+
+class Pattern(TypedDict, total=False):
+    String: str
+    Regex: str
+
+
+class Step(TypedDict, total=False):
+    """Of a normalizer, a pre-tokenizer or a post-processor."""
+
+    type: Required[str]
+    normalizers: list["Step"]
+    pretokenizers: list["Step"]
+    processors: list["Step"]
+    add_prefix_space: bool
+    use_regex: bool
+    individual_digits: bool
+    pattern: Pattern
+    behavior: str
+    invert: bool
+    prepend: str
+    content: str
+    replacement: str
+    prepend_scheme: str
+    split: bool
+    single: list[dict]
+
+
+class Typed(TypedDict):
+    type: NotRequired[str]
+
+
+class TokenizerJson(TypedDict, total=False):
+    added_tokens: list[NumberedToken]
+    normalizer: Step | None
+    pre_tokenizer: Step | None
+    post_processor: Step | None
+    model: Required[Typed]
+
+
+class BytePairModel(TypedDict, total=False):
+    vocab: Required[dict[str, Id]]
+    merges: Required[list[str | list[str]]]
+    unk_token: str | None
+    continuing_subword_prefix: str | None
+    end_of_word_suffix: str | None
+    byte_fallback: bool
+    ignore_merges: bool
+
+
+class BytePairJson(TypedDict):
+    model: BytePairModel
+
+
+class NamedTemplate(TypedDict):
+    name: str
+    template: str
+
+
+class SpecialTokensMap(TypedDict, total=False):
+    bos_token: str | AddedToken | None
+    eos_token: str | AddedToken | None
+    pad_token: str | AddedToken | None
+    unk_token: str | AddedToken | None
+
+
+class TokenizerConfig(SpecialTokensMap, total=False):
+    added_tokens_decoder: dict[IdText, AddedToken]
+    add_bos_token: bool | None
+    add_prefix_space: bool | None
+    chat_template: str | list[NamedTemplate] | None
+    legacy: bool | None
+    tokenizer_class: str | None
+
+
+class TokenIds(TypedDict, total=False):
+    """Of config.json and generation_config.json."""
+
+    bos_token_id: Ids
+    eos_token_id: Ids
+    pad_token_id: Ids
 
 
 # ------------------------------------------------------------------------------------ sentencepiece

@@ -10,6 +10,7 @@ peft write opens here, and the reverse. Nothing is pickled.
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import pickle
@@ -17,8 +18,10 @@ import re
 import shutil
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 import torch.nn as nn
@@ -71,7 +74,7 @@ def tensor_files(dir, name="model"):
                 )
         return {key: dir / shard for key, shard in shards.items()}
     hint = ""
-    if pickled := [*dir.glob("*.bin"), *dir.glob("*.pth")]:
+    if name == "model" and (pickled := sorted(dir.glob("pytorch_model*.bin"))):
         hint = f"; `python -m prepare.weights source={dir} out=NEW` converts {pickled[0].name}"
     raise UserError(f"{dir} has no {single.name} and no {index.name}{hint}")
 
@@ -264,6 +267,18 @@ def load_model(dir, device="cpu", dtype=None, head=None, tensors=None):
     return model
 
 
+def fingerprint(params):
+    """16 hex digits that name the values of parameters on the CPU, [(name, parameter)]."""
+
+    def digest(named):
+        name, p = named
+        content = p.detach().contiguous().flatten().view(torch.uint8).numpy()
+        return name.encode() + hashlib.sha256(content).digest()
+
+    with ThreadPoolExecutor() as pool:  # sha256 lets other threads run
+        return hashlib.sha256(b"".join(pool.map(digest, params))).hexdigest()[:16]
+
+
 def check_tensors(where, wanted, tensors, what="its config.json"):
     """UserError unless `tensors` {name: tensor} are floats of exactly the names and shapes in
     `wanted` {name: shape}, which `what` asks for."""
@@ -363,6 +378,12 @@ def write_ends(tok, dir, config):
     write_json(dir / "generation_config.json", generation | {"eos_token_id": ends})
 
 
+class ScoreScale(TypedDict, total=False):
+    reward_gain: float
+    reward_bias: float
+    prompt_template: str | None
+
+
 def read_score_scale(dir):
     """(gain, bias) of a reward model's or score adapter's directory, (1.0, 0.0) where none were
     fitted.
@@ -377,7 +398,7 @@ def read_score_keys(dir):
     """What a reward model's or score adapter's directory says beside the architecture."""
     values = {}
     for name in ("config.json", "score_scale.json"):
-        values |= read_json(Path(dir) / name, missing={})
+        values |= read_json(Path(dir) / name, missing={}, kind=ScoreScale)
     return values
 
 
@@ -665,16 +686,15 @@ class AdapterFile:
     def token_rows(self):
         """trainable_token_indices as {layer of .vocabulary: ids}."""
         value = self.config.get("trainable_token_indices") or {}
+        if isinstance(value, list):
+            value = {self.vocabulary[0]: value}
         out = {}
-        for name, ids in (
-            value if isinstance(value, dict) else {self.vocabulary[0]: value}
-        ).items():
+        for name, ids in value.items():
             layers = [layer for layer in self.vocabulary if ends_with(layer, [name])]
-            good = isinstance(ids, list) and all(type(i) is int for i in ids)
-            if not good or not all(0 <= i < self.count for i in ids):
+            if any(id >= self.count for id in ids):
                 raise UserError(
-                    f"{self.dir}: trainable_token_indices in adapter_config.json must be lists of "
-                    f"ids below {self.count}"
+                    f"{self.dir}: trainable_token_indices in adapter_config.json has ids beyond "
+                    f"the {self.count} tokens of the model"
                 )
             out |= dict.fromkeys(layers, ids)
         return out
@@ -722,13 +742,11 @@ class AdapterFile:
         cfg, table = model.cfg, model.model["embed_tokens"]
         embedding, *heads = self.vocabulary
         tied = cfg.tie_embeddings and bool(heads)
-        new = {
-            embedding: table.weight if self.weight(embedding) is None else self.weight(embedding)
-        }
+        new = {embedding: self.tensors.get(f"{embedding}.weight", table.weight)}
         for head in heads:
             both = tied and not self.saves(embedding)
             old = new[embedding] if both else model.head_weight
-            new[head] = old if self.weight(head) is None else self.weight(head)
+            new[head] = self.tensors.get(f"{head}.weight", old)
         for layer in new.keys() & self.shapes.keys():
             kind = "lora_embedding_" if layer == embedding else "lora_"
             A, B = (self.tensors[f"{layer}.{kind}{half}"].float() for half in "AB")

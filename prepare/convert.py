@@ -196,7 +196,8 @@ def start(cfg, encode, template):
     """(tokenizer, Writer of the prepared folder). A script may add to .meta of the Writer."""
     check_target(cfg.out)
     tok = setup(cfg, encode, template)
-    meta = dict(tokenizer=tok.fingerprint, template=tok.template, chat_template=tok.chat_template)
+    meta = dict(tokenizer=tok.fingerprint, tokenizer_identity=tok.identity)
+    meta |= dict(template=tok.template, chat_template=tok.chat_template)
     meta |= dict(source=cfg.source, model=cfg.model, seed=cfg.seed)
     return tok, Writer(cfg.out, tok.vocab_size, meta)
 

@@ -399,7 +399,7 @@ def held_out(hashes, val):
     They are chosen by `hashes` (N,) of their content: a row's place does not matter, and copies of
     a row are all held out or all kept. Raises UserError where that cannot be.
     """
-    count = parse_share(val, len(hashes))
+    count = parse_share(val, len(hashes), "val")
     if count >= len(hashes):
         raise UserError(f"val={val} leaves none of the {len(hashes)} rows to train on")
     chosen = []

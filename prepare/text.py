@@ -47,7 +47,7 @@ import regex
 import sentencepiece
 
 from nano import config, files, tokenizer, vocab
-from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
+from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError
 from nano.store import Writer, check_target, parse_share, read_meta
 from prepare import records
 from prepare.records import BadRecord
@@ -63,9 +63,9 @@ SHARD = 1 << 26  # characters of a shard
 @dataclass
 class Config:
     # what
-    source: str  # file, folder or hub id
-    tokenizer: str  # directory, or train:8000 to train one of that many tokens on the source
-    out: str  # the prepared folder; an earlier one there is replaced at the end
+    source: PathText  # file, folder or hub id
+    tokenizer: PathText  # directory, or train:8000 to train one of that many tokens on the source
+    out: PathText  # the prepared folder; an earlier one there is replaced at the end
     text_field: str = "text"  # of records: the field that holds the text
     separator: str = ""  # between documents of .txt files (\n: line break); "": one document a file
     subset: str | None = None  # of a hub id: the configuration
@@ -603,7 +603,7 @@ def held_out(hashes, val):
     split. Where copies meet the limit, fewer than `val` documents are held out. UserError if none
     would be left to train on.
     """
-    count = parse_share(val, len(hashes))
+    count = parse_share(val, len(hashes), "val")
     if count >= len(hashes):
         raise UserError(
             f"val={val} leaves none of the {len(hashes)} documents to train on: "
@@ -634,6 +634,7 @@ def assemble(cfg, directory, shards, counts):
     size = Counter()
     meta = dict(
         tokenizer=tok.fingerprint,
+        tokenizer_identity=tok.identity,
         source=cfg.source,
         seed=cfg.seed,
         dropped={"empty": empty},

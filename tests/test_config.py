@@ -34,6 +34,7 @@ class Config:
     system: Optional[str] = None                # system message
     sizes: tuple[str, ...] = ()                 # one a data set
     layers: tuple[int, ...] | None = None       # which
+    folders: tuple[config.PathText, ...] = ()   # paths
     compile: bool = False                       # torch.compile
     schedule: Literal["cosine", "linear"] = "cosine"
     resume: bool | Literal["auto"] = "auto"     # true, false, auto
@@ -83,9 +84,30 @@ def test_defaults():
         ("schedule=linear", "schedule", "linear"),
         ("resume=auto", "resume", "auto"),
         ("resume=no", "resume", False),
+        # white space stays as it was typed, except around the elements in brackets
+        ("sizes=\n", "sizes", ("\n",)),
+        ("sizes= ", "sizes", (" ",)),
+        ("sizes=\n\nHuman:", "sizes", ("\n\nHuman:",)),
+        ("sizes= a, b\t", "sizes", (" a", " b\t")),
+        ("sizes=[ \n, b ]", "sizes", ("\n", "b")),
+        ("sizes=[\n\nHuman:]", "sizes", ("\n\nHuman:",)),
+        ("sizes=\n[INST]", "sizes", ("\n[INST]",)),
+        ('sizes="a, b\n"', "sizes", ("a, b\n",)),
+        ('sizes=[" ","\\n"]', "sizes", (" ", "\n")),
+        ("sizes=[ ]", "sizes", ()),
+        # the home directory, for paths alone
+        ("out=~", "out", Path("/home/me")),
+        ("out=~/run", "out", Path("/home/me/run")),
+        ("out=./~", "out", Path("./~")),
+        ("out=~nobody.of.that.name/x", "out", Path("~nobody.of.that.name/x")),
+        ("folders=[~/a,b/~,~]", "folders", ("/home/me/a", "b/~", "/home/me")),
+        ('folders="~/a"', "folders", ("~/a",)),
+        ("prompt=~/run", "prompt", "~/run"),
+        ("sizes=~/run", "sizes", ("~/run",)),
     ],
 )
-def test_casts(argument, key, value):
+def test_casts(monkeypatch, argument, key, value):
+    monkeypatch.setenv("HOME", "/home/me")
     got = getattr(config.load(Config, [argument]), key)
     assert got == value and type(got) is type(value)
 
@@ -108,6 +130,7 @@ def test_casts(argument, key, value):
         ("lr=fast", "lr=fast: expected float"),
         ("lr=nan", "expected float"),
         ("lr=inf", "expected float"),
+        ("lr=1e39", "expected float"),  # beyond float32, in which all of it is computed
         ("lr=__import__('os')", "expected float"),
         ("compile=maybe", "expected true or false"),
         ("betas=0.9", "expected 2 values [float,float]"),
@@ -123,6 +146,12 @@ def test_casts(argument, key, value):
 )
 def test_mistakes(capsys, argument, says):
     assert says in refused(capsys, argument)
+
+
+def test_a_comment_that_the_shell_passes_on():
+    """As zsh does with a line of the README that is pasted into it."""
+    cfg = config.load(Config, ["steps=3", "prompt=#", "#", "steps=4", "or", "help"])
+    assert (cfg.steps, cfg.prompt) == (3, "#")
 
 
 def test_twice_on_the_command_line(capsys):
@@ -152,6 +181,19 @@ def test_presets(tmp_path):
     assert config.load(Config, ["steps=7", a]).steps == 5  # the later one wins
     both = config.load(Config, [a, b])
     assert (both.steps, both.system, both.lr) == (6, None, 2.0)
+
+
+def test_white_space_and_home_in_a_preset(tmp_path, monkeypatch):
+    """White space needs quotes there. ~ in quotes is a character, as it is in a shell."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.cfg").write_text(
+        'sizes = "\\n\\nHuman:"\ndata= a , b \nfolders=[~/x,"~/y"]\nout=~/run\n'
+    )
+    cfg = config.load(Config, ["~/p.cfg"])
+    assert (cfg.sizes, cfg.data) == (("\n\nHuman:",), ["a", "b"])
+    assert (cfg.folders, cfg.out) == ((f"{tmp_path}/x", "~/y"), tmp_path / "run")
+    (tmp_path / "q.cfg").write_text(config.to_cfg(cfg))
+    assert config.load(Config, [str(tmp_path / "q.cfg")]) == cfg
 
 
 @pytest.mark.parametrize(
@@ -212,12 +254,14 @@ texts = st.text() | st.sampled_from(
         "a\nb",
         " a ",
         "#",
+        "~/a",
+        "\n",
         "a=b",
         "é\u2028",
         "\udc80",
     ]
 )
-floats = st.floats(allow_nan=False, allow_infinity=False)
+floats = st.floats(allow_nan=False, allow_infinity=False, width=32)
 configs = st.builds(
     Config,
     data=st.lists(texts),
@@ -230,6 +274,7 @@ configs = st.builds(
     system=st.none() | texts,
     sizes=st.lists(texts).map(tuple),
     layers=st.none() | st.lists(st.integers()).map(tuple),
+    folders=st.lists(texts).map(tuple),
     compile=st.booleans(),
     schedule=st.sampled_from(["cosine", "linear"]),
     resume=st.sampled_from([True, False, "auto"]),

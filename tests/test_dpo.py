@@ -271,7 +271,7 @@ def test_the_reference_is_kept_and_a_stale_one_is_not_used(
     run("resume=false")
     assert computed() == 0 and sorted(out.glob("reference.*.bin")) == files
     tiny.model_dir(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match="trained from another model or on other data"):
+    with pytest.raises(UserError, match="was made from another model"):
         run(f"model={tmp_path}/other", "steps=4")
     run(f"model={tmp_path}/other", "resume=false")
     assert (
@@ -297,18 +297,8 @@ def test_the_key_of_the_reference_holds_the_configuration(run, folder, tmp_path,
     assert computed() == 2
     config = files.read_json(model / "config.json")
     tiny.write(model, "config.json", config | dict(rope_theta=500.0))
-    with pytest.raises(UserError, match="trained from another model or on other data"):
-        run(f"model={model}", "steps=4")
-    run(f"model={model}", "resume=false")
-    assert computed() == 2
-    # a run whose key left the configuration out goes on
-    state = files.read_json(out / "state" / "state.json")
-    opened, rows = weights.open(model).model, open_rows(folder)
-    settings = torch.float32, 128, rows.fingerprint(), open_rows(folder, "val").fingerprint()
-    state["meta"]["reference"] = dpo.fingerprint(opened, *settings)
-    tiny.write(out / "state", "state.json", state)
     run(f"model={model}", "steps=4")
-    assert tiny.records(out, "train")[-1]["step"] == 4
+    assert computed() == 2 and len(list(out.glob("reference.*.bin"))) == 2
 
 
 # ---- resume, mistakes

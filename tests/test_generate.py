@@ -63,6 +63,12 @@ FAMILIES = {
 }
 
 
+def test_the_lowest_temperature_is_greedy_and_finite():
+    logits = torch.tensor([[1e3, -1e3, 0.0], [2.0, 2.0 + 1e-4, -5.0]])
+    tokens, logprobs = choose(logits, torch.tensor([0.9, 0.1]), temperature=1e-6)
+    assert tokens.tolist() == [0, 1] and logprobs.tolist() == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_equals_uncached(name):
     model = tiny(std=0.1 if name == "packed" else 0.3, **FAMILIES[name])

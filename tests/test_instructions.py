@@ -441,7 +441,7 @@ def test_val_that_cannot_be(model, tmp_path):
         "10": "leaves none of the 10",
         "11": "more than the 10 rows",
         "3": "copies of one another",
-        "x": "size 'x'",
+        "x": "val=x is not all",
     }
     for val, says in cases.items():
         with pytest.raises(UserError, match=says):

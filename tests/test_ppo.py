@@ -1,4 +1,5 @@
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -372,6 +373,9 @@ def test_a_response_is_cut_behind_a_string(base):
         list(b"say. then"),
         True,
     )  # the one that is complete first
+    ids = [*b"say", 257, *b" then", 258]  # <|im_start|>, which the text leaves out
+    assert ppo.cut_at(("<|im_start|>",), tok, ids) == ([*b"say", 257], True)
+    assert ppo.cut_at(("say then",), tok, ids) == (ids, False)
 
 
 def test_reward_functions(base, tmp_path):
@@ -408,6 +412,9 @@ def test_reward_functions(base, tmp_path):
         ),
         ("def f(*args): return 'good'", "function f failed in .*: ValueError: could not convert"),
         ("def f(*args): return float('nan')", "function f gave nan for the response 'x'"),
+        ("def f(*args): return 1e39", r"function f gave 1e\+39 for .* finite number in float32"),
+        ("def f(*args): return -1e39", r"function f gave -1e\+39 for the response 'x'"),
+        ("def f(*args): return 10**400", "function f failed in .*: OverflowError"),
     ],
 )
 def test_reward_functions_that_fail(base, tmp_path, body, said):
@@ -420,6 +427,22 @@ def test_reward_functions_that_fail(base, tmp_path, body, said):
             [[*b"x"]],
             torch.tensor([1.0]),
         )
+
+
+def test_a_reward_file_imports_a_module_beside_it(base, tmp_path, monkeypatch):
+    """When it is read, and later when the function runs. It hides no module of the program."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "worth_of_letters.py").write_text("WORTH = 2.5")
+    (tmp_path / "bonus_of_letters.py").write_text("BONUS = 0.25")
+    (tmp_path / "lora.py").write_text("raise SystemExit")
+    (tmp_path / "r.py").write_text(
+        "from worth_of_letters import WORTH\nimport lora\ndef f(*args):\n"
+        "    from bonus_of_letters import BONUS\n    return WORTH + BONUS"
+    )
+    function = functions.load_function(f"{tmp_path}/r.py:f")
+    text = [[*b"a"]]
+    scores = functions.judge(function, tokenizer.load(base), text, text, torch.tensor([1.0]))
+    assert scores.tolist() == [2.75]
 
 
 @pytest.mark.parametrize(
@@ -459,6 +482,7 @@ def test_settings_that_do_not_go_together():
     rt = SimpleNamespace(world=2, micro_batch=lambda n: n, weight_shards=1)
     ppo.check(ppo.Config(batch_size=64, minibatches=2, micro_batch=8, group=4), rt)
     ppo.check(ppo.Config(advantage="gae", kl_in="loss", kl_control="adaptive"), rt)
+    ptx = dict(ptx_data=("x",), ptx_coef=1.0)
     pairs = dict(advantage="group", group=2)
     ppo.check(ppo.Config(**pairs), rt)
     wrong = {
@@ -467,16 +491,21 @@ def test_settings_that_do_not_go_together():
             batch_size=64, minibatches=2, group=5, micro_batch=1
         ),
         "advantage=group_std .* compares .* group=2": dict(advantage="group_std"),
-        "value_warmup=3 trains a critic, which advantage=group does": pairs | dict(value_warmup=3),
-        "whiten_rewards=true": pairs | dict(whiten_rewards=True),
-        "kl_control=adaptive .* kl_coef=0.0 with": dict(kl_control="adaptive", kl_coef=0.0),
-        "kl_control=adaptive .* kl_in=none": dict(kl_control="adaptive", kl_in="none"),
-        "kl_coef=0.1 has no effect with kl_in=none": dict(kl_coef=0.1, kl_in="none"),
         "temperature=0": dict(temperature=0.0),
-        "ptx_data= and ptx_coef=": dict(ptx_coef=1.0),
-        "lora_targets=": dict(lora_rank=4, train="qv"),
         "offload=true parks": dict(offload=True, lora_rank=4),
+        "truncate_at= holds an empty string": dict(truncate_at=("a", "")),
+        "ptx_batch=3 must be a multiple of the 2 ranks": ptx | dict(ptx_batch=3),
+        "ptx_batch=24 gives a rank 12 rows, .* of the 8 of a forward": ptx | dict(ptx_batch=24),
+        # 0.2 x 64 / 12 is above 1: a low KL would make the coefficient negative
+        "kl_horizon=12 must be above a fifth of batch_size=64": dict(
+            kl_control="adaptive", kl_horizon=12
+        ),
     }
+    for batch in (2, 6, 16, 32):  # one row a rank, fewer rows than a forward takes, and more
+        ppo.check(ppo.Config(**ptx | dict(ptx_batch=batch)), rt)
+    controller = ppo.AdaptiveKL(1.0, target=6.0, horizon=13)
+    ppo.check(ppo.Config(kl_control="adaptive", kl_horizon=13), rt)
+    assert 0 < controller.update(0.0, 64) < 0.02
     for said, settings in wrong.items():
         with pytest.raises(UserError, match=said):
             ppo.check(ppo.Config(**settings), rt)

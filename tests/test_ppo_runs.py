@@ -88,6 +88,8 @@ def arguments(folder, out, settings):
         | dict(model=folder / "base", data=folder / "store", reward="letters", out=out)
         | settings
     )
+    if settings.get("algo", "ppo") != "ppo" or settings.get("advantage", "gae") != "gae":
+        settings.pop("value_lr")  # there is no critic
     if settings["reward"] in ("last", "letters", "zero"):
         settings["reward"] = f"{folder / 'rewards.py'}:{settings['reward']}"
     text = {
@@ -1020,3 +1022,20 @@ def test_validation_rows_beyond_the_positions_are_refused_at_the_start(stage, tm
     argv = f"model={base} data={tmp_path}/data out={tmp_path}/out max_length=128 device=cpu".split()
     with pytest.raises(UserError, match="tokens, .*base takes 48"):
         tiny.train(stage, [*argv, "steps=1", "batch_size=8"])
+
+
+def test_a_resume_needs_the_models_and_the_prompts_of_the_run(folder, tmp_path, capsys):
+    tiny.model_dir(tmp_path / "other", seed=5)
+    tiny.store(tmp_path / "more", folder / "base", n=30)
+    for more in (dict(), dict(lora_rank=2, lr=1e-3)):
+        out, settings = tmp_path / f"out{len(more)}", dict(reward=folder / "score", **more)
+        train(folder, out, steps=1, **settings)
+        train(folder, out, steps=2, **settings)  # new adapters and heads are no other model
+        for change, words in [
+            (dict(model=tmp_path / "other"), "another model"),
+            (dict(data=tmp_path / "more"), "other data"),
+        ]:
+            with pytest.raises(UserError, match=f"was made from {words}:"):
+                train(folder, out, steps=3, **settings | change)
+        train(folder, out, steps=3, **settings, data=tmp_path / "more", resume="anyway")
+        assert "goes on from other data" in capsys.readouterr().out

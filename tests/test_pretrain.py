@@ -457,7 +457,7 @@ def test_mistakes_are_told(base, store, tmp_path, monkeypatch, capsys):
         (dict(data=store, model=base, max_length=512), "512 tokens, .* takes 256"),
         (
             dict(data=store, model=base, dim=64),
-            "has a shape and a tokenizer of its own: leave out dim=64",
+            "dim=64 has no effect with model=",
         ),
         (dict(data=tmp_path / "one"), "one/tokenizer: name the tokenizer"),
     ):

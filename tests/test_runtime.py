@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT
 
 import lora
-from nano import runtime, tensor
+from nano import generate, runtime, tensor
 from nano.config import UserError
 from nano.xla import XLA, partition_spec
 
@@ -31,7 +31,7 @@ def rt():
 @pytest.mark.parametrize(
     "keys, said",
     [
-        (dict(device="gpu"), "device=gpu: use auto, cpu, cuda or xla"),
+        (dict(device="gpu"), "device=gpu: use auto, cpu, cuda, mps or xla"),
         (dict(device="xla", offload=True), "device=xla has no offload="),
         (
             dict(device="xla", reduce_dtype="bfloat16"),
@@ -294,6 +294,28 @@ def test_the_second_signal_ends_the_process(name):
     assert f"{name}: finishing this step, then saving (again: stop at once)" in done.stdout
     assert "asked" in done.stdout and "never reached" not in done.stdout
     assert done.returncode == -getattr(signal, name) or "KeyboardInterrupt" in done.stderr
+
+
+def test_apple_silicon(monkeypatch):
+    """Its builds of torch lack oneDNN, and its GPU runs one process without compiling."""
+    with pytest.raises(UserError, match="device=mps: this torch .* finds no such device"):
+        runtime.start(types.SimpleNamespace(), device="mps")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    assert runtime.start(types.SimpleNamespace(), device="cpu").dtype == torch.float32
+    assert not generate.Plan.for_device(torch.device("cpu"), 100).pack
+    assert not generate.Plan.for_device(torch.device("mps"), 100).graphs
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert runtime.choose_device("mps") == "mps" and runtime.choose_device("auto") == "cpu"
+    monkeypatch.setattr(runtime, "join", lambda device: (0, 2, 0, 2))
+    with pytest.raises(UserError, match="single GPU, which 2 processes cannot share"):
+        runtime.start(types.SimpleNamespace(), device="mps")
+
+
+def test_windows_is_told(monkeypatch):
+    monkeypatch.setattr(runtime, "resource", None)
+    with pytest.raises(UserError, match="Windows is not supported"):
+        runtime.start(types.SimpleNamespace(), device="cpu")
 
 
 def test_importing_has_no_side_effect():

@@ -140,6 +140,18 @@ def test_streamed_pieces_are_whole_characters(model, monkeypatch):
     assert len(pieces) > 5 and not any("\ufffd" in piece for piece in pieces)
 
 
+@pytest.mark.parametrize("on_text", [None, lambda piece: None])
+def test_a_control_token_stops(model, monkeypatch, on_text):
+    def scripted(model, prompts, *settings, on_token, **more):
+        tokens = [*b"one", 257, *b"two"]
+        at = next(i for i, token in enumerate(tokens, 1) if on_token(0, token))
+        return Samples([tokens[:at]], [[0.0] * at], [True])
+
+    monkeypatch.setattr(sample, "generate", scripted)
+    cfg = sample.Config(model=str(model), device="cpu", stop=("<|im_start|>",))
+    assert sample.Sampler(cfg).answer([[1]], 0, on_text) == ["one"]
+
+
 def test_ctrl_c_ends_a_reply_and_keeps_it(model, monkeypatch, capsys):
     def interrupted(model, prompts, *settings, on_token, **more):
         for token in b"half":

@@ -31,7 +31,7 @@ FREE = {
 }
 TABLE = {  # key: (values that are refused, values at the edge that are not)
     **dict.fromkeys(
-        "lr weight_decay grad_clip epochs steps lora_rank temperature seed top_k".split(),
+        "lr weight_decay grad_clip epochs steps lora_rank seed top_k".split(),
         ([-1], [0]),
     ),
     **dict.fromkeys(
@@ -42,6 +42,7 @@ TABLE = {  # key: (values that are refused, values at the edge that are not)
     **dict.fromkeys("warmup_ratio gamma lam".split(), ([-0.1, 1.1], [0, 1])),
     **dict.fromkeys("eval_every save_every sample_every".split(), ([-2], [-1, 0])),
     "top_p": ([0, -0.1, 1.1], [1]),
+    "temperature": ([-1, 1e-38, 9e-7], [0, 1e-6]),
 }
 
 
@@ -51,6 +52,20 @@ def needed(Config):
         for f in dataclasses.fields(Config)
         if config.default(f) is dataclasses.MISSING
     ]
+
+
+VALUES = dict(
+    lora_rank=4, prompts="x.txt", truncate_at="x", ptx_coef=1, ptx_data="x", text_field="text"
+)
+
+
+def beside(Config, key):
+    """The arguments beside which a key has an effect."""
+    others = [extra for extra in config.annotations(Config)[key][1] if type(extra) is config.With]
+    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
+    missing = [o for o in others if not (defaults[o.key] in o.values or defaults[o.key])]
+    missing += [o for o in others if o.values and defaults[o.key] not in o.values]
+    return [f"{o.key}={(o.values or [VALUES.get(o.key)])[0]}" for o in dict.fromkeys(missing)]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -69,7 +84,51 @@ def test_numbers_out_of_range(script):
             assert re.fullmatch(rf"{key}={value}(\.0)?: must be .*", str(e.value))
         for value in good:
             also = ["min_lr=0"] if key == "lr" and "min_lr" in numbers else []
+            also += beside(Config, key)
             config.check(config.load(Config, [*needed(Config), f"{key}={value}", *also]))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_defaults_are_silent_and_effects_name_real_keys(script):
+    Config = importlib.import_module(script).Config
+    keys = {f.name for f in dataclasses.fields(Config)}
+    for key, (_, others) in config.annotations(Config).items():
+        assert {other.key for other in others} <= keys - {key}
+    config.check(config.load(Config, needed(Config)))
+
+
+@pytest.mark.parametrize(
+    "stage, args, sentence",
+    [
+        ("sft", ["lora_alpha=16"], "lora_alpha=16.0 has no effect with lora_rank=0: leave it out"),
+        ("dpo", ["train=qv", "lora_rank=8"], "train=qv has no effect with lora_rank=8"),
+        ("reward", ["freeze_layers=1", "lora_rank=8"], "freeze_layers=1 has no effect"),
+        ("ppo", ["algo=grpo", "group=4", "gamma=0.9"], "gamma=0.9 has no effect with advantage=gro"),
+        ("ppo", ["algo=grpo", "group=4", "lam=0.9"], "lam=0.9 has no effect with advantage=group"),
+        ("ppo", ["kl_coef=0", "kl_control=adaptive"], "kl_control=adaptive has no effect with kl_co"),
+        ("pretrain", ["model=m", "dim=64"], "dim=64 has no effect with model=m"),
+        ("sample", ["top_p=0.5", "temperature=0"], "top_p=0.5 has no effect with temperature=0.0"),
+        ("sample", ["out=x.json"], 'out=x.json has no effect with prompts=none'),
+        ("dpo", ["label_smoothing=0.1", "loss=ipo"], "label_smoothing=0.1 has no effect with loss"),
+        ("dpo", ["lora_targets=[q_proj]"], "lora_targets=[q_proj] has no effect with lora_rank=0"),
+        ("reward", ["norm_tokens=5", "norm_samples=0"], "norm_tokens=5 has no effect with norm_sam"),
+        ("ppo", ["ptx_data=x"], "ptx_data=[x] has no effect with ptx_coef=0.0"),
+        ("ppo", ["ptx_coef=1"], "ptx_coef=1.0 has no effect with ptx_data=[]"),
+        ("ppo", ["kl_in=none", "kl_coef=0.1"], "kl_coef=0.1 has no effect with kl_in=none"),
+        ("ppo", ["kl_target=3"], "kl_target=3.0 has no effect with kl_control=fixed"),
+        ("ppo", ["truncate_penalty=3"], "truncate_penalty=3.0 has no effect with truncate_at=[]"),
+    ],
+)
+def test_sentences_of_keys_without_effect(stage, args, sentence):
+    Config = importlib.import_module(stage).Config
+    with pytest.raises(config.UserError, match=re.escape(sentence)):
+        config.check(config.load(Config, args))
+
+
+def test_help_says_beside_which_key_a_key_has_an_effect():
+    text = config.help_text(importlib.import_module("ppo").Config)
+    assert re.search(r"gamma=.*\(only with advantage=gae\)", text)
+    assert re.search(r"train=.*\(not with lora_rank=\)", text)
 
 
 @pytest.mark.parametrize("script", STAGES)
@@ -77,7 +136,8 @@ def test_the_lowest_learning_rate_is_not_above_the_first(script):
     Config = importlib.import_module(script).Config
     with pytest.raises(config.UserError, match="min_lr=2e-05 is above lr=1e-05"):
         config.check(config.load(Config, ["lr=1e-5", "min_lr=2e-5"]))
-    config.check(config.load(Config, ["lr=1e-5", "min_lr=2e-5", "schedule=constant"]))
+    with pytest.raises(config.UserError, match="min_lr=2e-05 has no effect with schedule=constant"):
+        config.check(config.load(Config, ["lr=1e-5", "min_lr=2e-5", "schedule=constant"]))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

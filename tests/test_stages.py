@@ -2,10 +2,13 @@
 often a run evaluates, samples, logs and saves. ppo.py validates no loss and has its own tests."""
 
 import importlib
+import json
+from types import SimpleNamespace
 
 import pytest
 import tiny
 
+from nano.config import UserError
 from nano.run import Run
 
 COMMON = "device=cpu dtype=float32 batch_size=4 micro_batch=2 max_length=128 log_every=1".split()
@@ -89,3 +92,66 @@ def test_how_often_a_run_evaluates_samples_logs_and_saves(stage, run, tmp_path, 
     assert saved == [("last", 3)]  # -1 still saves at the end
     assert tiny.state(tmp_path / "never" / "state")[1]["meta"]["step"] == 3
     assert tiny.same_tensors(tmp_path / "never" / "last", tmp_path / "always" / "last")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_validation_keys_without_a_validation_split(stage, folder, tmp_path):
+    if STAGES[stage][0] == "rows":
+        tiny.store(tmp_path / "rows", folder / "model", n=16, val=0)
+    else:
+        tiny.preferences(tmp_path / "groups", folder / "model", n=16, val=0)
+    paths = [f"model={folder}/model", f"data={tmp_path}/{STAGES[stage][0]}", f"out={tmp_path}/out"]
+    settings = [*paths, *COMMON] + (["norm_samples=0"] if stage == "reward" else [])
+    with pytest.raises(UserError, match="eval_every=3 has no effect without a validation"):
+        tiny.train(stage, [*settings, "eval_every=3", "steps=2"])
+    with pytest.raises(UserError, match="warmup_steps=9 is above the 2 steps of the run"):
+        tiny.train(stage, [*settings, "eval_every=-1", "steps=2", "warmup_steps=9"])
+    tiny.train(stage, [*settings, "eval_every=-1", "epochs=0"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resume_needs_the_model_and_the_data_of_the_run(stage, folder, run, tmp_path, capsys):
+    data = STAGES[stage][0]
+    tiny.model_dir(tmp_path / "other", seed=5)
+    make = tiny.store if data == "rows" else tiny.preferences
+    make(tmp_path / "more", folder / "model", n=24, val=4)
+    make(tmp_path / "val", folder / "model", n=16, val=8)
+    run(stage, "steps=2", "eval_every=1")
+    for change, words in [
+        (f"model={tmp_path}/other", "another model:"),
+        (f"data={tmp_path}/more", "other data:"),
+        (f"data={tmp_path}/val", "other validation data:"),
+    ]:
+        with pytest.raises(UserError, match=f"out/state was made from {words}"):
+            run(stage, "steps=3", change)
+    capsys.readouterr()
+    state = tmp_path / "out" / "state" / "state.json"
+    best = json.loads(state.read_text())["meta"]["best"]
+    state.write_text(state.read_text().replace(f'"best": {best}', '"best": -1.0'))
+    run(stage, "steps=3", "eval_every=1", f"data={tmp_path}/val", "resume=anyway")
+    assert "goes on from other validation data" in capsys.readouterr().out
+    meta = json.loads(state.read_text())["meta"]
+    assert meta["step"] == 3 and meta["best"] > -1  # the old best is of other rows
+
+    # a state of the first edition does not say what it was made from
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"meta": dict(step=3)}))
+    run(stage, "steps=4", f"data={tmp_path}/val", "model=" + str(folder / "model"))
+    assert "does not say what it was made from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_ranks_that_read_other_data_end_with_a_sentence(same):
+    """Two ranks: all_sum adds what the other one has."""
+
+    def all_sum(x):
+        seen.append(x)
+        return x + (x if same else [7.0, 1.0, 0.0, 0.0][len(seen) - 1])
+
+    seen, rt = [], SimpleNamespace(world=2, rank=0, all_sum=all_sum)
+    run = SimpleNamespace(rt=rt, resumes=False)
+    if same:
+        assert Run.identify(run, (), "ab", "cd")["data"] == "ab"
+        assert seen[1] == 0.0
+    else:
+        with pytest.raises(UserError, match="the ranks read different data"):
+            Run.identify(run, (), "ab", "cd")

@@ -266,12 +266,24 @@ def test_mix(tmp_path):
     assert mix(dirs, ["0", "3"]).lengths.shape == (3,) and len(mix(dirs)) == 50
     with pytest.raises(UserError, match="2 folders and sizes= 1 sizes"):
         mix(dirs, ["all"])
-    with pytest.raises(UserError, match="b: size '21' is more than the 20 rows"):
+    with pytest.raises(UserError, match="b: sizes=21 is more than the 20 rows"):
         mix(dirs, ["all", "21"])
     make_store(tmp_path / "c", [3], tokenizer="one")
     make_store(tmp_path / "d", [3], tokenizer="other")
     with pytest.raises(UserError, match="different tokenizers"):
         mix([tmp_path / "a", tmp_path / "c", tmp_path / "d"])
+
+
+def test_a_folder_with_an_identity_compares_by_it(tmp_path):
+    meta = dict(tokenizer="a" * 64, tokenizer_identity="c" * 64)
+    make_store(tmp_path / "d", [3, 4], **meta)
+    saved_again = SimpleNamespace(fingerprint="b" * 64, identity="c" * 64)
+    assert len(Store(tmp_path / "d", tokenizer=saved_again)) == 2
+    with pytest.raises(UserError, match="another tokenizer"):
+        Store(tmp_path / "d", tokenizer=SimpleNamespace(fingerprint="a" * 64, identity="d" * 64))
+    make_store(tmp_path / "e", [3, 4], tokenizer="b" * 64)  # of the first edition
+    assert len(Store(tmp_path / "e", tokenizer=saved_again)) == 2
+    assert len(mix([tmp_path / "d", tmp_path / "e"], tokenizer=saved_again)) == 4
 
 
 def test_validation_of_folders_that_do_not_all_have_it(tmp_path):

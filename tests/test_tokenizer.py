@@ -26,6 +26,7 @@ CORPUS = fuzzer.fuzz(3000, 2) + [
 PLAIN = [text for text in CORPUS if text.isascii() and "\0" not in text] + [
     " ".join(fuzzer.NATURAL)
 ] * 20
+LLAMA = dict(tokenizer_class="LlamaTokenizer", legacy=False)
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 
 BYTES, GPT2 = pre_tokenizers.ByteLevel(False, use_regex=False), pre_tokenizers.ByteLevel(False)
@@ -114,11 +115,11 @@ def save(model, folder, **config):
     return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
-def edit(folder, change):
-    """Rewrites the folder's tokenizer.json."""
-    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+def edit(folder, change, name="tokenizer"):
+    """Rewrites the folder's tokenizer.json, or another file."""
+    spec = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     change(spec)
-    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(spec), encoding="utf-8")
 
 
 def differing(ours, oracle, strings=STRINGS):
@@ -623,6 +624,25 @@ def test_bytes_of_streams(kind, kinds):
     assert ours.bytes_of([10**6]) == b""  # models may have more ids than their tokenizer
 
 
+@pytest.mark.parametrize("kind", ["bpe", "chain", "spm"])
+def test_text_up_to_a_stop_string(kind, kinds):
+    """It is sought among the names of control tokens, which the text itself leaves out."""
+    tok = tokenizer.load(kinds[kind])
+    name = next(name for name, entry in tok.added.items() if entry["id"] in tok.control)
+    control = tok.added[name]["id"]
+    start = tok.encode("Say it. ")
+    ids = [*start, control, *tok.encode("And more é")]
+    assert tok.decode_until(ids, ()) == (tok.decode(ids), False)
+    assert tok.decode_until(ids, ("nowhere",)) == (tok.decode(ids), False)
+    assert tok.decode_until(ids, ("more", name)) == (tok.decode(start), True)
+    assert tok.decode_until(ids, (f". {name}",)) == ("Say it", True)
+    assert tok.decode_until(ids, (" it", "Say")) == ("", True)
+    assert tok.decode_until(ids, (" more",), inside=True) == (
+        tok.decode(ids, inside=True).partition(" more")[0],
+        True,
+    )
+
+
 def test_fingerprint(kinds, tmp_path):
     first = tokenizer.load(kinds["bpe"]).fingerprint
     shutil.copytree(kinds["bpe"], tmp_path / "copy")
@@ -631,6 +651,41 @@ def test_fingerprint(kinds, tmp_path):
     edit(tmp_path / "copy", lambda spec: spec["model"]["merges"].pop())
     assert tokenizer.load(tmp_path / "copy").fingerprint != first
     assert tokenizer.load(kinds["spm"]).fingerprint != tokenizer.load(kinds["chain"]).fingerprint
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, "spm"])
+def test_the_identity_outlives_a_save_by_transformers(kind, kinds, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    source = tmp_path / "source"
+    if kind == "spm":
+        shutil.copytree(kinds["spm"], source)
+        edit(source, lambda spec: spec.update(LLAMA), "tokenizer_config")
+    else:
+        train(kind, source)
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "again")
+    first, again = tokenizer.load(source), tokenizer.load(tmp_path / "again")
+    assert first.identity == again.identity
+    assert tokenizer.load(source, template="plain").identity == first.identity
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda spec: spec["model"]["merges"].pop(),
+        lambda spec: spec["model"]["merges"].reverse() or spec["model"]["merges"].sort(key=len),
+        lambda spec: spec["added_tokens"][0].update(special=False),
+        lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True),
+        lambda spec: spec.update(normalizer={"type": "NFKC"}),
+    ],
+)
+def test_the_identity_is_what_it_does(change, kinds, tmp_path):
+    shutil.copytree(kinds["bpe"], tmp_path / "copy")
+    edit(tmp_path / "copy", change)
+    try:
+        changed = tokenizer.load(tmp_path / "copy").identity
+    except UserError:  # merges in another order are refused
+        return
+    assert changed != tokenizer.load(kinds["bpe"]).identity
 
 
 def test_ends_of_text(kinds, tmp_path):
