@@ -149,8 +149,7 @@ def frozen_linear(module, dtype, pack):
     adapted = LoRA(linear)
     adapted.training = False  # eval() would also reach a base that training shares
     A, B = (frozen(t[active], dtype) for t in (module.lora_A, module.lora_B))
-    magnitude = dict(module.lora_magnitude).get(active)
-    magnitude = frozen(magnitude, dtype)
+    magnitude = frozen(dict(module.lora_magnitude).get(active), dtype)
     adapted.put(active, A, B, module.scales[active], magnitude=magnitude)
     adapted.active = active
     return adapted

@@ -647,7 +647,7 @@ class AdapterFile:
         self.count = model.cfg.vocab_size
         whole = [self.weight(layer) for layer in self.vocabulary if self.weight(layer) is not None]
         if whole and (model.cfg.tie_embeddings or len(whole) == len(self.vocabulary)):
-            self.count = len(whole[0])
+            self.count = len(whole[0]) if whole[0].dim() else 0
         self.rows = self.token_rows()
         wanted = {f"{layer}{TOKENS}": (len(ids), dim) for layer, ids in self.rows.items()}
         for layer in self.vocabulary:

@@ -1,5 +1,6 @@
 """Adapters of every kind that peft writes: read here, saved here, read again by peft."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -16,6 +17,7 @@ import lora
 import ppo
 import prepare.weights as prepare_weights
 from nano import config, generate, tokenizer, weights
+from nano.adapters import AdapterConfig
 from nano.config import UserError
 from nano.weights import PREFIX
 from prepare import convert
@@ -257,6 +259,29 @@ def test_other_settings_are_refused_by_name(settings, bases, adapter):
 def test_an_adapter_without_what_its_config_names_is_refused(settings, match, bases, adapter):
     change(adapter, **settings)
     refused(match, adapter, base=bases["plain"])
+
+
+ODD = [None, True, -1, 2.5, math.nan, "(", [1], ["q"], {"a": 1}, {"q_proj": [1]}, [[1]], 10**30]
+
+
+def test_odd_values_and_tensors_end_in_a_sentence(bases, tmp_path):
+    of_peft(bases["plain"], tmp_path, **KINDS["embedding, head"][1])
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = tiny.tensors(tmp_path, "adapter_model")
+
+    def opens():
+        with contextlib.suppress(UserError):
+            weights.open(tmp_path, base=bases["plain"], merge=True)
+
+    for key in AdapterConfig.__annotations__:
+        for value in ODD:
+            tiny.write(tmp_path, "adapter_config.json", config | {key: value})
+            opens()
+    tiny.write(tmp_path, "adapter_config.json", config)
+    for key, t in tensors.items():
+        for odd in (torch.zeros(()), torch.zeros(0), torch.zeros(2, 2, 2), t.long(), t[:1].clone()):
+            weights.write_tensors((tensors | {key: odd}).items(), tmp_path, name="adapter_model")
+            opens()
 
 
 # ---- forms of a directory
