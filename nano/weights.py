@@ -915,6 +915,6 @@ def open(
     if merge:
         lora.merge(model)
         model.extras = None
-    tok = tokenizer.load(dir, template, base)
+    tok = tokenizer.load(dir, template, base=base)
     tok.check_embeddings(model.cfg.vocab_size, place)
     return Opened(model, tok, place)
