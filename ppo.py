@@ -751,8 +751,7 @@ def cut_at(strings, tok, tokens):
     may name a control token."""
 
     def complete(n):
-        text = tok.decode(tokens[:n], skip_special=False)
-        return any(s in text for s in strings)
+        return tok.decode_until(tokens[:n], strings)[1]
 
     if not complete(len(tokens)):
         return tokens, False
