@@ -25,7 +25,7 @@ import regex  # comes with tiktoken
 import sentencepiece
 import tiktoken
 
-from nano import chat, files
+from nano import adapters, chat, files
 from nano.config import UserError
 from nano.vocab import (
     BYTE,
@@ -71,6 +71,11 @@ def files_of(dir):
     return [path for pattern in FILES for path in Path(dir).glob(pattern)]
 
 
+def has_vocabulary(dir):
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return any((Path(dir) / name).exists() for name in names) or any(Path(dir).glob("*.tiktoken"))
+
+
 def copy_files(source, dir):
     """Copies tokenizer files and generation_config.json byte for byte into `dir`.
 
@@ -83,6 +88,35 @@ def copy_files(source, dir):
             path.unlink()
     for path in files_of(source):
         files.write_bytes(Path(dir) / path.name, path.read_bytes())
+    settings = files.read_json(Path(dir) / "tokenizer_config.json", missing={})
+    if settings.pop("auto_map", None):  # names a .py file, which does not go along
+        files.write_json(Path(dir) / "tokenizer_config.json", settings, ensure_ascii=False)
+
+
+PADDING = "<|score_padding|>"
+
+
+def write_padding(tok, dir):
+    """Makes tok.padding() the token with which the tokenizer of a score model's directory pads.
+
+    transformers reads a score at the last token that is not padding."""
+    name, id = tok.padding()
+    path = Path(dir) / "tokenizer_config.json"
+    settings = files.read_json(path, missing={})
+    listed = dict(settings.get("added_tokens_decoder") or {})
+    # A token may be known by no other name than that of the padding which it was.
+    for entry in tok.added.values():
+        if entry["id"] == tok.pad_id:
+            listed.setdefault(str(tok.pad_id), {k: v for k, v in entry.items() if k != "id"})
+    if name not in tok.added:
+        listed[str(id)] = {k: v for k, v in added_token(id, name).items() if k != "id"}
+    if listed:
+        settings["added_tokens_decoder"] = listed
+    settings |= {"pad_token": name, "padding_side": "right"}
+    files.write_json(path, settings, ensure_ascii=False)
+    path = Path(dir) / "special_tokens_map.json"
+    if path.exists():
+        files.write_json(path, files.read_json(path) | {"pad_token": name}, ensure_ascii=False)
 
 
 # ----------------------------------------------------------------------------------- pre-tokenizers
@@ -505,7 +539,7 @@ TIKTOKEN = {
 
 def read_json(path, kind):
     """A JSON file of the type `kind` of nano.vocab, or {} where there is none."""
-    return files.read_json(path, missing={}, kind=kind)
+    return files.read_json(path, missing={}, kind=kind, unicode=True)
 
 
 def read_tiktoken(path):
@@ -652,14 +686,17 @@ def named_tokens(settings):
     settings = settings | (more if isinstance(more, dict) else {})
     tokens = {key: value for key, value in settings.items() if key.endswith("_token")}
     tokens = {
-        key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()
+        key: value.get("content") if isinstance(value, dict) else value
+        for key, value in tokens.items()
     }
     return {key: token for key, token in tokens.items() if isinstance(token, str) and token}
 
 
-def load(path, template=None, options=()):
-    """The Tokenizer of a model directory.
+def load(path, template=None, options=(), base=None):
+    """The Tokenizer of a model or adapter directory.
 
+    An adapter directory without a vocabulary has that of its base, and may have a chat template of
+    its own. base: takes the place of the base that the adapter names.
     template: a key of chat.TEMPLATES, or a chat template in Jinja. None: the directory's own chat
     template, where it has one. A key that names the directory's own template selects that one, with
     its default system prompt.
@@ -672,9 +709,17 @@ def load(path, template=None, options=()):
     folder = Path(path)
     if not folder.is_dir():
         raise files.no_model_directory(folder)
+    ends_of = folder  # the directory whose generation_config.json names the ends of a response
+    if adapters.is_adapter(folder):
+        ends_of = adapters.find_base(folder, base) or folder
+        if not has_vocabulary(folder):
+            if template is None:
+                config = read_json(folder / "tokenizer_config.json", TokenizerConfig)
+                template = own_template(folder, config)
+            folder = ends_of = adapters.base_of(folder, base)
     spec = read_json(folder / "tokenizer.json", TokenizerJson)
     config = read_json(folder / "tokenizer_config.json", TokenizerConfig)
-    generation = read_json(folder / "generation_config.json", TokenIds)
+    generation = read_json(ends_of / "generation_config.json", TokenIds)
     named = read_json(folder / "special_tokens_map.json", SpecialTokensMap)
     named |= {key: value for key, value in config.items() if value}
     texts = named_tokens(named)
@@ -700,7 +745,10 @@ def load(path, template=None, options=()):
     default = not spec and "bos" in ends
     if post:
         default = "SpecialToken" in start
-    tokens = sorted((name, entry["id"], entry["special"]) for name, entry in added.items())
+    # PADDING only pads, so a score model that has it reads the same tokens as its policy.
+    tokens = sorted(
+        (name, entry["id"], entry["special"]) for name, entry in added.items() if name != PADDING
+    )
     content = b"".join(file.read_bytes() for file in read) + json.dumps(tokens).encode()
     return Tokenizer(
         back,
@@ -712,6 +760,7 @@ def load(path, template=None, options=()):
         named=texts,
         own=own_template(folder, config),
         template=template,
+        dir=folder,
         options=options,
     )
 
@@ -724,6 +773,8 @@ def as_list(value):
 
 def mend(text):
     """`text` as UTF-8 can hold it: surrogate pairs are joined, lone surrogates replaced."""
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -778,15 +829,18 @@ class Tokenizer:
     .chat_template  the same in Jinja, or None
     .adopted        whether chat_template is not the directory's own
     .empty_thoughts whether the empty thought that a template prints is a target
-    .counts         Counter of what `render` did to answers that a report should tell
+    .counts         Counter of last answers that the template leaves open, by the token that
+                    `render` added
     .fingerprint    sha256 in hex over the vocabulary files and the special tokens
     .identity       sha256 in hex over what it does to text, in whatever files it was saved
+    .dir            the directory that holds the tokenizer's files
     """
 
     def __init__(
-        self, model, added, ends, add_bos, fingerprint, stops, named, own, template, options
+        self, model, added, ends, add_bos, fingerprint, stops, named, own, template, options, dir
     ):
         self.model = model
+        self.dir = dir
         self.added = added
         self.fingerprint = fingerprint
         self.bos_id = ends.get("bos")
@@ -794,6 +848,7 @@ class Tokenizer:
         self.pad_id = ends.get("pad")
         self.bytes = model.bytes | {entry["id"]: name.encode() for name, entry in added.items()}
         self.vocab_size = max(self.bytes) + 1
+        self._names = None
         self._plans = {}  # shape of a layout -> its steps
         self._all = alternation(added.values())
         texts = {entry["id"]: name for name, entry in added.items()}
@@ -834,11 +889,14 @@ class Tokenizer:
 
     @functools.cached_property
     def identity(self):
-        special = sorted((e["id"], name) for name, e in self.added.items() if e["special"])
+        special = {name: e["id"] for name, e in self.added.items() if e["special"]}
+        padding = special.pop(PADDING, None)
+        special = sorted((id, name) for name, id in special.items())
         probes = [self._text(text, where, None) for text in PROBES for where in (START, INSIDE)]
         digest = hashlib.sha256(json.dumps([special, probes]).encode())
         order = self.model.order({id for id, _ in special})
-        for token in chain((self.bytes[id] for id in sorted(self.bytes)), order):
+        ids = sorted(self.bytes.keys() - {padding})
+        for token in chain((self.bytes[id] for id in ids), order):
             digest.update(len(token).to_bytes(4, "little") + token)
         return digest.hexdigest()
 
@@ -855,6 +913,15 @@ class Tokenizer:
                 f"{dir} has {count} embeddings, none for id {last} of its tokenizer: "
                 "take the one it was trained with"
             )
+
+    def padding(self):
+        """(name, id) of a token that can pad a score model's rows, because no completion ends in
+        it: PAD, BOS or another special token. PADDING, of the next free id, if there is none."""
+        names = {entry["id"]: name for name, entry in self.added.items()}
+        for id in (self.pad_id, self.bos_id, *sorted(self.control)):
+            if id in names and id not in self.stop_ids:
+                return names[id], id
+        return PADDING, self.vocab_size
 
     def encode(self, text, bos=False, eos=False):
         """list of ids. Names of control tokens in `text` are plain text.
@@ -910,6 +977,28 @@ class Tokenizer:
         spaced = isinstance(self.model, SentencePiece) and self.model.prefix != "never"
         return text.removeprefix(" ") if spaced and not inside else text
 
+    def read_rendered(self, text, spans):
+        """(ids, mask) of a text that a chat template has rendered: it is not laid out again.
+
+        Names of control tokens in it are these tokens. spans: [(begin, end), ...] of the targets.
+        """
+        edges = [0, *(edge for span in spans for edge in span), len(text)]
+        ids = []
+        mask = []
+        position = START
+        for flag, (begin, end) in enumerate(pairwise(edges)):
+            new = self._text(text[begin:end], position, self._all)
+            position = INSIDE if begin < end else position
+            ids += new
+            mask += [flag % 2] * len(new)
+        return ids, mask
+
+    def spells_out(self, text):
+        """Whether `text` has names of control tokens, which `encode` spells out."""
+        if self._names is None:
+            self._names = alternation(e for e in self.added.values() if e["id"] in self.control)
+        return bool(self._names and self._names.search(text))
+
     def _layout(self, source, name=None):
         """The ChatTemplate of a source in Jinja with the tokens of this vocabulary."""
         return chat.ChatTemplate(source, self._named, self.added, self._ends, name)
@@ -948,7 +1037,7 @@ class Tokenizer:
         except chat.NotFollowed as error:
             raise chat.NotFollowed(error.reason, error.message, self._advice(request)) from None
         if layout.closing:
-            self.counts[f"answers that the template leaves open, ended by {layout.closing}"] += 1
+            self.counts[layout.closing] += 1
         if layout.shape not in self._plans:
             if len(self._plans) > 10_000:
                 self._plans.clear()
@@ -1051,7 +1140,8 @@ class Tokenizer:
         ids = []
         prefix = self.model.prefix
         text = mend(text)
-        for start, stop, id in self._spans(text, added):
+        spans = self._spans(text, added) if added else [(0, len(text), None)] if text else []
+        for start, stop, id in spans:
             if id is not None:
                 ids.append(id)
                 position = AFTER

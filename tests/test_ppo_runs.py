@@ -15,11 +15,11 @@ from conftest import ROOT
 
 import lora
 import ppo
-from nano import config, functions, generate, runtime, tokenizer, weights
+from nano import config, functions, generate, runtime, store, tokenizer, weights
 from nano.batches import Rows, episodes
 from nano.config import UserError
 from nano.run import Run
-from nano.store import mix, write_store
+from nano.store import Writer, mix, write_store
 
 BASE = dict(
     device="cpu",
@@ -464,7 +464,7 @@ def test_where_the_kl_goes(folder, tmp_path, monkeypatch, kl_in):
         kl.append(torch.zeros(4).index_add(0, batch["rows"], log_ratio))
     kl = torch.cat(kl)
     assert kl.abs().min() > 1e-3 and math.isclose(kl.mean(), log[1]["kl"], rel_tol=1e-3)
-    (*_, finished), _, scores = judged[1]
+    (_, _, _, _, finished, *_), _, scores = judged[1]
     rewards = scores - (1 - finished)
     price = 0.5 if kl_in == "reward" else 0.0
     right = ppo.penalised_advantages(rewards, kl, 4, "group_std", price)
@@ -475,6 +475,67 @@ def test_where_the_kl_goes(folder, tmp_path, monkeypatch, kl_in):
     if kl_in == "loss":  # at the old policy
         assert kl_coef == 0.5
         assert math.isclose(log[1]["kl_loss"], log[1]["kl_k3"] * 8 / count, rel_tol=1e-4)
+
+
+SOME = """
+def some(prompt, response, finished):
+    return None if sum(map(ord, response)) % 3 == 0 else len(response) / 8
+
+def nothing(prompt, response, finished):
+    return None
+
+def key(prompt, response, finished, record):
+    return float(record["answer"]) if "<" in response else 0.0
+"""
+
+
+@pytest.mark.parametrize("how", ["group_std", "gae"])
+def test_an_episode_without_a_score_has_no_part_in_the_update(folder, tmp_path, monkeypatch, how):
+    (tmp_path / "some.py").write_text(SOME)
+    calls, judged = spy(monkeypatch, ppo, "rl_gradient"), spy(monkeypatch, functions, "judge")
+    settings = dict(reward=f"{tmp_path}/some.py:some", advantage=how, group=4, batch_size=16)
+    log = train(folder, tmp_path / "out", **settings, kl_in="reward" if how == "gae" else "loss")
+    for r, (_, _, scores), (args, _, _) in zip(log, judged, calls[:1] + calls[4:5], strict=True):
+        known = ~scores.isnan()
+        assert 0 < known.sum() < 16 and math.isclose(r["unscored"], 1 - known.double().mean())
+        assert math.isclose(r["reward"], scores[known].mean(), rel_tol=1e-6)
+        (*_, micro_batches, count, kl_coef) = args
+        at = torch.cat([batch["rows"] + 4 * i for i, batch in enumerate(micro_batches)])
+        weights = torch.cat([batch["weights"] for batch in micro_batches])
+        assert torch.equal(weights > 0, known[at]) and count == weights.sum()
+        loss_weights = torch.cat([batch["loss_weights"] for batch in micro_batches])
+        torch.testing.assert_close(loss_weights, weights / count)
+        assert all(math.isfinite(v) for v in r.values() if isinstance(v, float))
+    with pytest.raises(UserError, match="gives None for all 16 responses of step 1"):
+        train(folder, tmp_path / "none", **settings | dict(reward=f"{tmp_path}/some.py:nothing"))
+
+
+def test_several_rewards_and_the_record(folder, tmp_path, monkeypatch):
+    """Each is logged, their weighted sum is the reward, a score model may be among them."""
+    (tmp_path / "some.py").write_text(SOME)
+    tok = tokenizer.load(folder / "base")
+    meta = dict(vocab_size=264, tokenizer=tok.fingerprint)
+    with Writer(tmp_path / "store", 264, meta) as w:
+        for i in range(8):
+            line = json.dumps(dict(answer=i)).encode() + b"\n"
+            w.extend("train", [97 + i, 98, 258], [0, 0, 0], [3], [line])
+    judged = spy(monkeypatch, functions, "judge")
+    functions_ = [f"{tmp_path}/some.py:key", f"{folder / 'rewards.py'}:letters"]
+    settings = dict(data=tmp_path / "store", reward=[*functions_, str(folder / "score")], steps=1)
+    log = train(folder, tmp_path / "out", **settings, reward_weights=["1", "0.5", "2"])
+    [r] = log[:1]
+    expected = r["reward_key"] + 0.5 * r["reward_letters"] + 2 * r["reward_model"]
+    assert math.isclose(r["reward"], expected, rel_tol=1e-5)
+    (_, _, prompts, _, _, records, _), _, _ = judged[0]
+    assert [record["answer"] for record in records] == [prompt[0] - 97 for prompt in prompts]
+    bad = {
+        "takes the record of a prompt": dict(reward=functions_[0]),
+        "has 1 numbers for 2 rewards": dict(reward=functions_[1:] * 2, reward_weights=["1"]),
+        "give one score model": dict(reward=[str(folder / "score"), str(folder / "adapter")]),
+    }
+    for says, change in bad.items():
+        with pytest.raises(UserError, match=says):
+            train(folder, tmp_path / "bad", **change)
 
 
 def test_equal_scores_teach_nothing(folder, tmp_path):
@@ -555,7 +616,7 @@ def test_what_is_scored(folder, tmp_path, monkeypatch):
         gold=f"{folder / 'rewards.py'}:last",
     )
     samples, ((scores, logprobs, ref, mask, coef), _, rewards) = made[0][2], shaped[0]
-    (_, _, prompts, answers, _), _, judged = seen[0]
+    (_, _, prompts, answers, *_), _, judged = seen[0]
     assert all(258 in prompt for prompt in prompts) and judged.max() > 1.5
     ends = {"stop": 0, "cut": 0, "long": 0}
     for i, (tokens, answer) in enumerate(zip(samples.tokens, answers, strict=True)):
@@ -932,7 +993,8 @@ def test_mistakes_end_in_a_sentence(folder, tmp_path):
         "max_prompt=1 ": dict(max_prompt=1),
         "batch_size=10 must be a multiple": dict(batch_size=10),
         "advantage=group_std .* compares": dict(algo="grpo"),
-        "is an adapter": dict(model=folder / "adapter", lora_rank=2),
+        "is an adapter of a score model": dict(model=folder / "adapter", lora_rank=2),
+        "is a score model": dict(model=folder / "score"),
         "leaves nothing to train": dict(freeze_layers=2, train="qv"),
         "resume=true": dict(resume="true"),
         "max_new_tokens=6 make .* takes 256": dict(max_prompt=1000, data=long),
@@ -948,6 +1010,79 @@ def test_mistakes_end_in_a_sentence(folder, tmp_path):
         and result.stderr.startswith("error: group=1 with advantage=rloo")
         and result.stderr.count("\n") == 1
     )
+
+
+# ---- the reward model reads what the policy writes
+
+
+def test_a_reward_model_of_another_template_is_refused(folder, tmp_path):
+    def data(template):
+        tok = tokenizer.load(folder / "base", template)
+        meta = dict(vocab_size=264, tokenizer=tok.fingerprint, template=template)
+        meta["chat_template"] = tok.chat_template
+        ask = [dict(role="user", content="a"), dict(role="assistant", content="b")]
+        write_store(tmp_path / f"data-{template}", dict(train=[tok.render(ask)] * 8), meta)
+        return tmp_path / f"data-{template}"
+
+    def scorer(template, recorded=True, adapted=False):
+        dir = tmp_path / f"{template}-{recorded}-{adapted}"
+        tok = tokenizer.load(folder / "base", template)
+        model = weights.open(folder / "base", head="score").model
+        unwritten = template if template in ("plain", "columns") else None
+        keys = dict(prompt_template=unwritten) if recorded else {}
+        if adapted:
+            lora.apply(model, 2, 4)
+            weights.save_adapter(model, dir, base=folder / "base", tok=tok)
+            tiny.write(dir, "score_scale.json", keys)
+        else:
+            weights.save_model(model, dir, like=folder / "base", tok=tok, **keys)
+        return dir
+
+    def check(template, reward):
+        cfg = ppo.Config(reward=(str(reward),), data=(data(template),))
+        ppo.check_scorer(cfg, tokenizer.load(folder / "base", store.chat_template(cfg.data)))
+
+    for adapted in (False, True):
+        for template in ("chatml", "alpaca", "zephyr", "plain", "columns"):
+            check(template, scorer(template, adapted=adapted))
+            other = "alpaca" if template != "alpaca" else "chatml"
+            with pytest.raises(UserError, match="in the chat template"):
+                check(other, scorer(template, adapted=adapted))
+    with pytest.raises(UserError, match="in the chat template"):
+        check("plain", scorer("alpaca"))
+    # an older reward model does not say that it was trained in `plain`
+    check("plain", scorer("plain", recorded=False))
+
+
+def test_rows_beyond_the_positions_of_the_reward_model_are_refused_at_the_start(folder, tmp_path):
+    tiny.model_dir(tmp_path / "short", head="score", max_positions=32)
+    long = tiny.store(tmp_path / "long", folder / "base", low=80, high=90)
+    for settings in (dict(), dict(advantage="group", group=2), dict(lora_rank=2)):
+        with pytest.raises(UserError, match="max_new_tokens=6 make .* takes 32"):
+            train(folder, tmp_path / "out", data=long, reward=tmp_path / "short", **settings)
+    tiny.model_dir(tmp_path / "policy", max_positions=64)
+    rows = tiny.store(tmp_path / "rows", folder / "base", low=10, high=20)
+    ptx = dict(ptx_data=[str(long)], ptx_coef=0.1, ptx_batch=4, max_prompt=100)
+    with pytest.raises(UserError, match="has 8. tokens, .*policy takes 64"):
+        train(folder, tmp_path / "out", model=tmp_path / "policy", data=rows, **ptx)
+    assert not (tmp_path / "out" / "last").exists()
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward"])
+def test_validation_rows_beyond_the_positions_are_refused_at_the_start(stage, tmp_path):
+    base = tiny.model_dir(tmp_path / "base", max_positions=48)
+    if stage == "sft":
+        splits = dict(train=tiny.rows(16), val=tiny.rows(8, low=60, high=70))
+    else:
+        splits = dict(train=tiny.ranked(16), val=tiny.ranked(8, completions=(2, 2)))
+        splits["val"] = [
+            [([97] * 40 + ids, [0] * 40 + mask) for ids, mask in group] for group in splits["val"]
+        ]
+    meta = dict(vocab_size=264, tokenizer=tokenizer.load(base).fingerprint)
+    write_store(tmp_path / "data", splits, meta)
+    argv = f"model={base} data={tmp_path}/data out={tmp_path}/out max_length=128 device=cpu".split()
+    with pytest.raises(UserError, match="tokens, .*base takes 48"):
+        tiny.train(stage, [*argv, "steps=1", "batch_size=8"])
 
 
 def test_a_resume_needs_the_models_and_the_prompts_of_the_run(folder, tmp_path, capsys):
