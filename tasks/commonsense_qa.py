@@ -11,7 +11,9 @@ def record(row):
 
 
 def prompt(record):
-    lines = (f"\n{letter}. {text}" for letter, text in zip(LETTERS, record["options"], strict=False))
+    lines = (
+        f"\n{letter}. {text}" for letter, text in zip(LETTERS, record["options"], strict=False)
+    )
     return f"Question: {record['question'].strip()}{''.join(lines)}\nAnswer:"
 
 

@@ -14,7 +14,9 @@ def clean(text):
 def record(row):
     if "ctx_a" in row:
         start = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-        return dict(start=clean(start), endings=[*map(clean, row["endings"])], gold=int(row["label"]))
+        return dict(
+            start=clean(start), endings=[*map(clean, row["endings"])], gold=int(row["label"])
+        )
     return dict(start=row["ctx"], endings=row["endings"], gold=int(row["label"]))
 
 

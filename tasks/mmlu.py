@@ -2,11 +2,9 @@
 arXiv:2009.03300). The letter is scored. Shots come from the dev split of the subject, in its order.
 """
 
-HUB = ("cais/mmlu", "all", "test", "dev")
 LETTERS = "ABCD"
 IN_ORDER = True  # the shots are the first ones, as in the paper
 
-# subjects that are neither STEM nor one of these are "other"
 HUMANITIES = """formal_logic high_school_european_history high_school_us_history
 high_school_world_history international_law jurisprudence logical_fallacies moral_disputes
 moral_scenarios philosophy prehistory professional_law world_religions""".split()
@@ -18,19 +16,31 @@ college_computer_science college_mathematics college_physics computer_security c
 electrical_engineering elementary_mathematics high_school_biology high_school_chemistry
 high_school_computer_science high_school_mathematics high_school_physics high_school_statistics
 machine_learning""".split()
-CATEGORIES = [(STEM, "stem"), (HUMANITIES, "humanities"), (SOCIAL, "social_sciences")]
+OTHER = """business_ethics clinical_knowledge college_medicine global_facts human_aging management
+marketing medical_genetics miscellaneous nutrition professional_accounting professional_medicine
+virology""".split()
+CATEGORIES = dict(stem=STEM, humanities=HUMANITIES, social_sciences=SOCIAL, other=OTHER)
+SUBJECTS = {subject: name for name, subjects in CATEGORIES.items() for subject in subjects}
+
+HUB = ("cais/mmlu", "all", "test", "dev")
+PARTS = {name: HUB for name in CATEGORIES}
+PARTS |= {subject: ("cais/mmlu", subject, "test", "dev") for subject in sorted(SUBJECTS)}
 
 
 def record(row):
     if "input" in row:  # the prompt as QLoRA's files have it
-        text = row["input"].partition("\n\n")[2].removesuffix("\nAnswer:")
-        question, *options = text.split("\nA. ")[0], *text.split("\nA. ")[1].split("\n")
-        options = [options[0], *(option.partition(". ")[2] for option in options[1:])]
+        question = row["input"].partition("\n\n")[2].removesuffix("\nAnswer:")
+        options = []
+        for letter in reversed(LETTERS):  # from the end, because a question may hold a list too
+            question, _, option = question.rpartition(f"\n{letter}. ")
+            options.insert(0, option)
         gold = LETTERS.index(row["output"])
     else:
         question, options, gold = row["question"], row["choices"], int(row["answer"])
     if len(options) != 4:
         raise ValueError(f"it has {len(options)} options and not 4")
+    if row["subject"] not in SUBJECTS:
+        raise ValueError(f"there is no subject {row['subject']!r}")
     return dict(subject=row["subject"], question=question, options=options, gold=gold)
 
 
@@ -43,9 +53,12 @@ def group(record):
     return record["subject"]
 
 
-def category(subject):
-    """The category of a subject, as the paper has it."""
-    return next((name for subjects, name in CATEGORIES if subject in subjects), "other")
+def groups(record):
+    return [SUBJECTS[record["subject"]], record["subject"]]
+
+
+def within(record, part):
+    return part in groups(record)
 
 
 def prompt(record):

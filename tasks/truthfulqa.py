@@ -45,6 +45,10 @@ def gold(record):
     return {i for i, text in enumerate(record["texts"]) if record["one"].get(text) == 1}
 
 
+def chance(record):
+    return 1 / len(record["one"])
+
+
 def metrics(record, logprobs):
     values = dict(zip(record["texts"], logprobs, strict=True))
     best = max(record["one"], key=values.get)

@@ -15,7 +15,9 @@ def record(row):
 def shared(record):
     """The text that both beginnings share."""
     a, b = record["starts"]
-    n = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(map(len, (a, b))))
+    n = next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(map(len, (a, b)))
+    )
     return a[: a.rfind(" ", 0, n + 1) + 1]
 
 
