@@ -88,6 +88,9 @@ class Config:
     beta1: Fraction = 0.9  # AdamW: decay of the mean gradient
     beta2: Fraction = 0.999  # AdamW: decay of the mean square
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
+    # steps in a row that NaN or infinity in the gradient may take before the run fails; 0: any
+    bad_steps: NonNegativeInt = 3
+    ema: Fraction = 0.0  # decay of a mean of the weights, for evaluation, best/, last/; 0: off
     # device
     device: str = "auto"  # auto, cpu, cuda, mps or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
@@ -102,7 +105,10 @@ class Config:
     resume: Literal["auto", "true", "false", "anyway"] = "auto"  # anyway: on other data too
     eval_every: Every = 0  # steps; 0: once an epoch, -1: never. Needs a validation split
     save_every: Every = 0  # steps; 0: once an epoch, -1: at the end only
+    keep_last: NonNegativeInt = 0  # saves that stay as step-N/ beside last/
+    patience: NonNegativeInt = 0  # evaluations without a better one that end the run; 0: off
     log_every: NonNegativeInt = 5  # steps; 0: the last step only
+    track: str = ""  # wandb:PROJECT or trackio:PROJECT beside TensorBoard
     samples: NonNegativeInt = 2  # validation prompts answered at every evaluation
     sample_tokens: NonNegativeInt = 64  # 0: no samples
 
@@ -273,11 +279,11 @@ def answers(rt, model, tok, rows, cfg):
     return table
 
 
-def main(cfg):
+@runtime.started
+def main(cfg, rt):
     # ---- setup
     # The runtime knows the device and the other processes. The run knows its folder: whether it
     # holds a state to continue from, and where the log and the models go.
-    rt = runtime.start(cfg)
     run = Run("dpo", cfg, rt)
 
     # ---- model
@@ -305,7 +311,7 @@ def main(cfg):
     longest = max(rows.longest for rows in (train, val) if rows)
     batches.check_reach(longest, model.cfg.max_positions, cfg.model)
     if not val:
-        run.refuse_validation("eval_every")
+        run.refuse_validation("eval_every", "patience")
     steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 
@@ -402,7 +408,7 @@ def main(cfg):
                 run.log.text(falling(-chosen, -rejected))
             sums, best_tokens = torch.zeros_like(sums), 0
 
-    run.close()
+    return run.close()
 
 
 if __name__ == "__main__":

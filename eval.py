@@ -165,7 +165,11 @@ def main(cfg):
         raise UserError("nothing to measure: give tasks=")
     if cfg.out and cfg.out.exists() and not cfg.out.is_dir():
         raise UserError(f"out={cfg.out} is a file: give a folder")
-    rt = runtime.start(cfg, parallel="ddp")
+    with runtime.start(cfg, parallel="ddp") as rt:
+        evaluate(cfg, rt)
+
+
+def evaluate(cfg, rt):
     opened = open_model(cfg, cfg.model, rt)
     header = dict(
         model=str(cfg.model),
@@ -179,7 +183,6 @@ def main(cfg):
     measure_tasks(cfg, rt, opened, results)
     if rt.is_main:
         results.show()
-    rt.close()
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from nano import (
     batches,
     config,
     families,
+    files,
     functions,
     generate,
     losses,
@@ -139,6 +140,8 @@ class Config:
     beta2: Fraction = 0.999
     adam_eps: NonNegativeFloat = 1e-5
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
+    # steps in a row that NaN or infinity in the gradient may take before the run fails; 0: any
+    bad_steps: NonNegativeInt = 3
     # device
     device: str = "auto"  # auto, cpu, cuda, mps or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
@@ -154,7 +157,9 @@ class Config:
     seed: Seed = 0
     resume: Literal["auto", "true", "false", "anyway"] = "auto"  # anyway: on other data too
     save_every: Every = 20  # steps; 0: one pass over the prompts, -1: at the end
+    keep_last: NonNegativeInt = 0  # saves that stay as step-N/ beside last/
     log_every: NonNegativeInt = 1  # steps; 0: the last step only
+    track: str = ""  # wandb:PROJECT or trackio:PROJECT beside TensorBoard
     sample_every: Every = 10  # steps; 0: one pass over the prompts, -1: never
     samples: NonNegativeInt = 3  # responses shown each time
 
@@ -571,8 +576,10 @@ def check(cfg, rt):
         raise UserError("truncate_at= holds an empty string, which would end each response at once")
     if cfg.temperature <= 0:
         raise UserError(f"temperature={cfg.temperature}: must be above 0, where samples differ")
-    rows = min(micro_batch, cfg.ptx_batch // rt.world)
-    if cfg.ptx_coef and (rows < 1 or cfg.ptx_batch % (rows * rt.world)):
+    rows = cfg.ptx_batch // rt.world
+    if cfg.ptx_coef and cfg.ptx_batch % rt.world:
+        raise UserError(f"ptx_batch={cfg.ptx_batch} must be a multiple of the {rt.world} ranks")
+    if cfg.ptx_coef and rows > micro_batch and rows % micro_batch:
         raise UserError(
             f"ptx_batch={cfg.ptx_batch} gives a rank {rows} rows, which must be a multiple of the "
             f"{micro_batch} of a forward (micro_batch=), or fewer"
@@ -597,7 +604,7 @@ def check_reach(cfg, model, longest_prompt):
 def check_resume(out):
     """UserError for the folder of a first-edition run with algo=grpo, whose config.cfg says so."""
     path = Path(out) / "config.cfg"
-    if path.exists() and "algo=grpo" in path.read_text(encoding="utf-8").splitlines():
+    if path.exists() and "algo=grpo" in files.read_text(path).splitlines():
         raise UserError(
             f"{out} is a run of the first edition with algo=grpo, which normalised the KL with the "
             "scores and cannot go on: give another out=, or start anew with resume=false"
@@ -783,11 +790,11 @@ def rl_gradient(cfg, rt, policy, critic, micro_batches, count, kl_coef=0.0):
 # ----------------------------------------------------------------------------------------- the loop
 
 
-def main(cfg):
+@runtime.started
+def main(cfg, rt):
     # ---- setup
     # The runtime knows the device and the other processes. The run knows its folder: whether it
     # holds a state to continue from, and where the log and the models go.
-    rt = runtime.start(cfg)
     check(cfg, rt)
     run = Run("ppo", cfg, rt)
     if run.resumes:
@@ -1121,7 +1128,7 @@ def main(cfg):
                 run.meta["warned"].append(disease)
                 run.log.text(f"warning at step {step + 1}: {disease}")
 
-    run.close()
+    return run.close()
 
 
 if __name__ == "__main__":

@@ -98,6 +98,9 @@ class Config:
     beta1: Fraction = 0.9  # AdamW: decay of the mean gradient
     beta2: Fraction = 0.95  # AdamW: decay of the mean square
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
+    # steps in a row that NaN or infinity in the gradient may take before the run fails; 0: any
+    bad_steps: NonNegativeInt = 3
+    ema: Fraction = 0.0  # decay of a mean of the weights, for evaluation, best/, last/; 0: off
     # device
     device: str = "auto"  # auto, cpu, cuda, mps or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
@@ -113,7 +116,10 @@ class Config:
     eval_every: Every = 250  # steps; 0: once an epoch, -1: never. Needs a validation split
     eval_windows: NonNegativeInt = 1000  # of the validation split, the same each time; 0: all
     save_every: Every = 1000  # steps; 0: once an epoch, -1: at the end only
+    keep_last: NonNegativeInt = 0  # saves that stay as step-N/ beside last/
+    patience: NonNegativeInt = 0  # evaluations without a better one that end the run; 0: off
     log_every: NonNegativeInt = 10  # steps; 0: the last step only
+    track: str = ""  # wandb:PROJECT or trackio:PROJECT beside TensorBoard
     sample_every: Every = 0  # steps; 0: once an epoch, -1: never
     prompts: tuple[str, ...] = ()  # texts to go on from; []: the starts of two documents
     sample_tokens: NonNegativeInt = 64  # 0: no samples
@@ -239,11 +245,11 @@ def continuations(rt, model, tok, documents, cfg):
     ]
 
 
-def main(cfg):
+@runtime.started
+def main(cfg, rt):
     # ---- setup
     # The runtime knows the device and the other processes. The run knows its folder: whether it
     # holds a state to continue from, and where the log and the models go.
-    rt = runtime.start(cfg)
     run = Run("pretrain", cfg, rt)
 
     # ---- data
@@ -276,7 +282,7 @@ def main(cfg):
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
     val = None
     if not val_stores:
-        run.refuse_validation("eval_every", "eval_windows")
+        run.refuse_validation("eval_every", "patience", "eval_windows")
     else:
         val = batches.Windows(val_stores, layout["micro_batch"] * rt.world, **layout)
         eval_steps = -(-cfg.eval_windows // val.batch_size) or val.steps_per_epoch
@@ -367,7 +373,7 @@ def main(cfg):
         if run.logs:
             run.log_step(loss=rt.all_sum(loss), grad_norm=norm, lr=lr)
 
-    run.close()
+    return run.close()
 
 
 if __name__ == "__main__":

@@ -83,6 +83,9 @@ class Config:
     beta1: Fraction = 0.9  # AdamW: decay of the mean gradient
     beta2: Fraction = 0.999  # AdamW: decay of the mean square
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
+    # steps in a row that NaN or infinity in the gradient may take before the run fails; 0: any
+    bad_steps: NonNegativeInt = 3
+    ema: Fraction = 0.0  # decay of a mean of the weights, for evaluation, best/, last/; 0: off
     # device
     device: str = "auto"  # auto, cpu, cuda, mps or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
@@ -97,7 +100,10 @@ class Config:
     resume: Literal["auto", "true", "false", "anyway"] = "auto"  # anyway: on other data too
     eval_every: Every = 0  # steps; 0: once an epoch, -1: never. Needs a validation split
     save_every: Every = 0  # steps; 0: once an epoch, -1: at the end only
+    keep_last: NonNegativeInt = 0  # saves that stay as step-N/ beside last/
+    patience: NonNegativeInt = 0  # evaluations without a better one that end the run; 0: off
     log_every: NonNegativeInt = 10  # steps; 0: the last step only
+    track: str = ""  # wandb:PROJECT or trackio:PROJECT beside TensorBoard
     samples: NonNegativeInt = 2  # best and worst samples shown with their scores
 
 
@@ -256,11 +262,11 @@ def extremes(tok, samples, spans, scores, count):
     return table
 
 
-def main(cfg):
+@runtime.started
+def main(cfg, rt):
     # ---- setup
     # The runtime knows the device and the other processes. The run knows its folder: whether it
     # holds a state to continue from, and where the log and the models go.
-    rt = runtime.start(cfg)
     run = Run("reward", cfg, rt)
 
     # ---- model
@@ -298,7 +304,7 @@ def main(cfg):
     longest = max(rows.longest for rows in (train, val) if rows)
     batches.check_reach(longest, model.cfg.max_positions, cfg.model)
     if not val:
-        run.refuse_validation("eval_every")
+        run.refuse_validation("eval_every", "patience")
     steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 
@@ -354,9 +360,8 @@ def main(cfg):
         # all. The time this takes is not counted in the tokens per second.
         with run.paused():
             evaluating = val and run.due(cfg.eval_every)
-            saving = run.ending or run.due(cfg.save_every)
             run.model_keys = dict(pad_token_id=pad_id, reward_gain=1.0, reward_bias=0.0)
-            if run.tensors and (evaluating or saving):
+            if run.tensors and (evaluating or run.ending or run.due(cfg.save_every)):
                 # Gain and bias belong to these weights, so they are fitted anew for each save.
                 scores = score_samples(
                     rt, net, **run.tensors, micro_batch=micro_rows, max_length=cfg.max_length
@@ -370,7 +375,7 @@ def main(cfg):
                         tok, **run.tensors, scores=gain * scores + bias, count=cfg.samples
                     )
                     run.log.samples(step, table)
-            if saving:
+            if run.ending or run.due(cfg.save_every):
                 run.save()
         if run.ending:
             break
@@ -400,7 +405,7 @@ def main(cfg):
             run.log_step(**summary(rt.all_sum(sums)), grad_norm=norm, lr=lr)
             sums = torch.zeros_like(sums)
 
-    run.close()
+    return run.close()
 
 
 if __name__ == "__main__":

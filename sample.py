@@ -277,6 +277,8 @@ def main(cfg):
         raise UserError("stop= holds an empty string, which would end every answer at once")
     if cfg.out and (cfg.out.is_dir() or not cfg.out.absolute().parent.is_dir()):
         raise UserError(f"out={cfg.out} must be a file in a folder that exists")
+    if cfg.out:
+        files.refuse_overwrite([cfg.out], [cfg.prompts, cfg.model, cfg.base])
     entries = read_prompts(cfg.prompts) if cfg.prompts else []
     sampler = Sampler(cfg)
     if cfg.prompts:

@@ -273,8 +273,8 @@ def speed(function, texts):
 def with_specials(tok, text):
     """The ids of a text in which names of control tokens are tokens, as in a chat template."""
     ids, position = [], tokenizer.START
-    for piece in tok._pieces(text, tok._all):
-        ids += [piece] if isinstance(piece, int) else tok._text(piece, position, None)
+    for start, stop, id in tok._spans(text, tok._all):
+        ids += [id] if id is not None else tok._text(text[start:stop], position, None)
         position = tokenizer.AFTER
     return ids
 

@@ -1,449 +1,974 @@
-"""Chat templates: how a conversation is laid out as text, and which part the assistant produces.
+r"""Chat templates: a conversation as text, and the parts of it that the assistant has to produce.
 
-A template is a key of TEMPLATES or a model's own template in Jinja. `learn` reads the turns of a
-Jinja template, and `choose` picks the template of a model. A model that is trained with a key's
-template is saved with the same template in Jinja (`in_jinja`), as other programs read it.
-Tokenizer.render turns the text into ids.
+A chat template is a program in Jinja. It may trim, drop, move or repeat what the messages say. We
+run it as transformers runs it, so the text is what the template makes of the conversation. But the
+strings that it works on are Traced: each of their characters knows its origin, and keeps it when
+the template adds, slices, strips, splits or joins. The origin is the template's own text (t below),
+a message (1, 2, ...), or unknown.
+
+    <|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n2 < 3<|im_end|>\n
+    ttttttttttttttttttt111ttttttttttttttttttttttttttttttttt22222tttttttttttttt
+                                                           ^^^^^^^^^^^^^^^ the target
+
+Two things follow. A name of a control token counts as that token only where all of its characters
+are the template's. And an answer is where the characters of its message are. Its target begins
+where the prompt for it ends: that is the text of the messages before it, rendered with
+add_generation_prompt. It ends with the token that ends its turn.
+
+TEMPLATES are named templates, texts in Jinja under nano/templates. `choose` picks the template of a
+model. Tokenizer.render turns its parts into ids.
 """
 
+import functools
 import json
+import operator
 import re
-from dataclasses import dataclass, replace
+from bisect import bisect_right
+from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain
+from itertools import chain, takewhile
+from os.path import commonprefix
 from pathlib import Path
-from typing import Literal
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.sandbox
+from jinja2.compiler import CodeGenerator
 
 from nano.config import UserError
 
-JINJA = Path(__file__).parent / "templates"  # the templates for other programs, to the same effect
-
-# A layout is a function from (messages, whether to end with the prompt of an answer) to a list of
-# parts (text, fixed, target). Fixed text is the template's own: names of tokens are tokens there.
-# All other text comes from the messages. target is the index of the assistant message whose target
-# the text belongs to, or None. Neighbours of equal target are encoded as one text.
-
-
-@dataclass(frozen=True)
-class Turns:
-    """A conversation laid out turn by turn.
-
-    {} stands for a message's content, {bos} and {eos} for these tokens.
-    """
-
-    user: str
-    assistant: str  # ends with the token that ends the turn
-    generation: str = ""  # prompt of an answer: how `assistant` begins. The target comes after it
-    tail: str = ""  # follows an assistant turn, no target
-    start: str = ""  # opens a conversation that has no system message
-    system: str | None = None
-    opened: str | None = None  # user turn after a system message, where both share a block
-    tool: str | None = None
-    final: str = ""  # opens the content of an assistant turn that ends the conversation
-    # How a thought, the content up to </think>, is laid out. text: as is. framed: inside `final` in
-    # the last turn, dropped from earlier ones. refused: an error.
-    thoughts: Literal["text", "framed", "refused"] = "text"
-    strip: tuple = ()  # roles whose content loses its outer whitespace
-    alternate: bool = False  # users and assistants have to take turns
-    bos: bool = True  # BOS comes first where the tokenizer puts it before texts
-    needs: tuple = ()  # tokens that the vocabulary must have
-
-    def fixed(self):
-        """The template's own text, joined."""
-        forms = (self.user, self.assistant, self.tail, self.start, self.system, self.tool)
-        return "".join(filter(None, forms))
-
-    def __call__(self, messages, generation):
-        roles = [message["role"] for message in messages]
-        turns = roles[1:] if roles[0] == "system" else roles
-        expected = ["user", "assistant"] * len(turns)
-        if self.alternate and turns != expected[: len(turns)]:
-            raise UserError(
-                "with this chat template users and assistants have to take turns, the user first"
-            )
-        parts = [] if roles[0] == "system" else [(self.start, True, None)]
-        for n, message in enumerate(messages):
-            role = roles[n]
-            content = full(message)
-            shared = self.opened is not None and role == "user" and roles[:n] == ["system"]
-            form = self.opened if shared else getattr(self, role)
-            if form is None:
-                raise UserError(
-                    f"message {n + 1}: this chat template has no {role} turns; "
-                    "choose another template="
-                )
-            if role in self.strip:
-                content = content.rstrip() if shared else content.strip()
-            before, _, after = form.partition("{}")
-            if role == "assistant":
-                before = before.removeprefix(self.generation)
-                parts.append((self.generation, True, None))
-                parts += self.answer(before, content, after, n, n == len(messages) - 1)
-                parts.append((self.tail, True, None))
-            else:
-                parts += [(before, True, None), (content, False, None), (after, True, None)]
-        if generation:
-            parts.append((self.generation, True, None))
-        return parts
-
-    def answer(self, before, content, after, n, last):
-        """The parts of assistant message n that are its target. last: it ends the conversation."""
-        if self.thoughts == "refused" and "</think>" in content:
-            raise UserError(
-                f"message {n + 1}: what this chat template makes of </think> is not followed: "
-                "choose template="
-            )
-        parts = []
-        final = self.final if last else ""
-        if self.thoughts == "framed":
-            thought, content = self.part(content)
-            if final:
-                middle = final.find("</think>") - 1  # before the line break that precedes it
-                parts = [(before + final[:middle], True, n), (thought, False, n)]
-                before = ""
-                final = final[middle:]
-                content = content.lstrip("\n")
-        return [*parts, (before + final, True, n), (content, False, n), (after, True, n)]
-
-    @staticmethod
-    def part(content):
-        """(thought, answer) of an assistant's content, split as Qwen3's template does."""
-        thought, *rest = content.split("</think>")
-        if not rest:
-            return "", content
-        return thought.split("<think>")[-1].strip("\n"), rest[-1].lstrip("\n")
-
-
-def full(message):
-    """A message's content, and the input of an Alpaca record a blank line below."""
-    return "\n\n".join(filter(None, (message["content"], message.get("input"))))
-
-
-def alpaca(messages, generation):
-    """Stanford Alpaca's prompt, with and without input.
-
-    A system message stands in for its first paragraph.
-    """
-    parts = []
-    answer = ("\n\n### Response:", True, None)
-    for n, message in enumerate(messages):
-        role, content, given = message["role"], message["content"], message.get("input")
-        if role == "assistant":
-            parts += [answer, (content, False, n), ("{eos}", True, n)]
-        elif role == "system":
-            parts.append((content, False, None))
-        elif role == "user":
-            if n == 0:
-                paired = ", paired with an input that provides further context" if given else ""
-                intro = (
-                    f"Below is an instruction that describes a task{paired}. "
-                    "Write a response that appropriately completes the request."
-                )
-                parts.append((intro, True, None))
-            parts += [("\n\n### Instruction:\n", True, None), (content, False, None)]
-            if given:
-                parts += [("\n\n### Input:\n", True, None), (given, False, None)]
-        else:
-            raise UserError(f"message {n + 1}: the template alpaca has no {role} turns")
-    return [*parts, answer] if generation else parts
-
-
-SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "tool"}
-
-
-def columns(messages, generation):
-    """`### NAME:`, a line break and text, columns a blank line apart.
-
-    The target is the last answer: all of its columns except the name of the first.
-
-    If messages have "columns", every answer ends a shot, and shots are three blank lines apart.
-    Otherwise one question and answer are INSTRUCTION, INPUT and RESPONSE (after a system message
-    INSTRUCTION, QUESTION and RESPONSE). In longer conversations every turn before the last answer
-    is FROM and VALUE, and the answer is GPT.
-    """
-    given = any(message.get("columns") for message in messages)
-    roles = [message["role"] for message in messages]
-    chat = not given and roles.count("user") > 1
-    answer = "GPT" if chat else "RESPONSE"
-    question = "QUESTION" if roles[0] == "system" else "INSTRUCTION"
-    names = {"assistant": answer, "user": question}
-    parts = []
-    gap = ""
-    for n, message in enumerate(messages):
-        role = roles[n]
-        target = n if role == "assistant" and n == len(messages) - 1 else None
-        named = message.get("columns")
-        if not named and chat and target is None:
-            named = [("FROM", SPEAKERS[role]), ("VALUE", full(message))]
-        elif not named:
-            named = [(names.get(role, "INSTRUCTION"), message["content"])]
-            if message.get("input") and role != "assistant":
-                named.append(("INPUT", message["input"]))
-        for i, (name, text) in enumerate(named):
-            parts.append((f"{gap}### {name}:\n", False, target if i else None))
-            parts.append((text, False, target))
-            gap = "\n\n"
-        if role == "assistant" and given:
-            names["assistant"] = named[0][0]
-            gap = "\n\n\n\n"
-        if target is not None:
-            parts.append(("{eos}", True, n))
-    if generation:
-        parts.append((f"{gap}### {names['assistant']}:\n", False, None))
-    return parts
-
-
-def tagged(header, end, tail="", tool="tool", **rest):
-    """Turns of which each is a header with the role in it, the content and an end."""
-    roles = {"system": "system", "user": "user", "tool": tool}
-    turns = {role: header.replace("ROLE", name) + "{}" + end + tail for role, name in roles.items()}
-    answer = header.replace("ROLE", "assistant")
-    return Turns(**turns, assistant=answer + "{}" + end, generation=answer, tail=tail, **rest)
-
-
+JINJA = Path(__file__).parent / "templates"
+# The named templates, each with the tokens that the vocabulary must have.
 TEMPLATES = {
-    "chatml": tagged(
-        "<|im_start|>ROLE\n", "<|im_end|>", "\n", needs=("<|im_start|>", "<|im_end|>")
-    ),
-    "llama2": Turns(
-        system="{bos}[INST] <<SYS>>\n{}\n<</SYS>>\n\n",
-        opened="{} [/INST]",
-        user="{bos}[INST] {} [/INST]",
-        assistant=" {} {eos}",
-        strip=("user", "assistant"),
-        alternate=True,
-        bos=False,
-    ),
-    "llama3": tagged(
-        "<|start_header_id|>ROLE<|end_header_id|>\n\n",
-        "<|eot_id|>",
-        tool="ipython",
-        strip=("system", "user", "assistant", "tool"),
-        needs=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    ),
-    "mistral": Turns(
-        start="{bos}",
-        system="{bos}[INST] {}\n\n",
-        opened="{} [/INST]",
-        user="[INST] {} [/INST]",
-        assistant=" {}{eos}",
-        alternate=True,
-        bos=False,
-    ),
-    "zephyr": tagged("<|ROLE|>\n", "{eos}", "\n"),
-    "alpaca": alpaca,
-    "columns": columns,
-    "plain": Turns(system="{}", user="{}", assistant="{}{eos}"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama2": (),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "mistral": (),
+    "zephyr": (),
+    "alpaca": (),
+    "columns": (),
+    "plain": (),
+}
+# These are for data of our own: other programs have no use for them, so no model is saved with one.
+PRIVATE = ("columns", "plain")
+DAY = datetime(2024, 7, 26)  # of templates that print the date
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class NotFollowed(UserError):
+    """A conversation that the chat template cannot lay out so that its targets are known.
+
+    .reason: the same without the number of the message.
+    """
+
+    def __init__(self, reason, message=None, advice=""):
+        number = "" if message is None else f"message {message + 1}: "
+        super().__init__(number + reason + advice)
+        self.reason = reason
+        self.message = message
+
+
+# ------------------------------------------------------------------ strings that know their origin
+
+# The origin of a character is a character itself. FIRST + n stands for message n.
+TEMPLATE, UNKNOWN, FIRST = "\0", "\1", 128
+STRETCH = re.compile(f"{TEMPLATE}+|[^{TEMPLATE}]+")
+SAME = re.compile(r"(.)\1*", re.S)
+ESCAPES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&#39;", '"': "&#34;"}
+
+
+new_str = str.__new__
+
+
+class Traced(str):
+    """A string with the origin of each of its characters, .origin, a string of the same length.
+
+    A method that is not named here gives a plain str, whose characters are of unknown origin.
+    """
+
+    __slots__ = ("origin",)
+
+    def __new__(cls, text, origin=None):
+        self = new_str(cls, text)
+        self.origin = origin_of(text) if origin is None else origin
+        return self
+
+    def __str__(self):
+        return self
+
+    def __getitem__(self, key):
+        return type(self)(str.__getitem__(self, key), self.origin[key])
+
+    def __add__(self, other):
+        if type(self) is type(other) is Traced:  # the usual case, quickly
+            both = new_str(Traced, str.__add__(self, other))
+            both.origin = self.origin + other.origin
+            return both
+        return plus(self, other)
+
+    def __radd__(self, other):
+        return plus(other, self)
+
+    def join(self, items):
+        return joined([part for item in items for part in (self, item)][1:])
+
+    def replace(self, old, new, count=-1):
+        if not old:
+            return str.replace(self, old, new, count)
+        return Traced(new).join(self.split(old, count))
+
+    def lstrip(self, chars=None):
+        return self[len(self) - len(str.lstrip(self, chars)) :]
+
+    def rstrip(self, chars=None):
+        return self[: len(str.rstrip(self, chars))]
+
+    def strip(self, chars=None):
+        return self.lstrip(chars).rstrip(chars)
+
+    def removeprefix(self, prefix):
+        return self[len(prefix) :] if prefix and self.startswith(prefix) else self
+
+    def removesuffix(self, suffix):
+        return self[: -len(suffix)] if suffix and self.endswith(suffix) else self
+
+
+class Safe(Traced):
+    """What the filter `safe` gives. Jinja escapes plain text that is added to it."""
+
+    __slots__ = ()
+
+    def __str__(self):
+        return Traced(str.__str__(self), self.origin)
+
+    def join(self, items):
+        raise jinja2.TemplateError("join on safe text")
+
+    replace = join
+
+
+def origin_of(text):
+    return text.origin if isinstance(text, Traced) else UNKNOWN * len(text)
+
+
+def joined(parts, kind=Traced):
+    parts = list(parts)
+    return kind("".join(parts), "".join([origin_of(part) for part in parts]))
+
+
+def plus(a, b):
+    if not isinstance(a, str) or not isinstance(b, str):
+        return NotImplemented
+    if isinstance(a, Safe) or isinstance(b, Safe):
+        return joined([x if isinstance(x, Safe) else escaped(x) for x in (a, b)], Safe)
+    return joined([a, b])
+
+
+def escaped(text):
+    parts = [ESCAPES.get(char, char) for char in text]
+    origins = zip(parts, origin_of(text), strict=True)
+    return Safe("".join(parts), "".join(origin * len(part) for part, origin in origins))
+
+
+def dividing(name):
+    """The method of str of that name. Its results are stretches of the string, in order."""
+
+    def method(self, *args, **options):
+        pieces = getattr(str, name)(self, *args, **options)
+        separator = args[0] if "split" in name and args else options.get("sep")
+        gap = len(separator) if isinstance(separator, str) else 0
+        parts = []
+        at = 0
+        for piece in pieces:
+            at = self.index(piece, at)
+            parts.append(self[at : at + len(piece)])
+            at += len(piece) + gap
+        return type(pieces)(parts)
+
+    return method
+
+
+def recased(name):
+    """The method of str of that name. It keeps the origins where it keeps the length."""
+
+    def method(self):
+        text = getattr(str, name)(self)
+        return type(self)(text, self.origin) if len(text) == len(self) else text
+
+    return method
+
+
+for name in ("split", "rsplit", "splitlines", "partition", "rpartition"):
+    setattr(Traced, name, dividing(name))
+for name in ("lower", "upper", "capitalize", "title", "swapcase"):
+    setattr(Traced, name, recased(name))
+
+
+def traced(value, origin):
+    """`value` with all of its strings Traced to one origin."""
+    if isinstance(value, str):
+        return Traced(value, origin * len(value))
+    if isinstance(value, dict):
+        return {traced(key, origin): traced(item, origin) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [traced(item, origin) for item in value]
+    return value
+
+
+@functools.cache
+def literal(text):
+    return Traced(text, TEMPLATE * len(text))
+
+
+# ------------------------------------------------------------------------------------------- Jinja
+
+
+class Literals(CodeGenerator):
+    """Jinja's compiler, except that the literals of a template are Traced.
+
+    The compiler's methods are no public interface. check_jinja tests that they do what we expect.
+    """
+
+    def visit_Const(self, node, frame):
+        text = isinstance(node.value, str)
+        self.write(self.constant(node.value) if text else repr(node.value))
+
+    def _output_const_repr(self, group):
+        return self.constant("".join(group))
+
+    def visit_Concat(self, node, frame):  # a ~ b
+        self.write("concat(map(str, (")
+        for child in node.nodes:
+            self.visit(child, frame)
+            self.write(", ")
+        self.write(")))")
+
+    def visit_Add(self, node, frame):  # a + b + c at once, since each sum copies its parts
+        terms = []
+        while isinstance(node, jinja2.nodes.Add):
+            terms.append(node.right)
+            node = node.left
+        self.write("environment.add((")
+        for term in [node, *reversed(terms)]:
+            self.visit(term, frame)
+            self.write(", ")
+        self.write("))")
+
+    def constant(self, text):
+        self.environment.literals.append(literal(text))
+        return f"environment.literals[{len(self.environment.literals) - 1}]"
+
+
+class Generation(jinja2.ext.Extension):
+    """{% generation %} marks targets for programs that need it. Here it prints what is in it."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("text"), [], [], body).set_lineno(line)
+
+    def text(self, caller):
+        return caller()
+
+
+def add(terms):
+    if {*map(type, terms)} == {Traced}:
+        return joined(terms)
+    return functools.reduce(operator.add, terms)
+
+
+def refuse(reason):
+    raise jinja2.TemplateError(reason)
+
+
+def join_filter(items, d="", attribute=None):
+    if attribute is not None:
+        items = [item[attribute] for item in items]
+    return Traced(d).join(map(str, items))
+
+
+def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """transformers' filter. The origin is that of the one message whose strings `value` holds.
+
+    It is never the template, although the keys may be.
+    """
+    text = json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+    origins = {*leaves(value)} - {TEMPLATE, UNKNOWN}
+    return traced(text, origins.pop() if len(origins) == 1 else UNKNOWN)
+
+
+def leaves(value):
+    """The origins of the strings in a value."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple)):
+        return chain.from_iterable(map(leaves, value))
+    return origin_of(value) if isinstance(value, str) else ""
+
+
+def jinja(source):
+    """The compiled template, set up as in transformers. jinja2.TemplateError for bad syntax.
+
+    A template that prints today's date prints the same day in July 2024 for ever.
+    """
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        optimized=False,  # the optimizer makes plain lists of lists of literals
+        extensions=[Generation, jinja2.ext.loopcontrols],
+    )
+    environment.code_generator_class = Literals
+    environment.literals = []
+    environment.concat = joined
+    environment.add = add
+    environment.filters |= {"tojson": tojson, "join": join_filter, "safe": Safe}
+    environment.globals |= {"raise_exception": refuse, "strftime_now": DAY.strftime}
+    return environment.from_string(source)
+
+
+PROOF = (  # what check_jinja tests the compiler with
+    "{% set a = ['a', 'b'] %}a{{ a[1] ~ m.x | trim + 'b' }}{{ {'k': 'a'}['k'] }}"
+    "{{ ['b'] | join }}{% macro f(x) %}a{{ x }}{% endmacro %}{{ f(m.x) }}"
+    "{% set c %}b{{ m.x[1:2] }}{% endset %}{{ c }}"
+)
+
+
+@functools.cache
+def check_jinja():
+    """UserError where Jinja's compiler does not keep origins as we need it."""
+    text = jinja(PROOF).render(m={"x": traced(" x ", "m")})
+    if text != "abxbaba x bx" or origin_of(text).replace(TEMPLATE, "t") != "ttmttttmmmtm":
+        raise UserError(
+            f"jinja2 {jinja2.__version__} does not compile chat templates as is needed here: "
+            "install jinja2 3.1"
+        )
+
+
+# ----------------------------------------------------------------------------------- conversations
+
+THOUGHTS = ("reasoning_content", "thinking")  # two names of one field; a template reads one of them
+# What a template may print in an answer that has no thought. White space belongs to it where it
+# stands on lines of its own.
+EMPTY_THOUGHT = re.compile(r"<(\w+)></\1>|<(\w+)>\s+</\2>|\[THINK\]\[/THINK\]")
+SPACE = re.compile(r"\s*")
+WORDS = re.compile(r"\S\s+\S|\w | \w")  # what makes text prose
+# Messages to try a template on, by the letters of their roles; c is an answer that calls a tool.
+TRIAL = {
+    "s": {"role": "system", "content": "\ue000"},
+    "u": {"role": "user", "content": "\ue001"},
+    "a": {"role": "assistant", "content": "\ue002"},
+    "c": {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {
+                "type": "function",
+                "id": "abcdefghi",
+                "function": {"name": "f", "arguments": {"x": "\ue002"}},
+            }
+        ],
+    },
+    "t": {"role": "tool", "content": "\ue003", "name": "f", "tool_call_id": "abcdefghi"},
 }
 
 
+def trial(letters):
+    return [TRIAL[letter] for letter in letters]
+
+
+class ChatTemplate:
+    """A chat template in Jinja. `parts` lays out a conversation.
+
+    source: the template. tokens: {"bos_token": text, ...}. added: the names of the added tokens.
+    stops: those of them that end an answer by generation_config.json. name: of TEMPLATES.
+
+    .stops      names of the tokens at which an answer ends by the template, EOS or `stops`
+    .control    names of the tokens that the template prints outside of answers
+    .broken     why the template lays out nothing, or None
+    """
+
+    def __init__(self, source, tokens, added, stops=(), name=None):
+        check_jinja()
+        self.name = name
+        longest_first = sorted(added, key=len, reverse=True)
+        self.token = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        # What ends a last answer that the template leaves open: one without and one with calls.
+        self.closing = dict.fromkeys((False, True), next(iter(stops), None))
+        self.stops = {*stops, tokens.get("eos_token")} - {None}
+        self.ends = {*self.stops}  # and those of an answer that is not the last
+        self.headers = {}  # whether there are tools -> what `header` returns
+        self.shapes = {}  # shape of a text -> where its answers are
+        self.control = set()
+        self.broken = None
+        try:
+            self.template = jinja(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            self.broken = f"the chat template is no valid Jinja ({error})"
+            return
+        self.variables = {**self.template.globals, "documents": None}
+        self.variables |= {key: literal(token) for key, token in tokens.items()}
+        for closed, followed in (("ua", "uau"), ("uc", "uct")):
+            self.learn_ends(trial(closed), trial(followed), stops)
+        for letters in ("uau", "suau", "uctau"):
+            self.learn_control(trial(letters))
+
+    # ---- what the template prints
+
+    def render(self, messages, generation=False, tools=None, opening=None):
+        """The Traced text of a conversation, letter for letter that of apply_chat_template.
+
+        opening: the name of the first column of the answer that the text asks for.
+        NotFollowed where the template fails.
+        """
+        if self.broken:
+            raise NotFollowed(self.broken)
+        talk = [self.entry(message, chr(FIRST + n)) for n, message in enumerate(messages)]
+        values = {
+            **self.variables,
+            "messages": talk,
+            "tools": traced(tools, UNKNOWN),
+            "add_generation_prompt": generation,
+        }
+        if opening:
+            values["opening"] = traced(opening, UNKNOWN)
+        environment = self.template.environment
+        try:  # what template.render does, without a copy of the globals
+            context = environment.context_class(environment, values, None, self.template.blocks)
+            return joined(self.template.root_render_func(context))
+        except Exception as error:  # of any kind: a template is a foreign program
+            reason = f"{error}".strip().rstrip(".") or type(error).__name__
+            raise NotFollowed(
+                f"the chat template does not take this conversation ({reason:.200})"
+            ) from None
+
+    def entry(self, message, mark):
+        """A message as the template gets it."""
+        entry = {
+            key: literal(value) if key == "role" else traced(value, mark)
+            for key, value in message.items()
+        }
+        if len(entry) == 2:
+            return entry
+        if entry.get("input") and self.name not in ("alpaca", "columns"):
+            entry["content"] = joined([entry["content"], traced("\n\n", mark), entry["input"]])
+        if "columns" in message:  # names of columns are the data's, and no part of an answer
+            pairs = zip(message["columns"], entry["columns"], strict=True)
+            entry["columns"] = [[traced(name, UNKNOWN), text] for (name, _), (_, text) in pairs]
+        for key in THOUGHTS:
+            if entry.get(key):
+                entry |= dict.fromkeys(THOUGHTS, entry[key])
+        return entry
+
+    def lay_out(self, messages, generation=False, tools=None, learned=None, empty_thought=False):
+        """The Layout of a conversation.
+
+        learned: the numbers of the messages that are targets, by default all answers.
+        empty_thought: the empty thought that a template prints is a target too.
+        NotFollowed where the template leaves out a message, or where a target is not found.
+        """
+        text = self.render(messages, generation, tools)
+        plain = str.__str__(text)
+        learned = {*answers_of(messages)} if learned is None else learned
+        runs = stretches(text.origin)
+        starts = [start for _, start, _ in runs] + [len(plain)]
+        pieces = [plain[a:b] if origin == TEMPLATE else origin for origin, a, b in runs]
+        self.check_whole(messages, pieces)
+        # Where the answers are depends on the template's own text. Templates look into contents for
+        # thoughts and switches such as /no_think, too.
+        flags = [
+            (message["role"], n in learned, "think" in (message.get("content") or ""))
+            for n, message in enumerate(messages)
+        ]
+        shape = (*pieces, *flags, bool(tools), empty_thought)
+        if shape not in self.shapes:
+            if len(self.shapes) > 10_000:
+                self.shapes.clear()
+            places = self.places(messages, text, tools, learned, empty_thought)
+            index = functools.partial(index_of, starts)
+            self.shapes[shape] = [
+                (n, index(a), rest, index(b), stop) for n, a, rest, b, stop in places
+            ]
+        targets = []
+        closing = None
+        for n, (i, skipped), rest, (j, taken), stop in self.shapes[shape]:
+            begin = starts[i] + skipped
+            end = starts[j] + taken
+            if rest and plain.startswith(rest, begin):
+                begin += len(rest)  # the prompt says already how the answer begins
+                shape = (*shape, n)
+            if n in learned:
+                self.check_answer(messages[n], plain[begin:end], n, n + 1 == len(messages))
+            targets.append((n, begin, end))
+            closing = stop
+        return Layout(plain, runs, starts, targets, closing, shape)
+
+    def parts(self, *request, **options):
+        """[(text, own, target), ...] of what lay_out takes: see Layout.parts."""
+        return self.lay_out(*request, **options).parts()
+
+    # ---- where the answers are
+
+    def places(self, messages, text, tools, learned, empty_thought):
+        """[(n, begin, rest, end, stop), ...] of the answers: what `begin` and `end` return.
+
+        An answer that is no target may have no place.
+        """
+        places = []
+        border = 0
+        for n in answers_of(messages):
+            try:
+                begin, rest = self.begin(messages, text, n, tools)
+                if not empty_thought:
+                    begin, rest = self.skip_empty_thought(text, begin, rest)
+                end, stop = self.end(messages, text, n, begin, tools)
+                if begin < border:
+                    raise NotFollowed("the chat template joins this answer with the one before", n)
+            except NotFollowed:
+                if n in learned:
+                    raise
+                continue
+            border = end
+            places.append((n, begin, rest, end, stop))
+        return places
+
+    def begin(self, messages, text, n, tools):
+        """(where in `text` the target of message n begins, how the prompt for it goes on).
+
+        The prompt goes on where it says how the answer has to begin, as with <think>.
+        """
+        first = text.origin.find(chr(FIRST + n))
+        who, at = self.anchor(text, n, len(text) if first < 0 else first)
+        until = first
+        if first < 0:
+            later = (text.origin.find(chr(FIRST + i), at) for i in range(n + 1, len(messages)))
+            until = min((place for place in later if place >= 0), default=len(text))
+        begin = -1
+        rest = ""
+        try:
+            columns = messages[n].get("columns")
+            prompt = self.render(messages[:n], True, tools, columns and columns[0][0])
+        except NotFollowed:  # as of no messages at all
+            pass
+        else:
+            asker, place = self.anchor(prompt, n, len(prompt))
+            if asker == who:
+                begin = at + self.common(prompt[place:], text[at:until])
+                rest = str.__str__(prompt)[place + begin - at :]
+        # Some templates do not ask for an answer behind a tool's result, but begin it in that way.
+        header, lead = self.header(tools)
+        find = text.find if first < 0 else text.rfind
+        whole = find(header, at, until) if header else -1
+        if whole >= 0 and whole + len(header) > begin:
+            begin = whole + len(header)
+            rest = ""
+        elif whole < 0 and header and lead not in text[at : max(at, begin)]:
+            partly = find(lead, max(at, begin), until)
+            if partly >= 0:
+                begin = partly + self.common(header, text[partly:until])
+                rest = ""
+        if begin < 0 or (rest.split() and rest.split()[:1] == text[begin:until].split()[:1]):
+            raise NotFollowed("the chat template does not begin this answer as it asks for one", n)
+        return begin, rest if begin == first else ""
+
+    def skip_empty_thought(self, text, begin, rest):
+        """The same place, or behind the empty thought that the template prints there."""
+        for match in EMPTY_THOUGHT.finditer(text):
+            opened = SPACE.match(text, begin).end() >= match.start()
+            if opened and begin < match.end() and is_literal(text, match):
+                if not match[2]:
+                    return match.end(), ""
+                stop = SPACE.match(text, match.end()).end()
+                origin = text.origin[match.end() : stop]
+                return stop - len(origin.lstrip(TEMPLATE)), ""
+        return begin, rest
+
+    def end(self, messages, text, n, begin, tools):
+        """(where the target of message n ends, the token to add where the template has none).
+
+        It ends behind the first token after the answer's characters that ends an answer.
+        """
+        mark = chr(FIRST + n)
+        _, lead = self.header(tools)
+        spans = [match.span() for match in re.finditer(f"{mark}+", text.origin)]
+        # A result may repeat the name of the call. So the answer's characters may go on later.
+        for after in [stop for _, stop in spans][::-1] or [begin]:
+            start = max(begin, after)
+            end = next((m.end() for m in self.control_tokens(text, start) if m[0] in self.ends), 0)
+            foreign = re.search(f"[^{TEMPLATE}{UNKNOWN}{mark}]", text.origin[begin:end])
+            crossed = lead and lead not in self.ends and lead in text[start:end]
+            if end and not foreign and not crossed:
+                break
+        else:
+            start = max([begin, *(stop for _, stop in spans)])
+            closing = self.closing[bool(messages[n].get("tool_calls"))]
+            ended = any(match[0] in self.ends for match in self.control_tokens(text, start))
+            if n + 1 < len(messages) or ended or not closing:
+                raise NotFollowed("the chat template has no token that ends this answer", n)
+            return len(text), closing
+        calls = messages[n].get("tool_calls") or ()
+        names = {name for call in calls for name in (call.get("id"), call["function"]["name"])}
+        if {str.__str__(text)[a:b] for a, b in spans if a >= end} - names:
+            raise NotFollowed("the chat template prints this answer in several places", n)
+        return end, None
+
+    def anchor(self, text, n, end):
+        """(which of the first n messages has the last characters before `end`, where they end).
+
+        (-1, 0) where none has any.
+        """
+        places = ((text.origin.rfind(chr(FIRST + i), 0, end) + 1, i) for i in range(n))
+        place, who = max(places, default=(0, -1))
+        return (who, place) if place else (-1, 0)
+
+    def common(self, a, b):
+        """The length of what both texts begin with, in whole tokens, and empty thoughts of a."""
+        length = len(commonprefix([str.__str__(a), str.__str__(b)]))
+        wholes = chain(EMPTY_THOUGHT.finditer(a), self.token.finditer(a), self.token.finditer(b))
+        halves = (m.start() for m in wholes if m.start() < length < m.end())
+        return min(halves, default=length)
+
+    def header(self, tools):
+        """(what the template prints to ask for an answer, the token or text that opens it)."""
+        key = bool(tools)
+        if key not in self.headers:
+            try:
+                told, asked = (self.render(trial("u"), ask, tools) for ask in (False, True))
+                header = str.__str__(asked)[self.common(told, asked) :]
+            except NotFollowed:
+                header = ""
+            match = self.token.match(header)
+            self.headers[key] = header, match[0] if match else header
+        return self.headers[key]
+
+    def control_tokens(self, text, start=0):
+        """The matches of the tokens in the template's own text."""
+        for match in self.token.finditer(text, start):
+            if is_literal(text, match):
+                yield match
+
+    # ---- what is refused
+
+    def check_whole(self, messages, origins):
+        """NotFollowed where a message that says something has no characters in the text."""
+        for n, message in enumerate(messages):
+            if chr(FIRST + n) in origins:
+                continue
+            text = (message.get("content") or "").strip()
+            if text or message.get("tool_calls"):
+                what = f"this {message['role']} message" if text else "the calls of this answer"
+                raise NotFollowed(f"the chat template leaves out {what}", n)
+
+    def check_answer(self, message, target, n, last):
+        """NotFollowed where a target lacks a part of its message.
+
+        That templates leave out the thoughts of earlier answers is meant.
+        """
+        if len(message) == 2 and message["content"] in target:  # the usual case, quickly
+            return
+        if message.get("tool_calls"):
+            names = [call["function"]["name"] for call in message["tool_calls"]]
+            if any(target.count(name) < names.count(name) for name in names):
+                raise NotFollowed("the chat template leaves out calls of this answer", n)
+        if (message.get("content") or "").rpartition("</think>")[2].strip() not in target:
+            raise NotFollowed("the chat template leaves out text of this answer", n)
+        if last and thought_of(message) not in target:
+            raise NotFollowed("the chat template leaves out the thought of this answer", n)
+
+    # ---- what is learned of a template at the start
+
+    def learn_ends(self, closed, followed, stops):
+        """Adds the tokens that end the answer of `closed`, and of `followed` by a message."""
+        _, lead = self.header(None)
+        try:
+            alone, inner = (self.render(talk) for talk in (closed, followed))
+        except NotFollowed:
+            return
+        alone, inner = (text[text.rfind("\ue002") + 1 or len(text) :] for text in (alone, inner))
+        shared = self.token.findall(alone, 0, self.common(alone, inner))
+        shared = [*takewhile(lambda token: token != lead, shared)]
+        last, within = (
+            self.token.findall(tail, 0, len(tail) - len(tail.origin.lstrip(TEMPLATE)))
+            for tail in (alone, inner)
+        )
+        known = [token for token in within if token in self.stops]
+        if known and known[0] not in last:  # the token that opens the next message ends the answer
+            self.closing["tool_calls" in closed[-1]] = known[0]
+        elif shared:
+            known = [token for token in shared if token in self.stops]
+            self.stops.add((known or shared[-1:])[0])
+        elif last:
+            self.stops.add(last[0])
+            self.ends |= {*within[:1]} if len(within) > 1 else {*()}
+        self.ends |= self.stops
+
+    def learn_control(self, talk):
+        """Adds the tokens that the template prints outside of the answers of `talk`.
+
+        Those that a default system prompt names in its prose are left out.
+        """
+        try:
+            parts = self.parts(talk, empty_thought=True)
+        except NotFollowed:
+            return
+        for text, own, target in parts:
+            if own and target is None:
+                pieces = re.split(f"({self.token.pattern})", text)
+                prose = [at for at, piece in enumerate(pieces) if WORDS.search(piece)]
+                if prose:
+                    del pieces[prose[0] : prose[-1] + 1]
+                self.control |= {piece for piece in pieces if self.token.fullmatch(piece)}
+
+
+@dataclass
+class Layout:
+    """A conversation's text and where its answers are in it."""
+
+    text: str
+    runs: list  # [(origin, start, stop), ...] of the stretches of one origin
+    starts: list  # where they start, and where the text ends
+    targets: list  # [(number of the message, begin, end), ...]
+    closing: str | None  # the token to add where the template leaves the last answer open
+    shape: tuple  # what is equal here is equal in layouts of equal shape: the template's own text
+
+    def parts(self):
+        """[(text, own, target), ...]: the stretches of the text, one after another.
+
+        own: the text is the template's, so names of tokens are tokens in it.
+        target: the number of the message whose target the text belongs to, or None.
+        """
+        borders = {}
+        for n, begin, end in self.targets:
+            borders |= {begin: n, end: None}
+        edges = sorted(borders)
+        parts = []
+        target = None
+        for origin, start, stop in self.runs:
+            while edges and edges[0] < stop:
+                edge = edges.pop(0)
+                if edge > start:
+                    parts.append((self.text[start:edge], origin == TEMPLATE, target))
+                target = borders[edge]
+                start = edge
+            parts.append((self.text[start:stop], origin == TEMPLATE, target))
+        return [*parts, (self.closing, True, self.targets[-1][0])] if self.closing else parts
+
+
+def answers_of(messages):
+    return [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def thought_of(message):
+    """The thought of an answer, without outer whitespace; "" where it has none."""
+    for key in THOUGHTS:
+        if message.get(key):
+            return message[key].strip()
+    inside, mark, _ = (message.get("content") or "").partition("</think>")
+    return inside.rpartition("<think>")[2].strip() if mark else ""
+
+
+def is_literal(text, match):
+    return not text.origin[match.start() : match.end()].strip(TEMPLATE)
+
+
+def stretches(origins):
+    """[(origin, start, stop), ...] of the stretches of one origin."""
+    runs = []
+    for match in STRETCH.finditer(origins):
+        start, stop = match.span()
+        origin = origins[start]
+        if origin == TEMPLATE or origins.count(origin, start, stop) == stop - start:
+            runs.append((origin, start, stop))
+        else:
+            runs += [(part[1], *part.span()) for part in SAME.finditer(origins, start, stop)]
+    return runs
+
+
+def index_of(starts, place):
+    """(i, offset): the stretch that starts at the place or last before it, and the way from there.
+
+    The stretch behind the text has the end of the text for its start.
+    """
+    i = bisect_right(starts, place) - 1
+    return i, place - starts[i]
+
+
+# ---------------------------------------------------------------------------------- which template
+
+
 def check(messages):
-    """UserError, with its number, for a message that makes the list no conversation."""
+    """The messages as templates need them: the arguments of calls are objects, not JSON text.
+
+    UserError, with its number, for a message that makes the list no conversation.
+    """
     if not isinstance(messages, list) or not messages:
         raise UserError("a conversation has to be a list of at least one message")
+    checked = []
     for n, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or message.get("role") not in SPEAKERS:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise UserError(
-                f"message {n} needs a role, one of {', '.join(SPEAKERS)}: {message!r:.100}"
+                f"message {n} needs a role, one of {', '.join(ROLES)}: {message!r:.100}"
             )
         if message["role"] == "system" and n > 1:
             raise UserError(
                 f"message {n}: a conversation has one system message at most, and it comes first"
             )
-        pairs = message.get("columns") or []
-        texts = [message.get("content"), message.get("input") or "", *chain.from_iterable(pairs)]
-        if not all(isinstance(text, str) for text in texts) or {*map(len, pairs)} - {2}:
+        if len(message) != 2 or not isinstance(message.get("content"), str):
+            message = check_rest(message, n)
+        checked.append(message)
+    return checked
+
+
+def check_rest(message, n):
+    """A message with more than a role and text, as `check` returns it."""
+    calls = message.get("tool_calls")
+    if calls:
+        message = message | {"tool_calls": [call_of(call, n) for call in calls]}
+    content = message.get("content")
+    if content is None and calls and message["role"] == "assistant":
+        content = ""
+    pairs = message.get("columns") or []
+    texts = [content, message.get("input") or "", *chain.from_iterable(pairs)]
+    texts += [message[key] for key in THOUGHTS if message.get(key) is not None]
+    if not all(isinstance(text, str) for text in texts) or {*map(len, pairs)} - {2}:
+        raise UserError(
+            f"message {n} needs text as its content "
+            f"(and input, and columns of [name, text]): {message!r:.100}"
+        )
+    return message
+
+
+def call_of(call, n):
+    """A tool call of message n whose arguments are an object. UserError for what is no call."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UserError(
+            f"message {n}: a tool call needs a function with a name and arguments: {call!r:.100}"
+        )
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError:
             raise UserError(
-                f"message {n} needs text as its content "
-                f"(and input, and columns of [name, text]): {message!r:.100}"
-            )
-
-
-def fill(text, marks):
-    """`text` with {bos} and the like replaced. marks: {"bos": text, ...}."""
-    for mark, token in marks.items():
-        text = text.replace(f"{{{mark}}}", token)
-    return text
+                f"message {n}: arguments that are no JSON: {arguments!r:.100}"
+            ) from None
+    if not isinstance(arguments, dict):
+        raise UserError(f"message {n}: the arguments of a call are no object: {arguments!r:.100}")
+    return {"type": "function"} | call | {"function": function | {"arguments": arguments}}
 
 
 def in_jinja(name, marks):
-    """The template `name` of TEMPLATES in Jinja, or None.
+    """The template `name` of TEMPLATES in Jinja.
 
-    Plain messages cannot tell the others: plain text has no turns, and columns need names. The
-    files are fixed: a model that was saved with one is known by its text.
+    The files are fixed: a model that was saved with one is known by its text.
+    marks: {"bos", "eos", "first"} -> the texts of these tokens. first: the BOS that comes before
+    all texts. A template that prints BOS by itself has no use for it.
     """
-    path = JINJA / f"{name}.jinja"
-    if not path.exists():
-        return None
-    source = path.read_text(encoding="utf-8").removesuffix("\n")
-    if marks["first"] and getattr(TEMPLATES[name], "bos", True):
+    source = template_file(name)
+    if marks["first"] and "{bos}" not in source:
         source = "{{- '{first}' }}" + source
-    return fill(source, marks)
+    for mark, token in marks.items():
+        source = source.replace(f"{{{mark}}}", token)
+    return source
 
 
-def choose(key, own, marks, added):
-    """(name, layout, Jinja) of a chat template. Each is None where there is none.
+def takes_bos(layout):
+    """Whether BOS opens texts: without a template, or with a named one that does not print it."""
+    return layout is None or (layout.name is not None and "{bos}" not in template_file(layout.name))
+
+
+def template_file(name):
+    return (JINJA / f"{name}.jinja").read_text(encoding="utf-8").removesuffix("\n")
+
+
+def with_options(source, options):
+    """`source` with values for variables that it reads, where the caller gives no others.
+
+    options: ["name=value", ...]; a value is JSON, or else text.
+    UserError for a name that the template does not read.
+    """
+    try:
+        read = jinja2.meta.find_undeclared_variables(jinja(source).environment.parse(source))
+    except jinja2.TemplateError:
+        return source  # ChatTemplate says so
+    lines = ""
+    for option in options:
+        name, _, value = option.partition("=")
+        try:
+            value = json.loads(value)
+        except ValueError:
+            pass
+        if name not in read:
+            raise UserError(
+                f"template_options: the chat template reads no '{name}'; "
+                f"it reads {', '.join(sorted(read))}"
+            )
+        value = "none" if value is None else json.dumps(value)  # JSON's true is also Jinja's
+        lines += f"{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endif %}}"
+    # trim_blocks takes the line break away
+    return f"{lines}\n{source}" if lines else source
+
+
+def choose(key, own, marks, added, build, options=()):
+    """(name, ChatTemplate, Jinja) of a chat template. Each is None where there is none.
 
     key: a name, a template in Jinja, or None for `own`. own: the directory's own template in Jinja,
-    or None. marks: {"bos", "eos", "first"} -> the texts of these tokens. first: the BOS that comes
-    before all texts. added: a regex that finds the added tokens, or None for no tokens.
+    or None. marks: as in in_jinja. added: the names of the added tokens.
+    build: a function from (Jinja, name or None) to the ChatTemplate. options: as in with_options.
     UserError for an unknown name, and for a template whose tokens the vocabulary lacks.
     """
-
-    def lacking(name):
-        needs = getattr(TEMPLATES[name], "needs", ())
-        lack = [token for token in needs if not (added and added.fullmatch(token))]
-        return lack or ([] if marks["eos"] else ["EOS"])
-
     if key and "{" in key:
         own = key
         key = None
-    name = layout = None
-    if own:
-        same = (t for t in TEMPLATES if own == in_jinja(t, marks) and not lacking(t))
-        name = next(same, None)
-        layout = TEMPLATES[name] if name else added and learn(own, marks, added)
-    if layout and not name:
-        users = ((t, getattr(turns, "user", "")) for t, turns in TEMPLATES.items())
-        same = (t for t, user in users if fill(user, marks) == layout.user)
-        name = next(same, "mistral" if "[INST]" in layout.user else "model")
+    name = template = None
+    if own and key not in PRIVATE:
+        own = with_options(own, options)
+        public = [
+            name for name in TEMPLATES if name not in PRIVATE and not lacking(name, marks, added)
+        ]
+        name = next((name for name in public if own == in_jinja(name, marks)), None)
+        template = build(own, name)
+        name = name or alike(template, public, marks, build)
     if key not in (None, name, *TEMPLATES):
         raise UserError(f"unknown template '{key}': there are {', '.join(TEMPLATES)}")
     if key in (None, name):
-        return name, layout, own
-    if lacking(key):
+        return name, template, own
+    if lack := lacking(key, marks, added):
         raise UserError(
-            f"template={key} needs {', '.join(lacking(key))}, which this tokenizer does not have"
+            f"template={key} needs {', '.join(lack)}, which this tokenizer does not have"
         )
-    return key, TEMPLATES[key], in_jinja(key, marks)
+    source = with_options(in_jinja(key, marks), options)
+    return key, build(source, key), None if key in PRIVATE else source
 
 
-# Contents of messages that a template is tried on.
-PLAIN = [*"abcde"], [" a b\n", "\tc  ", " <d> & é\n\n", " 'e' ", "f"]
-STARTS = (
-    "<think>\nwhy \n</think>\n\n",
-    "<think></think>",
-    "<think>x</think>y</think>\n",
-    "z</think>",
-    "\n\n",
-)
-THOUGHTS = [["a", f"{start}b\n", "c", f"{start}d"] for start in STARTS]
+def lacking(name, marks, added):
+    """The tokens of a named template that the vocabulary lacks."""
+    lack = [token for token in TEMPLATES[name] if token not in added]
+    return lack or ([] if marks["eos"] else ["EOS"])
 
 
-def compile_jinja(source):
-    """The compiled Jinja template, or None for a source that is no template.
-
-    A template that prints today's date prints the same day in July 2024 for ever.
-    """
-    import jinja2.sandbox  # comes with torch; only models with a chat template need it
-
-    def refuse(reason):
-        raise jinja2.TemplateError(reason)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+def alike(template, names, marks, build):
+    """The first of the named templates that lays out a user's turn like `template`, or "model"."""
+    turn = user_turn(template)
+    same = (
+        name for name in names if turn and user_turn(build(in_jinja(name, marks), name)) == turn
     )
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = datetime(2024, 7, 26).strftime
-    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-    # {% generation %} and {% endgeneration %} mark the target for programs that know them. A
-    # statement that prints nothing takes their place.
-    source = re.sub(r"\{%(-?)\s*(end)?generation\s*(-?)%\}", r"{%\1 set _ = 0 \3%}", source)
+    return next(same, "mistral" if "[INST]" in "".join(turn or ()) else "model")
+
+
+def user_turn(template):
+    """What a template prints before and after a user's text, or None."""
     try:
-        return environment.from_string(source)
-    except jinja2.TemplateError:
+        one, four = (template.render(trial(letters)) for letters in ("u", "uaua"))
+    except NotFollowed:
         return None
-
-
-def learn(source, marks, added):
-    """The Turns that lay out conversations as the Jinja template `source` does, or None.
-
-    marks, added: as in `choose`.
-
-    Jinja says nothing about which text is a target, so the turns are read off what the template
-    makes of a few conversations with contents that occur nowhere else. Then both have to give the
-    same text for all kinds of conversations. None if they do not, or if the template fails.
-    """
-    template = compile_jinja(source)
-    if template is None:
+    user, answer = TRIAL["u"]["content"], TRIAL["a"]["content"]
+    pieces = re.split(f"{user}|{answer}", str.__str__(four))
+    if len(pieces) != 5 or one.count(user) != 1:
         return None
-    roles = {role[0]: role for role in SPEAKERS}
-
-    def talk(who, contents):
-        pairs = zip(who, contents, strict=False)
-        return [{"role": roles[letter], "content": content} for letter, content in pairs]
-
-    def show(who, *contents, ask=False):
-        try:
-            return template.render(
-                messages=talk(who, contents),
-                add_generation_prompt=ask,
-                bos_token=marks["bos"],
-                eos_token=marks["eos"],
-            )
-        except Exception:  # of any kind: a template is a foreign program
-            return ""
-
-    def holds(turns, *talks, tries=PLAIN):
-        """Whether turns and template agree on conversations, such as "uau" for three roles."""
-        asks = [(who, True) for who in talks if who[-1] in "ut"]
-        for who, ask in [(who, False) for who in talks] + asks:
-            for texts in tries:
-                parts = turns(talk(who, texts), ask)
-                if show(who, *texts, ask=ask) != "".join(text for text, _, _ in parts):
-                    return False
-        return True
-
-    def split(pattern, who, *contents):
-        return re.fullmatch(pattern, show(who, *contents), re.S)
-
-    s, u, a, v, b = "\ue000\ue001\ue002\ue003\ue004"
-    one = show("u", u)
-    match = split(f"(.*){u}(.*){a}(.*){v}(.*){b}(.*)", "uaua", u, a, v, b)
-    stop = match and added.search(match[5])
-    if not one or not stop:
-        return None
-    head, answer, back, last_answer, end = match.groups()
-    before = back.removeprefix(end)
-    after = one.removeprefix(head + u)
-    reply = answer.removeprefix(after)
-    pad = "\n {} \n".format
-    padded = {
-        "user": show("u", pad(u)),
-        "assistant": show("ua", u, pad(a)),
-        "system": show("su", pad(s), u),
-    }
-    turns = Turns(
-        user=before + "{}" + after,
-        assistant=reply + "{}" + end[: stop.end()],
-        generation=show("u", u, ask=True).removeprefix(one),
-        tail=end[stop.end() :],
-        start=head.removesuffix(before),
-        final=last_answer.removeprefix(answer),
-        strip=tuple(
-            role for role, text in padded.items() if not re.search(pad(f"[{s}{u}{a}]"), text)
-        ),
-        bos=False,
-    )
-    if not holds(turns, "u", "ua", "uau", "uaua", "uauau"):
-        return None
-    ways = (replace(turns, thoughts=way) for way in ("text", "framed"))
-    same = (way for way in ways if holds(way, "ua", "uau", "uaua", tries=THOUGHTS))
-    turns = next(same, replace(turns, thoughts="refused"))
-    turns = replace(turns, alternate=not holds(turns, "uu", "uaa"))
-    if match := split(f"(.*){s}(.*){u}.*", "su", s, u):
-        shared = not match[2].endswith(before)
-        more = replace(
-            turns,
-            system=match[1] + "{}" + (match[2] if shared else match[2].removesuffix(before)),
-            opened="{}" + after if shared else None,
-        )
-        if holds(more, "su", "sua", "suau", "suaua"):
-            turns = more
-    match = split(f".*{a}(.*){v}(.*){b}.*", "uata", u, a, v, b)
-    if match and not turns.alternate:
-        tool = match[1].removeprefix(end) + "{}" + match[2].removesuffix(reply)
-        more = replace(turns, tool=tool)
-        if holds(more, "uat", "uata", "uatta"):
-            turns = more
-    return turns
+    return pieces[2].removeprefix(pieces[4]), str.__str__(one).partition(user)[2]

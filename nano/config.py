@@ -426,16 +426,30 @@ def changes(cfg, old):
     ]
 
 
+def say(message):
+    """Prints a line. False where its reader has left.
+
+    A terminal that is gone (a closed connection) loses the line, which is no reason to stop."""
+    try:
+        print(message, flush=True)
+    except OSError as e:
+        if e.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return e.errno == errno.EIO
+    return True
+
+
 def fail(message):
     """Ends the process with status 2 and the message on stderr."""
-    rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+    rank = f"[rank {os.environ['RANK']}] " if os.environ.get("RANK") else ""
     # one write, line break included, because ranks share a terminal
     sys.stderr.write(f"{rank}error: {message}\n")
     sys.exit(2)
 
 
 def leave(status):
-    """Ends a rank of torchrun by os._exit, without taking the interpreter down.
+    """Ends the process, and a rank of torchrun by os._exit, without taking the interpreter down.
 
     A thread of gloo may still hold a tensor of the last collective. Freeing it while the
     interpreter shuts down aborts the process (pytorch/pytorch#190489), and torchrun would call a
@@ -444,24 +458,45 @@ def leave(status):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    sys.exit(status)
 
 
 def run(main, Config):
-    """What a script calls: `attempt`, and the end of the process."""
+    """What a script calls: `attempt`, and the end of the process.
+
+    A main that returns the name of a signal was stopped by it. As in a shell the status is then 128
+    and the signal's number, so that what follows in a script does not take the run for finished."""
     try:
-        attempt(main, Config)
+        ended = attempt(main, Config)
     except SystemExit as e:
         if isinstance(e.code, int):  # else the exit of a user's own function, with words to print
             leave(e.code)
         raise
-    leave(0)
+    stopped = isinstance(ended, str) and ended.startswith("SIG")
+    leave(128 + signal.Signals[ended] if stopped else 0)
+
+
+def open_streams():
+    """Gives a closed stdin, stdout or stderr (`python sft.py >&-`) the null device.
+
+    Otherwise the next file that is opened would get the number of the stream, and whatever prints
+    would write into it."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(fd)
+    closed = [name for name in ("stdout", "stderr") if getattr(sys, name) is None]
+    for name in closed:
+        setattr(sys, name, open(os.devnull, "w"))
+    if closed:
+        print(f"note: {' and '.join(closed)} is closed: what goes there is lost", file=sys.stderr)
 
 
 def attempt(main, Config):
-    """Loads and checks the config of the command line, and calls main(cfg).
+    """Loads and checks the config of the command line -> what main(cfg) returns.
 
     Expected failures (UserError, a path that must not be written, a full disk, a full device,
     Ctrl-C) end in one sentence and an exit status. Anything else keeps its traceback."""
+    open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show
@@ -471,8 +506,9 @@ def attempt(main, Config):
     try:
         cfg = load(Config, sys.argv[1:])
         check(cfg)
-        main(cfg)
+        ended = main(cfg)
         sys.stdout.flush()
+        return ended
     except UserError as e:
         fail(e)
     except KeyboardInterrupt:

@@ -125,9 +125,12 @@ def describe(model, rt, cfg, document=SHORT):
         rt.tensor,
         document,
     )
+    if getattr(cfg, "ema", 0.0):
+        parts["average"] = parts["optimizer"] / 2  # fp32, of what is trained
     note = ""
     if cfg.offload:
-        host = sum(parts.pop(name) for name in ("weights", "gradients", "optimizer"))
+        names = {"weights", "gradients", "optimizer", "average"} & parts.keys()
+        host = sum(parts.pop(name) for name in names)
         note = f"; {host / 1e9:.1f} GB for each in CPU memory"
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

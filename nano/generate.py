@@ -85,6 +85,7 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
         token = (total <= threshold).sum(-1, keepdim=True)
     else:
         token = torch.searchsorted(total, threshold, right=True)
+        token = token.clamp(max=logits.shape[-1] - 1)  # beyond the end for NaN, see `collect`
     return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 
@@ -438,7 +439,9 @@ class Scheduler:
         return steps
 
     def collect(self, on_token, stop_ids):
-        """Shows the new tokens to on_token, and takes finished samples out of the batch."""
+        """Shows the new tokens to on_token, and takes finished samples out of the batch.
+
+        UserError if the model gave NaN, of which no token can be drawn."""
         batch = self.batch
         counts, dones = torch.stack((batch.count, batch.done.long())).tolist()
         if on_token or any(dones[row] for row in self.live):
@@ -446,6 +449,11 @@ class Scheduler:
         for row, sample in list(self.live.items()):
             begin, end = self.seen[sample], counts[row]
             stopped = False
+            if (on_token or dones[row]) and not logprobs[row, :end].isfinite().all():
+                raise UserError(
+                    "the model gives NaN or infinity where probabilities should be: its weights "
+                    "are damaged, or too large for the dtype (try dtype=float32)"
+                )
             if on_token:
                 for i, token in enumerate(tokens[row, begin:end].tolist(), begin + 1):
                     if on_token(sample, token):

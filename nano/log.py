@@ -1,7 +1,7 @@
 """One log for every stage: a console line, `log.jsonl`, TensorBoard events, tables of samples.
 
-    log = Log(out, rt, start_step)
-    log.settings("sft", cfg, resumed=False)
+    log = Log(out, rt, start_step, track="wandb:PROJECT")
+    log.settings("sft", cfg)
     log.begin(total_steps, flops_per_token)
     log.step(step, tokens=n, targets=m, memory=rt.peak_memory(), loss=loss, lr=lr)
     with log.paused():
@@ -15,16 +15,22 @@ the main one writes.
 
 import contextlib
 import dataclasses
+import importlib
 import itertools
 import json
 import math
 import re
 import shutil
+import signal
+import statistics
 import textwrap
 import time
+import uuid
+from collections import deque
 from pathlib import Path
 
 from nano import config, files
+from nano.config import UserError
 
 # Peak dense bf16 FLOP/s (fp32 accumulation) from the makers' data sheets, by words of the device's
 # name. That of V100 is fp16.
@@ -63,23 +69,30 @@ def peak_flops(device):
 
 
 WIDTH = 120  # columns of a line on the console
+TRACKERS = ("wandb", "trackio")  # packages of the same interface
 
 
 class Log:
-    """What a run says: on the console, in dir/log.jsonl and in TensorBoard events.
+    """What a run says: on the console, in dir/log.jsonl, in TensorBoard events, and to a tracker.
 
     dir: the run folder. rt: the Runtime. start_step: the steps done before a resume. What an
-    earlier run wrote after that step is dropped. Every rank makes the same calls, and the main one
-    writes.
+    earlier run wrote after that step is dropped. track: "wandb:PROJECT" or "trackio:PROJECT"; "":
+    no tracker. Every rank makes the same calls, and the main one writes.
     """
 
-    def __init__(self, dir, rt, start_step=0):
+    def __init__(self, dir, rt, start_step=0, track=""):
         self.dir = Path(dir)
+        self.rt = rt
         self.is_main = rt.is_main
         self.start_step = start_step
         self.peak = (peak_flops(rt.name) or 0.0) * rt.devices
         self.columns = {}  # kind of line: the names of its metrics that the console shows
+        self.recent = deque(maxlen=20)  # losses of the last training lines
+        self.tracker = None
         self.begin(0)
+        kind, _, project = track.partition(":")
+        if track and (kind not in TRACKERS or not project):
+            raise UserError(f"track={track}: use wandb:PROJECT or trackio:PROJECT")
         if not self.is_main:
             return
         # The import takes a quarter of a second, which other ranks need not wait.
@@ -87,17 +100,23 @@ class Log:
 
         self.dir.mkdir(parents=True, exist_ok=True)
         path = self.dir / "log.jsonl"
-        records = []
-        if start_step and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # a last line that a crash cut
-                    records.append(json.loads(line))
+        records, damaged = read_records(path) if start_step else ([], 0)
+        if damaged:
+            self.text(f"note: {path} had {damaged} damaged lines, which are left out")
         records = [r for r in records if r["step"] <= start_step]
         # An evaluation at start_step may be there already, from before the stop.
         self.known = {(r["kind"], r["step"]) for r in records if r["step"] == start_step}
+        losses = [r.get("loss") for r in records if r["kind"] == "train"]
+        self.recent.extend(loss for loss in losses if loss is not None)
         files.write_text(path, "".join(map(dumps, records)))
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # line by line: `tail -f` works
         self.board = SummaryWriter(str(dir), purge_step=start_step + 1 if start_step else None)
+        if track:
+            ids = [r["id"] for r in records if r["kind"] == "tracker"]  # of the run that goes on
+            self.id = ids[0] if ids else f"{self.dir.resolve().name}-{uuid.uuid4().hex[:8]}"
+            if not ids:
+                self._record("tracker", 0, {"id": self.id})
+            self.tracker = start_tracker(kind, project, self.id)
 
     def begin(self, total_steps, flops_per_token=0.0):
         """Starts the clock. flops_per_token: of forward and backward, for the FLOPs utilisation."""
@@ -105,14 +124,16 @@ class Log:
         self.flops = flops_per_token
         self.began = self.mark = time.perf_counter()  # mark: from when the next line counts tokens
 
-    def settings(self, stage, cfg, resumed):
-        """Says what differs from the defaults, and on a resume from the run's config.cfg.
+    def settings(self, stage, cfg, old=""):
+        """Says what differs from the defaults, and from `old`, the .cfg text of the settings with
+        which the state of a run that goes on was saved.
 
         Then it writes config.cfg, with resume=auto, so that the file continues the run."""
-        path = self.dir / "config.cfg"
-        old = path.read_text(encoding="utf-8") if resumed and path.exists() else ""
         if self.is_main:
-            files.write_text(path, config.to_cfg(dataclasses.replace(cfg, resume="auto")))
+            text = config.to_cfg(dataclasses.replace(cfg, resume="auto"))
+            files.write_text(self.dir / "config.cfg", text)
+        if self.tracker:
+            self.tracker.config.update(config.texts(cfg))
         self.text(" ".join([f"{stage}:", *config.diff(cfg)]))
         if changed := config.changes(cfg, old):
             self.text(f"note: the run goes on with other settings: {', '.join(changed)}")
@@ -140,6 +161,11 @@ class Log:
             words.append(f"mem {memory / 1e9:.1f} GB")
         words.append(f"eta {duration(pace * (self.total_steps - step))}")
         self._write("train", step, metrics, rates, words)
+        loss = metrics.get("loss", math.nan)
+        if words := spike(loss, self.recent):
+            self.text(f"warning at step {step}: {words}")
+        if math.isfinite(loss):
+            self.recent.append(loss)
 
     def eval(self, step, **metrics):
         """The line of an evaluation."""
@@ -161,9 +187,9 @@ class Log:
         self.board.add_text("samples", "\n".join(markdown), step)
 
     def text(self, message):
-        """A line for the console."""
-        if self.is_main:
-            print(message, flush=True)
+        """A line for the console. Where its reader has left (`| head`), the run stops and saves."""
+        if self.is_main and not config.say(message):
+            self.rt.signal = self.rt.signal or signal.SIGPIPE
 
     @contextlib.contextmanager
     def paused(self):
@@ -174,9 +200,13 @@ class Log:
         self.mark += time.perf_counter() - began
 
     def close(self):
+        """Closes the files and ends the tracker's run. A second call does nothing."""
         if self.is_main:
             self.file.close()
             self.board.close()
+        if self.tracker:
+            self.tracker.finish()
+        self.tracker = None
 
     def _write(self, kind, step, metrics, rates, words):
         """Writes metrics and rates to the files.
@@ -185,8 +215,11 @@ class Log:
         takes."""
         if not self.is_main or not self._record(kind, step, metrics | rates):
             return
-        for name, value in (metrics | rates).items():
-            self.board.add_scalar(f"{kind}/{name}", value, step)
+        values = {f"{kind}/{name}": value for name, value in (metrics | rates).items()}
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        if self.tracker:
+            self.tracker.log(values, step=step)
         head = "step" if kind == "train" else kind
         head = f"{head} {step:>{len(str(self.total_steps))}}/{self.total_steps}"
         if kind not in self.columns:  # chosen once, so that all lines show the same
@@ -203,6 +236,51 @@ class Log:
             return False
         self.file.write(dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | values))
         return True
+
+
+def read_records(path):
+    """(the records of a log.jsonl, how many of its lines are damaged)."""
+    records, damaged = [], 0
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+            if not isinstance(record["kind"], str) or type(record["step"]) is not int:
+                raise TypeError
+            records.append(record)
+        except (ValueError, KeyError, TypeError):  # UnicodeDecodeError is a ValueError
+            damaged += 1
+    return records, damaged
+
+
+def start_tracker(kind, project, id):
+    """A run of the package `kind`, with .config, .log and .finish. The id says which run goes on.
+
+    UserError where the package is missing, and where it cannot start."""
+    try:
+        package = importlib.import_module(kind)
+    except ImportError as e:
+        raise UserError(f"track={kind} needs the package: pip install {kind} ({e})") from None
+    try:
+        known = dict(id=id) if kind == "wandb" else {}  # trackio knows a run by its name
+        return package.init(project=project, name=id, resume="allow", **known)
+    except Exception as e:  # whatever the package and the network come up with
+        raise UserError(f"track={kind}:{project}: {kind} cannot start: {e}") from None
+
+
+def spike(loss, recent):
+    """What a jump of the loss means, in words; None where there is none.
+
+    recent: the losses of the lines before. A jump leads beyond all of them, by twice their range or
+    more, and to 1.5 times their median or more."""
+    if len(recent) < 8 or not math.isfinite(loss):
+        return None
+    low, middle, high = min(recent), statistics.median(recent), max(recent)
+    if loss > high + 2 * (high - low) and loss > middle + 0.5 * abs(middle):
+        return (
+            f"the loss jumped to {show(loss)} from about {show(middle)}: if it stays up, lower lr= "
+            "or grad_clip=, or take a longer warm-up; if it comes back, look at the rows of this "
+            "step"
+        )
 
 
 def plain(values):

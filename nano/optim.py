@@ -1,16 +1,17 @@
-"""Parameter groups, AdamW and Muon, the learning-rate schedule, gradient clipping.
+"""Parameter groups, AdamW and Muon, the learning-rate schedule, gradient clipping, averages.
 
     optimizer = optim.build(model, "adamw", lr=2e-5, weight_decay=0.1)
-    norm = optim.clip_(model.parameters(), 1.0)
     lr = optim.lr_at(step, total_steps, lr=2e-5, schedule="cosine", warmup_steps=10)
     optim.set_lr(optimizer, lr)
-    optimizer.step()
+    norm = optim.clip_(model.parameters(), 1.0)
+    optim.step(optimizer, norm)  # nothing, where the norm is not finite
 
 The trained parameters are to be fp32, and the forward under autocast. Next to a bf16 weight of 0.02
 an AdamW step of 1e-5 is less than half a unit in the last place, so five weights of six would round
 back to where they were.
 """
 
+import contextlib
 import math
 from itertools import islice
 
@@ -54,8 +55,15 @@ def param_groups(model, weight_decay):
 def adamw(groups, lr, betas=(0.9, 0.999), eps=1e-8):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over `param_groups`, fused where the
     device has the kernel."""
-    fused = all(p.device.type in FUSED for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+    devices = {p.device.type for group in groups for p in group["params"]}
+    return torch.optim.AdamW(
+        groups,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        fused=devices <= set(FUSED),
+        capturable="xla" in devices,  # its count of steps is on the device, where `step` skips
+    )
 
 
 def build(model, optimizer="adamw", lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
@@ -139,3 +147,80 @@ def clip_(params, max_norm):
     model. Nothing waits for the device."""
     norm = nn.utils.clip_grad_norm_(params, max_norm or math.inf)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor under FSDP
+
+
+@torch.no_grad()
+def step(optimizer, norm):
+    """optimizer.step(), unless `norm`, the gradients' norm (0-d), is not finite. Such a step leaves
+    parameters and optimizer state as they are, bit for bit.
+
+    optimizer.skips (3,) counts on the device: steps skipped so far, those in a row up to now, and
+    the longest such row. Nothing waits for the device."""
+    bad = ~norm.isfinite()
+    skips = getattr(optimizer, "skips", torch.zeros(3))
+    total, row, longest = skips.to(norm.device).unbind()
+    row = (row + 1) * bad
+    optimizer.skips = torch.stack((total + bad, row, torch.maximum(longest, row)))
+    for part in getattr(optimizer, "optimizers", [optimizer]):
+        if part.defaults.get("fused"):
+            part.found_inf = bad.float()  # the kernels read it, as they do under a GradScaler
+            part.step()
+        else:
+            with unless(part, bad):
+                part.step()
+    if hasattr(optimizer, "average"):
+        optimizer.average.update()
+
+
+@contextlib.contextmanager
+def unless(optimizer, bad):
+    """Where `bad` (0-d bool) is true, what the block does to parameters and state is undone.
+
+    It is for optimizers whose kernels cannot skip. Their parameters and state are copied."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = [p for p in params if p.grad is not None]
+
+    def tensors():
+        """{(parameter, key): tensor of this device}"""
+        values = {(p, None): p for p in params}
+        values |= {(p, key): t for p in params for key, t in optimizer.state[p].items()}
+        return {key: getattr(t, "_local_tensor", t) for key, t in values.items()}
+
+    before = {key: t.clone() for key, t in tensors().items()}
+    yield
+    for key, t in tensors().items():  # state that the first step has created began with zeros
+        old = before.get(key, torch.zeros((), dtype=t.dtype, device=t.device))
+        t.copy_(torch.where(bad.to(t.device), old, t))
+
+
+class Average:
+    """An exponential moving average of parameters: values = decay * values + (1 - decay) * params.
+
+    As optimizer.average it is updated by each `step`. params, values: {name: tensor}.
+    `with average.swapped():` puts the values into the parameters, and the parameters into the
+    values."""
+
+    def __init__(self, params, decay):
+        self.params = params
+        self.decay = decay
+        self.values = {name: p.detach().clone() for name, p in params.items()}
+
+    @torch.no_grad()
+    def update(self):
+        params = list(self.params.values())
+        torch._foreach_lerp_(list(self.values.values()), params, 1 - self.decay)
+
+    @torch.no_grad()
+    def swap(self):
+        for p, value in zip(self.params.values(), self.values.values(), strict=True):
+            kept = p.clone()
+            p.copy_(value)
+            value.copy_(kept)
+
+    @contextlib.contextmanager
+    def swapped(self):
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()

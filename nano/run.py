@@ -15,20 +15,27 @@
         ...                                                             # one optimizer step
         if run.logs:
             run.log_step(loss=rt.all_sum(loss), grad_norm=norm, lr=lr)
-    run.close()
+    return run.close()                                                  # "done", or "SIGTERM" ...
 
 The stage calls Run, and Run never calls the stage. It takes no function and knows no loss.
 """
 
+import contextlib
 import hashlib
 import math
+import os
+import shutil
+import signal
+import socket
 from pathlib import Path
 
-from nano import config, files, state, weights
+import torch
+
+from nano import config, files, optim, state, weights
 from nano.config import UserError
 from nano.log import Log
 
-SOURCES = ("model", "reward", "policy")  # the keys that name a model from which a run starts
+SOURCES = ("model", "reward", "policy", "tokenizer")  # keys that name what a run starts from
 
 
 class Run:
@@ -51,14 +58,61 @@ class Run:
         self.out = Path(cfg.out)
         self.start = self.step = 0
         self.best = math.inf
+        self.evaluations = [0, 0]  # the step of the last one, and how many since best/ was saved
+        self.skips = {}  # {optimizer: its skipped steps that were reported}
         self.meta = {}
         self.tensors = {}
         self.model_keys = {}
+        self.average = None
+        self.averaged = False  # whether the average is in the parameters' place
         self.tokens = self.targets = 0  # of this rank since the last line of the log
-        self.stopped = False
-        sources = [getattr(cfg, key, "") for key in SOURCES]
-        self.resumes = state.resumes(self.out, cfg.resume, rt, *sources)
+        self.stopped = self.exhausted = False
+        for key in SOURCES:
+            source = getattr(cfg, key, "")
+            if source and ".py:" not in source and Path(source).exists():
+                base = weights.base_of(source) if weights.is_adapter(source) else ""
+                files.refuse_overwrite(self.folders(), [source, base])
+        state.check_place(self.out)
+        rt.once(self.lock)
+        self.resumes = state.resumes(self.out, cfg.resume, rt)
         rt.catch_signals()
+
+    def folders(self):
+        """The folders that a run writes, or removes when it starts anew."""
+        names = [self.out / name for name in ("state", "best", "last")]
+        return [*names, *sorted(self.out.glob("step-*"))]
+
+    def lock(self):
+        """Takes the run folder for this process. The lock dies with it, however it ends.
+
+        UserError on all ranks if another run is at work in the folder."""
+        new = [dir for dir in (self.out, *self.out.parents) if not dir.exists()]
+        path = self.out / "lock"
+        fd = owner = None
+        if self.rt.is_main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            fd = files.lock(path)
+            owner = "" if fd else files.read_text(path).strip()
+        if self.rt.all_sum(int(owner is not None and fd is None)):
+            by = f" ({owner})" if owner else ""
+            raise UserError(
+                f"another process{by} is at work in {self.out}: wait for it, or give another out=. "
+                "If it was to be one run of several processes, start it with torchrun, because "
+                "`srun -n 2 python sft.py` starts two runs"
+            )
+        if not fd:
+            return
+        os.ftruncate(fd, 0)
+        os.write(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+        def release():
+            path.unlink(missing_ok=True)
+            os.close(fd)
+            with contextlib.suppress(OSError):  # what a run that wrote nothing has created
+                for dir in new:
+                    dir.rmdir()
+
+        self.rt.cleanup.callback(release)
 
     def saved_meta(self):
         """What the stage kept in run.meta when the state was saved, before anything is loaded."""
@@ -122,18 +176,63 @@ class Run:
         self.tok = tok
         self.base = base
         self.adapter = adapter
+        for optimizer in optimizers.values():
+            optimizer.skips = torch.zeros(3, device=self.rt.device)
+        if decay := getattr(self.cfg, "ema", 0.0):
+            (optimizer,) = optimizers.values()
+            self.average = optimizer.average = optim.Average(trained, decay)
+        old, note = "", ""
         if self.resumes:
-            meta, self.tensors = state.load_training(
-                self.out / "state", self.rt, self.stage, trained, optimizers
-            )
-            self.start = self.step = meta.pop("step")
-            best = meta.pop("best", math.inf)
-            made_from = meta.pop("made_from", self.made_from)
-            if made_from["validation"] == self.made_from["validation"]:
-                self.best = best  # of other data it would mean nothing
-            self.meta |= meta
-        self.log = Log(self.out, self.rt, self.start)
-        self.log.settings(self.stage, self.cfg, self.resumes)
+            old = self.load()
+        elif self.rt.is_main and (self.cfg.steps or getattr(self.cfg, "epochs", 0)):
+            note = self.clear()
+        self.log = Log(self.out, self.rt, self.start, getattr(self.cfg, "track", ""))
+        self.rt.cleanup.callback(self.log.close)
+        self.log.settings(self.stage, self.cfg, old)
+        if note:
+            self.log.text(note)
+
+    def load(self):
+        """Loads the state of the run -> the settings with which it was saved, as a .cfg text."""
+        meta, self.tensors = state.load_training(
+            self.out / "state", self.rt, self.stage, self.trained, self.optimizers
+        )
+        self.start = self.step = meta.pop("step")
+        best, evaluations = meta.pop("best", math.inf), meta.pop("evaluations", self.evaluations)
+        made_from = meta.pop("made_from", self.made_from)
+        if made_from["validation"] == self.made_from["validation"]:
+            self.best, self.evaluations = best, evaluations  # of other data they would mean nothing
+        for name, skips in meta.pop("skips", {}).items():
+            self.optimizers[name].skips = torch.tensor(skips, device=self.rt.device)
+            self.skips[name] = skips[0]
+        old = meta.pop("config", None)
+        if old is None and (self.out / "config.cfg").exists():  # a state of the first edition
+            old = files.read_text(self.out / "config.cfg")
+        self.meta |= meta
+        for name in [name for name in self.tensors if name.startswith("average.")]:
+            value = self.tensors.pop(name)
+            if self.average:
+                self.average.values[name.removeprefix("average.")].copy_(value)
+        return old or ""
+
+    def clear(self):
+        """Removes what an earlier run left in the folder -> a sentence, or "".
+
+        The state goes first. So a kill here leaves nothing that a run could continue from, and
+        whatever stands in the folder later belongs to one run. The log, by which the folder is
+        known to be a run's, is written anew behind this."""
+        if not (self.out / "log.jsonl").exists():
+            return ""
+        removed = []
+        for dir in self.folders():
+            files.recover_dir(dir)
+            if dir.exists():
+                files.remove_dir(dir)
+                removed.append(f"{dir.name}/")
+        for path in self.out.glob("events.out.tfevents.*"):
+            path.unlink()
+        listed = f" ({', '.join(removed)})" if removed else ""
+        return f"note: the run starts anew and has removed what {self.out} held of another{listed}"
 
     # ---- the loop
 
@@ -175,8 +274,9 @@ class Run:
 
     @property
     def ending(self):
-        """The run was asked to stop, or all steps are done: save and leave the loop."""
-        return self.stopped or self.step == self.total
+        """All steps are done, the run was asked to stop, or `patience` is exhausted: save and leave
+        the loop."""
+        return self.stopped or self.exhausted or self.step == self.total
 
     def due(self, every):
         """Whether what happens every `every` steps is due now. 0: once an epoch. -1: never."""
@@ -184,9 +284,21 @@ class Run:
             return False
         return self.step % (every or self.epoch) == 0 or self.step == self.total
 
+    @contextlib.contextmanager
     def paused(self):
-        """A context whose time does not count in the tokens per second: evaluation, saving."""
-        return self.log.paused()
+        """A context whose time does not count in the tokens per second: evaluation, saving.
+
+        With ema= the average stands in the parameters' place, if anything is due."""
+        keys = ("eval_every", "sample_every", "save_every")
+        due = self.ending or any(self.due(getattr(self.cfg, key, -1)) for key in keys)
+        with self.log.paused():
+            if not due or not self.average:
+                yield
+                return
+            with self.average.swapped():
+                self.averaged = True
+                yield
+                self.averaged = False
 
     # ---- what a run says and keeps
 
@@ -213,30 +325,114 @@ class Run:
         """The line of the step that was just made. The device is read here and nowhere else."""
         tokens, targets = map(self.rt.all_sum, (self.tokens, self.targets))
         metrics |= self.rt.compiles()
+        if skipped := sum(self.read_skips().values()):
+            metrics["skipped"] = int(skipped)  # since the run began
         self.log.step(self.step + 1, tokens, targets, self.rt.peak_memory(), **metrics)
         self.tokens = self.targets = 0
+        self.report_skips(self.step + 1)
+
+    def read_skips(self):
+        """{optimizer: how many of its steps were skipped}. It waits for the device."""
+        return {name: o.skips[0].item() for name, o in self.optimizers.items()}
+
+    def report_skips(self, step):
+        """Says which steps were skipped since the last report, because their gradient was not
+        finite. UserError if bad_steps= were skipped in a row."""
+        for name, optimizer in self.optimizers.items():
+            total, row, longest = map(int, optimizer.skips.tolist())
+            new = total - int(self.skips.get(name, 0))
+            self.skips[name] = total
+            which = f" of the {name} optimizer" if len(self.optimizers) > 1 else ""
+            if new:
+                self.log.text(
+                    f"warning at step {step}: {new} {'step' if new == 1 else 'steps'}{which} "
+                    "skipped since the last such line, because the gradient held NaN or infinity"
+                )
+            limit = self.cfg.bad_steps
+            if limit and longest >= limit:
+                self.rt.finish_saving()
+                saved = (self.out / "state").exists()
+                last = f"{self.out}/state is the last good state" if saved else "nothing is saved"
+                raise UserError(
+                    f"the gradient{which} held NaN or infinity in {longest} steps in a row "
+                    f"(bad_steps={limit}) up to step {step}: lower lr=, set grad_clip=1, or look "
+                    f"for rows that make the loss infinite; {last}"
+                )
 
     def evaluated(self, metrics, keep):
-        """Logs an evaluation. Saves the model as best/ if metrics[keep] is the lowest so far."""
+        """Logs an evaluation. Saves the model as best/ if metrics[keep] is the lowest so far.
+
+        After patience= evaluations without a better one the run ends."""
         self.log.eval(self.step, **metrics)
-        if self.step and metrics[keep] < self.best:
+        last, without = self.evaluations
+        if not self.step:
+            return
+        if metrics[keep] < self.best:
             self.best = metrics[keep]
+            self.evaluations = [self.step, 0]
             self.save_model(self.out / "best")
+        elif self.step != last:  # a resume repeats the evaluation at which it was saved
+            self.evaluations = [self.step, without + 1]
+        patience = self.cfg.patience
+        if patience and self.evaluations[1] >= patience and self.step < self.total:
+            self.exhausted = True
+            self.log.text(
+                f"no better {keep} in {patience} evaluations (patience=): the run ends at step "
+                f"{self.step}, and {self.out}/best is the best"
+            )
 
     def save(self):
-        """Saves last/ and state/, unless this run has not made a step yet."""
+        """Saves last/ and state/, and step-N/ with keep_last=, unless this run has not made a step
+        yet."""
         if self.step == self.start:
             return
+        self.report_skips(self.step)
         self.save_model(self.out / "last")
-        state.save_training(
-            self.out / "state",
-            self.rt,
-            self.stage,
-            self.trained,
-            self.optimizers,
-            self.tensors,
-            **self.meta | dict(step=self.step, best=self.best, made_from=self.made_from),
+        if self.cfg.keep_last and self.rt.is_main:
+            self.keep_steps()
+        tensors = dict(self.tensors)
+        if self.average:
+            tensors |= {f"average.{name}": t for name, t in self.average.values.items()}
+        # a folder may be moved, and every run may say whether it resumes
+        settings = "".join(
+            f"{key}={text}\n"
+            for key, text in config.texts(self.cfg).items()
+            if key not in ("out", "resume")
         )
+        meta = dict(
+            step=self.step,
+            best=self.best,
+            made_from=self.made_from,
+            evaluations=self.evaluations,
+            skips={name: o.skips.tolist() for name, o in self.optimizers.items()},
+            config=settings,
+        )
+        # the state holds the parameters themselves, and the average beside them
+        with self.average.swapped() if self.averaged else contextlib.nullcontext():
+            state.save_training(
+                self.out / "state",
+                self.rt,
+                self.stage,
+                self.trained,
+                self.optimizers,
+                tensors,
+                **self.meta | meta,
+            )
+
+    def keep_steps(self):
+        """Keeps last/ as step-N/ too, and the newest keep_last= of such folders."""
+
+        def link(source, target):  # the next save replaces last/ and not its files
+            try:
+                os.link(source, target)
+            except OSError:  # a file system without hard links
+                shutil.copy2(source, target)
+
+        with files.new_dir(self.out / f"step-{self.step}") as tmp:
+            shutil.copytree(self.out / "last", tmp, copy_function=link, dirs_exist_ok=True)
+        steps = [int(n) for p in self.out.glob("step-*") if (n := p.name[5:]).isdecimal()]
+        for step in sorted(steps)[: -self.cfg.keep_last]:
+            files.remove_dir(self.out / f"step-{step}")
 
     def save_model(self, dir):
         """Writes the model, or its adapter, to `dir`. All ranks gather the weights, one writes."""
@@ -247,17 +443,19 @@ class Run:
         tensors = self.rt.gather(tensors)
         if not self.rt.is_main:
             return
-        if self.adapter:
-            weights.save_adapter(self.model, dir, self.adapter, self.base, tensors, self.tok)
-            if self.model_keys:
-                files.write_json(dir / "score_scale.json", self.model_keys)
-        else:
-            weights.save_model(
-                self.model, dir, self.rt.dtype, self.base, tensors, tok=self.tok, **self.model_keys
-            )
+        with files.new_dir(dir) as tmp:
+            if self.adapter:
+                weights.save_adapter(self.model, tmp, self.adapter, self.base, tensors, self.tok)
+                if self.model_keys:
+                    files.write_json(tmp / "score_scale.json", self.model_keys)
+            else:
+                dtype, keys = self.rt.dtype, self.model_keys
+                weights.save_model(self.model, tmp, dtype, self.base, tensors, tok=self.tok, **keys)
 
     def close(self):
-        """Says how the run ended, and closes the log and the process group."""
+        """Says how the run ended, and closes the log and the process group.
+
+        Returns what main is to return: "done", or the name of the signal that stopped the run."""
         if self.stopped:
             self.log.text(
                 f"stopped at step {self.step}: the same command continues from here, "
@@ -270,3 +468,5 @@ class Run:
             )
         self.log.close()
         self.rt.close()
+        number = self.rt.signal or signal.SIGTERM
+        return signal.Signals(number).name if self.stopped else "done"

@@ -11,6 +11,9 @@ for TPUs.
     n = rt.all_sum(n)                    # a sum over all ranks
     with rt.evaluating(net): ...         # evaluation mode, no gradients
 
+    @runtime.started                     # gives back what the runtime took, however main ends
+    def main(cfg, rt): ...
+
 One process runs per device. They communicate through gloo (CPU) or nccl (CUDA). With tensor=N, N
 neighbouring devices share each layer and see the same rows (nano/tensor.py). `rank` and `world`
 count such groups, and sums over ranks count a group once.
@@ -18,10 +21,12 @@ count such groups, and sums over ranks count a group once.
 
 import contextlib
 import ctypes
+import functools
 import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 
@@ -60,6 +65,20 @@ def start(cfg, **settings):
     return Runtime(**settings)
 
 
+def started(main):
+    """Decorates a stage's main(cfg, rt), which is then called as main(cfg).
+
+    When it ends, in whatever way, the process has its signal handlers back, and no lock is left. So
+    a notebook or a thread may call one stage after another."""
+
+    @functools.wraps(main)
+    def with_runtime(cfg):
+        with start(cfg) as rt:
+            return main(cfg, rt)
+
+    return with_runtime
+
+
 class Runtime:
     """The devices and processes of a run, on CPU and CUDA. Each process has one.
 
@@ -95,10 +114,23 @@ class Runtime:
             dtype = "bfloat16" if self._has_fast_bf16() else "float32"
         self.dtype = getattr(torch, dtype)
         self._trimmed = time.monotonic()
-        self._stop = False
+        self.signal = 0  # the number of the signal that asked the run to stop
+        self.cleanup = contextlib.ExitStack()  # what `with rt:` gives back at its end
         self._saving_group = None
         self.saving = None  # waits for the training state that is being written in the background
         self.seed(seed)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            # A rank that failed leaves at once. Its peers may be in a collective, and no longer
+            # answer.
+            if kind is None or self.processes == 1:
+                self.close()
+        finally:
+            self.cleanup.close()
 
     # ---------------------------------------------------------------------------------------- start
 
@@ -243,10 +275,11 @@ class Runtime:
     def step(self, optimizer, params, lr, grad_clip):
         """Clips the gradients of `params` to a global norm of `grad_clip` (0: not at all), steps at
         learning rate `lr`, and drops the gradients -> the norm before clipping, a 0-d tensor, the
-        same on all ranks. Nothing waits for the device."""
+        same on all ranks. Where it is not finite, the step is skipped (optim.step). Nothing waits
+        for the device."""
         optim.set_lr(optimizer, lr)
         norm = optim.clip_(params, grad_clip)
-        optimizer.step()
+        optim.step(optimizer, norm)
         optimizer.zero_grad(set_to_none=True)
         self.sync()
         return norm
@@ -380,26 +413,38 @@ class Runtime:
     # ----------------------------------------------------------------------------------------- stop
 
     def catch_signals(self):
-        """SIGTERM and Ctrl-C ask the loop to stop after its step (`should_stop`). The second one
-        ends the process at once."""
+        """SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 ask the loop to stop after its step (`should_stop`).
+        A second SIGTERM or Ctrl-C ends the process at once.
+
+        A signal that is ignored stays so (nohup). `with rt:` gives the handlers back. Python lets
+        the main thread alone have handlers, so a run in another thread is not asked."""
 
         def handler(number, frame):
-            self._stop = True
-            default = signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
-            signal.signal(number, default)
+            self.signal = number
+            text = "finishing this step, then saving"
+            if number in (signal.SIGTERM, signal.SIGINT):
+                default = signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
+                signal.signal(number, default)
+                text += " (again: stop at once)"
             if self.is_main:
-                text = "finishing this step, then saving (again: stop at once)"
-                print(f"\n{signal.Signals(number).name}: {text}", flush=True)
+                # the terminal may be gone, or a line may be on its way to it
+                with contextlib.suppress(OSError, RuntimeError):
+                    print(f"\n{signal.Signals(number).name}: {text}", flush=True)
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+                kept = signal.getsignal(number)
+                if kept not in (signal.SIG_IGN, None):
+                    signal.signal(number, handler)
+                    self.cleanup.callback(signal.signal, number, kept)
 
     def should_stop(self):
         """True on every rank as soon as one was asked to stop."""
-        flag = torch.tensor(int(self._stop))  # on the CPU, where asking costs no device sync
+        number = torch.tensor(self.signal)  # on the CPU, where asking costs no device sync
         if self.processes > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        self.signal = int(number)
+        return self.signal > 0
 
     def close(self):
         self.finish_saving()
@@ -427,23 +472,44 @@ def choose_device(device):
 def join(device):
     """Joins the processes that torchrun started -> (process, processes, process of this node,
     processes of this node). UserError for an environment that torchrun did not set."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" not in os.environ:
         return 0, 1, 0, 1
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    try:
-        ranks = [int(os.environ[name]) for name in names]
-    except KeyError:
+    if missing := [name for name in names if not os.environ.get(name)]:
         raise UserError(
-            "RANK is set, but not all of WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE: "
-            "start it with torchrun"
+            f"RANK is in the environment, but {' and '.join(missing)} is empty or not there: "
+            "start it with torchrun, or unset RANK"
+        )
+    try:
+        ranks = [int(os.environ[name]) for name in names[:4]]
+    except ValueError as e:
+        raise UserError(
+            f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be numbers ({e}): "
+            "start it with torchrun, or unset RANK"
         ) from None
     if device == "cuda" and ranks[3] > (count := torch.cuda.device_count()):
         raise UserError(
             f"{ranks[3]} processes on this node share {count} devices: lower --nproc_per_node"
         )
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    with at_once():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     sys.excepthook = end_at_once
     return ranks
+
+
+@contextlib.contextmanager
+def at_once():
+    """Within it SIGTERM and Ctrl-C end the process. A handler in Python would wait until torch has
+    met the other processes, which may take half an hour."""
+    kept = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            kept[number] = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def parameter_dtype(module, p, dtype):

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from nano.config import UserError
-from nano.files import read_json, recover_dir, replace_dir, write_json
+from nano.files import UNFINISHED, new_dir, read_json, recover_dir, replace_dir, write_json
 from nano.weights import damaged, write_tensors
 
 
@@ -27,15 +27,9 @@ def with_prefix(prefix, tensors):
 def save_state(dir, tensors, meta):
     """{name: tensor} and JSON values -> state.safetensors and state.json in a folder that is
     replaced as a whole."""
-    tmp = Path(f"{dir}.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    try:
+    with new_dir(dir) as tmp:
         write_tensors(tensors.items(), tmp, name="state", shard_bytes=math.inf)
         write_json(tmp / "state.json", meta)
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
-    replace_dir(tmp, dir)
 
 
 def params_of(optimizer):
@@ -80,19 +74,12 @@ def restore_optimizer(optimizer, tensors, meta, prefix="optimizer."):
         optimizer.state[p][key] = value
 
 
-def resumes(out, resume, rt, *sources):
+def resumes(out, resume, rt):
     """Whether a run continues from the state in its folder `out`.
 
     resume: "auto" and "anyway" (if there is a state), "true" (it is an error if there is none) or
     "false".
-    sources: the model directories from which the run starts.
-    UserError where the folder cannot be written to, where the run would write over a source, and
-    where only some ranks see the state."""
-    for source in filter(None, sources):
-        if Path(source).resolve() in [(Path(out) / name).resolve() for name in ("last", "best")]:
-            raise UserError(
-                f"the run would write over {source}, from which it starts: give another out="
-            )
+    UserError where only some ranks see the state."""
     found = rt.once(_resumable, Path(out) / "state", resume)
     if 0 < rt.all_sum(int(found)) < rt.world:
         raise UserError(
@@ -102,12 +89,17 @@ def resumes(out, resume, rt, *sources):
     return found
 
 
-def _resumable(dir, resume):
-    place = next(p for p in dir.absolute().parents if p.exists())
+def check_place(out):
+    """UserError where the run folder `out` cannot be written to."""
+    out = Path(out).absolute()
+    place = next(p for p in (out, *out.parents) if p.exists())
     if not place.is_dir():
         raise UserError(f"{place} is a file, not a folder: give another out=")
     if not os.access(place, os.W_OK):
         raise UserError(f"{place} is not writable: give another out=")
+
+
+def _resumable(dir, resume):
     recover_dir(dir)
     if resume == "true" and not dir.is_dir():
         raise UserError(f"resume=true, but there is no saved state {dir}")
@@ -151,7 +143,7 @@ def save_shards(dir, tensors, meta, group):
     used."""
     import torch.distributed.checkpoint as dcp  # imported here: others need not wait a second
 
-    tmp = Path(f"{dir}.tmp")
+    tmp = Path(f"{dir}{UNFINISHED}")
 
     class Writer(dcp.HuggingFaceStorageWriter):
         def prepare_global_plan(self, plans):
@@ -213,6 +205,7 @@ def load_training(dir, rt, stage, trained, optimizers):
         )
     params = {f"model.{name}": p for name, p in trained.items()}
     owners = dict(params)  # {what a tensor's name begins with: its parameter}
+    owners |= {f"extra.average.{name}": p for name, p in trained.items()}
     for name, optimizer in optimizers.items():
         owners |= {f"{name}.{i}": p for i, p in enumerate(params_of(optimizer))}
     tensors = {}
@@ -223,7 +216,7 @@ def load_training(dir, rt, stage, trained, optimizers):
             tensors[name] = torch.empty(value.size, dtype=dtype)
         elif name in params:
             tensors[name] = p
-        else:  # a moment, on the device and sharded as its parameter is
+        else:  # a moment or an average, on the device and sharded as its parameter is
             tensors[name] = torch.empty_like(p, dtype=dtype, requires_grad=False)
     with warnings.catch_warnings():
         # dcp warns every single process that torch.distributed is not in use

@@ -16,9 +16,7 @@ import contextlib
 import hashlib
 import json
 import mmap
-import os
 import re
-import shutil
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -68,10 +66,10 @@ class Writer:
     """`with Writer(dir, vocab_size, meta) as w: w.add("train", tokens, mask)` writes a whole store,
     or nothing.
 
-    Rows stream into `<dir>.tmp-<pid>`. When the block ends without an exception, that folder
-    replaces `dir`. Otherwise it is removed. `meta` is a dict that may grow until the end. It is
-    written to meta.json: template, source, counts, and as `tokenizer` and `tokenizer_identity` what
-    Store compares. UserError for a folder that may not be replaced and for ids outside the
+    Rows stream into a folder beside `dir`. When the block ends without an exception, it replaces
+    `dir`. Otherwise it is removed (files.new_dir). `meta` is a dict that may grow until the end. It
+    is written to meta.json: template, source, counts, and as `tokenizer` and `tokenizer_identity`
+    what Store compares. UserError for a folder that may not be replaced and for ids outside the
     vocabulary.
     """
 
@@ -80,26 +78,28 @@ class Writer:
         self.vocab_size = vocab_size
         self.meta = {} if meta is None else meta
         self.dtype = np.dtype(np.uint16 if vocab_size < 65536 else np.uint32)
-        self.tmp = self.dir.with_name(f"{self.dir.name}.tmp-{os.getpid()}")
+        self.folder = files.new_dir(self.dir)
         self.splits = {}
 
     def __enter__(self):
         files.recover_dir(self.dir)
         check_target(self.dir)
-        shutil.rmtree(self.tmp, ignore_errors=True)
-        self.tmp.mkdir(parents=True)
+        self.tmp = self.folder.__enter__()
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind, error, trace):
         try:
             if kind is None:
-                self.commit()
+                self.finish()
+        except BaseException as e:
+            kind, error, trace = type(e), e, e.__traceback__
+            raise
         finally:
             for split in self.splits.values():
                 for f in split.files.values():
                     with contextlib.suppress(OSError):  # on a full disk closing fails again
                         f.close()
-            shutil.rmtree(self.tmp, ignore_errors=True)
+            self.folder.__exit__(kind, error, trace)
 
     def open(self, split, kind):
         f = Hashed(self.tmp / f"{split}.{kind}.bin")
@@ -156,7 +156,7 @@ class Writer:
         s.files["groups"].write(np.int64(s.grouped).tobytes())
         s.counts["groups"] += 1
 
-    def commit(self):
+    def finish(self):
         if not self.splits:
             raise UserError(f"no rows to write into {self.dir}")
         splits = {}
@@ -172,7 +172,6 @@ class Writer:
         head |= dict(vocab_size=self.vocab_size, splits=splits)
         # json escapes all but ASCII, because the names of a user's files need not be valid UTF-8
         files.write_text(self.tmp / "meta.json", json.dumps(head | self.meta, indent=1))
-        files.replace_dir(self.tmp, self.dir)
 
 
 def write_store(dir, splits, meta):

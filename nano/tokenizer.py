@@ -15,9 +15,10 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain, groupby, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import regex  # comes with tiktoken
@@ -645,12 +646,25 @@ def own_template(folder, config):
     return source
 
 
-def load(path, template=None):
+def named_tokens(settings):
+    """{"bos_token": text, ...} of tokenizer_config.json, as templates get them in transformers."""
+    more = settings.get("extra_special_tokens")
+    settings = settings | (more if isinstance(more, dict) else {})
+    tokens = {key: value for key, value in settings.items() if key.endswith("_token")}
+    tokens = {
+        key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()
+    }
+    return {key: token for key, token in tokens.items() if isinstance(token, str) and token}
+
+
+def load(path, template=None, options=()):
     """The Tokenizer of a model directory.
 
     template: a key of chat.TEMPLATES, or a chat template in Jinja. None: the directory's own chat
     template, where it has one. A key that names the directory's own template selects that one, with
     its default system prompt.
+    options: ["name=value", ...] for variables that the template reads, such as
+    enable_thinking=false. They become a part of .chat_template.
 
     UserError for files that are missing or damaged, for a kind of tokenizer whose ids would not
     come out exactly, and for a template whose tokens the vocabulary lacks.
@@ -663,10 +677,8 @@ def load(path, template=None):
     generation = read_json(folder / "generation_config.json", TokenIds)
     named = read_json(folder / "special_tokens_map.json", SpecialTokensMap)
     named |= {key: value for key, value in config.items() if value}
-    names = {}
-    for key in ("bos", "eos", "pad", "unk"):
-        name = named.get(f"{key}_token")
-        names[key] = name["content"] if isinstance(name, dict) else name
+    texts = named_tokens(named)
+    names = {key: texts.get(f"{key}_token") for key in ("bos", "eos", "pad", "unk")}
     added = {entry["content"]: added_token(**entry) for entry in spec.get("added_tokens", [])}
     for id, entry in config.get("added_tokens_decoder", {}).items():
         added.setdefault(entry["content"], added_token(**entry | {"id": int(id)}))
@@ -697,8 +709,10 @@ def load(path, template=None):
         add_bos=config.get("add_bos_token", default),
         fingerprint=hashlib.sha256(content).hexdigest(),
         stops=as_list(generation.get("eos_token_id")),
+        named=texts,
         own=own_template(folder, config),
         template=template,
+        options=options,
     )
 
 
@@ -758,16 +772,21 @@ class Tokenizer:
     .bos_first      whether render puts BOS first
     .vocab_size     the tokenizer's highest id + 1 (a model's embedding may be larger)
     .stop_ids       tuple: EOS, the template's end of turn, the EOS ids of generation_config.json
-    .control        set of the ids that text never becomes
+    .control        set of the ids that text never becomes: special tokens, and those that the
+                    template prints outside of answers
     .template       name of the chat template, or None. "model": the directory's own, of no other
                     name
     .chat_template  the same in Jinja, or None
     .adopted        whether chat_template is not the directory's own
+    .empty_thoughts whether the empty thought that a template prints is a target
+    .counts         Counter of what `render` did to answers that a report should tell
     .fingerprint    sha256 in hex over the vocabulary files and the special tokens
     .identity       sha256 in hex over what it does to text, in whatever files it was saved
     """
 
-    def __init__(self, model, added, ends, add_bos, fingerprint, stops, own, template):
+    def __init__(
+        self, model, added, ends, add_bos, fingerprint, stops, named, own, template, options
+    ):
         self.model = model
         self.added = added
         self.fingerprint = fingerprint
@@ -776,25 +795,34 @@ class Tokenizer:
         self.pad_id = ends.get("pad")
         self.bytes = model.bytes | {entry["id"]: name.encode() for name, entry in added.items()}
         self.vocab_size = max(self.bytes) + 1
-        self._known = {}
+        self._plans = {}  # shape of a layout -> its steps
         self._all = alternation(added.values())
         texts = {entry["id"]: name for name, entry in added.items()}
         self._marks = {key: texts.get(ends.get(key), "") for key in ("bos", "eos")}
+        self._named = {f"{key}_token": text for key, text in self._marks.items() if text} | named
         self._marks["first"] = self._marks["bos"] if add_bos else ""
+        self._ends = [texts[id] for id in stops if id in texts]
+        self._others = {}  # named template -> its layout, for what `advice` tries
         self.template, self.layout, self.chat_template = chat.choose(
-            template, own, self._marks, self._all
+            template, own, self._marks, added, self._layout, options
         )
         self.adopted = bool(self.chat_template) and self.chat_template != own
         self.add_bos = bool(add_bos) and self.bos_id is not None
-        self.bos_first = self.add_bos and getattr(self.layout, "bos", True)
+        self.bos_first = self.add_bos and chat.takes_bos(self.layout)
+        self.empty_thoughts = False
+        self.counts = Counter()
 
         # Text never becomes a special token or a token of the chat template.
         self.control = {entry["id"] for entry in added.values() if entry["special"]}
         self.control |= {self.bos_id, self.eos_id}
         stops = {*stops, self.eos_id}
-        if isinstance(self.layout, chat.Turns):
-            self.control |= self._tokens(self.layout.fixed())
-            stops |= self._tokens(self.layout.assistant.partition("{}")[2])
+        if self.layout:
+            self.control |= {
+                added[name]["id"]
+                for name in self.layout.control | self.layout.stops
+                if name in added
+            }
+            stops |= {added[name]["id"] for name in self.layout.stops if name in added}
         self.control -= {None}
         self.stop_ids = tuple(sorted(stops - {None}))
         self._plain = alternation(e for e in added.values() if e["id"] not in self.control)
@@ -884,81 +912,137 @@ class Tokenizer:
         spaced = isinstance(self.model, SentencePiece) and self.model.prefix != "never"
         return text.removeprefix(" ") if spaced and not inside else text
 
-    def render(self, messages, add_generation_prompt=False, last_only=False):
+    def _layout(self, source, name=None):
+        """The ChatTemplate of a source in Jinja with the tokens of this vocabulary."""
+        return chat.ChatTemplate(source, self._named, self.added, self._ends, name)
+
+    def render(self, messages, add_generation_prompt=False, last_only=False, tools=None):
         """(ids, mask) of a conversation, two lists of equal length.
 
         mask is 1 on what the assistant has to produce, including the end of its turn.
 
         messages: list of {"role": "system" | "user" | "assistant" | "tool", "content": str}.
         Optional keys: "input": str, as in Alpaca records; "columns": list of [name, text];
-        "weight": 0 on an assistant's turn that is no target.
+        "weight": 0 on an assistant's turn that is no target; and what templates read:
+        "reasoning_content": str, "tool_calls": list of {"type": "function", "function": {"name":
+        str, "arguments": dict or its JSON}}, "tool_call_id", "name". With tool_calls, content may
+        be None.
         add_generation_prompt: end with the prompt of an answer. last_only: only the last assistant
-        turn is a target.
+        turn is a target. tools: list of the definitions of functions.
 
-        render(messages[:-1], True) is a prefix of render(messages), and no token spans the border.
-        UserError for messages that the template cannot lay out.
+        render(messages[:-1], True) is a prefix of render(messages), and no token spans the border,
+        unless the template lays out the messages otherwise when an answer follows.
+        UserError for messages that are no conversation. NotFollowed for one that the template
+        cannot lay out.
         """
         if self.layout is None:
             raise UserError(
-                "the model has no chat template that can be followed: "
-                f"choose template={'|'.join(chat.TEMPLATES)}"
+                f"the model has no chat template: choose template={'|'.join(chat.TEMPLATES)}"
             )
-        chat.check(messages)
-        parts = self.layout(messages, add_generation_prompt)
-        learned = {target for _, _, target in parts} - {None}
-        if last_only and learned:
-            learned = {max(learned)}
-        learned = {target for target in learned if messages[target].get("weight") != 0}
-        pieces = [
-            (target, isinstance(piece, int), piece, fixed)
-            for text, fixed, target in parts
-            for piece in (self._fixed(text) if fixed else [text])
-        ]
-        ids = [self.bos_id] if self.bos_first else []
-        mask = [0] * len(ids)
+        messages = chat.check(messages)
+        answers = chat.answers_of(messages)
+        learned = {n for n in answers[-last_only:] if messages[n].get("weight") != 0}
+        if self.template == "columns":  # it lays out one answer, the last message
+            learned &= {len(messages) - 1}
+        request = (messages, add_generation_prompt, tools, learned, self.empty_thoughts)
+        try:
+            layout = self.layout.lay_out(*request)
+        except chat.NotFollowed as error:
+            raise chat.NotFollowed(error.reason, error.message, self._advice(request)) from None
+        if layout.closing:
+            self.counts[f"answers that the template leaves open, ended by {layout.closing}"] += 1
+        if layout.shape not in self._plans:
+            if len(self._plans) > 10_000:
+                self._plans.clear()
+            self._plans[layout.shape] = self._plan(layout, learned)
+        ids = []
+        mask = []
         position = START
-        # Neighbours of equal target are encoded as one text, so tokens may span them.
-        for (target, is_token), group in groupby(pieces, key=lambda piece: piece[:2]):
-            _, _, texts, fixed = zip(*group, strict=True)
-            if is_token:
-                new = texts
-                position = AFTER
-            else:
-                text = "".join(texts)
-                new = self._known.get((text, position))
-                if new is None:
-                    new = self._text(text, position, self._plain)
-                if all(fixed):  # the same in every conversation
-                    self._known[text, position] = new
-                if text:
-                    position = INSIDE
+        starts = layout.starts
+        for known, flags, first, last in self._plans[layout.shape]:
+            if known is not None:
+                ids += known
+                mask += flags
+                position = last
+                continue
+            (i, a), (j, b) = first, last
+            text = layout.text[starts[i] + a : starts[j] + b]
+            new = self._text(text, position, self._plain)
             ids += new
-            mask += [int(target in learned)] * len(new)
+            mask += flags * len(new)
+            if text:
+                position = INSIDE
         return ids, mask
 
-    def _pieces(self, text, added):
-        """`text` as a list of ids (of added tokens) and of the strings between them.
+    def _plan(self, layout, learned):
+        """How the text of a layout, and of each of the same shape, becomes ids, as a list of steps.
+
+        Steps of what is the same in all of them: (ids, mask, None, where text stands behind them).
+        Steps of text: (None, [its mask], where it begins, where it ends). These two places are
+        what chat.index_of gives. Text of equal target between two tokens is
+        encoded as one, so tokens may span its parts.
+        """
+        pieces = []  # (start, stop, id, target, own)
+        at = 0
+        for text, own, target in layout.parts():
+            spans = self._spans(text, self._all) if own else [(0, len(text), None)]
+            for start, stop, id in spans:
+                before = pieces[-1] if pieces else None
+                if id is None and before and before[2:4] == (None, target):
+                    start = before[0] - at
+                    own = own and before[4]
+                    pieces.pop()
+                pieces.append((at + start, at + stop, id, target, own))
+            at += len(text)
+        steps = []
+        position = START
+        for start, stop, id, target, own in pieces:
+            flag = int(target in learned)
+            if id is not None or (own and position is not None):
+                text = layout.text[start:stop]
+                new = [id] if id is not None else self._text(text, position, self._plain)
+                position = INSIDE if id is None else AFTER
+                if not steps or steps[-1][0] is None:
+                    steps.append(([], [], None, None))
+                known, flags, _, _ = steps[-1]
+                steps[-1] = (known + new, flags + [flag] * len(new), None, position)
+            else:
+                first, last = (chat.index_of(layout.starts, place) for place in (start, stop))
+                steps.append((None, [flag], first, last))
+                position = None  # it may be empty in another conversation
+        return steps
+
+    def _advice(self, request):
+        """ "; template=NAME lays it out", or "": the first named template that takes a request."""
+        for name in chat.TEMPLATES:
+            if name == self.template or chat.lacking(name, self._marks, self.added):
+                continue
+            if name not in self._others:
+                self._others[name] = self._layout(chat.in_jinja(name, self._marks), name)
+            try:
+                self._others[name].parts(*request)
+            except chat.NotFollowed:
+                continue
+            return f"; template={name} lays it out"
+        return "; no named template lays it out"
+
+    def _spans(self, text, added):
+        """[(start, stop, id), ...]: the added tokens in `text`, and with None what is between them.
 
         added: what `alternation` returned.
         """
-        pieces = added.split(text) if added else [text]
-        for i in range(1, len(pieces), 2):
-            name = pieces[i]
+        spans = []
+        at = 0
+        for match in added.finditer(text) if added else ():
+            name = match[0]
             if name not in self.added:  # whitespace follows, which a token with rstrip takes in
-                name = max((name for name in self.added if pieces[i].startswith(name)), key=len)
-            pieces[i] = self.added[name]["id"]
+                name = max((name for name in self.added if match[0].startswith(name)), key=len)
+            before = text[at : match.start()]
             if self.added[name]["lstrip"]:
-                pieces[i - 1] = pieces[i - 1].rstrip(WHITE)
-        return [piece for piece in pieces if piece != ""]
-
-    def _fixed(self, text):
-        """The pieces of a template's own text, in which names of tokens are tokens."""
-        if text not in self._known:
-            self._known[text] = self._pieces(chat.fill(text, self._marks), self._all)
-        return self._known[text]
-
-    def _tokens(self, text):
-        return {piece for piece in self._fixed(text) if isinstance(piece, int)}
+                before = before.rstrip(WHITE)
+            spans += [(at, at + len(before), None), (*match.span(), self.added[name]["id"])]
+            at = match.end()
+        return [span for span in [*spans, (at, len(text), None)] if span[0] < span[1]]
 
     def _text(self, text, position, added):
         """The ids of text in which names of control tokens are plain text.
@@ -968,11 +1052,13 @@ class Tokenizer:
         """
         ids = []
         prefix = self.model.prefix
-        for piece in self._pieces(mend(text), added):
-            if isinstance(piece, int):
-                ids.append(piece)
+        text = mend(text)
+        for start, stop, id in self._spans(text, added):
+            if id is not None:
+                ids.append(id)
                 position = AFTER
                 continue
+            piece = text[start:stop]
             lead = prefix == "always" or (prefix != "never" and piece[0] not in " ▁")
             lead = lead and (position == START or (position == AFTER and prefix != "first"))
             new = self.model.encode(piece, lead)

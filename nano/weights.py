@@ -18,6 +18,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -308,6 +309,11 @@ def write_template(tok, dir, config):
     write_json(dir / "generation_config.json", generation | {"eos_token_id": ends})
 
 
+class ScoreScale(TypedDict, total=False):
+    reward_gain: float
+    reward_bias: float
+
+
 def read_score_scale(dir):
     """(gain, bias) of a reward model's or score adapter's directory, (1.0, 0.0) where none were
     fitted.
@@ -316,7 +322,7 @@ def read_score_scale(dir):
     model was trained for. An adapter keeps them in score_scale.json."""
     values = {}
     for name in ("config.json", "score_scale.json"):
-        values |= read_json(Path(dir) / name, missing={})
+        values |= read_json(Path(dir) / name, missing={}, kind=ScoreScale)
     return float(values.get("reward_gain", 1.0)), float(values.get("reward_bias", 0.0))
 
 
@@ -402,6 +408,12 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
         path.unlink(missing_ok=True)
 
 
+class AdapterConfig(TypedDict, total=False):
+    base_model_name_or_path: str | None
+    task_type: str | None
+    use_rslora: bool | None
+
+
 def read_adapter_config(dir):
     """adapter_config.json of a PEFT directory as a dict.
 
@@ -409,7 +421,7 @@ def read_adapter_config(dir):
     path = Path(dir) / "adapter_config.json"
     if not path.exists():
         raise UserError(f"{dir} is no adapter directory: it has no adapter_config.json")
-    config = read_json(path)
+    config = read_json(path, kind=AdapterConfig)
     if config.get("peft_type") != "LORA":
         raise UserError(
             f"{path}: peft_type {config.get('peft_type')!r} is not supported (only 'LORA' is)"

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from nano import tensor
 from nano.config import UserError
-from nano.runtime import Runtime
+from nano.runtime import Runtime, at_once
 
 
 class XLA(Runtime):
@@ -67,7 +67,8 @@ class XLA(Runtime):
             # registers the init method xla://, which finds the addresses of the hosts
             import torch_xla.distributed.xla_backend  # noqa: F401
 
-            dist.init_process_group("gloo", init_method="xla://")
+            with at_once():
+                dist.init_process_group("gloo", init_method="xla://")
         if spmd:
             count = xr.global_runtime_device_count()
             if count % self.tensor:
@@ -136,11 +137,12 @@ class XLA(Runtime):
     def init_moments(self, optimizer):
         """Creates Adam's moments where there are none, so that the first step runs the same graph
         as all others. Shards parameters and moments alike, also after a state was loaded."""
+        optimizer.skips = torch.zeros(3, device=self.device)
         for group in optimizer.param_groups:
             for p in group["params"]:
                 state = optimizer.state[p]
                 if not state:
-                    state["step"] = torch.tensor(0.0)
+                    state["step"] = torch.tensor(0.0, device=self.device)
                     state["exp_avg"] = torch.zeros_like(p)
                     state["exp_avg_sq"] = torch.zeros_like(p)
                 if id(p) in self.specs:

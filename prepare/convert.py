@@ -27,6 +27,7 @@ import numpy as np
 
 from nano import tokenizer
 from nano.config import UserError
+from nano.files import refuse_overwrite
 from nano.store import Store, Writer, check_target, read_meta
 from prepare import records
 from prepare.records import BadRecord
@@ -194,6 +195,7 @@ def encode_chunk(chunk):
 
 def start(cfg, encode, template):
     """(tokenizer, Writer of the prepared folder). A script may add to .meta of the Writer."""
+    refuse_overwrite([cfg.out], [cfg.source, cfg.model])
     check_target(cfg.out)
     tok = setup(cfg, encode, template)
     meta = dict(tokenizer=tok.fingerprint, tokenizer_identity=tok.identity)

@@ -29,7 +29,6 @@ import heapq
 import io
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -477,15 +476,12 @@ def train_tokenizer(cfg, paths, size, folder, workers):
             content = byte_level_bpe(words, size)
         else:
             content = sentencepiece_bpe(texts(bar), size)
-    tmp = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir()
-    for name, value in content.items():
-        if isinstance(value, bytes):
-            files.write_bytes(tmp / name, value)
-        else:
-            files.write_json(tmp / name, value, ensure_ascii=False)
-    files.replace_dir(tmp, folder)
+    with files.new_dir(folder) as tmp:
+        for name, value in content.items():
+            if isinstance(value, bytes):
+                files.write_bytes(tmp / name, value)
+            else:
+                files.write_json(tmp / name, value, ensure_ascii=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -527,10 +523,8 @@ def open_work(cfg, paths):
         if (work / "job.json").read_text(encoding="utf-8") == text:
             return work
         shutil.rmtree(work)
-    tmp = work.with_name(f"{work.name}.tmp-{os.getpid()}")
-    tmp.mkdir(parents=True)
-    files.write_text(tmp / "job.json", text)
-    files.replace_dir(tmp, work)
+    with files.new_dir(work) as tmp:
+        files.write_text(tmp / "job.json", text)
     return work
 
 
@@ -661,6 +655,7 @@ def assemble(cfg, directory, shards, counts):
 
 
 def main(cfg):
+    files.refuse_overwrite([cfg.out], [cfg.source])
     check_target(cfg.out)
     train = re.fullmatch(r"train:(\d[\d_]*)", cfg.tokenizer)
     paths = find_files(cfg)

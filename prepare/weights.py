@@ -16,13 +16,11 @@ python -m prepare.weights source=Qwen/Qwen2.5-0.5B out=models/qwen
 
 import dataclasses
 import importlib.util
-import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from dataclasses import dataclass
@@ -539,11 +537,8 @@ def check_target(source, out):
     """UserError unless `out` is free or a model directory, and apart from the source."""
     if Path(source).exists() and Path(source).resolve() in (out, *out.parents):
         raise UserError(f"out={out} lies in the source: give another directory")
-    if weights.is_adapter(source) and weights.base_of(source).resolve() == out:
-        raise UserError(
-            f"out={out} is the base of the adapter, which would be added to it once more: "
-            "give another directory"
-        )
+    if weights.is_adapter(source):
+        files.refuse_overwrite([out], [weights.base_of(source)])
     ours = ["config.json", "*.safetensors", "*.safetensors.index.json", *tokenizer.FILES]
     if out.is_dir():
         there = {p.name for p in out.iterdir()}
@@ -562,17 +557,13 @@ def main(cfg):
     out = Path(cfg.out).resolve()
     files.recover_dir(out)
     check_target(cfg.source, out)
-    tmp = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     dtype = None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            tmp.mkdir(parents=True)
-            convert(cfg.source, tmp, dtype, scratch)
-            model = weights.load_model(tmp)  # checks names and shapes
-            files.replace_dir(tmp, out)
-        except BaseException:
-            shutil.rmtree(tmp, ignore_errors=True)
-            raise
+    with files.new_dir(out) as tmp:
+        scratch = tmp / "scratch"
+        scratch.mkdir()
+        convert(cfg.source, tmp, dtype, scratch)
+        shutil.rmtree(scratch)
+        model = weights.load_model(tmp)  # checks names and shapes
     weight = model.head_weight if model.cfg.head == "lm" else model.score.weight
     kind = str(weight.dtype).removeprefix("torch.")
     count = sum(p.numel() for p in model.parameters())

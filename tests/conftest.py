@@ -1,5 +1,4 @@
 import contextlib
-import signal
 import sys
 from pathlib import Path
 
@@ -19,17 +18,6 @@ def one_thread():
 def denormals():
     """A stage that ran in this process has switched them off, and property tests draw them."""
     torch.set_flush_denormal(False)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol():
-    """A run takes over the signals of its process. Each test gives them back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        return (yield)
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

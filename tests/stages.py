@@ -83,7 +83,7 @@ def prepare(folder):
     (folder / "rewards.py").write_text(
         f"def letters(prompt, response, finished):\n    return {letters}\n"
     )
-    more = ["lora_rank=2", "norm_samples=0", "lr=1e-2"]
+    more = ["lora_rank=2", "norm_samples=0", "norm_tokens=128", "lr=1e-2"]
     alone([job(folder, "reward", folder / "adapter", *more)])
 
 

@@ -140,7 +140,7 @@ def test_a_run_over_the_model_it_starts_from(run, good, tmp_path, which):
     for settings in (dict(), dict(lora_rank=2), dict(resume="false")):
         refused(
             run(model=tmp_path / "out" / "." / which, **settings),
-            "would write over",
+            f"{which} would be written over",
             "another out=",
         )
     assert contents(tmp_path) == before

@@ -328,6 +328,8 @@ def main(cfg):
     if cfg.way == "kill":
         import os, signal
         os.kill(os.getpid(), signal.SIGTERM)
+    if cfg.way.startswith("SIG"):
+        return cfg.way
     if cfg.way.startswith("bye"):
         import atexit
         atexit.register(print, "last")
@@ -371,6 +373,9 @@ def script(tmp_path_factory):
         ),
         ("way=kill", 143, "", ""),
         ("way=interrupt", 130, "", "interrupted\n"),
+        ("way=SIGTERM", 143, "", ""),  # a run that was stopped, and has saved
+        ("way=SIGINT", 130, "", ""),
+        ("way=SIGUSR1", 138, "", ""),
     ],
 )
 def test_run(script, argument, status, out, err):
@@ -436,6 +441,21 @@ def test_run_is_quiet_when_the_reader_leaves(script):
         p.stdout.close()
         assert p.stderr.read() == ""
     assert p.returncode == 141
+
+
+def test_a_closed_stdout(script, tmp_path):
+    """Else a file that the script opens would become its stdout."""
+    code = f"exec {sys.executable} {script} way=end >&-"
+    done = subprocess.run(["sh", "-c", code], capture_output=True, text=True)
+    said = "note: stdout is closed: what goes there is lost\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", said)
+
+
+def test_an_empty_rank_is_not_named(script):
+    done = subprocess.run(
+        [sys.executable, str(script), "x=1"], capture_output=True, text=True, env={"RANK": ""}
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: unknown key 'x'")
 
 
 @dataclass

@@ -856,7 +856,7 @@ def test_a_killed_job_leaves_no_process(model, tmp_path, number):
             time.sleep(0.05)
 
     def started():
-        return len(alive()) >= 4 and any(p.stat().st_size for p in tmp_path.glob("out.tmp-*/*.bin"))
+        return len(alive()) >= 4 and any(p.stat().st_size for p in tmp_path.glob("out.unfinished/*.bin"))
 
     wait(started)
     job.send_signal(number)

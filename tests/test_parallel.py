@@ -47,7 +47,7 @@ if fault == "raise" and rank == 1:
 if fault == "kill in the save" and rank == 0:
     rename = os.replace
     def killed(old, new):  # between the two renames that put a new state in the place of the old
-        if str(old).endswith("state.tmp"):
+        if str(old).endswith("state.unfinished"):
             if files.read_json(f"{old}/state.json")["meta"]["step"] == 4:
                 os.kill(os.getpid(), signal.SIGKILL)
         rename(old, new)
@@ -447,7 +447,7 @@ def test_a_rank_killed_while_saving_loses_nothing(folder, tmp_path, fault):
     else:
         assert (
             sorted(
-                path.stat().st_size for path in state.with_name("state.tmp").glob("*.safetensors")
+                path.stat().st_size for path in state.with_name("state.unfinished").glob("*.safetensors")
             )[0]
             == 1000
         )

@@ -1,9 +1,7 @@
 """Conversations to (ids, mask): hand-written texts for every template, and transformers for the model's own."""
 
 import functools
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -14,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bench.tokenizers import with_specials
 from nano import chat, tokenizer
+from nano.chat import NotFollowed
 from nano.config import UserError
 
 TEXT = "the cat sat on the mat, what is it? Below is an instruction. ### Response: user system assistant [INST] <<SYS>> 1 2\n"
@@ -350,51 +349,10 @@ def test_the_models_own_template(name, folder):
                 message["role"] == "assistant" for message in messages
             )
     if not system:
-        with pytest.raises(UserError, match="message 1: .* no system turns"):
+        with pytest.raises(NotFollowed, match="does not take this conversation .*; template=chatml"):
             ours.render(say("a", system="s"))
     # a key that names it means the model's own, with its default system prompt
     assert tokenizer.load(path, template=ours.template).render(say("a")) == ours.render(say("a"))
-
-
-THOUGHT = "<think>\nbecause\n</think>\n\n"
-FRAMED = [  # Qwen3 drops the thoughts of earlier answers, and frames the last one's
-    (["q", f"{THOUGHT}four"], [f"{THOUGHT}four<|im_end|>"]),
-    (["q", f"{THOUGHT}four", "and?"], ["four<|im_end|>"]),
-    (
-        ["q", f"{THOUGHT}four", "and?", f"{THOUGHT}five"],
-        ["four<|im_end|>", f"{THOUGHT}five<|im_end|>"],
-    ),
-    (["q", "\nfour"], ["<think>\n\n</think>\n\nfour<|im_end|>"]),
-]
-
-
-OTHERS = [
-    ("qwen3", "framed"),
-    ("qwen2_5", "text"),
-    ("llama3_2", "text"),
-    ("qwen3_training", "refused"),
-]
-
-
-@pytest.mark.parametrize("name, how", OTHERS)
-def test_thoughts(name, how, folder):
-    """As the template of a model that thinks has them, or refused; never laid out in another way."""
-    (trl,) = importlib.util.find_spec("trl").submodule_search_locations
-    source = (Path(trl) / "chat_templates" / f"{name}.jinja").read_text()
-    path = folder(chat_template=source)
-    ours = tokenizer.load(path)
-    assert ours.layout.thoughts == how
-    for talk, learned in FRAMED:
-        if how == "refused" and THOUGHT in talk[1]:
-            with pytest.raises(
-                UserError,
-                match="message 2: what this chat template makes of </think> is not followed",
-            ):
-                ours.render(say(*talk))
-        elif how != "refused":
-            ids, mask = ours.render(say(*talk))
-            assert ids == theirs(path, source, say(*talk), False)
-            assert how == "text" or targets(ours, ids, mask) == learned
 
 
 def test_template_files(folder):
@@ -436,18 +394,11 @@ def test_named_templates_in_jinja(name, first, folder):
             assert ours.render(messages, add_generation_prompt=ask)[0] == theirs(
                 path, ours.chat_template, messages, ask
             ), messages
-    bad = (
-        [{"role": "critic", "content": "a"}]
-        if name != "mistral"
-        else say("a", "b") + say("a", "b")[1:]
-    )
-    with pytest.raises(Exception, match="turns"):
-        theirs(path, ours.chat_template, bad, False)
     (path / "chat_template.jinja").write_text(ours.chat_template)
     again = tokenizer.load(path)
     assert (
         again.template == name
-        and again.layout is ours.layout
+        and again.render(talks[0]) == ours.render(talks[0])
         and not again.adopted
         and again.stop_ids == ours.stop_ids
     )
@@ -476,39 +427,62 @@ def test_a_template_in_jinja_that_is_no_named_one(folder):
         assert tok.chat_template is None and not tok.adopted
 
 
-STRANGE = {
-    "no end of turn": "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}",
-    "syntax error": "{% for m in messages %}",
-    "always a prompt": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{{ '<|im_start|>assistant\n' }}",
-    "counts": "{% for m in messages %}{{ '<|im_start|>' ~ loop.index ~ m.content + '<|im_end|>\n' }}{% endfor %}",
-    "forgets": "{% for m in messages[-2:] %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}",
-    "raises": "{{ raise_exception('no') }}",
-    "empty": "",
+CHATML = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+STRANGE = {  # template: what is said of user, assistant, user, assistant
+    "no end of turn": (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}",
+        "message 2: the chat template has no token that ends this answer",
+    ),
+    "syntax error": ("{% for m in messages %}", "the chat template is no valid Jinja"),
+    "forgets": (
+        f"{{% for m in messages[-2:] %}}{CHATML}{{% endfor %}}",
+        "message 1: the chat template leaves out this user message",
+    ),
+    "raises": ("{{ raise_exception('no') }}", r"does not take this conversation \(no\)"),
+    "empty": ("{# #}", "message 1: the chat template leaves out this user message"),
+    "fails": ("{{ messages[0].content + 1 }}", "does not take this conversation"),
 }
 
 
 @pytest.mark.parametrize("name", STRANGE)
 def test_templates_that_cannot_be_followed(name, folder):
-    path = folder(chat_template=STRANGE[name])
-    ours = tokenizer.load(path)
-    assert ours.template is None
-    with pytest.raises(UserError, match="choose template=chatml|llama2"):
-        ours.render(say("a"))
-    assert tokenizer.load(path, template="chatml").render(say("a"))
+    """A sentence says why, and names a template that works. The tokenizer loads all the same."""
+    source, reason = STRANGE[name]
+    ours = tokenizer.load(folder(chat_template=source))
+    assert ours.template == "model" and ours.chat_template == source
+    with pytest.raises(NotFollowed, match=f"{reason}.*; template=chatml lays it out"):
+        ours.render(say("a", "b", "c", "d"))
+    assert tokenizer.load(folder(chat_template=source), template="chatml").render(say("a"))
 
 
-def test_templates_that_want_alternation(folder):
-    """Consecutive users that a template would merge, or would not have, are refused: nothing is laid out differently."""
+def test_templates_of_unusual_shapes(folder):
+    """These are laid out as transformers does it, although turns differ or are joined."""
     merging = (
         "{% for m in messages %}{% if loop.first or m.role != messages[loop.index0 - 1].role %}{{ '<|im_start|>' + m.role + '\n' }}"
         "{% endif %}{{ m.content }}{% if loop.last or m.role != messages[loop.index0 + 1].role %}{{ '<|im_end|>\n' }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    for source in (merging, TEMPLATES["llama2"][0], TEMPLATES["mistral"][0]):
+    counting = (
+        "{% for m in messages %}{{ '<|im_start|>' ~ loop.index ~ m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>' ~ (messages | length + 1) }}{% endif %}"
+    )
+    for source in (merging, counting):
+        path = folder(chat_template=source)
+        ours = tokenizer.load(path)
+        for talk in (say("a", "b", "c"), say("a") * 2 + say("c", "b")[1:], say("a") * 2):
+            ids, mask = ours.render(talk)
+            assert ids == theirs(path, source, talk, False)
+            assert targets(ours, ids, mask) == (["b<|im_end|>"] if len(talk) == 3 else [])
+    ours = tokenizer.load(folder(chat_template=merging))
+    with pytest.raises(NotFollowed, match="message 2: .*; template=llama3 lays it out"):
+        ours.render([*say("a", "b"), *say("a", "c")[1:]])  # two answers, and one end of turn
+
+
+def test_templates_that_want_alternation(folder):
+    for source in (TEMPLATES["llama2"][0], TEMPLATES["mistral"][0]):
         ours = tokenizer.load(folder(chat_template=source))
         assert ours.render(say("a", "b", "c"))
-        with pytest.raises(UserError, match="take turns"):
+        with pytest.raises(NotFollowed, match="alternate!"):
             ours.render(say("a") * 2)
     assert tokenizer.load(folder(chat_template=TEMPLATES["zephyr"][0])).render(say("a") * 2)
 
@@ -560,6 +534,28 @@ def test_tokens_of_a_template_are_control_even_when_not_special(folder):
     assert ours.render(say("a", "b"))[0] == [500, *ours.encode("a"), 2, 501, *ours.encode("b"), 2]
     assert not {500, 501, 502} & set(ours.encode("<|user|><|assistant|><|system|>"))
     assert ours.encode("<|other|>") == [503]  # this one is no part of the template
+
+
+def test_tokens_that_only_the_prose_of_a_template_names(folder):
+    """They are no control tokens: an answer may hold them, as in transformers."""
+    source = (
+        "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nThink in <think> and </think> first.<|im_end|>\n' }}{% endif %}"
+        "{% for m in messages %}" + CHATML + "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    )
+    path = folder(chat_template=source)
+    spec = json.loads((path / "tokenizer.json").read_text())
+    spec["added_tokens"] += [
+        {**spec["added_tokens"][0], "id": 500 + i, "content": name, "special": False}
+        for i, name in enumerate(("<think>", "</think>"))
+    ]
+    (path / "tokenizer.json").write_text(json.dumps(spec))
+    ours = tokenizer.load(path)
+    talk = say("a", "<think>\nwhy\n</think>\n\nb <|im_end|>")
+    ids, mask = ours.render(talk)
+    assert ids.count(500) == 2 and ids.count(501) == 2  # in the prose and in the answer
+    assert targets(ours, ids, mask) == ["why\n</think>\n\nb <|im_end|><|im_end|>"]  # the prompt has <think>
+    prompt, _ = ours.render(talk[:1], add_generation_prompt=True)
+    assert ids[: len(prompt)] == prompt and ids.count(ours.added["<|im_end|>"]["id"]) == 3
 
 
 @pytest.mark.parametrize("kind", ["bpe", "spm"])
@@ -643,7 +639,7 @@ def test_turns_have_to_alternate_where_the_template_says_so(folder):
             say("a")[:1] * 2,
             [*say("a"), {"role": "tool", "content": "t"}],
         ):
-            with pytest.raises(UserError, match="take turns"):
+            with pytest.raises(NotFollowed, match="take turns|no turns of role tool"):
                 ours.render(talk)
     assert tokenizer.load(folder(), template="chatml").render(say("a") * 2)
 

@@ -60,18 +60,30 @@ def test_only_devices_that_are_served_are_taken(monkeypatch):
         runtime.Runtime("cuda")
 
 
+ENVIRONMENT = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")
+ENVIRONMENT |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29555")
+
+
 def test_processes_that_torchrun_did_not_start(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         UserError,
-        match="not all of WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE: start it with torchrun",
+        match="LOCAL_RANK and LOCAL_WORLD_SIZE and MASTER_ADDR and MASTER_PORT is empty or not there",
     ):
         runtime.Runtime("cpu")
+    for name, value in dict(ENVIRONMENT, RANK="two").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="must be numbers .*'two'.*: start it with torchrun"):
+        runtime.Runtime("cpu")
+    for name in ("RANK", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "")
+        with pytest.raises(UserError, match=f"but .*{name} is empty .* or unset RANK"):
+            runtime.Runtime("cpu")
 
 
 def test_more_processes_than_devices(monkeypatch):
-    for name, value in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2").items():
+    for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -208,8 +208,10 @@ def test_a_run_that_goes_on_names_what_has_changed(stage, folder, tmp_path, monk
     assert "lr=1e-05\n" in (tmp_path / "out" / "config.cfg").read_text() != text
     assert run("steps=2", "lr=1e-5") == []
     assert run("steps=1", "lr=1e-3", "resume=false") == []  # another run
-    (tmp_path / "out" / "config.cfg").unlink()
-    assert run("steps=1", "lr=1e-4") == []  # nothing to compare with
+    (tmp_path / "out" / "config.cfg").unlink()  # the state knows its settings
+    assert run("steps=1", "lr=1e-4") == [
+        "note: the run goes on with other settings: lr 0.001 -> 0.0001"
+    ]
 
 
 class Reads(ast.NodeVisitor):

@@ -202,6 +202,18 @@ def test_damaged_store(tmp_path, what, says):
         Store(tmp_path / "d")
 
 
+def test_damaged_tokens(tmp_path):
+    """They would index beyond the embeddings in the middle of a run."""
+    rows = make_store(tmp_path / "d", [5, 4, 3], vocab=50)
+    tokens = np.array(rows.tokens)
+    tokens[6] = 50
+    tokens.tofile(tmp_path / "d" / "train.tokens.bin")
+    damaged = Store(tmp_path / "d")
+    assert damaged.row(0)[0].tolist() == rows.row(0)[0].tolist()
+    with pytest.raises(UserError, match="train.tokens.bin is damaged: token id 50 is outside the"):
+        damaged.row(1)
+
+
 def test_store_that_does_not_fit(tmp_path):
     make_store(tmp_path / "d", [5, 4], tokenizer="a" * 64)
     with pytest.raises(UserError, match="no split 'val', only train"):

@@ -141,11 +141,11 @@ def override(*settings):
 
 
 def train(stage, argv):
-    """Runs a stage in this process, its settings checked as on a command line."""
+    """Runs a stage in this process, its settings checked as on a command line -> how it ended."""
     stage = importlib.import_module(stage)
     cfg = config.load(stage.Config, argv)
     config.check(cfg)
-    stage.main(cfg)
+    return stage.main(cfg)
 
 
 def stop_before(monkeypatch, step, how=lambda: True):
