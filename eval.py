@@ -112,9 +112,9 @@ class Results:
         """The table, and the document as the last line."""
         rows = [["what", "how", "n", "metric", "value", "stderr"]]
         for name, values in self.values.items():
-            how = values["protocol"]
+            how = ""
             if "shots" in values:
-                how += f", {values['shots']} shots, {'chat' if values['chat'] else 'plain'}"
+                how = f"shots {values['shots']}, {'chat' if values['chat'] else 'plain'}"
             first = [name, how, f"{values['count']:,}"]
             for metric, value in values["metrics"].items():
                 error = values.get("stderr", {}).get(metric)
