@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from nano import config, files, runtime, tokenizer, weights
+from nano.chat import NotFollowed
 from nano.config import (
     NonNegativeInt,
     PathText,
@@ -47,6 +48,7 @@ class Config:
     echo: bool = False  # outputs repeat the prompt in front
     # how it is laid out
     template: str | None = None  # chat template: none: the model's own; plain: text completion
+    template_options: tuple[str, ...] = ()  # for variables that it reads: enable_thinking=false
     system: str | None = None  # system message; the conversations of prompts= bring their own
     # how it is sampled
     max_new_tokens: PositiveInt = 256
@@ -75,6 +77,9 @@ class Sampler:
         )
         self.model = opened.model
         self.tok = opened.tok
+        if cfg.template_options:
+            options = cfg.template_options
+            self.tok = weights.load_tokenizer(cfg.model, cfg.base, cfg.template, options)
         if self.model.cfg.head != "lm":
             raise UserError(f"{cfg.model} is a score model: it cannot write text")
         self.chats = self.tok.template not in (None, "plain")
@@ -256,6 +261,8 @@ def reply(sampler, line, system, history, seed):
             ids = sampler.render(conversation(line, system, history))
             if len(ids) + room <= positions or not history:
                 break
+        except NotFollowed:  # a shorter conversation is no answer to that
+            raise
         except UserError:
             if not history:
                 raise

@@ -33,6 +33,7 @@ from pathlib import Path
 import jinja2
 import jinja2.ext
 import jinja2.meta
+import jinja2.runtime
 import jinja2.sandbox
 from jinja2.compiler import CodeGenerator
 
@@ -260,6 +261,20 @@ class Literals(CodeGenerator):
         return f"environment.literals[{len(self.environment.literals) - 1}]"
 
 
+class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """transformers' sandbox, with short ways to a field of a message and to the state of a loop."""
+
+    def getattr(self, obj, attribute):
+        if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
+            return obj[attribute]
+        if type(obj) is jinja2.runtime.LoopContext and attribute in LOOP:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
+
+LOOP = ("first", "last", "index", "index0")
+
+
 class Generation(jinja2.ext.Extension):
     """{% generation %} marks targets for programs that need it. Here it prints what is in it."""
 
@@ -316,7 +331,7 @@ def jinja(source):
 
     A template that prints today's date prints the same day in July 2024 for ever.
     """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = Environment(
         trim_blocks=True,
         lstrip_blocks=True,
         optimized=False,  # the optimizer makes plain lists of lists of literals
@@ -469,7 +484,8 @@ class ChatTemplate:
 
         learned: the numbers of the messages that are targets, by default all answers.
         empty_thought: the empty thought that a template prints is a target too.
-        NotFollowed where the template leaves out a message, or where a target is not found.
+        NotFollowed where the template leaves out a message, or where a target is not found. With
+        generation, the text is a prompt, and answers in it need no targets.
         """
         text = self.render(messages, generation, tools)
         plain = str.__str__(text)
@@ -477,18 +493,19 @@ class ChatTemplate:
         runs = stretches(text.origin)
         starts = [start for _, start, _ in runs] + [len(plain)]
         pieces = [plain[a:b] if origin == TEMPLATE else origin for origin, a, b in runs]
-        self.check_whole(messages, pieces)
+        check_whole(messages, pieces)
         # Where the answers are depends on the template's own text. Templates look into contents for
         # thoughts and switches such as /no_think, too.
         flags = [
-            (message["role"], n in learned, "think" in (message.get("content") or ""))
-            for n, message in enumerate(messages)
+            message["role"] + "?" * ("think" in (message.get("content") or ""))
+            for message in messages
         ]
-        shape = (*pieces, *flags, bool(tools), empty_thought)
+        shape = (*pieces, *flags, *learned, bool(tools), empty_thought, generation)
         if shape not in self.shapes:
             if len(self.shapes) > 10_000:
                 self.shapes.clear()
-            places = self.places(messages, text, tools, learned, empty_thought)
+            needed = {*()} if generation else learned
+            places = self.places(messages, text, tools, needed, empty_thought)
             index = functools.partial(index_of, starts)
             self.shapes[shape] = [
                 (n, index(a), rest, index(b), stop) for n, a, rest, b, stop in places
@@ -501,8 +518,8 @@ class ChatTemplate:
             if rest and plain.startswith(rest, begin):
                 begin += len(rest)  # the prompt says already how the answer begins
                 shape = (*shape, n)
-            if n in learned:
-                self.check_answer(messages[n], plain[begin:end], n, n + 1 == len(messages))
+            if n in learned and not generation:
+                check_answer(messages[n], plain[begin:end], n, n + 1 == len(messages))
             targets.append((n, begin, end))
             closing = stop
         return Layout(plain, runs, starts, targets, closing, shape)
@@ -513,10 +530,10 @@ class ChatTemplate:
 
     # ---- where the answers are
 
-    def places(self, messages, text, tools, learned, empty_thought):
+    def places(self, messages, text, tools, needed, empty_thought):
         """[(n, begin, rest, end, stop), ...] of the answers: what `begin` and `end` return.
 
-        An answer that is no target may have no place.
+        NotFollowed where one of the answers `needed` has no place.
         """
         places = []
         border = 0
@@ -524,12 +541,12 @@ class ChatTemplate:
             try:
                 begin, rest = self.begin(messages, text, n, tools)
                 if not empty_thought:
-                    begin, rest = self.skip_empty_thought(text, begin, rest)
+                    begin, rest = skip_empty_thought(text, begin, rest)
                 end, stop = self.end(messages, text, n, begin, tools)
                 if begin < border:
                     raise NotFollowed("the chat template joins this answer with the one before", n)
             except NotFollowed:
-                if n in learned:
+                if n in needed:
                     raise
                 continue
             border = end
@@ -542,7 +559,7 @@ class ChatTemplate:
         The prompt goes on where it says how the answer has to begin, as with <think>.
         """
         first = text.origin.find(chr(FIRST + n))
-        who, at = self.anchor(text, n, len(text) if first < 0 else first)
+        who, at = anchor(text, n, len(text) if first < 0 else first)
         until = first
         if first < 0:
             later = (text.origin.find(chr(FIRST + i), at) for i in range(n + 1, len(messages)))
@@ -555,7 +572,7 @@ class ChatTemplate:
         except NotFollowed:  # as of no messages at all
             pass
         else:
-            asker, place = self.anchor(prompt, n, len(prompt))
+            asker, place = anchor(prompt, n, len(prompt))
             if asker == who:
                 begin = at + self.common(prompt[place:], text[at:until])
                 rest = str.__str__(prompt)[place + begin - at :]
@@ -574,18 +591,6 @@ class ChatTemplate:
         if begin < 0 or (rest.split() and rest.split()[:1] == text[begin:until].split()[:1]):
             raise NotFollowed("the chat template does not begin this answer as it asks for one", n)
         return begin, rest if begin == first else ""
-
-    def skip_empty_thought(self, text, begin, rest):
-        """The same place, or behind the empty thought that the template prints there."""
-        for match in EMPTY_THOUGHT.finditer(text):
-            opened = SPACE.match(text, begin).end() >= match.start()
-            if opened and begin < match.end() and is_literal(text, match):
-                if not match[2]:
-                    return match.end(), ""
-                stop = SPACE.match(text, match.end()).end()
-                origin = text.origin[match.end() : stop]
-                return stop - len(origin.lstrip(TEMPLATE)), ""
-        return begin, rest
 
     def end(self, messages, text, n, begin, tools):
         """(where the target of message n ends, the token to add where the template has none).
@@ -616,14 +621,25 @@ class ChatTemplate:
             raise NotFollowed("the chat template prints this answer in several places", n)
         return end, None
 
-    def anchor(self, text, n, end):
-        """(which of the first n messages has the last characters before `end`, where they end).
+    def answers_in(self, text):
+        """[(begin, end), ...] of the targets in a text that the template has rendered.
 
-        (-1, 0) where none has any.
+        UserError where the template does not print what asks for an answer.
         """
-        places = ((text.origin.rfind(chr(FIRST + i), 0, end) + 1, i) for i in range(n))
-        place, who = max(places, default=(0, -1))
-        return (who, place) if place else (-1, 0)
+        header, _ = self.header(None)
+        if not header:
+            raise UserError(
+                "the chat template prints nothing that asks for an answer, so none is found in "
+                "rendered text: name what stands before answers, response_template="
+            )
+        spans = []
+        end = 0
+        while (at := text.find(header, end)) >= 0:
+            begin = at + len(header)
+            ends = (m.end() for m in self.token.finditer(text, begin) if m[0] in self.ends)
+            end = next(ends, len(text))
+            spans.append((begin, end))
+        return spans
 
     def common(self, a, b):
         """The length of what both texts begin with, in whole tokens, and empty thoughts of a."""
@@ -650,34 +666,6 @@ class ChatTemplate:
         for match in self.token.finditer(text, start):
             if is_literal(text, match):
                 yield match
-
-    # ---- what is refused
-
-    def check_whole(self, messages, origins):
-        """NotFollowed where a message that says something has no characters in the text."""
-        for n, message in enumerate(messages):
-            if chr(FIRST + n) in origins:
-                continue
-            text = (message.get("content") or "").strip()
-            if text or message.get("tool_calls"):
-                what = f"this {message['role']} message" if text else "the calls of this answer"
-                raise NotFollowed(f"the chat template leaves out {what}", n)
-
-    def check_answer(self, message, target, n, last):
-        """NotFollowed where a target lacks a part of its message.
-
-        That templates leave out the thoughts of earlier answers is meant.
-        """
-        if len(message) == 2 and message["content"] in target:  # the usual case, quickly
-            return
-        if message.get("tool_calls"):
-            names = [call["function"]["name"] for call in message["tool_calls"]]
-            if any(target.count(name) < names.count(name) for name in names):
-                raise NotFollowed("the chat template leaves out calls of this answer", n)
-        if (message.get("content") or "").rpartition("</think>")[2].strip() not in target:
-            raise NotFollowed("the chat template leaves out text of this answer", n)
-        if last and thought_of(message) not in target:
-            raise NotFollowed("the chat template leaves out the thought of this answer", n)
 
     # ---- what is learned of a template at the start
 
@@ -769,6 +757,57 @@ def thought_of(message):
             return message[key].strip()
     inside, mark, _ = (message.get("content") or "").partition("</think>")
     return inside.rpartition("<think>")[2].strip() if mark else ""
+
+
+def skip_empty_thought(text, begin, rest):
+    """The same place, or behind the empty thought that the template prints there."""
+    for match in EMPTY_THOUGHT.finditer(text):
+        opened = SPACE.match(text, begin).end() >= match.start()
+        if opened and begin < match.end() and is_literal(text, match):
+            if not match[2]:
+                return match.end(), ""
+            stop = SPACE.match(text, match.end()).end()
+            origin = text.origin[match.end() : stop]
+            return stop - len(origin.lstrip(TEMPLATE)), ""
+    return begin, rest
+
+
+def anchor(text, n, end):
+    """(which of the first n messages has the last characters before `end`, where they end).
+
+    (-1, 0) where none has any.
+    """
+    places = ((text.origin.rfind(chr(FIRST + i), 0, end) + 1, i) for i in range(n))
+    place, who = max(places, default=(0, -1))
+    return (who, place) if place else (-1, 0)
+
+
+def check_whole(messages, origins):
+    """NotFollowed where a message that says something has no characters in the text."""
+    for n, message in enumerate(messages):
+        if chr(FIRST + n) in origins:
+            continue
+        text = (message.get("content") or "").strip()
+        if text or message.get("tool_calls"):
+            what = f"this {message['role']} message" if text else "the calls of this answer"
+            raise NotFollowed(f"the chat template leaves out {what}", n)
+
+
+def check_answer(message, target, n, last):
+    """NotFollowed where a target lacks a part of its message.
+
+    That templates leave out the thoughts of earlier answers is meant.
+    """
+    if len(message) == 2 and message["content"] in target:  # the usual case, quickly
+        return
+    if message.get("tool_calls"):
+        names = [call["function"]["name"] for call in message["tool_calls"]]
+        if any(target.count(name) < names.count(name) for name in names):
+            raise NotFollowed("the chat template leaves out calls of this answer", n)
+    if (message.get("content") or "").rpartition("</think>")[2].strip() not in target:
+        raise NotFollowed("the chat template leaves out text of this answer", n)
+    if last and thought_of(message) not in target:
+        raise NotFollowed("the chat template leaves out the thought of this answer", n)
 
 
 def is_literal(text, match):
@@ -927,15 +966,17 @@ def choose(key, own, marks, added, build, options=()):
         key = None
     name = template = None
     if own and key not in PRIVATE:
-        own = with_options(own, options)
         public = [
             name for name in TEMPLATES if name not in PRIVATE and not lacking(name, marks, added)
         ]
         name = next((name for name in public if own == in_jinja(name, marks)), None)
+        own = with_options(own, options)
         template = build(own, name)
         name = name or alike(template, public, marks, build)
     if key not in (None, name, *TEMPLATES):
         raise UserError(f"unknown template '{key}': there are {', '.join(TEMPLATES)}")
+    if options and not (template or key):
+        raise UserError("template_options: the model has no chat template; name one, template=")
     if key in (None, name):
         return name, template, own
     if lack := lacking(key, marks, added):

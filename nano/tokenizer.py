@@ -652,7 +652,8 @@ def named_tokens(settings):
     settings = settings | (more if isinstance(more, dict) else {})
     tokens = {key: value for key, value in settings.items() if key.endswith("_token")}
     tokens = {
-        key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()
+        key: value.get("content") if isinstance(value, dict) else value
+        for key, value in tokens.items()
     }
     return {key: token for key, token in tokens.items() if isinstance(token, str) and token}
 
@@ -724,6 +725,8 @@ def as_list(value):
 
 def mend(text):
     """`text` as UTF-8 can hold it: surrogate pairs are joined, lone surrogates replaced."""
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -779,7 +782,8 @@ class Tokenizer:
     .chat_template  the same in Jinja, or None
     .adopted        whether chat_template is not the directory's own
     .empty_thoughts whether the empty thought that a template prints is a target
-    .counts         Counter of what `render` did to answers that a report should tell
+    .counts         Counter of last answers that the template leaves open, by the token that
+                    `render` added
     .fingerprint    sha256 in hex over the vocabulary files and the special tokens
     .identity       sha256 in hex over what it does to text, in whatever files it was saved
     """
@@ -795,6 +799,7 @@ class Tokenizer:
         self.pad_id = ends.get("pad")
         self.bytes = model.bytes | {entry["id"]: name.encode() for name, entry in added.items()}
         self.vocab_size = max(self.bytes) + 1
+        self._names = None
         self._plans = {}  # shape of a layout -> its steps
         self._all = alternation(added.values())
         texts = {entry["id"]: name for name, entry in added.items()}
@@ -912,6 +917,28 @@ class Tokenizer:
         spaced = isinstance(self.model, SentencePiece) and self.model.prefix != "never"
         return text.removeprefix(" ") if spaced and not inside else text
 
+    def read_rendered(self, text, spans):
+        """(ids, mask) of a text that a chat template has rendered: it is not laid out again.
+
+        Names of control tokens in it are these tokens. spans: [(begin, end), ...] of the targets.
+        """
+        edges = [0, *(edge for span in spans for edge in span), len(text)]
+        ids = []
+        mask = []
+        position = START
+        for flag, (begin, end) in enumerate(pairwise(edges)):
+            new = self._text(text[begin:end], position, self._all)
+            position = INSIDE if begin < end else position
+            ids += new
+            mask += [flag % 2] * len(new)
+        return ids, mask
+
+    def spells_out(self, text):
+        """Whether `text` has names of control tokens, which `encode` spells out."""
+        if self._names is None:
+            self._names = alternation(e for e in self.added.values() if e["id"] in self.control)
+        return bool(self._names and self._names.search(text))
+
     def _layout(self, source, name=None):
         """The ChatTemplate of a source in Jinja with the tokens of this vocabulary."""
         return chat.ChatTemplate(source, self._named, self.added, self._ends, name)
@@ -950,7 +977,7 @@ class Tokenizer:
         except chat.NotFollowed as error:
             raise chat.NotFollowed(error.reason, error.message, self._advice(request)) from None
         if layout.closing:
-            self.counts[f"answers that the template leaves open, ended by {layout.closing}"] += 1
+            self.counts[layout.closing] += 1
         if layout.shape not in self._plans:
             if len(self._plans) > 10_000:
                 self._plans.clear()
@@ -1053,7 +1080,8 @@ class Tokenizer:
         ids = []
         prefix = self.model.prefix
         text = mend(text)
-        for start, stop, id in self._spans(text, added):
+        spans = self._spans(text, added) if added else [(0, len(text), None)] if text else []
+        for start, stop, id in spans:
             if id is not None:
                 ids.append(id)
                 position = AFTER

@@ -555,15 +555,15 @@ def base_of(dir, base=None):
     )
 
 
-def load_tokenizer(dir, base=None, template=None):
+def load_tokenizer(dir, base=None, template=None, options=()):
     """The Tokenizer of a model or adapter directory.
 
     template: a name or Jinja. None: the one that the adapter was trained with, or else the model's
-    own."""
+    own. options: as in tokenizer.load."""
     path = Path(dir, "chat_template.jinja")
     if template is None and is_adapter(dir) and path.exists():
         template = path.read_text(encoding="utf-8")
-    return tokenizer.load(base_of(dir, base), template)
+    return tokenizer.load(base_of(dir, base), template, options)
 
 
 @dataclass

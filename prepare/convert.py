@@ -26,6 +26,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from nano import tokenizer
+from nano.chat import NotFollowed
 from nano.config import UserError
 from nano.files import refuse_overwrite
 from nano.store import Store, Writer, check_target, read_meta
@@ -129,19 +130,27 @@ def setup(cfg, encode, template):
     job.cfg = cfg
     job.encode = encode
     job.template = template
-    job.tok = tokenizer.load(cfg.model, template=template)
+    job.tok = tokenizer.load(cfg.model, template=template, options=cfg.template_options)
+    job.tok.empty_thoughts = cfg.learn_empty_thoughts
     return job.tok
 
 
 def render(tok, messages, last_only):
-    """(ids (T,), mask (T,) bytes) of a conversation; BadRecord where the template does not fit it.
+    """(ids (T,), mask (T,) bytes) of a conversation; BadRecord where it is none.
 
-    They end with the last target, because nothing is learned from what follows it.
+    Drop where the template does not lay it out. They end with the last target.
     """
     try:
         ids, mask = tok.render(messages, last_only=last_only)
+    except NotFollowed as e:
+        raise Drop(e.reason) from None
     except UserError as e:
         raise BadRecord(str(e)) from None
+    return to_last_target(ids, mask)
+
+
+def to_last_target(ids, mask):
+    """The row as arrays up to its last target, because nothing is learned from what follows it."""
     mask = bytes(mask)
     end = mask.rfind(1) + 1
     return array("I", ids[:end]), mask[:end]
@@ -155,6 +164,7 @@ def encode_chunk(chunk):
     .sizes (U,)        of the units, in rows
     .hashes (U,)       of their keys
     .counts            Counter of the counts of `encode`
+    .closed            Counter of answers to which the end of the turn was added, by that token
     .dropped           Counter of the records without rows, by reason
     .bad               "file:line: reason" of each record that cannot be used
     """
@@ -166,6 +176,7 @@ def encode_chunk(chunk):
         sizes=array("I"),
         hashes=array("Q"),
         counts=Counter(),
+        closed=Counter(),
         dropped=Counter(),
         bad=[],
     )
@@ -183,6 +194,8 @@ def encode_chunk(chunk):
             part.sizes.append(len(rows))
             for what, number in counts.items():
                 part.counts[what] += number
+            part.closed.update(job.tok.counts)
+            job.tok.counts.clear()
             for ids, mask in rows:
                 part.tokens += ids
                 part.mask += mask
@@ -241,7 +254,7 @@ def fill_split(cfg, writer, split, unit, files, hub):
     size = sum(f.stat().st_size for f in files) if files else None
     workers = cfg.workers or (records.cores() if size is None or size > 4e6 else 1)
     total = SimpleNamespace(rows=0, sizes=array("I"), hashes=array("Q"))
-    counts, dropped, bad = Counter(), Counter(), []
+    counts, closed, dropped, bad = Counter(), Counter(), Counter(), []
     with records.progress(size, "B" if files else f" {unit}s") as bar:
         if files:
             sources = ((f, records.read_file(f, bar)) for f in files)
@@ -262,6 +275,7 @@ def fill_split(cfg, writer, split, unit, files, hub):
                 total.sizes += part.sizes
                 total.hashes += part.hashes
                 counts += part.counts
+                closed += part.closed
                 dropped += part.dropped
                 bad += part.bad
                 if not files:
@@ -272,6 +286,7 @@ def fill_split(cfg, writer, split, unit, files, hub):
         reasons = "; ".join(why) or "it holds no record"
         raise UserError(f"{cfg.source} gives no {unit} ({reasons})")
     total.counts = dict(counts.most_common())
+    total.closed = dict(closed.most_common())
     total.dropped = dict(dropped.most_common())
     total.bad = dict(bad_records=len(bad), first_bad=bad[:20])
     return total
@@ -306,6 +321,10 @@ def report(cfg, unit, total, each, after_kept=(), before_tokens=()):
         *((f"{unit}s dropped", n, reason) for reason, n in total.dropped.items()),
         *(("bad records", bad, f"skipped; the first: {e}") for e in total.bad["first_bad"][:1]),
         *before_tokens,
+        *(
+            ("answers closed", n, f"with {stop}, which the template leaves out at the end")
+            for stop, n in total.closed.items()
+        ),
         ("tokens", tokens, f"{tokens / total.rows:.1f} {each}"),
         ("target tokens", targets, f"{targets / tokens:.1%} of all"),
     ]

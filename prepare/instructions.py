@@ -17,10 +17,10 @@ chosen by the hash of their content.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from nano import config
-from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError
+from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError, With
 from prepare import convert, records
 from prepare.convert import Drop, history, message, system, task, text, turns
 from prepare.records import BadRecord
@@ -37,7 +37,10 @@ class Config:
     split: str = "train"  # of a hub id
     # how it is rendered
     template: str | None = None  # chat template by name; none: the model's own
+    template_options: tuple[str, ...] = ()  # for variables that it reads: enable_thinking=false
+    learn_empty_thoughts: bool = False  # a target is also the empty thought that a template prints
     text_field: str | None = None  # every record is one text, in this field (template: plain)
+    rendered: Annotated[bool, With("text_field")] = False  # a chat template has made that text
     response_template: str | None = None  # the target is the text after it; none: all
     train_on: Literal["all", "last"] = "all"  # targets: every assistant turn, or the last one
     # how much
@@ -176,13 +179,34 @@ def split_text(cfg, record):
     return [message("user", before + mark), message("assistant", answer)]
 
 
+def read_rendered(cfg, tok, record):
+    """(ids (T,), mask (T,) bytes) of a text that a chat template has made.
+
+    The targets are the answers, or the text after the last response template.
+    """
+    whole = text(record, cfg.text_field)
+    if cfg.response_template:
+        before, mark, _ = whole.rpartition(cfg.response_template)
+        spans = [(len(before) + len(mark), len(whole))] if mark else []
+    else:
+        spans = tok.layout.answers_in(whole)
+    if not spans:
+        raise Drop("no response template in the text" if cfg.response_template else "no answer")
+    return convert.to_last_target(*tok.read_rendered(whole, spans))
+
+
 # -------------------------------------------------------------------------------- messages -> a row
 
 
 def encode(cfg, tok, record):
     """([(ids (T,), mask (T,) bytes)], ids, {"truncated": 0 or 1}) of a record, for convert.py."""
+    counts = {}
+    if cfg.rendered:
+        return fit(cfg, *read_rendered(cfg, tok, record), counts)
     if cfg.text_field:
         messages = split_text(cfg, record)
+        if any(tok.spells_out(m["content"]) for m in messages):
+            counts = {"with control tokens": 1}
     elif cfg.source in SETS:
         messages = SETS[cfg.source][3](record)
     else:
@@ -193,7 +217,11 @@ def encode(cfg, tok, record):
     if not answers[-1].strip():
         raise Drop("empty answer")
     last_only = cfg.train_on == "last" or cfg.source == "slimorca"
-    ids, mask = convert.render(tok, messages, last_only)
+    return fit(cfg, *convert.render(tok, messages, last_only), counts)
+
+
+def fit(cfg, ids, mask, counts):
+    """A row as `encode` returns it, within max_length. counts: its others."""
     truncated = len(ids) > cfg.max_length
     if truncated and cfg.over_length == "drop":
         raise Drop(f"longer than max_length={cfg.max_length}")
@@ -201,7 +229,7 @@ def encode(cfg, tok, record):
     if 1 not in mask[1:]:  # the first token is predicted from nothing
         limit = f"left in max_length={cfg.max_length}" if truncated else "token"
         raise Drop(f"no target {limit}")
-    return [(ids, mask)], ids, {"truncated": int(truncated)}
+    return [(ids, mask)], ids, counts | {"truncated": int(truncated)}
 
 
 # ------------------------------------------------------------------------------------ the whole job
@@ -229,16 +257,22 @@ def find_files(cfg, hub):
 
 
 def main(cfg):
-    template = cfg.template or ("plain" if cfg.text_field else None)
+    plain = cfg.text_field and not cfg.rendered
+    template = cfg.template or ("plain" if plain else None)
     tok, writer = convert.start(cfg, encode, template)
-    tok.render([message("user", ""), message("assistant", "")])  # UserError without a template
+    if tok.layout is None or tok.layout.broken:
+        tok.render([message("user", "")])  # raises what says so
     hub = SETS.get(cfg.source, (cfg.source, [cfg.subset], cfg.split))[:3]
     with writer:
         total = convert.fill(cfg, writer, "row", find_files(cfg, hub[0]), hub)
         truncated = total.counts.get("truncated", 0)
         writer.meta |= dict(truncated=truncated, dropped=total.dropped) | total.bad
     note = f"at max_length={cfg.max_length}" if truncated else ""
-    convert.report(cfg, "row", total, "a row", after_kept=[("rows truncated", truncated, note)])
+    lines = [("rows truncated", truncated, note)]
+    if spelled := total.counts.get("with control tokens"):
+        note = "spelled out; rendered=true takes the text of a chat template as it is"
+        lines.append(("control tokens", spelled, f"rows name some: {note}"))
+    convert.report(cfg, "row", total, "a row", after_kept=lines)
 
 
 if __name__ == "__main__":

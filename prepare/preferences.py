@@ -44,6 +44,8 @@ class Config:
     split: str = "train"  # of a hub id
     # how it is rendered
     template: str | None = None  # chat template by name; none: the model's own
+    template_options: tuple[str, ...] = ()  # for variables that it reads: enable_thinking=false
+    learn_empty_thoughts: bool = False  # a target is also the empty thought that a template prints
     # how much
     max_length: PositiveInt = 1024  # tokens of a prompt with one completion
     max_completions: int = 8  # of a prompt; the best ones stay

@@ -895,3 +895,82 @@ def test_show(model, tmp_path, capsys, monkeypatch, plain):
     on, off = ("«", "»") if plain else ("\033[32m", "\033[0m")
     assert [f"{A}{on}c{i}{E}{off}\n" in out for i in range(5)] == [True, True, True, False, False]
     assert ("\033" in out) == (not plain)
+
+
+THINKING = (  # in the manner of Qwen3's template
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+TURNS = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+
+
+def test_text_that_is_rendered_already(model, tmp_path, capsys):
+    """Its control tokens are tokens with rendered=true. Else they are spelled out, which is said."""
+    talk = TURNS + TURNS.replace("b", "c") + "<|im_start|>user\nd<|im_end|>\n"
+    path = jsonl(tmp_path / "in.jsonl", [dict(text=talk), dict(text="none")])
+    store = prepare(model, tmp_path / "out", path, text_field="text")
+    assert 256 not in store.row(0)[0] and len(store) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert "control tokens 1 rows name some: spelled out; rendered=true takes" in said
+    store = prepare(
+        model, tmp_path / "out", path, text_field="text", rendered=True, template="chatml"
+    )
+    ((text, spans),) = texts(model, store)
+    assert text == talk[: talk.index("c<") + 11] and spans == ["b<|im_end|>", "c<|im_end|>"]
+    ids, mask = tokenizer.load(model, template="chatml").render(
+        [dict(role=role, content=text) for text in "bc" for role, text in (("user", "a"), ("assistant", text))]
+    )
+    assert store.row(0)[0].tolist() == ids[: len(store.row(0)[0])]
+    assert store.row(0)[1].tolist() == mask[: len(store.row(0)[0])]
+    assert store.meta["template"] == "chatml" and store.meta["dropped"] == {"no answer": 1}
+    keys = dict(text_field="text", rendered=True, response_template="assistant\n")
+    store = prepare(model, tmp_path / "out", path, template="plain", **keys)
+    assert texts(model, store)[0][1] == ["c<|im_end|>\n<|im_start|>user\nd<|im_end|>\n"]
+    with pytest.raises(UserError, match="nothing that asks for an answer.* response_template="):
+        prepare(model, tmp_path / "out", path, **keys | dict(response_template=None, template="plain"))
+
+
+def test_options_of_the_template_go_with_the_data(model, tmp_path):
+    """The template that the data name, and a stage saves, asks like the rows that were learned."""
+    record = dict(prompt="a", completion="b")
+    store = prepare(
+        model,
+        tmp_path / "out",
+        jsonl(tmp_path / "in.jsonl", [record]),
+        template=THINKING,
+        template_options=("enable_thinking=false",),
+    )
+    tok = tokenizer.load(model, template=store.meta["chat_template"])
+    prompt, _ = tok.render([dict(role="user", content="a")], add_generation_prompt=True)
+    ids, mask = store.row(0)
+    assert ids.tolist()[: len(prompt)] == prompt and not mask[: len(prompt)].any()
+    assert tok.bytes_of(prompt).endswith(b"<think>\n\n</think>\n\n")
+    spans = [one(model, tmp_path, record, template=THINKING, learn_empty_thoughts=more)[1] for more in (False, True)]
+    assert spans == [["b<|im_end|>"], ["<think>\n\n</think>\n\nb<|im_end|>"]]
+    with pytest.raises(UserError, match="template_options: .* reads no 'thinking'"):
+        one(model, tmp_path, record, template_options=("thinking=false",))
+
+
+def test_what_the_template_does_not_follow_is_dropped_with_its_reason(model, tmp_path, capsys):
+    forgets = "{% for m in messages[-2:] %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    talk = [dict(role=role, content=role) for role in ("user", "assistant", "user", "assistant")]
+    path = jsonl(tmp_path / "in.jsonl", [dict(messages=talk), dict(messages=talk[:2])])
+    store = prepare(model, tmp_path / "out", path, template=forgets)
+    assert store.meta["dropped"] == {"the chat template leaves out this user message": 1}
+
+
+def test_an_answer_that_the_template_leaves_open_is_closed_and_counted(model, tmp_path, capsys):
+    open_ended = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{% if not loop.last %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_end|>\n<|im_start|>assistant\n' }}{% endif %}"
+    )
+    record = dict(prompt="a", completion="b")
+    own = tmp_path / "model"
+    tiny.model_dir(own, special=["<|im_start|>", "<|im_end|>", "</s>"])
+    tiny.write(own, "generation_config.json", dict(eos_token_id=[258, 257]))
+    assert one(str(own), tmp_path, record, template=open_ended)[1] == ["b<|im_end|>"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "answers closed 1 with <|im_end|>, which the template leaves out" in said

@@ -3,6 +3,7 @@ something is wrong."""
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -348,3 +349,16 @@ def test_bad_input_ends_with_a_sentence(case, model, shelf, monkeypatch, capsys)
     assert status == 2 and out == "", (out, err)
     assert re.fullmatch(r"error: .+\n", err) and words in err
     assert sorted(shelf.rglob("*")) == before
+
+
+def test_a_conversation_that_the_template_does_not_take(model, tmp_path, monkeypatch, capsys):
+    """It costs a sentence. Nothing is completed as plain text in silence."""
+    path = tmp_path / "model"
+    shutil.copytree(model, path)
+    (path / "chat_template.jinja").write_text("{{ raise_exception('no users') }}")
+    prompt = (f"model={path}", "prompt=x")
+    status, out, err = run(monkeypatch, capsys, *prompt)
+    assert status == 2 and out == "" and err.count("\n") == 1
+    assert "does not take this conversation (no users); template=chatml lays it out" in err
+    status, out, err = run(monkeypatch, capsys, f"model={path}", lines=["x"])
+    assert status == 0 and "error: the chat template does not take" in out and "forgotten" not in out

@@ -2,14 +2,18 @@
 beside {% generation %} marks and masks by hand, and nothing of a message that becomes a token."""
 
 import collections
+import functools
 import os
 import re
 
+import hypothesis
 import pytest
+import tiny
 from conftest import ROOT
+from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
 
-from nano import chat
+from nano import chat, tokenizer
 from nano.chat import NotFollowed
 
 FOLDER = ROOT.parent / "shared" / "templates"
@@ -451,3 +455,98 @@ def test_an_answer_that_the_template_leaves_open():
     peer.stops = []
     with pytest.raises(NotFollowed, match="no token that ends this answer"):
         peer.ours().parts(TALKS["ua"])
+
+
+# ---------------------------------------------------------------------------- what never happens
+
+NAMES = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<think>", "</think>", "<tool_call>"]
+texts_of_people = st.lists(
+    st.sampled_from([*NAMES, "a", " ", "\n", "{{ x }}", "&", "<", "|>", "im_end"]), max_size=6
+).map("".join)
+
+
+@functools.cache
+def tokenizer_of(name, folder):
+    """A tokenizer of single bytes with a template of the shared ones. Its names are no tokens of it
+    unless they are among NAMES."""
+    tiny.model_dir(folder / name, special=NAMES)
+    (folder / name / "chat_template.jinja").write_text(load(name).source)
+    return tokenizer.load(folder / name)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tmp_path_factory.mktemp("tokenizers")
+
+
+@pytest.mark.parametrize("name", ["lcpp-Qwen-Qwen3-0.6B", "trl-qwen2_5", "axo-chatml", "oi-tulu"])
+@hypothesis.settings(max_examples=40, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(contents=st.lists(texts_of_people, min_size=4, max_size=4), called=st.booleans())
+def test_no_control_token_comes_from_a_message(name, base, contents, called):
+    """The control tokens of a row are those of the template, and every shape is laid out afresh."""
+    tok = tokenizer_of(name, base)
+    a, b, c, d = contents
+    talk = [say("user", a), say("assistant", b), say("user", c), say("assistant", d)]
+    if called:
+        talk[1] = call({"x": b})
+        talk.insert(2, result(c))
+    try:
+        ids, mask = tok.render(talk, tools=TOOLS if called else None)
+    except NotFollowed:
+        return
+    parts = tok.layout.parts(talk, False, TOOLS if called else None)
+    own = "".join(text for text, own, _ in parts if own)
+    for token in NAMES:
+        id = tok.added[token]["id"]
+        if id in tok.control:
+            assert ids.count(id) == own.count(token)
+    assert tok.bytes_of(ids).decode() == "".join(text for text, _, _ in parts)
+    learned = [id for id, flag in zip(ids, mask, strict=True) if flag]
+    assert tok.bytes_of(learned).decode() == "".join(t for t, _, n in parts if n is not None)
+    afresh = chat.ChatTemplate(tok.chat_template, tok._named, tok.added)
+    assert afresh.parts(talk, False, TOOLS if called else None) == parts
+
+
+OPERATIONS = {  # what templates do to a text x -> what is left of it, "." for what is not its own
+    "x": " a|b ",
+    "x | trim": "a|b",
+    "x.strip() + '|'": "a|b.",
+    "x.split('|')[1]": "b ",
+    "x.split('|')[-1].rstrip()": "b",
+    "x.split() | join": "a|b",
+    "x.partition('|')[0]": " a",
+    "x.lstrip(' a') ~ 1": "|b .",
+    "x | replace('|', '.')": " a.b ",
+    "x[1:3] | upper": "A|",
+    "x.removeprefix(' a').removesuffix(' ')": "|b",
+    "(x | safe) + '&'": " a|b .....",
+    "x | tojson": '" a|b "',
+    "{'k': x} | tojson": '{"k": " a|b "}',
+    "[x, 'y'] | join('-')": " a|b ..",
+    "'<%s>' | format(x)": ".......",
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_text_keeps_its_origin(operation):
+    source = "{{ " + operation + " }}"
+    text = chat.jinja(source).render(x=chat.traced(" a|b ", "1"))
+    wanted = chat_template_utils._compile_jinja_template(source).render(x=" a|b ")
+    assert text == wanted
+    shown = "".join(c if o == "1" else "." for c, o in zip(text, text.origin, strict=True))
+    assert shown == OPERATIONS[operation]
+
+
+def test_another_jinja_is_refused(monkeypatch):
+    """The compiler's methods are private to jinja2. Where they are gone, that is said at the start."""
+    chat.check_jinja()
+    for method in ("visit_Const", "_output_const_repr", "visit_Concat", "visit_Add"):
+        chat.check_jinja.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.delattr(chat.Literals, method)
+            if method == "visit_Add":  # it saves time alone
+                chat.check_jinja()
+                continue
+            with pytest.raises(chat.UserError, match="jinja2 3.* does not compile chat templates"):
+                chat.check_jinja()
+    chat.check_jinja.cache_clear()
