@@ -31,6 +31,7 @@ from model import ScoreHead
 from nano import (
     batches,
     config,
+    evaluation,
     families,
     files,
     functions,
@@ -162,6 +163,15 @@ class Config:
     track: str = ""  # wandb:PROJECT or trackio:PROJECT beside TensorBoard
     sample_every: Every = 10  # steps; 0: one pass over the prompts, -1: never
     samples: NonNegativeInt = 3  # responses shown each time
+    # tasks (files of tasks/) that are measured at every evaluation, from step 0 on
+    eval_every: Annotated[Every, With("eval_tasks")] = 0  # steps; 0: one pass, -1: never
+    eval_tasks: tuple[str, ...] = ()  # names, or NAME:PART
+    eval_shots: Annotated[evaluation.Shots, With("eval_tasks")] = (0,)  # one number, or one a task
+    # local files in the place of the hub's, one a task; "": the hub
+    eval_files: Annotated[tuple[str, ...], With("eval_tasks")] = ()
+    eval_shot_files: Annotated[tuple[str, ...], With("eval_tasks")] = ()
+    eval_limit: Annotated[NonNegativeInt, With("eval_tasks")] = 200  # records of a task; 0: all
+    keep: Annotated[str, With("eval_tasks")] = ""  # TASK/METRIC, whose highest value makes best/
 
     PRESETS: ClassVar[dict] = {
         "algo": {
@@ -829,6 +839,7 @@ def main(cfg, rt):
     # and so does the critic if there is one; each has an optimizer over its own parameters.
     policy, reference, scorer, critic = build(cfg, tok)
     check_reach(cfg, policy.model, max(map(len, all_prompts)))
+    benchmarks = evaluation.for_training(cfg, tok, policy.model.cfg)
 
     # A state is only continued from the models and the data that it was made from. New adapters and
     # heads are drawn anew by each start, so they do not count.
@@ -893,10 +904,15 @@ def main(cfg, rt):
 
     # ---- loop
     for step in run.steps():
-        # Save what the iteration before has left. The last turn of the loop is there for that
-        # alone.
-        if run.due(cfg.save_every) or run.ending:
-            with run.paused():
+        # Evaluate and save what the iteration before has left. The last turn of the loop is there
+        # for that alone.
+        with run.paused():
+            if benchmarks and run.due(cfg.eval_every):
+                lora.use(policy.model, policy.adapter)
+                with parking(policy):
+                    metrics = evaluation.measure_all(benchmarks, policy.model, tok, rt)
+                run.evaluated(metrics, keep=cfg.keep)
+            if run.due(cfg.save_every) or run.ending:
                 run.save()
         if run.ending:
             break

@@ -598,3 +598,41 @@ def measure(benchmark, model, tok, rt, slots=None, batch_size=32):
         truncated=benchmark.truncated,
         examples=examples,
     )
+
+
+# ------------------------------------------------------------------------------- while training
+
+
+def metric_names(benchmark):
+    """The names of the metrics of which more is better."""
+    task, record = benchmark.task, benchmark.records[0]
+    if not task.has_choices:
+        return ["em", "em_strict"] if hasattr(task.module, "strict") else ["em"]
+    texts = task.choices(record)
+    zeros = np.zeros(len(texts))
+    return [name for name in choice_values(task, record, zeros, zeros, texts) if name != "nll"]
+
+
+def for_training(cfg, tok, model_cfg):
+    """The Benchmarks of the keys eval_tasks=, eval_shots= and so on of a stage.
+
+    UserError for a mistake in them, and for a keep= that names no metric of theirs."""
+    benchmarks = [
+        prepare(task, tok, model_cfg, shots, cfg.eval_limit)
+        for task, shots in load_tasks(
+            cfg.eval_tasks, cfg.eval_shots, cfg.eval_files, cfg.eval_shot_files
+        )
+    ]
+    known = [f"{b.task.name}/{name}" for b in benchmarks for name in metric_names(b)]
+    if cfg.keep and cfg.keep not in known:
+        raise UserError(f"keep={cfg.keep} names no metric of eval_tasks=: give {', '.join(known)}")
+    return benchmarks
+
+
+def measure_all(benchmarks, model, tok, rt):
+    """{TASK/METRIC: value} of a model in training. A collective, also where it is sharded."""
+    metrics = {}
+    for benchmark in benchmarks:
+        result = measure(benchmark, model, tok, rt)
+        metrics |= {f"{result.task}/{name}": value for name, value in result.metrics.items()}
+    return metrics
