@@ -305,6 +305,7 @@ def main(cfg, rt):
     # The runtime knows the device and the other processes. The run knows its folder: whether it
     # holds a state to continue from, and where the log and the models go.
     run = Run("dpo", cfg, rt)
+    store.check_prepared(cfg.data, "preferences", f"model={cfg.model}")
 
     # ---- model
     # An adapter in model= is merged into its base first. What is trained is chosen below.

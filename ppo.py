@@ -7,6 +7,7 @@ started from. The models are four full ones, or with lora_rank one frozen trunk 
     python ppo.py model=out/sft/last reward=out/reward/last data=data/hh          # CPU or one GPU
     python ppo.py model=out/sft/last reward=out/reward/last data=data/hh lora_rank=16 lr=1e-4
     python ppo.py reward=prepare/toy.py:three_bullets data=data/bullets/store algo=grpo group=8
+    python ppo.py 'reward=[a.py:f,b.py:g]' 'reward_weights=[1,0.2]' data=data/hh  # their sum
     torchrun --nproc_per_node=8 ppo.py model=out/sft/last reward=out/reward/last data=data/hh
     PJRT_DEVICE=TPU python ppo.py device=xla parallel=fsdp model=out/sft/last data=data/hh
 
@@ -18,6 +19,7 @@ Yu et al. 2025 (arXiv:2503.14476).
 
 import contextlib
 import functools
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +74,10 @@ Adaptive = Annotated[T, With("kl_control", "adaptive")]
 class Config:
     # what
     model: PathText = "out/sft/last"  # the policy to start from, and the reference to stay near
-    reward: PathText = "out/reward/last"  # score model or adapter, or file.py:function
+    # one score model or adapter, functions file.py:function of your own, or both: their sum counts
+    reward: tuple[PathText, ...] = ("out/reward/last",)
+    reward_weights: tuple[float, ...] = ()  # of each reward in the sum; []: 1
+    reward_special: bool = False  # functions see the names of control tokens in prompt and response
     gold: PathText = ""  # file.py:function that is only logged: the true reward, when there is one
     data: tuple[PathText, ...] = ("data/preferences",)  # prepared folders, for their prompts
     out: PathText = "out/ppo"  # run folder
@@ -182,6 +187,11 @@ class Config:
     }
 
     @property
+    def reward_model(self):
+        """The score model or adapter among the rewards, or None."""
+        return next((reward for reward in self.reward if ".py:" not in reward), None)
+
+    @property
     def has_critic(self):
         return self.advantage == "gae"
 
@@ -248,14 +258,21 @@ def group_advantages(scores, group, how):
 
     group: less the group's mean (Liu et al. 2025). group_std: that over the group's standard
     deviation (Shao et al. 2024). rloo: less the mean of the others (Ahmadian et al. 2024). Equal
-    scores give exactly 0. The scores must not hold the KL yet: see `penalised_advantages`."""
+    scores give exactly 0. A sample without a score, NaN, is left out of its group and gets 0, and
+    so does a sample that is alone. The scores must not hold the KL yet: see
+    `penalised_advantages`."""
     scores = scores.view(-1, group)
-    scores = scores - scores[:, :1]  # the mean of equal numbers is not quite that number in fp32
-    advantages = scores - scores.mean(1, keepdim=True)
+    scored = ~scores.isnan()
+    count = scored.sum(1, keepdim=True)
+    # the mean of equal numbers is not quite that number in fp32
+    first = scores.gather(1, scored.int().argmax(1, keepdim=True))
+    scores = torch.where(scored, scores - first, 0.0)
+    advantages = torch.where(scored, scores - scores.sum(1, keepdim=True) / count, 0.0)
     if how == "group_std":
-        advantages = advantages / (scores.std(1, keepdim=True) + 1e-4)
+        variance = (advantages**2).sum(1, keepdim=True) / (count - 1).clamp(min=1)
+        advantages = advantages / (variance.sqrt() + 1e-4)
     elif how == "rloo":
-        advantages = advantages * (group / (group - 1))
+        advantages = advantages * (count / (count - 1).clamp(min=1))
     return advantages.flatten()
 
 
@@ -266,7 +283,16 @@ def penalised_advantages(scores, kl, group, how, kl_coef):
     Only the scores are normalised. In a group of equal scores the KL is all that varies, and a
     division by its deviation would blow it up to size 1, whatever kl_coef is."""
     baseline = "rloo" if how == "rloo" else "group"
+    kl = kl.masked_fill(scores.isnan(), torch.nan)  # the same samples are left out
     return group_advantages(scores, group, how) - kl_coef * group_advantages(kl, group, baseline)
+
+
+def total_score(parts, weights):
+    """Weighted sum (N,) of rewards, each (N,). NaN, of a reward that does not judge a response,
+    counts nothing. A response that no reward judges has NaN."""
+    parts = torch.stack(parts)
+    total = (torch.tensor(weights)[:, None] * parts.nan_to_num(0.0)).sum(0)
+    return total.masked_fill(parts.isnan().all(0), torch.nan)
 
 
 def k3(logprobs, ref_logprobs, mask):
@@ -430,9 +456,9 @@ class Role:
 
 def build(cfg, tok):
     """Policy, reference, scorer, critic: Roles on the CPU, or None for one that the run does
-    without. It has no scorer where a Python function gives the reward."""
-    if ".py:" not in cfg.reward:
-        check_scorer(cfg.reward, tok)
+    without. It has no scorer where Python functions alone give the reward."""
+    if cfg.reward_model:
+        check_scorer(cfg.reward_model, tok)
     return one_trunk(cfg) if cfg.lora_rank else full_models(cfg)
 
 
@@ -457,8 +483,9 @@ def check_scorer(dir, tok):
 
 def open_scorer(cfg):
     """A frozen reward model of its own."""
-    model = weights.open(cfg.reward, head="score", merge=True).model.requires_grad_(False)
-    return Role(model, head=model.score, scale=weights.read_score_scale(cfg.reward))
+    dir = cfg.reward_model
+    model = weights.open(dir, head="score", merge=True).model.requires_grad_(False)
+    return Role(model, head=model.score, scale=weights.read_score_scale(dir))
 
 
 def full_models(cfg):
@@ -478,10 +505,10 @@ def full_models(cfg):
     reference = scorer = critic = None
     if cfg.has_reference:
         reference = Role(weights.open(cfg.model, merge=True).model.requires_grad_(False))
-    if ".py:" not in cfg.reward:
+    if cfg.reward_model:
         scorer = open_scorer(cfg)
     if cfg.has_critic and scorer:  # it starts as the reward model and speaks in its units
-        model = trainable(cfg.reward, "score")
+        model = trainable(cfg.reward_model, "score")
         critic = Role(model, head=model.score, scale=scorer.scale)
     elif cfg.has_critic:
         model = trainable(cfg.model, "score")
@@ -504,16 +531,17 @@ def one_trunk(cfg):
     policy = Role(model, "policy")
     reference = Role(model) if cfg.has_reference else None
     scorer = critic = None
-    joins = weights.is_adapter(cfg.reward)
-    joins = joins and weights.base_of(cfg.reward).resolve() == opened.base.resolve()
+    dir = cfg.reward_model
+    joins = dir and weights.is_adapter(dir)
+    joins = joins and weights.base_of(dir).resolve() == opened.base.resolve()
     if joins:
-        model.reward_head = weights.load_scorer(model, cfg.reward, "reward")
-        scale = weights.read_score_scale(cfg.reward)
+        model.reward_head = weights.load_scorer(model, dir, "reward")
+        scale = weights.read_score_scale(dir)
         scorer = Role(model, "reward", model.reward_head, scale)
-    elif ".py:" not in cfg.reward:
+    elif dir:
         scorer = open_scorer(cfg)
     if cfg.has_critic and joins:  # it starts as a copy of the reward adapter and its head
-        model.value_head = weights.load_scorer(model, cfg.reward, "value")
+        model.value_head = weights.load_scorer(model, dir, "value")
         critic = Role(model, "value", model.value_head, scorer.scale)
     elif cfg.has_critic:
         weights.add_adapter(model, cfg, "value", dropout=0.0)
@@ -560,6 +588,17 @@ class Parking:
 
 def check(cfg, rt):
     """UserError for settings that do not go together."""
+    models = [reward for reward in cfg.reward if ".py:" not in reward]
+    if not cfg.reward or len(models) > 1:
+        raise UserError(
+            f"reward={','.join(cfg.reward)}: give one score model, functions file.py:function, or "
+            "both"
+        )
+    if len(cfg.reward_weights) not in (0, len(cfg.reward)):
+        raise UserError(
+            f"reward_weights= has {len(cfg.reward_weights)} numbers for {len(cfg.reward)} rewards: "
+            "give one for each"
+        )
     share = cfg.batch_size // (rt.world * cfg.minibatches)
     micro_batch = rt.micro_batch(cfg.micro_batch)  # episodes of this process's forward
     if cfg.batch_size % (cfg.minibatches * micro_batch * rt.world):
@@ -622,20 +661,40 @@ def check_resume(out):
 
 
 def prompts_of(cfg, tok):
-    """(the prompts of the prepared folders as lists of ids, how many are left out as too long). A
-    prompt is a row's tokens before its first target; each one counts once."""
+    """(prompts, rows, how many prompts are left out as too long) of the prepared folders.
+
+    prompts: [(ids as a tuple, the number of its row in `rows`)]. The same prompt counts once,
+    unless its records differ: another answer may be right."""
     rows = store.mix(cfg.data, seed=cfg.seed, tokenizer=tok)
     prompts = {}
     for i in range(len(rows)):
-        tokens, mask = rows.row(i)
-        prompts[tuple(tokens[: int(mask.argmax())].tolist())] = None
-    prompts.pop((), None)
-    short = [list(prompt) for prompt in prompts if len(prompt) <= cfg.max_prompt]
+        prompts.setdefault((tuple(rows.prompt(i).tolist()), rows.line(i)), i)
+    prompts = [(prompt, i) for (prompt, _), i in prompts.items() if prompt]
+    short = [(prompt, i) for prompt, i in prompts if len(prompt) <= cfg.max_prompt]
     if not short:
         raise UserError(
             f"{', '.join(cfg.data)}: no prompt has between 1 and max_prompt={cfg.max_prompt} tokens"
         )
-    return short, len(prompts) - len(short)
+    return short, rows, len(prompts) - len(short)
+
+
+def load_rewards(cfg, rows):
+    """{name: function, or None for the score model} of reward=, in its order, and the gold function
+    or None. UserError where a function needs the record of a prompt, and there is none."""
+    rewards = {}
+    for i, spec in enumerate(cfg.reward, 1):
+        name = spec.rpartition(":")[2] if ".py:" in spec else "model"
+        function = functions.load_function(spec) if ".py:" in spec else None
+        rewards[f"{name}_{i}" if name in rewards else name] = function
+    gold = functions.load_function(cfg.gold) if cfg.gold else None
+    takers = [function for function in (*rewards.values(), gold) if function]
+    takers = [function.__name__ for function in takers if functions.needs_record(function)]
+    if takers and not any(folder.records is not None for folder in rows.stores):
+        raise UserError(
+            f"the function {takers[0]} takes the record of a prompt, and {', '.join(cfg.data)} "
+            "holds none: prepare it again, with train_on=none where records have answers"
+        )
+    return rewards, gold
 
 
 @functools.lru_cache(2)
@@ -809,14 +868,17 @@ def main(cfg, rt):
     run = Run("ppo", cfg, rt)
     if run.resumes:
         check_resume(run.out)
-    reward_function = functions.load_function(cfg.reward) if ".py:" in cfg.reward else None
-    gold_function = functions.load_function(cfg.gold) if cfg.gold else None
 
     # ---- prompts
-    # The policy answers the prompts of prepared data. The answers that stand there are not read.
+    # The policy answers the prompts of prepared data. The answers that stand there are not read. A
+    # reward function may look into the record of a prompt, which may hold the right answer.
+    store.check_prepared((*cfg.data, *cfg.ptx_data), "instructions", f"model={cfg.model}")
     base = weights.base_of(cfg.model)
     tok = weights.load_tokenizer(cfg.model, template=store.chat_template(cfg.data))
-    all_prompts, too_long = prompts_of(cfg, tok)
+    all_prompts, rows, too_long = prompts_of(cfg, tok)
+    rewards, gold_function = load_rewards(cfg, rows)
+    reward_weights = cfg.reward_weights or [1.0] * len(rewards)
+    longest_prompt = max(len(prompt) for prompt, _ in all_prompts)
 
     # Other text may help the policy to keep its language: a next-token loss beside the reward.
     micro_batch = rt.micro_batch(cfg.micro_batch)
@@ -838,7 +900,7 @@ def main(cfg, rt):
     # Several of the four may share one module, which goes to the device once. The policy learns,
     # and so does the critic if there is one; each has an optimizer over its own parameters.
     policy, reference, scorer, critic = build(cfg, tok)
-    check_reach(cfg, policy.model, max(map(len, all_prompts)))
+    check_reach(cfg, policy.model, longest_prompt)
     benchmarks = evaluation.for_training(cfg, tok, policy.model.cfg)
 
     # A state is only continued from the models and the data that it was made from. New adapters and
@@ -896,11 +958,16 @@ def main(cfg, rt):
     slices = [slice(i, i + micro_batch) for i in range(0, len(numbers), micro_batch)]
     # Code that is compiled for each shape gets rows of one length. Otherwise there is no padding.
     one_shape = cfg.compile or rt.fixed_shapes
-    length = max(map(len, all_prompts)) + cfg.max_new_tokens if one_shape else 0
+    length = longest_prompt + cfg.max_new_tokens if one_shape else 0
 
     def mean(x):
         """Over the episodes of all ranks."""
         return rt.all_sum(x.sum()) / cfg.batch_size
+
+    def known_mean(x):
+        """Over those episodes of all ranks that have a number; 0 where none has."""
+        count = rt.all_sum(float((~x.isnan()).sum()))
+        return rt.all_sum(x.nansum()) / max(count, 1.0)
 
     # ---- loop
     for step in run.steps():
@@ -921,10 +988,11 @@ def main(cfg, rt):
         # 1. Roll out: the policy answers its prompts. We sample from the plain distribution,
         # without top-k or top-p: the policy gradient is only right for samples of the very
         # distribution that it changes.
-        prompts = [
+        picked = [
             pick(all_prompts, (step * cfg.batch_size + number) // cfg.group, cfg.seed)
             for number in numbers
         ]
+        prompts = [list(prompt) for prompt, _ in picked]
         lora.use(policy.model, policy.adapter)
         with clock("rollout"), parking(policy), rt.autocast():
             samples = generate.generate(
@@ -976,11 +1044,16 @@ def main(cfg, rt):
         # samples from another policy.
         with torch.no_grad():
             with clock("score"), parking(scorer), rt.autocast():
-                if reward_function:
-                    judged = (reward_function, tok, prompts, responses, finished)
-                    scores = rt.once(functions.judge, *judged)
-                else:
-                    scores = torch.cat([rt.to_cpu(scorer.scores(batch)) for batch in micro_batches])
+                records = [json.loads(rows.line(i) or "null") for _, i in picked]
+                episode = (tok, prompts, responses, finished, records, cfg.reward_special)
+                parts = {}
+                for name, function in rewards.items():
+                    if function:
+                        parts[name] = rt.once(functions.judge, function, *episode)
+                    else:
+                        outputs = [rt.to_cpu(scorer.scores(batch)) for batch in micro_batches]
+                        parts[name] = torch.cat(outputs)
+                scores = total_score([*parts.values()], reward_weights)
             with clock("logprobs"), parking(policy), rt.autocast():
                 # Compiled, a graph without gradients would not round as the update's graph does.
                 with torch.set_grad_enabled(cfg.compile):
@@ -1007,39 +1080,50 @@ def main(cfg, rt):
                 f"before the first update log(policy / reference) is {off:.2g}, not 0"
             )
 
-        # 4. Reward: what an episode is worth is its score, less what a bad end costs.
-        rewards = scores
+        # 4. Reward: what an episode is worth is its score, less what a bad end costs. Nothing is
+        # learned from an episode without a score, whose reward is NaN.
+        worth = scores
         if cfg.score_clip:
-            rewards = rewards.clamp(-cfg.score_clip, cfg.score_clip)
+            worth = worth.clamp(-cfg.score_clip, cfg.score_clip)
         unfinished = cfg.missing_eos_penalty * (1 - finished)
-        rewards = rewards - torch.where(truncated, cfg.truncate_penalty, unfinished)
+        worth = worth - torch.where(truncated, cfg.truncate_penalty, unfinished)
+        scored = ~scores.isnan()
+        n_scored = rt.all_sum(float(scored.sum()))
+        if not n_scored:
+            raise UserError(
+                f"reward={','.join(cfg.reward)} gives None for all {cfg.batch_size} responses of "
+                f"step {step + 1}, so that nothing can be learned: give a number for some"
+            )
+        learned = mask & scored[:, None]  # (N, R)
         kl_in_reward = controller.coef if cfg.kl_in == "reward" else 0.0
 
         # 5. Advantages: did an action turn out better than expected? The critic expects something
         # before every action, so each gets an advantage of its own. The group expects what its
         # samples got on average, so all actions of an episode share one.
         if critic:
-            action_rewards = shape_rewards(rewards, old_logprobs, ref_logprobs, mask, kl_in_reward)
+            known = worth.nan_to_num(0.0)
+            action_rewards = shape_rewards(known, old_logprobs, ref_logprobs, mask, kl_in_reward)
             if cfg.whiten_rewards:
-                action_rewards = whiten(action_rewards, mask, rt, shift_mean=False)
-            advantages, returns = gae(action_rewards, values, mask, cfg.gamma, cfg.lam)
+                action_rewards = whiten(action_rewards, learned, rt, shift_mean=False)
+            advantages, returns = gae(action_rewards, values, learned, cfg.gamma, cfg.lam)
             if cfg.whiten_advantages:
-                advantages = whiten(advantages, mask, rt)
+                advantages = whiten(advantages, learned, rt)
         else:
             episode_kl = log_ratio.sum(1)
             advantages = penalised_advantages(
-                rewards, episode_kl, cfg.group, cfg.advantage, kl_in_reward
+                worth, episode_kl, cfg.group, cfg.advantage, kl_in_reward
             )
             advantages = advantages[:, None] * mask
 
         # The loss of a minibatch is a mean over all of its micro-batches on all ranks, so we count
         # its actions first and give each one its weight in that mean.
         counts, action_weights = [], []
-        for part in mask.split(share):
-            counts.append(rt.all_sum(float(part.sum())))
-            totals = (counts[-1], share * rt.world, cfg.max_new_tokens)
+        for part in learned.split(share):
+            counts.append(max(rt.all_sum(float(part.sum())), 1.0))
+            episodes = max(rt.all_sum(float(part.any(1).sum())), 1.0)
+            totals = (counts[-1], episodes, cfg.max_new_tokens)
             action_weights.append(loss_weights(part, cfg.loss_mean, *totals))
-        targets = dict(old_logprobs=old_logprobs, advantages=advantages)
+        targets = dict(old_logprobs=old_logprobs, advantages=advantages, weights=learned.float())
         targets["loss_weights"] = torch.cat(action_weights)
         if critic:
             targets |= dict(old_values=values, returns=returns)
@@ -1089,10 +1173,13 @@ def main(cfg, rt):
 
         # 7. Say what the iteration was like. Judge a run by gold and by reading samples, never by
         # the reward alone: the policy is paid to find what the reward model gets wrong.
-        metrics = dict(reward=mean(scores))
+        metrics = dict(reward=known_mean(scores))
+        if len(parts) > 1:
+            metrics |= {f"reward_{name}": known_mean(part) for name, part in parts.items()}
+        if n_scored < cfg.batch_size:
+            metrics["unscored"] = 1 - n_scored / cfg.batch_size
         if gold_function:
-            judged = (gold_function, tok, prompts, responses, finished)
-            metrics["gold"] = mean(rt.once(functions.judge, *judged))
+            metrics["gold"] = known_mean(rt.once(functions.judge, gold_function, *episode))
         if reference:
             metrics["kl"] = mean(log_ratio)
             metrics["kl_k3"] = mean(k3(old_logprobs, ref_logprobs, mask))
@@ -1103,14 +1190,16 @@ def main(cfg, rt):
             logprob_gap=mean((sampled_logprobs - old_logprobs).abs()) / n_actions,
             length=n_actions,
             eos_rate=mean(finished),
-            length_reward_corr=correlation(lengths, scores, mean),
+            length_reward_corr=correlation(lengths[scored], scores[scored], known_mean),
         )
         if critic:
-            error = variance(returns - values, mask, rt)
-            metrics["explained_variance"] = 1 - error / variance(returns, mask, rt).clamp(min=1e-8)
+            error = variance(returns - values, learned, rt)
+            spread = variance(returns, learned, rt).clamp(min=1e-8)
+            metrics["explained_variance"] = 1 - error / spread
         else:
-            groups = rewards.view(-1, cfg.group)
-            equal = (groups == groups[:, :1]).all(1)  # such a group teaches nothing but the KL
+            groups = worth.view(-1, cfg.group)
+            low, high = groups.nan_to_num(math.inf).amin(1), groups.nan_to_num(-math.inf).amax(1)
+            equal = low >= high  # such a group teaches nothing but the KL
             metrics["equal_groups"] = mean(equal) * cfg.group
         metrics["first_ratio_off"] = updates[0].pop("ratio", 0.0)
         for name in updates[0]:
@@ -1124,14 +1213,14 @@ def main(cfg, rt):
             seconds = {f"{phase}_s": seconds for phase, seconds in clock.seconds.items()}
             run.log_step(**metrics, **seconds)
         if run.due(cfg.sample_every):
-            rows = []
+            table = []
             for i in range(min(cfg.samples, len(prompts))):
                 row = dict(prompt=tok.decode(prompts[i]), response=tok.decode(responses[i]))
-                row["reward"] = scores[i]
+                row["reward"] = scores[i] if scored[i] else "none"
                 if reference:
                     row["kl"] = log_ratio[i].sum()
-                rows.append(row)
-            run.log.samples(step, rows)
+                table.append(row)
+            run.log.samples(step, table)
 
         # The next iteration's price of the KL, and what has gone wrong since the first one, each
         # said once.

@@ -268,6 +268,8 @@ def main(cfg, rt):
     # needs no data position.
     if not cfg.data:
         raise UserError("data= names no folder: give at least one")
+    like = cfg.model or cfg.tokenizer or "train:32000"
+    store.check_prepared(cfg.data, "text", f"tokenizer={like}")
     metas = [store.read_meta(dir) for dir in cfg.data]
     base = cfg.model or cfg.tokenizer or Path(cfg.data[0]) / "tokenizer"
     if not Path(base).is_dir() and not cfg.model and not cfg.tokenizer:

@@ -268,6 +268,7 @@ def main(cfg, rt):
     # The runtime knows the device and the other processes. The run knows its folder: whether it
     # holds a state to continue from, and where the log and the models go.
     run = Run("reward", cfg, rt)
+    store.check_prepared(cfg.data, "preferences", f"model={cfg.model}")
 
     # ---- model
     # The language model loses its output matrix and gets a head with one number a token. The head

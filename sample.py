@@ -7,8 +7,9 @@
 
 `model` is a model directory or an adapter's (PEFT). A prompt is laid out by the model's chat
 template, or by template=. Without either it is completed as plain text. prompts= names a file with
-a prompt a line, or a .json list or .jsonl lines of strings and conversations
-([{"role": ..., "content": ...}, ...]). The result is a JSON list of {"input", "output"}.
+a prompt a line, or a .json list or .jsonl lines of strings, conversations
+([{"role": ..., "content": ...}, ...]) and records such as {"prompt": ...} or {"messages": [...]}.
+The result is a JSON list of {"input", "output"}.
 """
 
 import json
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from nano import config, files, runtime, tokenizer, weights
-from nano.chat import NotFollowed
 from nano.config import (
     NonNegativeInt,
     PathText,
@@ -31,6 +31,8 @@ from nano.config import (
     With,
 )
 from nano.generate import generate
+from prepare import fields, instructions
+from prepare.records import BadRecord
 
 HELP = """/reset         forget the conversation
 /system TEXT   start anew under this system message (no text: under the template's own)
@@ -63,6 +65,10 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 
 
+class TooLong(UserError):
+    """A prompt that leaves the model no room to answer."""
+
+
 class Sampler:
     """A model with its tokenizer and the settings of a run.
 
@@ -87,11 +93,11 @@ class Sampler:
             self.tok = tokenizer.load(opened.base, template="plain")
 
     def render(self, messages):
-        """The ids of a prompt. UserError for one that leaves the model no room to answer."""
+        """The ids of a prompt. TooLong for one that leaves the model no room to answer."""
         ids, _ = self.tok.render(messages, add_generation_prompt=True)
         positions = self.model.cfg.max_positions
         if len(ids) >= positions:
-            raise UserError(
+            raise TooLong(
                 f"the prompt has {len(ids)} tokens, the model takes {positions}: shorten it"
             )
         return ids
@@ -156,7 +162,8 @@ def conversation(user, system, history=()):
 def read_prompts(path):
     """The prompts of a file: a list of strings and conversations (lists of messages).
 
-    UserError for a file that cannot be read, holds anything else, or holds nothing.
+    UserError for a file that cannot be read, holds anything else, or holds nothing, and for a
+    conversation that the assistant has answered already.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -164,19 +171,31 @@ def read_prompts(path):
         raise UserError(f"prompts={path} cannot be read as UTF-8 text: {e}") from None
     entries = [line.strip() for line in text.split("\n") if line.strip()]
     try:
-        if path.suffix == ".json":
+        if path.suffix.lower() == ".json":
             entries = json.loads(text)
-        elif path.suffix == ".jsonl":
+        elif path.suffix.lower() in (".jsonl", ".ndjson"):
             entries = [json.loads(line) for line in entries]
     except ValueError as e:
         raise UserError(f"{path} is no JSON: {e}") from None
     entries = json.loads(tokenizer.mend(json.dumps(entries, ensure_ascii=False)))
-    if not isinstance(entries, list) or any(not isinstance(e, (str, list)) for e in entries):
+    if not isinstance(entries, list) or any(not isinstance(e, (str, list, dict)) for e in entries):
         raise UserError(
-            f"{path} must hold strings and conversations (lists of messages), and nothing else"
+            f"{path} must hold strings, conversations (lists of messages) and records, and nothing "
+            "else"
         )
     if not entries:
         raise UserError(f"{path} holds no prompt")
+    for i, entry in enumerate(entries):
+        if isinstance(entry, dict):
+            try:
+                entries[i] = entry = instructions.recognise(fields.without(entry, ()))
+            except (fields.Drop, BadRecord) as e:
+                raise UserError(f"{path}, prompt {i + 1}: {e}") from None
+        last = entry[-1] if isinstance(entry, list) and entry else None
+        if isinstance(last, dict) and last.get("role") == "assistant":
+            raise UserError(
+                f"{path}, prompt {i + 1} ends with an answer of the assistant: leave that turn out"
+            )
     return entries
 
 
@@ -261,9 +280,7 @@ def reply(sampler, line, system, history, seed):
             ids = sampler.render(conversation(line, system, history))
             if len(ids) + room <= positions or not history:
                 break
-        except NotFollowed:  # a shorter conversation is no answer to that
-            raise
-        except UserError:
+        except TooLong:
             if not history:
                 raise
         history = history[2:]

@@ -176,6 +176,7 @@ def main(cfg, rt):
     # The runtime knows the device and the other processes. The run knows its folder: whether it
     # holds a state to continue from, and where the log and the models go.
     run = Run("sft", cfg, rt)
+    store.check_prepared(cfg.data, "instructions", f"model={cfg.model}")
 
     # ---- model
     # An adapter in model= is merged into its base first. What is trained is chosen below.

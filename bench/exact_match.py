@@ -44,7 +44,8 @@ def main(cfg):
     model, tok = opened.model, opened.tok
     rt.distribute(model)
     prompts = [
-        tok.render(recognise(record)[:-1], add_generation_prompt=True)[0] for record in records
+        tok.render(recognise(dict(record))[:-1], add_generation_prompt=True)[0]
+        for record in records
     ]
     with rt.autocast():
         samples = generate.generate(

@@ -312,10 +312,19 @@ class Rows:
         check_sizes(self.batch_size, self.micro_batch, self.world)
         self.ahead = {}
         keep = np.ones(len(self.rows), bool)
+        if self.rows.prompts:
+            for i in range(len(self.rows)):
+                keep[i] = self.rows.row(i)[1].any()
+            if not keep.any():
+                raise UserError(
+                    f"none of the {len(self.rows)} rows has an answer to learn: such prompts alone "
+                    "are for ppo.py"
+                )
+        prompts = int((~keep).sum())
         long = np.flatnonzero(self.rows.lengths > self.max_length)
         for i in long:
             mask = self.rows.row(i)[1][1 : self.max_length]
-            keep[i] = self.over_length == "truncate" and mask.any()
+            keep[i] &= self.over_length == "truncate" and mask.any()
         self.index = np.flatnonzero(keep)
         self.dropped = len(keep) - len(self.index)
         self.truncated = int(keep[long].sum())
@@ -331,7 +340,8 @@ class Rows:
         self.document_length = (lengths**2).sum() / lengths.sum()
         self.summary = (
             f"{len(lengths):,} rows, {lengths.sum():,} tokens "
-            f"({self.dropped} dropped, {self.truncated} truncated)"
+            f"({self.dropped} dropped, {self.truncated} truncated"
+            f"{f', {prompts} of the dropped are prompts alone' if prompts else ''})"
         )
         self.steps_of = functools.lru_cache(1)(self.steps_of)
         self.steps_per_epoch = len(self.steps_of(0))  # the same in every epoch

@@ -1,12 +1,17 @@
 """A user's own function, named on the command line as file.py:function, such as a reward.
 
     function = functions.load_function("prepare/toy.py:three_bullets")
-    scores = functions.judge(function, tok, prompts, responses, finished)
+    scores = functions.judge(function, tok, prompts, responses, finished, records)
+
+It is called as f(prompt, response, finished), or as f(prompt, response, finished, record) where it
+takes four arguments, and returns a number, or None for a response that it does not judge.
 
 The file is the user's own code. It runs because the command line says so.
 """
 
 import importlib.util
+import inspect
+import math
 import sys
 import traceback
 from pathlib import Path
@@ -39,27 +44,58 @@ def load_function(spec):
     return getattr(module, name)
 
 
-def judge(function, tok, prompts, responses, finished):
+def fourth(function):
+    """The fourth parameter of a function by place, or None."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some functions in C do not tell
+        return None
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    places = [p for p in parameters if p.kind in kinds]
+    return places[3] if len(places) > 3 else None
+
+
+def needs_record(function):
+    """Whether a reward function cannot be called without the record of the prompt."""
+    p = fourth(function)
+    return p is not None and p.default is p.empty
+
+
+def takes_record(function):
+    """Whether a reward function is given the record: it needs it, or it has a default for it."""
+    p = fourth(function)
+    return p is not None and (p.default is p.empty or p.name == "record")
+
+
+def judge(function, tok, prompts, responses, finished, records=None, special=False):
     """The score that function(prompt, response, finished) gives to each response, (N,) fp32.
 
     prompts, responses: N lists of token ids, which the function sees as text. finished (N,):
-    whether the response ended by itself. UserError where the function fails, and where it gives no
-    finite number, which would make every weight NaN."""
+    whether the response ended by itself. records: N dicts or None, the fourth argument of a
+    function that takes one. special: the text has the names of control tokens in it.
+    NaN stands for None, the answer of a function that does not judge a response. UserError where
+    the function fails, and where it gives no finite number, which would make every weight NaN."""
     name = getattr(function, "__name__", function)
     scores = []
-    for prompt, response, ended in zip(prompts, responses, finished.tolist(), strict=True):
+    more = [()] * len(prompts)
+    if takes_record(function):
+        more = [(record,) for record in records or [None] * len(prompts)]
+    for prompt, response, ended, record in zip(
+        prompts, responses, finished.tolist(), more, strict=True
+    ):
+        texts = [tok.decode(ids, skip_special=not special) for ids in (prompt, response)]
         try:
-            score = float(function(tok.decode(prompt), tok.decode(response), ended > 0))
+            score = function(*texts, ended > 0, *record)
+            score = None if score is None else float(score)
         except Exception as e:
             at = traceback.extract_tb(e.__traceback__)[-1]
             raise UserError(
                 f"the function {name} failed in {at.filename}:{at.lineno}: {type(e).__name__}: {e}"
             ) from None
-        if not abs(score) <= FLOAT32_MAX:  # nor is NaN
-            text = tok.decode(response)
+        if score is not None and not abs(score) <= FLOAT32_MAX:  # nor is NaN
             raise UserError(
-                f"the function {name} gave {score:g} for the response {text!r:.200}: "
+                f"the function {name} gave {score:g} for the response {texts[1]!r:.200}: "
                 "a score must be a finite number in float32"
             )
-        scores.append(score)
+        scores.append(math.nan if score is None else score)
     return torch.tensor(scores)

@@ -68,10 +68,11 @@ class Run:
         self.tokens = self.targets = 0  # of this rank since the last line of the log
         self.stopped = self.exhausted = False
         for key in SOURCES:
-            source = getattr(cfg, key, "")
-            if source and ".py:" not in source and Path(source).exists():
-                base = weights.base_of(source) if weights.is_adapter(source) else ""
-                files.refuse_overwrite(self.folders(), [source, base])
+            value = getattr(cfg, key, "")
+            for source in value if isinstance(value, tuple) else [value]:
+                if source and ".py:" not in source and Path(source).exists():
+                    base = weights.base_of(source) if weights.is_adapter(source) else ""
+                    files.refuse_overwrite(self.folders(), [source, base])
         state.check_place(self.out)
         rt.once(self.lock)
         self.resumes = state.resumes(self.out, cfg.resume, rt)

@@ -8,8 +8,13 @@ A folder holds meta.json and, for each split NAME (`train`, `val`),
     NAME.rows.bin     int64: N+1 offsets of the rows into the tokens
     NAME.groups.bin   int64: G+1 offsets of the groups into the rows, for preference data. A group
                       is one prompt's completions, best first
+    NAME.records.jsonl, NAME.records.bin
+                      optional: the records of rows as JSON, a line each, and int64: N+1 offsets of
+                      the lines. A reward or a benchmark reads them. A row without a record has an
+                      empty span
 
-Tokens and masks stay on disk. Only the offsets are read into memory.
+A row without a target is a prompt alone. Tokens, masks and records stay on disk. Only the offsets
+of rows and groups are read into memory.
 """
 
 import contextlib
@@ -17,6 +22,7 @@ import hashlib
 import json
 import mmap
 import re
+import shlex
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -29,7 +35,16 @@ from nano import files
 from nano.config import PositiveInt, UserError
 
 FORMAT, VERSION = "nanoInstruct store", 1
-KINDS = {"tokens": None, "mask": np.uint8, "rows": np.int64, "groups": np.int64}
+JSONL = "records.jsonl"
+SOURCE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow|txt)(\.gz)?$", re.I)
+KINDS = {
+    "tokens": None,
+    "mask": np.uint8,
+    "rows": np.int64,
+    "groups": np.int64,
+    "records": np.int64,
+    JSONL: np.uint8,
+}
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -39,7 +54,8 @@ def check_target(dir):
     """UserError unless `dir` is free, empty or an earlier store, which may be replaced."""
     dir = Path(dir)
     names = {p.name for p in dir.iterdir()} if dir.is_dir() else set()
-    pattern = r"tokenizer|meta\.json|\w+\.(tokens|mask|rows|groups)\.bin"
+    pattern = r"tokenizer|meta\.json|\w+\.(tokens|mask|rows|groups|records)\.bin"
+    pattern += r"|\w+\.records\.jsonl"
     ours = "meta.json" in names and all(re.fullmatch(pattern, name) for name in names)
     ours = ours and FORMAT in (dir / "meta.json").read_text(errors="replace")
     if dir.is_file() or names and not ours:
@@ -102,8 +118,8 @@ class Writer:
             self.folder.__exit__(kind, error, trace)
 
     def open(self, split, kind):
-        f = Hashed(self.tmp / f"{split}.{kind}.bin")
-        if kind in ("rows", "groups"):
+        f = Hashed(self.tmp / f"{split}.{kind}{'' if kind == JSONL else '.bin'}")
+        if kind in ("rows", "groups", "records"):
             f.write(bytes(8))  # offset 0
         return f
 
@@ -111,8 +127,11 @@ class Writer:
         """One row: tokens (T,) ints, mask (T,) of 0 and 1, or None for plain text."""
         self.extend(split, tokens, mask, [len(tokens)])
 
-    def extend(self, split, tokens, mask, lengths):
-        """Many rows at once: tokens and mask (sum of lengths,), lengths (N,) of at least 1 each."""
+    def extend(self, split, tokens, mask, lengths, records=()):
+        """Many rows at once: tokens and mask (sum of lengths,), lengths (N,) of at least 1 each.
+
+        records: N lines of JSON as bytes, b"" for a row without one. () stands for none at all.
+        """
         lengths = np.asarray(lengths, np.int64)
         if not len(lengths):
             return
@@ -131,17 +150,36 @@ class Writer:
             )
         if split not in self.splits:
             opened = {kind: self.open(split, kind) for kind in ("rows", *columns)}
-            counts = dict(rows=0, tokens=0, target_tokens=0)
-            self.splits[split] = SimpleNamespace(files=opened, counts=counts, grouped=0)
+            counts = dict(rows=0, tokens=0, target_tokens=0, prompts=0)
+            self.splits[split] = SimpleNamespace(files=opened, counts=counts, grouped=0, kept=0)
         s = self.splits[split]
         if ("mask" in s.files) != ("mask" in columns):
             raise ValueError("a split has a mask for all of its rows or for none")
         for kind, column in columns.items():
             s.files[kind].write(np.ascontiguousarray(column, KINDS[kind] or self.dtype))
-        s.files["rows"].write((s.counts["tokens"] + np.cumsum(lengths)).tobytes())
+        ends = np.cumsum(lengths)
+        s.files["rows"].write((s.counts["tokens"] + ends).tobytes())
+        if any(records):
+            self.keep(s, split, records)
+        elif JSONL in s.files:
+            self.keep(s, split, [b""] * len(lengths))
         s.counts["rows"] += len(lengths)
+        if mask is not None:
+            s.counts["prompts"] += int(
+                (np.maximum.reduceat(columns["mask"], ends - lengths) == 0).sum()
+            )
         s.counts["tokens"] += total
         s.counts["target_tokens"] += total if mask is None else int(columns["mask"].sum())
+
+    def keep(self, s, split, records):
+        """Writes the records of the next rows of a split. Rows before the first one have none."""
+        if JSONL not in s.files:
+            s.files |= {kind: self.open(split, kind) for kind in (JSONL, "records")}
+            s.files["records"].write(bytes(8 * s.counts["rows"]))
+        ends = s.kept + np.cumsum([len(record) for record in records])
+        s.kept = ends[-1]  # bytes
+        s.files[JSONL].write(b"".join(records))
+        s.files["records"].write(ends.astype(np.int64).tobytes())
 
     def end_group(self, split):
         """Makes one group of the rows added since the last call, which are completions, best
@@ -216,10 +254,32 @@ def parse_share(text, n, key="sizes"):
 # ------------------------------------------------------------------------------------------ reading
 
 
+def check_prepared(dirs, script, keys):
+    """UserError, with the command that prepares it, for a file, a folder of files, or an id of the
+    hub (org/name) in the place of a prepared folder.
+
+    script, keys: the program in prepare/ that does, and the keys of it that the stage knows.
+    """
+    for dir in dirs:
+        path = Path(dir)
+        is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(dir)) and not path.parent.exists()
+        is_id = is_id and path.parent.name not in ("data", "out", "..")
+        holds_files = path.is_dir() and not (path / "meta.json").exists()
+        holds_files = holds_files and any(SOURCE.search(p.name) for p in path.iterdir())
+        if path.is_file() or holds_files or (is_id and not path.exists()):
+            folder = shlex.quote(f"data/{path.name.partition('.')[0] or 'prepared'}")
+            source = shlex.quote(str(dir))
+            raise UserError(
+                f"data={dir} is not prepared yet: run `python -m prepare.{script} source={source} "
+                f"{keys} out={folder}`, and then this with data={folder}"
+            )
+
+
 class Counts(TypedDict):
     rows: PositiveInt
     tokens: PositiveInt
     groups: NotRequired[PositiveInt]
+    prompts: NotRequired[int]
     files: list[str]
 
 
@@ -246,7 +306,7 @@ def read_meta(dir):
             f"or prepare.preferences and out={dir}"
         )
     try:
-        meta = files.read_json(path, kind=Meta)
+        meta = files.read_json(path, kind=Meta, surrogates=True)
     except UserError as e:
         reason = str(e).removeprefix(f"{path}: ").removeprefix(f"{path} ")
         raise UserError(
@@ -267,12 +327,13 @@ def open_mapped(path):
 
 
 class Store:
-    """One split of a prepared data folder, memory-mapped: len(), row(i).
+    """One split of a prepared data folder, memory-mapped: len(), row(i), prompt(i), line(i).
 
     .tokens and .mask (all tokens,), .offsets (N+1,), .lengths (N,), .groups (G+1,), .meta the dict
-    of meta.json; mask and groups may be None. `tokenizer` is the one whose ids the folder must
-    hold. A folder that names no tokenizer gets a notice on stderr. UserError where a file is
-    missing, has another size than meta.json says, or was made with another tokenizer.
+    of meta.json; mask and groups may be None. .prompts is the number of prompts alone. `tokenizer`
+    is the one whose ids the folder must hold. A folder that names no tokenizer gets a notice on
+    stderr. UserError where a file is missing, has another size than meta.json says, or was made
+    with another tokenizer.
     """
 
     def __init__(self, dir, split="train", tokenizer=None):
@@ -295,6 +356,11 @@ class Store:
                     f"{dir}/meta.json is damaged (no number of groups): prepare it again"
                 )
             self.groups = self._offsets("groups", counts["groups"], counts["rows"])
+        self.prompts = counts.get("prompts", 0)
+        self.records = self.record_offsets = None
+        if JSONL in counts["files"]:
+            self.record_offsets = self._open("records", counts["rows"] + 1)
+            self.records = self._open(JSONL, int(self.record_offsets[-1]))
         self.lengths = np.diff(self.offsets)
 
     def _check(self, tokenizer):
@@ -320,7 +386,7 @@ class Store:
 
     def _open(self, kind, count):
         """A file of `count` numbers, memory-mapped."""
-        path = self.dir / f"{self.split}.{kind}.bin"
+        path = self.dir / f"{self.split}.{kind}{'' if kind == JSONL else '.bin'}"
         dtype = np.dtype(KINDS[kind] or self.meta["dtype"])
         if not path.exists():
             raise UserError(f"{path} is missing: prepare {self.dir} again")
@@ -371,6 +437,22 @@ class Store:
         """A row: tokens (T,) uint16 or uint32, mask (T,) uint8."""
         return self.span(self.offsets[i], self.offsets[i + 1])
 
+    def line(self, i):
+        """The record of a row as a line of JSON, b"" where it has none."""
+        if self.records is None:
+            return b""
+        return self.records[self.record_offsets[i] : self.record_offsets[i + 1]].tobytes()
+
+    def prompt(self, i):
+        """The tokens of a row (T,) that a policy answers: those before the first target.
+
+        A row that has a record and does not end with a target awaits its answer: all of it.
+        """
+        tokens, mask = self.row(i)
+        if not mask[-1] and self.line(i):
+            return tokens
+        return tokens[: mask.argmax()] if mask.any() else tokens
+
     def span(self, a, b):
         """The tokens from a up to b, and their mask. UserError for ids outside the vocabulary."""
         tokens = self.tokens[a:b]
@@ -386,7 +468,9 @@ class Store:
 
 
 class Mix:
-    """Rows of several stores behind one index: len(), row(i). .lengths (N,) are their tokens.
+    """Rows of several stores behind one index: len(), row(i), prompt(i), line(i) as of a Store.
+
+    .lengths (N,) are their tokens.
 
     picks: for each store the numbers of its rows that are in the mix.
     """
@@ -396,12 +480,19 @@ class Mix:
         self.picks = np.concatenate(picks)
         self.store_of = np.repeat(np.arange(len(stores)), [len(p) for p in picks])
         self.lengths = np.concatenate([s.lengths[p] for s, p in zip(stores, picks, strict=True)])
+        self.prompts = sum(store.prompts for store in stores)  # of the whole stores
 
     def __len__(self):
         return len(self.picks)
 
     def row(self, i):
         return self.stores[self.store_of[i]].row(self.picks[i])
+
+    def prompt(self, i):
+        return self.stores[self.store_of[i]].prompt(self.picks[i])
+
+    def line(self, i):
+        return self.stores[self.store_of[i]].line(self.picks[i])
 
     def read_randomly(self):
         for store in self.stores:

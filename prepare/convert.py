@@ -1,16 +1,10 @@
 """Records to a prepared data folder: what prepare.instructions and prepare.preferences share.
 
-A script has a function encode(cfg, tok, record) that returns (rows, key, counts):
-
-    rows      [(ids, mask), ...]: one row, or the completions of a prompt, best first
-    key       ids whose hash decides whether the rows are held out: equal keys are in one split
-    counts    {name: number} of anything else that is to be summed over all records
-
-It raises Drop or BadRecord for a record without rows.
+A script has a function encode(cfg, tok, record) that returns a Unit. It raises Drop or BadRecord
+for a record without rows. A unit is what one record gives: a row, or a group of rows.
 
 This file reads the records and encodes them on all cores. It writes the rows in the order of the
-records, holds some of them out, and prints a report. A unit is what one record gives: a row, or a
-group of rows.
+records, holds some of them out, and prints a report.
 """
 
 import contextlib
@@ -19,7 +13,8 @@ import os
 import shutil
 from array import array
 from collections import Counter
-from itertools import groupby, islice, pairwise
+from dataclasses import dataclass
+from itertools import groupby, pairwise
 from operator import itemgetter
 from types import SimpleNamespace
 
@@ -31,93 +26,21 @@ from nano.config import UserError
 from nano.files import refuse_overwrite
 from nano.store import Store, Writer, check_target, read_meta
 from prepare import records
+from prepare.fields import Drop
 from prepare.records import BadRecord
 
 RUN = 1024  # rows that are copied into a split at once
+REASONS = 12  # reasons of dropped records that are shown
 
 
-class Drop(Exception):
-    """A record that is in order but gives no rows. It is counted under the exception's text."""
+@dataclass
+class Unit:
+    """The rows of a record."""
 
-
-# --------------------------------------------------------------- the fields of a record -> messages
-
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "function_response"), "tool"),
-}
-
-
-def message(role, content, **more):
-    """A message as tok.render takes it."""
-    return {"role": role, "content": content, **more}
-
-
-def text(record, key):
-    """The text in a field of a record; BadRecord when there is none."""
-    value = record.get(key)
-    if isinstance(value, str):
-        return value
-    if key not in record:
-        raise BadRecord(f"field '{key}' is missing")
-    raise BadRecord(f"field '{key}' is {type(value).__name__} and not text")
-
-
-def system(record):
-    """[the message of the field "system"], or [] where the record has none."""
-    return [message("system", record["system"])] if record.get("system") else []
-
-
-def history(record):
-    """The rounds before an instruction, [[question, answer], ...]."""
-    rounds = record.get("history") or []
-    if not isinstance(rounds, list) or not all(
-        isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in rounds
-    ):
-        raise BadRecord("'history' is not a list of [question, answer]")
-    return rounds
-
-
-def turns(items):
-    """Messages of a list of {role, content} or {from, value}."""
-    if not isinstance(items, list) or not items:
-        raise BadRecord("the conversation is not a list of messages")
-    messages = []
-    for item in items:
-        if not isinstance(item, dict):
-            raise BadRecord("a message is not an object with a role and a content")
-        role = text(item, "role" if "role" in item else "from")
-        if role not in ROLES:
-            raise BadRecord(f"unknown role '{role}'; known are {', '.join(ROLES)}")
-        if item.get("tool_calls"):
-            raise Drop("structured tool calls (not rendered)")
-        key = "content" if "content" in item else "value"
-        content = item.get(key)
-        if isinstance(content, list) and all(
-            isinstance(part, dict) and part.get("type") == "text" for part in content
-        ):
-            content = "".join(text(part, "text") for part in content)
-        else:
-            content = text(item, key)
-        messages.append(message(ROLES[role], content))
-        if item.get("weight") == 0:  # OpenAI's mark of an answer that nothing is learned from
-            messages[-1]["weight"] = 0
-    return messages
-
-
-def task(columns, name, answer):
-    """Two messages: a question in parts, columns [[name, part], ...], and its answer of that name.
-
-    The template "columns" lays the parts out under their names. Other templates take them joined.
-    """
-    columns = [[column, part] for column, part in columns if part]
-    question = "\n\n".join(part for _, part in columns)
-    return [
-        message("user", question, columns=columns),
-        message("assistant", answer, columns=[[name, answer]]),
-    ]
+    rows: list  # [(ids (T,), mask (T,) bytes), ...]: one row, or ranked completions, best first
+    key: object  # ids whose hash decides whether the rows are held out: equal keys are in one split
+    counts: dict  # {name: number} of anything else that is to be summed over all records
+    record: bytes = b""  # a line of JSON that is kept beside the row
 
 
 # ------------------------------------------------------------- records -> rows, in a worker process
@@ -135,17 +58,24 @@ def setup(cfg, encode, template):
     return job.tok
 
 
-def render(tok, messages, last_only):
-    """(ids (T,), mask (T,) bytes) of a conversation; BadRecord where it is none.
+def render(tok, messages, last_only=False, tools=None):
+    """(ids (T,), mask (T,) bytes) of a conversation. BadRecord where it is none, and Drop where the
+    template cannot lay it out.
 
-    Drop where the template does not lay it out. They end with the last target.
+    Behind a last answer that is a target they end with it, because nothing is learned from what
+    follows. A conversation that awaits an answer ends with the prompt for it.
     """
+    awaits = messages[-1]["role"] != "assistant"
     try:
-        ids, mask = tok.render(messages, last_only=last_only)
+        ids, mask = tok.render(
+            messages, add_generation_prompt=awaits, last_only=last_only, tools=tools
+        )
     except NotFollowed as e:
         raise Drop(e.reason) from None
     except UserError as e:
         raise BadRecord(str(e)) from None
+    if awaits or messages[-1].get("weight") == 0:
+        return array("I", ids), bytes(mask)
     return to_last_target(ids, mask)
 
 
@@ -163,9 +93,11 @@ def encode_chunk(chunk):
     .lengths (N,)      of the rows, in tokens
     .sizes (U,)        of the units, in rows
     .hashes (U,)       of their keys
+    .records (U,)      what is kept of the records
     .counts            Counter of the counts of `encode`
     .closed            Counter of answers to which the end of the turn was added, by that token
     .dropped           Counter of the records without rows, by reason
+    .unwritten         [(reason, ids, mask)] of some of them that were rendered
     .bad               "file:line: reason" of each record that cannot be used
     """
     name, items = chunk
@@ -175,32 +107,42 @@ def encode_chunk(chunk):
         lengths=[],
         sizes=array("I"),
         hashes=array("Q"),
+        records=[],
         counts=Counter(),
         closed=Counter(),
         dropped=Counter(),
+        unwritten=[],
         bad=[],
     )
     seed = job.cfg.seed.to_bytes(8, "little", signed=True)
     for line, raw in items:
         try:
-            rows, key, counts = job.encode(job.cfg, job.tok, records.parse(raw))
+            unit = job.encode(job.cfg, job.tok, records.parse(raw))
         except Drop as e:
             part.dropped[str(e)] += 1
+            if e.row and len(part.unwritten) < job.cfg.show:
+                part.unwritten.append((str(e), *e.row))
         except BadRecord as e:
-            part.bad.append(f"{name}:{line}: {e}")
+            part.bad.append(f"{name}:{line}: {shorten(str(e))}")
         else:
-            digest = hashlib.blake2b(key, digest_size=8, key=seed).digest()
+            digest = hashlib.blake2b(unit.key, digest_size=8, key=seed).digest()
             part.hashes.append(int.from_bytes(digest, "little"))
-            part.sizes.append(len(rows))
-            for what, number in counts.items():
+            part.sizes.append(len(unit.rows))
+            part.records.append(unit.record)
+            for what, number in unit.counts.items():
                 part.counts[what] += number
             part.closed.update(job.tok.counts)
             job.tok.counts.clear()
-            for ids, mask in rows:
+            for ids, mask in unit.rows:
                 part.tokens += ids
                 part.mask += mask
                 part.lengths.append(len(ids))
     return part
+
+
+def shorten(reason, limit=400):
+    """A message that stays a sentence where a record's content is part of it."""
+    return reason if len(reason) <= limit else f"{reason[:limit]} ..."
 
 
 # ------------------------------------------------------------------------------------ the whole job
@@ -242,7 +184,10 @@ def fill(cfg, writer, unit, files, hub):
         rows = slice(first_rows[a], first_rows[b])
         span = slice(store.offsets[rows.start], store.offsets[rows.stop])
         split = "val" if held_out[a] else "train"
-        writer.extend(split, store.tokens[span], store.mask[span], store.lengths[rows])
+        kept = []
+        if store.records is not None:
+            kept = [store.line(i) for i in range(rows.start, rows.stop)]
+        writer.extend(split, store.tokens[span], store.mask[span], store.lengths[rows], kept)
         if unit == "group":
             writer.end_group(split)
     shutil.rmtree(writer.tmp / "all")
@@ -254,7 +199,7 @@ def fill_split(cfg, writer, split, unit, files, hub):
     size = sum(f.stat().st_size for f in files) if files else None
     workers = cfg.workers or (records.cores() if size is None or size > 4e6 else 1)
     total = SimpleNamespace(rows=0, sizes=array("I"), hashes=array("Q"))
-    counts, closed, dropped, bad = Counter(), Counter(), Counter(), []
+    counts, closed, dropped, bad, unwritten = Counter(), Counter(), Counter(), [], []
     with records.progress(size, "B" if files else f" {unit}s") as bar:
         if files:
             sources = ((f, records.read_file(f, bar)) for f in files)
@@ -265,12 +210,12 @@ def fill_split(cfg, writer, split, unit, files, hub):
         parts = records.ordered_map(encode_chunk, chunks, workers, setup, settings)
         with contextlib.closing(parts):
             for part in parts:
+                show(part, max(cfg.show - len(total.sizes), 0))
                 if part.bad and cfg.on_error == "stop":
                     raise UserError(
                         f"{part.bad[0]}; mend it, or skip and count such records with on_error=skip"
                     )
-                show(part, max(cfg.show - len(total.sizes), 0))
-                writer.extend(split, part.tokens, part.mask, part.lengths)
+                writer.extend(split, part.tokens, part.mask, part.lengths, part.records)
                 total.rows += len(part.lengths)
                 total.sizes += part.sizes
                 total.hashes += part.hashes
@@ -278,10 +223,15 @@ def fill_split(cfg, writer, split, unit, files, hub):
                 closed += part.closed
                 dropped += part.dropped
                 bad += part.bad
+                unwritten += part.unwritten[: max(cfg.show - len(unwritten), 0)]
                 if not files:
                     bar.update(len(part.sizes))
     if not total.sizes:
-        why = [f"{n} dropped: {reason}" for reason, n in dropped.most_common()]
+        for reason, ids, mask in unwritten:
+            print(f"dropped, {reason}:")
+            show_row(ids, mask)
+        why = [f"{n} dropped: {shorten(reason)}" for reason, n in dropped.most_common(3)]
+        why += [f"{len(dropped) - 3} reasons more"] if len(dropped) > 3 else []
         why += [f"{len(bad)} bad, the first is {bad[0]}"] if bad else []
         reasons = "; ".join(why) or "it holds no record"
         raise UserError(f"{cfg.source} gives no {unit} ({reasons})")
@@ -293,14 +243,20 @@ def fill_split(cfg, writer, split, unit, files, hub):
 
 
 def show(part, count):
-    """Prints the first `count` units of a chunk. Targets are green, or in «» if NO_COLOR is set."""
-    on, off = ("«", "»") if os.environ.get("NO_COLOR") else ("\033[32m", "\033[0m")
-    pairs = zip(part.tokens, part.mask, strict=True)
+    """Prints the rows of the first `count` units of a chunk."""
+    a = 0
     for length in part.lengths[: sum(part.sizes[:count])]:
-        for target, run in groupby(islice(pairs, length), key=itemgetter(1)):
-            piece = job.tok.decode([token for token, _ in run], skip_special=False)
-            print(f"{on}{piece}{off}" if target else piece, end="")
-        print("\n" + "-" * 80)
+        show_row(part.tokens[a : a + length], part.mask[a : a + length])
+        a += length
+
+
+def show_row(ids, mask):
+    """Prints a row. Targets are green, or in «» if NO_COLOR is set."""
+    on, off = ("«", "»") if os.environ.get("NO_COLOR") else ("\033[32m", "\033[0m")
+    for target, run in groupby(zip(ids, mask, strict=True), key=itemgetter(1)):
+        piece = job.tok.decode([token for token, _ in run], skip_special=False)
+        print(f"{on}{piece}{off}" if target else piece, end="")
+    print("\n" + "-" * 80)
 
 
 def report(cfg, unit, total, each, after_kept=(), before_tokens=()):
@@ -313,12 +269,16 @@ def report(cfg, unit, total, each, after_kept=(), before_tokens=()):
     tokens = sum(split["tokens"] for split in meta["splits"].values())
     targets = sum(split["target_tokens"] for split in meta["splits"].values())
     kept, bad = len(total.sizes), total.bad["bad_records"]
+    reasons = [(n, shorten(reason)) for reason, n in total.dropped.items()]
+    if len(reasons) > REASONS:
+        rest = sum(n for n, _ in reasons[REASONS:])
+        reasons = [*reasons[:REASONS], (rest, f"{len(reasons) - REASONS} reasons more")]
     splits = [f"{name} {split[f'{unit}s']:,}" for name, split in meta["splits"].items()]
     table = [
         ("records read", kept + sum(total.dropped.values()) + bad, ""),
         (f"{unit}s kept", kept, ", ".join(splits)),
         *after_kept,
-        *((f"{unit}s dropped", n, reason) for reason, n in total.dropped.items()),
+        *((f"{unit}s dropped", n, reason) for n, reason in reasons),
         *(("bad records", bad, f"skipped; the first: {e}") for e in total.bad["first_bad"][:1]),
         *before_tokens,
         *(

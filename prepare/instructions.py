@@ -4,25 +4,35 @@
     python -m prepare.instructions source=chats/ model=models/llama train_on=last out=data/chats
     python -m prepare.instructions source=tweets.csv text_field=text response_template="Label:" ...
     python -m prepare.instructions source=gsm8k path=train.jsonl template=columns model=... out=...
+    python -m prepare.instructions source=gsm8k train_on=none model=models/smollm2 out=data/gsm8k
 
-`source` is a JSON, JSONL, CSV, TSV or Parquet file (.gz too), a folder of such files, the name of a
-known set, or a hub id. The shape of each record is recognised: Alpaca (instruction, input, output),
-messages or conversations (role/content or from/value), or pairs such as prompt/completion.
-With text_field= a record is one text.
+`source` is a JSON, JSONL, CSV, TSV or Parquet file (.gz too), a folder of such files or of
+datasets.save_to_disk, the name of a known set, or a hub id. The shape of each record is recognised:
+Alpaca (instruction, input, output), messages or conversations (role/content or from/value), or
+pairs such as prompt/completion. With text_field= a record is one text.
+
+A record without an answer is a prompt alone: {"prompt": ...}, or a conversation that ends with the
+user. train_on=none makes prompts of all records. ppo.py answers them, and hands the record, with
+its answer key and all other fields, to a reward function. Of the other records nothing may be
+lost: a field that is neither rendered nor known to be harmless drops the row, unless ignore= names
+it. Answers are no targets where they are empty, part of a prompt, or marked (weight, loss, train,
+mask, ... 0 or 1).
 
 Rows keep the order of the records; sft.py shuffles them in every epoch. The rows to hold out are
-chosen by the hash of their content.
+chosen by the hash of their prompts, so that answers to one prompt stay together.
 """
 
+import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from nano import config
 from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError, With
-from prepare import convert, records
-from prepare.convert import Drop, history, message, system, task, text, turns
+from prepare import convert, fields, records
+from prepare.fields import Drop, message, task, text, turns
 from prepare.records import BadRecord
 
 
@@ -34,7 +44,8 @@ class Config:
     out: PathText  # the prepared folder; an earlier one there is replaced at the end
     path: PathText | None = None  # local file or folder of a known set; none: the hub
     subset: str | None = None  # of a hub id: the configuration
-    split: str = "train"  # of a hub id
+    split: str = "train"  # of a hub id, or of a folder whose files are named by splits
+    ignore: tuple[str, ...] = ()  # fields of records or messages that may be lost
     # how it is rendered
     template: str | None = None  # chat template by name; none: the model's own
     template_options: tuple[str, ...] = ()  # for variables that it reads: enable_thinking=false
@@ -42,7 +53,8 @@ class Config:
     text_field: str | None = None  # every record is one text, in this field (template: plain)
     rendered: Annotated[bool, With("text_field")] = False  # a chat template has made that text
     response_template: str | None = None  # the target is the text after it; none: all
-    train_on: Literal["all", "last"] = "all"  # targets: every assistant turn, or the last one
+    # targets: every assistant turn, the last one, or none, so that each row is a prompt alone
+    train_on: Literal["all", "last", "none"] = "all"
     # how much
     max_length: PositiveInt = 2048  # tokens of a row
     over_length: Literal["drop", "truncate"] = "drop"  # a longer row goes, or loses its end
@@ -55,45 +67,59 @@ class Config:
 
 # ------------------------------------------------------------------------------- record -> messages
 
-PAIRS = "prompt/completion prompt/response question/answer query/response input/output".split()
+PAIRS = "instruction/response instruction/output prompt/completion prompt/response "
+PAIRS += "question/answer query/response input/output"
+PAIRS = [pair.split("/") for pair in PAIRS.split()]
+PROMPTS = "prompt question problem instruction query input".split()
 
 
 def recognise(record):
-    """Messages of a record in one of the common shapes."""
-    if record.get("tools") not in (None, "", [], "[]"):
-        raise Drop("tool definitions (not rendered)")
-    # a table has nulls in the fields that a record does not use
-    record = {key: value for key, value in record.items() if value is not None}
-    before = system(record)
-    for key in ("messages", "conversations", "conversation"):
-        if key in record:
-            messages = before + turns(record[key])
-            if messages[-1]["role"] != "assistant" and isinstance(record.get("chosen"), dict):
-                messages += turns([record["chosen"]])  # the better answer of preference data
-            return messages
-    if "instruction" in record:
-        answer = text(record, "response" if "response" in record else "output")
-        question = message("user", text(record, "instruction"))
-        more = next((key for key in ("input", "context") if record.get(key)), None)
-        if more:
-            question["input"] = text(record, more)
-        for past_question, past_answer in history(record):
-            before += [message("user", past_question), message("assistant", past_answer)]
-        return [*before, question, message("assistant", answer)]
-    for pair in PAIRS:
-        ask, reply = pair.split("/")
-        if ask not in record or reply not in record:
-            continue
-        if isinstance(record[ask], list) and isinstance(record[reply], list):
-            return before + turns(record[ask] + record[reply])
-        columns = [[ask.upper(), text(record, ask)]]
-        if ask == "question" and record.get("context"):
-            columns.append(["CONTEXT", text(record, "context")])
-        return before + task(columns, reply.upper(), text(record, reply))
-    raise BadRecord(
-        f"unknown record shape (fields {', '.join(sorted(map(str, record)))}): known are "
-        f"instruction/output, messages, conversations, {', '.join(PAIRS)}; or give text_field="
-    )
+    """Messages of a record in one of the common shapes. They end with the user where the record has
+    no answer. The fields that are used are taken out of `record`."""
+    key = fields.first(record, fields.TURNS)
+    if key:
+        messages = fields.after_system(fields.system(record), turns(record.pop(key)))
+        if messages[-1]["role"] != "assistant" and isinstance(record.get("chosen"), dict):
+            # the better answer of preference data
+            record.pop("rejected", None)
+            messages = as_prompt(messages) + turns([record.pop("chosen")])
+        return with_thought(messages, record)
+    pair = next((pair for pair in PAIRS if pair[0] in record and pair[1] in record), None)
+    ask = pair[0] if pair else fields.first(record, PROMPTS)
+    if ask is None:
+        pairs = ", ".join(map("/".join, PAIRS))
+        raise BadRecord(
+            f"unknown record shape (fields {', '.join(sorted(map(str, record))):.200}): known are "
+            f"messages, conversations, {pairs}, a prompt alone; or give text_field="
+        )
+    if isinstance(record[ask], list):
+        messages = turns(record.pop(ask))
+        messages = as_prompt(fields.after_system(fields.system(record), messages))
+    else:
+        messages = fields.question(record, ask)
+    if not pair:
+        return messages
+    answer = record[pair[1]]
+    if isinstance(answer, (list, dict)):
+        del record[pair[1]]
+        return messages + turns(answer if isinstance(answer, list) else [answer])
+    answer = message("assistant", text(record, pair[1]))
+    if "columns" in messages[-1]:
+        answer["columns"] = [[pair[1].upper(), answer["content"]]]
+    return with_thought([*messages, answer], record)
+
+
+def as_prompt(messages):
+    """Messages of a prompt: what the assistant says there is no target."""
+    return [m | {"weight": 0} if m["role"] == "assistant" else m for m in messages]
+
+
+def with_thought(messages, record):
+    """`messages` with the thought that stands beside the last answer in the record."""
+    key = fields.first(record, fields.THOUGHTS)
+    if key and messages[-1]["role"] == "assistant":
+        messages[-1]["reasoning_content"] = text(record, key)
+    return messages
 
 
 # Training sets that are known by name. The parts of a record become columns.
@@ -109,7 +135,7 @@ def slimorca(r):
     if [m["role"] for m in messages].count("assistant") == 1:
         # the template "columns" lays out conversations with more answers like this by itself
         for m, speaker in zip(messages, r["conversations"], strict=True):
-            m["columns"] = [["FROM", text(speaker, "from")], ["VALUE", m["content"]]]
+            m["columns"] = [["FROM", speaker["from"]], ["VALUE", m["content"]]]
         messages[-1]["columns"] = [["GPT", messages[-1]["content"]]]
     return messages
 
@@ -150,7 +176,7 @@ def winogrande(r):
     if answer not in ("1", "2"):
         raise BadRecord(f"'answer' is {answer!r} and neither 1 nor 2")
     columns = [[key.upper(), text(r, key)] for key in ("sentence", "option1", "option2")]
-    return task(columns, "ANSWER", text(r, f"option{answer}"))
+    return task(columns, "ANSWER", columns[int(answer)][1])
 
 
 SETS = {  # name: (hub id, configurations, split, record -> messages)
@@ -199,37 +225,75 @@ def read_rendered(cfg, tok, record):
 
 
 def encode(cfg, tok, record):
-    """([(ids (T,), mask (T,) bytes)], ids, {"truncated": 0 or 1}) of a record, for convert.py."""
-    counts = {}
+    """The Unit of a record, one row, for convert.py."""
     if cfg.rendered:
-        return fit(cfg, *read_rendered(cfg, tok, record), counts)
+        counts = Counter()
+        ids, mask = fit(cfg, *read_rendered(cfg, tok, record), counts)
+        return convert.Unit([(ids, mask)], ids, counts)
+    rest = fields.without(record, cfg.ignore)
+    known = cfg.text_field or cfg.source in SETS  # what such records may lose is known
+    tools = None if known else fields.definitions(rest)
+    counts = Counter()
     if cfg.text_field:
-        messages = split_text(cfg, record)
-        if any(tok.spells_out(m["content"]) for m in messages):
-            counts = {"with control tokens": 1}
-    elif cfg.source in SETS:
-        messages = SETS[cfg.source][3](record)
+        messages = split_text(cfg, rest)
+        counts["spelled out"] = int(any(tok.spells_out(m["content"]) for m in messages))
+    elif known:
+        messages = SETS[cfg.source][3](rest)
     else:
-        messages = recognise(record)
-    answers = [m["content"] for m in messages if m["role"] == "assistant"]
-    if not answers:
-        raise Drop("no assistant turn")
-    if not answers[-1].strip():
+        messages = recognise(rest)
+
+    # An empty last answer is none. Earlier ones would teach the model to stop at once.
+    empty = False
+    while messages and fields.says_nothing(messages[-1]):
+        messages = messages[:-1]
+        empty = True
+    if cfg.train_on == "none":
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        messages = as_prompt(messages)
+    elif empty and all(m["role"] != "assistant" for m in messages):
         raise Drop("empty answer")
+    asked = any(m["role"] not in ("system", "assistant") for m in messages)
+    if not messages or not asked and not cfg.text_field:
+        raise Drop("no turn of the user")
+    awaits = messages[-1]["role"] != "assistant"
+    if rest and not known:
+        if not awaits or fields.has_answers(messages):
+            if fields.learned(rest) is False:
+                messages = as_prompt(messages)
+        if not awaits:
+            fields.check_rest(rest, [*fields.texts_of(messages)])
+        elif media := [key for key in rest if fields.MEDIA.fullmatch(key)]:
+            fields.check_rest({key: rest[key] for key in media}, ())
+    messages = [m | {"weight": 0} if fields.says_nothing(m) else m for m in messages]
+    silent = sum("weight" in m for m in messages)
+
     last_only = cfg.train_on == "last" or cfg.source == "slimorca"
-    return fit(cfg, *convert.render(tok, messages, last_only), counts)
+    counts |= dict(prompts=int(awaits), silent=silent)
+    ids, mask = fit(cfg, *convert.render(tok, messages, last_only, tools), counts)
+    line = json.dumps(record, default=str).encode() + b"\n" if awaits else b""
+    begin = mask.find(1)
+    key = ids[:begin] if asked and begin > 0 else ids
+    return convert.Unit([(ids, mask)], key, counts, line)
 
 
 def fit(cfg, ids, mask, counts):
-    """A row as `encode` returns it, within max_length. counts: its others."""
-    truncated = len(ids) > cfg.max_length
-    if truncated and cfg.over_length == "drop":
-        raise Drop(f"longer than max_length={cfg.max_length}")
-    ids, mask = ids[: cfg.max_length], mask[: cfg.max_length]
-    if 1 not in mask[1:]:  # the first token is predicted from nothing
-        limit = f"left in max_length={cfg.max_length}" if truncated else "token"
-        raise Drop(f"no target {limit}")
-    return [(ids, mask)], ids, counts | {"truncated": int(truncated)}
+    """The row within max_length. It counts in `counts` whether the row lost its end.
+
+    Drop for a row that is too long, and for one without a target that is no prompt alone."""
+    alone = counts["prompts"]
+    if len(ids) > cfg.max_length:
+        if alone or cfg.over_length == "drop":
+            raise Drop(f"longer than max_length={cfg.max_length}", (ids, mask))
+        counts["truncated"] = 1
+        end = mask.rfind(1, 0, cfg.max_length) + 1
+        ids, mask = ids[:end], mask[:end]
+        if 1 not in mask[1:]:  # the first token is predicted from nothing
+            raise Drop(f"no target left in max_length={cfg.max_length}")
+    elif not alone and 1 not in mask[1:]:
+        why = "no answer is to be learned" if counts["silent"] else "no target token"
+        raise Drop(why, (ids, mask))
+    return ids, mask
 
 
 # ------------------------------------------------------------------------------------ the whole job
@@ -244,7 +308,9 @@ def find_files(cfg, hub):
             f"source={cfg.source} is none"
         )
     path = cfg.path or cfg.source
-    files = records.find_files(path, cfg.out) if path != cfg.source or not known else None
+    files = (
+        records.find_files(path, cfg.out, cfg.split) if path != cfg.source or not known else None
+    )
     # org/name is an id of the hub, unless it looks like a mistyped path
     is_path = records.suffix(Path(hub)) in records.SUFFIXES or Path(hub).parent.exists()
     if not files and (cfg.path or is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", hub)):
@@ -265,13 +331,19 @@ def main(cfg):
     hub = SETS.get(cfg.source, (cfg.source, [cfg.subset], cfg.split))[:3]
     with writer:
         total = convert.fill(cfg, writer, "row", find_files(cfg, hub[0]), hub)
-        truncated = total.counts.get("truncated", 0)
-        writer.meta |= dict(truncated=truncated, dropped=total.dropped) | total.bad
-    note = f"at max_length={cfg.max_length}" if truncated else ""
-    lines = [("rows truncated", truncated, note)]
-    if spelled := total.counts.get("with control tokens"):
+        counts = Counter(total.counts)
+        writer.meta |= dict(truncated=counts["truncated"], dropped=total.dropped) | total.bad
+    note = f"at max_length={cfg.max_length}" if counts["truncated"] else ""
+    lines = [("rows truncated", counts["truncated"], note)]
+    if counts["prompts"]:
+        lines.append(("prompts alone", counts["prompts"], "their records are kept, for ppo.py"))
+    if counts["silent"]:
+        lines.append(
+            ("answers apart", counts["silent"], "no targets: empty, marked or in a prompt")
+        )
+    if counts["spelled out"]:
         note = "spelled out; rendered=true takes the text of a chat template as it is"
-        lines.append(("control tokens", spelled, f"rows name some: {note}"))
+        lines.append(("control tokens", counts["spelled out"], f"rows name some: {note}"))
     convert.report(cfg, "row", total, "a row", after_kept=lines)
 
 

@@ -10,13 +10,16 @@ has any of its usual names and is a text or messages. The completions are
 
     chosen, rejected   texts, messages, lists of messages, or whole transcripts of \\n\\nHuman: and
                        \\n\\nAssistant: turns
-    completions        (or responses, answers, candidates, output) a list, best first. It is sorted
-                       where there are scores: a list `scores`, or a score, overall_score, pm_score
-                       or rank in each completion. Of equal scores the first completion stays.
+    completions        (or responses, answers, candidates, output) a list. It is sorted where there
+                       are scores (score, rating, reward, votes, rank, ...): a list beside it, or
+                       a field in each completion. Of equal scores the first completion stays, and
+                       completions without a score are left out. A field that looks like a score
+                       and is none that is known is refused. Without any the best comes first.
 
 Every completion is rendered behind its prompt as in supervised fine-tuning. Its row ends with the
 last target token, the end of turn. Completions that are empty, too long or there twice are dropped,
-and so is a group with fewer than two left. Nothing is truncated.
+and so is a group with fewer than two left. Nothing is truncated. A field that is neither rendered
+nor known to be harmless drops its record, unless ignore= names it.
 """
 
 import math
@@ -29,8 +32,8 @@ from typing import Literal
 
 from nano import config
 from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError
-from prepare import convert, records
-from prepare.convert import Drop, history, message, system, task, text, turns
+from prepare import convert, fields, records
+from prepare.fields import Drop, message, text, turns
 from prepare.records import BadRecord
 
 
@@ -41,7 +44,8 @@ class Config:
     model: PathText  # model directory whose tokenizer is used
     out: PathText  # the prepared folder; an earlier one there is replaced at the end
     subset: str | None = None  # of a hub id: the configuration
-    split: str = "train"  # of a hub id
+    split: str = "train"  # of a hub id, or of a folder whose files are named by splits
+    ignore: tuple[str, ...] = ()  # fields of records, messages or completions that may be lost
     # how it is rendered
     template: str | None = None  # chat template by name; none: the model's own
     template_options: tuple[str, ...] = ()  # for variables that it reads: enable_thinking=false
@@ -62,7 +66,18 @@ PROMPTS = "prompt question instruction query input".split()
 TURNS = "conversations conversation messages".split()
 LISTS = "completions responses answers candidates output".split()
 TEXTS = "response text answer completion output".split()
-SCORES = {"overall_score": 1, "score": 1, "pm_score": 1, "rank": -1}  # -1: less is better
+# What scores are called, the most telling name first. -1: less is better. Plurals are known too.
+FLAGS = "preferred chosen is_chosen accepted is_accepted selected best is_best correct is_correct"
+FLAGS = FLAGS.split()  # true or false
+SCORES = dict.fromkeys("overall_score pm_score score reward rating human_rating grade".split(), 1)
+SCORES |= dict.fromkeys("vote upvote like quality preference label".split(), 1)
+SCORES |= dict.fromkeys(("rank", "ranking", "human_rank"), -1) | dict.fromkeys(FLAGS, 1)
+WHOLE = ("overall_score", "pm_score")  # other scores beside one of these are parts of it
+# The words of a field that looks like a score, whether it is known or not.
+LOOK = re.compile(
+    r"(^|_)(scor|rat(e|ing)|rank|reward|vote|upvote|like|label|prefer|grade|utility|help|harm|win|"
+    r"best|better|correct|accept|select|chosen|quality|judg|elo)(?!\w*(_id|_answers|_url)$)"
+)
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -131,64 +146,147 @@ def transcript(whole):
 
 def prompt(record):
     """Messages of the prompt; [] where the record has no field for it."""
-    before = system(record)
-    key = next((key for key in (*TURNS, *PROMPTS) if record.get(key)), None)
+    key = fields.first(record, (*TURNS, *PROMPTS))
     if key is None:
-        return before
+        return fields.system(record)
     if isinstance(record[key], list):
-        return before + turns(record[key])
-    question = text(record, key)
-    if question.lstrip().startswith("Human:"):
-        messages = transcript(question)
+        messages = turns(record.pop(key))
+        return fields.after_system(fields.system(record), messages)
+    if isinstance(record[key], str) and record[key].lstrip().startswith("Human:"):
+        messages = transcript(text(record, key))
         if not messages[-1]["content"]:  # the Assistant's turn, which a completion fills
             messages.pop()
-        return before + messages
-    context = record.get("input") or "" if key == "instruction" else ""
-    if not isinstance(context, str):
-        raise BadRecord("'input' is not text")
-    for past_question, past_answer in history(record):
-        before += task([["INSTRUCTION", past_question]], "RESPONSE", past_answer)
-    last, _ = task([[key.upper(), question], ["INPUT", context]], "RESPONSE", "")
-    if key == "instruction":
-        last |= {"content": question, "input": context}
-    return [*before, last]
+        return fields.system(record) + messages
+    return fields.question(record, key)
+
+
+def words(name):
+    """A field's name in small letters, its words joined by underscores."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|[- ]", "_", name).lower()
+
+
+def score_name(name):
+    """The name in SCORES that a field's name stands for, or None."""
+    name = words(name)
+    return next((n for n in (name, name.removesuffix("s")) if n in SCORES), None)
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not fields.is_empty(value)
+
+
+def number(score, name):
+    """A score as a float, None for a missing one. BadRecord for what is no number."""
+    if fields.is_empty(score) or str(score).strip().lower() in ("n/a", "na", "none", "nan"):
+        return None
+    try:
+        value = float(score)
+        if math.isfinite(value):
+            return value
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise BadRecord(f"the score {score!r:.60} in field '{name}' is no number")
+
+
+def scores_of(record, key, values):
+    """{name in SCORES: [score or None of each value]}: what is known to rank the completions.
+
+    Scores stand in lists beside the completions, which are taken out, or in each of them. BadRecord
+    for a field that looks like a score and is not known to rank.
+    """
+    known = {}
+    inner = {name for value in values if isinstance(value, dict) for name in value}
+    whole = any(score_name(name) in WHOLE for name in inner)
+    columns = [(name, value, "beside them") for name, value in record.items()]
+    for name in sorted(inner - {*TEXTS, "role", "from", "content", "value"}):
+        column = [value.get(name) if isinstance(value, dict) else None for value in values]
+        columns.append((name, column, "in them"))
+    for name, column, where in columns:
+        score = score_name(name)
+        items = column if isinstance(column, list) else [column]
+        looks = LOOK.search(words(name))
+        if all(map(fields.is_empty, items)):  # a table has nulls
+            if score and score not in FLAGS:
+                known.setdefault(score, [None] * len(values))
+            continue
+        if not looks and (not isinstance(column, list) or not all(map(is_number, items))):
+            if where == "beside them" or not any(map(is_number, items)):
+                continue
+        if score and isinstance(column, list) and not any(known.get(score, ())):
+            if len(column) != len(values):
+                raise BadRecord(
+                    f"the scores {column!r:.80} are not one number for each of the {len(values)} "
+                    f"{key}"
+                )
+            known[score] = [number(x, name) for x in column]
+        elif where == "in them" and (whole or fields.HARMLESS.fullmatch(name) and not looks):
+            continue  # a part of a whole score, or an id
+        elif where == "in them" or looks or not fields.HARMLESS.fullmatch(name):
+            raise BadRecord(
+                f"field '{name}' {where} looks like a score of the {key}, and what it says is not "
+                f"known: call it scores or ranks, or leave it out with ignore=[{name}]"
+            )
+    for name in [*record]:
+        if score_name(name) in known:
+            del record[name]
+    return known
 
 
 def ranked(record):
-    """(completions best first, in any form; the number of others, whose score is not their own)."""
+    """(completions best first, in any form; Counter of those that are left out, by reason)."""
     for better, worse in (("chosen", "rejected"), ("response_j", "response_k")):
         if record.get(better) is not None and record.get(worse) is not None:
-            return [record[better], record[worse]], 0
+            check_pair(record, better, worse)
+            return [record.pop(better), record.pop(worse)], Counter()
     key = next((key for key in LISTS if isinstance(record.get(key), list)), None)
     if key is None:
         raise BadRecord(
-            f"unknown record shape (fields {', '.join(sorted(map(str, record)))}): known are "
+            f"unknown record shape (fields {', '.join(sorted(map(str, record))):.200}): known are "
             f"chosen and rejected, or a list of {', '.join(LISTS)}"
         )
-    values = record[key]
-    scores = record.get("scores")
-    sign = 1
-    if scores is None and values and all(isinstance(v, dict) for v in values):
-        for field, direction in SCORES.items():
-            if all(v.get(field) is not None for v in values):
-                scores = [v[field] for v in values]
-                sign = direction
-                break
-    if scores is None:
-        return values, 0
-    try:
-        keys = [-sign * float(score) for score in scores]
-        order = sorted(zip(keys, range(len(values)), strict=True))
-        if not all(map(math.isfinite, keys)):  # a table has NaN where a score is missing
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
-        raise BadRecord(
-            f"the scores {scores!r:.80} are not one number for each of the {len(values)} {key}"
-        ) from None
+    values = record.pop(key)
+    known = scores_of(record, key, values)
+    if not known:
+        return values, Counter()
+    known = {n: [x and SCORES[n] * x for x in known[n]] for n in SCORES if n in known}
+    known = {n: column for n, column in known.items() if any(x is not None for x in column)}
+    if not known:
+        raise Drop("no completion has a score")
+    name, *others = known
+    for other in others if name not in WHOLE else ():
+        pairs = [p for p in zip(known[name], known[other], strict=True) if None not in p]
+        if any(a > c and b < d for a, b in pairs for c, d in pairs):
+            raise BadRecord(
+                f"'{name}' and '{other}' rank the {key} differently: leave one of them out with "
+                f"ignore=[{other}]"
+            )
+    scored = [(-x, i) for i, x in enumerate(known[name]) if x is not None]
     best = {}  # score -> the first value of that score
-    for score, i in order:
+    for score, i in sorted(scored):
         best.setdefault(score, values[i])
-    return [*best.values()], len(values) - len(best)
+    lost = Counter({"score equal to another's": len(scored) - len(best)})
+    lost["without a score"] = len(values) - len(scored)
+    return [*best.values()], lost
+
+
+def check_pair(record, better, worse):
+    """Drop where scores beside a pair say that the worse answer is the better one.
+
+    They are called score_chosen, chosen_rating and the like, and are taken out.
+    """
+    good, bad = (side.removeprefix("response_") for side in (better, worse))
+    pairs = {}
+    for name in [*record]:
+        for side in (good, bad):
+            bare = words(name).removesuffix(f"_{side}").removeprefix(f"{side}_")
+            if bare != words(name) and score_name(bare):
+                value = number(record.pop(name), name)
+                pairs.setdefault(score_name(bare), {})[side] = value
+                break
+    for score, sides in pairs.items():
+        values = [sides.get(good), sides.get(bad)]
+        if None not in values and SCORES[score] * (values[0] - values[1]) < 0:
+            raise Drop(f"the answer '{worse}' has the better score")
 
 
 def conversation(before, value):
@@ -199,10 +297,17 @@ def conversation(before, value):
         if whole[:-1][: len(prompt)] == prompt:  # the transcript begins with the prompt
             return before[: len(before) - len(prompt)] + whole
     if isinstance(value, dict) and not {"role", "from"} & value.keys():
+        value = fields.without(value, ())
         key = next((key for key in TEXTS if key in value), None)
         if key is None:
             raise BadRecord(f"a completion has none of the fields {', '.join(TEXTS)}")
-        value = text(value, key)
+        answer = message("assistant", text(value, key))
+        if key := fields.first(value, fields.THOUGHTS):
+            answer["reasoning_content"] = text(value, key)
+        # scores_of has judged what is a number or looks like a score
+        rest = {n: x for n, x in value.items() if not is_number(x) and not LOOK.search(words(n))}
+        fields.check_rest(rest, [*fields.texts_of([answer])], "field of a completion, or field")
+        return [*before, answer]
     if isinstance(value, str):
         return [*before, message("assistant", value)]
     messages = turns([value] if isinstance(value, dict) else value)
@@ -214,8 +319,10 @@ def conversation(before, value):
 
 
 def recognise(record):
-    """(messages of the prompt, texts of the completions best first, Counter of those dropped)."""
-    values, ties = ranked(record)
+    """(messages of the prompt, assistant messages of the completions best first, tools, Counter of
+    the completions left out). The fields that are used are taken out of `record`."""
+    tools = fields.definitions(record)
+    values, lost = ranked(record)
     before = prompt(record)
     prefix, completions = None, []
     html = any(isinstance(value, dict) and "pm_score" in value for value in values)
@@ -223,42 +330,55 @@ def recognise(record):
         *start, last = conversation(before, value)
         if last["role"] != "assistant":
             raise Drop("a completion that does not end with the assistant")
+        if last.get("weight") == 0:
+            raise Drop("a completion that is marked as not to be learned")
+        start = [{key: x for key, x in m.items() if key != "weight"} for m in start]
         if prefix is not None and start != prefix:
             raise Drop("completions of different prompts")
         prefix = start
-        completions.append(str(Post(last["content"])) if html else last["content"])
+        completions.append(last | {"content": str(Post(last["content"]))} if html else last)
     if not prefix:
         raise Drop("no prompt")
     if prefix[-1]["role"] == "assistant":
         raise Drop("a prompt that ends with the assistant")
+    there = [*fields.texts_of(prefix), *fields.texts_of(completions)]
+    if any(text not in there for text in fields.texts_of(before)):
+        raise Drop("a prompt beside whole conversations that are not its own")
+    if fields.learned(record) is False:
+        raise Drop("marked as not to be learned")
+    fields.check_rest(record, there)
     if html:
         for i, m in enumerate(prefix):
             content = str(Post(m["content"]))
             prefix[i] = m | {"content": content, "columns": [["QUESTION", content]]}
-    return prefix, completions, Counter({"score equal to another's": ties})
+    return prefix, completions, tools, lost
 
 
 # --------------------------------------------------------------------------------- messages -> rows
 
 
 def encode(cfg, tok, record):
-    """([(ids (T,), mask (T,) bytes), ...] best first, ids of the prompt, Counter), for convert.py.
+    """The Unit of a record, a group of rows best first, for convert.py.
 
-    The Counter has the completions that are dropped, by reason.
+    Its counts are the completions that are dropped, by reason.
     """
-    before, completions, dropped = recognise(record)
-    rows, seen = [], set()
+    nulls = {key: [] for key, x in record.items() if x is None and score_name(key)}
+    nulls = {key: x for key, x in nulls.items() if key not in cfg.ignore}
+    record = nulls | fields.without(record, cfg.ignore)
+    before, completions, tools, dropped = recognise(record)
+    rows, seen, long = [], set(), None
     for completion in completions:
-        if not completion.strip():
+        if fields.says_nothing(completion):
             dropped["empty"] += 1
             continue
-        answer = message("assistant", completion, columns=[["RESPONSE", completion]])
+        answer = {"columns": [["RESPONSE", completion["content"] or ""]]} | completion
         # the row ends with a target, where the score is read
-        ids, mask = convert.render(tok, [*before, answer], last_only=True)
+        ids, mask = convert.render(tok, [*before, answer], True, tools)
         if ids.tobytes() in seen:
             dropped["the same text twice"] += 1
         elif len(ids) > cfg.max_length:
             dropped[f"longer than max_length={cfg.max_length}"] += 1
+            long = (ids, mask)
         elif len(rows) == cfg.max_completions:
             dropped[f"beyond max_completions={cfg.max_completions}"] += 1
         else:
@@ -269,9 +389,9 @@ def encode(cfg, tok, record):
         reason = "fewer than two completions left"
         if dropped:
             reason += f" (others: {dropped.most_common(1)[0][0]})"
-        raise Drop(reason)
+        raise Drop(reason, rows[0] if rows else long)
     ids, mask = rows[0]
-    return rows, ids[: mask.index(1)], dropped
+    return convert.Unit(rows, ids[: mask.index(1)], dropped)
 
 
 # ------------------------------------------------------------------------------------ the whole job
@@ -279,7 +399,7 @@ def encode(cfg, tok, record):
 
 def find_files(cfg):
     """The files of the source; None for those of the hub. UserError where it can be neither."""
-    files = records.find_files(cfg.source, cfg.out)
+    files = records.find_files(cfg.source, cfg.out, cfg.split)
     is_path = "/" not in cfg.source or records.suffix(Path(cfg.source)) in records.SUFFIXES
     if not files and is_path:
         raise UserError(f"there is no file or folder {cfg.source}")

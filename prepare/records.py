@@ -1,4 +1,7 @@
-"""Records of JSON arrays, JSONL, CSV, TSV and Parquet files (.gz too), of folders and of the hub.
+"""Records of JSON, JSONL, CSV, TSV, Parquet and Arrow files (.gz too), of folders and of the hub.
+
+JSON is an array of records, a record after another, pretty-printed or not, an object that holds the
+records ({"data": [...]}), or an object of columns ({"prompt": [...], "completion": [...]}).
 
 Files are streamed in bounded memory. All cores work on the records, which keep their order. The
 choice of the rows to hold out is here too.
@@ -12,6 +15,7 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import logging
 import os
@@ -30,9 +34,13 @@ import numpy as np
 from tqdm import tqdm
 
 from nano.config import UserError
+from nano.files import read_json
 from nano.store import parse_share
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+# what a file is called for its split, such as train-00000-of-00002.parquet or data/test.jsonl
+SPLITS = re.compile(r"(?:^|[-_./])(train|test|validation|valid|val|dev|eval)(?:ation)?(?=[-_./]|$)")
+ROWS = ("data", "rows", "records", "examples", "instances", "train")  # keys of a list of records
 # bytes of one record; a longer one is a quote that never closes, or a file of another format
 MAX_RECORD = 1 << 26
 BLOCK = 1 << 20
@@ -48,34 +56,69 @@ def suffix(path):
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def files_below(path, suffixes, outputs):
-    """The files of these formats in a folder, sorted.
+def files_below(path, suffixes, outputs, split="train"):
+    """The files of these formats in a folder, sorted, or those of datasets.save_to_disk.
 
-    Files in hidden folders are left out, and those below `outputs`, a set of resolved folders.
-    Raises UserError where there is none.
+    Files in hidden folders are left out, and those below `outputs`, a set of resolved folders. Of a
+    folder that holds several splits by the names of its files, only `split` is read. What is read
+    is printed. Raises UserError where there is none.
     """
-    files = []
-    for p in path.rglob("*"):
-        hidden = any(part.startswith(".") for part in p.relative_to(path).parts)
-        if p.is_file() and suffix(p) in suffixes and not hidden:
-            if outputs.isdisjoint(p.resolve().parents):
-                files.append(p)
-    if not files:
-        raise UserError(f"folder {path} holds no {', '.join(suffixes)} file")
-    return sorted(files)
+    files = saved_files(path, split)
+    if files is None:
+        files = []
+        for p in path.rglob("*"):
+            hidden = any(part.startswith(".") for part in p.relative_to(path).parts)
+            if p.is_file() and suffix(p) in suffixes and not hidden:
+                if outputs.isdisjoint(p.resolve().parents):
+                    files.append(p)
+        if not files:
+            raise UserError(f"folder {path} holds no {', '.join(suffixes)} file")
+    splits = {f: SPLITS.findall(str(f.relative_to(path)).lower()) for f in files}
+    chosen = [f for f in files if split in splits[f]]
+    others = [f for f in files if splits[f] and f not in chosen] if chosen else []
+    files = sorted(f for f in files if f not in others)
+    if len(files) > 1 or others:
+        names = ", ".join(str(f.relative_to(path)) for f in files)
+        print(f"{path}: reads {len(files)} file{'s' * (len(files) > 1)}: {names:.200}")
+    if others:
+        names = ", ".join(str(f.relative_to(path)) for f in sorted(others))
+        print(f"{path}: split={split} leaves out {names:.200}")
+    return files
 
 
-def find_files(source, out):
+def find_files(source, out, split="train"):
     """The files of a file or folder `source`, without those below `out`; None if it is neither."""
     path = Path(source)
     if path.is_dir():
-        return files_below(path, SUFFIXES, {Path(out).resolve()})
+        return files_below(path, SUFFIXES, {Path(out).resolve()}, split)
     if path.exists() and suffix(path) not in SUFFIXES:
         raise UserError(
             f"{path}: cannot tell its format, the name must end in {', '.join(SUFFIXES)}, "
             "or these and .gz"
         )
     return [path] if path.exists() else None
+
+
+def saved_files(path, split):
+    """The files of a folder that datasets.save_to_disk wrote, or None for any other folder.
+
+    A folder of several splits holds a folder for each.
+    """
+    if (path / "dataset_dict.json").is_file():
+        if not (path / split).is_dir():
+            splits = sorted(f.parent.name for f in path.glob("*/state.json"))
+            raise UserError(
+                f"{path} has no split '{split}': give split= one of {', '.join(splits)}"
+            )
+        path = path / split
+    if not (path / "state.json").is_file() or not (path / "dataset_info.json").is_file():
+        return None
+    state = read_json(path / "state.json")
+    files = [path / str(f.get("filename")) for f in state.get("_data_files") or ()]
+    missing = [f for f in files if not f.is_file()]
+    if missing or not files or state.get("_indices_data_files"):
+        raise UserError(f"{path} is no whole folder of datasets.save_to_disk: write it again")
+    return files
 
 
 def parse(raw):
@@ -115,8 +158,11 @@ def read_lines(f, name):
             yield line, raw
 
 
-def read_array(f, name):
-    """(line, element) of a JSON array; one block of the file and one element are in memory."""
+def read_array(f, name, brackets=True):
+    """(line, element) of a JSON array; one block of the file and one element are in memory.
+
+    Without brackets the elements stand one after another, with white space or nothing between them.
+    """
     scan = json.JSONDecoder().raw_decode
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     text = ""  # the buffer
@@ -154,8 +200,8 @@ def read_array(f, name):
         )
 
     next_char()
-    at += 1  # behind the opening bracket
-    more = next_char() != "]"
+    at += brackets  # behind the opening one
+    more = next_char() != "]" if brackets else True
     if not more:
         at += 1
     while more:
@@ -177,12 +223,65 @@ def read_array(f, name):
                 broken("nested too deeply", start)
         move(end)
         yield start, element
+        if not brackets:
+            more = next_char() != ""
+            continue
         more = next_char() == ","
         if not more and next_char() != "]":
             broken("no comma or closing bracket after a record", line)
         at += 1
     if next_char():
         broken("something follows the closing bracket", line)
+
+
+def read_objects(f, name):
+    """(line, record) of a file that begins with an object.
+
+    Each line is a record, or the file is one object or several over many lines. A file of a single
+    object may hold the records in it.
+    """
+    first = f.readline(MAX_RECORD).removeprefix(BOM)
+    second = f.readline(MAX_RECORD).strip() if len(first) < MAX_RECORD else b""
+    f.seek(0)
+    try:
+        whole = json.loads(first)
+    except (ValueError, RecursionError):
+        whole = None
+    over_lines = whole is None and first.strip().endswith((b"{", b"[", b",", b":"))
+    if not over_lines and (whole is None or second):
+        yield from read_lines(f, name)  # a mistake in a line is its own
+        return
+    items = read_array(f, name, brackets=False)
+    head = [*itertools.islice(items, 2)]
+    if len(head) == 1 and (table := rows_of(head[0][1], name)) is not None:
+        yield from enumerate(table, 1)
+        return
+    yield from head
+    yield from items
+
+
+def rows_of(value, name):
+    """The records that a single object holds, or None where it is a record itself."""
+    if not isinstance(value, dict):
+        return None
+    lists = [key for key, rows in value.items() if isinstance(rows, list) and rows]
+    lists = [key for key in lists if all(isinstance(row, dict) for row in value[key])]
+    if rows := [key for key in lists if key in ROWS]:
+        if len(lists) > 1:
+            raise UserError(
+                f"{name} is one object with several lists of records ({', '.join(lists):.100}): "
+                "write the one to read into a file of its own"
+            )
+        return value[rows[0]]
+    columns = [*value.values()]
+    if not columns or not all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
+        return None
+    # a record may have messages in lists of equal length; the columns of a table hold no messages
+    if any(isinstance(x, dict) and {"role", "from"} & x.keys() for c in columns for x in c):
+        return None
+    if len(columns) == 1 and not all(isinstance(x, (str, list)) for x in columns[0]):
+        return None
+    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def read_table(f, name, delimiter):
@@ -243,7 +342,7 @@ def read_parquet(path, bar, field=None):
         row = 0
         size = path.stat().st_size / max(file.metadata.num_rows, 1)
         for batch in file.iter_batches(256, columns=[field] if field else None):
-            yield from enumerate(batch.to_pylist(), row + 1)
+            yield from enumerate(to_records(batch), row + 1)
             row += len(batch)
             bar.update(size * len(batch))
     except pyarrow.ArrowException as e:
@@ -254,6 +353,44 @@ def read_parquet(path, bar, field=None):
         raise UserError(
             f"{path} holds text that is not UTF-8: write it anew, or store the column as binary"
         ) from None
+
+
+def read_arrow(path, bar):
+    """(row, record) of an Arrow file, as datasets.save_to_disk writes it."""
+    import pyarrow
+
+    row = 0
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            for batch in pyarrow.ipc.open_stream(source):
+                for start in range(0, len(batch), 256):
+                    part = batch.slice(start, 256)
+                    yield from enumerate(to_records(part), row + 1)
+                    row += len(part)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not a readable Arrow file: {str(e).splitlines()[0]}") from None
+    bar.update(path.stat().st_size)
+
+
+def to_records(batch):
+    """The rows of an Arrow batch as dicts.
+
+    A value that Python has no form for, such as a date beyond the year 9999, becomes text.
+    """
+    import pyarrow
+
+    columns = []
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            columns.append(column.to_pylist())
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, OverflowError, pyarrow.ArrowException):
+            try:
+                columns.append(column.cast(pyarrow.string()).to_pylist())
+            except (ValueError, pyarrow.ArrowException):
+                columns.append([f"<a value of '{name}' that cannot be read>"] * len(column))
+    return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def read_hub(name, subsets, split):
@@ -275,11 +412,14 @@ def read_hub(name, subsets, split):
 
 def read_file(path, bar):
     """(line, raw) of every record in a file; `bar` moves with the bytes read."""
-    if suffix(path) == ".parquet":
-        yield from read_parquet(path, bar)
+    if suffix(path) in (".parquet", ".arrow"):
+        yield from (read_parquet if suffix(path) == ".parquet" else read_arrow)(path, bar)
         return
     with open_file(path) as (f, on_disk):
-        first = f.read(BLOCK).removeprefix(BOM).lstrip()[:1]
+        head = f.read(BLOCK)
+        if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in head[:4]:
+            raise UserError(f"{path} is UTF-16 or UTF-32 text: convert it to UTF-8 (iconv does)")
+        first = head.removeprefix(BOM).lstrip()[:1]
         f.seek(0)
         if suffix(path) == ".csv":
             items = read_table(f, path, ",")
@@ -287,6 +427,8 @@ def read_file(path, bar):
             items = read_table(f, path, "\t")
         elif first == b"[":
             items = read_array(f, path)
+        elif first == b"{":
+            items = read_objects(f, path)
         else:
             items = read_lines(f, path)
         done = 0
@@ -394,25 +536,56 @@ def ordered_map(work, items, workers, setup, args):
 
 
 def held_out(hashes, val):
-    """Which rows to hold out, (N,) bool: exactly `val` of them ("100", "5%", "0.05").
+    """Which rows to hold out, (N,) bool: `val` of them ("100", "5%", "0.05").
 
-    They are chosen by `hashes` (N,) of their content: a row's place does not matter, and copies of
-    a row are all held out or all kept. Raises UserError where that cannot be.
+    They are chosen by `hashes` (N,) of their prompts: a row's place does not matter, and rows of
+    equal hash are all held out or all kept. Where that leaves no way to hold out exactly `val`, it
+    is the nearest number that can be had. UserError where none can.
     """
     count = parse_share(val, len(hashes), "val")
     if count >= len(hashes):
         raise UserError(f"val={val} leaves none of the {len(hashes)} rows to train on")
-    chosen = []
+    values, copies = np.unique(hashes, return_counts=True)
+    if count and len(values) < 2:
+        raise UserError(f"val={val}: all rows have the same prompt, so none can be held out")
+    chosen = np.zeros(len(values), bool)
     left = count
-    for value, copies in zip(*np.unique(hashes, return_counts=True), strict=True):
+    for i, size in enumerate(copies):
         if not left:
             break
-        if copies <= left:
-            chosen.append(value)
-            left -= int(copies)
+        if size <= left:
+            chosen[i] = True
+            left -= int(size)
     if left:
-        raise UserError(
-            f"val={val}: too many rows are copies of one another to hold out {count} "
-            "that train has not"
-        )
-    return np.isin(hashes, chosen)
+        chosen = nearest_sum(copies, count)
+    return np.isin(hashes, values[chosen])
+
+
+def nearest_sum(sizes, count):
+    """Which groups to take, (U,) bool, so that their sizes (U,) add up to a number near `count`.
+
+    It is the nearest that at least one of them, and not all, can give."""
+    kinds, numbers = np.unique(sizes, return_counts=True)
+    limit = min(int(sizes.sum()) - 1, count + int(kinds[-1]))
+    bits = (1 << (limit + 1)) - 1
+    # bit r of sums[i] says whether the first i items, groups of one size, can add up to r
+    items, sums = [], [1]
+    for size, number in zip(kinds.tolist(), numbers.tolist(), strict=True):
+        power = 1
+        while number:
+            taken = min(power, number)
+            items.append((size, taken))
+            sums.append((sums[-1] | sums[-1] << size * taken) & bits)
+            number -= taken
+            power *= 2
+    can = (r for r in range(1, limit + 1) if sums[-1] >> r & 1)
+    rest = min(can, key=lambda r: abs(r - count))
+    take = dict.fromkeys(kinds.tolist(), 0)
+    for i, (size, taken) in reversed([*enumerate(items)]):
+        if not sums[i] >> rest & 1:
+            take[size] += taken
+            rest -= size * taken
+    chosen = np.zeros(len(sizes), bool)
+    for size, number in take.items():
+        chosen[np.flatnonzero(sizes == size)[:number]] = True
+    return chosen

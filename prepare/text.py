@@ -68,7 +68,7 @@ class Config:
     text_field: str = "text"  # of records: the field that holds the text
     separator: str = ""  # between documents of .txt files (\n: line break); "": one document a file
     subset: str | None = None  # of a hub id: the configuration
-    split: str = "train"  # of a hub id
+    split: str = "train"  # of a hub id, or of a folder whose files are named by splits
     max_mb: NonNegativeInt = 0  # stop after so many megabytes of the source; 0: all of it
     # a new tokenizer
     kind: Literal["sentencepiece", "bpe"] = "sentencepiece"  # what train: makes
@@ -88,7 +88,8 @@ def find_files(cfg):
     """The files that cfg.source stands for, or None for a hub id. UserError for anything else."""
     path = Path(cfg.source)
     if path.is_dir():
-        return records.files_below(path, SUFFIXES, {Path(cfg.out).resolve(), work_folder(cfg)})
+        outputs = {Path(cfg.out).resolve(), work_folder(cfg)}
+        return records.files_below(path, SUFFIXES, outputs, cfg.split)
     if not path.exists():
         if cfg.source.count("/") == 1 and records.suffix(path) not in SUFFIXES:
             return None

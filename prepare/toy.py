@@ -4,6 +4,7 @@
     python -m prepare.toy task=reviews out=data/reviews
     python -m prepare.toy task=preferences model=out/reviews/sft/last out=data/reviews
     python -m prepare.toy task=bullets out=data/bullets
+    python -m prepare.toy task=sums out=data/sums
 
 `instructions` writes train.jsonl and test.jsonl: Alpaca records (instruction, input, output) of a
 dozen one-line tasks. A small chat model does not answer these to the letter but learns them
@@ -16,8 +17,11 @@ takes minutes (reward=prepare/toy.py:gold). `preferences` adds preferences.jsonl
 model to each of 1,000 prompts, ranked by gold plus noise of variance 1, as people would disagree.
 
 `bullets` asks a real chat model for three bullet points in train.jsonl and, on other subjects, in
-test.jsonl. `three_bullets` is the reward (reward=prepare/toy.py:three_bullets). The answer in the
-records only shows the form.
+test.jsonl. `three_bullets` is the reward (reward=prepare/toy.py:three_bullets).
+
+`sums` asks for sums of a number up to 20 and a digit in train.jsonl and, of others, in test.jsonl.
+The records are prompts alone, conversations that end with the user, beside the right number as
+`answer`. `right_number` is the reward (reward=prepare/toy.py:right_number).
 """
 
 import json
@@ -28,17 +32,18 @@ from pathlib import Path
 from typing import Literal
 
 from nano import config, files, vocab, weights
-from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError
+from nano.config import NonNegativeInt, PathText, Seed, UserError
 from prepare.vocab import byte_level_json
 
 
 @dataclass
 class Config:
-    task: Literal["instructions", "reviews", "preferences", "bullets"] = "instructions"
+    task: Literal["instructions", "reviews", "preferences", "bullets", "sums"] = "instructions"
     out: PathText = "data/toy"  # folder
     model: PathText = ""  # preferences: the model whose answers are ranked
-    rows: NonNegativeInt = 0  # 0: 3,000 instructions, 10,000 reviews, 1,000 rankings, 300 bullets
-    test: PositiveInt = 300  # instructions or bullets held out, or prompts of reviews
+    # 0: 3,000 instructions, 10,000 reviews, 1,000 rankings, 300 bullets, 120 sums
+    rows: NonNegativeInt = 0
+    test: NonNegativeInt = 0  # held out, or prompts of reviews; 0: 300, of sums 48
     seed: Seed = 0
 
 
@@ -342,21 +347,59 @@ def bullets(rows, test, seed=0):
             raise UserError(
                 f"rows={rows} and test={test} are more than there are prompts: take fewer"
             )
-        answer = dict(role="assistant", content="- one\n- two\n- three")
-        records = []
-        for prompt in rng.sample(prompts, count):
-            text = f"{prompt} Answer in exactly three bullet points."
-            records.append(dict(messages=[dict(role="user", content=text), answer]))
-        splits.append(records)
+        ending = " Answer in exactly three bullet points."
+        splits.append([{"prompt": prompt + ending} for prompt in rng.sample(prompts, count)])
     return splits
 
 
+# --------------------------------------------------------------------------------------------------
+# sums
+
+
+def right_number(prompt, response, finished, record):
+    """1.0 for a finished response whose last number is the record's answer, otherwise at most 0.5.
+
+    A near miss gets 0.5 less 0.05 for each one that its number is off.
+    """
+    numbers = re.findall(r"-?\d+", response.replace(",", ""))
+    if not finished or not numbers:
+        return 0.0
+    off = abs(int(numbers[-1]) - int(record["answer"]))
+    return max(0.0, 0.5 - 0.05 * off) if off else 1.0
+
+
+SHOTS = (("34 + 5", "39"), ("12 + 6", "18"), ("8 + 7", "15"))
+
+
+def sums(rows, test, seed=0):
+    """(records to train on, records to test): `rows` and `test` of them, and no sum in both.
+
+    UserError for more records than there are sums.
+    """
+    start = []
+    for question, answer in SHOTS:
+        start.append(dict(role="user", content=f"What is {question}?"))
+        start.append(dict(role="assistant", content=answer))
+    pairs = [(a, b) for a in range(2, 21) for b in range(1, 10)]
+    pairs = [(a, b) for a, b in pairs if f"{a} + {b}" not in dict(SHOTS)]
+    if rows + test > len(pairs):
+        raise UserError(
+            f"rows={rows} and test={test} are more than the {len(pairs)} sums: take fewer"
+        )
+    records = []
+    for a, b in random.Random(seed).sample(pairs, rows + test):
+        question = dict(role="user", content=f"What is {a} + {b}?")
+        records.append(dict(prompt=[*start, question], answer=str(a + b)))
+    return records[:rows], records[rows:]
+
+
 def main(cfg):
-    defaults = {"instructions": 3000, "reviews": 10_000, "preferences": 1000, "bullets": 300}
+    defaults = dict(instructions=3000, reviews=10_000, preferences=1000, bullets=300, sums=120)
     out = Path(cfg.out)
     rows = cfg.rows or defaults[cfg.task]
+    test = cfg.test or (48 if cfg.task == "sums" else 300)
     if cfg.task == "instructions":
-        records = instructions(rows + cfg.test, cfg.seed)
+        records = instructions(rows + test, cfg.seed)
         files = {"train.jsonl": records[:rows], "test.jsonl": records[rows:]}
     elif cfg.task == "preferences":
         if not cfg.model:
@@ -364,12 +407,12 @@ def main(cfg):
                 "task=preferences needs model=, the directory of the model whose answers are ranked"
             )
         files = {"preferences.jsonl": preferences(cfg.model, rows, seed=cfg.seed)}
-    elif cfg.task == "bullets":
-        files = dict(
-            zip(("train.jsonl", "test.jsonl"), bullets(rows, cfg.test, cfg.seed), strict=True)
-        )
+    elif cfg.task in ("bullets", "sums"):
+        write = bullets if cfg.task == "bullets" else sums
+        train, test = write(rows, test, cfg.seed)
+        files = {"train.jsonl": train, "test.jsonl": test}
     else:
-        files = reviews(rows, cfg.test, cfg.seed)
+        files = reviews(rows, test, cfg.seed)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if cfg.task == "reviews":

@@ -21,6 +21,7 @@ class InMemory:
     """Rows with the interface of a Store."""
 
     def __init__(self, rows):
+        self.prompts = 0
         self.row, self.lengths = rows.__getitem__, np.array([len(tokens) for tokens, _ in rows])
 
     def __len__(self):

@@ -144,10 +144,10 @@ CHAT = f"{U}Hi{E}\n{A}Hello.{E}\n{U}Bye{E}\n{A}So long.{E}"
             f"{U}PQ{E}\n{A}better{E}",
             [f"better{E}"],
         ),
-        # a user's last message has no answer, and the row ends before it
+        # a conversation that awaits its answer ends with the prompt for it
         (
             dict(conversations=messages([("user", "P"), ("gpt", "C"), ("user", "Thanks")])),
-            f"{U}P{E}\n{A}C{E}",
+            f"{U}P{E}\n{A}C{E}\n{U}Thanks{E}\n{A}",
             [f"C{E}"],
         ),
         # the name of a control token in a record is text, and takes more than one token
@@ -355,12 +355,14 @@ def test_no_record_is_a_traceback(model, template):
         for _ in range(rng.randint(1, 2)):
             record = spoil(rng, record)
         try:
-            [(ids, mask)], _, counts = instructions.encode(job, tok, records.parse(record))
+            unit = instructions.encode(job, tok, records.parse(record))
         except (convert.Drop, records.BadRecord) as e:
             assert str(e)
             bad += 1
         else:
-            assert len(ids) == len(mask) and mask[-1] == 1 and not counts["truncated"]
+            [(ids, mask)] = unit.rows
+            assert len(ids) == len(mask) and "truncated" not in unit.counts
+            assert unit.record or 1 in mask
             good += 1
     assert bad > 1000 and good > 100
 
@@ -371,7 +373,7 @@ def test_no_record_is_a_traceback(model, template):
 def test_over_length_and_no_target(model, tmp_path):
     rows = [dict(prompt="p", completion="c" * n) for n in (1, 10, 40)]
     rows += [dict(prompt="p" * 60, completion="c"), dict(prompt="p", completion=" \n")]
-    rows.append(dict(messages=[dict(role="user", content="?")]))
+    rows.append(dict(messages=[dict(role="assistant", content="?")]))
     source = jsonl(tmp_path / "in.jsonl", rows)
     head = len("suser\npe\nsassistant\n")  # s and e are one control token each
     limit = head + 20
@@ -380,14 +382,14 @@ def test_over_length_and_no_target(model, tmp_path):
     assert store.meta["dropped"] == {
         f"longer than max_length={limit}": 2,
         "empty answer": 1,
-        "no assistant turn": 1,
+        "no turn of the user": 1,
     }
     store = prepare(model, tmp_path / "out", source, max_length=limit, over_length="truncate")
     assert store.lengths.tolist() == [head + 2, head + 11, limit] and store.meta["truncated"] == 1
     assert store.meta["dropped"] == {
         f"no target left in max_length={limit}": 1,
         "empty answer": 1,
-        "no assistant turn": 1,
+        "no turn of the user": 1,
     }
     assert store.row(2)[1].tolist() == [0] * head + [1] * 20
 
@@ -432,7 +434,7 @@ def test_held_out_never_parts_copies(hashes, val):
         picks = records.held_out(hashes, str(val))
     except UserError:
         return
-    assert picks.sum() == val and not set(hashes[picks]) & set(hashes[~picks])
+    assert not set(hashes[picks]) & set(hashes[~picks])  # tests/test_records.py has their number
 
 
 def test_val_that_cannot_be(model, tmp_path):
@@ -440,7 +442,7 @@ def test_val_that_cannot_be(model, tmp_path):
     cases = {
         "10": "leaves none of the 10",
         "11": "more than the 10 rows",
-        "3": "copies of one another",
+        "3": "all rows have the same prompt",
         "x": "val=x is not all",
     }
     for val, says in cases.items():
@@ -590,7 +592,7 @@ def test_all_formats_give_the_same_rows(model, tmp_path):
 
 def test_workers_do_not_matter(model, tmp_path):
     rows = [dict(prompt=f"p{i}", completion="c" * (i % 50)) for i in range(1500)]
-    rows[700] = dict(prompt="p")
+    rows[700] = dict(completion="p")
     source = jsonl(tmp_path / "in.jsonl", rows)
     keys = dict(on_error="skip", val="50", max_length=60)
     alone = prepare(model, tmp_path / "one", source, workers=1, **keys)
@@ -647,8 +649,8 @@ BAD = {  # file name: (content, part of the error message)
     ),
     "list.jsonl": (GOOD + b"\n\n[1]\n", "list.jsonl:3: a JSON list and not an object"),
     "field.jsonl": (
-        GOOD + b'\n{"prompt": "p"}\n',
-        "field.jsonl:2: unknown record shape (fields prompt)",
+        GOOD + b'\n{"completion": "p"}\n',
+        "field.jsonl:2: unknown record shape (fields completion)",
     ),
     "number.jsonl": (
         b'{"prompt": "p", "completion": 3}\n',

@@ -353,13 +353,12 @@ def test_prompts_of_a_folder(base, tmp_path):
         ([6, 6], [0, 0]),
     ]
     store.write_store(tmp_path, dict(train=rows), dict(vocab_size=264, tokenizer=tok.fingerprint))
-    prompts, left_out = ppo.prompts_of(
+    prompts, rows, left_out = ppo.prompts_of(
         SimpleNamespace(data=[str(tmp_path)], seed=0, max_prompt=3), tok
     )
-    assert (
-        sorted(prompts) == [[1, 2], [4]] and left_out == 1
-    )  # once each, up to the first target; one too long
-    assert all(type(i) is int for p in prompts for i in p)
+    # once each, up to the first target, or whole where there is none; one is too long
+    assert prompts == [((1, 2), 0), ((4,), 2), ((6, 6), 5)] and left_out == 1
+    assert all(type(i) is int for p, _ in prompts for i in p)
     with pytest.raises(UserError, match="max_prompt=0"):
         ppo.prompts_of(SimpleNamespace(data=[str(tmp_path)], seed=0, max_prompt=0), tok)
 
@@ -376,6 +375,28 @@ def test_a_response_is_cut_behind_a_string(base):
     ids = [*b"say", 257, *b" then", 258]  # <|im_start|>, which the text leaves out
     assert ppo.cut_at(("<|im_start|>",), tok, ids) == ([*b"say", 257], True)
     assert ppo.cut_at(("say then",), tok, ids) == (ids, False)
+
+
+@pytest.mark.parametrize("how", ["group", "group_std", "rloo"])
+def test_samples_without_a_score_are_left_out_of_their_group(how):
+    """The others of a group have the advantages of a group of them alone, the KL's part too."""
+    nan = float("nan")
+    scores = torch.tensor([1.0, nan, 4.0, 2.0, nan, nan, nan, 3.0, nan, nan, nan, nan])
+    kl = torch.arange(12.0)
+    got = ppo.penalised_advantages(scores, kl, 4, how, 0.1).view(3, 4)
+    alone = ppo.penalised_advantages(torch.tensor([1.0, 4.0, 2.0]), kl[[0, 2, 3]], 3, how, 0.1)
+    torch.testing.assert_close(got[0, [0, 2, 3]], alone)
+    assert got[0, 1] == 0 and not got[1:].any()
+    mean = 7 / 3
+    if how == "group":  # by hand
+        torch.testing.assert_close(got[0, 0], torch.tensor(1 - mean - 0.1 * (0 - 5 / 3)))
+
+
+def test_the_sum_of_rewards():
+    nan = float("nan")
+    parts = [torch.tensor([1.0, nan, nan, 0.0]), torch.tensor([2.0, 3.0, nan, -1.0])]
+    total = ppo.total_score(parts, [1.0, 0.5])
+    assert total[[0, 1, 3]].tolist() == [2.0, 1.5, -0.5] and total[2].isnan()
 
 
 def test_reward_functions(base, tmp_path):

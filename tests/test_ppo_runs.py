@@ -19,7 +19,7 @@ from nano import config, functions, generate, runtime, tokenizer, weights
 from nano.batches import Rows, episodes
 from nano.config import UserError
 from nano.run import Run
-from nano.store import mix, write_store
+from nano.store import Writer, mix, write_store
 
 BASE = dict(
     device="cpu",
@@ -464,7 +464,7 @@ def test_where_the_kl_goes(folder, tmp_path, monkeypatch, kl_in):
         kl.append(torch.zeros(4).index_add(0, batch["rows"], log_ratio))
     kl = torch.cat(kl)
     assert kl.abs().min() > 1e-3 and math.isclose(kl.mean(), log[1]["kl"], rel_tol=1e-3)
-    (*_, finished), _, scores = judged[1]
+    (_, _, _, _, finished, *_), _, scores = judged[1]
     rewards = scores - (1 - finished)
     price = 0.5 if kl_in == "reward" else 0.0
     right = ppo.penalised_advantages(rewards, kl, 4, "group_std", price)
@@ -475,6 +475,67 @@ def test_where_the_kl_goes(folder, tmp_path, monkeypatch, kl_in):
     if kl_in == "loss":  # at the old policy
         assert kl_coef == 0.5
         assert math.isclose(log[1]["kl_loss"], log[1]["kl_k3"] * 8 / count, rel_tol=1e-4)
+
+
+SOME = """
+def some(prompt, response, finished):
+    return None if sum(map(ord, response)) % 3 == 0 else len(response) / 8
+
+def nothing(prompt, response, finished):
+    return None
+
+def key(prompt, response, finished, record):
+    return float(record["answer"]) if "<" in response else 0.0
+"""
+
+
+@pytest.mark.parametrize("how", ["group_std", "gae"])
+def test_an_episode_without_a_score_has_no_part_in_the_update(folder, tmp_path, monkeypatch, how):
+    (tmp_path / "some.py").write_text(SOME)
+    calls, judged = spy(monkeypatch, ppo, "rl_gradient"), spy(monkeypatch, functions, "judge")
+    settings = dict(reward=f"{tmp_path}/some.py:some", advantage=how, group=4, batch_size=16)
+    log = train(folder, tmp_path / "out", **settings, kl_in="reward" if how == "gae" else "loss")
+    for r, (_, _, scores), (args, _, _) in zip(log, judged, calls[:1] + calls[4:5], strict=True):
+        known = ~scores.isnan()
+        assert 0 < known.sum() < 16 and math.isclose(r["unscored"], 1 - known.double().mean())
+        assert math.isclose(r["reward"], scores[known].mean(), rel_tol=1e-6)
+        (*_, micro_batches, count, kl_coef) = args
+        at = torch.cat([batch["rows"] + 4 * i for i, batch in enumerate(micro_batches)])
+        weights = torch.cat([batch["weights"] for batch in micro_batches])
+        assert torch.equal(weights > 0, known[at]) and count == weights.sum()
+        loss_weights = torch.cat([batch["loss_weights"] for batch in micro_batches])
+        torch.testing.assert_close(loss_weights, weights / count)
+        assert all(math.isfinite(v) for v in r.values() if isinstance(v, float))
+    with pytest.raises(UserError, match="gives None for all 16 responses of step 1"):
+        train(folder, tmp_path / "none", **settings | dict(reward=f"{tmp_path}/some.py:nothing"))
+
+
+def test_several_rewards_and_the_record(folder, tmp_path, monkeypatch):
+    """Each is logged, their weighted sum is the reward, a score model may be among them."""
+    (tmp_path / "some.py").write_text(SOME)
+    tok = tokenizer.load(folder / "base")
+    meta = dict(vocab_size=264, tokenizer=tok.fingerprint)
+    with Writer(tmp_path / "store", 264, meta) as w:
+        for i in range(8):
+            line = json.dumps(dict(answer=i)).encode() + b"\n"
+            w.extend("train", [97 + i, 98, 258], [0, 0, 0], [3], [line])
+    judged = spy(monkeypatch, functions, "judge")
+    functions_ = [f"{tmp_path}/some.py:key", f"{folder / 'rewards.py'}:letters"]
+    settings = dict(data=tmp_path / "store", reward=[*functions_, str(folder / "score")], steps=1)
+    log = train(folder, tmp_path / "out", **settings, reward_weights=["1", "0.5", "2"])
+    [r] = log[:1]
+    expected = r["reward_key"] + 0.5 * r["reward_letters"] + 2 * r["reward_model"]
+    assert math.isclose(r["reward"], expected, rel_tol=1e-5)
+    (_, _, prompts, _, _, records, _), _, _ = judged[0]
+    assert [record["answer"] for record in records] == [prompt[0] - 97 for prompt in prompts]
+    bad = {
+        "takes the record of a prompt": dict(reward=functions_[0]),
+        "has 1 numbers for 2 rewards": dict(reward=functions_[1:] * 2, reward_weights=["1"]),
+        "give one score model": dict(reward=[str(folder / "score"), str(folder / "adapter")]),
+    }
+    for says, change in bad.items():
+        with pytest.raises(UserError, match=says):
+            train(folder, tmp_path / "bad", **change)
 
 
 def test_equal_scores_teach_nothing(folder, tmp_path):
@@ -555,7 +616,7 @@ def test_what_is_scored(folder, tmp_path, monkeypatch):
         gold=f"{folder / 'rewards.py'}:last",
     )
     samples, ((scores, logprobs, ref, mask, coef), _, rewards) = made[0][2], shaped[0]
-    (_, _, prompts, answers, _), _, judged = seen[0]
+    (_, _, prompts, answers, *_), _, judged = seen[0]
     assert all(258 in prompt for prompt in prompts) and judged.max() > 1.5
     ends = {"stop": 0, "cut": 0, "long": 0}
     for i, (tokens, answer) in enumerate(zip(samples.tokens, answers, strict=True)):

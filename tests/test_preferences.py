@@ -260,17 +260,14 @@ BAD = {
     "the scores [1, 2] are not one number for each": [
         {"prompt": "Q", "completions": ["x"], "scores": [1, 2]}
     ],
-    "the scores [1, nan, 3] are not one number": [
-        {"prompt": "Q", "completions": ["x", "y", "z"], "scores": [1, float("nan"), 3]}
-    ],
-    "are not one number for each of the 2 responses": [
+    "in field 'scores' is no number": [
         {"prompt": "Q", "responses": ["x", "y"], "scores": [1, 10**400]}
     ],
     "'history' is not a list of [question, answer]": [
         pair("x", "y", instruction="Q", history=[[1, "b"]])
     ],
     "a number of thousands of digits": [b'{"prompt": 1' + b"0" * 5000 + b"}"],
-    "has none of the fields": [{"prompt": "Q", "completions": [{"foo": 1}, {"foo": 2}]}],
+    "has none of the fields": [{"prompt": "Q", "completions": [{"foo": "1"}, {"foo": "2"}]}],
     "the conversation is not a list of messages": [{"prompt": "Q", "chosen": [], "rejected": "x"}],
     "is int and not text": [{"prompt": 3, "chosen": "x", "rejected": "y"}],
 }

@@ -106,6 +106,26 @@ def test_a_json_file_holds_conversations(model, tmp_path, monkeypatch, capsys):
     ]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.json"])
+def test_prompts_may_be_records(tmp_path, name):
+    entries = ["x", [dict(role="user", content="y")], dict(prompt="z", id=3)]
+    entries += [dict(messages=[{"role": "Human", "content": "w"}], answer="4")]
+    text = json.dumps(entries) if name == "a.json" else "\n".join(map(json.dumps, entries))
+    (tmp_path / name).write_text(text)
+    first, second, third, fourth = sample.read_prompts(tmp_path / name)
+    assert (first, second) == ("x", entries[1]) and third[0]["content"] == "z"
+    assert fourth == [dict(role="user", content="w")]
+
+
+def test_only_length_makes_a_chat_forget(model, monkeypatch, capsys):
+    """Any other refusal is said as it is, and the history stays."""
+    sampler = sample.Sampler(sample.Config(model=str(model), device="cpu", template="llama2"))
+    history = [dict(role=role, content="x") for role in ("user", "user")]  # take no turns
+    with pytest.raises(config.UserError, match="take turns"):
+        sample.reply(sampler, "z", None, history, 0)
+    assert "no longer fits" not in capsys.readouterr().out
+
+
 def test_one_prompt_streams_what_a_batch_gives(model, monkeypatch, capsys):
     whole = answer(model, "Say it", 40)
     status, out, err = run(
@@ -303,7 +323,8 @@ BAD = {
     "prompts that are not UTF-8": (["prompts={dir}/latin.txt"], "UTF-8"),
     "broken JSON": (["prompts={dir}/broken.json"], "no JSON"),
     "JSON of another kind": (["prompts={dir}/object.json"], "and nothing else"),
-    "records": (["prompts={dir}/records.jsonl"], "and nothing else"),
+    "records": (["prompts={dir}/records.jsonl"], "prompt 2: unknown record shape"),
+    "an answered conversation": (["prompts={dir}/answered.ndjson"], "prompt 2 ends with an answer"),
     "a conversation without roles": (["prompts={dir}/roles.json"], "prompt 2"),
     "out in no folder": (
         ["prompts={dir}/good.txt", "out={dir}/no/out.json"],
@@ -331,7 +352,8 @@ def shelf(model, tmp_path_factory):
     (dir / "latin.txt").write_bytes("ärger\n".encode("latin-1"))
     (dir / "broken.json").write_text('["a", ')
     (dir / "object.json").write_text("{}")
-    (dir / "records.jsonl").write_text('"a"\n{"prompt": "b"}\n')
+    (dir / "records.jsonl").write_text('"a"\n{"answer": "b"}\n')
+    (dir / "answered.ndjson").write_text('"a"\n{"prompt": "b", "completion": "c"}\n')
     (dir / "roles.json").write_text('["a", [{"content": "b"}]]')
     adapted = weights.load_model(model)
     lora.apply(adapted, rank=2, alpha=4)

@@ -130,22 +130,54 @@ def test_three_bullets(response, worth):
 
 def test_bullets(tmp_path):
     toy.main(toy.Config(task="bullets", out=str(tmp_path)))
-    train, test = (
-        [r["messages"] for r in read(tmp_path / f"{n}.jsonl")] for n in ("train", "test")
-    )
+    train, test = ([r["prompt"] for r in read(tmp_path / f"{n}.jsonl")] for n in ("train", "test"))
     assert (len(train), len(test)) == (300, 300)
     known = {*toy.ANIMALS, *toy.FOODS, *toy.TOOLS, *toy.PLACES}
     subjects = [
-        {w.strip(".?") for m in part for w in m[0]["content"].split() if w.strip(".?") in known}
+        {w.strip(".?") for prompt in part for w in prompt.split() if w.strip(".?") in known}
         for part in (train, test)
     ]
     assert subjects[0] and subjects[1] and not subjects[0] & subjects[1]
-    asked = [m[0]["content"] for m in train + test]
-    assert len(set(asked)) == 600 and all(
-        toy.three_bullets("", m[1]["content"]) == 1 for m in train + test
-    )
+    assert len({*train, *test}) == 600
     with pytest.raises(UserError, match="take fewer"):
         toy.main(toy.Config(task="bullets", out=str(tmp_path), rows=700))
+
+
+def test_sums(tmp_path):
+    toy.main(toy.Config(task="sums", out=str(tmp_path)))
+    train, test = read(tmp_path / "train.jsonl"), read(tmp_path / "test.jsonl")
+    assert (len(train), len(test)) == (120, 48)
+    questions = set()
+    for r in train + test:
+        *start, last = r["prompt"]
+        a, b = map(int, re.fullmatch(r"What is (\d+) \+ (\d)\?", last["content"]).groups())
+        assert str(a + b) == r["answer"] and last not in start
+        questions.add((a, b))
+    assert len(questions) == 168
+    shots = [m["content"] for m in train[0]["prompt"][:-1]]
+    for question, answer in zip(shots[::2], shots[1::2], strict=True):
+        assert toy.right_number(question, answer, True, dict(answer=answer)) == 1
+    with pytest.raises(UserError, match="take fewer"):
+        toy.sums(150, 100)
+
+
+@pytest.mark.parametrize(
+    "response, worth",
+    [
+        ("32", 1),
+        ("24 + 8 = 32.", 1),
+        ("32 or 33", 0.45),
+        ("30", 0.4),
+        ("41", 0.05),
+        ("1,032", 0),
+        ("-32", 0),
+        ("", 0),
+        ("x", 0),
+    ],
+)
+def test_right_number(response, worth):
+    assert toy.right_number("", response, True, dict(answer="32")) == pytest.approx(worth)
+    assert toy.right_number("", response, False, dict(answer="32")) == 0
 
 
 def test_reviews(tmp_path):
