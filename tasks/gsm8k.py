@@ -11,17 +11,25 @@ NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
 def record(row):
+    if number(row["answer"]) is None:
+        raise ValueError("its answer has no number behind ####")
     return dict(question=row["question"], answer=row["answer"], number=number(row["answer"]))
 
 
 def number(text):
     """The text of the number behind ####, without signs that do not matter, or None."""
-    found = re.search(r"#### (-?[0-9.,]+)", text)
-    return plain(found[1]) if found else None
+    match = re.search(r"#### (-?[0-9.,]+)", text)
+    return plain(match[1]) if match else None
 
 
 def plain(text):
     return text.replace(",", "").replace("$", "").removesuffix(".")
+
+
+def last_number(text):
+    """The text of the last number, or None."""
+    numbers = NUMBER.findall(text)
+    return plain(numbers[-1]) if numbers else None
 
 
 def prompt(record):
@@ -33,8 +41,7 @@ def answer(record):
 
 
 def score(prompt, response, finished, record):
-    numbers = NUMBER.findall(response)
-    return float(bool(numbers) and plain(numbers[-1]) == record["number"])
+    return float(last_number(response) == record["number"])
 
 
 def strict(prompt, response, finished, record):

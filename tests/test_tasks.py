@@ -88,6 +88,25 @@ ANSWERS["gsm8k"] = (
     },
 )
 
+ANSWERS["arithmetic"] = (
+    dict(question="What is 12 + 30?", answer=42),
+    "Question: What is 12 + 30?\nAnswer:",
+    {"42": (1, 1), " 42.": (1, 1), "12 + 30 is 42.": (1, 0), "42 and not 43": (0, 0), "": (0, 0)},
+)
+RULES = dict(question="Why do people like tea?", rules=[["bullets", 2], ["without", "very"]])
+ANSWERS["rules"] = (
+    RULES,
+    "Question: Why do people like tea? Answer in exactly 2 bullet points that begin with a hyphen, "
+    "and write nothing else. Do not use the word very.\nAnswer:",
+    {
+        "- It is warm.\n- It tastes good.": (1, 1),
+        "Sure!\n- It is warm.\n- It tastes good.": (1, 0),
+        "- It is very warm.\n- It is good.": (0, 0),
+        "It is warm.": (0, 0),
+        "": (0, 0),
+    },
+)
+
 # other columns of the same records, in the files of other projects
 LOCAL = {
     "arc": dict(query="Question: Which is a metal?", choices=["iron", "wood"], gold=0),
@@ -220,3 +239,49 @@ def test_refusals(tmp_path):
         tasks.load("arc", str(broken)).records()
     with pytest.raises(UserError, match="come from another split"):
         tasks.load("arc", str(broken)).records(shots=True)
+
+
+KEPT = {  # rule: (argument, texts that keep it, texts that do not)
+    "bullets": (2, ["- a\n- b"], ["- a", "- a\n- b\n- c", "text\n- a\n- b"]),
+    "sentences": (2, ["One. Two!", "It costs 3.50. Two."], ["One.", "One. Two. Three."]),
+    "paragraphs": (2, ["a\n\nb", "a\n \nb\n"], ["a\nb", "a\n\nb\n\nc"]),
+    "title": ("my title", ["[[Tea]]\ntext"], ["Tea [[x]]", "[Tea]", "[[]]"]),
+    "json": ("text", ['{"text": "a"}'], ['{"a": 1}', "[1]", "text", '{"text": 1} a']),
+    "quotes": ("double", ['"a b"'], ["a", '"a" b', '""']),
+    "lower": ("", ["tea is good."], ["Tea is good.", "!"]),
+    "upper": ("", ["TEA IS GOOD."], ["TEA is", "!"]),
+    "commas": ("", ["tea"], ["tea, milk", "!"]),
+    "keyword": ("river", ["A river. The River!"], ["river", "rivers rivers"]),
+    "without": ("the", ["a theme"], ["The sea", "!"]),
+    "most": (3, ["one two three", "it's a tea-time"], ["one two three four", "!"]),
+    "least": (3, ["one two three"], ["one two"]),
+}
+
+
+def test_rules():
+    from tasks import rules
+
+    assert KEPT.keys() == rules.RULES.keys()
+    for name, (value, good, bad) in KEPT.items():
+        record = dict(question="?", rules=[[name, value]])
+        for text in good:
+            assert rules.keeps(text, record), (name, text)
+        for text in (*bad, "", " "):
+            assert not rules.keeps(text, record), (name, text)
+    for shots in (False, True):
+        assert {name for row in rules.rows(shots) for name, _ in row["rules"]} == {*rules.RULES}
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "rules"])
+def test_rows_that_a_program_writes(name):
+    task = tasks.load(name)
+    test, train = task.records(), task.records(shots=True)
+    assert len(test) >= 300 and len(train) >= 1000
+    asked = [{json.dumps(record) for record in part} for part in (test, train)]
+    assert not asked[0] & asked[1] and len(asked[0]) == len(test)
+    assert task.records() == test
+    if name == "arithmetic":
+        for record in test[:40]:
+            a, sign, b = record["question"].removeprefix("What is ").rstrip("?").split()
+            value = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
+            assert str(value[sign](int(a), int(b))) == record["answer"]
