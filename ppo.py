@@ -74,7 +74,7 @@ Adaptive = Annotated[T, With("kl_control", "adaptive")]
 class Config:
     # what
     model: PathText = "out/sft/last"  # the policy to start from, and the reference to stay near
-    # one score model or adapter, functions file.py:function of your own, or both: their sum counts
+    # one score model or adapter, functions file.py:function of your own, tasks (tasks/): their sum
     reward: tuple[PathText, ...] = ("out/reward/last",)
     reward_weights: tuple[float, ...] = ()  # of each reward in the sum; []: 1
     reward_special: bool = False  # functions see the names of control tokens in prompt and response
@@ -189,7 +189,7 @@ class Config:
     @property
     def reward_model(self):
         """The score model or adapter among the rewards, or None."""
-        return next((reward for reward in self.reward if ".py:" not in reward), None)
+        return next((spec for spec in self.reward if not functions.is_function(spec)), None)
 
     @property
     def has_critic(self):
@@ -588,11 +588,11 @@ class Parking:
 
 def check(cfg, rt):
     """UserError for settings that do not go together."""
-    models = [reward for reward in cfg.reward if ".py:" not in reward]
+    models = [spec for spec in cfg.reward if not functions.is_function(spec)]
     if not cfg.reward or len(models) > 1:
         raise UserError(
-            f"reward={','.join(cfg.reward)}: give one score model, functions file.py:function, or "
-            "both"
+            f"reward={','.join(cfg.reward)}: give one score model, functions file.py:function or "
+            "tasks, or both"
         )
     if len(cfg.reward_weights) not in (0, len(cfg.reward)):
         raise UserError(
@@ -683,8 +683,8 @@ def load_rewards(cfg, rows):
     or None. UserError where a function needs the record of a prompt, and there is none."""
     rewards = {}
     for i, spec in enumerate(cfg.reward, 1):
-        name = spec.rpartition(":")[2] if ".py:" in spec else "model"
-        function = functions.load_function(spec) if ".py:" in spec else None
+        function = functions.load_function(spec) if functions.is_function(spec) else None
+        name = spec.rpartition(":")[2] if ".py:" in spec else spec if function else "model"
         rewards[f"{name}_{i}" if name in rewards else name] = function
     gold = functions.load_function(cfg.gold) if cfg.gold else None
     takers = [function for function in (*rewards.values(), gold) if function]

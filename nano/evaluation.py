@@ -309,19 +309,12 @@ def split_ids(tok, context, continuation):
     return ids[:size], ids[size:]
 
 
-def request(task, record):
-    """The messages that ask for a record's answer."""
-    if hasattr(task.module, "messages"):
-        return task.module.messages(record)
-    return [dict(role="user", content=task.prompt(record))]
-
-
 def conversation(task, record, shots):
     """The messages that ask for the record's answer, with the shots as earlier turns."""
     turns = []
     for shot in shots:
-        turns += [*request(task, shot), dict(role="assistant", content=task.answer_of(shot))]
-    turns += request(task, record)
+        turns += [*task.request(shot), dict(role="assistant", content=task.answer_of(shot))]
+    turns += task.request(record)
     turns[0] = turns[0] | dict(content=task.intro_of(record) + turns[0]["content"])
     return turns
 

@@ -57,6 +57,11 @@ def names():
     return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 
 
+def is_name(spec):
+    """Whether `spec` names a task or a part of one, and no path."""
+    return spec.partition(":")[0] in names() and not Path(spec).exists()
+
+
 def load(spec, file="", shot_file=""):
     """The Task of NAME or NAME:PART. file, shot_file: local files in the place of the hub's splits.
 
@@ -138,22 +143,27 @@ class Task:
                 yield name, line, row
 
     def convert(self, source, line, row):
-        """The record of a row. UserError for a row that lacks what the task needs."""
+        """The record of what a reader yields. UserError where it is none of this task."""
         try:
-            record = self.module.record(records.parse(row))
+            return self.read(records.parse(row))
+        except records.BadRecord as e:
+            raise UserError(f"{source}:{line}: {e}") from None
+
+    def read(self, row):
+        """The record of a row (dict). BadRecord for a row that lacks what the task needs."""
+        try:
+            record = self.module.record(row)
             if self.has_choices:
                 check_choices(self.choices(record), self.gold(record))
             if not isinstance(self.prompt(record), str):
                 raise ValueError("its prompt is no text")
             return record
-        except records.BadRecord as e:
-            raise UserError(f"{source}:{line}: {e}") from None
         except KeyError as e:
-            raise UserError(
-                f"{source}:{line}: the field {e} is missing, which a record of {self.name} needs"
+            raise records.BadRecord(
+                f"the field {e} is missing, which a record of {self.name} needs"
             ) from None
         except (TypeError, ValueError, IndexError, AttributeError) as e:
-            raise UserError(f"{source}:{line} is no record of {self.name}: {e}") from None
+            raise records.BadRecord(f"no record of {self.name}: {e}") from None
 
     def options_of(self, record):
         """[(context, continuation)] of a record with choices."""
@@ -170,6 +180,52 @@ class Task:
         if not hasattr(self.module, "answer"):
             raise UserError(f"the task {self.name} has no answers to show: set shots=0 for it")
         return self.answer(record)
+
+    def request(self, record):
+        """The messages that ask for the answer."""
+        if hasattr(self.module, "messages"):
+            return self.module.messages(record)
+        return [dict(role="user", content=self.prompt(record))]
+
+    def conversation(self, row):
+        """The messages of a row for training: with the answer, or a prompt alone where the task has
+        no answer but a score. BadRecord as in `read`."""
+        record = self.read(row)
+        turns = self.request(record)
+        if self.has_choices or hasattr(self.module, "answer"):
+            turns = [*turns, dict(role="assistant", content=self.answer_of(record))]
+        return turns
+
+    def training_set(self):
+        """(hub id, configuration, split) to train on, or (name, None, None) where a program writes
+        the rows. UserError for a task that has only what it measures."""
+        if hasattr(self.module, "rows"):
+            return self.name, None, None
+        name, configuration, split, shot_split = self.hub()
+        if split == shot_split:
+            raise UserError(
+                f"the task {self.name} has no split to train on beside the one that it measures"
+            )
+        return name, configuration, shot_split
+
+    def reward(self):
+        """The task's score as a reward of ppo.py: a function of (prompt, response, finished,
+        record), where the record is a row. UserError for a task with choices."""
+        if self.has_choices:
+            raise UserError(
+                f"reward={self.name}: a task with choices scores no answers; those that do are "
+                + ", ".join(name for name in names() if not load(name).has_choices)
+            )
+
+        def reward(prompt, response, finished, record):
+            try:
+                record = self.read(record)
+            except records.BadRecord as e:
+                raise UserError(f"reward={self.name}: a prompt comes with {e}") from None
+            return self.score(prompt, response, finished, record)
+
+        reward.__name__ = self.name
+        return reward
 
     def shot(self, record):
         """The plain text of a record with its answer."""

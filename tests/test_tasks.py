@@ -205,8 +205,8 @@ def test_mmlu_parts(tmp_path):
 
 BAD = [
     ("arc", {}, r"rows.jsonl:1: the field 'choices' is missing, which a record of arc needs"),
-    ("arc", ARC | dict(answerKey="C"), r"rows.jsonl:1 is no record of arc: "),
-    ("arc", ARC | dict(choices=3), r"rows.jsonl:1 is no record of arc: "),
+    ("arc", ARC | dict(answerKey="C"), r"rows.jsonl:1: no record of arc: "),
+    ("arc", ARC | dict(choices=3), r"rows.jsonl:1: no record of arc: "),
     ("arc", LOCAL["arc"] | dict(gold=2), r"the right option is number \[2\] of 2"),
     ("arc", LOCAL["arc"] | dict(choices=["iron", 3]), "an option is no text"),
     ("arc", LOCAL["arc"] | dict(choices=[]), "it has no options"),
@@ -285,3 +285,46 @@ def test_rows_that_a_program_writes(name):
             a, sign, b = record["question"].removeprefix("What is ").rstrip("?").split()
             value = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
             assert str(value[sign](int(a), int(b))) == record["answer"]
+
+
+def test_a_task_prepares_rows_and_scores_as_a_reward(tmp_path):
+    """source=TASK and reward=TASK: prompts with their records, the answers of those that have one,
+    and an iteration of PPO that the task scores."""
+    from nano import store, tokenizer
+    from prepare import instructions
+
+    tiny.model_dir(tmp_path / "model")
+    tok = tokenizer.load(tmp_path / "model", template="chatml")
+    given = dict(model=str(tmp_path / "model"), template="chatml", workers=1)
+
+    def prepare(name, source, **more):
+        cfg = instructions.Config(source=source, out=str(tmp_path / name), **given | more)
+        instructions.main(cfg)
+        return store.Store(tmp_path / name)
+
+    rows = prepare("sums", "arithmetic")
+    assert len(rows) == 4000
+    text = tok.decode(rows.row(0)[0], skip_special=False)
+    first = tasks.load("arithmetic").rows(shots=True)[0]
+    assert text.startswith(f"<|im_start|>user\n{first['question']}<|im_end|>\n<|im_start|>assistant")
+    assert f"\n{first['answer']}<|im_end|>" in text
+    path = tiny.jsonl(tmp_path / "rules.jsonl", [RULES])
+    rows = prepare("rules", "rules", path=str(path))
+    assert json.loads(rows.line(0)) == RULES and not rows.row(0)[1].any()
+    path = tiny.jsonl(tmp_path / "arc.jsonl", [ARC])
+    (row,) = [prepare("arc", "piqa", path=str(tiny.jsonl(tmp_path / "p.jsonl", [LOCAL["piqa"]])))]
+    assert "Turn the lid." in tok.decode(row.row(0)[0])
+    for source, message in (("lambada", "has no split to train on beside"), ("piq", "there is no")):
+        with pytest.raises(UserError, match=message):
+            prepare("none", source)
+
+    settings = dict(model=tmp_path / "model", data=tmp_path / "rules", out=tmp_path / "run", steps=1,
+                    reward="rules", batch_size=4, micro_batch=2, group=2, algo="grpo",
+                    max_new_tokens=8, max_prompt=250, device="cpu", dtype="float32")  # fmt: skip
+    tiny.train("ppo", tiny.arguments(settings))
+    (line,) = tiny.records(tmp_path / "run", "train")
+    assert 0 <= line["reward"] <= 1
+    for reward, message in (("arc", "scores no answers; those that do are arithmetic, gsm8k"),
+                            ("gsm8k", "a prompt comes with the field 'question'|'answer'")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            tiny.train("ppo", tiny.arguments(settings | dict(reward=reward, out=tmp_path / "r")))
