@@ -458,7 +458,7 @@ def test_refusals(tmp_path, folder):
                                      "number for all"),
         (["files=[a.jsonl]"], 'files= has 1 elements for 2 tasks: give one for each ("" for the'),
         (["tasks=[gsm8k,gsm8k]"], "the task gsm8k is named twice"),
-        (["tasks=[]", "shots=[0]", "files=[]", "shot_files=[]"], "nothing to measure: give tasks="),
+        (["tasks=[]", "shots=[0]", "files=[]", "shot_files=[]"], "nothing to measure: give tasks=, text="),
         (["tasks=[]"], "has no effect with tasks=[]"),
         ([f"model={folder}/scorer"], "scorer is a score model: it gives no text and no log-"),
         (["shots=[-1,0]"], "must be 0 or more each"),
@@ -471,3 +471,97 @@ def test_refusals(tmp_path, folder):
             run(folder, f"out={tmp_path}/out", *more)
         assert message in str(e.value), more
     assert not (tmp_path / "out").exists()
+
+
+# -------------------------------------------------------------------------- text, data, win rate
+
+
+def measured(capsys, *argv):
+    cfg = config.load(eval_script.Config, ["device=cpu", "dtype=float32", *argv])
+    config.check(cfg)
+    eval_script.main(cfg)
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_perplexity_of_text(tmp_path, folder, capsys):
+    texts = ["A text of some length.", "é" * 20, "", "Short."]
+    path = tiny.jsonl(tmp_path / "t.jsonl", [dict(text=text) for text in texts])
+    model = eval_script.weights.open(folder / "model").model
+    nll = tokens = 0
+    for text in texts:
+        ids = [257, *text.encode()]  # BOS, and single bytes
+        for begin in range(0, len(ids) - 1, 8):
+            window = ids[begin + 1 : begin + 9]
+            nll -= plain_logprobs(model, ids[begin : begin + 1], window)[0]
+            tokens += len(window)
+    given = f"model={folder}/model", f"text={path}", "max_length=8", f"out={tmp_path}/out"
+    for _ in range(2):  # the second time from the file
+        text = measured(capsys, *given)["text"]
+        size = sum(len(text.encode()) for text in texts)
+        assert (text["tokens"], text["bytes"], text["count"]) == (tokens, size, 3)
+        wanted = dict(bits_per_byte=nll / math.log(2) / size, perplexity=math.exp(nll / tokens))
+        assert text["metrics"] == pytest.approx(wanted, rel=1e-4)
+    (tmp_path / "t.txt").write_text(texts[0])
+    whole = measured(capsys, f"model={folder}/model", f"text={tmp_path}/t.txt")["text"]
+    assert whole["tokens"] == len(texts[0]) and whole["count"] == 1
+
+
+def test_loss_of_a_prepared_folder(tmp_path, folder, capsys):
+    tiny.store(tmp_path / "rows", folder / "model", n=9, val=5)
+    document = measured(capsys, f"model={folder}/model", f"data={tmp_path}/rows")
+    settings = dict(model=folder / "model", data=tmp_path / "rows", out=tmp_path / "sft", epochs=0,
+                    device="cpu", dtype="float32", samples=0, max_length=64)  # fmt: skip
+    tiny.train("sft", tiny.arguments(settings))
+    (line,) = tiny.records(tmp_path / "sft", "eval")
+    for name, value in document["data"]["metrics"].items():
+        assert value == pytest.approx(line[name], rel=1e-5), name
+    assert document["data"]["count"] == 5
+
+
+def test_win_rate(tmp_path, folder, capsys):
+    tiny.model_dir(tmp_path / "other", seed=7)
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\nfour\nfive\n")
+
+    def rates(model, against):
+        values = measured(
+            capsys, f"model={model}", f"against={against}", f"reward={folder}/scorer",
+            f"prompts={tmp_path}/prompts.txt", "max_new_tokens=6", f"out={tmp_path}/out",
+        )["prompts"]  # fmt: skip
+        examples = [json.loads(line) for line in (tmp_path / "out/prompts.jsonl").open()]
+        return values, examples
+
+    values, examples = rates(folder / "model", tmp_path / "other")
+    swapped, others = rates(tmp_path / "other", folder / "model")
+    assert values["metrics"]["win_rate"] == swapped["metrics"]["win_rate_against"]
+    assert [e["answer"] for e in examples] == [e["against"] for e in others]
+    scores = np.array([[e["score"], e["score_against"]] for e in examples])
+    assert values["metrics"]["win_rate"] == np.mean(scores[:, 0] > scores[:, 1])
+    assert len({*scores.flat}) > 5
+    # the score is that of the last token of prompt, answer and EOS
+    scorer = eval_script.weights.open(folder / "scorer", head="score").model
+    ids = [*f"{examples[0]['prompt'][0]['content']}\n{examples[0]['answer']}".encode(), 258]
+    assert scorer.score(scorer.hidden(torch.tensor([ids])))[0, -1].item() == (
+        pytest.approx(scores[0, 0], abs=1e-4)
+    )
+    same, _ = rates(folder / "model", folder / "model")
+    assert same["metrics"]["win_rate"] == 0.5 and same["ties"] == 5
+
+
+def test_refusals_of_text_and_win_rate(tmp_path, folder, capsys):
+    (tmp_path / "p.txt").write_text("one\n")
+    (tmp_path / "e.jsonl").write_text('{"other": 1}\n')
+    model = f"model={folder}/model"
+    for argv, message in (
+        ([f"prompts={tmp_path}/p.txt"], "prompts= needs against="),
+        ([f"against={folder}/model"], "has no effect with prompts="),
+        ([f"prompts={tmp_path}/p.txt", f"against={folder}/model", f"reward={folder}/model"],
+         "is a language model: give a score model"),
+        ([f"prompts={tmp_path}/p.txt", f"against={folder}/scorer", f"reward={folder}/scorer"],
+         "is a score model"),
+        ([f"text={tmp_path}/none.txt"], "is no file"),
+        ([f"text={tmp_path}/e.jsonl"], "e.jsonl:1 has no field text"),
+        (["max_length=5", "tasks=arc"], "max_length=5 has no effect without text= and data="),
+    ):  # fmt: skip
+        with pytest.raises(UserError) as e:
+            measured(capsys, model, *argv)
+        assert message in str(e.value), argv
