@@ -1,12 +1,12 @@
 """Measures what a model can do: tasks, text, a prepared folder, answers beside another model's.
 
-    python eval.py model=models/smollm2 tasks=[arc,hellaswag,gsm8k] shots=[25,10,5] limit=200
+    python eval.py model=models/smollm2 'tasks=[arc,gsm8k]' 'shots=[25,5]' limit=200
     python eval.py model=out/lora/last base=models/smollm2 tasks=mmlu shots=5 out=out/eval
     python eval.py model=out/sft/last tasks=arc:easy files=arc_easy.jsonl      # without the hub
     python eval.py model=models/smollm2 text=book.txt                          # bits per byte
     python eval.py model=models/smollm2 data=data/alpaca                       # loss, accuracy
     python eval.py model=out/dpo/last against=out/sft/last reward=out/reward/last prompts=p.txt
-    torchrun --nproc_per_node=8 eval.py model=models/smollm2 tasks=[arc,mmlu]
+    torchrun --nproc_per_node=8 eval.py model=models/smollm2 'tasks=[arc,mmlu]'
 
 `model` is a model directory or an adapter's (PEFT). A task is a file in tasks/, or a part of one:
 arc:easy. Tasks with choices compare the log-likelihoods of the options (acc, acc_norm), the others
