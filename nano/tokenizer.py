@@ -819,6 +819,7 @@ class Tokenizer:
     """Text <-> ids, and conversations -> (ids, mask). `load` makes it.
 
     .bos_id .eos_id .pad_id   None where the model has none
+    .add_bos        whether a plain text begins with BOS
     .bos_first      whether render puts BOS first
     .vocab_size     the tokenizer's highest id + 1 (a model's embedding may be larger)
     .stop_ids       tuple: EOS, the template's end of turn, the EOS ids of generation_config.json
@@ -861,7 +862,8 @@ class Tokenizer:
             template, own, self._marks, added, self._layout, options
         )
         self.adopted = bool(self.chat_template) and self.chat_template != own
-        self.bos_first = bool(add_bos) and self.bos_id is not None and chat.takes_bos(self.layout)
+        self.add_bos = bool(add_bos) and self.bos_id is not None
+        self.bos_first = self.add_bos and chat.takes_bos(self.layout)
         self.empty_thoughts = False
         self.counts = Counter()
 
