@@ -27,7 +27,19 @@ import torch
 import torch.nn.functional as F
 
 import lora
-from nano import batches, config, estimate, files, generate, losses, optim, runtime, store, weights
+from nano import (
+    batches,
+    config,
+    estimate,
+    evaluation,
+    files,
+    generate,
+    losses,
+    optim,
+    runtime,
+    store,
+    weights,
+)
 from nano.config import (
     Every,
     Fraction,
@@ -55,7 +67,8 @@ Smoothing = Annotated[
 @dataclass
 class Config:
     # what
-    model: PathText = "models/smollm2"  # a directory, or an adapter's to merge; the reference too
+    model: PathText = "models/smollm2"  # a directory, or an adapter's; the reference too
+    base: PathText | None = None  # for an adapter in model=: the model to put it on
     data: tuple[PathText, ...] = ("data/dpo",)  # prepared folders of groups
     sizes: tuple[str, ...] = ()  # of each folder: all, a number of groups or a share; []: all
     out: PathText = "out/dpo"  # run folder
@@ -111,6 +124,14 @@ class Config:
     track: str = ""  # wandb:PROJECT or trackio:PROJECT beside TensorBoard
     samples: NonNegativeInt = 2  # validation prompts answered at every evaluation
     sample_tokens: NonNegativeInt = 64  # 0: no samples
+    # tasks (files of tasks/) that are measured at every evaluation, from step 0 on
+    eval_tasks: tuple[str, ...] = ()  # names, or NAME:PART
+    eval_shots: Annotated[evaluation.Shots, With("eval_tasks")] = (0,)  # one number, or one a task
+    # local files in the place of the hub's, one a task; "": the hub
+    eval_files: Annotated[tuple[str, ...], With("eval_tasks")] = ()
+    eval_shot_files: Annotated[tuple[str, ...], With("eval_tasks")] = ()
+    eval_limit: Annotated[NonNegativeInt, With("eval_tasks")] = 200  # records of a task; 0: all
+    keep: Annotated[str, With("eval_tasks")] = ""  # TASK/METRIC, whose highest value makes best/
 
 
 def dpo_loss(
@@ -288,9 +309,14 @@ def main(cfg, rt):
     store.check_prepared(cfg.data, "preferences", f"model={cfg.model}")
 
     # ---- model
-    # An adapter in model= is merged into its base first. What is trained is chosen below.
+    # With lora_rank= an adapter in model= is trained further, and without it merged into its base.
+    # What is trained is chosen below.
     opened = weights.open(
-        cfg.model, merge=True, as_base=cfg.lora_rank > 0, template=store.chat_template(cfg.data)
+        cfg.model,
+        cfg.base,
+        head="lm",
+        merge=not cfg.lora_rank,
+        template=store.chat_template(cfg.data),
     )
     model, tok = opened.model, opened.tok
 
@@ -309,6 +335,7 @@ def main(cfg, rt):
     )
     train = batches.Groups(rows, cfg.batch_size, **layout)
     val = batches.Groups(val_rows, cfg.batch_size, **layout) if val_rows else None
+    benchmarks = evaluation.for_training(cfg, tok, model.cfg)
     longest = max(rows.longest for rows in (train, val) if rows)
     batches.check_reach(longest, model.cfg.max_positions, cfg.model)
     if not val:
@@ -322,7 +349,8 @@ def main(cfg, rt):
     # the model's own weights, before an adapter changes the parameters' names.
     validation = val_rows.fingerprint() if val_rows else None
     made_from = run.identify(model.named_parameters(), rows.fingerprint(), validation)
-    settings = repr((sorted(made_from.items()), model.cfg, rt.dtype, cfg.max_length))
+    scales = [(name, layer.scales) for name, layer in lora.adapted(model)]
+    settings = repr((sorted(made_from.items()), model.cfg, rt.dtype, cfg.max_length, scales))
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]
     if cfg.lora_rank:
         weights.add_adapter(model, cfg)
@@ -339,14 +367,12 @@ def main(cfg, rt):
     )
 
     # ---- reference, resume
-    # The reference is the model as it was at the start: its adapter is switched off here, or its
-    # weights are still untrained. So its log-probabilities are computed before a resume loads a
+    # The reference is the model as it was at the start: its weights are still untrained here, and a
+    # new adapter does nothing yet. So its log-probabilities are computed before a resume loads a
     # state, once, and then read from disk. Training needs no second model in memory.
     paths = {split: run.out / f"reference.{split}.{key}.bin" for split in ("train", "val")}
-    lora.use(model, None)
     reference = reference_logprobs(rt, net, train, paths["train"])
     val_reference = reference_logprobs(rt, net, val, paths["val"]) if val else None
-    lora.use(model, "default" if cfg.lora_rank else None)
     run.meta = dict(warned=False)
     adapter = "default" if cfg.lora_rank else None
     run.attach(model, trained, dict(adamw=optimizer), tok, opened.base, adapter)
@@ -366,9 +392,11 @@ def main(cfg, rt):
         # Every rank evaluates and saves at the same step, for gathering sharded weights takes them
         # all. The time this takes is not counted in the tokens per second.
         with run.paused():
-            if val and run.due(cfg.eval_every):
-                run.evaluated(evaluate(rt, net, val, val_reference, cfg), keep="loss")
-                if cfg.samples and cfg.sample_tokens:
+            if (val or benchmarks) and run.due(cfg.eval_every):
+                metrics = evaluate(rt, net, val, val_reference, cfg) if val else {}
+                metrics |= evaluation.measure_all(benchmarks, model, tok, rt)
+                run.evaluated(metrics, keep=cfg.keep or "loss")
+                if val and cfg.samples and cfg.sample_tokens:
                     run.log.samples(step, answers(rt, model, tok, val_rows, cfg))
             if run.ending or run.due(cfg.save_every):
                 run.save()

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from nano import config, files, optim, state, weights
+from nano import adapters, config, files, optim, state, weights
 from nano.config import UserError
 from nano.log import Log
 
@@ -44,7 +44,7 @@ class Run:
     out: the run folder.
     resumes: whether the folder holds a state from which this run continues.
     start: the steps done before.
-    best: the lowest value by which `evaluated` kept best/.
+    best: the lowest value by which `evaluated` kept best/, or less the highest one.
     meta: the stage's JSON values that a resume needs. tensors: its tensors that a resume needs.
     model_keys: what the stage wants to be written beside the model's configuration, such as the
     scale of a reward model's scores.
@@ -71,7 +71,8 @@ class Run:
             value = getattr(cfg, key, "")
             for source in value if isinstance(value, tuple) else [value]:
                 if source and ".py:" not in source and Path(source).exists():
-                    base = weights.base_of(source) if weights.is_adapter(source) else ""
+                    named = getattr(cfg, "base", None)
+                    base = adapters.is_adapter(source) and adapters.find_base(source, named)
                     files.refuse_overwrite(self.folders(), [source, base])
         state.check_place(self.out)
         rt.once(self.lock)
@@ -201,8 +202,11 @@ class Run:
         self.start = self.step = meta.pop("step")
         best, evaluations = meta.pop("best", math.inf), meta.pop("evaluations", self.evaluations)
         made_from = meta.pop("made_from", self.made_from)
-        if made_from["validation"] == self.made_from["validation"]:
-            self.best, self.evaluations = best, evaluations  # of other data they would mean nothing
+        kept_by = meta.pop("keep", "")
+        same = made_from["validation"] == self.made_from["validation"]
+        if same and kept_by == getattr(self.cfg, "keep", ""):
+            # of other data, or of another metric, they would mean nothing
+            self.best, self.evaluations = best, evaluations
         for name, skips in meta.pop("skips", {}).items():
             self.optimizers[name].skips = torch.tensor(skips, device=self.rt.device)
             self.skips[name] = skips[0]
@@ -239,8 +243,10 @@ class Run:
 
     def refuse_validation(self, *keys):
         """UserError for those of the keys that were given, where the data have no validation
-        split. -1 asks for nothing."""
-        for key in (key for key in keys if getattr(self.cfg, key) != -1):
+        split. -1 asks for nothing, and tasks can be measured without one."""
+        tasks = {"eval_every"} if getattr(self.cfg, "eval_tasks", ()) else set()
+        tasks |= {"patience"} if getattr(self.cfg, "keep", "") else set()
+        for key in (key for key in keys if getattr(self.cfg, key) != -1 and key not in tasks):
             config.refuse(
                 self.cfg, key, "without a validation split", "the data: prepare with val="
             )
@@ -361,20 +367,23 @@ class Run:
                 )
 
     def evaluated(self, metrics, keep):
-        """Logs an evaluation. Saves the model as best/ if metrics[keep] is the lowest so far.
+        """Logs an evaluation. Saves the model as best/ if metrics[keep] is the best so far.
 
-        After patience= evaluations without a better one the run ends."""
+        The lowest is the best, but of a task's metric (TASK/METRIC) it is the highest. Without
+        metrics[keep] there is no best. After patience= evaluations without a better one the run
+        ends."""
         self.log.eval(self.step, **metrics)
         last, without = self.evaluations
-        if not self.step:
+        if not self.step or keep not in metrics:
             return
-        if metrics[keep] < self.best:
-            self.best = metrics[keep]
+        value = -metrics[keep] if "/" in keep else metrics[keep]
+        if value < self.best:
+            self.best = value
             self.evaluations = [self.step, 0]
             self.save_model(self.out / "best")
         elif self.step != last:  # a resume repeats the evaluation at which it was saved
             self.evaluations = [self.step, without + 1]
-        patience = self.cfg.patience
+        patience = getattr(self.cfg, "patience", 0)
         if patience and self.evaluations[1] >= patience and self.step < self.total:
             self.exhausted = True
             self.log.text(
@@ -405,6 +414,7 @@ class Run:
             best=self.best,
             made_from=self.made_from,
             evaluations=self.evaluations,
+            keep=getattr(self.cfg, "keep", ""),
             skips={name: o.skips.tolist() for name, o in self.optimizers.items()},
             config=settings,
         )

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+import tasks
 from nano import tokenizer
 from nano.chat import NotFollowed
 from nano.config import UserError
@@ -164,7 +165,7 @@ def fill(cfg, writer, unit, files, hub):
     """Writes the units that cfg.val asks for into the split val, and the others into train.
 
     unit: "group" where the rows of a record are a group, else "row". files: the paths to read, or
-    None for records.read_hub(*hub).
+    None for records.read_hub(*hub), or for the rows that a task writes, where the split is None.
     Returns .rows, their number; .sizes and .hashes as encode_chunk does; .counts and .dropped as
     dicts, largest number first; .bad, a dict for meta.json.
     Raises UserError for a bad record under on_error=stop, and where there is no unit.
@@ -204,6 +205,8 @@ def fill_split(cfg, writer, split, unit, files, hub):
     with records.progress(size, "B" if files else f" {unit}s") as bar:
         if files:
             sources = ((f, records.read_file(f, bar)) for f in files)
+        elif hub[2] is None:
+            sources = [(hub[0], enumerate(tasks.load(hub[0]).rows(shots=True), 1))]
         else:
             sources = [(hub[0], records.read_hub(*hub))]
         settings = (cfg, job.encode, job.template)

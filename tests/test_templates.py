@@ -289,7 +289,11 @@ def survey(names, talks):
         table[name] = collections.Counter()
         for talk, messages, ask, tools in cases(talks):
             fate = compare(peer, ours, messages, ask, tools)
-            if fate == "followed" and marked(peer.source) and talk not in MARKED_OTHERWISE:
+            compared = not ask and talk not in MARKED_OTHERWISE  # a prompt has no targets
+            if fate == "followed" and compared and marked(peer.source):
+                if name in ODD_MARKS:
+                    table[name]["followed, marks not compared"] += 1
+                    continue
                 wanted = peer.targets(*peer.render(messages, ask, tools, marks=True))
                 if wanted != spans(ours.parts(messages, ask, tools)):
                     fate = "wrong: targets"
@@ -313,7 +317,6 @@ def test_every_template_is_followed_or_refused(part):
     if not names:
         pytest.skip("no folder ../shared/templates")
     table, wrong = survey(names, TALKS if SLOW else FEW)
-    wrong = [line for line in wrong if not (line.endswith("targets") and line.startswith(ODD_MARKS))]
     total = sum(table.values(), collections.Counter())
     if SLOW:
         for name, kinds in table.items():
