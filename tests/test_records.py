@@ -349,7 +349,7 @@ MESSAGE = st.builds(
     lambda role, content, more: dict(role=role, content=content, **more),
     ROLE,
     st.one_of(TEXT, st.just(""), st.just(" \n")),
-    st.dictionaries(st.sampled_from(["name", "weight", "reasoning", "foo", "id"]), st.one_of(VALUE, st.sampled_from([0, 1])), max_size=1),
+    st.dictionaries(st.sampled_from(["name", "weight", "reasoning", "foo"]), st.one_of(VALUE, st.sampled_from([0, 1])), max_size=1),
 )
 TALK = st.lists(MESSAGE, max_size=5)
 NAMES = [*fields.TURNS, *instructions.PROMPTS, *fields.SYSTEMS, *fields.THOUGHTS, "completion"]
