@@ -133,8 +133,9 @@ def encode_chunk(chunk):
             part.records.append(unit.record)
             for what, number in unit.counts.items():
                 part.counts[what] += number
-            part.closed.update(job.tok.counts)
-            job.tok.counts.clear()
+            if job.tok.counts:
+                part.closed.update(job.tok.counts)
+                job.tok.counts.clear()
             for ids, mask in unit.rows:
                 part.tokens += ids
                 part.mask += mask
