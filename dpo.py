@@ -27,7 +27,19 @@ import torch
 import torch.nn.functional as F
 
 import lora
-from nano import batches, config, estimate, files, generate, losses, optim, runtime, store, weights
+from nano import (
+    batches,
+    config,
+    estimate,
+    evaluation,
+    files,
+    generate,
+    losses,
+    optim,
+    runtime,
+    store,
+    weights,
+)
 from nano.config import (
     Every,
     Fraction,
@@ -112,6 +124,14 @@ class Config:
     track: str = ""  # wandb:PROJECT or trackio:PROJECT beside TensorBoard
     samples: NonNegativeInt = 2  # validation prompts answered at every evaluation
     sample_tokens: NonNegativeInt = 64  # 0: no samples
+    # tasks (files of tasks/) that are measured at every evaluation, from step 0 on
+    eval_tasks: tuple[str, ...] = ()  # names, or NAME:PART
+    eval_shots: Annotated[evaluation.Shots, With("eval_tasks")] = (0,)  # one number, or one a task
+    # local files in the place of the hub's, one a task; "": the hub
+    eval_files: Annotated[tuple[str, ...], With("eval_tasks")] = ()
+    eval_shot_files: Annotated[tuple[str, ...], With("eval_tasks")] = ()
+    eval_limit: Annotated[NonNegativeInt, With("eval_tasks")] = 200  # records of a task; 0: all
+    keep: Annotated[str, With("eval_tasks")] = ""  # TASK/METRIC, whose highest value makes best/
 
 
 def dpo_loss(
@@ -315,6 +335,7 @@ def main(cfg, rt):
     )
     train = batches.Groups(rows, cfg.batch_size, **layout)
     val = batches.Groups(val_rows, cfg.batch_size, **layout) if val_rows else None
+    benchmarks = evaluation.for_training(cfg, tok, model.cfg)
     longest = max(rows.longest for rows in (train, val) if rows)
     batches.check_reach(longest, model.cfg.max_positions, cfg.model)
     if not val:
@@ -371,9 +392,11 @@ def main(cfg, rt):
         # Every rank evaluates and saves at the same step, for gathering sharded weights takes them
         # all. The time this takes is not counted in the tokens per second.
         with run.paused():
-            if val and run.due(cfg.eval_every):
-                run.evaluated(evaluate(rt, net, val, val_reference, cfg), keep="loss")
-                if cfg.samples and cfg.sample_tokens:
+            if (val or benchmarks) and run.due(cfg.eval_every):
+                metrics = evaluate(rt, net, val, val_reference, cfg) if val else {}
+                metrics |= evaluation.measure_all(benchmarks, model, tok, rt)
+                run.evaluated(metrics, keep=cfg.keep or "loss")
+                if val and cfg.samples and cfg.sample_tokens:
                     run.log.samples(step, answers(rt, model, tok, val_rows, cfg))
             if run.ending or run.due(cfg.save_every):
                 run.save()

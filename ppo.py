@@ -33,6 +33,7 @@ from model import ScoreHead
 from nano import (
     batches,
     config,
+    evaluation,
     families,
     files,
     functions,
@@ -75,7 +76,7 @@ class Config:
     # what
     model: PathText = "out/sft/last"  # the policy to start from, and the reference to stay near
     base: PathText | None = None  # for adapters in model= and reward=: the model to put them on
-    # one score model or adapter, functions file.py:function of your own, or both: their sum counts
+    # one score model or adapter, functions file.py:function of your own, tasks (tasks/): their sum
     reward: tuple[PathText, ...] = ("out/reward/last",)
     reward_weights: tuple[float, ...] = ()  # of each reward in the sum; []: 1
     reward_special: bool = False  # functions see the names of control tokens in prompt and response
@@ -169,6 +170,15 @@ class Config:
     track: str = ""  # wandb:PROJECT or trackio:PROJECT beside TensorBoard
     sample_every: Every = 10  # steps; 0: one pass over the prompts, -1: never
     samples: NonNegativeInt = 3  # responses shown each time
+    # tasks (files of tasks/) that are measured at every evaluation, from step 0 on
+    eval_every: Annotated[Every, With("eval_tasks")] = 0  # steps; 0: one pass, -1: never
+    eval_tasks: tuple[str, ...] = ()  # names, or NAME:PART
+    eval_shots: Annotated[evaluation.Shots, With("eval_tasks")] = (0,)  # one number, or one a task
+    # local files in the place of the hub's, one a task; "": the hub
+    eval_files: Annotated[tuple[str, ...], With("eval_tasks")] = ()
+    eval_shot_files: Annotated[tuple[str, ...], With("eval_tasks")] = ()
+    eval_limit: Annotated[NonNegativeInt, With("eval_tasks")] = 200  # records of a task; 0: all
+    keep: Annotated[str, With("eval_tasks")] = ""  # TASK/METRIC, whose highest value makes best/
 
     PRESETS: ClassVar[dict] = {
         "algo": {
@@ -181,7 +191,7 @@ class Config:
     @property
     def reward_model(self):
         """The score model or adapter among the rewards, or None."""
-        return next((reward for reward in self.reward if ".py:" not in reward), None)
+        return next((spec for spec in self.reward if not functions.is_function(spec)), None)
 
     @property
     def has_critic(self):
@@ -623,11 +633,11 @@ class Parking:
 
 def check(cfg, rt):
     """UserError for settings that do not go together."""
-    models = [reward for reward in cfg.reward if ".py:" not in reward]
+    models = [spec for spec in cfg.reward if not functions.is_function(spec)]
     if not cfg.reward or len(models) > 1:
         raise UserError(
-            f"reward={','.join(cfg.reward)}: give one score model, functions file.py:function, or "
-            "both"
+            f"reward={','.join(cfg.reward)}: give one score model, functions file.py:function or "
+            "tasks, or both"
         )
     if len(cfg.reward_weights) not in (0, len(cfg.reward)):
         raise UserError(
@@ -720,8 +730,8 @@ def load_rewards(cfg, rows):
     or None. UserError where a function needs the record of a prompt, and there is none."""
     rewards = {}
     for i, spec in enumerate(cfg.reward, 1):
-        name = spec.rpartition(":")[2] if ".py:" in spec else "model"
-        function = functions.load_function(spec) if ".py:" in spec else None
+        function = functions.load_function(spec) if functions.is_function(spec) else None
+        name = spec.rpartition(":")[2] if ".py:" in spec else spec if function else "model"
         rewards[f"{name}_{i}" if name in rewards else name] = function
     gold = functions.load_function(cfg.gold) if cfg.gold else None
     takers = [function for function in (*rewards.values(), gold) if function]
@@ -751,8 +761,7 @@ def cut_at(strings, tok, tokens):
     may name a control token."""
 
     def complete(n):
-        text = tok.decode(tokens[:n], skip_special=False)
-        return any(s in text for s in strings)
+        return tok.decode_until(tokens[:n], strings)[1]
 
     if not complete(len(tokens)):
         return tokens, False
@@ -941,6 +950,7 @@ def main(cfg, rt):
     check_reach(cfg, policy, scorer, longest_prompt)
     if ptx:
         batches.check_reach(ptx.longest, policy.model.cfg.max_positions, cfg.model)
+    benchmarks = evaluation.for_training(cfg, tok, policy.model.cfg)
 
     # A state is only continued from the models and the data that it was made from. New adapters and
     # heads are drawn anew by each start, so they do not count.
@@ -1010,10 +1020,15 @@ def main(cfg, rt):
 
     # ---- loop
     for step in run.steps():
-        # Save what the iteration before has left. The last turn of the loop is there for that
-        # alone.
-        if run.due(cfg.save_every) or run.ending:
-            with run.paused():
+        # Evaluate and save what the iteration before has left. The last turn of the loop is there
+        # for that alone.
+        with run.paused():
+            if benchmarks and run.due(cfg.eval_every):
+                lora.use(policy.model, policy.adapter)
+                with parking(policy):
+                    metrics = evaluation.measure_all(benchmarks, policy.model, tok, rt)
+                run.evaluated(metrics, keep=cfg.keep)
+            if run.due(cfg.save_every) or run.ending:
                 run.save()
         if run.ending:
             break

@@ -35,6 +35,7 @@ from nano import (
     batches,
     config,
     estimate,
+    evaluation,
     generate,
     log,
     losses,
@@ -56,6 +57,7 @@ from nano.config import (
     Temperature,
     UnitFloat,
     UserError,
+    With,
     Without,
 )
 from nano.run import Run
@@ -124,6 +126,14 @@ class Config:
     prompts: tuple[str, ...] = ()  # texts to go on from; []: the starts of two documents
     sample_tokens: NonNegativeInt = 64  # 0: no samples
     temperature: Temperature = 0.8  # of the samples
+    # tasks (files of tasks/) that are measured at every evaluation, from step 0 on
+    eval_tasks: tuple[str, ...] = ()  # names, or NAME:PART
+    eval_shots: Annotated[evaluation.Shots, With("eval_tasks")] = (0,)  # one number, or one a task
+    # local files in the place of the hub's, one a task; "": the hub
+    eval_files: Annotated[tuple[str, ...], With("eval_tasks")] = ()
+    eval_shot_files: Annotated[tuple[str, ...], With("eval_tasks")] = ()
+    eval_limit: Annotated[NonNegativeInt, With("eval_tasks")] = 200  # records of a task; 0: all
+    keep: Annotated[str, With("eval_tasks")] = ""  # TASK/METRIC, whose highest value makes best/
 
 
 # name: layers, dim, heads, key/value heads, ffn, tied embeddings. The name counts the parameters
@@ -303,6 +313,8 @@ def main(cfg, rt):
             bos_token_id=tok.bos_id, eos_token_id=tok.eos_id, pad_token_id=tok.pad_id
         )
 
+    benchmarks = evaluation.for_training(cfg, tok, model.cfg)
+
     # A state is only continued from the model and the data that it was made from.
     params = model.named_parameters() if cfg.model else ()
     validation = store.fingerprint(val_stores) if val_stores else None
@@ -341,8 +353,10 @@ def main(cfg, rt):
         # Every rank evaluates and saves at the same step, for gathering sharded weights takes them
         # all. The time this takes is not counted in the tokens per second.
         with run.paused():
-            if val and run.due(cfg.eval_every):
-                run.evaluated(evaluate(rt, net, val, eval_steps, density), keep="loss")
+            if (val or benchmarks) and run.due(cfg.eval_every):
+                metrics = evaluate(rt, net, val, eval_steps, density) if val else {}
+                metrics |= evaluation.measure_all(benchmarks, model, tok, rt)
+                run.evaluated(metrics, keep=cfg.keep or "loss")
             if cfg.sample_tokens and run.due(cfg.sample_every):
                 texts = continuations(rt, model, tok, (val_stores or stores)[0], cfg)
                 run.log.samples(step, texts)

@@ -19,7 +19,18 @@ from typing import Annotated, Literal
 
 import torch
 
-from nano import batches, config, estimate, generate, losses, optim, runtime, store, weights
+from nano import (
+    batches,
+    config,
+    estimate,
+    evaluation,
+    generate,
+    losses,
+    optim,
+    runtime,
+    store,
+    weights,
+)
 from nano.config import (
     Every,
     Fraction,
@@ -33,6 +44,7 @@ from nano.config import (
     Seed,
     UnitFloat,
     UserError,
+    With,
     Without,
 )
 from nano.run import Run
@@ -97,6 +109,14 @@ class Config:
     sample_every: Every = 0  # steps; 0: once an epoch, -1: never
     samples: NonNegativeInt = 2  # validation prompts answered each time
     sample_tokens: NonNegativeInt = 64  # tokens of such an answer; 0: no samples
+    # tasks (files of tasks/) that are measured at every evaluation, from step 0 on
+    eval_tasks: tuple[str, ...] = ()  # names, or NAME:PART
+    eval_shots: Annotated[evaluation.Shots, With("eval_tasks")] = (0,)  # one number, or one a task
+    # local files in the place of the hub's, one a task; "": the hub
+    eval_files: Annotated[tuple[str, ...], With("eval_tasks")] = ()
+    eval_shot_files: Annotated[tuple[str, ...], With("eval_tasks")] = ()
+    eval_limit: Annotated[NonNegativeInt, With("eval_tasks")] = 200  # records of a task; 0: all
+    keep: Annotated[str, With("eval_tasks")] = ""  # TASK/METRIC, whose highest value makes best/
 
 
 def loss_sum(net, hidden, batch):
@@ -196,6 +216,7 @@ def main(cfg, rt):
         rows, cfg.batch_size, seed=cfg.seed, prompt_weight=cfg.prompt_loss_weight, **layout
     )
     val = batches.Rows(val_rows, layout["micro_batch"] * rt.world, **layout) if val_rows else None
+    benchmarks = evaluation.for_training(cfg, tok, model.cfg)
     longest = max(rows.longest for rows in (train, val) if rows)
     batches.check_reach(longest, model.cfg.max_positions, cfg.model)
     if not val:
@@ -236,8 +257,10 @@ def main(cfg, rt):
         # Every rank evaluates and saves at the same step, for gathering sharded weights takes them
         # all. The time this takes is not counted in the tokens per second.
         with run.paused():
-            if val and run.due(cfg.eval_every):
-                run.evaluated(evaluate(rt, net, val), keep="loss")
+            if (val or benchmarks) and run.due(cfg.eval_every):
+                metrics = evaluate(rt, net, val) if val else {}
+                metrics |= evaluation.measure_all(benchmarks, model, tok, rt)
+                run.evaluated(metrics, keep=cfg.keep or "loss")
             if val and cfg.samples and cfg.sample_tokens and run.due(cfg.sample_every):
                 run.log.samples(step, answers(rt, model, tok, val_rows, cfg))
             if run.ending or run.due(cfg.save_every):

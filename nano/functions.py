@@ -18,12 +18,16 @@ from pathlib import Path
 
 import torch
 
+import tasks
 from nano.config import FLOAT32_MAX, UserError
 
 
 def load_function(spec):
-    """The function that `spec`, file.py:function, names. UserError where there is none, or where
-    the file does not run. The file may import modules that lie beside it."""
+    """The function that `spec`, file.py:function, names, or the score of a task (tasks/). UserError
+    where there is none, or where the file does not run. The file may import modules that lie beside
+    it."""
+    if tasks.is_name(spec):
+        return tasks.load(spec).reward()
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py"):
         raise UserError(f"{spec} names no function: write it as file.py:function")
@@ -42,6 +46,11 @@ def load_function(spec):
     if not callable(getattr(module, name, None)):
         raise UserError(f"{spec}: {path} has no function {name}")
     return getattr(module, name)
+
+
+def is_function(spec):
+    """Whether a reward is a function, and no directory of a model."""
+    return ".py:" in spec or tasks.is_name(spec)
 
 
 def fourth(function):

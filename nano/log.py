@@ -321,7 +321,8 @@ def table(rows, width, lines=8):
     `lines` high."""
     # A model may write anything. Control characters must not reach the terminal.
     cells = [[printable(text) for text in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    # at least as wide as the dots of a cell that is cut short
+    widths = [max(4, *map(len, column)) for column in zip(*cells, strict=True)]
     room = width - 3 * (len(widths) - 1)
     while sum(widths) > room and max(widths) > 8:  # the widest column gives way
         widths[widths.index(max(widths))] -= 1

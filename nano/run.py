@@ -44,7 +44,7 @@ class Run:
     out: the run folder.
     resumes: whether the folder holds a state from which this run continues.
     start: the steps done before.
-    best: the lowest value by which `evaluated` kept best/.
+    best: the lowest value by which `evaluated` kept best/, or less the highest one.
     meta: the stage's JSON values that a resume needs. tensors: its tensors that a resume needs.
     model_keys: what the stage wants to be written beside the model's configuration, such as the
     scale of a reward model's scores.
@@ -150,8 +150,11 @@ class Run:
         self.start = self.step = meta.pop("step")
         best, evaluations = meta.pop("best", math.inf), meta.pop("evaluations", self.evaluations)
         made_from = meta.pop("made_from", self.made_from)
-        if made_from["validation"] == self.made_from["validation"]:
-            self.best, self.evaluations = best, evaluations  # of other data they would mean nothing
+        kept_by = meta.pop("keep", "")
+        same = made_from["validation"] == self.made_from["validation"]
+        if same and kept_by == getattr(self.cfg, "keep", ""):
+            # of other data, or of another metric, they would mean nothing
+            self.best, self.evaluations = best, evaluations
         for name, skips in meta.pop("skips", {}).items():
             self.optimizers[name].skips = torch.tensor(skips, device=self.rt.device)
             self.skips[name] = skips[0]
@@ -169,8 +172,10 @@ class Run:
 
     def refuse_validation(self, *keys):
         """UserError for those of the keys that were given, where the data have no validation
-        split. -1 asks for nothing."""
-        for key in (key for key in keys if getattr(self.cfg, key) != -1):
+        split. -1 asks for nothing, and tasks can be measured without one."""
+        tasks = {"eval_every"} if getattr(self.cfg, "eval_tasks", ()) else set()
+        tasks |= {"patience"} if getattr(self.cfg, "keep", "") else set()
+        for key in (key for key in keys if getattr(self.cfg, key) != -1 and key not in tasks):
             config.refuse(
                 self.cfg, key, "without a validation split", "the data: prepare with val="
             )
@@ -280,20 +285,24 @@ class Run:
                 raise bad_steps_error(f"the gradient{which}", longest, step, self.out)
 
     def evaluated(self, metrics, keep):
-        """Logs an evaluation. Saves the model as best/ if metrics[keep] is the lowest so far.
+        """Logs an evaluation. Saves the model as best/ if metrics[keep] is the best so far.
 
-        After patience= evaluations without a better one the run ends."""
+        The lowest is the best, but of a task's metric (TASK/METRIC) it is the highest. Without
+        metrics[keep] there is no best. After patience= evaluations without a better one the run
+        ends."""
         self.log.eval(self.step, **metrics)
         last, without = self.evaluations
-        if not self.step:
+        if not self.step or keep not in metrics:
             return
-        if metrics[keep] < self.best:
-            self.best = metrics[keep]
+        value = -metrics[keep] if "/" in keep else metrics[keep]
+        if value < self.best:
+            self.best = value
             self.evaluations = [self.step, 0]
             self.save_model(self.out / "best")
         elif self.step != last:  # a resume repeats the evaluation at which it was saved
             self.evaluations = [self.step, without + 1]
-        if 0 < self.cfg.patience <= self.evaluations[1] and self.step < self.total:
+        patience = getattr(self.cfg, "patience", 0)
+        if 0 < patience <= self.evaluations[1] and self.step < self.total:
             self.exhausted = True
             self.log.text(
                 f"no better {keep} in {self.evaluations[1]} evaluations (patience=): the run ends "
@@ -317,6 +326,7 @@ class Run:
             best=self.best,
             made_from=self.made_from,
             evaluations=self.evaluations,
+            keep=getattr(self.cfg, "keep", ""),
             skips={name: o.skips.tolist() for name, o in self.optimizers.items()},
             config=settings_text(self.cfg),
         )

@@ -18,7 +18,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
 import regex  # comes with tiktoken
@@ -819,6 +819,7 @@ class Tokenizer:
     """Text <-> ids, and conversations -> (ids, mask). `load` makes it.
 
     .bos_id .eos_id .pad_id   None where the model has none
+    .add_bos        whether a plain text begins with BOS
     .bos_first      whether render puts BOS first
     .vocab_size     the tokenizer's highest id + 1 (a model's embedding may be larger)
     .stop_ids       tuple: EOS, the template's end of turn, the EOS ids of generation_config.json
@@ -861,7 +862,8 @@ class Tokenizer:
             template, own, self._marks, added, self._layout, options
         )
         self.adopted = bool(self.chat_template) and self.chat_template != own
-        self.bos_first = bool(add_bos) and self.bos_id is not None and chat.takes_bos(self.layout)
+        self.add_bos = bool(add_bos) and self.bos_id is not None
+        self.bos_first = self.add_bos and chat.takes_bos(self.layout)
         self.empty_thoughts = False
         self.counts = Counter()
 
@@ -960,17 +962,29 @@ class Tokenizer:
 
         Control tokens are left out of the text, but a string may name one. inside: as in decode.
         """
-        whole = self.bytes_of(ids)
-        ends = [whole.find(mend(stop).encode()) for stop in stops]
-        end = min((end for end in ends if end >= 0), default=len(whole))
-        kept = b""
-        at = 0
-        for id in ids:
-            piece = self.bytes.get(id, b"")
-            if id not in self.control:
-                kept += piece[: max(end - at, 0)]
-            at += len(piece)
-        return self._decoded(kept, inside), any(end >= 0 for end in ends)
+        pieces = [self.bytes.get(id, b"") for id in ids]
+        borders = [0, *accumulate(map(len, pieces))]
+        names = [  # a string matches the whole of a control token's name, or nothing of it
+            range(a + 1, b)
+            for id, a, b in zip(ids, borders, borders[1:], strict=False)
+            if id in self.control
+        ]
+        whole = b"".join(pieces)
+        ends = []
+        for stop in (mend(stop).encode() for stop in stops):
+            starts = (match.start() for match in re.finditer(b"(?=%s)" % re.escape(stop), whole))
+            ends += [
+                start
+                for start in starts
+                if not any(start in name or start + len(stop) in name for name in names)
+            ][:1]
+        end = min(ends, default=len(whole))
+        kept = [
+            piece[: max(end - start, 0)]
+            for id, piece, start in zip(ids, pieces, borders, strict=False)
+            if id not in self.control
+        ]
+        return self._decoded(b"".join(kept), inside), bool(ends)
 
     def _decoded(self, raw, inside):
         text = raw.decode("utf-8", "replace")

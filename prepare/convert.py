@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+import tasks
 from nano import tokenizer
 from nano.chat import NotFollowed
 from nano.config import UserError
@@ -66,10 +67,11 @@ def render(tok, messages, last_only=False, tools=None):
     follows. A conversation that awaits an answer ends with the prompt for it.
     """
     awaits = messages[-1]["role"] != "assistant"
+    layout = dict(add_generation_prompt=awaits, last_only=last_only)
     try:
-        ids, mask = tok.render(
-            messages, add_generation_prompt=awaits, last_only=last_only, tools=tools
-        )
+        ids, mask = tok.render(messages, **layout, tools=tools)
+        if tools and ids == tok.render(messages, **layout)[0]:
+            raise Drop("the chat template leaves out the definitions of tools")
     except NotFollowed as e:
         raise Drop(e.reason) from None
     except UserError as e:
@@ -163,7 +165,7 @@ def fill(cfg, writer, unit, files, hub):
     """Writes the units that cfg.val asks for into the split val, and the others into train.
 
     unit: "group" where the rows of a record are a group, else "row". files: the paths to read, or
-    None for records.read_hub(*hub).
+    None for records.read_hub(*hub), or for the rows that a task writes, where the split is None.
     Returns .rows, their number; .sizes and .hashes as encode_chunk does; .counts and .dropped as
     dicts, largest number first; .bad, a dict for meta.json.
     Raises UserError for a bad record under on_error=stop, and where there is no unit.
@@ -203,6 +205,8 @@ def fill_split(cfg, writer, split, unit, files, hub):
     with records.progress(size, "B" if files else f" {unit}s") as bar:
         if files:
             sources = ((f, records.read_file(f, bar)) for f in files)
+        elif hub[2] is None:
+            sources = [(hub[0], enumerate(tasks.load(hub[0]).rows(shots=True), 1))]
         else:
             sources = [(hub[0], records.read_hub(*hub))]
         settings = (cfg, job.encode, job.template)

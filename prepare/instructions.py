@@ -22,6 +22,7 @@ Rows keep the order of the records; sft.py shuffles them in every epoch. The row
 chosen by the hash of their prompts, so that answers to one prompt stay together.
 """
 
+import functools
 import json
 import re
 from collections import Counter
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import tasks
 from nano import config
 from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError, With
 from prepare import convert, fields, records
@@ -39,7 +41,7 @@ from prepare.records import BadRecord
 @dataclass
 class Config:
     # what
-    source: PathText  # file, folder, known set (see `SETS` in this file) or hub id
+    source: PathText  # file, folder, known set (`SETS` in this file), task (tasks/) or hub id
     model: PathText  # model directory whose tokenizer is used
     out: PathText  # the prepared folder; an earlier one there is replaced at the end
     path: PathText | None = None  # local file or folder of a known set; none: the hub
@@ -194,6 +196,18 @@ SETS = {  # name: (hub id, configurations, split, record -> messages)
 }
 
 
+@functools.cache
+def known_set(source):
+    """The entry of SETS that `source` names, or that of the task (tasks/) of this name, or None."""
+    if source in SETS:
+        return SETS[source]
+    if source.partition(":")[0] not in tasks.names():
+        return None
+    benchmark = tasks.load(source)
+    name, configuration, split = benchmark.training_set()
+    return name, [configuration], split, benchmark.conversation
+
+
 def split_text(cfg, record):
     """Messages of a whole text. The answer begins after the last response template in it."""
     whole = text(record, cfg.text_field)
@@ -227,18 +241,19 @@ def read_rendered(cfg, tok, record):
 def encode(cfg, tok, record):
     """The Unit of a record, one row, for convert.py."""
     if cfg.rendered:
-        counts = Counter()
+        counts = {}
         ids, mask = fit(cfg, *read_rendered(cfg, tok, record), counts)
         return convert.Unit([(ids, mask)], ids, counts)
     rest = fields.without(record, cfg.ignore)
-    known = cfg.text_field or cfg.source in SETS  # what such records may lose is known
+    named = known_set(cfg.source)
+    known = cfg.text_field or named  # what such records may lose is known
     tools = None if known else fields.definitions(rest)
-    counts = Counter()
+    counts = {}
     if cfg.text_field:
         messages = split_text(cfg, rest)
         counts["spelled out"] = int(any(tok.spells_out(m["content"]) for m in messages))
     elif known:
-        messages = SETS[cfg.source][3](rest)
+        messages = named[3](rest)
     else:
         messages = recognise(rest)
 
@@ -266,10 +281,12 @@ def encode(cfg, tok, record):
         elif media := [key for key in rest if fields.MEDIA.fullmatch(key)]:
             fields.check_rest({key: rest[key] for key in media}, ())
     messages = [m | {"weight": 0} if fields.says_nothing(m) else m for m in messages]
-    silent = sum("weight" in m for m in messages)
+    if awaits:
+        counts["prompts"] = 1
+    elif silent := sum("weight" in m for m in messages):
+        counts["silent"] = silent
 
     last_only = cfg.train_on == "last" or cfg.source == "slimorca"
-    counts |= dict(prompts=int(awaits), silent=silent)
     ids, mask = fit(cfg, *convert.render(tok, messages, last_only, tools), counts)
     line = json.dumps(record, default=str).encode() + b"\n" if awaits else b""
     begin = mask.find(1)
@@ -281,7 +298,7 @@ def fit(cfg, ids, mask, counts):
     """The row within max_length. It counts in `counts` whether the row lost its end.
 
     Drop for a row that is too long, and for one without a target that is no prompt alone."""
-    alone = counts["prompts"]
+    alone = "prompts" in counts
     if len(ids) > cfg.max_length:
         if alone or cfg.over_length == "drop":
             raise Drop(f"longer than max_length={cfg.max_length}", (ids, mask))
@@ -291,7 +308,7 @@ def fit(cfg, ids, mask, counts):
         if 1 not in mask[1:]:  # the first token is predicted from nothing
             raise Drop(f"no target left in max_length={cfg.max_length}")
     elif not alone and 1 not in mask[1:]:
-        why = "no answer is to be learned" if counts["silent"] else "no target token"
+        why = "no answer is to be learned" if "silent" in counts else "no target token"
         raise Drop(why, (ids, mask))
     return ids, mask
 
@@ -301,7 +318,7 @@ def fit(cfg, ids, mask, counts):
 
 def find_files(cfg, hub):
     """The files of the source; None for those of the hub. UserError where it can be neither."""
-    known = cfg.source in SETS
+    known = known_set(cfg.source)
     if cfg.path and not known:
         raise UserError(
             f"path= goes with the name of a known set ({', '.join(SETS)}), and "
@@ -328,9 +345,11 @@ def main(cfg):
     tok, writer = convert.start(cfg, encode, template)
     if tok.layout is None or tok.layout.broken:
         tok.render([message("user", "")])  # raises what says so
-    hub = SETS.get(cfg.source, (cfg.source, [cfg.subset], cfg.split))[:3]
+    hub = (known_set(cfg.source) or (cfg.source, [cfg.subset], cfg.split))[:3]
+    written = hub[2] is None and not cfg.path  # by a program
+    files = None if written else find_files(cfg, hub[0])
     with writer:
-        total = convert.fill(cfg, writer, "row", find_files(cfg, hub[0]), hub)
+        total = convert.fill(cfg, writer, "row", files, hub)
         counts = Counter(total.counts)
         writer.meta |= dict(truncated=counts["truncated"], dropped=total.dropped) | total.bad
     note = f"at max_length={cfg.max_length}" if counts["truncated"] else ""

@@ -450,16 +450,12 @@ def test_an_adapter_opens_under_the_template_that_it_was_trained_with(base, tmp_
     assert weights.open(tmp_path / "plain").tok.template == tokenizer.load(base).template
 
 
-@pytest.mark.parametrize("bench", ["exact_match", "bullets"])
-def test_benchmarks_ask_under_the_template_of_the_adapter(bench, base, tmp_path, monkeypatch):
+def test_a_benchmark_asks_under_the_template_of_the_adapter(base, tmp_path, monkeypatch):
     model = weights.load_model(base)
     tok = tokenizer.load(base, template="alpaca")
     lora.apply(model, rank=4, alpha=8)
     weights.save_adapter(model, tmp_path / "adapter", base=base, tok=tok)
     record = dict(instruction="Why?", input="", output="So.")
-    record["messages"] = [dict(role="user", content="Why?")]
-    if bench == "exact_match":
-        del record["messages"]
     (tmp_path / "test.jsonl").write_text(json.dumps(record) + "\n")
     seen = []
 
@@ -468,7 +464,7 @@ def test_benchmarks_ask_under_the_template_of_the_adapter(bench, base, tmp_path,
         return SimpleNamespace(tokens=[[] for _ in prompts], finished=[True for _ in prompts])
 
     monkeypatch.setattr(generate, "generate", generated)
-    module = importlib.import_module(f"bench.{bench}")
+    module = importlib.import_module("bench.exact_match")
     files = dict(model=str(tmp_path / "adapter"), data=str(tmp_path / "test.jsonl"))
     module.main(module.Config(**files, device="cpu", dtype="float32"))
     assert seen == [tok.render([dict(role="user", content="Why?")], True)[0]]

@@ -836,7 +836,7 @@ def test_sigterm_in_a_rollout_saves_and_the_same_command_goes_on(folder, tmp_pat
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     done = tiny.state(tmp_path / "cut" / "state")[1]["meta"]["step"]
-    assert process.returncode == 0 and not err and 2 <= done < 400
+    assert process.returncode == 143 and not err and 2 <= done < 400
     assert (
         "SIGTERM: finishing this step" in out
         and f"stopped at step {done}: the same command continues" in out

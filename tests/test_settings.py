@@ -241,7 +241,7 @@ class Reads(ast.NodeVisitor):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_setting_is_read(stage):
     Config = importlib.import_module(stage).Config
-    plumbing = ("run", "weights", "estimate", "functions")
+    plumbing = ("run", "weights", "estimate", "evaluation", "functions")
     paths = [ROOT / f"{stage}.py", *(ROOT / "nano" / f"{name}.py" for name in plumbing)]
     reads = set(runtime.KEYS).union(*(Reads(path).names for path in paths if path.exists()))
     assert {f.name for f in dataclasses.fields(Config)} <= reads

@@ -1,0 +1,210 @@
+"""The log-likelihoods and the speed of eval.py beside EleutherAI's lm-eval, task by task.
+
+    pip install lm-eval==0.4.13                 # for this script alone
+    python -m bench.lm_eval model=models/smollm2 data=../shared/data/bench limit=200
+    python -m bench.lm_eval limit=20 dtype=bfloat16 batch=32
+
+Both get the same weights and the same records. `data` is a folder of llm-foundry's and QLoRA's
+files. They are rewritten in the columns of the hub for lm-eval, whose task definitions write the
+prompts. So equal log-likelihoods show that prompts, tokens and sums are equal. The times are those
+from records to results. The product peak is what torch multiplies in the same dtype in this run.
+"""
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+import model as model_file
+import tasks
+from nano import config, evaluation, log, runtime, weights
+from nano.config import NonNegativeInt, PathText, PositiveInt, Seed
+
+FILES = {  # task: (its name in lm-eval, its file)
+    "arc:easy": ("arc_easy", "arc_easy.jsonl"),
+    "arc:challenge": ("arc_challenge", "arc_challenge.jsonl"),
+    "winogrande": ("winogrande", "winogrande.jsonl"),
+    "piqa": ("piqa", "piqa.jsonl"),
+    "lambada": ("lambada_openai", "lambada_openai.jsonl"),
+    "hellaswag": ("hellaswag", "hellaswag_val.jsonl"),
+    "boolq": ("boolq", "boolq.jsonl"),
+    "mmlu:anatomy": ("mmlu_anatomy", "mmlu_val_zero_shot.jsonl"),
+    "mmlu:high_school_physics": ("mmlu_high_school_physics", "mmlu_val_zero_shot.jsonl"),
+    "mmlu:philosophy": ("mmlu_philosophy", "mmlu_val_zero_shot.jsonl"),
+}
+
+
+@dataclass
+class Config:
+    model: PathText = "models/smollm2"
+    data: PathText = "../shared/data/bench"
+    tasks: tuple[str, ...] = tuple(FILES)
+    limit: NonNegativeInt = 200  # records of a task; 0: all
+    batch: PositiveInt = 16  # lm-eval's batch size
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "cpu"
+    out: PathText = ""  # file of the table as JSON lines; "": none
+    seed: Seed = 0
+
+
+def hub_row(name, record):
+    """A record of ours as a row of the task's set on the hub."""
+    if name.startswith("arc"):
+        labels = [*"ABCDE"[: len(record["choices"])]]
+        choices = dict(text=record["choices"], label=labels)
+        return dict(question=record["question"], choices=choices, answerKey=labels[record["gold"]])
+    if name == "winogrande":
+        start, options = tasks.winogrande.shared(record), tasks.winogrande.choices(record)
+        return dict(
+            sentence=f"{start}_ {record['end']}",
+            option1=options[0],
+            option2=options[1],
+            answer=str(record["gold"] + 1),
+        )
+    if name == "piqa":
+        first, second = record["choices"]
+        return dict(goal=record["goal"], sol1=first, sol2=second, label=record["gold"])
+    if name == "lambada":
+        return dict(text=f"{record['start']} {record['word']}")
+    if name == "hellaswag":
+        return dict(query=record["start"], choices=record["endings"], label=record["gold"])
+    if name == "boolq":
+        return record | dict(label=record["gold"])
+    return dict(question=record["question"], choices=record["options"], answer=record["gold"])
+
+
+def their_task(name, records, folder):
+    """lm-eval's task over our records."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    manager = TaskManager()
+    theirs = FILES[name][0]
+    path = folder / f"{theirs}.jsonl"
+    path.write_text("".join(json.dumps(hub_row(name, r)) + "\n" for r in records))
+    settings = load_yaml(manager.task_index[theirs].yaml_path, resolve_func=True)
+    for key in ("tag", "group", "process_docs", "fewshot_split", "fewshot_config"):
+        settings.pop(key, None)
+    settings |= dict(
+        dataset_path="json",
+        dataset_name=None,
+        dataset_kwargs=dict(data_files=dict(test=str(path))),
+        training_split=None,
+        validation_split=None,
+        test_split="test",
+    )
+    return manager.load([settings])["tasks"][theirs]
+
+
+def their_results(task, lm, limit):
+    """(logprobs of each record's options, metrics, seconds)"""
+    from lm_eval.evaluator import evaluate
+
+    name = task.task_name
+    task.set_config("num_fewshot", 0)
+    began = time.perf_counter()
+    # simple_evaluate would also list the versions of what is installed, for half a minute
+    result = evaluate(lm, {name: task}, limit=limit, bootstrap_iters=0, log_samples=True)
+    seconds = time.perf_counter() - began
+    samples = sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
+    logprobs = [[resp[0][0] for resp in sample["resps"]] for sample in samples]
+    return logprobs, result["results"][name], seconds
+
+
+def product_peak(dtype, device, size=2048):
+    """FLOP/s of torch's matrix product."""
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ b).sum().item()
+        best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    return best
+
+
+def count_tokens():
+    """[0], which grows by the tokens of each forward."""
+    total = [0]
+    whole = model_file.Transformer.hidden
+
+    def hidden(self, tokens, *args, **kwargs):
+        total[0] += tokens.numel()
+        return whole(self, tokens, *args, **kwargs)
+
+    model_file.Transformer.hidden = hidden
+    return total
+
+
+def main(cfg):
+    from lm_eval.models.huggingface import HFLM
+
+    with runtime.start(cfg, parallel="none") as rt:
+        opened = weights.open(cfg.model, None, rt.device, rt.dtype)
+    lm = HFLM(pretrained=str(cfg.model), dtype=cfg.dtype, device=cfg.device, batch_size=cfg.batch)
+    total = count_tokens()
+    matrices = opened.model.flops_per_token(0) / 6
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in cfg.tasks:
+            theirs, file = FILES[name]
+            task = tasks.load(name, str(Path(cfg.data, file)))
+            records = task.records()[: cfg.limit or None]
+            their = their_task(name, records, Path(folder))
+            their_logprobs, their_metrics, their_seconds = their_results(
+                their, lm, cfg.limit or None
+            )
+            total[0] = 0
+            peak = product_peak(rt.dtype, rt.device)
+            began = time.perf_counter()
+            benchmark = evaluation.prepare(
+                task, opened.tok, opened.model.cfg, limit=cfg.limit, chat="false"
+            )
+            result = evaluation.measure(benchmark, opened.model, opened.tok, rt)
+            seconds = time.perf_counter() - began
+            far = max(
+                float(np.abs(np.array(example["logprobs"]) - other).max())
+                for example, other in zip(result.examples, their_logprobs, strict=True)
+            )
+            row = {"task": name, "n": result.count, "far": far}
+            for ours, other in (
+                ("acc", "acc"),
+                ("acc_norm_chars", "acc_norm"),
+                ("perplexity",) * 2,
+            ):
+                if ours in result.metrics and f"{other},none" in their_metrics:
+                    row[other] = [result.metrics[ours], their_metrics[f"{other},none"]]
+            row |= dict(
+                seconds=[seconds, their_seconds],
+                ratio=their_seconds / seconds,
+                tokens=total[0],
+                of_peak=total[0] * 2 * matrices / seconds / peak,
+                peak=peak,
+            )
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if cfg.out:
+                Path(cfg.out).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    head = "task|n|max diff|acc|lm-eval|acc_norm|lm-eval|s|lm-eval|ratio|of peak".split("|")
+    body = [
+        [
+            row["task"],
+            str(row["n"]),
+            f"{row['far']:.1e}",
+            *(log.show(x) for x in row["acc"]),
+            *(log.show(x) for x in row.get("acc_norm", ["", ""])),
+            *(f"{x:.1f}" for x in row["seconds"]),
+            f"{row['ratio']:.2f}",
+            f"{row['of_peak']:.0%}",
+        ]
+        for row in rows
+    ]
+    print(log.table([head, *body], 140))
+
+
+if __name__ == "__main__":
+    config.run(main, Config)

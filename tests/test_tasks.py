@@ -1,0 +1,330 @@
+"""Each task: one record -> the exact prompt, options and scores. And the loader's refusals."""
+
+import json
+
+import pytest
+import tiny
+
+import tasks
+from nano.config import UserError
+
+GOLDEN = {}  # task: (row, prompt, options, gold)
+ARC = dict(
+    question="Which is a metal?",
+    choices=dict(text=["iron", "wood"], label=["A", "B"]),
+    answerKey="A",
+)
+METAL = "Question: Which is a metal?\nAnswer:"
+GOLDEN["arc:easy"] = GOLDEN["arc:challenge"] = (
+    ARC, METAL, [(METAL, " iron"), (METAL, " wood")], {0}
+)
+GOLDEN["hellaswag"] = (
+    dict(activity_label="Baking", ctx_a="A man [title] bakes.", ctx_b="he", label="1",
+         endings=["sleeps [step] long.", "eats  it."]),
+    "Baking: A man. bakes. He",
+    [("Baking: A man. bakes. He", " sleeps long."), ("Baking: A man. bakes. He", " eats it.")],
+    {1},
+)  # fmt: skip
+GOLDEN["piqa"] = (
+    dict(goal="Open a jar", sol1="Turn the lid.", sol2="Turn the jar.", label=0),
+    "Question: Open a jar\nAnswer:",
+    [("Question: Open a jar\nAnswer:", " Turn the lid."),
+     ("Question: Open a jar\nAnswer:", " Turn the jar.")],
+    {0},
+)  # fmt: skip
+GOLDEN["winogrande"] = (
+    dict(sentence="Ann thanked Bob because _ had helped.", option1="Ann", option2="Bob", answer="2"),
+    "Ann thanked Bob because _ had helped.\nWhat is the blank, Ann or Bob?\nAnswer:",
+    [("Ann thanked Bob because Ann", " had helped."),
+     ("Ann thanked Bob because Bob", " had helped.")],
+    {1},
+)  # fmt: skip
+BOOLQ = "Iron is a metal.\nQuestion: is iron a metal?\nAnswer:"
+GOLDEN["boolq"] = (
+    dict(passage="Iron is a metal.", question="is iron a metal", label=1),
+    BOOLQ, [(BOOLQ, " no"), (BOOLQ, " yes")], {1},
+)  # fmt: skip
+GOLDEN["openbookqa"] = (
+    dict(question_stem="Iron is", choices=dict(text=["a metal", "a food"], label=["A", "B"]),
+         answerKey="B "),
+    "Iron is", [("Iron is", " a metal"), ("Iron is", " a food")], {1},
+)  # fmt: skip
+GOLDEN["commonsense_qa"] = (
+    dict(question="Where is a key? ",
+         choices=dict(text=["door", "sea"], label=["A", "B"]), answerKey="A"),
+    "Question: Where is a key?\nA. door\nB. sea\nAnswer:",
+    [("Question: Where is a key?\nA. door\nB. sea\nAnswer:", f" {x}") for x in "AB"], {0},
+)  # fmt: skip
+GOLDEN["lambada"] = (
+    dict(text="He opened the door"), "He opened the", [("He opened the", " door")], {0}
+)
+MMLU = "What is 1+1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
+GOLDEN["mmlu"] = GOLDEN["mmlu:stem"] = (
+    dict(question=" What is 1+1?", choices=[*"1234"], answer=1, subject="abstract_algebra"),
+    MMLU, [(MMLU, f" {x}") for x in "ABCD"], {1},
+)  # fmt: skip
+GOLDEN["truthfulqa"] = (
+    dict(question="Is it?", mc1_targets=dict(choices=["No.", "Yes."], labels=[1, 0]),
+         mc2_targets=dict(choices=["No.", "Never.", "Yes."], labels=[1, 1, 0])),
+    "Q: Is it?\nA:", [("Q: Is it?\nA:", f" {x}") for x in ("No.", "Yes.", "Never.")], {0},
+)  # fmt: skip
+GOLDEN["twitter_complaints"] = (
+    {"Tweet text": "@shop it is broken", "Label": 1},
+    "Tweet: @shop it is broken\nLabel:",
+    [("Tweet: @shop it is broken\nLabel:", f" {x}") for x in ("complaint", "no complaint")], {0},
+)  # fmt: skip
+
+ANSWERS = {}  # task: (row, prompt, {answer: (score, strict score)})
+ANSWERS["gsm8k"] = (
+    dict(question="What is 600 + 634?", answer="It is <<600+634=1234>>1,234.\n#### 1,234"),
+    "Question: What is 600 + 634?\nAnswer:",
+    {
+        "It is <<600+634=1234>>1,234.\n#### 1,234": (1, 1),
+        "#### 1234": (1, 1),
+        "So 600 + 634 is $1,234.": (1, 0),
+        "#### 1234 and not 7": (0, 1),
+        "1235": (0, 0),
+        "": (0, 0),
+    },
+)
+
+ANSWERS["arithmetic"] = (
+    dict(question="What is 12 + 30?", answer=42),
+    "Question: What is 12 + 30?\nAnswer:",
+    {"42": (1, 1), " 42.": (1, 1), "12 + 30 is 42.": (1, 0), "42 and not 43": (0, 0), "": (0, 0)},
+)
+RULES = dict(question="Why do people like tea?", rules=[["bullets", 2], ["without", "very"]])
+ANSWERS["rules"] = (
+    RULES,
+    "Question: Why do people like tea? Answer in exactly 2 bullet points that begin with a hyphen, "
+    "and write nothing else. Do not use the word very.\nAnswer:",
+    {
+        "- It is warm.\n- It tastes good.": (1, 1),
+        "Sure!\n- It is warm.\n- It tastes good.": (1, 0),
+        "- It is very warm.\n- It is good.": (0, 0),
+        "It is warm.": (0, 0),
+        "": (0, 0),
+    },
+)
+
+# other columns of the same records, in the files of other projects
+LOCAL = {
+    "arc": dict(query="Question: Which is a metal?", choices=["iron", "wood"], gold=0),
+    "hellaswag": dict(ctx="Baking: A man. bakes. He", label=1, endings=["sleeps long.", "eats it."]),
+    "piqa": dict(query="Question: Open a jar\n", choices=["Turn the lid.", "Turn the jar."], gold=0),
+    "winogrande": dict(
+        context_options=["Ann thanked Bob because Ann", "Ann thanked Bob because Bob"],
+        continuation="had helped.",
+        gold=1,
+    ),
+    "boolq": dict(
+        query="Passage: Iron is a metal.\nQuestion: is iron a metal?\n",
+        choices=["no", "yes"],
+        gold=1,
+    ),
+    "lambada": dict(context="He opened the", continuation="door"),
+    "mmlu": dict(
+        subject="abstract_algebra",
+        input=f"The following are questions about abstract algebra.\n\n{MMLU}",
+        output="B",
+    ),
+    "twitter_complaints": dict(ID=0, Label=1, input="@shop it is broken", output="complaint"),
+}
+GOLDEN["arc"] = GOLDEN["arc:challenge"]
+
+
+def one_record(path, spec, row):
+    """The task and the record of a file with one row."""
+    task = tasks.load(spec, str(tiny.jsonl(path / "rows.jsonl", [row])))
+    return task, *task.records()
+
+
+@pytest.mark.parametrize("spec", GOLDEN)
+def test_choices(tmp_path, spec):
+    row, prompt, options, gold = GOLDEN[spec]
+    task, record = one_record(tmp_path, spec, row)
+    assert (task.prompt(record), task.options_of(record), task.gold(record)) == (
+        prompt, options, gold
+    )  # fmt: skip
+    right = min(gold)
+    assert task.shot(record) == "".join(options[right])
+    assert task.answer_of(record) == task.choices(record)[right]
+    assert 0 <= task.chance_of(record) < 1
+
+
+@pytest.mark.parametrize("spec", LOCAL)
+def test_columns_of_a_local_file(tmp_path, spec):
+    task, record = one_record(tmp_path, spec, LOCAL[spec])
+    assert (task.prompt(record), task.options_of(record), task.gold(record)) == GOLDEN[spec][1:]
+
+
+@pytest.mark.parametrize("spec", ANSWERS)
+def test_answers(tmp_path, spec):
+    row, prompt, scores = ANSWERS[spec]
+    task, record = one_record(tmp_path, spec, row)
+    assert task.prompt(record) == prompt
+    strict = getattr(task.module, "strict", task.module.score)
+    for answer, (loose, exact) in scores.items():
+        given = prompt, answer, True, record
+        assert (task.score(*given), strict(*given)) == (loose, exact), answer
+    if hasattr(task.module, "answer"):
+        assert task.score(prompt, task.answer(record), True, record) == 1
+        assert task.shot(record) == f"{prompt} {task.answer(record)}"
+    assert task.MAX_NEW_TOKENS > 0 and isinstance(task.STOP, tuple)
+
+
+def test_every_task_has_a_golden_record():
+    assert {spec.partition(":")[0] for spec in (*GOLDEN, *ANSWERS)} == {*tasks.names()}
+
+
+def test_truthfulqa_metrics(tmp_path):
+    task, record = one_record(tmp_path, "truthfulqa", GOLDEN["truthfulqa"][0])
+    # No. 1/8, Yes. 1/4, Never. 1/8: the likeliest of the two of mc1 is false, and half is true
+    assert task.metrics(record, [-3 * 0.6931471805599453, -2 * 0.6931471805599453,
+                                 -3 * 0.6931471805599453]) == pytest.approx(dict(mc1=0, mc2=0.5))  # fmt: skip
+    assert task.metrics(record, [-1, -2, -900])["mc1"] == 1
+    assert task.metrics(record, [-900, -800, -900])["mc2"] == pytest.approx(0, abs=1e-9)
+    assert task.chance_of(record) == 0.5
+
+
+def test_mmlu_parts(tmp_path):
+    rows = [GOLDEN["mmlu"][0] | dict(subject=s) for s in ("abstract_algebra", "virology")]
+    path = str(tiny.jsonl(tmp_path / "rows.jsonl", rows))
+    for part, subjects in (("stem", ["abstract_algebra"]), ("virology", ["virology"])):
+        records = tasks.load(f"mmlu:{part}", path).records()
+        assert [record["subject"] for record in records] == subjects
+    task = tasks.load("mmlu", path)
+    assert [*map(task.groups_of, task.records())] == [
+        ["stem", "abstract_algebra"], ["other", "virology"],
+    ]  # fmt: skip
+    assert task.intro_of(task.records()[0]).endswith("about abstract algebra.\n\n")
+    assert len(tasks.load("mmlu").PARTS) == 57 + 4
+    with pytest.raises(UserError, match="has no record of mmlu:anatomy"):
+        tasks.load("mmlu:anatomy", path).records()
+
+
+BAD = [
+    ("arc", {}, r"rows.jsonl:1: the field 'choices' is missing, which a record of arc needs"),
+    ("arc", ARC | dict(answerKey="C"), r"rows.jsonl:1: no record of arc: "),
+    ("arc", ARC | dict(choices=3), r"rows.jsonl:1: no record of arc: "),
+    ("arc", LOCAL["arc"] | dict(gold=2), r"the right option is number \[2\] of 2"),
+    ("arc", LOCAL["arc"] | dict(choices=["iron", 3]), "an option is no text"),
+    ("arc", LOCAL["arc"] | dict(choices=[]), "it has no options"),
+    ("mmlu", GOLDEN["mmlu"][0] | dict(subject="magic"), "there is no subject 'magic'"),
+    ("hellaswag", LOCAL["hellaswag"] | dict(ctx=["a"]), "its prompt is no text"),
+]
+
+
+@pytest.mark.parametrize("spec, row, message", BAD)
+def test_bad_rows(tmp_path, spec, row, message):
+    with pytest.raises(UserError, match=message):
+        one_record(tmp_path, spec, row)
+
+
+def test_refusals(tmp_path):
+    for spec, message in (
+        ("arcs", "unknown task 'arcs'; did you mean 'arc'?"),
+        ("zzzz", "unknown task 'zzzz'; there are arc, "),
+        ("arc:hard", "unknown part 'hard' of the task arc; "),
+        ("piqa:easy", "unknown part 'easy' of the task piqa; it has no parts"),
+    ):
+        with pytest.raises(UserError) as e:
+            tasks.load(spec)
+        assert message in str(e.value)
+    with pytest.raises(UserError, match="there is no file"):
+        tasks.load("arc", str(tmp_path / "none.jsonl")).records()
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(json.dumps(ARC) + "\n{")
+    with pytest.raises(UserError, match=r"broken.jsonl:2: not valid JSON"):
+        tasks.load("arc", str(broken)).records()
+    with pytest.raises(UserError, match="come from another split"):
+        tasks.load("arc", str(broken)).records(shots=True)
+
+
+KEPT = {  # rule: (argument, texts that keep it, texts that do not)
+    "bullets": (2, ["- a\n- b"], ["- a", "- a\n- b\n- c", "text\n- a\n- b"]),
+    "sentences": (2, ["One. Two!", "It costs 3.50. Two."], ["One.", "One. Two. Three."]),
+    "paragraphs": (2, ["a\n\nb", "a\n \nb\n"], ["a\nb", "a\n\nb\n\nc"]),
+    "title": ("my title", ["[[Tea]]\ntext"], ["Tea [[x]]", "[Tea]", "[[]]"]),
+    "json": ("text", ['{"text": "a"}'], ['{"a": 1}', "[1]", "text", '{"text": 1} a']),
+    "quotes": ("double", ['"a b"'], ["a", '"a" b', '""']),
+    "lower": ("", ["tea is good."], ["Tea is good.", "!"]),
+    "upper": ("", ["TEA IS GOOD."], ["TEA is", "!"]),
+    "commas": ("", ["tea"], ["tea, milk", "!"]),
+    "keyword": ("river", ["A river. The River!"], ["river", "rivers rivers"]),
+    "without": ("the", ["a theme"], ["The sea", "!"]),
+    "most": (3, ["one two three", "it's a tea-time"], ["one two three four", "!"]),
+    "least": (3, ["one two three"], ["one two"]),
+}
+
+
+def test_rules():
+    from tasks import rules
+
+    assert KEPT.keys() == rules.RULES.keys()
+    for name, (value, good, bad) in KEPT.items():
+        record = dict(question="?", rules=[[name, value]])
+        for text in good:
+            assert rules.keeps(text, record), (name, text)
+        for text in (*bad, "", " "):
+            assert not rules.keeps(text, record), (name, text)
+    for shots in (False, True):
+        assert {name for row in rules.rows(shots) for name, _ in row["rules"]} == {*rules.RULES}
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "rules"])
+def test_rows_that_a_program_writes(name):
+    task = tasks.load(name)
+    test, train = task.records(), task.records(shots=True)
+    assert len(test) >= 300 and len(train) >= 1000
+    asked = [{json.dumps(record) for record in part} for part in (test, train)]
+    assert not asked[0] & asked[1] and len(asked[0]) == len(test)
+    assert task.records() == test
+    if name == "arithmetic":
+        for record in test[:40]:
+            a, sign, b = record["question"].removeprefix("What is ").rstrip("?").split()
+            value = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
+            assert str(value[sign](int(a), int(b))) == record["answer"]
+
+
+def test_a_task_prepares_rows_and_scores_as_a_reward(tmp_path):
+    """source=TASK and reward=TASK: prompts with their records, the answers of those that have one,
+    and an iteration of PPO that the task scores."""
+    from nano import store, tokenizer
+    from prepare import instructions
+
+    tiny.model_dir(tmp_path / "model")
+    tok = tokenizer.load(tmp_path / "model", template="chatml")
+    given = dict(model=str(tmp_path / "model"), template="chatml", workers=1)
+
+    def prepare(name, source, **more):
+        cfg = instructions.Config(source=source, out=str(tmp_path / name), **given | more)
+        instructions.main(cfg)
+        return store.Store(tmp_path / name)
+
+    rows = prepare("sums", "arithmetic")
+    assert len(rows) == 4000
+    text = tok.decode(rows.row(0)[0], skip_special=False)
+    first = tasks.load("arithmetic").rows(shots=True)[0]
+    assert text.startswith(f"<|im_start|>user\n{first['question']}<|im_end|>\n<|im_start|>assistant")
+    assert f"\n{first['answer']}<|im_end|>" in text
+    path = tiny.jsonl(tmp_path / "rules.jsonl", [RULES])
+    rows = prepare("rules", "rules", path=str(path))
+    assert json.loads(rows.line(0)) == RULES and not rows.row(0)[1].any()
+    path = tiny.jsonl(tmp_path / "arc.jsonl", [ARC])
+    (row,) = [prepare("arc", "piqa", path=str(tiny.jsonl(tmp_path / "p.jsonl", [LOCAL["piqa"]])))]
+    assert "Turn the lid." in tok.decode(row.row(0)[0])
+    for source, message in (("lambada", "has no split to train on beside"), ("piq", "there is no")):
+        with pytest.raises(UserError, match=message):
+            prepare("none", source)
+
+    settings = dict(model=tmp_path / "model", data=tmp_path / "rules", out=tmp_path / "run", steps=1,
+                    reward="rules", batch_size=4, micro_batch=2, group=2, algo="grpo",
+                    max_new_tokens=8, max_prompt=250, device="cpu", dtype="float32")  # fmt: skip
+    tiny.train("ppo", tiny.arguments(settings))
+    (line,) = tiny.records(tmp_path / "run", "train")
+    assert 0 <= line["reward"] <= 1
+    for reward, message in (("arc", "scores no answers; those that do are arithmetic, gsm8k"),
+                            ("gsm8k", "a prompt comes with the field 'question'|'answer'")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            tiny.train("ppo", tiny.arguments(settings | dict(reward=reward, out=tmp_path / "r")))
