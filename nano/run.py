@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from nano import adapters, config, files, optim, state, weights
+from nano import adapters, config, files, optim, runtime, state, weights
 from nano.config import UserError
 from nano.log import Log
 
@@ -67,54 +67,11 @@ class Run:
         self.averaged = False  # whether the average is in the parameters' place
         self.tokens = self.targets = 0  # of this rank since the last line of the log
         self.stopped = self.exhausted = False
-        for key in SOURCES:
-            value = getattr(cfg, key, "")
-            for source in value if isinstance(value, tuple) else [value]:
-                if source and ".py:" not in source and Path(source).exists():
-                    named = getattr(cfg, "base", None)
-                    base = adapters.is_adapter(source) and adapters.find_base(source, named)
-                    files.refuse_overwrite(self.folders(), [source, base])
+        check_sources(cfg, self.out)
         state.check_place(self.out)
-        rt.once(self.lock)
+        rt.once(lock, self.out, rt)
         self.resumes = state.resumes(self.out, cfg.resume, rt)
-        rt.catch_signals()
-
-    def folders(self):
-        """The folders that a run writes, or removes when it starts anew."""
-        names = [self.out / name for name in ("state", "best", "last")]
-        return [*names, *sorted(self.out.glob("step-*"))]
-
-    def lock(self):
-        """Takes the run folder for this process. The lock dies with it, however it ends.
-
-        UserError on all ranks if another run is at work in the folder."""
-        new = [dir for dir in (self.out, *self.out.parents) if not dir.exists()]
-        path = self.out / "lock"
-        fd = owner = None
-        if self.rt.is_main:
-            self.out.mkdir(parents=True, exist_ok=True)
-            fd = files.lock(path)
-            owner = "" if fd else files.read_text(path).strip()
-        if self.rt.all_sum(int(owner is not None and fd is None)):
-            by = f" ({owner})" if owner else ""
-            raise UserError(
-                f"another process{by} is at work in {self.out}: wait for it, or give another out=. "
-                "If it was to be one run of several processes, start it with torchrun, because "
-                "`srun -n 2 python sft.py` starts two runs"
-            )
-        if not fd:
-            return
-        os.ftruncate(fd, 0)
-        os.write(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-
-        def release():
-            path.unlink(missing_ok=True)
-            os.close(fd)
-            with contextlib.suppress(OSError):  # what a run that wrote nothing has created
-                for dir in new:
-                    dir.rmdir()
-
-        self.rt.cleanup.callback(release)
+        runtime.catch_signals(rt)
 
     def saved_meta(self):
         """What the stage kept in run.meta when the state was saved, before anything is loaded."""
@@ -128,16 +85,7 @@ class Run:
         fingerprints of the data. UserError where the state in the folder comes from another model
         or other data, unless resume=anyway, and where the ranks do not see the same data."""
         rt = self.rt
-        number = int(hashlib.sha256(f"{data} {validation}".encode()).hexdigest()[:8], 16)
-        if rt.all_sum(float(rt.all_sum(float(number)) != rt.world * number)):
-            raise UserError(
-                "the ranks read different data: put data= on a file system that all nodes see, "
-                "or copy the same folders to each"
-            )
-        # one rank reads the weights and tells the others, in two numbers that a sum keeps exact
-        model = weights.fingerprint(params) if rt.rank == 0 else "0" * 16
-        halves = [rt.all_sum(float(int(model[i : i + 8], 16))) for i in (0, 8)]
-        model = "".join(f"{int(half):08x}" for half in halves)
+        model = model_of_all(rt, params, data, validation)
         self.made_from = dict(model=model, data=data, validation=validation)
         if not self.resumes:
             return self.made_from
@@ -187,7 +135,7 @@ class Run:
         if self.resumes:
             old = self.load()
         elif self.rt.is_main and (self.cfg.steps or getattr(self.cfg, "epochs", 0)):
-            note = self.clear()
+            note = clear(self.out)
         self.log = Log(self.out, self.rt, self.start, getattr(self.cfg, "track", ""))
         self.rt.cleanup.callback(self.log.close)
         self.log.settings(self.stage, self.cfg, old)
@@ -219,25 +167,6 @@ class Run:
             if self.average:
                 self.average.values[name.removeprefix("average.")].copy_(value)
         return old or ""
-
-    def clear(self):
-        """Removes what an earlier run left in the folder -> a sentence, or "".
-
-        The state goes first. So a kill here leaves nothing that a run could continue from, and
-        whatever stands in the folder later belongs to one run. The log, by which the folder is
-        known to be a run's, is written anew behind this."""
-        if not (self.out / "log.jsonl").exists():
-            return ""
-        removed = []
-        for dir in self.folders():
-            files.recover_dir(dir)
-            if dir.exists():
-                files.remove_dir(dir)
-                removed.append(f"{dir.name}/")
-        for path in self.out.glob("events.out.tfevents.*"):
-            path.unlink()
-        listed = f" ({', '.join(removed)})" if removed else ""
-        return f"note: the run starts anew and has removed what {self.out} held of another{listed}"
 
     # ---- the loop
 
@@ -332,15 +261,11 @@ class Run:
         """The line of the step that was just made. The device is read here and nowhere else."""
         tokens, targets = map(self.rt.all_sum, (self.tokens, self.targets))
         metrics |= self.rt.compiles()
-        if skipped := sum(self.read_skips().values()):
+        if skipped := sum(o.skips[0].item() for o in self.optimizers.values()):
             metrics["skipped"] = int(skipped)  # since the run began
         self.log.step(self.step + 1, tokens, targets, self.rt.peak_memory(), **metrics)
         self.tokens = self.targets = 0
         self.report_skips(self.step + 1)
-
-    def read_skips(self):
-        """{optimizer: how many of its steps were skipped}. It waits for the device."""
-        return {name: o.skips[0].item() for name, o in self.optimizers.items()}
 
     def report_skips(self, step):
         """Says which steps were skipped since the last report, because their gradient was not
@@ -355,16 +280,9 @@ class Run:
                     f"warning at step {step}: {new} {'step' if new == 1 else 'steps'}{which} "
                     "skipped since the last such line, because the gradient held NaN or infinity"
                 )
-            limit = self.cfg.bad_steps
-            if limit and longest >= limit:
+            if 0 < self.cfg.bad_steps <= longest:
                 self.rt.finish_saving()
-                saved = (self.out / "state").exists()
-                last = f"{self.out}/state is the last good state" if saved else "nothing is saved"
-                raise UserError(
-                    f"the gradient{which} held NaN or infinity in {longest} steps in a row "
-                    f"(bad_steps={limit}) up to step {step}: lower lr=, set grad_clip=1, or look "
-                    f"for rows that make the loss infinite; {last}"
-                )
+                raise bad_steps_error(f"the gradient{which}", longest, step, self.out)
 
     def evaluated(self, metrics, keep):
         """Logs an evaluation. Saves the model as best/ if metrics[keep] is the best so far.
@@ -384,11 +302,11 @@ class Run:
         elif self.step != last:  # a resume repeats the evaluation at which it was saved
             self.evaluations = [self.step, without + 1]
         patience = getattr(self.cfg, "patience", 0)
-        if patience and self.evaluations[1] >= patience and self.step < self.total:
+        if 0 < patience <= self.evaluations[1] and self.step < self.total:
             self.exhausted = True
             self.log.text(
-                f"no better {keep} in {patience} evaluations (patience=): the run ends at step "
-                f"{self.step}, and {self.out}/best is the best"
+                f"no better {keep} in {self.evaluations[1]} evaluations (patience=): the run ends "
+                f"at step {self.step}, and {self.out}/best is the best"
             )
 
     def save(self):
@@ -399,16 +317,10 @@ class Run:
         self.report_skips(self.step)
         self.save_model(self.out / "last")
         if self.cfg.keep_last and self.rt.is_main:
-            self.keep_steps()
+            keep_steps(self.out, self.step, self.cfg.keep_last)
         tensors = dict(self.tensors)
         if self.average:
             tensors |= {f"average.{name}": t for name, t in self.average.values.items()}
-        # a folder may be moved, and every run may say whether it resumes
-        settings = "".join(
-            f"{key}={text}\n"
-            for key, text in config.texts(self.cfg).items()
-            if key not in ("out", "resume")
-        )
         meta = dict(
             step=self.step,
             best=self.best,
@@ -416,7 +328,7 @@ class Run:
             evaluations=self.evaluations,
             keep=getattr(self.cfg, "keep", ""),
             skips={name: o.skips.tolist() for name, o in self.optimizers.items()},
-            config=settings,
+            config=settings_text(self.cfg),
         )
         # the state holds the parameters themselves, and the average beside them
         with self.average.swapped() if self.averaged else contextlib.nullcontext():
@@ -429,21 +341,6 @@ class Run:
                 tensors,
                 **self.meta | meta,
             )
-
-    def keep_steps(self):
-        """Keeps last/ as step-N/ too, and the newest keep_last= of such folders."""
-
-        def link(source, target):  # the next save replaces last/ and not its files
-            try:
-                os.link(source, target)
-            except OSError:  # a file system without hard links
-                shutil.copy2(source, target)
-
-        with files.new_dir(self.out / f"step-{self.step}") as tmp:
-            shutil.copytree(self.out / "last", tmp, copy_function=link, dirs_exist_ok=True)
-        steps = [int(n) for p in self.out.glob("step-*") if (n := p.name[5:]).isdecimal()]
-        for step in sorted(steps)[: -self.cfg.keep_last]:
-            files.remove_dir(self.out / f"step-{step}")
 
     def save_model(self, dir):
         """Writes the model, or its adapter, to `dir`. All ranks gather the weights, one writes."""
@@ -481,3 +378,127 @@ class Run:
         self.rt.close()
         number = self.rt.signal or signal.SIGTERM
         return signal.Signals(number).name if self.stopped else "done"
+
+
+# ---- the run folder
+
+
+def folders(out):
+    """The folders that a run writes, or removes when it starts anew."""
+    names = [out / name for name in ("state", "best", "last")]
+    return [*names, *sorted(out.glob("step-*"))]
+
+
+def check_sources(cfg, out):
+    """UserError where the run would write over what it starts from, or over the base of an
+    adapter that it starts from."""
+    for key in SOURCES:
+        value = getattr(cfg, key, "")
+        for source in value if isinstance(value, tuple) else [value]:
+            if source and ".py:" not in source and Path(source).exists():
+                named = getattr(cfg, "base", None)
+                base = adapters.is_adapter(source) and adapters.find_base(source, named)
+                files.refuse_overwrite(folders(out), [source, base])
+
+
+def lock(out, rt):
+    """Takes the run folder for this process. The lock dies with it, however it ends.
+
+    UserError on all ranks if another run is at work in the folder."""
+    new = [dir for dir in (out, *out.parents) if not dir.exists()]
+    path = out / "lock"
+    fd = owner = None
+    if rt.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        fd = files.lock(path)
+        owner = "" if fd else files.read_text(path).strip()
+    if rt.all_sum(int(owner is not None and fd is None)):
+        by = f" ({owner})" if owner else ""
+        raise UserError(
+            f"another process{by} is at work in {out}: wait for it, or give another out=. "
+            "If it was to be one run of several processes, start it with torchrun, because "
+            "`srun -n 2 python sft.py` starts two runs"
+        )
+    if not fd:
+        return
+    os.ftruncate(fd, 0)
+    os.write(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def release():
+        path.unlink(missing_ok=True)
+        os.close(fd)
+        with contextlib.suppress(OSError):  # what a run that wrote nothing has created
+            for dir in new:
+                dir.rmdir()
+
+    rt.cleanup.callback(release)
+
+
+def clear(out):
+    """Removes what an earlier run left in the folder -> a sentence, or "".
+
+    The state goes first. So a kill here leaves nothing that a run could continue from, and
+    whatever stands in the folder later belongs to one run. The log, by which the folder is
+    known to be a run's, is written anew behind this."""
+    if not (out / "log.jsonl").exists():
+        return ""
+    removed = []
+    for dir in folders(out):
+        files.recover_dir(dir)
+        if dir.exists():
+            files.remove_dir(dir)
+            removed.append(f"{dir.name}/")
+    for path in out.glob("events.out.tfevents.*"):
+        path.unlink()
+    listed = f" ({', '.join(removed)})" if removed else ""
+    return f"note: the run starts anew and has removed what {out} held of another{listed}"
+
+
+def bad_steps_error(gradient, row, step, out):
+    """The UserError that ends a run after `row` skipped steps."""
+    last = "nothing is saved"
+    if (out / "state").exists():
+        last = f"{out}/state is the last good state"
+    return UserError(
+        f"{gradient} held NaN or infinity in {row} steps in a row (bad_steps=) up to step {step}: "
+        f"lower lr=, set grad_clip=1, or look for rows that make the loss infinite; {last}"
+    )
+
+
+def keep_steps(out, step, count):
+    """Keeps last/ as step-N/ too, and the newest `count` of such folders."""
+
+    def link(source, target):  # the next save replaces last/ and not its files
+        try:
+            os.link(source, target)
+        except OSError:  # a file system without hard links
+            shutil.copy2(source, target)
+
+    with files.new_dir(out / f"step-{step}") as tmp:
+        shutil.copytree(out / "last", tmp, copy_function=link, dirs_exist_ok=True)
+    steps = [int(n) for p in out.glob("step-*") if (n := p.name[5:]).isdecimal()]
+    for old in sorted(steps)[:-count]:
+        files.remove_dir(out / f"step-{old}")
+
+
+def settings_text(cfg):
+    """The settings of a run as a .cfg text, for the state.
+
+    Without out=, because a folder may be moved, and without resume=."""
+    pairs = config.texts(cfg).items()
+    return "".join(f"{key}={text}\n" for key, text in pairs if key not in ("out", "resume"))
+
+
+def model_of_all(rt, params, data, validation):
+    """The fingerprint of the models' parameters, on all ranks. UserError where they do not have the
+    same fingerprints of the data."""
+    number = int(hashlib.sha256(f"{data} {validation}".encode()).hexdigest()[:8], 16)
+    if rt.all_sum(float(rt.all_sum(float(number)) != rt.world * number)):
+        raise UserError(
+            "the ranks read different data: put data= on a file system that all nodes see, "
+            "or copy the same folders to each"
+        )
+    # one rank reads the weights and tells the others, in two numbers that a sum keeps exact
+    model = weights.fingerprint(params) if rt.rank == 0 else "0" * 16
+    halves = [rt.all_sum(float(int(model[i : i + 8], 16))) for i in (0, 8)]
+    return "".join(f"{int(half):08x}" for half in halves)

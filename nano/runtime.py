@@ -412,32 +412,6 @@ class Runtime:
 
     # ----------------------------------------------------------------------------------------- stop
 
-    def catch_signals(self):
-        """SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 ask the loop to stop after its step (`should_stop`).
-        A second SIGTERM or Ctrl-C ends the process at once.
-
-        A signal that is ignored stays so (nohup). `with rt:` gives the handlers back. Python lets
-        the main thread alone have handlers, so a run in another thread is not asked."""
-
-        def handler(number, frame):
-            self.signal = number
-            text = "finishing this step, then saving"
-            if number in (signal.SIGTERM, signal.SIGINT):
-                default = signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
-                signal.signal(number, default)
-                text += " (again: stop at once)"
-            if self.is_main:
-                # the terminal may be gone, or a line may be on its way to it
-                with contextlib.suppress(OSError, RuntimeError):
-                    print(f"\n{signal.Signals(number).name}: {text}", flush=True)
-
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-                kept = signal.getsignal(number)
-                if kept not in (signal.SIG_IGN, None):
-                    signal.signal(number, handler)
-                    self.cleanup.callback(signal.signal, number, kept)
-
     def should_stop(self):
         """True on every rank as soon as one was asked to stop."""
         number = torch.tensor(self.signal)  # on the CPU, where asking costs no device sync
@@ -450,6 +424,33 @@ class Runtime:
         self.finish_saving()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def catch_signals(rt):
+    """From here on SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 ask the loop to stop after its step
+    (`rt.should_stop`). A second SIGTERM or Ctrl-C ends the process at once.
+
+    A signal that is ignored stays so (nohup). `with rt:` gives the handlers back. Python lets
+    the main thread alone have handlers, so a run in another thread is not asked."""
+
+    def handler(number, frame):
+        rt.signal = number
+        text = "finishing this step, then saving"
+        if number in (signal.SIGTERM, signal.SIGINT):
+            default = signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
+            signal.signal(number, default)
+            text += " (again: stop at once)"
+        if rt.is_main:
+            # the terminal may be gone, or a line may be on its way to it
+            with contextlib.suppress(OSError, RuntimeError):
+                print(f"\n{signal.Signals(number).name}: {text}", flush=True)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            kept = signal.getsignal(number)
+            if kept not in (signal.SIG_IGN, None):
+                signal.signal(number, handler)
+                rt.cleanup.callback(signal.signal, number, kept)
 
 
 def choose_device(device):

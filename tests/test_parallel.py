@@ -24,7 +24,7 @@ import torch
 from nano import files, state, weights
 
 place, start, shares = runtime.Runtime.distribute, runtime.start, {}
-runtime.Runtime.catch_signals = lambda self: None
+runtime.catch_signals = lambda rt: None
 runtime.Runtime.should_stop = lambda self: False
 
 def start_on_nodes(cfg):

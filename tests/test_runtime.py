@@ -284,7 +284,7 @@ SCRIPT = """
 import os, signal
 from nano import runtime
 rt = runtime.Runtime("cpu")
-rt.catch_signals()
+runtime.catch_signals(rt)
 os.kill(os.getpid(), signal.{0})
 assert rt.should_stop()
 print("asked", flush=True)
