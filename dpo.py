@@ -56,7 +56,7 @@ from nano.config import (
     With,
     Without,
 )
-from nano.run import Run
+from nano.run import Run, refuse_validation
 
 # annotation of label_smoothing
 Smoothing = Annotated[
@@ -339,7 +339,7 @@ def main(cfg, rt):
     longest = max(rows.longest for rows in (train, val) if rows)
     batches.check_reach(longest, model.cfg.max_positions, cfg.model)
     if not val:
-        run.refuse_validation("eval_every", "patience")
+        refuse_validation(cfg, "eval_every", "patience")
     steps = run.total_steps(train.steps_per_epoch)
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
 

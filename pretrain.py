@@ -60,7 +60,7 @@ from nano.config import (
     With,
     Without,
 )
-from nano.run import Run
+from nano.run import Run, refuse_validation
 
 # annotation of keys that have no effect when model= brings a shape and a tokenizer of its own
 Fresh = Annotated[TypeVar("T"), Without("model")]
@@ -294,7 +294,7 @@ def main(cfg, rt):
     warmup = cfg.warmup_steps or round(cfg.warmup_ratio * steps)
     val = None
     if not val_stores:
-        run.refuse_validation("eval_every", "patience", "eval_windows")
+        refuse_validation(cfg, "eval_every", "patience", "eval_windows")
     else:
         val = batches.Windows(val_stores, layout["micro_batch"] * rt.world, **layout)
         eval_steps = -(-cfg.eval_windows // val.batch_size) or val.steps_per_epoch

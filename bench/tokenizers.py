@@ -273,7 +273,7 @@ def speed(function, texts):
 def with_specials(tok, text):
     """The ids of a text in which names of control tokens are tokens, as in a chat template."""
     ids, position = [], tokenizer.START
-    for start, stop, id in tok._spans(text, tok._all):
+    for start, stop, id in tokenizer.added_in(text, tok._all, tok.added):
         ids += [id] if id is not None else tok._text(text[start:stop], position, None)
         position = tokenizer.AFTER
     return ids

@@ -170,16 +170,6 @@ class Run:
 
     # ---- the loop
 
-    def refuse_validation(self, *keys):
-        """UserError for those of the keys that were given, where the data have no validation
-        split. -1 asks for nothing, and tasks can be measured without one."""
-        tasks = {"eval_every"} if getattr(self.cfg, "eval_tasks", ()) else set()
-        tasks |= {"patience"} if getattr(self.cfg, "keep", "") else set()
-        for key in (key for key in keys if getattr(self.cfg, key) != -1 and key not in tasks):
-            config.refuse(
-                self.cfg, key, "without a validation split", "the data: prepare with val="
-            )
-
     def total_steps(self, steps_per_epoch):
         """The number of optimizer steps: steps=, or else epochs= times `steps_per_epoch`."""
         self.epoch = steps_per_epoch
@@ -502,3 +492,13 @@ def model_of_all(rt, params, data, validation):
     model = weights.fingerprint(params) if rt.rank == 0 else "0" * 16
     halves = [rt.all_sum(float(int(model[i : i + 8], 16))) for i in (0, 8)]
     return "".join(f"{int(half):08x}" for half in halves)
+
+
+def refuse_validation(cfg, *keys):
+    """UserError for those of the keys that were given, where the data have no validation split.
+
+    -1 asks for nothing, and tasks can be measured without one."""
+    tasks = {"eval_every"} if getattr(cfg, "eval_tasks", ()) else set()
+    tasks |= {"patience"} if getattr(cfg, "keep", "") else set()
+    for key in (key for key in keys if getattr(cfg, key) != -1 and key not in tasks):
+        config.refuse(cfg, key, "without a validation split", "the data: prepare with val=")

@@ -111,7 +111,7 @@ class Runtime:
         self._start(device)
         self.is_main = self.process == 0
         if dtype == "auto":
-            dtype = "bfloat16" if self._has_fast_bf16() else "float32"
+            dtype = "bfloat16" if has_fast_bf16(self.device) else "float32"
         self.dtype = getattr(torch, dtype)
         self._trimmed = time.monotonic()
         self.signal = 0  # the number of the signal that asked the run to stop
@@ -166,13 +166,6 @@ class Runtime:
         if self.tensor > 1:
             ranks = [list(range(i, self.processes, self.tensor)) for i in range(self.tensor)]
             self.group, _ = dist.new_subgroups_by_enumeration(ranks)
-
-    def _has_fast_bf16(self):
-        if self.device.type == "cuda":
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-        if self.device.type == "mps":
-            return torch.backends.mps.is_macos_or_newer(14, 0)
-        return generate.has_fast_bf16()
 
     @property
     def name(self):
@@ -401,14 +394,7 @@ class Runtime:
         self.saving = None
 
     def peak_memory(self):
-        """Peak memory in bytes, of the device on CUDA, of the process elsewhere. On Apple's GPUs
-        it is what the driver has reserved, which hardly ever shrinks."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        if self.device.type == "mps":
-            return torch.mps.driver_allocated_memory()
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return peak_memory(self.device)
 
     # ----------------------------------------------------------------------------------------- stop
 
@@ -468,6 +454,26 @@ def choose_device(device):
     if not there[device]:
         raise UserError(f"device={device}: this torch ({torch.__version__}) finds no such device")
     return device
+
+
+def has_fast_bf16(device):
+    """Whether matrix products in bfloat16 are faster than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    return device.type == "xla" or generate.has_fast_bf16()
+
+
+def peak_memory(device):
+    """Peak memory in bytes, of the device on CUDA, of the process elsewhere. On Apple's GPUs it is
+    what the driver has reserved, which hardly ever shrinks."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def join(device):

@@ -802,6 +802,41 @@ def alternation(entries):
     return re.compile("(" + "|".join(tokens) + ")") if tokens else None
 
 
+def added_in(text, pattern, added):
+    """[(start, stop, id), ...]: the added tokens in `text`, and with None what is between them.
+
+    pattern: what `alternation` returned, or None. added: {name: added token}.
+    """
+    spans = []
+    at = 0
+    for match in pattern.finditer(text) if pattern else ():
+        name = match[0]
+        if name not in added:  # whitespace follows, which a token with rstrip takes in
+            name = max((name for name in added if match[0].startswith(name)), key=len)
+        before = text[at : match.start()]
+        if added[name]["lstrip"]:
+            before = before.rstrip(WHITE)
+        spans += [(at, at + len(before), None), (*match.span(), added[name]["id"])]
+        at = match.end()
+    return [span for span in [*spans, (at, len(text), None)] if span[0] < span[1]]
+
+
+def first_of(stops, whole, control):
+    """Where the first of the strings `stops` begins in the bytes `whole`, or None.
+
+    control: [(start, stop), ...] of the names of control tokens. A string matches the whole of such
+    a name, or nothing of it.
+    """
+    starts = []
+    for stop in (mend(stop).encode() for stop in stops):
+        for match in re.finditer(b"(?=%s)" % re.escape(stop), whole):
+            ends = match.start(), match.start() + len(stop)
+            if not any(start < end < stop for start, stop in control for end in ends):
+                starts.append(match.start())
+                break
+    return min(starts, default=None)
+
+
 # Texts that tokenizers split, normalize and prefix in different ways. `identity` holds their ids.
 PROBES = (
     "Hello  world",
@@ -813,6 +848,20 @@ PROBES = (
 # Where a stretch of text stands: it opens the sequence, follows an added token, or goes on from
 # other text.
 START, AFTER, INSIDE = range(3)
+
+
+def identity_of(tok):
+    """sha256 in hex over what a Tokenizer does to text. A token that only pads does not count."""
+    special = {name: entry["id"] for name, entry in tok.added.items() if entry["special"]}
+    padding = special.pop(PADDING, None)
+    special = sorted((id, name) for name, id in special.items())
+    probes = [tok._text(text, where, None) for text in PROBES for where in (START, INSIDE)]
+    digest = hashlib.sha256(json.dumps([special, probes]).encode())
+    order = tok.model.order({id for id, _ in special})
+    ids = sorted(tok.bytes.keys() - {padding})
+    for token in chain((tok.bytes[id] for id in ids), order):
+        digest.update(len(token).to_bytes(4, "little") + token)
+    return digest.hexdigest()
 
 
 class Tokenizer:
@@ -891,16 +940,7 @@ class Tokenizer:
 
     @functools.cached_property
     def identity(self):
-        special = {name: e["id"] for name, e in self.added.items() if e["special"]}
-        padding = special.pop(PADDING, None)
-        special = sorted((id, name) for name, id in special.items())
-        probes = [self._text(text, where, None) for text in PROBES for where in (START, INSIDE)]
-        digest = hashlib.sha256(json.dumps([special, probes]).encode())
-        order = self.model.order({id for id, _ in special})
-        ids = sorted(self.bytes.keys() - {padding})
-        for token in chain((self.bytes[id] for id in ids), order):
-            digest.update(len(token).to_bytes(4, "little") + token)
-        return digest.hexdigest()
+        return identity_of(self)
 
     def check_embeddings(self, count, dir):
         """UserError when text may become an id for which the model of `dir` has no embedding.
@@ -964,27 +1004,20 @@ class Tokenizer:
         """
         pieces = [self.bytes.get(id, b"") for id in ids]
         borders = [0, *accumulate(map(len, pieces))]
-        names = [  # a string matches the whole of a control token's name, or nothing of it
-            range(a + 1, b)
-            for id, a, b in zip(ids, borders, borders[1:], strict=False)
+        control = [
+            (start, stop)
+            for id, start, stop in zip(ids, borders, borders[1:], strict=False)
             if id in self.control
         ]
-        whole = b"".join(pieces)
-        ends = []
-        for stop in (mend(stop).encode() for stop in stops):
-            starts = (match.start() for match in re.finditer(b"(?=%s)" % re.escape(stop), whole))
-            ends += [
-                start
-                for start in starts
-                if not any(start in name or start + len(stop) in name for name in names)
-            ][:1]
-        end = min(ends, default=len(whole))
+        end = first_of(stops, b"".join(pieces), control)
+        stopped = end is not None
+        end = borders[-1] if end is None else end
         kept = [
             piece[: max(end - start, 0)]
             for id, piece, start in zip(ids, pieces, borders, strict=False)
             if id not in self.control
         ]
-        return self._decoded(b"".join(kept), inside), bool(ends)
+        return self._decoded(b"".join(kept), inside), stopped
 
     def _decoded(self, raw, inside):
         text = raw.decode("utf-8", "replace")
@@ -1086,7 +1119,7 @@ class Tokenizer:
         pieces = []  # (start, stop, id, target, own)
         at = 0
         for text, own, target in layout.parts():
-            spans = self._spans(text, self._all) if own else [(0, len(text), None)]
+            spans = added_in(text, self._all, self.added) if own else [(0, len(text), None)]
             for start, stop, id in spans:
                 before = pieces[-1] if pieces else None
                 if id is None and before and before[2:4] == (None, target):
@@ -1127,24 +1160,6 @@ class Tokenizer:
             return f"; template={name} lays it out"
         return "; no named template lays it out"
 
-    def _spans(self, text, added):
-        """[(start, stop, id), ...]: the added tokens in `text`, and with None what is between them.
-
-        added: what `alternation` returned.
-        """
-        spans = []
-        at = 0
-        for match in added.finditer(text) if added else ():
-            name = match[0]
-            if name not in self.added:  # whitespace follows, which a token with rstrip takes in
-                name = max((name for name in self.added if match[0].startswith(name)), key=len)
-            before = text[at : match.start()]
-            if self.added[name]["lstrip"]:
-                before = before.rstrip(WHITE)
-            spans += [(at, at + len(before), None), (*match.span(), self.added[name]["id"])]
-            at = match.end()
-        return [span for span in [*spans, (at, len(text), None)] if span[0] < span[1]]
-
     def _text(self, text, position, added):
         """The ids of text in which names of control tokens are plain text.
 
@@ -1154,7 +1169,9 @@ class Tokenizer:
         ids = []
         prefix = self.model.prefix
         text = mend(text)
-        spans = self._spans(text, added) if added else [(0, len(text), None)] if text else []
+        spans = (
+            added_in(text, added, self.added) if added else [(0, len(text), None)] if text else []
+        )
         for start, stop, id in spans:
             if id is not None:
                 ids.append(id)

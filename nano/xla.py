@@ -77,9 +77,6 @@ class XLA(Runtime):
             self.mesh = xs.Mesh(np.arange(count), (self.shards, self.tensor), ("data", "tensor"))
             xs.set_global_mesh(self.mesh)
 
-    def _has_fast_bf16(self):
-        return True
-
     # ---------------------------------------------------------------------------------------- model
 
     def distribute(self, model, compile=False, grad_checkpoint=False):
