@@ -67,7 +67,8 @@ Smoothing = Annotated[
 @dataclass
 class Config:
     # what
-    model: PathText = "models/smollm2"  # a directory, or an adapter's to merge; the reference too
+    model: PathText = "models/smollm2"  # a directory, or an adapter's; the reference too
+    base: PathText | None = None  # for an adapter in model=: the model to put it on
     data: tuple[PathText, ...] = ("data/dpo",)  # prepared folders of groups
     sizes: tuple[str, ...] = ()  # of each folder: all, a number of groups or a share; []: all
     out: PathText = "out/dpo"  # run folder
@@ -308,9 +309,14 @@ def main(cfg, rt):
     store.check_prepared(cfg.data, "preferences", f"model={cfg.model}")
 
     # ---- model
-    # An adapter in model= is merged into its base first. What is trained is chosen below.
+    # With lora_rank= an adapter in model= is trained further, and without it merged into its base.
+    # What is trained is chosen below.
     opened = weights.open(
-        cfg.model, merge=True, as_base=cfg.lora_rank > 0, template=store.chat_template(cfg.data)
+        cfg.model,
+        cfg.base,
+        head="lm",
+        merge=not cfg.lora_rank,
+        template=store.chat_template(cfg.data),
     )
     model, tok = opened.model, opened.tok
 
@@ -343,7 +349,8 @@ def main(cfg, rt):
     # the model's own weights, before an adapter changes the parameters' names.
     validation = val_rows.fingerprint() if val_rows else None
     made_from = run.identify(model.named_parameters(), rows.fingerprint(), validation)
-    settings = repr((sorted(made_from.items()), model.cfg, rt.dtype, cfg.max_length))
+    scales = [(name, layer.scales) for name, layer in lora.adapted(model)]
+    settings = repr((sorted(made_from.items()), model.cfg, rt.dtype, cfg.max_length, scales))
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]
     if cfg.lora_rank:
         weights.add_adapter(model, cfg)
@@ -360,14 +367,12 @@ def main(cfg, rt):
     )
 
     # ---- reference, resume
-    # The reference is the model as it was at the start: its adapter is switched off here, or its
-    # weights are still untrained. So its log-probabilities are computed before a resume loads a
+    # The reference is the model as it was at the start: its weights are still untrained here, and a
+    # new adapter does nothing yet. So its log-probabilities are computed before a resume loads a
     # state, once, and then read from disk. Training needs no second model in memory.
     paths = {split: run.out / f"reference.{split}.{key}.bin" for split in ("train", "val")}
-    lora.use(model, None)
     reference = reference_logprobs(rt, net, train, paths["train"])
     val_reference = reference_logprobs(rt, net, val, paths["val"]) if val else None
-    lora.use(model, "default" if cfg.lora_rank else None)
     run.meta = dict(warned=False)
     adapter = "default" if cfg.lora_rank else None
     run.attach(model, trained, dict(adamw=optimizer), tok, opened.base, adapter)

@@ -5,9 +5,11 @@
     lora.merge(model)                      # folds the adapter into the weights and takes it off
 
 An adapted layer computes base(x) + scale * B (A x) with A (r, in) and B (out, r) in fp32. The scale
-is alpha / r, or alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732). The
-base needs nothing but in_features and out_features. One base can carry several adapters with
-different names. nano/weights.py reads and writes adapters as PEFT directories.
+is alpha / r, or alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732). An
+adapter of DoRA also has a magnitude (out,): the norm of each row of the adapted matrix (Liu et al.
+2024, arXiv:2402.09353). The base needs nothing but in_features and out_features. One base can carry
+several adapters with different names. nano/weights.py reads and writes adapters as PEFT
+directories.
 """
 
 import math
@@ -33,6 +35,7 @@ class LoRA(nn.Module):
         self.out_features = base.out_features
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
+        self.lora_magnitude = nn.ParameterDict()  # of the adapters of DoRA
         self.scales = {}
         self.dropouts = {}
         self.active = None
@@ -45,20 +48,29 @@ class LoRA(nn.Module):
         B = torch.zeros(self.out_features, rank, device=tensor.device)
         self.put(name, A, B, scale, dropout)
 
-    def put(self, name, A, B, scale, dropout=0.0):
-        """Sets the adapter `name`: A (r, in), B (out, r)."""
+    def put(self, name, A, B, scale, dropout=0.0, magnitude=None):
+        """Sets the adapter `name`: A (r, in), B (out, r), magnitude (out,) of DoRA."""
         self.lora_A[name] = nn.Parameter(A)
         self.lora_B[name] = nn.Parameter(B)
+        if magnitude is not None:
+            self.lora_magnitude[name] = nn.Parameter(magnitude)
         self.scales[name] = scale
         self.dropouts[name] = dropout
 
     def dense(self):
         """The base's matrix with the active adapter folded in, in fp32."""
-        weight = dense(self.base)
         if self.active is None:
-            return weight
+            return dense(self.base)
+        matrix = self.summed()
+        if self.active in self.lora_magnitude:
+            magnitude = self.lora_magnitude[self.active].float()
+            matrix = matrix * (magnitude / matrix.norm(dim=1))[:, None]
+        return matrix
+
+    def summed(self):
+        """The base's matrix plus the product of the active adapter, in fp32."""
         A, B = self.lora_A[self.active].float(), self.lora_B[self.active].float()
-        return weight.float() + self.scales[self.active] * (B @ A)
+        return dense(self.base).float() + self.scales[self.active] * (B @ A)
 
     def forward(self, x):
         y = self.base(x)
@@ -68,7 +80,16 @@ class LoRA(nn.Module):
         x = F.dropout(x, self.dropouts[self.active], self.training)
         # scaled here, where the activations are only `rank` wide
         low = F.linear(x, A.to(x.dtype)) * self.scales[self.active]
-        return y + F.linear(low, B.to(low.dtype))
+        y = y + F.linear(low, B.to(low.dtype))
+        if self.active not in self.lora_magnitude:
+            return y
+        with torch.no_grad():  # the norm counts as a constant, section 4.3 of DoRA
+            norm = self.summed().norm(dim=1)
+        factor = (self.lora_magnitude[self.active] / norm).to(y.dtype)
+        if self.base.bias is None:
+            return y * factor
+        bias = self.base.bias.to(y.dtype)  # is not scaled
+        return (y - bias) * factor + bias
 
 
 def adapted(model):
@@ -136,6 +157,16 @@ def use(model, name):
         raise KeyError(f"there is no adapter {name!r} on this model")
     for _, m in layers:
         m.active = name if name in m.scales else None
+
+
+@torch.no_grad()
+def copy(model, name, new):
+    """Adds the adapter `new` with the numbers of the adapter `name`."""
+    for _, m in adapted(model):
+        if name in m.scales:
+            A, B = m.lora_A[name].clone(), m.lora_B[name].clone()
+            magnitude = m.lora_magnitude[name].clone() if name in m.lora_magnitude else None
+            m.put(new, A, B, m.scales[name], m.dropouts[name], magnitude)
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ from nano import (
     optim,
     runtime,
     store,
+    tokenizer,
     weights,
 )
 from nano.config import (
@@ -74,6 +75,7 @@ Adaptive = Annotated[T, With("kl_control", "adaptive")]
 class Config:
     # what
     model: PathText = "out/sft/last"  # the policy to start from, and the reference to stay near
+    base: PathText | None = None  # for adapters in model= and reward=: the model to put them on
     # one score model or adapter, functions file.py:function of your own, tasks (tasks/): their sum
     reward: tuple[PathText, ...] = ("out/reward/last",)
     reward_weights: tuple[float, ...] = ()  # of each reward in the sum; []: 1
@@ -457,14 +459,26 @@ class Role:
 def build(cfg, tok):
     """Policy, reference, scorer, critic: Roles on the CPU, or None for one that the run does
     without. It has no scorer where Python functions alone give the reward."""
+    sources = [dir for dir in (cfg.model, cfg.reward_model) if dir]
+    if cfg.base and not any(map(weights.is_adapter, sources)):
+        raise UserError(
+            f"neither model= nor reward= is an adapter: leave out base={cfg.base}, which has no "
+            "effect"
+        )
     if cfg.reward_model:
-        check_scorer(cfg.reward_model, tok)
+        check_scorer(cfg, tok)
     return one_trunk(cfg) if cfg.lora_rank else full_models(cfg)
 
 
-def check_scorer(dir, tok):
-    """UserError unless `dir` is a score model, or an adapter of one, that reads the policy's
-    tokens."""
+def base_for(cfg, dir):
+    """base=, if `dir` is an adapter."""
+    return cfg.base if weights.is_adapter(dir) else None
+
+
+def check_scorer(cfg, tok):
+    """UserError unless reward= is a score model, or an adapter of one, that reads the policy's
+    tokens in the chat template of the policy's prompts."""
+    dir = cfg.reward_model
     if weights.is_adapter(dir):
         is_scorer = weights.is_scorer(dir)
     else:
@@ -474,17 +488,37 @@ def check_scorer(dir, tok):
             f"reward={dir} is a language model: train a score model with reward.py, or give "
             "file.py:function"
         )
-    if weights.load_tokenizer(dir).identity != tok.identity:
+    other = tokenizer.load(dir, base=base_for(cfg, dir))
+    if other.identity != tok.identity:
         raise UserError(
             f"reward={dir} has another tokenizer than the policy: its tokens would mean something "
             "else there"
         )
+    keys = weights.read_score_keys(dir)
+    asks, wants = store.unwritten_template(cfg.data), keys.get("prompt_template")
+    if "prompt_template" not in keys and asks:
+        return  # an older reward model does not tell whether it was trained in plain or columns
+    if asks != wants or not asks and probe(other) != probe(tok):
+        raise UserError(
+            f"reward={dir} was trained in the chat template {wants or other.template}, and the "
+            f"prompts are in {asks or tok.template}: its scores would mean little. Prepare both "
+            "with the same template="
+        )
+
+
+def probe(tok):
+    """How the template lays out a short conversation: ids and mask. None if it does not."""
+    try:
+        return tok.render([dict(role="user", content="a"), dict(role="assistant", content="b")])
+    except UserError:
+        return None
 
 
 def open_scorer(cfg):
     """A frozen reward model of its own."""
     dir = cfg.reward_model
-    model = weights.open(dir, head="score", merge=True).model.requires_grad_(False)
+    opened = weights.open(dir, base_for(cfg, dir), head="score", merge=True)
+    model = opened.model.requires_grad_(False)
     return Role(model, head=model.score, scale=weights.read_score_scale(dir))
 
 
@@ -492,8 +526,8 @@ def full_models(cfg):
     """Each role has a model of its own. Frozen models are held in bf16. Autocast rounds the trained
     fp32 weights to the same bf16 values, so policy and reference start bitwise equal."""
 
-    def trainable(dir, head=None):
-        model = weights.open(dir, head=head, merge=True).model
+    def trainable(dir, head="lm"):
+        model = weights.open(dir, base_for(cfg, dir), head=head, merge=True).model
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
         return model
 
@@ -504,7 +538,8 @@ def full_models(cfg):
         )
     reference = scorer = critic = None
     if cfg.has_reference:
-        reference = Role(weights.open(cfg.model, merge=True).model.requires_grad_(False))
+        model = weights.open(cfg.model, base_for(cfg, cfg.model), head="lm", merge=True).model
+        reference = Role(model.requires_grad_(False))
     if cfg.reward_model:
         scorer = open_scorer(cfg)
     if cfg.has_critic and scorer:  # it starts as the reward model and speaks in its units
@@ -520,20 +555,27 @@ def full_models(cfg):
 
 
 def one_trunk(cfg):
-    """The roles are one frozen trunk under different adapters; the reference is the trunk alone.
-    The reward model joins them when it is an adapter on the same trunk. Otherwise it is a frozen
-    model of its own."""
-    opened = weights.open(cfg.model, merge=True, as_base=True)
+    """The roles are one frozen trunk under different adapters; the reference is the trunk alone, or
+    a copy of the adapter that the policy starts from. The reward model joins them when it is an
+    adapter on the same trunk. Otherwise it is a frozen model of its own."""
+    base = base_for(cfg, cfg.model)
+    opened = weights.open(cfg.model, base, head="lm", name="policy")
     model = opened.model
+    goes_on = bool(lora.adapted(model))
+    if goes_on:
+        lora.copy(model, "policy", "reference")
 
     # Adapters drop nothing: the ratio compares the probabilities of two forwards.
     weights.add_adapter(model, cfg, "policy", dropout=0.0)
     policy = Role(model, "policy")
-    reference = Role(model) if cfg.has_reference else None
+    reference = Role(model, "reference" if goes_on else None) if cfg.has_reference else None
     scorer = critic = None
     dir = cfg.reward_model
-    joins = dir and weights.is_adapter(dir)
-    joins = joins and weights.base_of(dir).resolve() == opened.base.resolve()
+    joins = dir and weights.is_adapter(dir) and not weights.extras_of(model)
+    joins = joins and weights.only_blocks(dir)
+    if joins:
+        trunk = weights.base_of(dir, base_for(cfg, dir))
+        joins = trunk.resolve() == opened.base.resolve()
     if joins:
         model.reward_head = weights.load_scorer(model, dir, "reward")
         scale = weights.read_score_scale(dir)
@@ -543,8 +585,11 @@ def one_trunk(cfg):
     if cfg.has_critic and joins:  # it starts as a copy of the reward adapter and its head
         model.value_head = weights.load_scorer(model, dir, "value")
         critic = Role(model, "value", model.value_head, scorer.scale)
-    elif cfg.has_critic:
-        weights.add_adapter(model, cfg, "value", dropout=0.0)
+    elif cfg.has_critic:  # it starts as the policy, and its head at zero
+        if goes_on:
+            lora.copy(model, "policy", "value")
+        else:
+            weights.add_adapter(model, cfg, "value", dropout=0.0)
         model.value_head = ScoreHead(model.cfg.dim)
         torch.nn.init.zeros_(model.value_head.weight)
         critic = Role(model, "value", model.value_head)
@@ -640,14 +685,16 @@ def check(cfg, rt):
         )
 
 
-def check_reach(cfg, model, longest_prompt):
-    """UserError where the longest prompt and its response go beyond the model's positions."""
-    longest, reach = longest_prompt + cfg.max_new_tokens, model.cfg.max_positions
-    if longest > reach:
-        raise UserError(
-            f"the longest prompt and max_new_tokens={cfg.max_new_tokens} make {longest} tokens, "
-            f"{cfg.model} takes {reach}: lower max_prompt= or max_new_tokens="
-        )
+def check_reach(cfg, policy, scorer, longest_prompt):
+    """UserError where the longest prompt and its response go beyond the positions of the policy or
+    the reward model. The other two models are copies of these."""
+    longest = longest_prompt + cfg.max_new_tokens
+    for dir, role in ((cfg.model, policy), (cfg.reward_model, scorer)):
+        if role and longest > (reach := role.model.cfg.max_positions):
+            raise UserError(
+                f"the longest prompt and max_new_tokens={cfg.max_new_tokens} make {longest} "
+                f"tokens, {dir} takes {reach}: lower max_prompt= or max_new_tokens="
+            )
 
 
 def check_resume(out):
@@ -714,8 +761,7 @@ def cut_at(strings, tok, tokens):
     may name a control token."""
 
     def complete(n):
-        text = tok.decode(tokens[:n], skip_special=False)
-        return any(s in text for s in strings)
+        return tok.decode_until(tokens[:n], strings)[1]
 
     if not complete(len(tokens)):
         return tokens, False
@@ -873,8 +919,9 @@ def main(cfg, rt):
     # The policy answers the prompts of prepared data. The answers that stand there are not read. A
     # reward function may look into the record of a prompt, which may hold the right answer.
     store.check_prepared((*cfg.data, *cfg.ptx_data), "instructions", f"model={cfg.model}")
-    base = weights.base_of(cfg.model)
-    tok = weights.load_tokenizer(cfg.model, template=store.chat_template(cfg.data))
+    base = base_for(cfg, cfg.model)
+    tok = tokenizer.load(cfg.model, store.chat_template(cfg.data), base=base)
+    base = weights.base_of(cfg.model, base)
     all_prompts, rows, too_long = prompts_of(cfg, tok)
     rewards, gold_function = load_rewards(cfg, rows)
     reward_weights = cfg.reward_weights or [1.0] * len(rewards)
@@ -900,7 +947,9 @@ def main(cfg, rt):
     # Several of the four may share one module, which goes to the device once. The policy learns,
     # and so does the critic if there is one; each has an optimizer over its own parameters.
     policy, reference, scorer, critic = build(cfg, tok)
-    check_reach(cfg, policy.model, longest_prompt)
+    check_reach(cfg, policy, scorer, longest_prompt)
+    if ptx:
+        batches.check_reach(ptx.longest, policy.model.cfg.max_positions, cfg.model)
     benchmarks = evaluation.for_training(cfg, tok, policy.model.cfg)
 
     # A state is only continued from the models and the data that it was made from. New adapters and

@@ -48,7 +48,8 @@ from nano.run import Run
 @dataclass
 class Config:
     # what
-    model: PathText = "models/smollm2"  # the SFT model: a directory, or an adapter's to merge
+    model: PathText = "models/smollm2"  # the SFT model: a directory, or an adapter's
+    base: PathText | None = None  # for an adapter in model=: the model to put it on
     data: tuple[PathText, ...] = ("data/hh",)  # prepared folders of groups
     sizes: tuple[str, ...] = ()  # of each folder: all, a number of groups or a share; []: all
     out: PathText = "out/reward"  # run folder
@@ -170,22 +171,16 @@ def evaluate(rt, net, val, cfg):
     return summary(rt.all_sum(sums))
 
 
-def padding_id(tok, vocab_size):
-    """The id that config.json names as padding. transformers reads the score at the last token that
-    is not padding, so no completion may end in this id."""
-    ids = range(vocab_size)
-    candidates = (tok.pad_id, tok.bos_id, *ids)
-    return next(i for i in candidates if i in ids and i not in tok.stop_ids)
-
-
-def draw_samples(rt, cfg, rows, tok):
+def draw_samples(rt, cfg, rows, tok, reach):
     """What the policy says to prompts of the data. The ranks share the work, and all get all of it.
+    reach: how many positions the reward model has.
 
     -> samples (n, T) int64: prompt and response, zeros behind; spans (n, 2): start and end of the
     response.
     """
     source = cfg.policy or cfg.model
-    opened = weights.open(source, dtype=rt.dtype, merge=True)
+    base = cfg.base if weights.is_adapter(source) else None
+    opened = weights.open(source, base, dtype=rt.dtype, merge=True)
     policy = opened.model.to(rt.device)
     if policy.cfg.head != "lm":
         raise UserError(
@@ -196,7 +191,7 @@ def draw_samples(rt, cfg, rows, tok):
             f"policy={source} has another tokenizer than model={cfg.model}: "
             "their scores cannot be matched"
         )
-    room = min(cfg.max_length, policy.cfg.max_positions) - cfg.norm_tokens
+    room = min(cfg.max_length, policy.cfg.max_positions, reach) - cfg.norm_tokens
     order = np.random.default_rng([cfg.seed, 1]).permutation(len(rows))
     prompts = (rows.prompt(g) for g in order)
     prompts = [p for p in prompts if 0 < len(p) <= room][: cfg.norm_samples]
@@ -275,16 +270,12 @@ def main(cfg, rt):
     # is new, so it is trained in full, whatever else is trained.
     opened = weights.open(
         cfg.model,
+        cfg.base,
         head="score",
-        merge=True,
-        as_base=cfg.lora_rank > 0,
+        merge=not cfg.lora_rank,
         template=store.chat_template(cfg.data),
     )
     model, tok = opened.model, opened.tok
-
-    # transformers reads the score at the last token that is not padding. So the id that it takes
-    # for padding must not be one that ends a completion.
-    pad_id = padding_id(tok, model.cfg.vocab_size)
 
     # ---- data
     # A group is one prompt's completions, best first. It stays together in one packed row, so that
@@ -325,7 +316,7 @@ def main(cfg, rt):
     # and variance 1. We draw these samples before the optimizer takes its memory, and a resume
     # finds them in the state.
     if cfg.norm_samples and not run.resumes:
-        run.tensors = draw_samples(rt, cfg, rows, tok)
+        run.tensors = draw_samples(rt, cfg, rows, tok, model.cfg.max_positions)
 
     # ---- optimizer, resume
     # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it
@@ -345,11 +336,12 @@ def main(cfg, rt):
     run.attach(model, trained, dict(adamw=optimizer), tok, opened.base, adapter)
     run.log.text(estimate.describe(model, rt, cfg, train.document_length))
     run.describe(train.summary)
-    if pad_id != tok.pad_id:
-        run.log.text(
-            f"saved with pad_token_id={pad_id}: pad with it and not with {tok.pad_id}, "
-            "which may end a completion"
-        )
+    # PPO asks for prompts in the template of these data.
+    unwritten = store.unwritten_template(cfg.data)
+    name, id = tok.padding()
+    if id != tok.pad_id:
+        # transformers reads the score at the last token that is not padding
+        run.log.text(f"saved with {name} ({id}) as padding, in which no completion ends")
 
     # ---- loop
     # A step is counted when it is done: step 0 is the untrained model, and at the last number there
@@ -361,7 +353,7 @@ def main(cfg, rt):
         # all. The time this takes is not counted in the tokens per second.
         with run.paused():
             evaluating = val and run.due(cfg.eval_every)
-            run.model_keys = dict(pad_token_id=pad_id, reward_gain=1.0, reward_bias=0.0)
+            run.model_keys = dict(reward_gain=1.0, reward_bias=0.0, prompt_template=unwritten)
             if run.tensors and (evaluating or run.ending or run.due(cfg.save_every)):
                 # Gain and bias belong to these weights, so they are fitted anew for each save.
                 scores = score_samples(

@@ -85,12 +85,12 @@ class Sampler:
         self.tok = opened.tok
         if cfg.template_options:
             options = cfg.template_options
-            self.tok = weights.load_tokenizer(cfg.model, cfg.base, cfg.template, options)
+            self.tok = tokenizer.load(cfg.model, cfg.template, options, cfg.base)
         if self.model.cfg.head != "lm":
             raise UserError(f"{cfg.model} is a score model: it cannot write text")
         self.chats = self.tok.template not in (None, "plain")
         if self.tok.template is None:
-            self.tok = tokenizer.load(opened.base, template="plain")
+            self.tok = tokenizer.load(opened.tok.dir, template="plain")
 
     def render(self, messages):
         """The ids of a prompt. TooLong for one that leaves the model no room to answer."""

@@ -53,7 +53,8 @@ from nano.run import Run
 @dataclass
 class Config:
     # what
-    model: PathText = "models/smollm2"  # model directory, or an adapter's to merge
+    model: PathText = "models/smollm2"  # model directory, or an adapter's
+    base: PathText | None = None  # for an adapter in model=: the model to put it on
     data: tuple[PathText, ...] = ("data/alpaca",)  # prepared folders
     sizes: tuple[str, ...] = ()  # of each folder: all, a number of rows or a share; []: all
     out: PathText = "out/sft"  # run folder
@@ -179,9 +180,14 @@ def main(cfg, rt):
     store.check_prepared(cfg.data, "instructions", f"model={cfg.model}")
 
     # ---- model
-    # An adapter in model= is merged into its base first. What is trained is chosen below.
+    # With lora_rank= an adapter in model= is trained further, and without it merged into its base.
+    # What is trained is chosen below.
     opened = weights.open(
-        cfg.model, merge=True, as_base=cfg.lora_rank > 0, template=store.chat_template(cfg.data)
+        cfg.model,
+        cfg.base,
+        head="lm",
+        merge=not cfg.lora_rank,
+        template=store.chat_template(cfg.data),
     )
     model, tok = opened.model, opened.tok
 

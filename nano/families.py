@@ -216,6 +216,8 @@ def read_rope(c):
         raise UserError(f"rope scaling {kind!r} is not supported ({', '.join(ROPE)} are)")
     if not all(isinstance(rope.get(key), (int, float)) for key in ROPE[kind]):
         raise UserError(f"rope scaling {kind!r} needs the numbers {', '.join(ROPE[kind])}")
+    if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise UserError("high_freq_factor of rope scaling 'llama3' must be above low_freq_factor")
     scaling = {"rope_type": kind} | {key: rope[key] for key in ROPE[kind]}
     return dict(rope_theta=theta, rope_scaling=None if kind == "default" else scaling)
 
@@ -509,4 +511,5 @@ REWRITTEN = (
     "label2id",
     "num_labels",
     "problem_type",
+    "auto_map",  # names .py files, which do not go along
 )

@@ -39,18 +39,19 @@ def read_text(path):
         raise UserError(f"{path} cannot be read as UTF-8 text: {e}") from None
 
 
-def read_json(path, missing=None, kind=dict, surrogates=False):
+def read_json(path, missing=None, kind=dict, unicode=False):
     """The object in a JSON file as a dict. missing: what to return if there is no such file.
 
-    kind: the type of the object, see `check_json`. surrogates: whether text may hold lone halves of
-    surrogate pairs, which stand for bytes of file names that are not UTF-8.
+    kind: the type of the object, see `check_json`.
+    unicode: whether all of its text must be Unicode, without the halves of surrogate pairs that the
+    names of files may hold.
     UserError for a file that cannot be read, and for one that holds something else."""
     if missing is not None and not Path(path).exists():
         return missing
     try:
         text = Path(path).read_text(encoding="utf-8")
         value = json.loads(text)
-        if "\\u" in text and not surrogates:
+        if unicode and "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read as JSON: {e}") from None

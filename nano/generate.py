@@ -139,7 +139,8 @@ def frozen_linear(module, dtype, pack):
     base = module.base if isinstance(module, LoRA) else module
     active = getattr(module, "active", None)
     plain = not hasattr(base, "dense")
-    folded = active is None or plain and pack
+    # the norm that DoRA divides by is not worth computing at each step
+    folded = active is None or plain and (pack or active in module.lora_magnitude)
     linear = base
     if plain:
         weight = dense(module) if folded else base.weight
@@ -149,7 +150,8 @@ def frozen_linear(module, dtype, pack):
     adapted = LoRA(linear)
     adapted.training = False  # eval() would also reach a base that training shares
     A, B = (frozen(t[active], dtype) for t in (module.lora_A, module.lora_B))
-    adapted.put(active, A, B, module.scales[active])
+    magnitude = frozen(dict(module.lora_magnitude).get(active), dtype)
+    adapted.put(active, A, B, module.scales[active], magnitude=magnitude)
     adapted.active = active
     return adapted
 

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from nano import config, files, optim, state, weights
+from nano import adapters, config, files, optim, state, weights
 from nano.config import UserError
 from nano.log import Log
 
@@ -71,7 +71,8 @@ class Run:
             value = getattr(cfg, key, "")
             for source in value if isinstance(value, tuple) else [value]:
                 if source and ".py:" not in source and Path(source).exists():
-                    base = weights.base_of(source) if weights.is_adapter(source) else ""
+                    named = getattr(cfg, "base", None)
+                    base = adapters.is_adapter(source) and adapters.find_base(source, named)
                     files.refuse_overwrite(self.folders(), [source, base])
         state.check_place(self.out)
         rt.once(self.lock)

@@ -306,7 +306,7 @@ def read_meta(dir):
             f"or prepare.preferences and out={dir}"
         )
     try:
-        meta = files.read_json(path, kind=Meta, surrogates=True)
+        meta = files.read_json(path, kind=Meta)
     except UserError as e:
         reason = str(e).removeprefix(f"{path}: ").removeprefix(f"{path} ")
         raise UserError(
@@ -613,3 +613,10 @@ def chat_template(dirs):
             "templates: use one template="
         )
     return next(iter(templates), None)
+
+
+def unwritten_template(dirs):
+    """The name of the template, plain or columns, with which the data folders were prepared. A
+    model directory cannot hold it. None for any other template."""
+    names = [read_meta(dir).get("template") for dir in dirs]
+    return next((name for name in names if name in ("plain", "columns")), None)

@@ -18,14 +18,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
 import regex  # comes with tiktoken
 import sentencepiece
 import tiktoken
 
-from nano import chat, files
+from nano import adapters, chat, files
 from nano.config import UserError
 from nano.vocab import (
     BYTE,
@@ -71,6 +71,11 @@ def files_of(dir):
     return [path for pattern in FILES for path in Path(dir).glob(pattern)]
 
 
+def has_vocabulary(dir):
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return any((Path(dir) / name).exists() for name in names) or any(Path(dir).glob("*.tiktoken"))
+
+
 def copy_files(source, dir):
     """Copies tokenizer files and generation_config.json byte for byte into `dir`.
 
@@ -83,6 +88,35 @@ def copy_files(source, dir):
             path.unlink()
     for path in files_of(source):
         files.write_bytes(Path(dir) / path.name, path.read_bytes())
+    settings = files.read_json(Path(dir) / "tokenizer_config.json", missing={})
+    if settings.pop("auto_map", None):  # names a .py file, which does not go along
+        files.write_json(Path(dir) / "tokenizer_config.json", settings, ensure_ascii=False)
+
+
+PADDING = "<|score_padding|>"
+
+
+def write_padding(tok, dir):
+    """Makes tok.padding() the token with which the tokenizer of a score model's directory pads.
+
+    transformers reads a score at the last token that is not padding."""
+    name, id = tok.padding()
+    path = Path(dir) / "tokenizer_config.json"
+    settings = files.read_json(path, missing={})
+    listed = dict(settings.get("added_tokens_decoder") or {})
+    # A token may be known by no other name than that of the padding which it was.
+    for entry in tok.added.values():
+        if entry["id"] == tok.pad_id:
+            listed.setdefault(str(tok.pad_id), {k: v for k, v in entry.items() if k != "id"})
+    if name not in tok.added:
+        listed[str(id)] = {k: v for k, v in added_token(id, name).items() if k != "id"}
+    if listed:
+        settings["added_tokens_decoder"] = listed
+    settings |= {"pad_token": name, "padding_side": "right"}
+    files.write_json(path, settings, ensure_ascii=False)
+    path = Path(dir) / "special_tokens_map.json"
+    if path.exists():
+        files.write_json(path, files.read_json(path) | {"pad_token": name}, ensure_ascii=False)
 
 
 # ----------------------------------------------------------------------------------- pre-tokenizers
@@ -505,7 +539,7 @@ TIKTOKEN = {
 
 def read_json(path, kind):
     """A JSON file of the type `kind` of nano.vocab, or {} where there is none."""
-    return files.read_json(path, missing={}, kind=kind)
+    return files.read_json(path, missing={}, kind=kind, unicode=True)
 
 
 def read_tiktoken(path):
@@ -658,9 +692,11 @@ def named_tokens(settings):
     return {key: token for key, token in tokens.items() if isinstance(token, str) and token}
 
 
-def load(path, template=None, options=()):
-    """The Tokenizer of a model directory.
+def load(path, template=None, options=(), base=None):
+    """The Tokenizer of a model or adapter directory.
 
+    An adapter directory without a vocabulary has that of its base, and may have a chat template of
+    its own. base: takes the place of the base that the adapter names.
     template: a key of chat.TEMPLATES, or a chat template in Jinja. None: the directory's own chat
     template, where it has one. A key that names the directory's own template selects that one, with
     its default system prompt.
@@ -673,9 +709,17 @@ def load(path, template=None, options=()):
     folder = Path(path)
     if not folder.is_dir():
         raise files.no_model_directory(folder)
+    ends_of = folder  # the directory whose generation_config.json names the ends of a response
+    if adapters.is_adapter(folder):
+        ends_of = adapters.find_base(folder, base) or folder
+        if not has_vocabulary(folder):
+            if template is None:
+                config = read_json(folder / "tokenizer_config.json", TokenizerConfig)
+                template = own_template(folder, config)
+            folder = ends_of = adapters.base_of(folder, base)
     spec = read_json(folder / "tokenizer.json", TokenizerJson)
     config = read_json(folder / "tokenizer_config.json", TokenizerConfig)
-    generation = read_json(folder / "generation_config.json", TokenIds)
+    generation = read_json(ends_of / "generation_config.json", TokenIds)
     named = read_json(folder / "special_tokens_map.json", SpecialTokensMap)
     named |= {key: value for key, value in config.items() if value}
     texts = named_tokens(named)
@@ -701,7 +745,10 @@ def load(path, template=None, options=()):
     default = not spec and "bos" in ends
     if post:
         default = "SpecialToken" in start
-    tokens = sorted((name, entry["id"], entry["special"]) for name, entry in added.items())
+    # PADDING only pads, so a score model that has it reads the same tokens as its policy.
+    tokens = sorted(
+        (name, entry["id"], entry["special"]) for name, entry in added.items() if name != PADDING
+    )
     content = b"".join(file.read_bytes() for file in read) + json.dumps(tokens).encode()
     return Tokenizer(
         back,
@@ -713,6 +760,7 @@ def load(path, template=None, options=()):
         named=texts,
         own=own_template(folder, config),
         template=template,
+        dir=folder,
         options=options,
     )
 
@@ -786,12 +834,14 @@ class Tokenizer:
                     `render` added
     .fingerprint    sha256 in hex over the vocabulary files and the special tokens
     .identity       sha256 in hex over what it does to text, in whatever files it was saved
+    .dir            the directory that holds the tokenizer's files
     """
 
     def __init__(
-        self, model, added, ends, add_bos, fingerprint, stops, named, own, template, options
+        self, model, added, ends, add_bos, fingerprint, stops, named, own, template, options, dir
     ):
         self.model = model
+        self.dir = dir
         self.added = added
         self.fingerprint = fingerprint
         self.bos_id = ends.get("bos")
@@ -841,11 +891,14 @@ class Tokenizer:
 
     @functools.cached_property
     def identity(self):
-        special = sorted((e["id"], name) for name, e in self.added.items() if e["special"])
+        special = {name: e["id"] for name, e in self.added.items() if e["special"]}
+        padding = special.pop(PADDING, None)
+        special = sorted((id, name) for name, id in special.items())
         probes = [self._text(text, where, None) for text in PROBES for where in (START, INSIDE)]
         digest = hashlib.sha256(json.dumps([special, probes]).encode())
         order = self.model.order({id for id, _ in special})
-        for token in chain((self.bytes[id] for id in sorted(self.bytes)), order):
+        ids = sorted(self.bytes.keys() - {padding})
+        for token in chain((self.bytes[id] for id in ids), order):
             digest.update(len(token).to_bytes(4, "little") + token)
         return digest.hexdigest()
 
@@ -862,6 +915,15 @@ class Tokenizer:
                 f"{dir} has {count} embeddings, none for id {last} of its tokenizer: "
                 "take the one it was trained with"
             )
+
+    def padding(self):
+        """(name, id) of a token that can pad a score model's rows, because no completion ends in
+        it: PAD, BOS or another special token. PADDING, of the next free id, if there is none."""
+        names = {entry["id"]: name for name, entry in self.added.items()}
+        for id in (self.pad_id, self.bos_id, *sorted(self.control)):
+            if id in names and id not in self.stop_ids:
+                return names[id], id
+        return PADDING, self.vocab_size
 
     def encode(self, text, bos=False, eos=False):
         """list of ids. Names of control tokens in `text` are plain text.
@@ -900,17 +962,29 @@ class Tokenizer:
 
         Control tokens are left out of the text, but a string may name one. inside: as in decode.
         """
-        whole = self.bytes_of(ids)
-        ends = [whole.find(mend(stop).encode()) for stop in stops]
-        end = min((end for end in ends if end >= 0), default=len(whole))
-        kept = b""
-        at = 0
-        for id in ids:
-            piece = self.bytes.get(id, b"")
-            if id not in self.control:
-                kept += piece[: max(end - at, 0)]
-            at += len(piece)
-        return self._decoded(kept, inside), any(end >= 0 for end in ends)
+        pieces = [self.bytes.get(id, b"") for id in ids]
+        borders = [0, *accumulate(map(len, pieces))]
+        names = [  # a string matches the whole of a control token's name, or nothing of it
+            range(a + 1, b)
+            for id, a, b in zip(ids, borders, borders[1:], strict=False)
+            if id in self.control
+        ]
+        whole = b"".join(pieces)
+        ends = []
+        for stop in (mend(stop).encode() for stop in stops):
+            starts = (match.start() for match in re.finditer(b"(?=%s)" % re.escape(stop), whole))
+            ends += [
+                start
+                for start in starts
+                if not any(start in name or start + len(stop) in name for name in names)
+            ][:1]
+        end = min(ends, default=len(whole))
+        kept = [
+            piece[: max(end - start, 0)]
+            for id, piece, start in zip(ids, pieces, borders, strict=False)
+            if id not in self.control
+        ]
+        return self._decoded(b"".join(kept), inside), bool(ends)
 
     def _decoded(self, raw, inside):
         text = raw.decode("utf-8", "replace")

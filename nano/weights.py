@@ -13,21 +13,26 @@ import contextlib
 import hashlib
 import math
 import os
+import pickle
 import re
 import shutil
+import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import lora
 from model import ScoreHead, Transformer, empty
-from nano import tokenizer
+from nano import adapters, tokenizer
+from nano.adapters import base_of, ends_with, is_adapter, is_scorer, read_adapter_config
 from nano.config import UserError
 from nano.families import CONV1D, FAMILIES, config_json, load_config, places
 from nano.files import read_json, sync, write_json, write_text
@@ -100,6 +105,35 @@ def converted(mapped, dtype, path, name):
     return out
 
 
+def load_pickle(path):
+    """{name: tensor} of a .pth or .bin file, memory-mapped.
+
+    Nothing but tensors is unpickled. UserError for a file that is damaged or holds anything else.
+    """
+    try:
+        tensors = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except pickle.UnpicklingError as e:
+        name = re.search(r"GLOBAL (\S+)", str(e))
+        what = (
+            f"it holds {name[1]}, which could run code"
+            if name
+            else "it is damaged, or holds more than tensors"
+        )
+        raise UserError(f"{path} is refused: {what}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError):
+        raise UserError(f"{path} is damaged or incomplete: download it again") from None
+
+    def plain(name, t):
+        strided = isinstance(t, torch.Tensor) and t.layout is torch.strided
+        return isinstance(name, str) and strided
+
+    if not isinstance(tensors, dict) or not all(map(plain, tensors.keys(), tensors.values())):
+        raise UserError(f"{path} holds something else than named tensors")
+    return tensors
+
+
 def in_shards(tensors, shard_bytes):
     """(key, tensor) pairs -> dicts of at most `shard_bytes` bytes, or of one larger tensor.
 
@@ -110,7 +144,15 @@ def in_shards(tensors, shard_bytes):
         if shard and size + tensor.nbytes > shard_bytes:
             yield shard
             size = 0
-        shard[key] = tensor.detach().cpu().contiguous()
+        if tensor.dtype == torch.float16 and not tensor.isfinite().all():
+            raise UserError(
+                f"{key} has numbers beyond 65,504, which float16 cannot hold: "
+                "choose dtype=bfloat16 or float32"
+            )
+        tensor = tensor.detach().cpu().contiguous()
+        # The tensors of a pickle may share memory, which no safetensors file can say.
+        shared = any(tensor.data_ptr() == other.data_ptr() for other in shard.values())
+        shard[key] = tensor.clone() if shared else tensor
         size += tensor.nbytes
     yield shard
 
@@ -167,7 +209,7 @@ def write_tensors(tensors, dir, name="model", shard_bytes=5e9):
     tmp.rmdir()
 
 
-def load_model(dir, device="cpu", dtype=None, head=None):
+def load_model(dir, device="cpu", dtype=None, head=None, tensors=None):
     """A model directory -> Transformer, on `device`, in `dtype` (None: the one that its embedding
     is stored in).
 
@@ -175,6 +217,7 @@ def load_model(dir, device="cpu", dtype=None, head=None):
     family lays a tensor out in another way. Otherwise they are converted piece by piece, so that no
     more than the weights is ever in memory. head="score" on a language model drops its output
     matrix and starts a fresh score head (from torch's generator). A score head is always fp32.
+    tensors: {name in the file: tensor}, where they are in no safetensors file.
     UserError names tensors that are missing, unexpected or of another shape."""
     cfg = load_config(dir)
     fresh = head == "score" and cfg.head == "lm"
@@ -186,8 +229,9 @@ def load_model(dir, device="cpu", dtype=None, head=None):
     except ValueError as e:
         raise UserError(f"{dir}: {e}") from None
     family = FAMILIES[cfg.family]
-    files = tensor_files(dir)
-    tensors = {n: t for n, t in read_tensors(dir).items() if not re.search(family.ignored, n)}
+    files = {} if tensors else tensor_files(dir)
+    tensors = tensors or read_tensors(dir)
+    tensors = {n: t for n, t in tensors.items() if not re.search(family.ignored, n)}
     bare = not any(name.startswith(family.prefix) for name in tensors)
     params = dict(model.named_parameters())
     (embedding,) = places(cfg, [EMBEDDING], bare)
@@ -213,7 +257,8 @@ def load_model(dir, device="cpu", dtype=None, head=None):
         kind = torch.float32 if name == "score.weight" else dtype
         tensor = tensors[name]
         if tensor.dtype != kind:
-            tensor = converted(tensor, kind, files[name], name)
+            mapped = name in files
+            tensor = converted(tensor, kind, files[name], name) if mapped else tensor.to(kind)
         pieces = layout.split(tensor, [p.shape for p in hollow[name]], cfg)
         weights |= {part: piece.to(device) for part, piece in zip(parts, pieces, strict=True)}
     if fresh:
@@ -253,56 +298,80 @@ def check_tensors(where, wanted, tensors, what="its config.json"):
     said = []
     for fault, names in faults.items():
         if names:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            said.append(f"{fault}: {', '.join(sorted(names)[:4])}{more}")
+            said.append(f"{fault}: {some(names)}")
     if said:
         raise UserError(f"the tensors in {where} do not fit {what} - {'; '.join(said)}")
+
+
+def some(names):
+    """A few of the names, in words."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{', '.join(sorted(names)[:4])}{more}"
 
 
 def save_model(model, dir, dtype=None, like=None, tensors=None, shard_bytes=5e9, tok=None, **extra):
     """Transformer -> a model directory.
 
     dtype: of the file. None: as the model holds it. A score head keeps its own dtype.
-    like: the directory that the model came from. Its tokenizer files and generation_config.json are
-    copied byte for byte, and what its config.json says beyond the architecture is kept.
+    like: the directory that the model came from. What its config.json says beyond the architecture
+    is kept. Its tokenizer files and generation_config.json are copied.
     tensors: {name: tensor}, the weights where the model does not hold them whole (sharded over
     ranks).
-    tok: the Tokenizer that the model was trained with. Its chat template may be another than the
-    directory's.
+    tok: the Tokenizer that the model was trained with. Its files are copied instead, and its chat
+    template may be another than theirs. A score model pads with a token that ends no completion.
     extra: keys of config.json to set.
     config.json comes last, because a directory without it is no model."""
     dir = Path(dir)
     tensors = tensors or dict(model.named_parameters())
     stored_as = str(dtype or tensors[EMBEDDING].dtype).removeprefix("torch.")
-    config = config_json(model.cfg, like, **{"torch_dtype": stored_as} | extra)
+    cfg = model.cfg
+    if scores := tok and cfg.head == "score":
+        _, extra["pad_token_id"] = tok.padding()
+        # The token may be a new one, which nothing but padding needs.
+        cfg = replace(cfg, vocab_size=max(cfg.vocab_size, extra["pad_token_id"] + 1))
+    config = config_json(cfg, like, **{"torch_dtype": stored_as} | extra)
 
     def stored():
-        for name, (parts, layout) in places(model.cfg, tensors).items():
+        for name, (parts, layout) in places(cfg, tensors).items():
             kind = None if name == "score.weight" else dtype
-            parts = [tensors[part].detach().to(dtype=kind) for part in parts]
-            yield name, layout.fuse(parts, model.cfg)
+            pieces = [tensors[part].detach().to(dtype=kind) for part in parts]
+            if parts == [EMBEDDING] and len(pieces[0]) < cfg.vocab_size:
+                pieces = [F.pad(pieces[0], (0, 0, 0, cfg.vocab_size - len(pieces[0])))]
+            yield name, layout.fuse(pieces, cfg)
 
     write_tensors(stored(), dir, shard_bytes=shard_bytes)
-    if like:
-        tokenizer.copy_files(like, dir)
+    if tok or like:
+        tokenizer.copy_files(tok.dir if tok else like, dir)
+    # An adapter with a tokenizer of its own has seldom a generation_config.json.
+    other = tok and like and tok.dir.resolve() != Path(like).resolve()
+    generation = dir / "generation_config.json"
+    if other and not generation.exists() and (Path(like) / generation.name).exists():
+        write_json(generation, read_json(Path(like) / generation.name))
+    if tok and (tok.adopted or other):
+        write_ends(tok, dir, config)
     if tok and tok.adopted:
-        write_template(tok, dir, config)
+        write_template(tok, dir)
+    if scores:
+        tokenizer.write_padding(tok, dir)
     write_json(dir / "config.json", config)
     # an earlier run with lora_rank= may have left an adapter here
     for name in ("adapter_config.json", "adapter_model.safetensors", "score_scale.json"):
         (dir / name).unlink(missing_ok=True)
 
 
-def write_template(tok, dir, config):
-    """Makes the chat template of `tok` the model directory's own.
-
-    The tokens that end its turns become the stop ids in generation_config.json. config: the model's
-    config.json, which gives the other token ids where there is no generation_config.json."""
+def write_template(tok, dir):
+    """Makes the chat template of `tok` that of the directory."""
     write_text(dir / "chat_template.jinja", tok.chat_template)
     settings = read_json(dir / "tokenizer_config.json", missing={})
     if "chat_template" in settings:  # not every program looks for the .jinja first
         del settings["chat_template"]
         write_json(dir / "tokenizer_config.json", settings, ensure_ascii=False)
+
+
+def write_ends(tok, dir, config):
+    """Makes the tokens that end a turn the stop ids in a model directory's generation_config.json.
+
+    config: the model's config.json, which gives the other token ids where there is no such file."""
     ids = {key: config.get(key) for key in ("bos_token_id", "pad_token_id")}
     generation = read_json(dir / "generation_config.json", missing=ids)
     ends = sorted(tok.stop_ids, key=lambda id: id != tok.eos_id)  # EOS first
@@ -312,6 +381,7 @@ def write_template(tok, dir, config):
 class ScoreScale(TypedDict, total=False):
     reward_gain: float
     reward_bias: float
+    prompt_template: str | None
 
 
 def read_score_scale(dir):
@@ -320,15 +390,42 @@ def read_score_scale(dir):
 
     gain * score + bias has mean 0 and variance 1 over the responses of the policy that the reward
     model was trained for. An adapter keeps them in score_scale.json."""
+    values = read_score_keys(dir)
+    return float(values.get("reward_gain", 1.0)), float(values.get("reward_bias", 0.0))
+
+
+def read_score_keys(dir):
+    """What a reward model's or score adapter's directory says beside the architecture."""
     values = {}
     for name in ("config.json", "score_scale.json"):
         values |= read_json(Path(dir) / name, missing={}, kind=ScoreScale)
-    return float(values.get("reward_gain", 1.0)), float(values.get("reward_bias", 0.0))
+    return values
 
 
 # --- PEFT directories -------------------------------------------------------------------------
 
 PREFIX = "base_model.model."
+# <layer>.lora_A.weight and the like; a magnitude may come without .weight
+LOW_RANK = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
+WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
+TOKENS = ".token_adapter.trainable_tokens_delta"
+
+
+@dataclass
+class Extras:
+    """What an adapter directory holds beside the low-rank adapters of the blocks.
+
+    It is put into the weights of the model when the adapter is read, and is not trained further.
+    So the adapter is saved again with the same tensors."""
+
+    tensors: dict  # {name in the file: tensor}
+    shapes: dict  # {embedding or output layer: (rank, scale)} of low-rank adapters there
+    settings: dict  # keys of adapter_config.json
+
+
+def extras_of(model):
+    """The Extras of the adapter that was read into the model, or None."""
+    return getattr(model, "extras", None)
 
 
 def adapter_places(model):
@@ -348,153 +445,390 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
     A trained head (`score`) goes along in full, as modules_to_save.
     base: the model directory that the adapter belongs to, which adapter_config.json names.
     tensors: {name: tensor} where they are gathered already (sharded training). None: the model's.
-    tok: the Tokenizer trained with. A chat template that is not the base's own goes along.
+    tok: the Tokenizer trained with. Its files go along if they are not the base's or if the adapter
+    is that of a score model (see save_model), and its chat template if it is not the files' own.
 
-    The adapters of k layers that the family's files fuse into one become one of up to k times the
-    rank: A is stacked, and B is block-diagonal, so that each layer keeps its own product. A
-    directory has one rank, so the others are padded with zeros."""
+    There is one file of any size, because peft reads no shards."""
     dir = Path(dir)
     layers = {n: m for n, m in lora.adapted(model) if name in m.scales}
-    if not layers:
+    extras = extras_of(model) or Extras({}, {}, {})
+    if not layers and not extras.tensors:
         raise KeyError(f"there is no adapter {name!r} on this model")
     tensors = tensors or dict(model.named_parameters())
     stored = adapter_places(model)
-    adapted = {}  # {layer in the file: (A, B)}
-    for layer, parts in stored.items():
-        As, Bs = [], []
-        for part in parts:
-            if part in layers:
-                As.append(tensors[f"{part}.lora_A.{name}"].detach().float().cpu())
-                Bs.append(tensors[f"{part}.lora_B.{name}"].detach().float().cpu())
-            else:
-                Bs.append(torch.zeros(model.get_submodule(part).out_features, 0))
-        if As:
-            adapted[layer] = torch.cat(As), torch.block_diag(*Bs)
-    rank = max(len(A) for A, _ in adapted.values())
     out = {}
-    for layer, (A, B) in adapted.items():
-        missing = rank - len(A)
-        out[f"{PREFIX}{layer}.lora_A.weight"] = F.pad(A, (0, 0, 0, missing))
-        out[f"{PREFIX}{layer}.lora_B.weight"] = F.pad(B, (0, missing))
+    shapes = dict(extras.shapes)  # {layer in the file: (rank, scale)}
+    for layer, parts in stored.items():
+        if adapter := fused(model, name, layers, tensors, parts):
+            A, B, magnitude, scale = adapter
+            out[f"{PREFIX}{layer}.lora_A.weight"] = A
+            out[f"{PREFIX}{layer}.lora_B.weight"] = B
+            if magnitude is not None:
+                out[f"{PREFIX}{layer}.lora_magnitude_vector"] = magnitude
+            shapes[layer] = len(A), scale
     score = "score.weight" in tensors
     if score:
         out[PREFIX + "score.weight"] = tensors["score.weight"]
-    leaves = {layer.rpartition(".")[2] for layer in adapted}
+    leaves = {layer.rpartition(".")[2] for layer in shapes}
     # whether a suffix names these layers and no others
-    whole = all(layer in adapted for layer in stored if layer.rpartition(".")[2] in leaves)
-    first = next(iter(layers.values()))
-    config = dict(  # other keys have peft's defaults
+    whole = all(layer in shapes for layer in stored if layer.rpartition(".")[2] in leaves)
+    rank = Counter(rank for rank, _ in shapes.values()).most_common(1)[0][0]
+    alphas = {layer: rank * scale for layer, (rank, scale) in shapes.items()}
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    saved = [*extras.settings.get("modules_to_save", ()), *(["score"] if score else [])]
+    config = extras.settings | dict(  # other keys have peft's defaults
         peft_type="LORA",
         task_type="SEQ_CLS" if score else "CAUSAL_LM",
         base_model_name_or_path=str(base),
         r=rank,
-        lora_alpha=first.scales[name] * rank,
-        lora_dropout=first.dropouts[name],
-        target_modules=sorted(leaves if whole else adapted),
-        modules_to_save=["score"] if score else None,
-        bias="none",
+        lora_alpha=alpha,
+        rank_pattern=patterns({layer: r for layer, (r, _) in shapes.items()}, rank),
+        alpha_pattern=patterns(alphas, alpha),
+        use_dora=any(name in m.lora_magnitude for m in layers.values()),
+        lora_dropout=max((m.dropouts[name] for m in layers.values()), default=0.0),
+        target_modules=sorted(leaves if whole else shapes),
+        modules_to_save=saved or None,
+        bias=extras.settings.get("bias", "none"),
         fan_in_fan_out=CONV1D in FAMILIES[model.cfg.family].layouts.values(),
         inference_mode=True,
     )
-    write_tensors(out.items(), dir, name="adapter_model")
-    template = dir / "chat_template.jinja"
+    write_tensors((out | extras.tensors).items(), dir, name="adapter_model", shard_bytes=math.inf)
+    (dir / "adapter_model.bin").unlink(missing_ok=True)
+    if tok and (score or tok.dir.resolve() != Path(base).resolve()):
+        tokenizer.copy_files(tok.dir, dir)
+    elif not tok or tok.dir.resolve() != dir.resolve():
+        for path in tokenizer.files_of(dir):
+            path.unlink()
     if tok and tok.adopted:
-        write_text(template, tok.chat_template)
-    else:
-        template.unlink(missing_ok=True)
+        write_template(tok, dir)
+    if tok and score:
+        tokenizer.write_padding(tok, dir)
     write_json(dir / "adapter_config.json", config)
     # an earlier run without lora_rank= may have left a whole model here
     for path in (dir / "config.json", *dir.glob("model*.safetensors*")):
         path.unlink(missing_ok=True)
 
 
-class AdapterConfig(TypedDict, total=False):
-    base_model_name_or_path: str | None
-    task_type: str | None
-    use_rslora: bool | None
+def fused(model, name, layers, tensors, parts):
+    """The adapter `name` of a layer in the file, whose modules here are `parts`.
+
+    layers: {name: LoRA}. tensors: {name: tensor}. Returns (A, B, magnitude or None, scale), or None
+    if no part has the adapter. A that all parts share is written once. Otherwise A is stacked, and
+    B is block-diagonal, so that each part keeps its product."""
+    adapted = [part for part in parts if part in layers]
+    if not adapted:
+        return None
+
+    def get(kind):
+        return [tensors[f"{part}.{kind}.{name}"].detach().float().cpu() for part in adapted]
+
+    As, Bs = get("lora_A"), get("lora_B")
+    module = layers[adapted[0]]
+    magnitude = torch.cat(get("lora_magnitude")) if name in module.lora_magnitude else None
+    if adapted == parts and all(torch.equal(A, As[0]) for A in As):
+        return As[0], torch.cat(Bs), magnitude, module.scales[name]
+    blocks = [
+        Bs.pop(0) if part in adapted else torch.zeros(model.get_submodule(part).out_features, 0)
+        for part in parts
+    ]
+    return torch.cat(As), torch.block_diag(*blocks), magnitude, module.scales[name]
 
 
-def read_adapter_config(dir):
-    """adapter_config.json of a PEFT directory as a dict.
+def patterns(values, default):
+    """rank_pattern or alpha_pattern of {layer in the file: number}. Where all layers of a name have
+    the same number, the name stands for them."""
+    out = {}
+    for layer, value in values.items():
+        leaf = layer.rpartition(".")[2]
+        same = {other for name, other in values.items() if name.rpartition(".")[2] == leaf}
+        if value != default:
+            out[leaf if len(same) == 1 else layer] = value
+    return out
 
-    UserError when it asks for something that is not supported here."""
-    path = Path(dir) / "adapter_config.json"
-    if not path.exists():
-        raise UserError(f"{dir} is no adapter directory: it has no adapter_config.json")
-    config = read_json(path, kind=AdapterConfig)
-    if config.get("peft_type") != "LORA":
-        raise UserError(
-            f"{path}: peft_type {config.get('peft_type')!r} is not supported (only 'LORA' is)"
+
+def read_adapter_tensors(dir):
+    """The tensors of an adapter directory: ({plain name: tensor}, {plain name: name in the file}).
+
+    A plain name has no prefix and does not say how peft wraps the module."""
+    if (Path(dir) / "adapter_model.bin").exists() and not any(Path(dir).glob("*.safetensors*")):
+        tensors = load_pickle(Path(dir) / "adapter_model.bin")
+    else:
+        tensors = read_tensors(dir, name="adapter_model")
+    keys = {}
+    for key in tensors:
+        stem = WRAPPED.sub("", key.removeprefix(PREFIX))
+        keys[LOW_RANK.sub(r"\1.\2", stem)] = key
+    return {stem: tensors[key] for stem, key in keys.items()}, keys
+
+
+class AdapterFile:
+    """What a PEFT directory holds, checked against a model.
+
+    .linears      {layer of the blocks, as the file names it: [names here]}
+    .vocabulary   the file's names of the embedding and, in a language model, the output matrix
+    .count        how many tokens there are: more than the base has, if the file adds some
+    .stored       {parameter, as the file names it: ([names here], Layout)}
+    .tensors      {plain name: tensor}, see read_adapter_tensors
+    .shapes       {layer: (rank, scale)} of the low-rank adapters in the file
+    .rows         {layer of .vocabulary: ids of its trained rows}
+    """
+
+    def __init__(self, model, dir):
+        """UserError for a file that is incomplete or of another base's adapter."""
+        self.dir = dir
+        self.config = config = read_adapter_config(dir)
+        self.tensors, self.keys = read_adapter_tensors(dir)
+        self.scorer = config.get("task_type") == "SEQ_CLS"
+        if self.scorer and not hasattr(model, "score"):
+            raise UserError(
+                f"{dir} is an adapter of a score model, and a language model is needed here"
+            )
+        self.linears = adapter_places(model)
+        names = [n.replace(".base.", ".") for n, _ in model.named_parameters() if ".lora_" not in n]
+        self.stored = places(model.cfg, names)
+        (embedding,) = places(model.cfg, [EMBEDDING])
+        self.vocabulary = [embedding.removesuffix(".weight")]
+        if not self.scorer:
+            self.vocabulary.append("lm_head")
+        self.check_complete()
+        if model.cfg.head == "score" and not self.scorer:
+            # The output matrix of a language model stays behind, as that of the base does.
+            self.vocabulary.pop()
+            kept = {n: t for n, t in self.tensors.items() if not n.startswith("lm_head.")}
+            self.tensors = kept
+        self.check_tensors(model)
+
+    def weight(self, layer):
+        return self.tensors.get(f"{layer}.weight")
+
+    def has_adapter(self, layer):
+        return any(name.startswith(f"{layer}.lora_") for name in self.tensors)
+
+    def saves(self, layer):
+        return adapters.saves(self.config, layer)
+
+    def check_complete(self):
+        """UserError unless the file has what adapter_config.json names, and adapters of no layer
+        that is not named there."""
+        layers = [*self.linears, *self.vocabulary]
+        adapted = {layer for layer in layers if self.has_adapter(layer)}
+        named = adapters.targeted(self.config, layers)
+        named = adapted if named is None else named
+        if self.config.get("ensure_weight_tying") and self.vocabulary[0] in named:
+            named |= adapted & {"lm_head"}
+        missing = named - adapted
+        modules = [name.rpartition(".")[0] for name in self.tensors]
+        for name in self.config.get("modules_to_save") or []:
+            alone = {"modules_to_save": [name]}
+            if not any(adapters.saves(alone, module) for module in modules):
+                missing.add(name)
+        if self.scorer:
+            missing -= {"classifier", "score"}  # peft names both, whichever the model has
+            missing |= {"score.weight"} - self.tensors.keys()
+        for name in self.stored:
+            layer, _, leaf = name.rpartition(".")
+            which = self.config.get("bias")
+            if leaf == "bias" and (which == "all" or which == "lora_only" and layer in adapted):
+                missing |= {name} - self.tensors.keys()
+        if missing:
+            raise UserError(
+                f"{self.dir} is incomplete, or of an adapter for another base: its "
+                f"adapter_config.json names {some(missing)}, which is not in its adapter_model"
+            )
+        if unnamed := adapted - named:
+            raise UserError(
+                f"{self.dir}: its adapter_model adapts {some(unnamed)}, which target_modules in "
+                "adapter_config.json does not name: one of the two files is of another adapter"
+            )
+
+    def check_tensors(self, model):
+        """UserError unless the tensors have names and shapes that fit the model."""
+        dim, config = model.cfg.dim, self.config
+        self.count = model.cfg.vocab_size
+        whole = [self.weight(layer) for layer in self.vocabulary if self.weight(layer) is not None]
+        if whole and (model.cfg.tie_embeddings or len(whole) == len(self.vocabulary)):
+            self.count = len(whole[0]) if whole[0].dim() else 0
+        self.rows = self.token_rows()
+        wanted = {f"{layer}{TOKENS}": (len(ids), dim) for layer, ids in self.rows.items()}
+        for layer in self.vocabulary:
+            if self.weight(layer) is not None:
+                wanted[f"{layer}.weight"] = (self.count, dim)
+        self.shapes = {}
+        for layer in filter(self.has_adapter, (*self.linears, *self.vocabulary)):
+            rank, _ = self.shapes[layer] = adapters.shape(config, layer)
+            if layer in self.linears:
+                modules = [model.get_submodule(part) for part in self.linears[layer]]
+                outs, ins = sum(m.out_features for m in modules), modules[0].in_features
+                if config.get("use_dora"):
+                    wanted[f"{layer}.lora_magnitude_vector"] = (outs,)
+            elif config.get("use_dora"):
+                raise UserError(f"{self.dir}: use_dora is not supported for {layer}")
+            else:
+                outs, ins = self.count, dim
+            if layer == self.vocabulary[0]:
+                wanted[f"{layer}.lora_embedding_A"] = (rank, outs)
+                wanted[f"{layer}.lora_embedding_B"] = (ins, rank)
+            else:
+                wanted[f"{layer}.lora_A"] = (rank, ins)
+                wanted[f"{layer}.lora_B"] = (outs, rank)
+        for name in self.tensors.keys() & self.stored.keys() - wanted.keys():
+            parts, layout = self.stored[name]
+            hollow = [torch.empty_like(parameter(model, part), device="meta") for part in parts]
+            wanted[name] = layout.fuse(hollow, model.cfg).shape
+        what = (
+            "the model: they are incomplete, of an adapter for another base, or of a kind that is "
+            "not read here"
         )
-    supported = dict(
-        use_dora=False,
-        bias="none",
-        rank_pattern={},
-        alpha_pattern={},
-        megatron_config=None,
-        alora_invocation_tokens=None,
-    )
-    for key, plain in supported.items():
-        if (config.get(key) or plain) != plain:
-            raise UserError(f"{path}: {key}={config[key]!r} is not supported (only {plain!r} is)")
-    how = config.get("init_lora_weights")
-    if str(how).split("_")[0] in ("pissa", "olora", "corda", "loftq"):
-        raise UserError(
-            f"{path}: init_lora_weights={how!r} has changed the base model too, "
-            "which is not here: "
-            "save it anew with peft's path_initial_model_for_weight_conversion="
+        check_tensors(self.dir, wanted, self.tensors, what)
+        if not self.tensors.keys() - {"score.weight"}:
+            raise UserError(f"{self.dir}: its adapter_model is empty")
+
+    def token_rows(self):
+        """trainable_token_indices as {layer of .vocabulary: ids}."""
+        value = self.config.get("trainable_token_indices") or {}
+        if isinstance(value, list):
+            value = {self.vocabulary[0]: value}
+        out = {}
+        for name, ids in value.items():
+            layers = [layer for layer in self.vocabulary if ends_with(layer, [name])]
+            if any(id >= self.count for id in ids):
+                raise UserError(
+                    f"{self.dir}: trainable_token_indices in adapter_config.json has ids beyond "
+                    f"the {self.count} tokens of the model"
+                )
+            out |= dict.fromkeys(layers, ids)
+        return out
+
+    def change_base(self, model):
+        """Puts what the file holds beside adapters of the blocks into the weights of the model, and
+        keeps it as model.extras."""
+        blocks = {"score.weight"}
+        for layer in self.linears:
+            blocks |= {f"{layer}.{kind}" for kind in ("lora_A", "lora_B", "lora_magnitude_vector")}
+        extra = self.tensors.keys() - blocks
+        if not extra:
+            return
+        if lora.adapted(model):
+            raise UserError(f"{self.dir} changes weights of its base, which other adapters share")
+        for name in extra & self.stored.keys() - {f"{layer}.weight" for layer in self.vocabulary}:
+            parts, layout = self.stored[name]
+            params = [parameter(model, part) for part in parts]
+            shapes = [param.shape for param in params]
+            pieces = layout.split(self.tensors[name], shapes, model.cfg)
+            for param, piece in zip(params, pieces, strict=True):
+                param.data = piece.to(param, copy=True)
+        self.change_vocabulary(model)
+        modules = {name.rpartition(".")[0] for name in extra}
+        saved = self.config.get("modules_to_save") or []
+        kept = [
+            n for n in saved if any(adapters.saves({"modules_to_save": [n]}, m) for m in modules)
+        ]
+        model.extras = Extras(
+            {self.keys[name]: self.tensors[name] for name in extra},
+            {layer: self.shapes[layer] for layer in self.vocabulary if layer in self.shapes},
+            dict(
+                modules_to_save=kept,
+                bias=self.config.get("bias") or "none",
+                trainable_token_indices=self.rows or None,
+                ensure_weight_tying=bool(self.config.get("ensure_weight_tying")),
+            ),
         )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, (int, float)):
-        raise UserError(f"{path}: r={rank!r} and lora_alpha={alpha!r} must be numbers, r 1 or more")
-    return config
+
+    def change_vocabulary(self, model):
+        """Puts what the file says of the embedding and the output matrix into them.
+
+        As in peft, an embedding that is adapted or saved alone leaves the output matrix of a tied
+        model as it is, which is then no longer tied. Trained rows of tokens are rows of both."""
+        cfg, table = model.cfg, model.model["embed_tokens"]
+        embedding, *heads = self.vocabulary
+        tied = cfg.tie_embeddings and bool(heads)
+        new = {embedding: self.tensors.get(f"{embedding}.weight", table.weight)}
+        for head in heads:
+            both = tied and not self.saves(embedding)
+            old = new[embedding] if both else model.head_weight
+            new[head] = self.tensors.get(f"{head}.weight", old)
+        for layer in new.keys() & self.shapes.keys():
+            kind = "lora_embedding_" if layer == embedding else "lora_"
+            A, B = (self.tensors[f"{layer}.{kind}{half}"].float() for half in "AB")
+            change = self.shapes[layer][1] * (B @ A)
+            new[layer] = new[layer].float() + (change.t() if layer == embedding else change)
+        for layer in new:
+            source = layer if layer in self.rows else embedding
+            if source in self.rows and (tied or source == layer):
+                new[layer] = new[layer].float().clone()
+                new[layer][self.rows[source]] = self.tensors[f"{source}{TOKENS}"].float()
+        for layer, matrix in new.items():
+            new[layer] = nn.Parameter(
+                matrix.detach().to(table.weight.detach()), requires_grad=False
+            )
+        table.weight = new[embedding]
+        for head in heads:
+            if not tied or not torch.equal(new[head], new[embedding]):
+                model.lm_head = nn.Linear(cfg.dim, self.count, bias=False, device="meta")
+                model.lm_head.weight = new[head]
+                tied = False
+        tied = tied if heads else cfg.tie_embeddings
+        model.cfg = replace(cfg, vocab_size=self.count, tie_embeddings=tied)
+
+    def add(self, model, name):
+        """Puts the adapters of the blocks on the model."""
+        new = dict(dtype=torch.float32, device=model.model["embed_tokens"].weight.device, copy=True)
+        for layer in self.shapes.keys() & self.linears.keys():
+            parts = self.linears[layer]
+            A, B = self.tensors[f"{layer}.lora_A"], self.tensors[f"{layer}.lora_B"]
+            widths = [model.get_submodule(part).out_features for part in parts]
+            magnitude = self.tensors.get(f"{layer}.lora_magnitude_vector")
+            magnitudes = [None] * len(parts) if magnitude is None else magnitude.split(widths)
+            for part, b, m in zip(parts, B.split(widths), magnitudes, strict=True):
+                keep = ranks_of(A, B, b)
+                if m is not None:
+                    m = m.to(**new)
+                    keep[0] |= not keep.any()
+                if keep.any():
+                    a, b = A[keep].to(**new), b[:, keep].to(**new)
+                    lora.wrap(model, part).put(name, a, b, self.shapes[layer][1], magnitude=m)
 
 
 def load_adapter(model, dir, name="default"):
     """Reads a PEFT directory into the adapter `name`, which becomes the active one.
 
-    It is not frozen, and the dropout that it was trained with is left out: RL trains it further,
-    and must see the same probabilities twice. The adapter of a layer that the family's files fuse
-    becomes adapters of its parts here, each with the same A. UserError for another base's
-    adapter."""
-    config = read_adapter_config(dir)
-    rank = config["r"]
-    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    tensors = {}
-    for key, tensor in read_tensors(dir, name="adapter_model").items():
-        stem = key.removeprefix(PREFIX).removesuffix(".weight")
-        tensors[stem.removesuffix(".modules_to_save")] = tensor
-    stored = adapter_places(model)
-    layers = {}  # {layer in the file: its modules here}
-    wanted = {}
-    for layer, parts in stored.items():
-        A, B = f"{layer}.lora_A", f"{layer}.lora_B"
-        if A in tensors or B in tensors:
-            layers[layer] = modules = [model.get_submodule(part) for part in parts]
-            wanted[A] = (rank, modules[0].in_features)
-            wanted[B] = (sum(m.out_features for m in modules), rank)
-    if "score" in tensors:
-        if not hasattr(model, "score"):
-            raise UserError(
-                f"{dir}: the adapter carries a score head, "
-                "but the model was not opened as a score model"
-            )
-        wanted["score"] = model.score.weight.shape
-    what = "the model: they are incomplete, or of an adapter for another base"
-    check_tensors(dir, wanted, tensors, what)
-    if not layers:
-        raise UserError(f"{dir}: adapter_model.safetensors is incomplete: it adapts no layer")
+    The low-rank adapters of the blocks are trainable, and the dropout that they were trained with
+    is left out: RL trains them further, and must see the same probabilities twice. The adapter of a
+    layer that the family's files fuse becomes adapters of its parts. All else that the directory
+    holds (see Extras) replaces weights of the model. UserError for another base's adapter."""
+    file = AdapterFile(model, dir)
+    file.change_base(model)
     if not lora.adapted(model):
         model.requires_grad_(False)
-    new = dict(dtype=torch.float32, device=model.model["embed_tokens"].weight.device, copy=True)
-    for layer, modules in layers.items():
-        A = tensors[f"{layer}.lora_A"]
-        Bs = tensors[f"{layer}.lora_B"].split([m.out_features for m in modules])
-        for part, B in zip(stored[layer], Bs, strict=True):
-            lora.wrap(model, part).put(name, A.to(**new), B.to(**new), scale)
-    if "score" in tensors:
-        model.score.weight.data.copy_(tensors["score"])
-    lora.use(model, name)
+    file.add(model, name)
+    if file.scorer:
+        model.score.weight.data.copy_(file.tensors["score.weight"])
+    if lora.adapted(model):
+        lora.use(model, name)
+
+
+def parameter(model, name):
+    """The parameter of that name in a model whose layers may be adapted."""
+    layer, _, leaf = name.rpartition(".")
+    module = model.get_submodule(layer)
+    return getattr(module.base if isinstance(module, lora.LoRA) else module, leaf)
+
+
+def ranks_of(A, B, part):
+    """Which rows of A (r, in) serve a part (n, r) of the rows of B (out, r): bool (r,).
+
+    A layer that was saved as parts with adapters of their own has zeros in B where a row of A
+    serves another part. They are left out, so that the rank does not grow from save to save."""
+    used, idle = (part != 0).any(0), ~(B != 0).any(0)
+    return used | idle & (A != 0).any(1)
+
+
+def only_blocks(dir):
+    """Whether an adapter directory holds nothing but adapters of the blocks, and a score head. Such
+    an adapter can share its base with others."""
+    tensors, _ = read_adapter_tensors(dir)
+    ours = re.compile(r"score\.weight|.*\.\d+\..*\.(lora_A|lora_B|lora_magnitude_vector)")
+    return all(ours.fullmatch(stem) for stem in tensors)
 
 
 def load_scorer(model, dir, name):
@@ -511,70 +845,55 @@ def load_scorer(model, dir, name):
 
 
 def add_adapter(model, cfg, name="default", dropout=None):
-    """Puts a new adapter on the model by the lora_* keys of a stage's Config.
+    """Puts a new adapter on the model by the lora_* keys of a stage's Config, or goes on with the
+    adapter `name` that it has.
 
-    UserError for what lora.apply refuses."""
+    UserError for what lora.apply refuses, and for keys that contradict the adapter that is there.
+    """
     dropout = cfg.lora_dropout if dropout is None else dropout
-    try:
-        lora.apply(
-            model, cfg.lora_rank, cfg.lora_alpha, dropout, cfg.lora_targets, name, cfg.lora_rslora
+    layers = [m for _, m in lora.adapted(model) if name in m.scales]
+    if not layers:
+        try:
+            lora.apply(
+                model,
+                cfg.lora_rank,
+                cfg.lora_alpha,
+                dropout,
+                cfg.lora_targets,
+                name,
+                cfg.lora_rslora,
+            )
+        except ValueError as e:
+            raise UserError(str(e)) from None
+        return
+    rank = max(len(m.lora_A[name]) for m in layers)
+    if cfg.lora_rank != rank:
+        raise UserError(
+            f"the adapter in model= has rank {rank} and is trained further with it: "
+            f"give lora_rank={rank}, or merge it first (python -m prepare.weights)"
         )
-    except ValueError as e:
-        raise UserError(str(e)) from None
+    for key in ("lora_alpha", "lora_targets", "lora_rslora"):
+        if getattr(cfg, key) != getattr(type(cfg), key):
+            raise UserError(
+                f"{key}= cannot change the adapter in model=, which is trained further: leave it "
+                "out, or merge the adapter first (python -m prepare.weights)"
+            )
+    for layer in layers:
+        layer.dropouts[name] = dropout
 
 
 # --- a directory of either kind -----------------------------------------------------------------
-
-
-def is_adapter(dir):
-    return (Path(dir) / "adapter_config.json").exists()
-
-
-def is_scorer(dir):
-    """Whether an adapter directory is that of a score model."""
-    return read_adapter_config(dir).get("task_type") == "SEQ_CLS"
-
-
-def base_of(dir, base=None):
-    """The model directory, which holds config.json and the tokenizer, of a model or adapter
-    directory.
-
-    base: takes the place of the one that the adapter names. UserError for a base that is not there,
-    and for a base= of a whole model."""
-    if not is_adapter(dir):
-        if base:
-            raise UserError(f"{dir} is a whole model, not an adapter: leave out base={base}")
-        return Path(dir)
-    named = base or read_adapter_config(dir).get("base_model_name_or_path") or ""
-    for place in (Path(named), Path(dir) / named):
-        if named and (place / "config.json").exists():
-            return place
-    raise UserError(
-        f"{dir}: its base {str(named)!r} is no model directory here: "
-        "write where it is as base_model_name_or_path into adapter_config.json"
-    )
-
-
-def load_tokenizer(dir, base=None, template=None, options=()):
-    """The Tokenizer of a model or adapter directory.
-
-    template: a name or Jinja. None: the one that the adapter was trained with, or else the model's
-    own. options: as in tokenizer.load."""
-    path = Path(dir, "chat_template.jinja")
-    if template is None and is_adapter(dir) and path.exists():
-        template = path.read_text(encoding="utf-8")
-    return tokenizer.load(base_of(dir, base), template, options)
 
 
 @dataclass
 class Opened:
     model: Transformer
     tok: tokenizer.Tokenizer
-    base: Path  # the model directory that holds config.json and the tokenizer
+    base: Path  # the model directory that holds config.json
 
 
 def open(
-    dir, base=None, device="cpu", dtype=None, head=None, merge=False, as_base=False, template=None
+    dir, base=None, device="cpu", dtype=None, head=None, merge=False, template=None, name="default"
 ):
     """Opens a model directory or an adapter directory with its tokenizer -> Opened.
 
@@ -582,25 +901,20 @@ def open(
     dtype, head: as in load_model. An adapter of a score model opens as a score model.
     merge: an adapter is added to its base, by default in fp32. A whole model stays its file,
     memory-mapped.
-    as_base: the model is to carry a new adapter, whose directory will name `dir` as its base.
-    UserError for an adapter.
-    template: as in load_tokenizer."""
-    adapter = is_adapter(dir)
-    if adapter and as_base:
-        raise UserError(
-            f"{dir} is an adapter; a new one needs a base on disk: "
-            f"merge it, python -m prepare.weights source={dir} out=NEW"
-        )
+    template: as in tokenizer.load.
+    name: of the adapter, if it is not merged."""
     place = base_of(dir, base)
+    adapter = is_adapter(dir)
     if adapter and head is None and is_scorer(dir):
         head = "score"
     if adapter and merge:
         dtype = dtype or torch.float32
     model = load_model(place, device, dtype, head)
     if adapter:
-        load_adapter(model, dir)
+        load_adapter(model, dir, name)
     if merge:
         lora.merge(model)
-    tok = load_tokenizer(dir, base, template)
+        model.extras = None
+    tok = tokenizer.load(dir, template, base=base)
     tok.check_embeddings(model.cfg.vocab_size, place)
     return Opened(model, tok, place)

@@ -67,10 +67,11 @@ def render(tok, messages, last_only=False, tools=None):
     follows. A conversation that awaits an answer ends with the prompt for it.
     """
     awaits = messages[-1]["role"] != "assistant"
+    layout = dict(add_generation_prompt=awaits, last_only=last_only)
     try:
-        ids, mask = tok.render(
-            messages, add_generation_prompt=awaits, last_only=last_only, tools=tools
-        )
+        ids, mask = tok.render(messages, **layout, tools=tools)
+        if tools and ids == tok.render(messages, **layout)[0]:
+            raise Drop("the chat template leaves out the definitions of tools")
     except NotFollowed as e:
         raise Drop(e.reason) from None
     except UserError as e:

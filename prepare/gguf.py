@@ -3,6 +3,7 @@
 Sources: ggml's docs/gguf.md for the file, and the block structs of ggml for the quantised types.
 """
 
+import re
 import struct
 from pathlib import Path
 
@@ -44,7 +45,8 @@ STRETCH = 1 << 22  # weights that are dequantised at once
 class Gguf:
     """.meta is {key: value}; .tensors is {name: (shape, type name)}, shapes in numpy's order.
 
-    Raises UserError for a file that is missing, damaged, or has a type that is not supported.
+    The first part of a file that was split stands for all parts, which lie beside it. Raises
+    UserError for a file that is missing, damaged, or has a type that is not supported.
     """
 
     def __init__(self, path):
@@ -59,6 +61,27 @@ class Gguf:
             raise UserError(
                 f"{path} is damaged or incomplete: its header cannot be read; download it again"
             ) from None
+        self.files = dict.fromkeys(self.tensors, self)  # the part that holds a tensor
+        self.add_parts()
+
+    def add_parts(self):
+        """Takes in the tensors of the other parts, if this is the first one of several.
+
+        UserError for a part that is missing."""
+        number, count = self.meta.get("split.no", 0), self.meta.get("split.count", 1)
+        if number or type(count) is not int or count < 2:
+            return
+        name = re.fullmatch(r"(.+)-00001-of-(\d{5})\.gguf", self.path.name)
+        if not name or int(name[2]) != count:
+            raise UserError(
+                f"{self.path} is the first of {count} parts: its name must be "
+                f"NAME-00001-of-{count:05d}.gguf, and the others beside it have the numbers up to "
+                f"{count:05d}"
+            )
+        for i in range(2, count + 1):
+            part = Gguf(self.path.with_name(f"{name[1]}-{i:05d}-of-{name[2]}.gguf"))
+            self.tensors |= part.tensors
+            self.files |= dict.fromkeys(part.tensors, part)
 
     def parse(self):
         if bytes(self.data[:4]) != b"GGUF":
@@ -123,6 +146,8 @@ class Gguf:
 
     def read(self, name, dtype=torch.float32):
         """The tensor of that name in `dtype`, dequantised in fp32, STRETCH weights at once."""
+        if self.files[name] is not self:
+            return self.files[name].read(name, dtype)
         shape, kind, start, blocks = self.places[name]
         _, block, width = TYPES[kind]
         out = torch.empty(blocks * block, dtype=dtype)

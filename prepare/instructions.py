@@ -241,14 +241,14 @@ def read_rendered(cfg, tok, record):
 def encode(cfg, tok, record):
     """The Unit of a record, one row, for convert.py."""
     if cfg.rendered:
-        counts = Counter()
+        counts = {}
         ids, mask = fit(cfg, *read_rendered(cfg, tok, record), counts)
         return convert.Unit([(ids, mask)], ids, counts)
     rest = fields.without(record, cfg.ignore)
     named = known_set(cfg.source)
     known = cfg.text_field or named  # what such records may lose is known
     tools = None if known else fields.definitions(rest)
-    counts = Counter()
+    counts = {}
     if cfg.text_field:
         messages = split_text(cfg, rest)
         counts["spelled out"] = int(any(tok.spells_out(m["content"]) for m in messages))
@@ -281,10 +281,12 @@ def encode(cfg, tok, record):
         elif media := [key for key in rest if fields.MEDIA.fullmatch(key)]:
             fields.check_rest({key: rest[key] for key in media}, ())
     messages = [m | {"weight": 0} if fields.says_nothing(m) else m for m in messages]
-    silent = sum("weight" in m for m in messages)
+    if awaits:
+        counts["prompts"] = 1
+    elif silent := sum("weight" in m for m in messages):
+        counts["silent"] = silent
 
     last_only = cfg.train_on == "last" or cfg.source == "slimorca"
-    counts |= dict(prompts=int(awaits), silent=silent)
     ids, mask = fit(cfg, *convert.render(tok, messages, last_only, tools), counts)
     line = json.dumps(record, default=str).encode() + b"\n" if awaits else b""
     begin = mask.find(1)
@@ -296,7 +298,7 @@ def fit(cfg, ids, mask, counts):
     """The row within max_length. It counts in `counts` whether the row lost its end.
 
     Drop for a row that is too long, and for one without a target that is no prompt alone."""
-    alone = counts["prompts"]
+    alone = "prompts" in counts
     if len(ids) > cfg.max_length:
         if alone or cfg.over_length == "drop":
             raise Drop(f"longer than max_length={cfg.max_length}", (ids, mask))
@@ -306,7 +308,7 @@ def fit(cfg, ids, mask, counts):
         if 1 not in mask[1:]:  # the first token is predicted from nothing
             raise Drop(f"no target left in max_length={cfg.max_length}")
     elif not alone and 1 not in mask[1:]:
-        why = "no answer is to be learned" if counts["silent"] else "no target token"
+        why = "no answer is to be learned" if "silent" in counts else "no target token"
         raise Drop(why, (ids, mask))
     return ids, mask
 

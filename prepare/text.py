@@ -30,7 +30,6 @@ import io
 import json
 import math
 import re
-import shutil
 import sys
 import zlib
 from array import array
@@ -523,7 +522,7 @@ def open_work(cfg, paths):
             )
         if (work / "job.json").read_text(encoding="utf-8") == text:
             return work
-        shutil.rmtree(work)
+        files.remove_dir(work)
     with files.new_dir(work) as tmp:
         files.write_text(tmp / "job.json", text)
     return work
@@ -680,9 +679,9 @@ def main(cfg):
                 file=sys.stderr,
             )
         else:
-            shutil.rmtree(work)
+            files.remove_dir(work)
         raise
-    shutil.rmtree(work)
+    files.remove_dir(work)
     report(cfg, read_meta(cfg.out))
 
 

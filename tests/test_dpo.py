@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import dpo
 import lora
-from nano import tokenizer, weights
+from nano import files, tokenizer, weights
 from nano.batches import Groups
 from nano.config import UserError
 from nano.store import mix, write_store
@@ -287,6 +288,17 @@ def test_the_reference_is_kept_and_a_stale_one_is_not_used(
     damaged.write_bytes(damaged.read_bytes()[:-4])
     with pytest.raises(UserError, match="remove it"):
         run(f"model={tmp_path}/other", f"data={folder}/pairs", "resume=false")
+
+
+def test_the_key_of_the_reference_holds_the_configuration(run, folder, tmp_path, capsys):
+    computed = lambda: capsys.readouterr().out.count("computing the reference")  # noqa: E731
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    out = run(f"model={model}")
+    assert computed() == 2
+    config = files.read_json(model / "config.json")
+    tiny.write(model, "config.json", config | dict(rope_theta=500.0))
+    run(f"model={model}", "steps=4")
+    assert computed() == 2 and len(list(out.glob("reference.*.bin"))) == 2
 
 
 # ---- resume, mistakes

@@ -237,8 +237,9 @@ def test_what_peft_writes_is_read_here(base, tmp_path, targets, rslora):
     assert worst(logits(ours), expected) < 1e-4
     assert worst(expected, logits(weights.load_model(base))) > 0.1
 
-    # and back: of k layers that share A, k times the rank
+    # and back: the layers of c_attn share A, and the rank stays
     weights.save_adapter(ours, tmp_path / "again", base=base)
+    assert weights.read_adapter_config(tmp_path / "again")["r"] == 4
     assert worst(in_peft(base, tmp_path / "again"), expected) < 1e-4
     assert worst(logits(opened(base, tmp_path / "again")), logits(ours)) < 1e-5
     assert worst(logits(lora.merge(ours)), expected) < 1e-4
@@ -253,7 +254,7 @@ def opened(base, dir):
 @pytest.mark.parametrize(
     "targets, rank, leaves",
     [
-        ("all-linear", 12, ["c_attn", "c_fc", "c_proj"]),
+        ("all-linear", 4, ["c_attn", "c_fc", "c_proj"]),
         (["q_proj", "v_proj"], 8, ["c_attn"]),
         (["k_proj"], 4, ["c_attn"]),
         (["up_proj"], 4, ["c_fc"]),
@@ -270,9 +271,15 @@ def test_peft_reads_what_is_written_here(base, tmp_path, targets, rank, leaves):
     weights.save_adapter(model, tmp_path, base=base)
     config = weights.read_adapter_config(tmp_path)
     assert (config["r"], config["lora_alpha"] / config["r"]) == (rank, 2.0)
+    assert config["rank_pattern"] == ({"c_attn": 12} if targets == "all-linear" else {})
     assert config["target_modules"] == leaves and config["fan_in_fan_out"] is True
     assert worst(in_peft(base, tmp_path), logits(model)) < 1e-4
-    assert worst(logits(opened(base, tmp_path)), logits(model)) < 1e-5
+    again = opened(base, tmp_path)
+    assert worst(logits(again), logits(model)) < 1e-5
+    # layers with an A of their own have the same rank after each save
+    assert {len(m.lora_A["default"]) for _, m in lora.adapted(again)} == {4}
+    weights.save_adapter(again, tmp_path, base=base)
+    assert weights.read_adapter_config(tmp_path) == config
     samples = generate(model, [[1, 2, 3]], 20, temperature=0.0)
     merged = generate(lora.merge(model), [[1, 2, 3]], 20, temperature=0.0)
     assert samples.tokens == merged.tokens

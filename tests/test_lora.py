@@ -411,28 +411,21 @@ def test_adapters_that_do_not_fit(base, tmp_path):
     for match, tensors in (
         ("incomplete", {k: t for k, t in good.items() if "lora_B" not in k}),
         ("incomplete", dict(list(good.items())[:-1])),
-        ("another base", good | {weights.PREFIX + "lm_head.lora_A.weight": torch.zeros(4, 32)}),
+        ("lm_head", good | {weights.PREFIX + "lm_head.lora_A.weight": torch.zeros(4, 32)}),
         (
-            "another base",
+            "model.embed_tokens",
             good | {weights.PREFIX + "model.embed_tokens.lora_embedding_A": torch.zeros(4, 32)},
         ),
+        ("another base", good | {weights.PREFIX + "model.experts.weight": torch.zeros(4, 32)}),
     ):
         weights.write_tensors(tensors.items(), lonely, name="adapter_model")
         tiny.write(lonely, "adapter_config.json", weights.read_adapter_config(dir))
         refused(match, lonely)
     for settings in (
-        dict(use_dora=True),
-        dict(bias="all"),
-        dict(rank_pattern={"q_proj": 2}),
-        dict(alpha_pattern={"q_proj": 2}),
         dict(peft_type="PROMPT_TUNING"),
         dict(r="4"),
         dict(r=0),
         dict(lora_alpha=None),
-        *(
-            dict(init_lora_weights=how)
-            for how in ("pissa", "pissa_niter_4", "olora", "corda", "loftq")
-        ),
     ):
         config = weights.read_adapter_config(dir)
         change(dir, **settings)
@@ -452,21 +445,17 @@ def test_an_adapter_opens_under_the_template_that_it_was_trained_with(base, tmp_
     ask = [dict(role="user", content="Why?")]
     opened = weights.open(tmp_path / "alpaca")
     assert opened.base == base and opened.tok.render(ask, True) == tok.render(ask, True)
-    assert weights.load_tokenizer(tmp_path / "alpaca").template == "alpaca"
+    assert tokenizer.load(tmp_path / "alpaca").template == "alpaca"
     assert weights.open(tmp_path / "alpaca", merge=True, template="zephyr").tok.template == "zephyr"
     assert weights.open(tmp_path / "plain").tok.template == tokenizer.load(base).template
 
 
-@pytest.mark.parametrize("bench", ["exact_match", "bullets"])
-def test_benchmarks_ask_under_the_template_of_the_adapter(bench, base, tmp_path, monkeypatch):
+def test_a_benchmark_asks_under_the_template_of_the_adapter(base, tmp_path, monkeypatch):
     model = weights.load_model(base)
     tok = tokenizer.load(base, template="alpaca")
     lora.apply(model, rank=4, alpha=8)
     weights.save_adapter(model, tmp_path / "adapter", base=base, tok=tok)
     record = dict(instruction="Why?", input="", output="So.")
-    record["messages"] = [dict(role="user", content="Why?")]
-    if bench == "exact_match":
-        del record["messages"]
     (tmp_path / "test.jsonl").write_text(json.dumps(record) + "\n")
     seen = []
 
@@ -475,7 +464,7 @@ def test_benchmarks_ask_under_the_template_of_the_adapter(bench, base, tmp_path,
         return SimpleNamespace(tokens=[[] for _ in prompts], finished=[True for _ in prompts])
 
     monkeypatch.setattr(generate, "generate", generated)
-    module = importlib.import_module(f"bench.{bench}")
+    module = importlib.import_module("bench.exact_match")
     files = dict(model=str(tmp_path / "adapter"), data=str(tmp_path / "test.jsonl"))
     module.main(module.Config(**files, device="cpu", dtype="float32"))
     assert seen == [tok.render([dict(role="user", content="Why?")], True)[0]]

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 import lora
 import ppo
-from nano import config, functions, generate, runtime, tokenizer, weights
+from nano import config, functions, generate, runtime, store, tokenizer, weights
 from nano.batches import Rows, episodes
 from nano.config import UserError
 from nano.run import Run
@@ -836,7 +836,7 @@ def test_sigterm_in_a_rollout_saves_and_the_same_command_goes_on(folder, tmp_pat
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     done = tiny.state(tmp_path / "cut" / "state")[1]["meta"]["step"]
-    assert process.returncode == 0 and not err and 2 <= done < 400
+    assert process.returncode == 143 and not err and 2 <= done < 400
     assert (
         "SIGTERM: finishing this step" in out
         and f"stopped at step {done}: the same command continues" in out
@@ -993,7 +993,8 @@ def test_mistakes_end_in_a_sentence(folder, tmp_path):
         "max_prompt=1 ": dict(max_prompt=1),
         "batch_size=10 must be a multiple": dict(batch_size=10),
         "advantage=group_std .* compares": dict(algo="grpo"),
-        "is an adapter": dict(model=folder / "adapter", lora_rank=2),
+        "is an adapter of a score model": dict(model=folder / "adapter", lora_rank=2),
+        "is a score model": dict(model=folder / "score"),
         "leaves nothing to train": dict(freeze_layers=2, train="qv"),
         "resume=true": dict(resume="true"),
         "max_new_tokens=6 make .* takes 256": dict(max_prompt=1000, data=long),
@@ -1009,6 +1010,79 @@ def test_mistakes_end_in_a_sentence(folder, tmp_path):
         and result.stderr.startswith("error: group=1 with advantage=rloo")
         and result.stderr.count("\n") == 1
     )
+
+
+# ---- the reward model reads what the policy writes
+
+
+def test_a_reward_model_of_another_template_is_refused(folder, tmp_path):
+    def data(template):
+        tok = tokenizer.load(folder / "base", template)
+        meta = dict(vocab_size=264, tokenizer=tok.fingerprint, template=template)
+        meta["chat_template"] = tok.chat_template
+        ask = [dict(role="user", content="a"), dict(role="assistant", content="b")]
+        write_store(tmp_path / f"data-{template}", dict(train=[tok.render(ask)] * 8), meta)
+        return tmp_path / f"data-{template}"
+
+    def scorer(template, recorded=True, adapted=False):
+        dir = tmp_path / f"{template}-{recorded}-{adapted}"
+        tok = tokenizer.load(folder / "base", template)
+        model = weights.open(folder / "base", head="score").model
+        unwritten = template if template in ("plain", "columns") else None
+        keys = dict(prompt_template=unwritten) if recorded else {}
+        if adapted:
+            lora.apply(model, 2, 4)
+            weights.save_adapter(model, dir, base=folder / "base", tok=tok)
+            tiny.write(dir, "score_scale.json", keys)
+        else:
+            weights.save_model(model, dir, like=folder / "base", tok=tok, **keys)
+        return dir
+
+    def check(template, reward):
+        cfg = ppo.Config(reward=(str(reward),), data=(data(template),))
+        ppo.check_scorer(cfg, tokenizer.load(folder / "base", store.chat_template(cfg.data)))
+
+    for adapted in (False, True):
+        for template in ("chatml", "alpaca", "zephyr", "plain", "columns"):
+            check(template, scorer(template, adapted=adapted))
+            other = "alpaca" if template != "alpaca" else "chatml"
+            with pytest.raises(UserError, match="in the chat template"):
+                check(other, scorer(template, adapted=adapted))
+    with pytest.raises(UserError, match="in the chat template"):
+        check("plain", scorer("alpaca"))
+    # an older reward model does not say that it was trained in `plain`
+    check("plain", scorer("plain", recorded=False))
+
+
+def test_rows_beyond_the_positions_of_the_reward_model_are_refused_at_the_start(folder, tmp_path):
+    tiny.model_dir(tmp_path / "short", head="score", max_positions=32)
+    long = tiny.store(tmp_path / "long", folder / "base", low=80, high=90)
+    for settings in (dict(), dict(advantage="group", group=2), dict(lora_rank=2)):
+        with pytest.raises(UserError, match="max_new_tokens=6 make .* takes 32"):
+            train(folder, tmp_path / "out", data=long, reward=tmp_path / "short", **settings)
+    tiny.model_dir(tmp_path / "policy", max_positions=64)
+    rows = tiny.store(tmp_path / "rows", folder / "base", low=10, high=20)
+    ptx = dict(ptx_data=[str(long)], ptx_coef=0.1, ptx_batch=4, max_prompt=100)
+    with pytest.raises(UserError, match="has 8. tokens, .*policy takes 64"):
+        train(folder, tmp_path / "out", model=tmp_path / "policy", data=rows, **ptx)
+    assert not (tmp_path / "out" / "last").exists()
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward"])
+def test_validation_rows_beyond_the_positions_are_refused_at_the_start(stage, tmp_path):
+    base = tiny.model_dir(tmp_path / "base", max_positions=48)
+    if stage == "sft":
+        splits = dict(train=tiny.rows(16), val=tiny.rows(8, low=60, high=70))
+    else:
+        splits = dict(train=tiny.ranked(16), val=tiny.ranked(8, completions=(2, 2)))
+        splits["val"] = [
+            [([97] * 40 + ids, [0] * 40 + mask) for ids, mask in group] for group in splits["val"]
+        ]
+    meta = dict(vocab_size=264, tokenizer=tokenizer.load(base).fingerprint)
+    write_store(tmp_path / "data", splits, meta)
+    argv = f"model={base} data={tmp_path}/data out={tmp_path}/out max_length=128 device=cpu".split()
+    with pytest.raises(UserError, match="tokens, .*base takes 48"):
+        tiny.train(stage, [*argv, "steps=1", "batch_size=8"])
 
 
 def test_a_resume_needs_the_models_and_the_prompts_of_the_run(folder, tmp_path, capsys):

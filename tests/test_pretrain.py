@@ -445,7 +445,7 @@ def test_mistakes_are_told(base, store, tmp_path, monkeypatch, capsys):
         (dict(data=tmp_path / "none"), "none does not exist"),
         (dict(data=store, batch_size=5), "batch_size=5 is not a multiple of micro_batch=2"),
         (dict(data=store, weights=[0.5, 0.5]), "weights= has 2 for 1 data folders"),
-        (dict(data=store, weights=[0.0]), "give each one above 0"),
+        (dict(data=store, weights=[0.0]), "weights= holds 0.0: give each data folder one above 0"),
         (dict(data=store, dim=36), "dim=36 must be an even multiple of n_heads=4"),
         (dict(data=store, n_kv_heads=3), "a multiple of n_kv_heads=3"),
         (dict(data=f"{store},{foreign}"), "foreign was prepared with another tokenizer"),

@@ -69,7 +69,8 @@ def test_a_documented_command_is_taken_by_its_script(script, arguments, line, mo
     ):  # a value that goes on in the next line, or the end of a remote command
         arguments += '"' if "=" in arguments.rpartition('"')[0][-9:] else ""
         arguments = arguments.removesuffix('"') if arguments.count('"') % 2 else arguments
-    shown = ("...", "help", "&&")  # no arguments
+    arguments = arguments.partition(" && ")[0]  # another command follows
+    shown = ("...", "help")  # no arguments
     arguments = [a for a in shlex.split(arguments, comments=True) if a not in shown]
     cfg = None
     try:

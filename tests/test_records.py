@@ -303,6 +303,37 @@ def test_parsed_messages():
         assert tool == dict(type="function", function=call["function"])
 
 
+TOOLS = """{% if tools %}<|im_start|>system
+{{ tools | tojson }}<|im_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for c in m.tool_calls or [] %}CALL {{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_tools_are_laid_out_or_the_record_is_dropped(model, tok):
+    """By a template that takes them; in a pair of preferences and a prompt alone too."""
+    able = tokenizer.load(model, template=TOOLS)
+    tools = [dict(name="add", parameters={})]
+    talk = [{"from": "human", "value": "Q"}]
+    talk += [{"from": "function_call", "value": '{"name": "add", "arguments": {"x": 1}}'}]
+    talk += [{"from": "observation", "value": "R"}, {"from": "gpt", "value": "A"}]
+    text, targets = row(able, dict(conversations=talk, tools=json.dumps(tools)))
+    assert '"name": "add"' in text and targets == ['CALL add {"x": 1}', "A"]
+    pair = dict(prompt="Q", chosen="a", rejected="b")
+    assert completions(able, pair | dict(tools=tools)) == ["a", "b"]
+    for module, record in (
+        (instructions, dict(prompt="Q", completion="A")),
+        (instructions, dict(prompt="Q")),
+        (preferences, pair),
+    ):
+        [(ids, _), *_] = encode(module, able, record | dict(tools=tools)).rows
+        assert '"name": "add"' in able.decode(ids)
+        with pytest.raises(fields.Drop, match="leaves out the definitions of tools"):
+            encode(module, tok, record | dict(tools=tools))
+        encode(module, tok, record | dict(tools="[]"))  # none
+
+
 def test_two_system_prompts(tok):
     talk = [dict(role="system", content="S"), user("Q"), said("A")]
     assert row(tok, dict(messages=talk, system="S"))[0].count("system") == 1
@@ -318,7 +349,7 @@ MESSAGE = st.builds(
     lambda role, content, more: dict(role=role, content=content, **more),
     ROLE,
     st.one_of(TEXT, st.just(""), st.just(" \n")),
-    st.dictionaries(st.sampled_from(["name", "weight", "reasoning", "foo", "id"]), st.one_of(VALUE, st.sampled_from([0, 1])), max_size=1),
+    st.dictionaries(st.sampled_from(["name", "weight", "reasoning", "foo"]), st.one_of(VALUE, st.sampled_from([0, 1])), max_size=1),
 )
 TALK = st.lists(MESSAGE, max_size=5)
 NAMES = [*fields.TURNS, *instructions.PROMPTS, *fields.SYSTEMS, *fields.THOUGHTS, "completion"]

@@ -11,8 +11,9 @@ import pytest
 import tiny
 import torch
 
+import lora
 import reward
-from nano import batches, runtime, tokenizer, weights
+from nano import batches, runtime, tokenizer, vocab, weights
 from nano.batches import Groups, collate_groups
 from nano.config import UserError
 from nano.store import GroupMix, mix, validation
@@ -244,7 +245,8 @@ def test_the_policys_fresh_samples_have_mean_0_and_variance_1(trained, folder):
     cfg = reward.Config(
         model=str(folder / "model"), norm_samples=1500, norm_tokens=8, max_length=128, seed=77
     )
-    samples = reward.draw_samples(rt, cfg, open_rows(folder, name="many"), tok)
+    rows = open_rows(folder, name="many")
+    samples = reward.draw_samples(rt, cfg, rows, tok, 256)
     scores = reward.score_samples(rt, model, **samples, micro_batch=4, max_length=128)
     gain, bias = weights.read_score_scale(trained / "last")
     assert (gain, bias) != (1.0, 0.0)
@@ -268,7 +270,7 @@ def test_the_policys_samples_do_not_depend_on_the_number_of_ranks(folder):
             rank=rank, world=world, device="cpu", dtype=torch.float32, all_sum=lambda x: x
         )
         rt.autocast = contextlib.nullcontext
-        return reward.draw_samples(rt, cfg, rows, tok).values()
+        return reward.draw_samples(rt, cfg, rows, tok, 256).values()
 
     alone, first, second = draw(0, 1), draw(0, 2), draw(1, 2)
     assert all(torch.equal(a, b + c) for a, b, c in zip(alone, first, second, strict=True))
@@ -416,3 +418,110 @@ def test_a_reward_model_can_be_trained_on(run, trained):
     out = run(f"model={trained}/last", "norm_samples=0", "norm_tokens=128")
     assert tiny.records(out, "eval")[0]["accuracy"] > 0.9  # the head came along
     assert weights.read_score_scale(out / "last") == (1.0, 0.0)  # not those of the earlier run
+
+
+# ---- padding
+
+
+def byte_level(path, settings, special=tiny.SPECIAL, rows=264):
+    """A model directory whose tokenizer knows the special tokens `special` alone."""
+    tiny.model_dir(path)
+    model = weights.load_model(path)
+    for matrix in (model.model["embed_tokens"], model.lm_head):
+        matrix.weight = torch.nn.Parameter(matrix.weight[:rows].detach().clone())
+    model.cfg.vocab_size = rows
+    weights.save_model(model, path, like=path)
+    spec = json.loads((path / "tokenizer.json").read_text())
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in special]
+    vocab, last = spec["model"]["vocab"], 255 + len(special)
+    spec["model"]["vocab"] = {token: id for token, id in vocab.items() if id <= last}
+    tiny.write(path, "tokenizer.json", spec)
+    config = json.loads((path / "tokenizer_config.json").read_text()) | settings
+    tiny.write(path, "tokenizer_config.json", {k: v for k, v in config.items() if v})
+    return path
+
+
+def pieces(path):
+    """A model directory with a sentencepiece model: <unk>, <s>, </s>, bytes, letters."""
+    tiny.model_dir(path)
+    (path / "tokenizer.json").unlink()
+    tokens = [("<unk>", 0.0, vocab.UNKNOWN), ("<s>", 0.0, vocab.CONTROL)]
+    tokens += [("</s>", 0.0, vocab.CONTROL)]
+    tokens += [(f"<0x{byte:02X}>", 0.0, vocab.BYTE) for byte in range(256)]
+    tokens += [(char, -float(i), vocab.NORMAL) for i, char in enumerate("▁abc")]
+    proto = vocab.sentencepiece_proto(tokens, True, (0, 1, 2, -1))
+    (path / "tokenizer.model").write_bytes(proto)
+    names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>")
+    names |= dict(tokenizer_class="LlamaTokenizer", add_bos_token=True, legacy=True)
+    tiny.write(path, "tokenizer_config.json", names)
+    return path
+
+
+END = "<|endoftext|>"
+TOKENIZERS = {  # how it is made, and the token that pads in the end
+    "BOS": (lambda path: byte_level(path, {}), "<|im_start|>"),
+    "its own padding": (lambda path: byte_level(path, dict(pad_token=END)), END),
+    "no BOS": (lambda path: byte_level(path, dict(bos_token=None)), END),
+    "no padding": (lambda path: byte_level(path, dict(bos_token=None, pad_token=None)), END),
+    "one token": (
+        lambda path: byte_level(
+            path, dict(bos_token=END, eos_token=END, pad_token=None), special=[END]
+        ),
+        tokenizer.PADDING,
+    ),
+    "one token and no row more": (
+        lambda path: byte_level(
+            path, dict(bos_token=END, eos_token=END, pad_token=END), special=[END], rows=257
+        ),
+        tokenizer.PADDING,
+    ),
+    "sentencepiece": (pieces, "<s>"),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_transformers_and_peft_read_our_scores_alone_and_in_a_batch(kind, tmp_path):
+    import peft
+    import transformers
+
+    make, padding = TOKENIZERS[kind]
+    base = make(tmp_path / "base")
+    tok = tokenizer.load(base, template="plain")
+    model = weights.load_model(base, head="score")
+    weights.save_model(model, tmp_path / "full", like=base, tok=tok)
+    adapted = weights.load_model(base, head="score")
+    lora.apply(adapted, 4, 8)
+    for p in tiny.adapter_parameters(adapted):
+        torch.nn.init.normal_(p, std=0.1)
+    weights.save_adapter(adapted, tmp_path / "adapter", base=base, tok=tok)
+    scale = dict(reward_gain=2.0, prompt_template="plain")
+    tiny.write(tmp_path / "adapter", "score_scale.json", scale)
+    tiny.train("prepare.weights", [f"source={tmp_path}/adapter", f"out={tmp_path}/merged"])
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert scale.items() <= config.items()
+    classifier = transformers.AutoModelForSequenceClassification
+    for name, ours in (("full", model), ("adapter", adapted), ("merged", adapted)):
+        dir = tmp_path / name
+        if name == "adapter":
+            opened = peft.AutoPeftModelForSequenceClassification.from_pretrained(dir, num_labels=1)
+        else:
+            opened = classifier.from_pretrained(dir, dtype=torch.float32)
+        their_tok = transformers.AutoTokenizer.from_pretrained(dir)
+        if name == "adapter":
+            opened.config.pad_token_id = their_tok.pad_token_id  # an adapter has no config.json
+        assert their_tok.pad_token == padding and their_tok.padding_side == "right"
+        assert opened.config.pad_token_id == their_tok.pad_token_id
+        texts = [text + their_tok.eos_token for text in ("abc", "a b c a b c", "c")]
+        alone = [their_tok(text, return_tensors="pt") for text in texts]
+        batch = their_tok(texts, padding=True, return_tensors="pt")
+        assert batch["input_ids"][2, -1] == their_tok.pad_token_id not in tok.stop_ids
+        with torch.no_grad():
+            expected = [ours.score(ours.hidden(one["input_ids"]))[0, -1] for one in alone]
+            scores = [opened.eval()(**one).logits[0, 0] for one in alone]
+            together = opened(**batch).logits[:, 0]
+        expected = torch.stack(expected)
+        assert (torch.stack(scores) - expected).abs().max() < 1e-5
+        assert (together - expected).abs().max() < 1e-5
+        # the tokens of a policy mean the same to it
+        assert tokenizer.load(dir).fingerprint == tok.fingerprint
+        weights.open(dir)

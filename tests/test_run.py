@@ -22,7 +22,7 @@ import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nano import files, generate, log, optim, store, weights
+from nano import config, files, generate, log, optim, store, weights
 from nano.config import UserError
 
 NAMES = ("pretrain", "sft", "reward", "dpo", "ppo")
@@ -497,6 +497,31 @@ def test_a_directory_that_cannot_be_synced(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(5, "I/O error")))
     with pytest.raises(OSError, match="I/O error"):  # that of a file is
         files.write_text(tmp_path / "file", "text")
+
+
+def test_a_kill_while_the_work_of_a_preparation_is_removed(folder, tmp_path, monkeypatch):
+    """The folder of finished shards is then no longer known as ours, and it was refused for ever."""
+    from prepare import text
+
+    tiny.jsonl(tmp_path / "in.jsonl", [dict(text="a word"), dict(text="and more")])
+    source = f"source={tmp_path}/in.jsonl"
+    cfg = config.parse(
+        text.Config, [source, f"tokenizer={folder}/model", f"out={tmp_path}/data", "val=0"]
+    )
+    rmtree = shutil.rmtree
+
+    def dies(path, *args, **kwargs):
+        if (job := Path(path) / "job.json").exists():
+            job.unlink()
+            raise KeyboardInterrupt
+        rmtree(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", dies)
+        with pytest.raises(KeyboardInterrupt):
+            text.main(cfg)
+    text.main(cfg)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "in.jsonl"]
 
 
 def test_a_reader_between_the_two_renames(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from conftest import ROOT
 from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
 
-from nano import chat, tokenizer
+from nano import chat, tokenizer, traced
 from nano.chat import NotFollowed
 
 FOLDER = ROOT.parent / "shared" / "templates"
@@ -183,7 +183,7 @@ class Peer:
         settings = dict(chat_template=self.source, add_generation_prompt=ask, **self.tokens)
         try:
             compiled = chat_template_utils._compile_jinja_template(self.source)
-            compiled.environment.globals["strftime_now"] = chat.DAY.strftime
+            compiled.environment.globals["strftime_now"] = traced.DAY.strftime
             texts, spans = chat_template_utils.render_jinja_template(
                 [messages], tools=tools, return_assistant_tokens_mask=marks, **settings
             )
@@ -289,7 +289,11 @@ def survey(names, talks):
         table[name] = collections.Counter()
         for talk, messages, ask, tools in cases(talks):
             fate = compare(peer, ours, messages, ask, tools)
-            if fate == "followed" and marked(peer.source) and talk not in MARKED_OTHERWISE:
+            compared = not ask and talk not in MARKED_OTHERWISE  # a prompt has no targets
+            if fate == "followed" and compared and marked(peer.source):
+                if name in ODD_MARKS:
+                    table[name]["followed, marks not compared"] += 1
+                    continue
                 wanted = peer.targets(*peer.render(messages, ask, tools, marks=True))
                 if wanted != spans(ours.parts(messages, ask, tools)):
                     fate = "wrong: targets"
@@ -313,7 +317,6 @@ def test_every_template_is_followed_or_refused(part):
     if not names:
         pytest.skip("no folder ../shared/templates")
     table, wrong = survey(names, TALKS if SLOW else FEW)
-    wrong = [line for line in wrong if not (line.endswith("targets") and line.startswith(ODD_MARKS))]
     total = sum(table.values(), collections.Counter())
     if SLOW:
         for name, kinds in table.items():
@@ -530,7 +533,7 @@ OPERATIONS = {  # what templates do to a text x -> what is left of it, "." for w
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_text_keeps_its_origin(operation):
     source = "{{ " + operation + " }}"
-    text = chat.jinja(source).render(x=chat.traced(" a|b ", "1"))
+    text = traced.jinja(source).render(x=traced.traced(" a|b ", "1"))
     wanted = chat_template_utils._compile_jinja_template(source).render(x=" a|b ")
     assert text == wanted
     shown = "".join(c if o == "1" else "." for c, o in zip(text, text.origin, strict=True))
@@ -539,14 +542,14 @@ def test_a_text_keeps_its_origin(operation):
 
 def test_another_jinja_is_refused(monkeypatch):
     """The compiler's methods are private to jinja2. Where they are gone, that is said at the start."""
-    chat.check_jinja()
+    traced.check_jinja()
     for method in ("visit_Const", "_output_const_repr", "visit_Concat", "visit_Add"):
-        chat.check_jinja.cache_clear()
+        traced.check_jinja.cache_clear()
         with monkeypatch.context() as patch:
-            patch.delattr(chat.Literals, method)
+            patch.delattr(traced.Literals, method)
             if method == "visit_Add":  # it saves time alone
-                chat.check_jinja()
+                traced.check_jinja()
                 continue
             with pytest.raises(chat.UserError, match="jinja2 3.* does not compile chat templates"):
-                chat.check_jinja()
-    chat.check_jinja.cache_clear()
+                traced.check_jinja()
+    traced.check_jinja.cache_clear()

@@ -637,6 +637,8 @@ def test_text_up_to_a_stop_string(kind, kinds):
     assert tok.decode_until(ids, ("more", name)) == (tok.decode(start), True)
     assert tok.decode_until(ids, (f". {name}",)) == ("Say it", True)
     assert tok.decode_until(ids, (" it", "Say")) == ("", True)
+    # a part of a control token's name is nowhere in the text
+    assert tok.decode_until(ids, (name[:-1], name[1:], name[2:-2])) == (tok.decode(ids), False)
     assert tok.decode_until(ids, (" more",), inside=True) == (
         tok.decode(ids, inside=True).partition(" more")[0],
         True,

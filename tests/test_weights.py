@@ -2,6 +2,7 @@
 transformers, and bad files."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 import lora
+from model import ModelConfig
 from nano import config, families, weights
 from nano.config import UserError
 from prepare import weights as prepare_weights
@@ -666,7 +668,7 @@ def test_sources_that_are_none(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     refused(capsys, "is no file", "nothing-like-this", out)
     (tmp_path / "empty").mkdir()
-    refused(capsys, "no config.json", tmp_path / "empty", out)
+    refused(capsys, "holds no model: a Hugging Face model has a config.json", tmp_path / "empty", out)
     (tmp_path / "empty" / "adapter_config.json").write_text("{}")
     refused(capsys, "peft_type None is not supported", tmp_path / "empty", out)
 
@@ -762,7 +764,7 @@ def test_an_adapter_is_merged_into_its_base(tmp_path):
         prepare_weights.Config(source=str(tmp_path / "adapter"), out=str(tmp_path / "merged"))
     )
     before = (base / "model.safetensors").read_bytes()
-    with pytest.raises(UserError, match="is the base of the adapter"):
+    with pytest.raises(UserError, match="base would be written over"):
         prepare_weights.main(
             prepare_weights.Config(source=str(tmp_path / "adapter"), out=str(base))
         )
@@ -775,3 +777,175 @@ def test_an_adapter_is_merged_into_its_base(tmp_path):
         )
     bare = weights.load_model(base)
     assert not torch.allclose(bare.hidden(ids), model.hidden(ids), atol=1e-3)
+
+
+# ---- values and files that say something else than they seem to
+
+
+@pytest.mark.parametrize(
+    "kind, factor, linear, expected",
+    [
+        (None, None, 4.0, 4.0),  # the older name of the factor
+        (None, 2.0, None, 2.0),  # no type means linear
+        ("linear", 2.0, 4.0, 2.0),
+        ("linear", None, None, None),
+        ("none", 2.0, None, None),
+        (None, None, None, None),
+    ],
+)
+def test_the_names_of_a_gguf_rope_scaling(kind, factor, linear, expected, tmp_path, capsys):
+    rope = dict(rope_type="linear", rope_theta=1e4, factor=expected)
+    reference = tiny(rope_parameters=rope) if expected else tiny()
+
+    def extra(writer):
+        if kind:
+            writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        if factor:
+            writer.add_rope_scaling_factor(factor)
+        if linear:
+            writer.add_float32("llama.rope.scale_linear", linear)
+
+    write_gguf(tmp_path / "m.gguf", reference, tok=bpe("smollm"), extra=extra)
+    assert run(capsys, f"source={tmp_path}/m.gguf", f"out={tmp_path}/m")[0] == 0
+    assert equal_logits(tmp_path / "m", reference, 1e-5)
+    scaling = families.load_config(tmp_path / "m").rope_scaling
+    assert scaling == (dict(rope_type="linear", factor=expected) if expected else None)
+
+
+@pytest.mark.parametrize("key", ["layer_norm_rms_eps", "rope_freq_base", "rope_scaling_factor"])
+@pytest.mark.parametrize("value", [math.nan, -1.0, math.inf])
+def test_numbers_of_a_gguf_that_cannot_be(key, value, tmp_path, capsys):
+    reference = tiny()
+    if key == "layer_norm_rms_eps":
+        reference.config.rms_norm_eps = value
+    elif key == "rope_freq_base":
+        reference.config.rope_parameters["rope_theta"] = value
+    extra = lambda w: w.add_rope_scaling_factor(value) if "scaling" in key else None  # noqa: E731
+    write_gguf(tmp_path / "m.gguf", reference, tok=bpe("smollm"), extra=extra)
+    refused(capsys, "not a number, ", tmp_path / "m.gguf", tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (dict(rms_norm_eps=math.nan), "rms_norm_eps is nan"),
+        (dict(rms_norm_eps=-1e-5), "rms_norm_eps is -1e-05"),
+        (dict(rope_theta=-1.0), "rope_theta is -1.0"),
+        (dict(rope_theta=math.inf), "rope_theta is inf"),
+        (dict(rope_scaling=dict(rope_type="linear", factor=-2)), "rope_scaling.factor is"),
+        (dict(rope_scaling=dict(rope_type="linear", factor=math.nan)), "rope_scaling.factor is"),
+        (dict(rope_scaling=dict(rope_type="linear", factor=True)), "rope_scaling.factor is"),
+        (dict(rope_scaling=LLAMA3_ROPE | dict(low_freq_factor=9.0)), "must be above"),
+    ],
+    ids=str,
+)
+def test_numbers_of_a_config_that_cannot_be(settings, said):
+    config = families.config_json(ModelConfig()) | settings
+    with pytest.raises(UserError, match=said):
+        families.parse_config(config, "config.json")
+
+
+def test_a_gguf_file_in_parts(tmp_path, capsys):
+    """As llama-gguf-split writes it: the first part has the metadata."""
+    reference = tiny(tie_word_embeddings=True)
+    write_gguf(tmp_path / "m.gguf", reference, tok=bpe("smollm"))
+    whole = gguf.GGUFReader(tmp_path / "m.gguf")
+    names = [tensor.name for tensor in whole.tensors]
+    counts = []
+
+    class Part(gguf.GGUFWriter):
+        """Writes every third tensor, and the metadata into the first part alone."""
+
+        def __init__(self, path, arch):
+            counts.append(len(counts))
+            super().__init__(tmp_path / f"m-{len(counts):05d}-of-00003.gguf", arch)
+            self.add_uint16("split.no", counts[-1])
+            self.add_uint16("split.count", 3)
+            self.add_int32("split.tensors.count", len(names))
+
+        def add_tensor(self, name, *args, **kwargs):
+            if names.index(name) % 3 == counts[-1]:
+                super().add_tensor(name, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFWriter", Part)
+        for _ in range(3):
+            write_gguf(None, reference, tok=bpe("smollm"))
+    part = tmp_path / "m-00002-of-00003.gguf"
+    source = f"source={tmp_path}/m-00001-of-00003.gguf"
+    assert run(capsys, source, f"out={tmp_path}/m")[0] == 0
+    assert equal_logits(tmp_path / "m", reference, 1e-5)
+    refused(capsys, "is part 2 of a split file: give the first", part, tmp_path / "n")
+    part.rename(tmp_path / "other.gguf")
+    refused(capsys, f"{part} cannot be opened", tmp_path / "m-00001-of-00003.gguf", tmp_path / "n")
+    (tmp_path / "m-00001-of-00003.gguf").rename(tmp_path / "first.gguf")
+    refused(capsys, "the first of 3 parts", tmp_path / "first.gguf", tmp_path / "n")
+
+
+@pytest.mark.parametrize("form", ["bin", "safetensors"])
+def test_a_trained_head_is_not_lost_to_a_config_that_ties_it(form, tmp_path, capsys):
+    reference = tiny(tie_word_embeddings=False)
+    reference.save_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    if form == "bin":
+        (tmp_path / "hf" / "model.safetensors").unlink()
+        torch.save(reference.state_dict(), tmp_path / "hf" / "pytorch_model.bin")
+    refused(capsys, "lm_head.weight differs", tmp_path / "hf", tmp_path / "m")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    assert run(capsys, f"source={tmp_path}/hf", f"out={tmp_path}/m")[0] == 0
+    assert equal_logits(tmp_path / "m", reference, 1e-5)
+
+
+def test_auto_map_goes_with_its_files(tmp_path, capsys):
+    reference = tiny()
+    reference.save_pretrained(tmp_path / "hf")
+    for name in ("config.json", "tokenizer_config.json"):
+        path = tmp_path / "hf" / name
+        content = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(content | dict(auto_map=dict(AutoModel="modeling_x.X"), a="kept")))
+    assert run(capsys, f"source={tmp_path}/hf", f"out={tmp_path}/m")[0] == 0
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((tmp_path / "m" / name).read_text())
+        assert "auto_map" not in content and content["a"] == "kept"
+    assert equal_logits(tmp_path / "m", reference)
+
+
+@pytest.mark.parametrize("form", ["bin", "safetensors", "gguf"])
+def test_numbers_beyond_float16(form, tmp_path, capsys):
+    reference = tiny(tie_word_embeddings=True)
+    reference.model.layers[0].mlp.down_proj.weight.data[0, 0] = 1e5
+    source = tmp_path / "hf"
+    if form == "gguf":
+        source = tmp_path / "m.gguf"
+        write_gguf(source, reference, tok=bpe("smollm"))
+    else:
+        reference.save_pretrained(source)
+    if form == "bin":
+        (source / "model.safetensors").unlink()
+        torch.save(reference.state_dict(), source / "pytorch_model.bin")
+    refused(capsys, "which float16 cannot hold", source, tmp_path / "m", "dtype=float16")
+    assert run(capsys, f"source={source}", f"out={tmp_path}/m", "dtype=bfloat16")[0] == 0
+
+
+RELEASE = dict(dim=4096, n_layers=32, n_heads=32, norm_eps=1e-5)
+MISTRAL_RELEASE = RELEASE | dict(head_dim=128, hidden_dim=14336, n_kv_heads=8)
+
+
+@pytest.mark.parametrize(
+    "name, params, positions, family",
+    [
+        ("Llama 1", RELEASE | dict(norm_eps=1e-6), 2048, "llama"),
+        ("Llama 2", RELEASE, 4096, "llama"),
+        ("Code Llama", RELEASE | dict(rope_theta=1e6, ffn_dim_multiplier=1.0), 16384, "llama"),
+        ("Llama 3", RELEASE | dict(rope_theta=5e5), 8192, "llama"),
+        ("Llama 3.1", RELEASE | dict(rope_theta=5e5, use_scaled_rope=True), 131072, "llama"),
+        ("Mistral 0.1", MISTRAL_RELEASE | dict(sliding_window=4096), 32768, "mistral"),
+        ("Mistral 0.2", MISTRAL_RELEASE | dict(rope_theta=1e6), 32768, "mistral"),
+    ],
+)
+def test_the_positions_of_releases_that_do_not_tell(name, params, positions, family):
+    cfg = prepare_weights.meta_config(params, 32000, 14336, False)
+    assert (cfg.max_positions, cfg.family) == (positions, family)
+    config = families.config_json(cfg)  # a family that transformers has
+    assert config["max_position_embeddings"] == positions
