@@ -6,8 +6,10 @@
 
 Both get the same weights and the same records. `data` is a folder of llm-foundry's and QLoRA's
 files. They are rewritten in the columns of the hub for lm-eval, whose task definitions write the
-prompts. So equal log-likelihoods show that prompts, tokens and sums are equal. The times are those
-from records to results. The product peak is what torch multiplies in the same dtype in this run.
+prompts. So equal log-likelihoods show that prompts, tokens and sums are equal. The shots are the
+records behind the measured ones, in order. The times are those from records to results: seconds of
+the process's cores on a CPU, elsewhere those of the wall. The product peak is what torch multiplies
+in the same dtype in this run.
 """
 
 import json
@@ -44,12 +46,19 @@ class Config:
     model: PathText = "models/smollm2"
     data: PathText = "../shared/data/bench"
     tasks: tuple[str, ...] = tuple(FILES)
-    limit: NonNegativeInt = 200  # records of a task; 0: all
+    limit: PositiveInt = 200  # records of a task
+    shots: NonNegativeInt = 0  # answered examples in front
     batch: PositiveInt = 16  # lm-eval's batch size
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
     out: PathText = ""  # file of the table as JSON lines; "": none
     seed: Seed = 0
+
+
+def clock(device):
+    """Seconds of this process's CPUs, which other programs do not lengthen. On a GPU those of the
+    wall."""
+    return time.process_time() if device == "cpu" else time.perf_counter()
 
 
 def hub_row(name, record):
@@ -78,52 +87,57 @@ def hub_row(name, record):
     return dict(question=record["question"], choices=record["options"], answer=record["gold"])
 
 
-def their_task(name, records, folder):
-    """lm-eval's task over our records."""
+def their_task(name, records, shots, folder):
+    """lm-eval's task over our records, of which some are shown."""
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
     manager = TaskManager()
     theirs = FILES[name][0]
-    path = folder / f"{theirs}.jsonl"
-    path.write_text("".join(json.dumps(hub_row(name, r)) + "\n" for r in records))
+    paths = {}
+    for split, part in dict(test=records, dev=shots or records[:1]).items():
+        paths[split] = str(folder / f"{theirs}.{split}.jsonl")
+        text = "".join(json.dumps(hub_row(name, r)) + "\n" for r in part)
+        Path(paths[split]).write_text(text)
     settings = load_yaml(manager.task_index[theirs].yaml_path, resolve_func=True)
-    for key in ("tag", "group", "process_docs", "fewshot_split", "fewshot_config"):
+    for key in ("tag", "group", "process_docs"):
         settings.pop(key, None)
     settings |= dict(
         dataset_path="json",
         dataset_name=None,
-        dataset_kwargs=dict(data_files=dict(test=str(path))),
+        dataset_kwargs=dict(data_files=paths),
         training_split=None,
         validation_split=None,
         test_split="test",
+        fewshot_split="dev",
+        fewshot_config=dict(sampler="first_n"),
     )
     return manager.load([settings])["tasks"][theirs]
 
 
-def their_results(task, lm, limit):
+def their_results(task, lm, cfg):
     """(logprobs of each record's options, metrics, seconds)"""
     from lm_eval.evaluator import evaluate
 
     name = task.task_name
-    task.set_config("num_fewshot", 0)
-    began = time.perf_counter()
+    task.set_config("num_fewshot", cfg.shots)
+    began = clock(cfg.device)
     # simple_evaluate would also list the versions of what is installed, for half a minute
-    result = evaluate(lm, {name: task}, limit=limit, bootstrap_iters=0, log_samples=True)
-    seconds = time.perf_counter() - began
+    result = evaluate(lm, {name: task}, limit=cfg.limit, bootstrap_iters=0, log_samples=True)
+    seconds = clock(cfg.device) - began
     samples = sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
     logprobs = [[resp[0][0] for resp in sample["resps"]] for sample in samples]
     return logprobs, result["results"][name], seconds
 
 
-def product_peak(dtype, device, size=2048):
+def product_peak(cfg, dtype, device, size=2048):
     """FLOP/s of torch's matrix product."""
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     best = 0.0
     for _ in range(5):
-        began = time.perf_counter()
+        began = clock(cfg.device)
         (a @ b).sum().item()
-        best = max(best, 2 * size**3 / (time.perf_counter() - began))
+        best = max(best, 2 * size**3 / (clock(cfg.device) - began))
     return best
 
 
@@ -153,19 +167,20 @@ def main(cfg):
         for name in cfg.tasks:
             theirs, file = FILES[name]
             task = tasks.load(name, str(Path(cfg.data, file)))
-            records = task.records()[: cfg.limit or None]
-            their = their_task(name, records, Path(folder))
-            their_logprobs, their_metrics, their_seconds = their_results(
-                their, lm, cfg.limit or None
-            )
+            records = task.records()
+            records, shots = records[: cfg.limit], records[cfg.limit :][: cfg.shots]
+            their = their_task(name, records, shots, Path(folder))
+            their_logprobs, their_metrics, their_seconds = their_results(their, lm, cfg)
             total[0] = 0
-            peak = product_peak(rt.dtype, rt.device)
-            began = time.perf_counter()
+            peak = product_peak(cfg, rt.dtype, rt.device)
+            began = clock(cfg.device)
+            task.module.IN_ORDER = True
+            task.records = lambda shots=False, both=(records, shots): both[shots]
             benchmark = evaluation.prepare(
-                task, opened.tok, opened.model.cfg, limit=cfg.limit, chat="false"
+                task, opened.tok, opened.model.cfg, cfg.shots, cfg.limit, chat="false"
             )
             result = evaluation.measure(benchmark, opened.model, opened.tok, rt)
-            seconds = time.perf_counter() - began
+            seconds = clock(cfg.device) - began
             far = max(
                 float(np.abs(np.array(example["logprobs"]) - other).max())
                 for example, other in zip(result.examples, their_logprobs, strict=True)

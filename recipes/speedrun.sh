@@ -3,7 +3,7 @@
 #
 #   bash recipes/speedrun.sh              # about 20 minutes on two CPU cores; PYTHON= another python
 #
-# It writes out/speedrun/ and prints a table. The same command goes on where it was interrupted.
+# It writes out/speedrun/ and a table. The same command goes on where it was interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -26,21 +26,21 @@ for row in tasks.load("arithmetic").rows(shots=True)[:1000]:
 PY
 [ -d "$out/dpo-data" ] || run -m prepare.preferences source="$out/pairs.jsonl" model="$model" out="$out/dpo-data"
 
-# name, model to measure
-measure() {
+measure() { # name, model
     run eval.py model="$2" 'tasks=[arithmetic,rules]' limit=100 out="$out/eval-$1" > "$out/eval-$1.txt"
 }
-# name, script and its settings
-stage() {
+stage() { # name, script and its settings
     local began=$SECONDS name=$1
     run "${@:2}" out="$out/$name" save_every=-1 log_every=1
     [ -f "$out/$name.seconds" ] || echo $((SECONDS - began)) > "$out/$name.seconds"
-    measure "$name" "$out/$name/last"
+    # The next stage puts a new adapter on the model with this one.
+    [ -d "$out/$name/merged" ] || run -m prepare.weights source="$out/$name/last" out="$out/$name/merged"
+    measure "$name" "$out/$name/merged"
 }
 measure start "$model"
 stage sft sft.py model="$model" data="$out/sft-data" lora_rank=16 lr=1e-3 steps=60 batch_size=8 max_length=128
-stage dpo dpo.py model="$out/sft/last" data="$out/dpo-data" lora_rank=16 lr=1e-4 steps=20 batch_size=16
-stage grpo ppo.py model="$out/dpo/last" data="$out/grpo-data" reward=arithmetic algo=grpo group=8 \
+stage dpo dpo.py model="$out/sft/merged" data="$out/dpo-data" lora_rank=16 lr=1e-4 steps=20 batch_size=16
+stage grpo ppo.py model="$out/dpo/merged" data="$out/grpo-data" reward=arithmetic algo=grpo group=8 \
     batch_size=32 micro_batch=16 rollout_batch=32 max_new_tokens=8 ppo_epochs=1 steps=12 lora_rank=16 lr=3e-4 kl_coef=0
 
 "$python" - "$out" <<'PY'
