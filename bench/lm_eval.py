@@ -22,8 +22,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-import model as model_file
+import nano  # noqa: F401  first, because bench/nano.py finds the others
 import tasks
+from model import Transformer
 from nano import config, evaluation, log, runtime, weights
 from nano.config import NonNegativeInt, PathText, PositiveInt, Seed
 
@@ -144,13 +145,13 @@ def product_peak(cfg, dtype, device, size=2048):
 def count_tokens():
     """[0], which grows by the tokens of each forward."""
     total = [0]
-    whole = model_file.Transformer.hidden
+    whole = Transformer.hidden
 
     def hidden(self, tokens, *args, **kwargs):
         total[0] += tokens.numel()
         return whole(self, tokens, *args, **kwargs)
 
-    model_file.Transformer.hidden = hidden
+    Transformer.hidden = hidden
     return total
 
 

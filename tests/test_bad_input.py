@@ -101,7 +101,7 @@ def test_keys_and_values(run, tmp_path, more, words):
         (dict(model="nowhere"), ["nowhere", "no model directory"]),
         (dict(data="nowhere"), ["nowhere", "does not exist", "prepare"]),
         (dict(data="[{data},nowhere]"), ["nowhere", "does not exist"]),
-        (dict(data="{model}"), ["meta.json", "prepare"]),
+        (dict(data="{model}"), ["is not prepared yet", "prepare"]),
         (dict(model="{data}"), ["no config.json", "no model directory"]),
         (dict(sizes="[all,10]"), ["1 folders", "2 sizes"]),
         (dict(sizes="1000"), ["1000", "24"]),
