@@ -2,6 +2,7 @@
 
     python -m bench.reviews                             # one seed
     python -m bench.reviews 'seeds=[0,1,2,3,4]'           # medians over seeds, one after another
+    python -m bench.reviews 'runs=[ppo,ppo-no-kl]'        # without RLOO and DPO
     python -m bench.reviews svg=bench/reviews.svg       # where the curves of the last seed go
 
 The language is that of `prepare.toy task=reviews`. Runs the stage scripts as a user would, and
@@ -10,7 +11,7 @@ are the reward model's score; gold, the true worth of an answer; the win rate ag
 model's answer to the same prompt, where ties count half; the share of answers that are
 grammatical, and that end; and the KL to the SFT model in nats an answer.
 
-The row "ppo, no KL" is the negative control: with kl_coef=0 the reward model's score rises while
+The row "ppo-no-kl" is the negative control: with kl_coef=0 the reward model's score rises while
 gold falls.
 """
 
@@ -26,13 +27,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from nano import config, weights
 from nano.config import NonNegativeInt, PathText
 
 ROOT = Path(__file__).resolve().parent.parent
 
-STAGES = ("sft", "ppo", "ppo, no KL", "rloo", "dpo")
+Run = Literal["ppo", "ppo-no-kl", "rloo", "dpo"]
 COLUMNS = ("reward", "gold", "win", "grammatical", "eos", "kl")
 LINES = (  # key of the log, dashes, colour, unit
     ("gold", "", "#0a7", 1),
@@ -47,7 +49,8 @@ class Config:
     seeds: tuple[int, ...] = (0,)
     samples: NonNegativeInt = 512  # answers per model
     threads: int = 1  # a model this small is fastest on one
-    jobs: int = 2  # of PPO, its control, RLOO and DPO, how many run at a time
+    runs: tuple[Run, ...] = ("ppo", "ppo-no-kl", "rloo", "dpo")  # which of them
+    jobs: int = 2  # how many of them run at a time
     svg: PathText = ""  # file of the curves; "": OUT/curves.svg
 
 
@@ -76,7 +79,7 @@ dpo.py {recipes}/dpo.cfg {ranked} out={root}/dpo
     return [shlex.split(line) for line in lines.strip().split("\n")]
 
 
-def measure(root, samples):
+def measure(root, stages, samples):
     """{stage: {column: value}} from fresh samples of every stage's model.
 
     All have the same prompts and the same random numbers.
@@ -97,8 +100,8 @@ def measure(root, samples):
     gain, bias = weights.read_score_scale(f"{root}/reward/last")
     table = {}
     sft_worth = None
-    for stage in STAGES:
-        model = weights.load_model(f"{root}/{stage.replace(', no KL', '-no-kl')}/last").float()
+    for stage in stages:
+        model = weights.load_model(f"{root}/{stage}/last").float()
         answers = generate.generate(
             model, prompts, 16, stop_ids=tok.stop_ids, seed=1, batch_size=256
         )
@@ -124,12 +127,12 @@ def measure(root, samples):
     return table
 
 
-def curves(root, path, width=720, height=260):
+def curves(root, runs, path, width=720, height=260):
     """An SVG with a panel a run: gold (solid), score (dashed), KL / 5 (dotted) over iterations."""
-    panel = width // 3
+    panel = width // max(len(runs), 1)
     low, high = -2.5, 5.0
     parts = []
-    for i, run in enumerate(("ppo", "ppo-no-kl", "rloo")):
+    for i, run in enumerate(runs):
         rows = [json.loads(line) for line in open(f"{root}/{run}/log.jsonl", encoding="utf-8")]
         rows = [r for r in rows if r["kind"] == "train"]
         left = i * panel + 40
@@ -170,13 +173,15 @@ def run(arguments, env, show):
 def main(cfg):
     env = os.environ | {"OMP_NUM_THREADS": str(cfg.threads)}
     svg = Path(cfg.svg or f"{cfg.out}/curves.svg")
+    stages = ("sft", *cfg.runs)
     tables, seconds = [], []
     for seed in cfg.seeds:
         began = time.perf_counter()
         root = f"{cfg.out}/seed{seed}"
         shutil.rmtree(root, ignore_errors=True)
         *first, ppo, control, rloo, dpo = commands(root, seed)
-        last = (ppo, control, rloo, dpo)
+        last = dict(zip(get_args(Run), (ppo, control, rloo, dpo), strict=True))
+        last = [last[run] for run in cfg.runs]
         for arguments in first:
             print("\n$ python", *arguments, flush=True)
             run(arguments, env, show=True)
@@ -186,13 +191,15 @@ def main(cfg):
                 print("\n$ python", *arguments)
                 print(output, flush=True)
         seconds.append(time.perf_counter() - began)
-        tables.append(measure(root, cfg.samples))
-        curves(root, svg)
+        tables.append(measure(root, stages, cfg.samples))
+        curves(root, [run for run in cfg.runs if run != "dpo"], svg)
+        golds = (f"{stage} {tables[-1][stage]['gold']:.2f}" for stage in stages)
+        print(f"\nseed {seed}: gold {', '.join(golds)}", flush=True)
     head = f"seed {cfg.seeds[0]}"
     if len(cfg.seeds) > 1:
         head = f"{len(cfg.seeds)} seeds, median (least to most)"
     print(f"\n| {head} | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
-    for stage in STAGES:
+    for stage in stages:
         cells = []
         for column in COLUMNS:
             values = [t[stage][column] for t in tables]
