@@ -1,8 +1,8 @@
 """The whole path on a toy language, from random weights to PPO, and the worth of each stage.
 
     python -m bench.reviews                             # one seed
-    python -m bench.reviews 'seeds=[0,1,2,3,4]'           # medians over seeds, one after another
-    python -m bench.reviews 'runs=[ppo,ppo-no-kl]'        # without RLOO and DPO
+    python -m bench.reviews 'seeds=[0,1,2,3,4]'         # medians over seeds, one after another
+    python -m bench.reviews 'runs=[ppo,ppo-no-kl]'      # without RLOO and DPO
     python -m bench.reviews svg=bench/reviews.svg       # where the curves of the last seed go
 
 The language is that of `prepare.toy task=reviews`. Runs the stage scripts as a user would, and
@@ -181,7 +181,7 @@ def main(cfg):
         shutil.rmtree(root, ignore_errors=True)
         *first, ppo, control, rloo, dpo = commands(root, seed)
         last = dict(zip(get_args(Run), (ppo, control, rloo, dpo), strict=True))
-        last = [last[run] for run in cfg.runs]
+        last = [last[name] for name in cfg.runs]
         for arguments in first:
             print("\n$ python", *arguments, flush=True)
             run(arguments, env, show=True)
@@ -192,7 +192,7 @@ def main(cfg):
                 print(output, flush=True)
         seconds.append(time.perf_counter() - began)
         tables.append(measure(root, stages, cfg.samples))
-        curves(root, [run for run in cfg.runs if run != "dpo"], svg)
+        curves(root, [name for name in cfg.runs if name != "dpo"], svg)
         golds = (f"{stage} {tables[-1][stage]['gold']:.2f}" for stage in stages)
         print(f"\nseed {seed}: gold {', '.join(golds)}", flush=True)
     head = f"seed {cfg.seeds[0]}"
