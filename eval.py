@@ -40,18 +40,10 @@ class Config:
     out: Path | None = None  # folder of results.json and the examples; none: neither
     # tasks
     tasks: tuple[str, ...] = ()  # names of files in tasks/, or NAME:PART
-    shots: Annotated[evaluation.Shots, With("tasks")] = (
-        0,
-    )  # answered examples in front: one number, or one a task
-    files: Annotated[
-        tuple[str, ...], With("tasks")
-    ] = ()  # local files in the place of the hub's, one a task; "": the hub
-    shot_files: Annotated[
-        tuple[str, ...], With("tasks")
-    ] = ()  # the same for the split of the shots
-    limit: Annotated[NonNegativeInt, With("tasks")] = (
-        0  # the first so many records of each task; 0: all
-    )
+    shots: Annotated[evaluation.Shots, With("tasks")] = (0,)  # one number, or one a task
+    files: Annotated[tuple[str, ...], With("tasks")] = ()  # a local file a task; "": the hub
+    shot_files: Annotated[tuple[str, ...], With("tasks")] = ()  # the same for the shots
+    limit: Annotated[NonNegativeInt, With("tasks")] = 0  # the first records of a task; 0: all
     chat: Literal["auto", "true", "false"] = "auto"  # through the chat template, if there is one
     template: str | None = None  # chat template; none: the model's own
     seed: Annotated[Seed, With("tasks")] = 0  # draws the shots
