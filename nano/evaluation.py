@@ -35,7 +35,9 @@ import tasks
 from nano import generate, losses
 from nano.config import UserError
 
-SLOTS = dict(cpu=16384)  # of the cache of a batch
+# Tokens of a batch with all that they see. On a CPU small batches are twice as fast: they stay in
+# its cache and have less padding.
+SLOTS = dict(cpu=1024)
 GPU_SLOTS = 131072
 WORTH = 16  # tokens of a common beginning that are worth a forward of their own
 
@@ -167,8 +169,7 @@ def loglikelihoods(model, rt, questions, slots=None):
     Every rank calls it with the same questions. The ranks share the batches out, and each gets all
     results. slots: of the cache of a batch; by default what suits the device."""
     slots = slots or SLOTS.get(rt.device.type, GPU_SLOTS)
-    pack = rt.device.type == "cpu" and rt.dtype == torch.bfloat16 and generate.has_fast_bf16()
-    copy = generate.snapshot(model, rt.dtype, pack)
+    copy = generate.snapshot(model, rt.dtype, pack=False)
     head = generate.frozen(model.head_weight, rt.dtype)
     firsts = np.cumsum([0, *(len(q.options) for q in questions)])
     totals = torch.zeros(2, firsts[-1], dtype=torch.float64)  # logprobs, hits
