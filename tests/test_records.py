@@ -265,6 +265,34 @@ def test_harmless_fields_and_copies_may_be_lost(tok):
     assert completions(tok, HARMLESS | dict(prompt="Q", chosen="a", rejected="b")) == ["a", "b"]
 
 
+ALPACA = "Below is an instruction that describes a task, paired with an input that provides further context. "
+ALPACA += "Write a response that appropriately completes the request.\n\n"
+
+
+@pytest.mark.parametrize(
+    "rendered, ask, reply",
+    [
+        ("<s>[INST] 2+2 [/INST] 4 </s>", "2+2", "4"),
+        ("### Human: answer me\n\n### Assistant: a", "answer me", "a"),
+        ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nu<|im_end|>\n", "a", "u"),
+        ("Question: a b\nAnswer:\na", "a b", "a"),
+        ("Q: one A: two", "one", "two"),
+        ("onetwo", "one", "two"),
+        (ALPACA + "### Instruction:\none\n\n### Response:\ntwo", "one", "two"),
+    ],
+)
+def test_only_the_row_itself_counts_as_rendered(tok, rendered, ask, reply):
+    """A field that holds the texts of the row among others is not lost in silence."""
+    record = dict(prompt=ask, completion=reply)
+    assert row(tok, record | dict(notes=rendered))[1] == [reply]
+    for more in (" Always answer in French.", " x", "7"):
+        for notes in (rendered + more, more + rendered):
+            with pytest.raises(fields.Drop, match="place in the row: notes"):
+                row(tok, record | dict(notes=notes))
+    with pytest.raises(fields.Drop, match="place in the row: notes"):
+        row(tok, dict(prompt="2+2", completion="4", notes="2+2 is 4. Always answer in French."))
+
+
 @pytest.mark.parametrize(
     "message",
     [
