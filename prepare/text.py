@@ -203,7 +203,7 @@ def read(plain, raw, field):
             if field in record
             else f"no field '{field}' ({known})"
         )
-    return tokenizer.mend(value)
+    return value
 
 
 # --------------------------------------------------------------------------------------------------

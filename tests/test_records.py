@@ -700,6 +700,41 @@ def test_answers_to_one_prompt_stay_together(model, tok, tmp_path):
     assert len(val) == 10 and not asked[0] & asked[1]
 
 
+# ---- what JSON may not hold
+
+
+@pytest.mark.parametrize(
+    "bad, says",
+    [
+        ('{"prompt": "x", "a": 1, "prompt": "y"}', "the key 'prompt' is given twice"),
+        ('{"messages": [{"role": "user", "content": "x", "content": "]}{"}]}', "the key 'content' is given twice"),
+        (r'{"prompt": "\ud83d"}', r"text that is no Unicode \(\\ud83d without its other half\)"),
+        (r'{"a": {"b": ["\uDE00 x"]}}', r"text that is no Unicode \(\\ude00 without its other half\)"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["lines", "array", "objects"])
+def test_a_record_that_would_lose_something_is_bad(tmp_path, monkeypatch, layout, bad, says):
+    """A key given twice, or half a character. The records around it are read."""
+    monkeypatch.setattr(records, "BLOCK", 16)  # each record comes in pieces
+    good = r'{"prompt": "\ud83d\ude00 \\ud83d é"}'
+    items = [good, bad, good]
+    whole = dict(
+        lines="\n".join(items),
+        array=f"[{','.join(items)}]",
+        objects="\n".join(item.replace("{", "{\n", 1) for item in items),
+    )[layout]
+    (tmp_path / "a.json").write_text(whole)
+    read = []
+    for _, raw in records.read_file(tmp_path / "a.json", SimpleNamespace(update=lambda n: None)):
+        try:
+            read.append(records.parse(raw))
+        except BadRecord as e:
+            read.append(e)
+    assert read[0] == read[2] == {"prompt": "\U0001f600 \\ud83d é"}
+    with pytest.raises(BadRecord, match=says):
+        raise read[1]
+
+
 # ---- what a user sees
 
 

@@ -443,12 +443,15 @@ def test_a_new_tokenizer_is_hugging_faces(corpus, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
-def test_half_an_emoji_does_not_stop_the_training(tmp_path, kind):
+def test_half_an_emoji_is_a_bad_record(tmp_path, kind):
+    """It is counted like a byte that is not UTF-8, and the tokenizer is trained without it."""
     docs = [f"{' '.join(SAMPLES)} \ud83d", *SAMPLES]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": doc}) + "\n" for doc in docs))
-    prepare(tmp_path / "a.jsonl", "train:300", tmp_path / "out", kind=kind)
-    tok = tokenizer.load(tmp_path / "out" / "tokenizer")
-    assert tok.decode(rows(tmp_path / "out")[0]).endswith(" \ufffd")
+    with pytest.raises(UserError, match="a.jsonl:1: text that is no Unicode"):
+        prepare(tmp_path / "a.jsonl", "train:300", tmp_path / "out", kind=kind)
+    prepare(tmp_path / "a.jsonl", "train:300", tmp_path / "out", kind=kind, on_error="skip")
+    assert len(rows(tmp_path / "out")) == sum(not sample.isspace() for sample in SAMPLES if sample)
+    assert read_meta(tmp_path / "out")["bad_records"] == 1
 
 
 def test_a_new_tokenizer_serves_another_corpus(corpus, tmp_path):
