@@ -118,6 +118,15 @@ def without(value, ignored):
     return record
 
 
+def names_in(record, names):
+    """Those of `names` that a record, or a message in it, has as a field. A set."""
+    there = {*record}
+    for items in record.values():
+        if isinstance(items, list):
+            there.update(key for item in items if isinstance(item, dict) for key in item)
+    return there.intersection(names)
+
+
 def learned(fields):
     """Whether the answers of a record, or a message, are to be learned. The marks are taken out.
 
