@@ -576,16 +576,19 @@ def ordered_map(work, items, workers, setup, args):
 def held_out(hashes, val):
     """Which rows to hold out, (N,) bool: `val` of them ("100", "5%", "0.05").
 
-    They are chosen by `hashes` (N,) of their prompts: a row's place does not matter, and rows of
-    equal hash are all held out or all kept. Where that leaves no way to hold out exactly `val`, it
-    is the nearest number that can be had. UserError where none can.
+    They are chosen by the `hashes` (N,) of their prompts or texts, the smallest first: a row's
+    place does not matter, and rows of equal hash are all held out or all kept. Where that leaves no
+    way to hold out exactly `val`, it is the nearest number that can be had. UserError where none
+    can.
     """
     count = parse_share(val, len(hashes), "val")
     if count >= len(hashes):
         raise UserError(f"val={val} leaves none of the {len(hashes)} rows to train on")
     values, copies = np.unique(hashes, return_counts=True)
     if count and len(values) < 2:
-        raise UserError(f"val={val}: all rows have the same prompt, so none can be held out")
+        raise UserError(
+            f"val={val}: all rows have the same prompt or text, so none can be held out"
+        )
     chosen = np.zeros(len(values), bool)
     left = count
     for i, size in enumerate(copies):

@@ -442,7 +442,7 @@ def test_val_that_cannot_be(model, tmp_path):
     cases = {
         "10": "leaves none of the 10",
         "11": "more than the 10 rows",
-        "3": "all rows have the same prompt",
+        "3": "all rows have the same prompt or text",
         "x": "val=x is not a number of rows",
         "-1": "val=-1 is not a number of rows",
         "all": "val=all is not a number of rows",
