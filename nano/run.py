@@ -126,6 +126,7 @@ class Run:
         self.tok = tok
         self.base = base
         self.adapter = adapter
+        self.measure = measure_of(self.cfg)
         for optimizer in optimizers.values():
             optimizer.skips = torch.zeros(3, device=self.rt.device)
         if decay := getattr(self.cfg, "ema", 0.0):
@@ -152,8 +153,8 @@ class Run:
         made_from = meta.pop("made_from", self.made_from)
         kept_by = meta.pop("keep", "")
         same = made_from["validation"] == self.made_from["validation"]
-        if same and kept_by == getattr(self.cfg, "keep", ""):
-            # of other data, or of another metric, they would mean nothing
+        if same and kept_by == self.measure:
+            # of other data, or of another measure, they would mean nothing
             self.best, self.evaluations = best, evaluations
         for name, skips in meta.pop("skips", {}).items():
             self.optimizers[name].skips = torch.tensor(skips, device=self.rt.device)
@@ -316,7 +317,7 @@ class Run:
             best=self.best,
             made_from=self.made_from,
             evaluations=self.evaluations,
-            keep=getattr(self.cfg, "keep", ""),
+            keep=self.measure,
             skips={name: o.skips.tolist() for name, o in self.optimizers.items()},
             config=settings_text(self.cfg),
         )
@@ -477,6 +478,20 @@ def settings_text(cfg):
     Without out=, because a folder may be moved, and without resume=."""
     pairs = config.texts(cfg).items()
     return "".join(f"{key}={text}\n" for key, text in pairs if key not in ("out", "resume"))
+
+
+def measure_of(cfg):
+    """The settings that decide what keep= measures, as text. "" where best/ has the lowest loss.
+
+    The content of local files counts too, since they may change under the same name."""
+    if not getattr(cfg, "keep", ""):
+        return ""
+    names = ("keep", "eval_tasks", "eval_shots", "eval_files", "eval_shot_files", "eval_limit")
+    pairs = config.texts(cfg)
+    paths = [path for path in (*cfg.eval_files, *cfg.eval_shot_files) if path]
+    return "".join(f"{name}={pairs[name]}\n" for name in names) + " ".join(
+        files.fingerprint(path) for path in paths
+    )
 
 
 def model_of_all(rt, params, data, validation):
