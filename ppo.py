@@ -735,7 +735,9 @@ def load_rewards(cfg, rows):
         rewards[f"{name}_{i}" if name in rewards else name] = function
     gold = functions.load_function(cfg.gold) if cfg.gold else None
     takers = [function for function in (*rewards.values(), gold) if function]
-    takers = [function.__name__ for function in takers if functions.needs_record(function)]
+    takers = [
+        functions.name_of(function) for function in takers if functions.needs_record(function)
+    ]
     if takers and not any(folder.records is not None for folder in rows.stores):
         raise UserError(
             f"the function {takers[0]} takes the record of a prompt, and {', '.join(cfg.data)} "
