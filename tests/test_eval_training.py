@@ -110,6 +110,16 @@ def test_another_keep_starts_best_anew(tmp_path, prepared, folder):  # noqa: F81
     stages.alone([stages.job(prepared, "sft", out, *more)])
     highest = max(v["arc:easy/acc"] for step, v in measured(out).items() if step > 2)
     assert tiny.state(out / "state")[1]["meta"]["best"] == -highest
+    # the same measure goes on with the best so far, and one of fewer records does not
+    for change, last in (("steps=5", 5), ("eval_limit=1", 6)):
+        path = out / "state/state.json"
+        saved = json.loads(path.read_text())
+        saved["meta"]["best"] = -2.0
+        path.write_text(json.dumps(saved))
+        stages.alone([stages.job(prepared, "sft", out, *more, "steps=6", change)])
+        best = tiny.state(out / "state")[1]["meta"]["best"]
+        assert best == -2 if last == 5 else -1 <= best <= 0
+        assert max(measured(out)) == last
 
 
 def test_only_measures_of_the_same_records_are_compared(tmp_path, folder):  # noqa: F811
