@@ -19,6 +19,7 @@ Yu et al. 2025 (arXiv:2503.14476).
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 from dataclasses import dataclass, field
@@ -291,10 +292,14 @@ def penalised_advantages(scores, kl, group, how, kl_coef):
 
 def total_score(parts, weights):
     """Weighted sum (N,) of rewards, each (N,). NaN, of a reward that does not judge a response,
-    counts nothing. A response that no reward judges has NaN."""
+    counts nothing. A response that no reward with a weight judges has NaN. UserError for a sum
+    beyond float32."""
     parts = torch.stack(parts)
     total = (torch.tensor(weights)[:, None] * parts.nan_to_num(0.0)).sum(0)
-    return total.masked_fill(parts.isnan().all(0), torch.nan)
+    if not total.isfinite().all():
+        raise UserError("the sum of the rewards is beyond float32: lower reward_weights=")
+    judged = ~parts[torch.tensor(weights) != 0].isnan()
+    return total.masked_fill(~judged.any(0), torch.nan)
 
 
 def k3(logprobs, ref_logprobs, mask):
@@ -729,19 +734,20 @@ def load_rewards(cfg, rows):
     """{name: function, or None for the score model} of reward=, in its order, and the gold function
     or None. UserError where a function needs the record of a prompt, and there is none."""
     rewards = {}
-    for i, spec in enumerate(cfg.reward, 1):
+    for spec in cfg.reward:
         function = functions.load_function(spec) if functions.is_function(spec) else None
         name = spec.rpartition(":")[2] if ".py:" in spec else spec if function else "model"
-        rewards[f"{name}_{i}" if name in rewards else name] = function
+        names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2)))
+        rewards[next(name for name in names if name not in rewards)] = function
     gold = functions.load_function(cfg.gold) if cfg.gold else None
     takers = [function for function in (*rewards.values(), gold) if function]
-    takers = [
-        functions.name_of(function) for function in takers if functions.needs_record(function)
-    ]
-    if takers and not any(folder.records is not None for folder in rows.stores):
+    takers = [function for function in takers if functions.needs_record(function)]
+    without = [str(folder.dir) for folder in rows.stores if folder.records is None]
+    if takers and without:
         raise UserError(
-            f"the function {takers[0]} takes the record of a prompt, and {', '.join(cfg.data)} "
-            "holds none: prepare it again, with train_on=none where records have answers"
+            f"the function {functions.name_of(takers[0])} takes the record of a prompt, and "
+            f"{without[0]} holds none: "
+            "prepare it again, with train_on=none where records have answers"
         )
     return rewards, gold
 

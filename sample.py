@@ -295,8 +295,6 @@ def reply(sampler, line, system, history, seed):
 def main(cfg):
     if cfg.prompt is not None and cfg.prompts:
         raise UserError("give prompt= or prompts=, not both")
-    if cfg.out and not cfg.prompts:
-        raise UserError("out= is for the answers to prompts=; give that too")
     if not all(cfg.stop):
         raise UserError("stop= holds an empty string, which would end every answer at once")
     if cfg.out and (cfg.out.is_dir() or not cfg.out.absolute().parent.is_dir()):

@@ -87,7 +87,7 @@ class Config:
     grad_clip: NonNegativeFloat = 1.0  # global norm; 0: off
     # steps in a row that NaN or infinity in the gradient may take before the run fails; 0: any
     bad_steps: NonNegativeInt = 3
-    ema: Fraction = 0.0  # decay of a mean of the weights, for evaluation, best/, last/; 0: off
+    ema: Fraction = 0.0  # decay of a mean of the weights in evaluation, best/, last/; 0: off
     # device
     device: str = "auto"  # auto, cpu, cuda, mps or xla
     parallel: Literal["ddp", "fsdp", "zero2", "hsdp", "none"] = "ddp"  # XLA: ddp, fsdp
@@ -103,7 +103,8 @@ class Config:
     eval_every: Every = 0  # steps; 0: once an epoch, -1: never. Needs a validation split
     save_every: Every = 0  # steps; 0: once an epoch, -1: at the end only
     keep_last: NonNegativeInt = 0  # saves that stay as step-N/ beside last/
-    patience: NonNegativeInt = 0  # evaluations without a better one that end the run; 0: off
+    # evaluations without a better one that end the run; 0: off
+    patience: Annotated[NonNegativeInt, Without("eval_every", -1)] = 0
     log_every: NonNegativeInt = 10  # steps; 0: the last step only
     track: str = ""  # wandb:PROJECT or trackio:PROJECT beside TensorBoard
     sample_every: Every = 0  # steps; 0: once an epoch, -1: never

@@ -213,7 +213,7 @@ class ChatTemplate:
         if shape not in self.shapes:
             if len(self.shapes) > 10_000:
                 self.shapes.clear()
-            needed = {*()} if generation else learned
+            needed = set() if generation else learned
             places = self.places(messages, text, tools, needed, empty_thought)
             index = functools.partial(index_of, starts)
             self.shapes[shape] = [
@@ -400,7 +400,7 @@ class ChatTemplate:
             self.stops.add((known or shared[-1:])[0])
         elif last:
             self.stops.add(last[0])
-            self.ends |= {*within[:1]} if len(within) > 1 else {*()}
+            self.ends |= {*within[:1]} if len(within) > 1 else set()
         self.ends |= self.stops
 
     def learn_control(self, talk):

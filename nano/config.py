@@ -229,7 +229,7 @@ def nearest(name, keys):
     for key in keys:
         if initials(name) == key or initials(key) == name:
             return key
-    return next(iter(difflib.get_close_matches(name, keys, 1, 0.5)), None)
+    return next(iter(difflib.get_close_matches(name, keys, 1, 0.6)), None)
 
 
 def read_preset(path):

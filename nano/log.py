@@ -16,6 +16,7 @@ the main one writes.
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -23,6 +24,7 @@ import re
 import shutil
 import signal
 import statistics
+import sys
 import textwrap
 import time
 import uuid
@@ -91,8 +93,6 @@ class Log:
         self.tracker = None
         self.begin(0)
         kind, _, project = track.partition(":")
-        if track and (kind not in TRACKERS or not project):
-            raise UserError(f"track={track}: use wandb:PROJECT or trackio:PROJECT")
         if not self.is_main:
             return
         # The import takes a quarter of a second, which other ranks need not wait.
@@ -252,14 +252,24 @@ def read_records(path):
     return records, damaged
 
 
+def check_tracker(track):
+    """UserError for a track= that names no tracker, and where its package is missing."""
+    kind, _, project = track.partition(":")
+    if track and (kind not in TRACKERS or not project):
+        raise UserError(f"track={track}: use wandb:PROJECT or trackio:PROJECT")
+    there = kind in sys.modules and sys.modules[kind]
+    if track and not there and (kind in sys.modules or not importlib.util.find_spec(kind)):
+        raise UserError(f"track={kind} needs the package: pip install {kind}")
+
+
 def start_tracker(kind, project, id):
     """A run of the package `kind`, with .config, .log and .finish. The id says which run goes on.
 
-    UserError where the package is missing, and where it cannot start."""
+    UserError where the package cannot be imported, and where it cannot start."""
     try:
         package = importlib.import_module(kind)
     except ImportError as e:
-        raise UserError(f"track={kind} needs the package: pip install {kind} ({e})") from None
+        raise UserError(f"track={kind}: the package cannot be imported ({e})") from None
     try:
         known = dict(id=id) if kind == "wandb" else {}  # trackio knows a run by its name
         return package.init(project=project, name=id, resume="allow", **known)

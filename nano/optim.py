@@ -169,7 +169,7 @@ def step(optimizer, norm):
             with unless(part, bad):
                 part.step()
     if hasattr(optimizer, "average"):
-        optimizer.average.update()
+        optimizer.average.update(bad)
 
 
 @contextlib.contextmanager
@@ -194,21 +194,35 @@ def unless(optimizer, bad):
 
 
 class Average:
-    """An exponential moving average of parameters: values = decay * values + (1 - decay) * params.
+    """An exponential moving average of parameters: values = d * values + (1 - d) * params.
 
-    As optimizer.average it is updated by each `step`. params, values: {name: tensor}.
-    `with average.swapped():` puts the values into the parameters, and the parameters into the
-    values."""
+    d is `decay`, but at most (1 + n) / (10 + n) at step n. Otherwise the average of a short run
+    would be little else than the weights at its start. As optimizer.average it is updated by each
+    `step`. params, values: {name: tensor}. `with average.swapped():` puts the values into the
+    parameters, and the parameters into the values."""
 
     def __init__(self, params, decay):
         self.params = params
         self.decay = decay
         self.values = {name: p.detach().clone() for name, p in params.items()}
+        self.count = 0
 
     @torch.no_grad()
-    def update(self):
-        params = list(self.params.values())
-        torch._foreach_lerp_(list(self.values.values()), params, 1 - self.decay)
+    def begin(self, count):
+        """Starts from the parameters as they are, after `count` steps."""
+        self.count = count
+        for name, p in self.params.items():
+            self.values[name].copy_(p)
+
+    @torch.no_grad()
+    def update(self, bad):
+        """Takes in the parameters of a step. bad (0-d bool): the step was skipped."""
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        self.count += 1
+        weight = (1 - decay) * (~bad).float()
+        for name, p in self.params.items():
+            value, p = (getattr(t, "_local_tensor", t) for t in (self.values[name], p.detach()))
+            value.lerp_(p, weight.to(p.device))
 
     @torch.no_grad()
     def swap(self):

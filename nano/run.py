@@ -33,7 +33,7 @@ import torch
 
 from nano import adapters, config, files, optim, runtime, state, weights
 from nano.config import UserError
-from nano.log import Log
+from nano.log import Log, check_tracker
 
 SOURCES = ("model", "reward", "policy", "tokenizer")  # keys that name what a run starts from
 
@@ -67,6 +67,7 @@ class Run:
         self.averaged = False  # whether the average is in the parameters' place
         self.tokens = self.targets = 0  # of this rank since the last line of the log
         self.stopped = self.exhausted = False
+        check_tracker(getattr(cfg, "track", ""))  # before anything is removed
         check_sources(cfg, self.out)
         state.check_place(self.out)
         rt.once(lock, self.out, rt)
@@ -97,7 +98,7 @@ class Run:
             )
             return self.made_from
         names = dict(model="another model", data="other data", validation="other validation data")
-        other = " and ".join(names[key] for key in names if saved[key] != self.made_from[key])
+        other = " and ".join(names[key] for key in names if saved.get(key) != self.made_from[key])
         if other and self.cfg.resume != "anyway":
             raise UserError(
                 f"{self.out}/state was made from {other}: give the run's own, start anew with "
@@ -163,6 +164,8 @@ class Run:
         if old is None and (self.out / "config.cfg").exists():  # a state of the first edition
             old = files.read_text(self.out / "config.cfg")
         self.meta |= meta
+        if self.average:
+            self.average.begin(self.start)  # where the state has none, it begins here
         for name in [name for name in self.tensors if name.startswith("average.")]:
             value = self.tensors.pop(name)
             if self.average:
@@ -176,9 +179,9 @@ class Run:
         self.epoch = steps_per_epoch
         epochs = getattr(self.cfg, "epochs", 0)
         self.total = self.cfg.steps or max(round(epochs * steps_per_epoch), int(epochs > 0))
-        if 0 < self.total < self.cfg.warmup_steps:
+        if 0 < self.total <= self.cfg.warmup_steps:
             raise UserError(
-                f"warmup_steps={self.cfg.warmup_steps} is above the {self.total} steps of the run, "
+                f"warmup_steps={self.cfg.warmup_steps} takes all {self.total} steps of the run, "
                 f"which would never reach lr={self.cfg.lr}: lower it"
             )
         return self.total
@@ -377,11 +380,17 @@ class Run:
 def folders(out):
     """The folders that a run writes, or removes when it starts anew."""
     names = [out / name for name in ("state", "best", "last")]
-    return [*names, *sorted(out.glob("step-*"))]
+    return [*names, *kept_steps(out)]
+
+
+def kept_steps(out):
+    """The folders step-N of a run, in the order of N. Others of such names are the user's own."""
+    dirs = [dir for dir in out.glob("step-*") if dir.name.removeprefix("step-").isdecimal()]
+    return sorted(dirs, key=lambda dir: int(dir.name.removeprefix("step-")))
 
 
 def check_sources(cfg, out):
-    """UserError where the run would write over what it starts from, or over the base of an
+    """UserError where the run would write into or over what it starts from, or over the base of an
     adapter that it starts from."""
     for key in SOURCES:
         value = getattr(cfg, key, "")
@@ -389,6 +398,8 @@ def check_sources(cfg, out):
             if source and ".py:" not in source and Path(source).exists():
                 named = getattr(cfg, "base", None)
                 base = adapters.is_adapter(source) and adapters.find_base(source, named)
+                if out.resolve() == Path(source).resolve():
+                    raise UserError(f"out={out} is the model's own directory: give another out=")
                 files.refuse_overwrite(folders(out), [source, base])
 
 
@@ -467,9 +478,8 @@ def keep_steps(out, step, count):
 
     with files.new_dir(out / f"step-{step}") as tmp:
         shutil.copytree(out / "last", tmp, copy_function=link, dirs_exist_ok=True)
-    steps = [int(n) for p in out.glob("step-*") if (n := p.name[5:]).isdecimal()]
-    for old in sorted(steps)[:-count]:
-        files.remove_dir(out / f"step-{old}")
+    for old in kept_steps(out)[:-count]:
+        files.remove_dir(old)
 
 
 def settings_text(cfg):

@@ -10,6 +10,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from typing import Required, TypedDict
 
 import torch
 from safetensors import safe_open
@@ -101,9 +102,27 @@ def check_place(out):
 
 def _resumable(dir, resume):
     recover_dir(dir)
+    if dir.exists() and not dir.is_dir():
+        raise UserError(f"{dir} is a file, where a run keeps its state: move it away")
     if resume == "true" and not dir.is_dir():
         raise UserError(f"resume=true, but there is no saved state {dir}")
     return resume != "false" and dir.is_dir()
+
+
+class OptimizerJson(TypedDict):
+    scalars: dict
+    shapes: list[list[int]]
+
+
+class MetaJson(TypedDict, total=False):
+    step: Required[int]
+    made_from: dict[str, str | None]
+
+
+class StateJson(TypedDict):
+    stage: str
+    meta: MetaJson
+    optimizers: dict[str, OptimizerJson]
 
 
 def save_training(dir, rt, stage, trained, optimizers, extra=None, **meta):
@@ -181,11 +200,12 @@ def load_training(dir, rt, stage, trained, optimizers):
 
     dir = Path(dir)
     recover_dir(dir)
-    saved = read_json(dir / "state.json")
-    if not {"stage", "meta", "optimizers"} <= saved.keys():
+    try:
+        saved = read_json(dir / "state.json", kind=StateJson)
+    except UserError as e:
         raise UserError(
-            f"{dir}/state.json is damaged: restore the folder, or start anew with resume=false"
-        )
+            f"{e}: the file is damaged; restore the folder, or start anew with resume=false"
+        ) from None
     if saved["stage"] != stage:
         raise UserError(
             f"{dir} is the state of a run of {saved['stage']}.py: "

@@ -515,7 +515,7 @@ def test_a_state_json_without_its_keys(run, tmp_path):
     assert run()[1] == 0
     (tmp_path / "out" / "state" / "state.json").write_text("{}")
     before = contents(tmp_path)
-    refused(run(steps=4), "state.json is damaged")
+    refused(run(steps=4), "the file is damaged")
     assert contents(tmp_path) == before
 
 

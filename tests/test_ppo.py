@@ -395,6 +395,11 @@ def test_samples_without_a_score_are_left_out_of_their_group(how):
 def test_the_sum_of_rewards():
     nan = float("nan")
     parts = [torch.tensor([1.0, nan, nan, 0.0]), torch.tensor([2.0, 3.0, nan, -1.0])]
+    with pytest.raises(UserError, match="beyond float32"):
+        ppo.total_score([torch.tensor([3e38]), torch.tensor([3e38])], [1.0, 1.0])
+    # a reward of weight 0 is only logged
+    silent = ppo.total_score([torch.tensor([torch.nan, 1.0]), torch.tensor([5.0, 5.0])], [1.0, 0.0])
+    assert silent.isnan().tolist() == [True, False]
     total = ppo.total_score(parts, [1.0, 0.5])
     assert total[[0, 1, 3]].tolist() == [2.0, 1.5, -0.5] and total[2].isnan()
 

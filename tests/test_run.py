@@ -589,8 +589,8 @@ def test_patience_over_a_stop(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["pretrain", "sft", "sft_lora", "reward", "dpo"])
 def test_an_average_of_the_weights(name, run, tmp_path, capsys):
-    """By hand, from the weights of each step: a = 0.5 a + 0.5 w. It is what is evaluated, and what
-    last/ holds. The state holds the weights, and a resume is bit for bit."""
+    """By hand, from the weights of each step: a = d a + (1 - d) w, where d at step n is at most
+    (1 + n) / (10 + n). It is what is evaluated, and what last/ holds. The state holds the weights, and a resume is bit for bit."""
     file = "adapter_model" if name == "sft_lora" else "model"
     common = ("steps=3", "save_every=1", "eval_every=3", "sample_tokens=0")
     if name == "reward":
@@ -601,7 +601,7 @@ def test_an_average_of_the_weights(name, run, tmp_path, capsys):
     averages = [tiny.tensors(tmp_path / "out" / f"step-{n}", file) for n in (1, 2, 3)]
     for key in saved[0]:
         for n in (1, 2):
-            expected = torch.lerp(averages[n - 1][key], saved[n][key], 0.5)
+            expected = torch.lerp(averages[n - 1][key], saved[n][key], 9 / (10 + n))
             # one rounding of fp32
             torch.testing.assert_close(averages[n][key], expected, rtol=1e-6, atol=1e-7)
     assert any(not torch.equal(averages[2][key], saved[2][key]) for key in saved[2])
@@ -612,6 +612,13 @@ def test_an_average_of_the_weights(name, run, tmp_path, capsys):
     assert tiny.same_tensors(tmp_path / "cut" / "last", tmp_path / "out" / "last", file)
     losses = [tiny.records(tmp_path / d, "eval")[-1]["loss"] for d in ("plain", "out", "cut")]
     assert losses[0] != losses[1] == losses[2]
+    # where a run goes on that had none, it begins with the weights of that step
+    run(name, *common, "steps=2", out=tmp_path / "late")
+    run(name, *common, "ema=0.5", "keep_last=1", out=tmp_path / "late")
+    late = tiny.tensors(tmp_path / "late" / "step-3", file)
+    for key in saved[0]:
+        expected = torch.lerp(saved[1][key], saved[2][key], 9 / 12)
+        torch.testing.assert_close(late[key], expected, rtol=1e-6, atol=1e-7)
     if name == "sft":
         capsys.readouterr()
         run(name, "steps=0", "epochs=0", f"model={tmp_path}/out/last", out=tmp_path / "alone")
@@ -706,3 +713,28 @@ def test_trackers_that_cannot_start(track, words, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     with pytest.raises(UserError, match=words):
         run("sft", f"track={track}")
+
+
+def test_what_is_refused_is_refused_before_anything_is_removed(run, tmp_path):
+    """And folders of the user's own beside step-N stay."""
+    run("sft", "steps=1", "keep_last=1")
+    mine = tmp_path / "out" / "step-2-mine"
+    mine.mkdir()
+    for track in ("foo:bar", "wandb:", "trackio:toys"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "trackio", None)
+            with pytest.raises(UserError, match="track="):
+                run("sft", "steps=1", "resume=false", f"track={track}")
+    assert (tmp_path / "out" / "last").is_dir() and (tmp_path / "out" / "state").is_dir()
+    run("sft", "steps=1", "resume=false")
+    assert mine.is_dir()
+    shutil.rmtree(tmp_path / "out" / "state")
+    (tmp_path / "out" / "state").write_text("")
+    with pytest.raises(UserError, match="is a file, where a run keeps its state"):
+        run("sft", "steps=1")
+    assert (tmp_path / "out" / "last").is_dir()
+
+
+def test_a_run_does_not_write_into_its_models_directory(run, folder):
+    with pytest.raises(UserError, match="is the model's own directory"):
+        run("sft", "steps=1", out=folder / "model")

@@ -104,7 +104,7 @@ def test_validation_keys_without_a_validation_split(stage, folder, tmp_path):
     settings = [*paths, *COMMON] + (["norm_samples=0"] if stage == "reward" else [])
     with pytest.raises(UserError, match="eval_every=3 has no effect without a validation"):
         tiny.train(stage, [*settings, "eval_every=3", "steps=2"])
-    with pytest.raises(UserError, match="warmup_steps=9 is above the 2 steps of the run"):
+    with pytest.raises(UserError, match="warmup_steps=9 takes all 2 steps of the run"):
         tiny.train(stage, [*settings, "eval_every=-1", "steps=2", "warmup_steps=9"])
     tiny.train(stage, [*settings, "eval_every=-1", "epochs=0"])
 
