@@ -242,6 +242,9 @@ def test_shots_that_do_not_fit(folder):
     assert all(len(c) + len(o) - 1 <= 20 for pairs in none.prompts for c, o in pairs)
     with pytest.raises(UserError, match="not one shot fits beside a record into the model's 40"):
         prepare(40)
+    task.prefix = "eval_"
+    with pytest.raises(UserError, match="40 tokens: set eval_shots=0$"):
+        prepare(40)
     with pytest.raises(UserError, match="an option has 9 tokens, and the model takes 5"):
         prepare(5, shots=0)
 
