@@ -113,11 +113,15 @@ class Results:
         self.values[name] = old
         return True
 
+    def create_folder(self):
+        """Before hours of measuring, because it may fail."""
+        if self.out and self.is_main:
+            self.out.mkdir(parents=True, exist_ok=True)
+
     def add(self, name, settings, values, examples):
         """Keeps a measurement, and its examples as a line each."""
         self.values[name] = values | dict(settings=settings)
         if self.out and self.is_main:
-            self.out.mkdir(parents=True, exist_ok=True)
             lines = (json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
             files.write_text(self.out / f"{name.replace(':', '-')}.jsonl", "".join(lines))
             self.write()
@@ -175,6 +179,8 @@ def measure_tasks(cfg, rt, opened, results):
                 task, opened.tok, opened.model.cfg, shots, cfg.limit, cfg.chat, cfg.seed
             )
             waiting.append((task.name, settings, benchmark))
+    if waiting:
+        results.create_folder()
     for name, settings, benchmark in waiting:
         began = time.perf_counter()
         result = evaluation.measure(
@@ -402,6 +408,7 @@ def evaluate(cfg, rt, kinds):
         settings = header | {key: str(getattr(cfg, key)) for key in keys}
         settings["contents"] = contents
         if not results.known(kind, settings):
+            results.create_folder()
             results.add(kind, settings, *measure(cfg, rt, opened, *source))
     if rt.is_main:
         results.show()

@@ -638,15 +638,18 @@ def with_options(source, options):
     """`source` with values for variables that it reads, where the caller gives no others.
 
     options: ["name=value", ...]; a value is JSON, or else text.
-    UserError for a name that the template does not read.
+    UserError for a name that the template does not read, and for one that is given twice.
     """
     try:
         read = jinja2.meta.find_undeclared_variables(jinja(source).environment.parse(source))
     except jinja2.TemplateError:
         return source  # ChatTemplate says so
     lines = ""
+    names = [option.partition("=")[0] for option in options]
     for option in options:
         name, _, value = option.partition("=")
+        if names.count(name) > 1:
+            raise UserError(f"template_options: '{name}' is given twice: leave one out")
         try:
             value = json.loads(value)
         except ValueError:

@@ -38,6 +38,9 @@ ELEMENT = re.compile(rf"\s*({QUOTED})\s*,|([^,]*),")
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 UNIONS = (Union, UnionType)
+# What a system says about a path that cannot be opened or created.
+PATH_ERRORS = "EACCES EPERM EROFS ENOTDIR ENOENT ENAMETOOLONG EEXIST ELOOP EINVAL".split()
+PATH_ERRORS = [getattr(errno, name) for name in PATH_ERRORS]
 
 
 # The annotations of a Config's numbers: the words of the error message, and a test of the value.
@@ -494,8 +497,8 @@ def open_streams():
 def attempt(main, Config):
     """Loads and checks the config of the command line -> what main(cfg) returns.
 
-    Expected failures (UserError, a path that must not be written, a full disk, a full device,
-    Ctrl-C) end in one sentence and an exit status. Anything else keeps its traceback."""
+    Expected failures (UserError, a path that cannot be opened or created, a full disk, a full
+    device, Ctrl-C) end in one sentence and an exit status. Anything else keeps its traceback."""
     open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -527,7 +530,8 @@ def attempt(main, Config):
             keys = ("micro_batch", "rollout_batch", "max_length", "batch_size")
             lower = [f"{key}=" for key in keys if hasattr(cfg, key)]
             fail(f"{str(e).splitlines()[0]} - lower {' or '.join(lower[:2])}")
-        denied = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-        if code in denied and e.filename:
+        if type(e) is RuntimeError and str(e).startswith("Symlink loop"):  # before Python 3.13
+            fail(e)
+        if code in PATH_ERRORS and e.filename:
             fail(f"{e.filename}: {e.strerror}")
         raise

@@ -227,15 +227,14 @@ def write_store(dir, splits, meta):
                     w.end_group(split)
 
 
-def parse_share(text, n, key="sizes"):
+def parse_share(text, n, key, words=""):
     """How many of `n` rows `text` asks for.
 
-    It is "all", a number such as "100", or a share such as "5%" or "0.05", rounded down. UserError
-    for anything else, and for more than `n`. key: where the text comes from, for the message.
+    It is a number such as "100", or a share such as "5%" or "0.05", rounded down. UserError for
+    anything else, and for more than `n`. key: where the text comes from, and words: what else may
+    stand there, for the message.
     """
     text = str(text).strip()
-    if text == "all":
-        return n
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)%|(0?\.\d+)", text):
         # a Fraction, because in floating point 29% of 100 is 28
         share = Fraction(match[1]) / 100 if match[1] else Fraction(match[2])
@@ -244,11 +243,16 @@ def parse_share(text, n, key="sizes"):
         count = int(text.replace("_", ""))
     else:
         raise UserError(
-            f"{key}={text} is not all, a number of rows such as 1000, or a share such as 10%"
+            f"{key}={text} is not {words}a number of rows such as 1000, or a share such as 10%"
         )
     if count > n:
         raise UserError(f"{key}={text} is more than the {n} rows there are")
     return count
+
+
+def parse_size(text, n):
+    """How many of `n` rows an element of sizes= asks for: "all", or what parse_share takes."""
+    return n if str(text).strip() == "all" else parse_share(text, n, "sizes", "all, ")
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -585,7 +589,7 @@ def mix(dirs, sizes=(), seed=0, split="train", tokenizer=None, groups=False):
             )
         n = len(store.groups) - 1 if groups else len(store)
         try:
-            count = parse_share(size, n)
+            count = parse_size(size, n)
         except UserError as e:
             raise UserError(f"{store.dir}: {e}") from None
         picks.append(np.sort(np.random.default_rng([seed, i]).permutation(n)[:count]))

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import sys
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -23,11 +24,11 @@ import numpy as np
 import tasks
 from nano import tokenizer
 from nano.chat import NotFollowed
-from nano.config import UserError
+from nano.config import UserError, refuse
 from nano.files import refuse_overwrite
 from nano.store import Store, Writer, check_target, read_meta
 from prepare import records
-from prepare.fields import Drop
+from prepare.fields import Drop, message, names_in
 from prepare.records import BadRecord
 
 RUN = 1024  # rows that are copied into a split at once
@@ -100,6 +101,7 @@ def encode_chunk(chunk):
     .closed            Counter of answers to which the end of the turn was added, by that token
     .dropped           Counter of the records without rows, by reason
     .unwritten         [(reason, ids, mask)] of some of them that were rendered
+    .ignored           set of the names in cfg.ignore that the records have
     .bad               "file:line: reason" of each record that cannot be used
     """
     name, items = chunk
@@ -114,12 +116,16 @@ def encode_chunk(chunk):
         closed=Counter(),
         dropped=Counter(),
         unwritten=[],
+        ignored=set(),
         bad=[],
     )
     seed = job.cfg.seed.to_bytes(8, "little", signed=True)
     for line, raw in items:
         try:
-            unit = job.encode(job.cfg, job.tok, records.parse(raw))
+            record = records.parse(raw)
+            if job.cfg.ignore:
+                part.ignored |= names_in(record, job.cfg.ignore)
+            unit = job.encode(job.cfg, job.tok, record)
         except Drop as e:
             part.dropped[str(e)] += 1
             if e.row and len(part.unwritten) < job.cfg.show:
@@ -156,10 +162,24 @@ def start(cfg, encode, template):
     refuse_overwrite([cfg.out], [cfg.source, cfg.model])
     check_target(cfg.out)
     tok = setup(cfg, encode, template)
+    if cfg.learn_empty_thoughts and tok.layout and not prints_empty_thoughts(tok):
+        refuse(cfg, "learn_empty_thoughts", "with a template that prints no thought", "template=")
     meta = dict(tokenizer=tok.fingerprint, tokenizer_identity=tok.identity)
     meta |= dict(template=tok.template, chat_template=tok.chat_template)
     meta |= dict(source=cfg.source, model=cfg.model, seed=cfg.seed)
     return tok, Writer(cfg.out, tok.vocab_size, meta)
+
+
+def prints_empty_thoughts(tok):
+    """Whether the chat template may print an empty thought: it does, or its text is about them."""
+    trial = [message("user", "a"), message("assistant", "b")]
+    masks = []
+    for learned in (False, True):
+        tok.empty_thoughts = learned
+        with contextlib.suppress(NotFollowed):
+            masks.append(tok.render(trial)[1])
+    tok.counts.clear()  # these are no records
+    return masks[:1] != masks[1:] or "think" in (tok.chat_template or "")
 
 
 def fill(cfg, writer, unit, files, hub):
@@ -167,8 +187,8 @@ def fill(cfg, writer, unit, files, hub):
 
     unit: "group" where the rows of a record are a group, else "row". files: the paths to read, or
     None for records.read_hub(*hub), or for the rows that a task writes, where the split is None.
-    Returns .rows, their number; .sizes and .hashes as encode_chunk does; .counts and .dropped as
-    dicts, largest number first; .bad, a dict for meta.json.
+    Returns .rows, their number; .sizes, .hashes and .ignored as encode_chunk does; .counts and
+    .dropped as dicts, largest number first; .bad, a dict for meta.json.
     Raises UserError for a bad record under on_error=stop, and where there is no unit.
     """
     if cfg.val == "0" and unit == "row":
@@ -201,7 +221,7 @@ def fill_split(cfg, writer, split, unit, files, hub):
     """Writes all rows into one split, without groups; returns and raises what `fill` does."""
     size = sum(f.stat().st_size for f in files) if files else None
     workers = cfg.workers or (records.cores() if size is None or size > 4e6 else 1)
-    total = SimpleNamespace(rows=0, sizes=array("I"), hashes=array("Q"))
+    total = SimpleNamespace(rows=0, sizes=array("I"), hashes=array("Q"), ignored=set())
     counts, closed, dropped, bad, unwritten = Counter(), Counter(), Counter(), [], []
     with records.progress(size, "B" if files else f" {unit}s") as bar:
         if files:
@@ -224,6 +244,7 @@ def fill_split(cfg, writer, split, unit, files, hub):
                 total.rows += len(part.lengths)
                 total.sizes += part.sizes
                 total.hashes += part.hashes
+                total.ignored |= part.ignored
                 counts += part.counts
                 closed += part.closed
                 dropped += part.dropped
@@ -256,8 +277,9 @@ def show(part, count):
 
 
 def show_row(ids, mask):
-    """Prints a row. Targets are green, or in «» if NO_COLOR is set."""
-    on, off = ("«", "»") if os.environ.get("NO_COLOR") else ("\033[32m", "\033[0m")
+    """Prints a row. Targets are green on a terminal, and in «» elsewhere or if NO_COLOR is set."""
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    on, off = ("\033[32m", "\033[0m") if colours else ("«", "»")
     for target, run in groupby(zip(ids, mask, strict=True), key=itemgetter(1)):
         piece = job.tok.decode([token for token, _ in run], skip_special=False)
         print(f"{on}{piece}{off}" if target else piece, end="")
@@ -285,6 +307,11 @@ def report(cfg, unit, total, each, after_kept=(), before_tokens=()):
         *after_kept,
         *((f"{unit}s dropped", n, reason) for n, reason in reasons),
         *(("bad records", bad, f"skipped; the first: {e}") for e in total.bad["first_bad"][:1]),
+        *(
+            ("fields ignored", 0, f"no record has a field '{name}'")
+            for name in cfg.ignore
+            if name not in total.ignored
+        ),
         *before_tokens,
         *(
             ("answers closed", n, f"with {stop}, which the template leaves out at the end")

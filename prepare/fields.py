@@ -62,6 +62,18 @@ HARMLESS = re.compile(
     re.I,
 )
 LONG = 200  # characters: a longer text is no name, date or label
+# What stands between the texts of a rendered row: control tokens, the names of roles and fields,
+# the first sentences of Alpaca, punctuation and white space.
+HEADERS = f"{' '.join(ROLES)} {USERS} {ASSISTANTS} instruction input context prompt query request "
+HEADERS += "response output completion inst sys bos eos"
+HEADER = re.compile(
+    rf"<[^<>\s]+>|({'|'.join(HEADERS.split())}|[qa](?=:))(?![^\W_])"
+    r"|below is an instruction that describes a task"
+    r"(, paired with an input that provides further context)?\."
+    r"\s+write a response that appropriately completes the request\."
+    r"|[\W_]",
+    re.I,
+)
 
 
 def message(role, content, **more):
@@ -106,6 +118,15 @@ def without(value, ignored):
     return record
 
 
+def names_in(record, names):
+    """Those of `names` that a record, or a message in it, has as a field. A set."""
+    there = {*record}
+    for items in record.values():
+        if isinstance(items, list):
+            there.update(key for item in items if isinstance(item, dict) for key in item)
+    return there.intersection(names)
+
+
 def learned(fields):
     """Whether the answers of a record, or a message, are to be learned. The marks are taken out.
 
@@ -148,7 +169,7 @@ def check_rest(rest, texts, what="field"):
     These are empty or known to be harmless, or copies of `texts`, the texts of the row.
     """
     left = []
-    texts = [text.strip() for text in texts if text]
+    texts = [text.strip() for text in texts if text and text.strip()]
     for key, value in rest.items():
         if is_empty(value):
             continue
@@ -156,8 +177,8 @@ def check_rest(rest, texts, what="field"):
         if HARMLESS.fullmatch(key) and not name:
             continue
         found = [*strings(value)]
-        if texts and isinstance(value, str) and all(text in value for text in texts):
-            continue  # the whole row, rendered by somebody
+        if texts and isinstance(value, str) and is_rendered(value, texts):
+            continue
         if not isinstance(value, str):  # copies of messages, perhaps
             found = [x for x in found if x is None or x.strip().lower() not in ROLES]
         if None in found or any(x.strip() not in texts for x in found):
@@ -167,6 +188,22 @@ def check_rest(rest, texts, what="field"):
         media = any(MEDIA.fullmatch(key) for key in left)
         hint = "text alone is rendered" if media else "ignore= names those that may be lost"
         raise Drop(f"{what}s without a place in the row: {names} ({hint})")
+
+
+def is_rendered(value, texts):
+    """Whether a field holds all texts of the row, and nothing else but HEADER between them."""
+    if not all(text in value for text in texts):
+        return False
+    at = 0
+    while at < len(value):
+        # the longest, because a text may begin with a header, and a header with a text
+        header = HEADER.match(value, at)
+        lengths = [len(text) for text in texts if value.startswith(text, at)]
+        length = max([*lengths, header.end() - at if header else 0])
+        if not length:
+            return False
+        at += length
+    return True
 
 
 def texts_of(messages):

@@ -32,7 +32,7 @@ from typing import Annotated, Literal
 
 import tasks
 from nano import config
-from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError, With
+from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError, With, Without
 from prepare import convert, fields, records
 from prepare.fields import Drop, message, task, text, turns
 from prepare.records import BadRecord
@@ -47,11 +47,11 @@ class Config:
     path: PathText | None = None  # local file or folder of a known set; none: the hub
     subset: str | None = None  # of a hub id: the configuration
     split: str = "train"  # of a hub id, or of a folder whose files are named by splits
-    ignore: tuple[str, ...] = ()  # fields of records or messages that may be lost
+    ignore: Annotated[tuple[str, ...], Without("text_field")] = ()  # fields that may be lost
     # how it is rendered
     template: str | None = None  # chat template by name; none: the model's own
     template_options: tuple[str, ...] = ()  # for variables that it reads: enable_thinking=false
-    learn_empty_thoughts: bool = False  # a target is also the empty thought that a template prints
+    learn_empty_thoughts: Annotated[bool, Without("rendered")] = False  # printed ones are targets
     text_field: str | None = None  # every record is one text, in this field (template: plain)
     rendered: Annotated[bool, With("text_field")] = False  # a chat template has made that text
     response_template: str | None = None  # the target is the text after it; none: all
@@ -64,7 +64,7 @@ class Config:
     seed: Seed = 0  # of the choice of those rows
     on_error: Literal["stop", "skip"] = "stop"  # at a record that cannot be used
     workers: NonNegativeInt = 0  # processes; 0: one a core, and one in all for small files
-    show: NonNegativeInt = 0  # examples to print, target tokens coloured
+    show: NonNegativeInt = 0  # examples to print, target tokens marked
 
 
 # ------------------------------------------------------------------------------- record -> messages

@@ -57,7 +57,7 @@ class Config:
     seed: Seed = 0  # of the choice of those groups
     on_error: Literal["stop", "skip"] = "stop"  # at a record that cannot be used
     workers: NonNegativeInt = 0  # processes; 0: one a core, and one in all for small files
-    show: NonNegativeInt = 0  # groups to print, target tokens coloured
+    show: NonNegativeInt = 0  # groups to print, target tokens marked
 
 
 # ---------------------------------------------------------- record -> prompt and ranked completions

@@ -45,11 +45,34 @@ ROWS = ("data", "rows", "records", "examples", "instances", "train")  # keys of 
 MAX_RECORD = 1 << 26
 BLOCK = 1 << 20
 SPACE = re.compile(r"[ \t\r\n]*")
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half a character in JSON, alone or beside the other
 BOM = b"\xef\xbb\xbf"
 
 
 class BadRecord(Exception):
     """One record that cannot be used; the text is the reason."""
+
+
+def once(pairs):
+    """The dict of a JSON object's pairs; BadRecord where it has a key twice, since one is lost."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadRecord(f"the key '{twice:.40}' is given twice")
+    return record
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=once)
+
+
+def check_characters(value):
+    """BadRecord where a text of a JSON value holds half a character, which is no Unicode."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        half = f"\\u{ord(e.object[e.start]):04x}"
+        raise BadRecord(f"text that is no Unicode ({half} without its other half)") from None
 
 
 def suffix(path):
@@ -125,7 +148,10 @@ def parse(raw):
     """The record (dict) of what a reader yields; BadRecord when there is none."""
     if isinstance(raw, bytes):
         try:
-            raw = json.loads(raw.decode("utf-8"))
+            text = raw.decode("utf-8")
+            raw = DECODER.decode(text)
+            if "\\u" in text and SURROGATE.search(text):
+                check_characters(raw)
         except UnicodeDecodeError as e:
             raise BadRecord(
                 f"not UTF-8 (byte 0x{e.object[e.start]:02x} in column {e.start + 1})"
@@ -163,7 +189,7 @@ def read_array(f, name, brackets=True):
 
     Without brackets the elements stand one after another, with white space or nothing between them.
     """
-    scan = json.JSONDecoder().raw_decode
+    lenient = json.JSONDecoder()
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
     text = ""  # the buffer
     at = 0  # text[at:] is not read yet
@@ -192,6 +218,18 @@ def read_array(f, name, brackets=True):
             move(SPACE.match(text, at).end())
             if at < len(text) or not fill():
                 return text[at : at + 1]
+
+    def scan(text, at):
+        try:
+            element, end = DECODER.raw_decode(text, at)
+        except BadRecord as e:
+            return e, lenient.raw_decode(text, at)[1]
+        if text.find("\\u", at, end) >= 0 and SURROGATE.search(text, at, end):
+            try:
+                check_characters(element)
+            except BadRecord as e:
+                element = e
+        return element, end
 
     def broken(what, where):
         raise UserError(
@@ -538,16 +576,19 @@ def ordered_map(work, items, workers, setup, args):
 def held_out(hashes, val):
     """Which rows to hold out, (N,) bool: `val` of them ("100", "5%", "0.05").
 
-    They are chosen by `hashes` (N,) of their prompts: a row's place does not matter, and rows of
-    equal hash are all held out or all kept. Where that leaves no way to hold out exactly `val`, it
-    is the nearest number that can be had. UserError where none can.
+    They are chosen by the `hashes` (N,) of their prompts or texts, the smallest first: a row's
+    place does not matter, and rows of equal hash are all held out or all kept. Where that leaves no
+    way to hold out exactly `val`, it is the nearest number that can be had. UserError where none
+    can.
     """
     count = parse_share(val, len(hashes), "val")
     if count >= len(hashes):
         raise UserError(f"val={val} leaves none of the {len(hashes)} rows to train on")
     values, copies = np.unique(hashes, return_counts=True)
     if count and len(values) < 2:
-        raise UserError(f"val={val}: all rows have the same prompt, so none can be held out")
+        raise UserError(
+            f"val={val}: all rows have the same prompt or text, so none can be held out"
+        )
     chosen = np.zeros(len(values), bool)
     left = count
     for i, size in enumerate(copies):

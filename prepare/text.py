@@ -46,7 +46,7 @@ import sentencepiece
 
 from nano import config, files, tokenizer, vocab
 from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError
-from nano.store import Writer, check_target, parse_share, read_meta
+from nano.store import Writer, check_target, read_meta
 from prepare import records
 from prepare.records import BadRecord
 from prepare.vocab import added_tokens_decoder, byte_level_json
@@ -203,7 +203,7 @@ def read(plain, raw, field):
             if field in record
             else f"no field '{field}' ({known})"
         )
-    return tokenizer.mend(value)
+    return value
 
 
 # --------------------------------------------------------------------------------------------------
@@ -590,24 +590,8 @@ def fill(cfg, paths, work, directory, workers, counts):
     return shards
 
 
-def held_out(hashes, val):
-    """Which documents to hold out, (N,) bool: those with the smallest hashes.
-
-    hashes: (N,) uint64. So a document's place does not matter, and its copies are in the same
-    split. Where copies meet the limit, fewer than `val` documents are held out. UserError if none
-    would be left to train on.
-    """
-    count = parse_share(val, len(hashes), "val")
-    if count >= len(hashes):
-        raise UserError(
-            f"val={val} leaves none of the {len(hashes)} documents to train on: "
-            "separator= cuts a text into documents"
-        )
-    return hashes < np.partition(hashes, count)[count]
-
-
 def assemble(cfg, directory, shards, counts):
-    """Writes the store from the shards, documents in order, split by held_out."""
+    """Writes the store from the shards, documents in order, split by records.held_out."""
     abouts = [read_about(path) for path in shards]
     empty, bad = sum(about["empty"] for about in abouts), sum(about["bad"] for about in abouts)
     first_bad = [error for about in abouts for error in about["first_bad"]][:20]
@@ -624,7 +608,7 @@ def assemble(cfg, directory, shards, counts):
             f"{cfg.source} holds no text ({empty} documents are empty, {bad} bad{first})"
         )
     tok = state.tok
-    in_val = held_out(hashes, cfg.val)
+    in_val = records.held_out(hashes, cfg.val)
     size = Counter()
     meta = dict(
         tokenizer=tok.fingerprint,

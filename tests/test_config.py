@@ -303,6 +303,7 @@ SCRIPT = """
 '''A script.'''
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 sys.path.insert(0, {root!r})
 from nano import config
 
@@ -318,6 +319,12 @@ def main(cfg):
         raise OSError(28, "No space left on device", "out/model.safetensors")
     if cfg.way == "denied":
         raise PermissionError(13, "Permission denied", "out/model.safetensors")
+    if cfg.way.startswith("/"):
+        Path(cfg.way).mkdir()
+    if cfg.way == "loop":
+        Path("a").symlink_to("a")
+        Path("a/b").resolve()
+        Path("a/b").mkdir()
     if cfg.way == "memory":
         error = type("OutOfMemoryError", (RuntimeError,), {{}})
         raise error("CUDA out of memory. Tried to allocate 9 GiB.\\nSee the manual")
@@ -365,6 +372,9 @@ def script(tmp_path_factory):
         ("way=disk", 2, "", "error: the disk is full ("),
         ("way=denied", 2, "", "error: out/model.safetensors: Permission denied\n"),
         ("way=wrapped", 2, "", "error: the disk is full ("),
+        ("way=/nowhere/x", 2, "", "error: /nowhere/x: No such file or directory\n"),
+        (f"way=/{'x' * 300}", 2, "", f"error: /{'x' * 300}: File name too long\n"),
+        ("way=loop", 2, "", "error: "),  # one sentence, which Python's version words
         (
             "way=memory",
             2,
@@ -378,8 +388,10 @@ def script(tmp_path_factory):
         ("way=SIGUSR1", 138, "", ""),
     ],
 )
-def test_run(script, argument, status, out, err):
-    done = subprocess.run([sys.executable, str(script), argument], capture_output=True, text=True)
+def test_run(script, tmp_path, argument, status, out, err):
+    done = subprocess.run(
+        [sys.executable, str(script), argument], capture_output=True, text=True, cwd=tmp_path
+    )
     assert (done.returncode, done.stdout) == (status, out)
     assert done.stderr.startswith(err) and done.stderr.count("\n") == bool(err)
 

@@ -527,6 +527,18 @@ def test_refusals(tmp_path, folder):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("what", ["tasks", "text"])
+def test_a_folder_that_cannot_be_created_costs_no_time(tmp_path, folder, monkeypatch, what):
+    for owner, name in ((evaluation, "measure"), (eval_script, "measure_text")):
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("measures"))
+    more = [] if what == "tasks" else [
+        "tasks=[]", "shots=[0]", "files=[]", "shot_files=[]", f"text={tmp_path}/t.txt"]
+    (tmp_path / "t.txt").write_text("a text")
+    (tmp_path / "link").symlink_to("nowhere/at/all")
+    with pytest.raises(FileExistsError, match="link"):
+        run(folder, *more, f"out={tmp_path}/link")
+
+
 # -------------------------------------------------------------------------- text, data, win rate
 
 

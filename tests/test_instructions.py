@@ -442,8 +442,10 @@ def test_val_that_cannot_be(model, tmp_path):
     cases = {
         "10": "leaves none of the 10",
         "11": "more than the 10 rows",
-        "3": "all rows have the same prompt",
-        "x": "val=x is not all",
+        "3": "all rows have the same prompt or text",
+        "x": "val=x is not a number of rows",
+        "-1": "val=-1 is not a number of rows",
+        "all": "val=all is not a number of rows",
     }
     for val, says in cases.items():
         with pytest.raises(UserError, match=says):
@@ -808,6 +810,16 @@ def test_a_folder_may_hold_its_store_and_hidden_copies(model, tmp_path):
         assert len(prepare(model, tmp_path / "store", tmp_path)) == 1
 
 
+def test_a_name_in_ignore_that_no_record_has_is_told(model, tmp_path, capsys):
+    talk = [dict(role="user", content="a", inner=1), dict(role="assistant", content="b")]
+    path = jsonl(tmp_path / "in.jsonl", [dict(messages=talk), dict(prompt="a", completion="b", outer=1)])
+    assert len(prepare(model, tmp_path / "out", path, ignore=("inner", "nope", "outer"))) == 2
+    said = capsys.readouterr().out
+    assert [line.split() for line in said.splitlines() if "ignored" in line] == [
+        "fields ignored 0 no record has a field 'nope'".split()
+    ]
+
+
 def test_names_that_are_not_utf8(model, tmp_path):
     """Names of files and fields only appear in messages."""
     source = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
@@ -816,7 +828,7 @@ def test_names_that_are_not_utf8(model, tmp_path):
     )
     store = prepare(model, tmp_path / "out", source, on_error="skip")
     assert len(store) == 1 and store.meta["bad_records"] == 2
-    assert "\ud83d" in store.meta["first_bad"][0]
+    assert r"(\ud83d without its other half)" in store.meta["first_bad"][0]
 
 
 def test_chunks_are_cut_by_bytes_too():
@@ -886,11 +898,11 @@ def test_as_a_program(model, tmp_path):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_show(model, tmp_path, capsys, monkeypatch, plain):
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    if plain:
-        monkeypatch.setenv("NO_COLOR", "1")
+@pytest.mark.parametrize("terminal, no_color", [(True, ""), (True, "1"), (False, "")])
+def test_show(model, tmp_path, capsys, monkeypatch, terminal, no_color):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    plain = no_color or not terminal
     rows = [dict(prompt="p", completion=f"c{i}") for i in range(5)]
     prepare(model, tmp_path / "out", jsonl(tmp_path / "in.jsonl", rows), show=3)
     out = capsys.readouterr().out
@@ -951,6 +963,11 @@ def test_options_of_the_template_go_with_the_data(model, tmp_path):
     assert tok.bytes_of(prompt).endswith(b"<think>\n\n</think>\n\n")
     spans = [one(model, tmp_path, record, template=THINKING, learn_empty_thoughts=more)[1] for more in (False, True)]
     assert spans == [["b<|im_end|>"], ["<think>\n\n</think>\n\nb<|im_end|>"]]
+    twice = ("enable_thinking=false", "enable_thinking=true")
+    with pytest.raises(UserError, match="template_options: 'enable_thinking' is given twice"):
+        one(model, tmp_path, record, template=THINKING, template_options=twice)
+    with pytest.raises(UserError, match="learn_empty_thoughts=true has no effect with a template"):
+        one(model, tmp_path, record, learn_empty_thoughts=True)
     with pytest.raises(UserError, match="template_options: .* reads no 'thinking'"):
         one(model, tmp_path, record, template_options=("thinking=false",))
 

@@ -265,6 +265,34 @@ def test_harmless_fields_and_copies_may_be_lost(tok):
     assert completions(tok, HARMLESS | dict(prompt="Q", chosen="a", rejected="b")) == ["a", "b"]
 
 
+ALPACA = "Below is an instruction that describes a task, paired with an input that provides further context. "
+ALPACA += "Write a response that appropriately completes the request.\n\n"
+
+
+@pytest.mark.parametrize(
+    "rendered, ask, reply",
+    [
+        ("<s>[INST] 2+2 [/INST] 4 </s>", "2+2", "4"),
+        ("### Human: answer me\n\n### Assistant: a", "answer me", "a"),
+        ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nu<|im_end|>\n", "a", "u"),
+        ("Question: a b\nAnswer:\na", "a b", "a"),
+        ("Q: one A: two", "one", "two"),
+        ("onetwo", "one", "two"),
+        (ALPACA + "### Instruction:\none\n\n### Response:\ntwo", "one", "two"),
+    ],
+)
+def test_only_the_row_itself_counts_as_rendered(tok, rendered, ask, reply):
+    """A field that holds the texts of the row among others is not lost in silence."""
+    record = dict(prompt=ask, completion=reply)
+    assert row(tok, record | dict(notes=rendered))[1] == [reply]
+    for more in (" Always answer in French.", " x", "7"):
+        for notes in (rendered + more, more + rendered):
+            with pytest.raises(fields.Drop, match="place in the row: notes"):
+                row(tok, record | dict(notes=notes))
+    with pytest.raises(fields.Drop, match="place in the row: notes"):
+        row(tok, dict(prompt="2+2", completion="4", notes="2+2 is 4. Always answer in French."))
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -672,6 +700,41 @@ def test_answers_to_one_prompt_stay_together(model, tok, tmp_path):
     val = store.Store(tmp_path / "out", "val")
     asked = [{tok.decode(s.prompt(i).tolist()) for i in range(len(s))} for s in (train, val)]
     assert len(val) == 10 and not asked[0] & asked[1]
+
+
+# ---- what JSON may not hold
+
+
+@pytest.mark.parametrize(
+    "bad, says",
+    [
+        ('{"prompt": "x", "a": 1, "prompt": "y"}', "the key 'prompt' is given twice"),
+        ('{"messages": [{"role": "user", "content": "x", "content": "]}{"}]}', "the key 'content' is given twice"),
+        (r'{"prompt": "\ud83d"}', r"text that is no Unicode \(\\ud83d without its other half\)"),
+        (r'{"a": {"b": ["\uDE00 x"]}}', r"text that is no Unicode \(\\ude00 without its other half\)"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["lines", "array", "objects"])
+def test_a_record_that_would_lose_something_is_bad(tmp_path, monkeypatch, layout, bad, says):
+    """A key given twice, or half a character. The records around it are read."""
+    monkeypatch.setattr(records, "BLOCK", 16)  # each record comes in pieces
+    good = r'{"prompt": "\ud83d\ude00 \\ud83d é"}'
+    items = [good, bad, good]
+    whole = dict(
+        lines="\n".join(items),
+        array=f"[{','.join(items)}]",
+        objects="\n".join(item.replace("{", "{\n", 1) for item in items),
+    )[layout]
+    (tmp_path / "a.json").write_text(whole)
+    read = []
+    for _, raw in records.read_file(tmp_path / "a.json", SimpleNamespace(update=lambda n: None)):
+        try:
+            read.append(records.parse(raw))
+        except BadRecord as e:
+            read.append(e)
+    assert read[0] == read[2] == {"prompt": "\U0001f600 \\ud83d é"}
+    with pytest.raises(BadRecord, match=says):
+        raise read[1]
 
 
 # ---- what a user sees

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nano.config import UserError
-from nano.store import Store, Writer, mix, parse_share, validation, write_store
+from nano.store import Store, Writer, mix, parse_size, validation, write_store
 
 
 def make_rows(lengths, seed=0, vocab=1000):
@@ -253,13 +253,13 @@ def test_a_folder_that_names_no_tokenizer_gets_a_notice(tmp_path, capsys):
     + [("1_000", 1000, 1000), ("100%", 7, 7), ("0", 7, 0), (5, 7, 5)],
 )
 def test_size_grammar(size, n, count):
-    assert parse_share(size, n) == count
+    assert parse_size(size, n) == count
 
 
 @pytest.mark.parametrize("size", ["8", "101%", "-1", "ten", "", "1.5", "%", "all%", "5 %x"])
 def test_size_grammar_refuses(size):
     with pytest.raises(UserError, match="size"):
-        parse_share(size, 7)
+        parse_size(size, 7)
 
 
 def test_mix(tmp_path):
