@@ -92,9 +92,10 @@ class Run:
             return self.made_from
         saved = self.saved_meta().get("made_from")
         if saved is None:
-            self.tell(
+            tell(
+                rt,
                 f"note: {self.out}/state does not say what it was made from: the model and "
-                "the data of this command are assumed"
+                "the data of this command are assumed",
             )
             return self.made_from
         names = dict(model="another model", data="other data", validation="other validation data")
@@ -105,13 +106,8 @@ class Run:
                 "resume=false, or go on all the same with resume=anyway"
             )
         if other:
-            self.tell(f"note: the run goes on from {other} than before")
+            tell(rt, f"note: the run goes on from {other} than before")
         return self.made_from
-
-    def tell(self, text):
-        """Prints a line before the log is open."""
-        if self.rt.is_main:
-            print(text, flush=True)
 
     def attach(self, model, trained, optimizers, tok, base, adapter=None):
         """Says what the run trains and saves, loads the state on a resume, and opens the log.
@@ -527,3 +523,9 @@ def refuse_validation(cfg, *keys):
     tasks |= {"patience"} if getattr(cfg, "keep", "") else set()
     for key in (key for key in keys if getattr(cfg, key) != -1 and key not in tasks):
         config.refuse(cfg, key, "without a validation split", "the data: prepare with val=")
+
+
+def tell(rt, text):
+    """Prints a line before the log is open."""
+    if rt.is_main:
+        print(text, flush=True)
