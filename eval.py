@@ -15,6 +15,7 @@ is. The last line of the output is the result as JSON. out= keeps it as results.
 of examples for each task, and the same command goes on where it was interrupted.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -26,6 +27,7 @@ from typing import Annotated, Literal
 
 import torch
 
+import lora
 from nano import batches, config, evaluation, files, log, losses, runtime, store, weights
 from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError, With
 from prepare import records
@@ -44,7 +46,8 @@ class Config:
     files: Annotated[tuple[str, ...], With("tasks")] = ()  # a local file a task; "": the hub
     shot_files: Annotated[tuple[str, ...], With("tasks")] = ()  # the same for the shots
     limit: Annotated[NonNegativeInt, With("tasks")] = 0  # the first records of a task; 0: all
-    chat: Literal["auto", "true", "false"] = "auto"  # through the chat template, if there is one
+    # through the chat template, if there is one
+    chat: Annotated[Literal["auto", "true", "false"], With("tasks")] = "auto"
     template: str | None = None  # chat template; none: the model's own
     seed: Annotated[Seed, With("tasks")] = 0  # draws the shots
     # text, data
@@ -71,10 +74,26 @@ def open_model(cfg, path, rt):
     return opened
 
 
+def digest(value):
+    """16 hex digits that name the content of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def fingerprint(opened):
+    """16 hex digits that name all that decides what a model says: its weights, its configuration,
+    its tokenizer and its chat template."""
+    model, tok = opened.model, opened.tok
+    params = [(name, p.detach().cpu()) for name, p in model.named_parameters()]
+    scales = [layer.scales for _, layer in lora.adapted(model)]
+    words = tok.identity, tok.chat_template, tok.add_bos, tok.stop_ids
+    return digest([weights.fingerprint(params), repr(model.cfg), scales, *words])
+
+
 class Results:
     """The measurements of a model, {name: values}, in out/results.json after each of them.
 
-    A measurement that is there already, made with the same settings, is not made again."""
+    A measurement that is there already, made with the same settings, is not made again. The
+    settings name the content of all files that it was made from, which may have changed."""
 
     def __init__(self, cfg, rt, header):
         self.out = cfg.out
@@ -153,6 +172,7 @@ def measure_tasks(cfg, rt, opened, results):
             seed=cfg.seed,
             file=task.file,
             shot_file=task.shot_file,
+            contents=task.fingerprints(),
         )
         if not results.known(task.name, settings):
             benchmark = evaluation.prepare(
@@ -195,7 +215,13 @@ def read_texts(path):
     return texts
 
 
-def measure_text(cfg, rt, opened):
+def open_text(cfg, rt, opened):
+    """(what names the content, what `measure_text` takes) of text=."""
+    texts = read_texts(cfg.text)
+    return digest(texts), (texts,)
+
+
+def measure_text(cfg, rt, opened, texts):
     """Perplexity and bits per byte of texts -> (values, examples).
 
     A text is predicted in windows of max_length tokens. Each begins anew with one token of context,
@@ -203,7 +229,6 @@ def measure_text(cfg, rt, opened):
     tok = opened.tok
     size = min(cfg.max_length or math.inf, opened.model.cfg.max_positions)
     questions, owners = [], []
-    texts = read_texts(cfg.text)
     for number, text in enumerate(texts):
         ids = [tok.eos_id if tok.bos_id is None else tok.bos_id, *tok.encode(text)]
         for begin in range(0, len(ids) - 1, size):
@@ -224,10 +249,15 @@ def measure_text(cfg, rt, opened):
     return dict(metrics=metrics, count=len(texts), tokens=tokens, bytes=size), examples
 
 
-def measure_data(cfg, rt, opened):
+def open_data(cfg, rt, opened):
+    """(what names the content, what `measure_data` takes) of data=."""
+    rows = store.validation([cfg.data], opened.tok) or store.mix([cfg.data], tokenizer=opened.tok)
+    return rows.fingerprint(), (rows,)
+
+
+def measure_data(cfg, rt, opened, rows):
     """Loss, perplexity and accuracy over the target tokens of a prepared folder -> (values, [])."""
     model = opened.model
-    rows = store.validation([cfg.data], opened.tok) or store.mix([cfg.data], tokenizer=opened.tok)
     size = min(cfg.max_length or math.inf, rows.lengths.max(), model.cfg.max_positions)
     layout = dict(rank=rt.rank, world=rt.world, packing=False)
     data = batches.Rows(rows, 8 * rt.world, 8, int(size), **layout)
@@ -288,11 +318,8 @@ def judge(rt, scorer, conversations):
     return scores
 
 
-def measure_wins(cfg, rt, opened):
-    """How often the score model prefers the model's answers to the other's -> (values, examples).
-
-    It sees one answer at a time, so the order of the two cannot matter. Both rates are told, and a
-    tie counts half in each."""
+def open_wins(cfg, rt, opened):
+    """(what names the content, what `measure_wins` takes) of prompts=, against= and reward=."""
     entries = [
         conversation(entry, None) if isinstance(entry, str) else entry
         for entry in read_prompts(cfg.prompts)
@@ -301,8 +328,18 @@ def measure_wins(cfg, rt, opened):
     if scorer.model.cfg.head != "score":
         raise UserError(f"reward={cfg.reward} is a language model: give a score model of reward.py")
     scorer.model.eval()
+    other = open_model(cfg, cfg.against, rt)
+    names = [digest(entries), fingerprint(other), fingerprint(scorer)]
+    return names, (entries, other, scorer)
+
+
+def measure_wins(cfg, rt, opened, entries, other, scorer):
+    """How often the score model prefers the model's answers to the other's -> (values, examples).
+
+    It sees one answer at a time, so the order of the two cannot matter. Both rates are told, and a
+    tie counts half in each."""
     ours = answers_of(cfg, rt, opened, entries)
-    theirs = answers_of(cfg, rt, open_model(cfg, cfg.against, rt), entries)
+    theirs = answers_of(cfg, rt, other, entries)
     scores = [
         judge(
             rt,
@@ -328,13 +365,23 @@ def measure_wins(cfg, rt, opened):
 
 
 def main(cfg):
-    kinds = dict(text=measure_text, data=measure_data, prompts=measure_wins)
+    kinds = dict(
+        text=(open_text, measure_text),
+        data=(open_data, measure_data),
+        prompts=(open_wins, measure_wins),
+    )
     if not cfg.tasks and not any(getattr(cfg, kind) for kind in kinds):
         raise UserError("nothing to measure: give tasks=, text=, data= or prompts=")
     if cfg.prompts and not (cfg.against and cfg.reward):
         raise UserError("prompts= needs against=, another model, and reward=, a score model")
-    if cfg.max_length and not (cfg.text or cfg.data):
-        config.refuse(cfg, "max_length", "without text= and data=", "text= or data=")
+    for key, (a, b) in dict(
+        max_length=("text", "data"),
+        template=("tasks", "prompts"),
+        batch_size=("tasks", "prompts"),
+        slots=("tasks", "text"),
+    ).items():
+        if not (getattr(cfg, a) or getattr(cfg, b)):
+            config.refuse(cfg, key, f"without {a}= and {b}=", f"{a}= or {b}=")
     if cfg.out and cfg.out.exists() and not cfg.out.is_dir():
         raise UserError(f"out={cfg.out} is a file: give a folder")
     with runtime.start(cfg, parallel="ddp") as rt:
@@ -345,24 +392,24 @@ def evaluate(cfg, rt, kinds):
     opened = open_model(cfg, cfg.model, rt)
     header = dict(
         model=str(cfg.model),
-        weights=weights.fingerprint(
-            [(name, p.detach().cpu()) for name, p in opened.model.named_parameters()]
-        ),
+        fingerprint=fingerprint(opened),
         device=rt.name,
         dtype=str(rt.dtype).removeprefix("torch."),
     )
     results = Results(cfg, rt, header)
     measure_tasks(cfg, rt, opened, results)
-    for kind, measure in kinds.items():
+    for kind, (open_source, measure) in kinds.items():
         if not getattr(cfg, kind):
             continue
-        keys = (kind, "max_length", "template")
+        keys = (kind, "max_length")
         if kind == "prompts":
             keys = (kind, "against", "reward", "max_new_tokens", "template")
+        contents, source = open_source(cfg, rt, opened)
         settings = header | {key: str(getattr(cfg, key)) for key in keys}
+        settings["contents"] = contents
         if not results.known(kind, settings):
             results.create_folder()
-            results.add(kind, settings, *measure(cfg, rt, opened))
+            results.add(kind, settings, *measure(cfg, rt, opened, *source))
     if rt.is_main:
         results.show()
 

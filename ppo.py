@@ -744,9 +744,9 @@ def load_rewards(cfg, rows):
     takers = [function for function in takers if functions.needs_record(function)]
     without = [str(folder.dir) for folder in rows.stores if folder.records is None]
     if takers and without:
-        name = getattr(takers[0], "__name__", type(takers[0]).__name__)
         raise UserError(
-            f"the function {name} takes the record of a prompt, and {without[0]} holds none: "
+            f"the function {functions.name_of(takers[0])} takes the record of a prompt, and "
+            f"{without[0]} holds none: "
             "prepare it again, with train_on=none where records have answers"
         )
     return rewards, gold

@@ -237,11 +237,12 @@ def answers(model, tok, rt, prompts, max_new_tokens, stops=(), batch_size=32):
 Shots = Annotated[tuple[int, ...], ("0 or more each", lambda x: min(x, default=0) >= 0)]
 
 
-def load_tasks(names, shots=(), files=(), shot_files=()):
+def load_tasks(names, shots=(), files=(), shot_files=(), prefix=""):
     """[(Task, shots)] of the names in tasks=.
 
     shots is a number for each task, or one for all. files and shot_files have a path for each task,
-    or are empty. UserError for other lengths, and for a task that is named twice."""
+    or are empty. prefix: of the keys that messages name. UserError for other lengths, and for a
+    task that is named twice."""
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise UserError(f"the task {min(twice)} is named twice: name it once")
@@ -254,12 +255,12 @@ def load_tasks(names, shots=(), files=(), shot_files=()):
     ):
         if len(values) not in (0, 1, count) or (len(values) == 1 < count and key != "shots"):
             raise UserError(
-                f"{key}= has {len(values)} elements for {count} tasks: give one for each"
+                f"{prefix}{key}= has {len(values)} elements for {count} tasks: give one for each"
                 + (", or one number for all" if key == "shots" else ' ("" for the hub)')
             )
         lists.append(values * count if len(values) == 1 else values or (default,) * count)
     return [
-        (tasks.load(name, file, shot_file), n)
+        (tasks.load(name, file, shot_file, prefix), n)
         for name, n, file, shot_file in zip(names, *lists, strict=True)
     ]
 
@@ -288,7 +289,7 @@ def draw_shots(task, pool, records, count, seed):
             where = f" of {name}" if name else ""
             raise UserError(
                 f"{task.name}: {count} shots do not come out of the {len(groups.get(name, []))} "
-                f"records{where} that may be shown: lower shots="
+                f"records{where} that may be shown: lower {task.prefix}shots="
             )
         shown.append(shots)
     return shown
@@ -429,7 +430,7 @@ def prepare(task, tok, model_cfg, shots=0, limit=0, chat="auto", seed=0):
     if shots and not kept:
         raise UserError(
             f"{task.name}: not one shot fits beside a record into the model's {room} tokens: "
-            "set shots=0"
+            f"set {task.prefix}shots=0"
         )
     return benchmark
 
@@ -614,7 +615,7 @@ def for_training(cfg, tok, model_cfg):
     benchmarks = [
         prepare(task, tok, model_cfg, shots, cfg.eval_limit)
         for task, shots in load_tasks(
-            cfg.eval_tasks, cfg.eval_shots, cfg.eval_files, cfg.eval_shot_files
+            cfg.eval_tasks, cfg.eval_shots, cfg.eval_files, cfg.eval_shot_files, "eval_"
         )
     ]
     known = [f"{b.task.name}/{name}" for b in benchmarks for name in metric_names(b)]

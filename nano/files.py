@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import re
@@ -37,6 +38,19 @@ def read_text(path):
         return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read as UTF-8 text: {e}") from None
+
+
+def check_file(path):
+    """UserError where there is no such file."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path}")
+
+
+def fingerprint(path):
+    """16 hex digits that name the content of a file. UserError where there is none."""
+    check_file(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def read_json(path, missing=None, kind=dict, unicode=False):

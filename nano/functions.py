@@ -4,7 +4,8 @@
     scores = functions.judge(function, tok, prompts, responses, finished, records)
 
 It is called as f(prompt, response, finished), or as f(prompt, response, finished, record) where it
-takes four arguments, and returns a number, or None for a response that it does not judge.
+has a fourth parameter and the prompt has a record, and returns a number, or None for a response
+that it does not judge.
 
 The file is the user's own code. It runs because the command line says so.
 """
@@ -23,9 +24,10 @@ from nano.config import FLOAT32_MAX, UserError
 
 
 def load_function(spec):
-    """The function that `spec`, file.py:function, names, or the score of a task (tasks/). UserError
-    where there is none, or where the file does not run. The file may import modules that lie beside
-    it."""
+    """The function that `spec`, file.py:function, names, or the score of a task (tasks/).
+
+    The file may import modules that lie beside it. UserError where there is no such function, where
+    it cannot take three or four arguments, and where the file does not run."""
     if tasks.is_name(spec):
         return tasks.load(spec).reward()
     path, _, name = spec.rpartition(":")
@@ -45,7 +47,13 @@ def load_function(spec):
         raise UserError(f"{spec}: {path} does not run: {type(e).__name__}: {e}") from None
     if not callable(getattr(module, name, None)):
         raise UserError(f"{spec}: {path} has no function {name}")
-    return getattr(module, name)
+    function = getattr(module, name)
+    if not any(fits(function, count) for count in (3, 4)):
+        raise UserError(
+            f"{spec}: the function {name} must take prompt, response and finished, and may take "
+            "the record of the prompt as a fourth argument"
+        )
+    return function
 
 
 def is_function(spec):
@@ -53,27 +61,40 @@ def is_function(spec):
     return ".py:" in spec or tasks.is_name(spec)
 
 
-def fourth(function):
-    """The fourth parameter of a function by place, or None."""
+def name_of(function):
+    """The name of a function, or of the type of another object that can be called."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def signature(function):
+    """The signature of a function, or None, since some functions in C do not tell theirs."""
     try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some functions in C do not tell
+        return inspect.signature(function)
+    except (TypeError, ValueError):
         return None
+
+
+def fits(function, count):
+    """Whether a function can be called with `count` arguments by place."""
+    known = signature(function)
+    try:
+        if known is not None:
+            known.bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
+def takes_record(function):
+    """Whether a reward function has a fourth parameter by place, where it gets the record."""
+    known = signature(function)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    places = [p for p in parameters if p.kind in kinds]
-    return places[3] if len(places) > 3 else None
+    return known is not None and sum(p.kind in kinds for p in known.parameters.values()) > 3
 
 
 def needs_record(function):
     """Whether a reward function cannot be called without the record of the prompt."""
-    p = fourth(function)
-    return p is not None and p.default is p.empty
-
-
-def takes_record(function):
-    """Whether a reward function is given the record: it needs it, or it has a default for it."""
-    p = fourth(function)
-    return p is not None and (p.default is p.empty or p.name == "record")
+    return not fits(function, 3)
 
 
 def judge(function, tok, prompts, responses, finished, records=None, special=False):
@@ -81,25 +102,33 @@ def judge(function, tok, prompts, responses, finished, records=None, special=Fal
 
     prompts, responses: N lists of token ids, which the function sees as text. finished (N,):
     whether the response ended by itself. records: N dicts or None, the fourth argument of a
-    function that takes one. special: the text has the names of control tokens in it.
+    function that takes one. Where a prompt has no record, a default of that argument stays.
+    special: the text has the names of control tokens in it.
     NaN stands for None, the answer of a function that does not judge a response. UserError where
     the function fails, and where it gives no finite number, which would make every weight NaN."""
-    name = getattr(function, "__name__", function)
+    name = name_of(function)
+    takes, needs = takes_record(function), needs_record(function)
     scores = []
-    more = [()] * len(prompts)
-    if takes_record(function):
-        more = [(record,) for record in records or [None] * len(prompts)]
     for prompt, response, ended, record in zip(
-        prompts, responses, finished.tolist(), more, strict=True
+        prompts, responses, finished.tolist(), records or [None] * len(prompts), strict=True
     ):
+        more = (record,) if needs or (takes and record is not None) else ()
         texts = [tok.decode(ids, skip_special=not special) for ids in (prompt, response)]
         try:
-            score = function(*texts, ended > 0, *record)
-            score = None if score is None else float(score)
+            answer = function(*texts, ended > 0, *more)
         except Exception as e:
             at = traceback.extract_tb(e.__traceback__)[-1]
             raise UserError(
                 f"the function {name} failed in {at.filename}:{at.lineno}: {type(e).__name__}: {e}"
+            ) from None
+        try:
+            score = None if answer is None else float(answer)
+        except OverflowError:  # an integer beyond any float
+            score = math.inf
+        except Exception:  # of any kind: so does an array of several numbers
+            raise UserError(
+                f"the function {name} returned {answer!r:.200} for the response "
+                f"{texts[1]!r:.200}, which is neither a number nor None"
             ) from None
         if score is not None and not abs(score) <= FLOAT32_MAX:  # nor is NaN
             raise UserError(

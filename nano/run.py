@@ -92,9 +92,10 @@ class Run:
             return self.made_from
         saved = self.saved_meta().get("made_from")
         if saved is None:
-            self.tell(
+            tell(
+                rt,
                 f"note: {self.out}/state does not say what it was made from: the model and "
-                "the data of this command are assumed"
+                "the data of this command are assumed",
             )
             return self.made_from
         names = dict(model="another model", data="other data", validation="other validation data")
@@ -105,13 +106,8 @@ class Run:
                 "resume=false, or go on all the same with resume=anyway"
             )
         if other:
-            self.tell(f"note: the run goes on from {other} than before")
+            tell(rt, f"note: the run goes on from {other} than before")
         return self.made_from
-
-    def tell(self, text):
-        """Prints a line before the log is open."""
-        if self.rt.is_main:
-            print(text, flush=True)
 
     def attach(self, model, trained, optimizers, tok, base, adapter=None):
         """Says what the run trains and saves, loads the state on a resume, and opens the log.
@@ -127,6 +123,7 @@ class Run:
         self.tok = tok
         self.base = base
         self.adapter = adapter
+        self.measure = measure_of(self.cfg)
         for optimizer in optimizers.values():
             optimizer.skips = torch.zeros(3, device=self.rt.device)
         if decay := getattr(self.cfg, "ema", 0.0):
@@ -153,8 +150,8 @@ class Run:
         made_from = meta.pop("made_from", self.made_from)
         kept_by = meta.pop("keep", "")
         same = made_from["validation"] == self.made_from["validation"]
-        if same and kept_by == getattr(self.cfg, "keep", ""):
-            # of other data, or of another metric, they would mean nothing
+        if same and kept_by == self.measure:
+            # of other data, or of another measure, they would mean nothing
             self.best, self.evaluations = best, evaluations
         for name, skips in meta.pop("skips", {}).items():
             self.optimizers[name].skips = torch.tensor(skips, device=self.rt.device)
@@ -319,7 +316,7 @@ class Run:
             best=self.best,
             made_from=self.made_from,
             evaluations=self.evaluations,
-            keep=getattr(self.cfg, "keep", ""),
+            keep=self.measure,
             skips={name: o.skips.tolist() for name, o in self.optimizers.items()},
             config=settings_text(self.cfg),
         )
@@ -489,6 +486,20 @@ def settings_text(cfg):
     return "".join(f"{key}={text}\n" for key, text in pairs if key not in ("out", "resume"))
 
 
+def measure_of(cfg):
+    """The settings that decide what keep= measures, as text. "" where best/ has the lowest loss.
+
+    The content of local files counts too, since they may change under the same name."""
+    if not getattr(cfg, "keep", ""):
+        return ""
+    names = ("keep", "eval_tasks", "eval_shots", "eval_files", "eval_shot_files", "eval_limit")
+    pairs = config.texts(cfg)
+    paths = [path for path in (*cfg.eval_files, *cfg.eval_shot_files) if path]
+    return "".join(f"{name}={pairs[name]}\n" for name in names) + " ".join(
+        files.fingerprint(path) for path in paths
+    )
+
+
 def model_of_all(rt, params, data, validation):
     """The fingerprint of the models' parameters, on all ranks. UserError where they do not have the
     same fingerprints of the data."""
@@ -512,3 +523,9 @@ def refuse_validation(cfg, *keys):
     tasks |= {"patience"} if getattr(cfg, "keep", "") else set()
     for key in (key for key in keys if getattr(cfg, key) != -1 and key not in tasks):
         config.refuse(cfg, key, "without a validation split", "the data: prepare with val=")
+
+
+def tell(rt, text):
+    """Prints a line before the log is open."""
+    if rt.is_main:
+        print(text, flush=True)

@@ -46,7 +46,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from nano import config
+from nano import config, files
 from nano.config import UserError
 from prepare import records
 
@@ -62,23 +62,24 @@ def is_name(spec):
     return spec.partition(":")[0] in names() and not Path(spec).exists()
 
 
-def load(spec, file="", shot_file=""):
+def load(spec, file="", shot_file="", prefix=""):
     """The Task of NAME or NAME:PART. file, shot_file: local files in the place of the hub's splits.
+    prefix: "eval_" where the keys are those of a stage, such as eval_files=.
 
     UserError for a name or a part that does not exist."""
-    name, _, part = spec.partition(":")
+    name, colon, part = spec.partition(":")
     if name not in names():
         near = config.nearest(name, names())
         hint = f"did you mean '{near}'?" if near else f"there are {', '.join(names())}"
         raise UserError(f"unknown task '{name}'; {hint}")
     module = importlib.import_module(f"tasks.{name}")
     parts = getattr(module, "PARTS", {})
-    if part and part not in parts:
+    if colon and part not in parts:
         near = config.nearest(part, parts)
         known = f"its parts are {', '.join(parts)}" if parts else "it has no parts"
         hint = f"did you mean '{near}'?" if near else known
         raise UserError(f"unknown part '{part}' of the task {name}; {hint}")
-    return Task(spec, module, part, file, shot_file)
+    return Task(spec, module, part, file, shot_file, prefix)
 
 
 @dataclass
@@ -90,6 +91,7 @@ class Task:
     part: str = ""
     file: str = ""
     shot_file: str = ""
+    prefix: str = ""  # of the keys that messages name
 
     def __getattr__(self, key):
         if key.startswith("__"):  # which pickle and copy ask for before there is a module
@@ -113,17 +115,26 @@ class Task:
         if self.part and hasattr(self.module, "within"):
             kept = [record for record in kept if self.module.within(record, self.part)]
         if not kept:
-            raise UserError(
-                f"{self.shot_file if shots else self.file} has no record of {self.name}"
-            )
+            raise UserError(f"{self.source(shots)} has no record of {self.name}")
         return kept
+
+    def source(self, shots=False):
+        """Where the records come from: a local file, the program that makes them, or a hub id."""
+        path = self.shot_file if shots else self.file
+        if path:
+            return path
+        return f"the task {self.name}" if hasattr(self.module, "rows") else self.hub()[0]
+
+    def fingerprints(self):
+        """What names the content of the task's own file and of its local files, a list."""
+        paths = self.module.__file__, self.file, self.shot_file
+        return [files.fingerprint(path) if path else "" for path in paths]
 
     def source_rows(self, shots):
         """Yields (name of the source, line, row)."""
         path = self.shot_file if shots else self.file
         if path:
-            if not Path(path).is_file():
-                raise UserError(f"there is no file {path}")
+            files.check_file(path)
             with records.progress(None, "B") as bar:
                 for line, row in records.read_file(Path(path), bar):
                     yield path, line, row
@@ -133,7 +144,7 @@ class Task:
         elif shots and self.file:
             raise UserError(
                 f"the shots of {self.name} come from another split than {self.file}: "
-                "name its file in shot_files="
+                f"name its file in {self.prefix}shot_files="
             )
         else:
             name, configuration, split, shot_split = self.hub()
@@ -178,7 +189,9 @@ class Task:
         if self.has_choices:
             return self.choices(record)[min(self.gold(record))]
         if not hasattr(self.module, "answer"):
-            raise UserError(f"the task {self.name} has no answers to show: set shots=0 for it")
+            raise UserError(
+                f"the task {self.name} has no answers to show: set {self.prefix}shots=0 for it"
+            )
         return self.answer(record)
 
     def request(self, record):

@@ -242,6 +242,9 @@ def test_shots_that_do_not_fit(folder):
     assert all(len(c) + len(o) - 1 <= 20 for pairs in none.prompts for c, o in pairs)
     with pytest.raises(UserError, match="not one shot fits beside a record into the model's 40"):
         prepare(40)
+    task.prefix = "eval_"
+    with pytest.raises(UserError, match="40 tokens: set eval_shots=0$"):
+        prepare(40)
     with pytest.raises(UserError, match="an option has 9 tokens, and the model takes 5"):
         prepare(5, shots=0)
 
@@ -433,6 +436,57 @@ def test_a_run_its_files_and_its_resume(tmp_path, folder, capsys, monkeypatch):
     assert without_time(results(tmp_path / "new")) == without_time(document)
 
 
+def test_what_has_changed_under_its_name_is_measured_anew(tmp_path, folder, capsys, monkeypatch):
+    for name in ("model", "other", "scorer"):
+        tiny.model_dir(tmp_path / name, seed=len(name), head="score" if name == "scorer" else "lm")
+    for name in ("arc.jsonl", "arc_shots.jsonl", "gsm8k.jsonl"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "t.txt").write_text("Some text.")
+    (tmp_path / "p.txt").write_text("one")
+    tiny.store(tmp_path / "rows", tmp_path / "model", n=4, val=2)
+    done = []
+    add = eval_script.Results.add
+    monkeypatch.setattr(
+        eval_script.Results, "add", lambda self, name, *args: done.append(name) or add(self, name, *args)
+    )
+
+    def again():
+        done.clear()
+        run(
+            tmp_path, f"out={tmp_path}/out", f"text={tmp_path}/t.txt", f"data={tmp_path}/rows",
+            f"prompts={tmp_path}/p.txt", f"against={tmp_path}/other", f"reward={tmp_path}/scorer",
+            "max_new_tokens=2", "limit=2",
+        )  # fmt: skip
+        return done
+
+    def append(name, text):
+        with (tmp_path / name).open("a") as f:
+            f.write(text)
+
+    whole = ["arc:easy", "gsm8k", "text", "data", "prompts"]
+    assert again() == whole
+    assert again() == []
+    for name, text, anew in (
+        ("t.txt", " More.", "text"),
+        ("p.txt", "\ntwo", "prompts"),
+        ("arc.jsonl", "\n", "arc:easy"),
+        ("arc_shots.jsonl", "\n", "arc:easy"),
+        ("gsm8k.jsonl", "\n", "gsm8k"),
+    ):
+        append(name, text)
+        assert again() == [anew], name
+    for name in ("other", "scorer"):
+        tiny.model_dir(tmp_path / name, seed=99, head="score" if name == "scorer" else "lm")
+        assert again() == ["prompts"], name
+    tiny.store(tmp_path / "rows", tmp_path / "model", n=6, val=3)
+    assert again() == ["data"]
+    # the configuration is a part of the model
+    settings = json.loads((tmp_path / "model/config.json").read_text())
+    settings["rms_norm_eps"] = 0.1
+    (tmp_path / "model/config.json").write_text(json.dumps(settings))
+    assert again() == whole
+
+
 def test_ranks_and_batches_change_nothing(tmp_path, folder):
     run(folder, f"out={tmp_path}/one")
     one = without_time(results(tmp_path / "one"))
@@ -458,7 +512,7 @@ def test_refusals(tmp_path, folder):
                                      "number for all"),
         (["files=[a.jsonl]"], 'files= has 1 elements for 2 tasks: give one for each ("" for the'),
         (["tasks=[gsm8k,gsm8k]"], "the task gsm8k is named twice"),
-        (["tasks=[]", "shots=[0]", "files=[]", "shot_files=[]"], "nothing to measure: give tasks=, text="),
+        (["tasks=[]", "shots=[0]", "files=[]", "shot_files=[]", "chat=auto"], "nothing to measure: give tasks=, text="),
         (["tasks=[]"], "has no effect with tasks=[]"),
         ([f"model={folder}/scorer"], "scorer is a score model: it gives no text and no log-"),
         (["shots=[-1,0]"], "must be 0 or more each"),
@@ -572,6 +626,10 @@ def test_refusals_of_text_and_win_rate(tmp_path, folder, capsys):
          "is a score model"),
         ([f"text={tmp_path}/none.txt"], "is no file"),
         ([f"text={tmp_path}/e.jsonl"], "e.jsonl:1 has no field text"),
+        ([f"text={tmp_path}/p.txt", "chat=true"], "chat=true has no effect with tasks="),
+        ([f"text={tmp_path}/p.txt", "template=chatml"], "has no effect without tasks= and prompts="),
+        ([f"data={folder}", "batch_size=2"], "batch_size=2 has no effect without tasks= and prompts="),
+        ([f"data={folder}", "slots=2"], "slots=2 has no effect without tasks= and text="),
         (["max_length=5", "tasks=arc"], "max_length=5 has no effect without text= and data="),
     ):  # fmt: skip
         with pytest.raises(UserError) as e:

@@ -8,7 +8,8 @@ import tiny
 from test_eval import folder  # noqa: F401  the records
 
 import eval as eval_script
-from nano import config
+import sft
+from nano import config, run
 from nano.config import UserError
 
 NAMES = ["pretrain", "sft_lora", "dpo", "ppo_lora"]
@@ -109,13 +110,45 @@ def test_another_keep_starts_best_anew(tmp_path, prepared, folder):  # noqa: F81
     stages.alone([stages.job(prepared, "sft", out, *more)])
     highest = max(v["arc:easy/acc"] for step, v in measured(out).items() if step > 2)
     assert tiny.state(out / "state")[1]["meta"]["best"] == -highest
+    # the same measure goes on with the best so far, and one of fewer records does not
+    for change, last in (("steps=5", 5), ("eval_limit=1", 6)):
+        path = out / "state/state.json"
+        saved = json.loads(path.read_text())
+        saved["meta"]["best"] = -2.0
+        path.write_text(json.dumps(saved))
+        stages.alone([stages.job(prepared, "sft", out, *more, "steps=6", change)])
+        best = tiny.state(out / "state")[1]["meta"]["best"]
+        assert best == -2 if last == 5 else -1 <= best <= 0
+        assert max(measured(out)) == last
+
+
+def test_only_measures_of_the_same_records_are_compared(tmp_path, folder):  # noqa: F811
+    """What decides whether a resume goes on with the best value of before."""
+    file = tmp_path / "arc.jsonl"
+    file.write_bytes((folder / "arc.jsonl").read_bytes())
+
+    def measure(*more):
+        given = ["eval_tasks=[arc:easy]", f"eval_files=[{file}]", "keep=arc:easy/acc", *more]
+        return run.measure_of(config.load(sft.Config, tiny.override(given)))
+
+    first = measure()
+    assert first == measure("lr=1e-3", "eval_every=7")
+    changes = "keep=arc:easy/acc_norm", "eval_limit=3", "eval_shots=1", "eval_tasks=[arc]"
+    others = {measure(change) for change in changes}
+    others.add(measure("eval_files=[]"))
+    with file.open("a") as f:
+        f.write("\n")
+    assert len(others | {first, measure()}) == len(changes) + 3
+    assert measure("keep=") == measure("keep=", "eval_limit=3") == ""
 
 
 def test_refusals(tmp_path, prepared, folder):  # noqa: F811
     for more, message in (
         (["keep=arc:easy/em"], "keep=arc:easy/em names no metric of eval_tasks=: give arc:easy/acc,"),
         (["eval_tasks=[arcs,gsm8k]"], "unknown task 'arcs'; did you mean 'arc'?"),
-        (["eval_shots=[1,2,3]"], "shots= has 3 elements for 2 tasks"),
+        (["eval_shots=[1,2,3]"], "eval_shots= has 3 elements for 2 tasks"),
+        (["eval_shots=[4,0]"], "that may be shown: lower eval_shots="),
+        (["eval_shots=[0,1]"], "name its file in eval_shot_files="),
         (["eval_tasks=[]", "eval_shots=[1]"], "has no effect with eval_tasks=[]"),
     ):
         job = stages.job(prepared, "sft", tmp_path / "run", *settings(folder), *more)

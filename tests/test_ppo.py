@@ -434,13 +434,20 @@ def test_reward_functions(base, tmp_path):
         ),
         (
             "def f(prompt): return 1.0",
-            r"function f failed in .*: TypeError: f\(\) takes 1 positional argument",
+            "the function f must take prompt, response and finished, and may take the record",
         ),
-        ("def f(*args): return 'good'", "function f failed in .*: ValueError: could not convert"),
+        ("def f(a, b, c, d, e): return 1.0", "the function f must take prompt, response and"),
+        ("def f(a, b, c, *, d): return 1.0", "the function f must take prompt, response and"),
+        (
+            "def f(*args): return 'good'",
+            "function f returned 'good' for the response 'x', which is neither a number nor None",
+        ),
+        ("class F:\n def __call__(self, a, b, c): return [1]\nf = F()",
+         r"the function F returned \[1\] for"),
         ("def f(*args): return float('nan')", "function f gave nan for the response 'x'"),
         ("def f(*args): return 1e39", r"function f gave 1e\+39 for .* finite number in float32"),
         ("def f(*args): return -1e39", r"function f gave -1e\+39 for the response 'x'"),
-        ("def f(*args): return 10**400", "function f failed in .*: OverflowError"),
+        ("def f(*args): return 10**400", "function f gave inf for the response 'x'"),
     ],
 )
 def test_reward_functions_that_fail(base, tmp_path, body, said):

@@ -529,7 +529,8 @@ REWARDS = """
 def three(prompt, response, finished): return 1.0
 def four(prompt, response, finished, record): return float(record["answer"])
 def default(prompt, response, finished, record=None): return float(record["answer"])
-def other(prompt, response, finished, scale=2.0): return scale
+def other(prompt, response, finished, scale=None): return float(scale["answer"])
+def without(prompt, response, finished, scale=2.0): return scale
 def none(prompt, response, finished): return None if response == "x" else 0.5
 def shown(prompt, response, finished): return float("<|im_end|>" in response)
 """
@@ -538,15 +539,16 @@ def shown(prompt, response, finished): return float("<|im_end|>" in response)
 def test_rewards_with_records_and_none(model, tok, tmp_path):
     (tmp_path / "r.py").write_text(REWARDS)
 
-    def judge(name, special=False):
+    def judge(name, special=False, records=(dict(answer="4"), dict(answer="5"))):
         function = functions.load_function(f"{tmp_path}/r.py:{name}")
-        records = [dict(answer="4"), dict(answer="5")]
         ids = [[*b"x"], [*b"y", 257]]
         finished = torch.tensor([1.0, 1.0])
         return functions.judge(function, tok, ids, ids, finished, records, special).tolist()
 
-    assert judge("three") == [1, 1] and judge("other") == [2, 2]
-    assert judge("four") == judge("default") == [4, 5]
+    assert judge("three") == [1, 1]
+    assert judge("four") == judge("default") == judge("other") == [4, 5]
+    # where there is no record, the parameter keeps its default
+    assert judge("without", records=None) == [2, 2]
     first, second = judge("none")
     assert math.isnan(first) and second == 0.5
     assert judge("shown") == [0, 0] and judge("shown", special=True) == [0, 1]

@@ -227,6 +227,7 @@ def test_refusals(tmp_path):
         ("zzzz", "unknown task 'zzzz'; there are arc, "),
         ("arc:hard", "unknown part 'hard' of the task arc; "),
         ("piqa:easy", "unknown part 'easy' of the task piqa; it has no parts"),
+        ("gsm8k:", "unknown part '' of the task gsm8k; it has no parts"),
     ):
         with pytest.raises(UserError) as e:
             tasks.load(spec)
@@ -237,8 +238,22 @@ def test_refusals(tmp_path):
     broken.write_text(json.dumps(ARC) + "\n{")
     with pytest.raises(UserError, match=r"broken.jsonl:2: not valid JSON"):
         tasks.load("arc", str(broken)).records()
-    with pytest.raises(UserError, match="come from another split"):
-        tasks.load("arc", str(broken)).records(shots=True)
+    for prefix in ("", "eval_"):
+        with pytest.raises(UserError, match=f"another split than .*name its file in {prefix}shot_"):
+            tasks.load("arc", str(broken), prefix=prefix).records(shots=True)
+        with pytest.raises(UserError, match=f"no answers to show: set {prefix}shots=0"):
+            tasks.load("rules", prefix=prefix).answer_of({})
+
+
+def test_a_source_without_records_is_named(monkeypatch):
+    monkeypatch.setattr(tasks.Task, "source_rows", lambda self, shots: [])
+    for name, file, source in (
+        ("piqa", "f.jsonl", "f.jsonl has no record of piqa"),
+        ("gsm8k", "", "openai/gsm8k has no record of gsm8k"),
+        ("rules", "", "the task rules has no record of rules"),
+    ):
+        with pytest.raises(UserError, match=f"^{source}$"):
+            tasks.load(name, file).records()
 
 
 KEPT = {  # rule: (argument, texts that keep it, texts that do not)
