@@ -532,7 +532,7 @@ def test_a_folder_that_cannot_be_created_costs_no_time(tmp_path, folder, monkeyp
     for owner, name in ((evaluation, "measure"), (eval_script, "measure_text")):
         monkeypatch.setattr(owner, name, lambda *_: pytest.fail("measures"))
     more = [] if what == "tasks" else [
-        "tasks=[]", "shots=[0]", "files=[]", "shot_files=[]", f"text={tmp_path}/t.txt"]
+        "tasks=[]", "shots=[0]", "files=[]", "shot_files=[]", "chat=auto", f"text={tmp_path}/t.txt"]
     (tmp_path / "t.txt").write_text("a text")
     (tmp_path / "link").symlink_to("nowhere/at/all")
     with pytest.raises(FileExistsError, match="link"):
