@@ -6,6 +6,7 @@ What can be wrong with records and tokenizer files is tested beside their code.
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,7 +67,8 @@ def refused(result, *words):
     ), err
     for word in words:
         assert str(word) in err, err
-    assert len(err) < 450 and "<class" not in err and "Error(" not in err
+    short = re.sub(r"/[\w./-]{20,}", "PATH", err)  # the tests' own folders have long names
+    assert len(short) < 450 and "<class" not in err and "Error(" not in err
 
 
 def contents(dir):
