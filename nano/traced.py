@@ -113,7 +113,9 @@ def origin_of(text):
 
 def joined(parts, kind=Traced):
     parts = list(parts)
-    return kind("".join(parts), "".join([origin_of(part) for part in parts]))
+    text = new_str(kind, "".join(parts))
+    text.origin = "".join([p.origin if type(p) is Traced else origin_of(p) for p in parts])
+    return text
 
 
 def plus(a, b):
@@ -167,7 +169,9 @@ for name in ("lower", "upper", "capitalize", "title", "swapcase"):
 def traced(value, origin):
     """`value` with all of its strings Traced to one origin."""
     if isinstance(value, str):
-        return Traced(value, origin * len(value))
+        text = new_str(Traced, value)
+        text.origin = origin * len(value)
+        return text
     if isinstance(value, dict):
         return {traced(key, origin): traced(item, origin) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
