@@ -114,6 +114,7 @@ class PathText(str):
 
 
 def unquote(text):
+    """Text in double quotes as a JSON string, in which a line break may stand as it is."""
     quoted = re.fullmatch(QUOTED, text)
     return Quoted(json.loads(text, strict=False)) if quoted else text
 

@@ -15,8 +15,13 @@ SUBJECTS = """the sea, a lighthouse, bees, bread, the moon, chess, trains, a sma
 coffee, the violin, maps, bridges, a lost key, birds in a city, paper, volcanoes, clocks, salt,
 swimming, a market, the night sky, glass, friendship, a long walk, tea, castles, rain, cats,
 bicycles""".replace("\n", " ").split(", ")
-QUESTIONS = ["Tell me about {}.", "Write a short text about {}.", "Why do people like {}?",
-             "Describe {} to a child.", "What is special about {}?"]  # fmt: skip
+QUESTIONS = [
+    "Tell me about {}.",
+    "Write a short text about {}.",
+    "Why do people like {}?",
+    "Describe {} to a child.",
+    "What is special about {}?",
+]
 WORDS = "river paper window simple always bright number quiet".split()
 
 
@@ -52,7 +57,9 @@ FORM = dict(
         lambda text, n: sum(x.startswith("- ") for x in lines_of(text)) == n == len(lines_of(text)),
     ),
     sentences=(
-        "Use exactly {} sentences.", [1, 2, 3], lambda text, n: len(sentences_of(text)) == n
+        "Use exactly {} sentences.",
+        [1, 2, 3],
+        lambda text, n: len(sentences_of(text)) == n,
     ),
     paragraphs=(
         "Write {} paragraphs with an empty line between them.",
@@ -74,32 +81,32 @@ FORM = dict(
         ["double"],
         lambda text, _: len(text.strip()) > 2 and text.strip()[0] == text.strip()[-1] == '"',
     ),
-)  # fmt: skip
+)
 WORDING = dict(
     lower=(
-        "Use lowercase letters only{}.", [""],
+        "Use lowercase letters only{}.",
+        [""],
         lambda text, _: text == text.lower() and bool(words_of(text)),
     ),
     upper=(
-        "Use capital letters only{}.", [""],
+        "Use capital letters only{}.",
+        [""],
         lambda text, _: text == text.upper() and bool(words_of(text)),
     ),
     commas=(
-        "Do not use any commas{}.", [""], lambda text, _: "," not in text and bool(words_of(text))
+        "Do not use any commas{}.",
+        [""],
+        lambda text, _: "," not in text and bool(words_of(text)),
     ),
-    keyword=(
-        "Use the word {} at least twice.", WORDS, lambda text, word: has(text, word) >= 2
-    ),
+    keyword=("Use the word {} at least twice.", WORDS, lambda text, word: has(text, word) >= 2),
     without=(
         "Do not use the word {}.",
         ["the", "and", "is", "very"],
         lambda text, word: not has(text, word) and bool(words_of(text)),
     ),
-    most=(
-        "Use at most {} words.", [10, 20, 40], lambda text, n: 0 < len(words_of(text)) <= n
-    ),
+    most=("Use at most {} words.", [10, 20, 40], lambda text, n: 0 < len(words_of(text)) <= n),
     least=("Use at least {} words.", [30, 60, 90], lambda text, n: len(words_of(text)) >= n),
-)  # fmt: skip
+)
 RULES = FORM | WORDING
 # the text of a JSON object cannot keep these, nor can two kinds of letters
 CLASH = {("json", "upper"), ("json", "commas")}

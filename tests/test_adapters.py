@@ -128,7 +128,7 @@ KINDS = {
         dict(target_modules=["c_attn"], modules_to_save=["wte", "ln_f", "c_fc"], fan_in_fan_out=True),
     ),
     "GPT-2 embedding": ("gpt2", dict(target_modules=["c_attn", "wte"], fan_in_fan_out=True)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -224,7 +224,7 @@ REFUSED = [
     dict(layers_to_transform="1"),
     dict(trainable_token_indices=[999]),
     dict(trainable_token_indices={"q_proj": "a"}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("settings", HARMLESS, ids=str)

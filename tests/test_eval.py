@@ -20,7 +20,7 @@ FAMILIES = dict(
     windows=dict(windows=(8, 0), family="mistral"),
     learned=dict(positions="learned", norm="layer", mlp="plain", activation="gelu", mlp_bias=True,
                  qkv_bias=True, o_bias=True, family="gpt2", n_kv_heads=4),
-)  # fmt: skip
+)
 
 
 class OneProcess:
@@ -174,7 +174,7 @@ def test_shots(folder):
     shown = evaluation.draw_shots(task, pool, records, 2, seed=0)
     assert all(shots == shown[0] and len(shots) == 2 for shots in shown)
     draws = {tuple(r["question"] for r in evaluation.draw_shots(task, pool, records, 2, s)[0])
-             for s in range(20)}  # fmt: skip
+             for s in range(20)}
     assert len(draws) == 6  # ordered pairs out of three
     # a record is never shown to itself
     for record, shots in zip(pool, evaluation.draw_shots(task, pool, pool, 2, 0), strict=True):
@@ -186,7 +186,7 @@ def test_shots(folder):
 def test_shots_in_order_and_of_the_same_subject(tmp_path):
     subjects = ["anatomy", "virology"]
     rows = [GOLDEN["mmlu"][0] | dict(subject=s, question=f"{s} {i}")
-            for i in range(3) for s in subjects]  # fmt: skip
+            for i in range(3) for s in subjects]
     path = str(tiny.jsonl(tmp_path / "rows.jsonl", rows))
     task = tasks.load("mmlu", path, path)
     records = task.records()
@@ -207,7 +207,7 @@ def test_plain_prompts_and_conversations(tmp_path, folder):
     def prompts(chat):
         benchmark = evaluation.prepare(tasks.load("mmlu", path, shots), tok, cfg, 1, chat=chat)
         return [[tok.decode(ids, skip_special=False) for ids in pair]
-                for pair in benchmark.prompts[0]]  # fmt: skip
+                for pair in benchmark.prompts[0]]
 
     assert prompts("false") == [[f"{intro}{shot} B\n\n{MMLU}", f" {x}"] for x in "ABCD"]
     chat = (
@@ -334,7 +334,7 @@ def test_perplexity_of_single_options(rt, tmp_path, folder):
         evaluation.prepare(task, tok, model.cfg, chat="false"), model, tok, rt
     )
     nll = [-plain_logprobs(model, tok.encode(c), tok.encode(o))[0]
-           for c, o in (("ab", " cd"), ("x", " y"))]  # fmt: skip
+           for c, o in (("ab", " cd"), ("x", " y"))]
     assert result.metrics["perplexity"] == pytest.approx(math.exp(sum(nll) / 2), rel=1e-3)
     error = abs(nll[0] - nll[1]) / 2 * result.metrics["perplexity"]
     assert result.stderr["perplexity"] == pytest.approx(error, rel=1e-3)
@@ -404,7 +404,7 @@ def test_a_run_its_files_and_its_resume(tmp_path, folder, capsys, monkeypatch):
     assert document["average"] == pytest.approx(sum(centred) / 2)
     assert centred[0] == pytest.approx((document["arc:easy"]["metrics"]["acc"] - 0.25) / 0.75)
     assert any(line.startswith("arc:easy") and "shots 1, plain" in line
-               for line in table)  # fmt: skip
+               for line in table)
     examples = [json.loads(line) for line in (tmp_path / "out/arc-easy.jsonl").open()]
     accuracy = np.mean([e["acc"] for e in examples])
     assert len(examples) == 9 and accuracy == document["arc:easy"]["metrics"]["acc"]
@@ -456,7 +456,7 @@ def test_what_has_changed_under_its_name_is_measured_anew(tmp_path, folder, caps
             tmp_path, f"out={tmp_path}/out", f"text={tmp_path}/t.txt", f"data={tmp_path}/rows",
             f"prompts={tmp_path}/p.txt", f"against={tmp_path}/other", f"reward={tmp_path}/scorer",
             "max_new_tokens=2", "limit=2",
-        )  # fmt: skip
+        )
         return done
 
     def append(name, text):
@@ -520,7 +520,7 @@ def test_refusals(tmp_path, folder):
         ([f"files=[{folder}/gsm8k.jsonl,{folder}/gsm8k.jsonl]"], "gsm8k.jsonl:1: the field"),
         (["shots=[0,1]"], "the shots of gsm8k come from another split than"),
         ([f"out={folder}/arc.jsonl"], "is a file: give a folder"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError) as e:
             run(folder, f"out={tmp_path}/out", *more)
         assert message in str(e.value), more
@@ -576,7 +576,7 @@ def test_loss_of_a_prepared_folder(tmp_path, folder, capsys):
     tiny.store(tmp_path / "rows", folder / "model", n=9, val=5)
     document = measured(capsys, f"model={folder}/model", f"data={tmp_path}/rows")
     settings = dict(model=folder / "model", data=tmp_path / "rows", out=tmp_path / "sft", epochs=0,
-                    device="cpu", dtype="float32", samples=0, max_length=64)  # fmt: skip
+                    device="cpu", dtype="float32", samples=0, max_length=64)
     tiny.train("sft", tiny.arguments(settings))
     (line,) = tiny.records(tmp_path / "sft", "eval")
     for name, value in document["data"]["metrics"].items():
@@ -592,7 +592,7 @@ def test_win_rate(tmp_path, folder, capsys):
         values = measured(
             capsys, f"model={model}", f"against={against}", f"reward={folder}/scorer",
             f"prompts={tmp_path}/prompts.txt", "max_new_tokens=6", f"out={tmp_path}/out",
-        )["prompts"]  # fmt: skip
+        )["prompts"]
         examples = [json.loads(line) for line in (tmp_path / "out/prompts.jsonl").open()]
         return values, examples
 
@@ -631,7 +631,7 @@ def test_refusals_of_text_and_win_rate(tmp_path, folder, capsys):
         ([f"data={folder}", "batch_size=2"], "batch_size=2 has no effect without tasks= and prompts="),
         ([f"data={folder}", "slots=2"], "slots=2 has no effect without tasks= and text="),
         (["max_length=5", "tasks=arc"], "max_length=5 has no effect without text= and data="),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError) as e:
             measured(capsys, model, *argv)
         assert message in str(e.value), argv

@@ -73,16 +73,16 @@ def test_measured_before_during_and_after(tmp_path, prepared, folder, name, caps
     assert tiny.same_tensors(
         out / "best", out / "last", "model" if name == "pretrain" or name == "dpo" else
         "adapter_model"
-    ) == (values[4]["arc:easy/acc_norm"] > values[2]["arc:easy/acc_norm"])  # fmt: skip
+    ) == (values[4]["arc:easy/acc_norm"] > values[2]["arc:easy/acc_norm"])
 
 
 def test_ranks_measure_the_same(tmp_path, prepared, folder):  # noqa: F811
     out = tmp_path / "one"
     stages.alone([stages.job(prepared, "sft", out, *settings(folder))])
     jobs = [stages.job(prepared, "sft", tmp_path / parallel, *settings(folder),
-                       f"parallel={parallel}") for parallel in ("ddp", "fsdp")]  # fmt: skip
+                       f"parallel={parallel}") for parallel in ("ddp", "fsdp")]
     jobs.append(stages.job(prepared, "ppo", tmp_path / "ppo", *settings(folder), "parallel=fsdp",
-                           "eval_limit=1"))  # fmt: skip
+                           "eval_limit=1"))
     status, output = tiny.processes(tmp_path, jobs)
     assert status == 0, output
     for parallel in ("ddp", "fsdp"):
@@ -94,7 +94,7 @@ def test_ranks_measure_the_same(tmp_path, prepared, folder):  # noqa: F811
 def test_without_a_validation_split(tmp_path, prepared, folder):  # noqa: F811
     tiny.store(tmp_path / "rows", prepared / "model", val=0)
     job = stages.job(prepared, "sft", tmp_path / "run", *settings(folder), "sample_every=0",
-                     f"data={tmp_path}/rows")  # fmt: skip
+                     f"data={tmp_path}/rows")
     stages.alone([job])
     assert [*measured(tmp_path / "run")] == [0, 2, 4] and not (tmp_path / "run/best").exists()
     job[1].extend(["keep=gsm8k/em", "resume=false"])

@@ -24,37 +24,37 @@ GOLDEN["hellaswag"] = (
     "Baking: A man. bakes. He",
     [("Baking: A man. bakes. He", " sleeps long."), ("Baking: A man. bakes. He", " eats it.")],
     {1},
-)  # fmt: skip
+)
 GOLDEN["piqa"] = (
     dict(goal="Open a jar", sol1="Turn the lid.", sol2="Turn the jar.", label=0),
     "Question: Open a jar\nAnswer:",
     [("Question: Open a jar\nAnswer:", " Turn the lid."),
      ("Question: Open a jar\nAnswer:", " Turn the jar.")],
     {0},
-)  # fmt: skip
+)
 GOLDEN["winogrande"] = (
     dict(sentence="Ann thanked Bob because _ had helped.", option1="Ann", option2="Bob", answer="2"),
     "Ann thanked Bob because _ had helped.\nWhat is the blank, Ann or Bob?\nAnswer:",
     [("Ann thanked Bob because Ann", " had helped."),
      ("Ann thanked Bob because Bob", " had helped.")],
     {1},
-)  # fmt: skip
+)
 BOOLQ = "Iron is a metal.\nQuestion: is iron a metal?\nAnswer:"
 GOLDEN["boolq"] = (
     dict(passage="Iron is a metal.", question="is iron a metal", label=1),
     BOOLQ, [(BOOLQ, " no"), (BOOLQ, " yes")], {1},
-)  # fmt: skip
+)
 GOLDEN["openbookqa"] = (
     dict(question_stem="Iron is", choices=dict(text=["a metal", "a food"], label=["A", "B"]),
          answerKey="B "),
     "Iron is", [("Iron is", " a metal"), ("Iron is", " a food")], {1},
-)  # fmt: skip
+)
 GOLDEN["commonsense_qa"] = (
     dict(question="Where is a key? ",
          choices=dict(text=["door", "sea"], label=["A", "B"]), answerKey="A"),
     "Question: Where is a key?\nA. door\nB. sea\nAnswer:",
     [("Question: Where is a key?\nA. door\nB. sea\nAnswer:", f" {x}") for x in "AB"], {0},
-)  # fmt: skip
+)
 GOLDEN["lambada"] = (
     dict(text="He opened the door"), "He opened the", [("He opened the", " door")], {0}
 )
@@ -62,17 +62,17 @@ MMLU = "What is 1+1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
 GOLDEN["mmlu"] = GOLDEN["mmlu:stem"] = (
     dict(question=" What is 1+1?", choices=[*"1234"], answer=1, subject="abstract_algebra"),
     MMLU, [(MMLU, f" {x}") for x in "ABCD"], {1},
-)  # fmt: skip
+)
 GOLDEN["truthfulqa"] = (
     dict(question="Is it?", mc1_targets=dict(choices=["No.", "Yes."], labels=[1, 0]),
          mc2_targets=dict(choices=["No.", "Never.", "Yes."], labels=[1, 1, 0])),
     "Q: Is it?\nA:", [("Q: Is it?\nA:", f" {x}") for x in ("No.", "Yes.", "Never.")], {0},
-)  # fmt: skip
+)
 GOLDEN["twitter_complaints"] = (
     {"Tweet text": "@shop it is broken", "Label": 1},
     "Tweet: @shop it is broken\nLabel:",
     [("Tweet: @shop it is broken\nLabel:", f" {x}") for x in ("complaint", "no complaint")], {0},
-)  # fmt: skip
+)
 
 ANSWERS = {}  # task: (row, prompt, {answer: (score, strict score)})
 ANSWERS["gsm8k"] = (
@@ -145,7 +145,7 @@ def test_choices(tmp_path, spec):
     task, record = one_record(tmp_path, spec, row)
     assert (task.prompt(record), task.options_of(record), task.gold(record)) == (
         prompt, options, gold
-    )  # fmt: skip
+    )
     right = min(gold)
     assert task.shot(record) == "".join(options[right])
     assert task.answer_of(record) == task.choices(record)[right]
@@ -181,7 +181,7 @@ def test_truthfulqa_metrics(tmp_path):
     task, record = one_record(tmp_path, "truthfulqa", GOLDEN["truthfulqa"][0])
     # No. 1/8, Yes. 1/4, Never. 1/8: the likeliest of the two of mc1 is false, and half is true
     assert task.metrics(record, [-3 * 0.6931471805599453, -2 * 0.6931471805599453,
-                                 -3 * 0.6931471805599453]) == pytest.approx(dict(mc1=0, mc2=0.5))  # fmt: skip
+                                 -3 * 0.6931471805599453]) == pytest.approx(dict(mc1=0, mc2=0.5))
     assert task.metrics(record, [-1, -2, -900])["mc1"] == 1
     assert task.metrics(record, [-900, -800, -900])["mc2"] == pytest.approx(0, abs=1e-9)
     assert task.chance_of(record) == 0.5
@@ -196,7 +196,7 @@ def test_mmlu_parts(tmp_path):
     task = tasks.load("mmlu", path)
     assert [*map(task.groups_of, task.records())] == [
         ["stem", "abstract_algebra"], ["other", "virology"],
-    ]  # fmt: skip
+    ]
     assert task.intro_of(task.records()[0]).endswith("about abstract algebra.\n\n")
     assert len(tasks.load("mmlu").PARTS) == 57 + 4
     with pytest.raises(UserError, match="has no record of mmlu:anatomy"):
@@ -335,11 +335,11 @@ def test_a_task_prepares_rows_and_scores_as_a_reward(tmp_path):
 
     settings = dict(model=tmp_path / "model", data=tmp_path / "rules", out=tmp_path / "run", steps=1,
                     reward="rules", batch_size=4, micro_batch=2, group=2, algo="grpo",
-                    max_new_tokens=8, max_prompt=250, device="cpu", dtype="float32")  # fmt: skip
+                    max_new_tokens=8, max_prompt=250, device="cpu", dtype="float32")
     tiny.train("ppo", tiny.arguments(settings))
     (line,) = tiny.records(tmp_path / "run", "train")
     assert 0 <= line["reward"] <= 1
     for reward, message in (("arc", "scores no answers; those that do are arithmetic, gsm8k"),
-                            ("gsm8k", "a prompt comes with the field 'question'|'answer'")):  # fmt: skip
+                            ("gsm8k", "a prompt comes with the field 'question'|'answer'")):
         with pytest.raises(UserError, match=message):
             tiny.train("ppo", tiny.arguments(settings | dict(reward=reward, out=tmp_path / "r")))
