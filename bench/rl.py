@@ -85,8 +85,8 @@ def run_ours(cfg, folder):
     if not cfg.ends:
         load = tokenizer.load
 
-        def endless(*args):
-            tok = load(*args)
+        def endless(*args, **keys):
+            tok = load(*args, **keys)
             tok.stop_ids = ()
             return tok
 
