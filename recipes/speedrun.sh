@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A chat model through SFT, DPO and GRPO on arithmetic, measured after each stage.
 #
-#   bash recipes/speedrun.sh              # about 20 minutes on two CPU cores; PYTHON= another python
+#   bash recipes/speedrun.sh              # PYTHON= another python
 #
 # It writes out/speedrun/ and a table. The same command goes on where it was interrupted.
 set -euo pipefail
