@@ -150,8 +150,9 @@ class Rope:
         self.beta = scaling.get("llama_4_scaling_beta")
 
     def __call__(self, positions, lengths, dtype):
-        """What `rotate` needs, in dtype: cos and sin (B, T, 1, rotated numbers), and in models with
-        llama_4_scaling_beta the factor of each query (B, T, 1, 1).
+        """What `rotate` needs, in dtype: cos and sin (B, T, 1, rotated numbers), sin negative in
+        the first half, and in models with llama_4_scaling_beta the factor of each query
+        (B, T, 1, 1).
 
         positions (B, T). lengths() -> (B, T): of each token's document, for "longrope".
         """
@@ -159,7 +160,8 @@ class Rope:
         if self.long is not None:
             self.long = self.long.to(positions.device)
             inv_freq = torch.where(lengths()[..., None] > self.original, self.long, inv_freq)
-        angles = (positions[..., None].float() * inv_freq).repeat(1, 1, 2)[:, :, None]
+        angles = positions[..., None, None].float() * inv_freq.unsqueeze(-2)
+        angles = torch.cat((-angles, angles), dim=-1)
         out = [angles.cos() * self.magnitude, angles.sin() * self.magnitude]
         if self.beta:
             beyond = (positions // self.original)[..., None, None]
@@ -171,8 +173,7 @@ def rotate(x, cos, sin):
     """Rotates the first numbers of each head of x (B, T, heads, D), as many as cos and sin
     (B, T, 1, .) have. Pairs are (i, i + half), Hugging Face's order."""
     x, rest = x.tensor_split([cos.shape[-1]], dim=-1)
-    a, b = x.chunk(2, dim=-1)
-    x = x * cos + torch.cat((-b, a), dim=-1) * sin
+    x = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
     return torch.cat((x, rest), dim=-1) if rest.shape[-1] else x
 
 
@@ -336,9 +337,9 @@ def plain_attention(q, k, v, seen, extras):
 def one_query(q, k, v, seen, extras):
     """A decoding step: q (B, H, 1, D), seen (B, 1, 1, S) -> (B, H, 1, D).
 
-    On a CPU plain products beat the fused kernel, which is made for long queries.
+    On a CPU plain products in bf16 beat the fused kernel, which is made for long queries.
     """
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return plain_attention(q, k, v, seen, extras)
     B, K, _, D = k.shape
     q = q.reshape(B, K, -1, D)
@@ -469,9 +470,8 @@ def remember(k, v, slots, cache):
         for cached, new in zip(cache, (k, v), strict=True):
             cached[:, :, : new.shape[2]] = new
         return k, v
-    rows = torch.arange(len(k), device=k.device)[:, None]
     for cached, new in zip(cache, (k, v), strict=True):
-        cached[rows, :, slots] = new.transpose(1, 2).to(cached.dtype)
+        cached.scatter_(2, slots[:, None, :, None].expand_as(new), new.to(cached.dtype))
     return [cached.to(k.dtype) for cached in cache]
 
 

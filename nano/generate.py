@@ -43,6 +43,25 @@ class Samples:
 # ---------------------------------------------------------------------- sampling
 
 
+def nucleus_from(logits, top_p):
+    """logits (V,) -> (1,): the smallest logit of the fewest tokens whose probabilities add up to
+    top_p. Only those are sorted that may be among them."""
+    probs = logits.softmax(-1)
+    # all that are less likely add up to less than 1 - top_p
+    least = (1 - top_p) / len(probs)
+    few = (probs >= least).nonzero()[:, 0]
+    while True:  # the bound rises for as long as enough is left
+        least *= 8
+        fewer = few[probs[few] >= least]
+        if not probs[fewer].sum() > top_p + 1e-3:
+            break
+        few = fewer
+    best, order = logits[few].sort(descending=True)
+    probs = probs[few[order]]
+    count = (probs.cumsum(0) - probs < top_p).sum()
+    return best[count - 1 : count] if count else logits.amax(-1, keepdim=True)  # 0 for NaN
+
+
 def keep_from(logits, top_k=0, top_p=1.0):
     """logits (R, V) -> (R, 1): the smallest logit that stays in each row.
 
@@ -50,15 +69,50 @@ def keep_from(logits, top_k=0, top_p=1.0):
     (Holtzman et al. 2019, arXiv:1904.09751). A tie with the smallest one stays too.
     """
     V = logits.shape[-1]
-    # sorting a whole vocabulary is slow on a CPU, and 1,024 tokens mostly hold top_p
-    count = top_k or (1024 if logits.device.type == "cpu" else V)
-    best = logits.topk(min(count, V)).values
-    norm = (best if top_k else logits).logsumexp(-1, keepdim=True)
-    probs = (best - norm).exp()
-    if not top_k and count < V and not (probs.sum(-1) > top_p + 1e-3).all():
-        best = logits.topk(V).values
-        probs = (best - norm).exp()
+    if not top_k and logits.device.type == "cpu":  # which takes long to sort a whole vocabulary
+        return torch.stack([nucleus_from(row, top_p) for row in logits])
+    best = logits.topk(min(top_k or V, V)).values
+    probs = best.softmax(-1)
     return best.masked_fill(probs.cumsum(-1) - probs >= top_p, torch.inf).amin(-1, keepdim=True)
+
+
+def in_blocks(x, fill):
+    """x (R, V) -> (R, V / 256, 256). A CPU reduces blocks many times as fast as one whole
+    vocabulary."""
+    missing = -x.shape[1] % 256
+    if missing:
+        x = F.pad(x, (0, missing), value=fill)
+    return x.view(len(x), -1, 256)
+
+
+def argmax(x):
+    """x (R, V) -> (R, 1): where the largest number of each row is, the first of equals."""
+    blocks = in_blocks(x, -torch.inf)
+    best = blocks.amax(-1).argmax(-1, keepdim=True)
+    inside = blocks.gather(1, best[..., None].expand(-1, -1, 256))[:, 0]
+    return best * 256 + inside.argmax(-1, keepdim=True)
+
+
+def first_above(total, threshold):
+    """The first place of each row of growing sums (R, n) that is above threshold (R, 1). The sum
+    has grown there, even if the threshold was rounded up to the last sum."""
+    threshold = torch.minimum(threshold, total[:, -1:] * (1 - 2**-23))
+    if total.device.type == "xla":  # which has no searchsorted
+        return (total <= threshold).sum(-1, keepdim=True)
+    return torch.searchsorted(total, threshold, right=True)
+
+
+def draw(probs, uniform):
+    """probs (R, V), which need not add up to 1, and uniform (R,) in [0, 1) -> tokens (R, 1), by
+    inverting the cumulative distribution: first that of blocks, then within one."""
+    blocks = in_blocks(probs, 0.0)
+    total = blocks.sum(-1).cumsum(-1)
+    threshold = uniform[:, None] * total[:, -1:]
+    block = first_above(total, threshold).clamp(max=total.shape[1] - 1)  # beyond the end for NaN
+    before = F.pad(total, (1, 0)).gather(1, block)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, 256))[:, 0].cumsum(-1)
+    token = block * 256 + first_above(inside, threshold - before)
+    return token.clamp(max=probs.shape[1] - 1)
 
 
 def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
@@ -71,22 +125,16 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """
     logits = logits.float()
     if temperature == 0:
-        best, token = logits.log_softmax(-1).max(-1)
-        return token, best
+        token = argmax(logits)
+        logprob = logits.log_softmax(-1).gather(1, token)
+        return token[:, 0], logprob[:, 0]
     logits = logits / temperature
-    logprobs = logits.log_softmax(-1)
-    probs = logprobs.exp()
+    probs = logits.softmax(-1)
+    kept = probs
     if top_k or top_p < 1:
-        probs = probs.masked_fill(logits < keep_from(logits, top_k, top_p), 0.0)
-    total = probs.cumsum(-1)
-    # the first token at which the sum exceeds the threshold, which never has probability 0
-    threshold = uniform[:, None] * total[:, -1:]
-    if logits.device.type == "xla":  # which has no searchsorted
-        token = (total <= threshold).sum(-1, keepdim=True)
-    else:
-        token = torch.searchsorted(total, threshold, right=True)
-        token = token.clamp(max=logits.shape[-1] - 1)  # beyond the end for NaN, see `collect`
-    return token[:, 0], logprobs.gather(1, token)[:, 0]
+        kept = probs.masked_fill(logits < keep_from(logits, top_k, top_p), 0.0)
+    token = draw(kept, uniform)
+    return token[:, 0], probs.gather(1, token)[:, 0].log()
 
 
 # ---------------------------------------------------------------------- the model for decoding
@@ -97,27 +145,82 @@ def has_fast_bf16():
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-class FrozenLinear(nn.Module):
-    """A linear layer for inference.
+def fits_fp16(weight):
+    """Whether fp16 holds a weight to within 2^-25, which sums in fp32 round away. It holds every
+    checkpoint that was saved in 16 bits, bf16 included, and next to no weight after training."""
+    return all(
+        (piece.half().float() - piece).abs_().amax() <= 2**-25
+        for piece in weight.float().flatten().split(2**18)  # which stay in the processor's cache
+    )
 
-    With `pack` the weight is stored in oneDNN's blocked layout, which F.linear would rebuild in
-    every call. Steps on a CPU are then 1.5x faster.
-    """
+
+def layout_of(weight):
+    """How a CPU reads a weight fastest (bench/README.md): plain, as F.linear takes it, which
+    rearranges it in every call; blocked by oneDNN; or in FBGEMM's fp16, half of an fp32 weight's
+    bytes, whose products are fp32 all the same."""
+    if weight.numel() < 2**16:  # the call would cost more than the product
+        return "plain"
+    if weight.dtype == torch.bfloat16 and has_fast_bf16():
+        return "blocked"
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        return "plain"
+    if fits_fp16(weight):
+        return "fp16"
+    return "blocked" if weight.dtype == torch.float32 else "plain"
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer for inference. With `pack` a CPU stores the weight as it reads it fastest."""
 
     def __init__(self, weight, bias, pack):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.bias = bias
-        # for small weights the call of oneDNN costs more than the product
-        self.packed = pack and weight.numel() >= 2**16
-        if self.packed:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
-        self.weight = weight
+        self.weight, self.bias = weight, bias
+        self.layout = layout_of(weight) if pack else "plain"
+        if self.layout == "fp16":
+            bias = None if bias is None else bias.float()
+            self.weight = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
+        elif self.layout == "blocked":
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
 
     def forward(self, x):
-        if self.packed:
+        if self.layout == "fp16":
+            return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.weight).to(x.dtype)
+        if self.layout == "blocked":
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
+
+
+class Fused:
+    """Layers that read the same input, as one product. The first that is called computes it for
+    all of them."""
+
+    def __init__(self, linear, sizes):
+        self.linear = linear
+        self.sizes = sizes  # outputs of each layer
+        self.x = None
+        self.parts = {}
+
+    def take(self, number, x):
+        if self.x is not x:
+            self.x = x
+            self.parts = dict(enumerate(self.linear(x).split(self.sizes, dim=-1)))
+        part = self.parts.pop(number)
+        if not self.parts:  # the memory is free for the next layer
+            self.x = None
+        return part
+
+
+class Part(nn.Module):
+    """One of the layers of a Fused."""
+
+    def __init__(self, fused, number):
+        super().__init__()
+        self.fused = fused
+        self.number = number
+
+    def forward(self, x):
+        return self.fused.take(self.number, x)
 
 
 def device_of(p):
@@ -133,12 +236,21 @@ def frozen(p, dtype):
     return None if p is None else p.detach().to(dtype)
 
 
+def base_of(module):
+    return module.base if isinstance(module, LoRA) else module
+
+
+def is_plain(module):
+    """Whether a linear layer has a plain matrix. A quantised one has a method `dense`."""
+    return not hasattr(base_of(module), "dense")
+
+
 def frozen_linear(module, dtype, pack):
     """A linear layer for decoding. The adapter is folded in where packing copies the weight anyway.
-    A base that is no plain matrix (it has a method `dense`) is called as it is."""
-    base = module.base if isinstance(module, LoRA) else module
+    A base that is no plain matrix is called as it is."""
+    base = base_of(module)
     active = getattr(module, "active", None)
-    plain = not hasattr(base, "dense")
+    plain = is_plain(module)
     # the norm that DoRA divides by is not worth computing at each step
     folded = active is None or plain and (pack or active in module.lora_magnitude)
     linear = base
@@ -156,25 +268,65 @@ def frozen_linear(module, dtype, pack):
     return adapted
 
 
+def fused(modules, dtype):
+    """Plain linear layers that read the same input, packed as one: a Part for each."""
+    weight = torch.cat([frozen(dense(m), dtype) for m in modules])
+    biases = [frozen(base_of(m).bias, dtype) for m in modules]
+    bias = None if biases[0] is None else torch.cat(biases)
+    linear = FrozenLinear(weight, bias, pack=True)
+    shared = Fused(linear, [base_of(m).out_features for m in modules])
+    return [Part(shared, i) for i in range(len(modules))]
+
+
 def snapshot(model, dtype, pack):
     """A copy of the model for decoding, in evaluation mode, without its head.
 
     A new model and no deepcopy, because the hooks of FSDP, tensor parallelism and torch.compile
-    must stay behind. It shares the tensors that need neither a cast nor packing. Each call of
-    generate builds it anew, since training changes the weights.
+    must stay behind. It shares the tensors that need neither a cast nor packing. With `pack` the
+    layers that read the same input (COLUMN) become one product.
     """
     new = empty(model.cfg).eval()
     for name, module in list(new.model.named_modules(prefix="model")):
-        source = model.get_submodule(name)
-        if isinstance(module, nn.Linear):
-            new.set_submodule(name, frozen_linear(source, dtype, pack))
+        if isinstance(module, nn.Linear):  # its parent has replaced it
             continue
+        source = model.get_submodule(name)
+        names = [n for n, child in module.named_children() if isinstance(child, nn.Linear)]
+        linears = {n: source.get_submodule(n) for n in names}
+        together = [n for n in getattr(module, "COLUMN", ()) if n in linears]
+        if pack and len(together) > 1 and all(is_plain(linears[n]) for n in together):
+            parts = fused([linears.pop(n) for n in together], dtype)
+            for n, part in zip(together, parts, strict=True):
+                setattr(module, n, part)
+        for n, linear in linears.items():
+            setattr(module, n, frozen_linear(linear, dtype, pack))
         for key, p in source._parameters.items():
             setattr(module, key, nn.Parameter(frozen(p, dtype), requires_grad=False))
     if device_of(model.head_weight).type == "xla":
         for layer, source in zip(new.layers, model.layers, strict=True):
             layer._forward_hooks = source._forward_hooks  # they keep activations sharded by row
     return new
+
+
+class Decoder:
+    """A model as it decodes: a copy that does not follow training, cast and packed.
+
+    generate makes one for each call. Where the weights stand still over many calls, make it once
+    and give it to generate in the model's place. dtype: by default autocast's, or the model's.
+    """
+
+    def __init__(self, model, dtype=None, pack=None):
+        self.cfg = model.cfg
+        self.device = device = device_of(model.head_weight)
+        if dtype is None and torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        self.dtype = dtype = dtype or model.head_weight.dtype
+        pack = device.type == "cpu" if pack is None else pack
+        self.model = snapshot(model, dtype, pack)
+        self.head = FrozenLinear(frozen(model.head_weight, dtype), None, pack)
+        _, self.scale, self.cap = model.head
+
+    def logits(self, hidden):
+        return soft_cap(self.head(hidden * self.scale), self.cap)
 
 
 class Batch:
@@ -184,15 +336,12 @@ class Batch:
     graph. longest: most new tokens of a sample. sampling: keyword arguments of `choose`.
     """
 
-    def __init__(self, model, rows, longest, stop_ids, sampling, plan):
-        device = device_of(model.head_weight)
-        autocast = torch.is_autocast_enabled(device.type)
-        self.dtype = torch.get_autocast_dtype(device.type) if autocast else model.head_weight.dtype
-        self.model = snapshot(model, self.dtype, plan.pack)
-        self.head = FrozenLinear(frozen(model.head_weight, self.dtype), None, plan.pack)
-        _, self.logit_scale, self.logit_cap = model.head
+    def __init__(self, decoder, rows, longest, stop_ids, sampling, plan):
+        self.decoder = decoder
+        self.model = decoder.model
+        self.dtype = decoder.dtype
+        self.device = device = decoder.device
         self.sampling = sampling
-        self.device = device
         self.stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
         self.cache = self.model.new_cache(rows, 0, self.dtype)
         self.use_graphs = plan.graphs
@@ -276,7 +425,7 @@ class Batch:
         cache = [(keys[:rows], values[:rows]) for keys, values in self.cache]
         hidden = self.model.hidden(last[:, None], position[:, None], cache=cache)
         at = count[:, None]
-        logits = soft_cap(self.head(hidden[:, 0] * self.logit_scale), self.logit_cap)
+        logits = self.decoder.logits(hidden[:, 0])
         token, logprob = choose(logits, uniform.gather(1, at)[:, 0], **self.sampling)
         tokens.scatter_(1, at, token[:, None])
         logprobs.scatter_(1, at, logprob[:, None])
@@ -329,7 +478,7 @@ class Plan:
     # batch runs to its end in one shape
     shapes: str
     sync_every: int  # steps between two looks at which rows are done
-    pack: bool = False  # copies the weights into oneDNN's layout, in as much memory again
+    pack: bool = False  # copies the weights into a layout for the CPU
     graphs: bool = False  # replays steps as CUDA graphs
     span: int = 64  # the cache grows by so many slots: few shapes, and short samples stay cheap
 
@@ -337,7 +486,7 @@ class Plan:
     def for_device(cls, device, longest):
         """longest: most new tokens of a sample. Copying the weights pays off from 16 on."""
         if device.type == "cpu":
-            return cls("free", 1, pack=has_fast_bf16() and longest >= 16)
+            return cls("free", 1, pack=longest >= 16)
         if device.type == "xla":  # compiles each shape
             return cls("fixed", 8)
         graphs = device.type == "cuda"  # which records each shape
@@ -523,10 +672,13 @@ def generate(
         rng = np.random.default_rng([seed, sample_ids[sample]])
         return rng.random(longest + 1, dtype=np.float32)
 
-    plan = replace(Plan.for_device(device_of(model.head_weight), longest), **(plan or {}))
+    decoder = model if isinstance(model, Decoder) else None
+    device = decoder.device if decoder else device_of(model.head_weight)
+    plan = replace(Plan.for_device(device, longest), **(plan or {}))
+    decoder = decoder or Decoder(model, pack=plan.pack)
     rows = min(batch_size, len(prompts))
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    batch = Batch(model, rows, longest, stop_ids, sampling, plan)
+    batch = Batch(decoder, rows, longest, stop_ids, sampling, plan)
     scheduler = Scheduler(batch, plan, rows, prompts, limits, group, uniforms)
     while scheduler.waiting or scheduler.live:
         if scheduler.wants_refill():
