@@ -17,7 +17,7 @@ otherwise in a batch of another shape, so there a sample may differ with the bat
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 
 import numpy as np
 import torch
@@ -38,6 +38,20 @@ class Samples:
     tokens: list  # lists of ids, with the stop id and without the prompt
     logprobs: list  # lists of floats, see `choose`
     finished: list  # True: ended by a stop id or by on_token; False: reached its length limit
+    pasts: list = ()  # with generate(keep=True): a Past each
+
+
+@dataclass
+class Past:
+    """The keys and values of a conversation so far, which its next turn need not compute again."""
+
+    ids: list  # the tokens they are of: the prompt and the answer, but for its last token
+    cache: list  # per layer (keys, values), each (K, len(ids), D)
+
+    def covers(self, prompt):
+        """How many tokens of `prompt` they serve. The last one is left to the first step."""
+        pairs = zip(self.ids, prompt[:-1], strict=False)
+        return sum(takewhile(bool, (a == b for a, b in pairs)))
 
 
 # ---------------------------------------------------------------------- sampling
@@ -170,17 +184,16 @@ def layout_of(weight):
 
 
 class FrozenLinear(nn.Module):
-    """A linear layer for inference. With `pack` a CPU stores the weight as it reads it fastest."""
+    """A linear layer for inference, with its weight in one of the layouts of `layout_of`."""
 
-    def __init__(self, weight, bias, pack):
+    def __init__(self, weight, bias, layout="plain"):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight, self.bias = weight, bias
-        self.layout = layout_of(weight) if pack else "plain"
-        if self.layout == "fp16":
+        self.weight, self.bias, self.layout = weight, bias, layout
+        if layout == "fp16":
             bias = None if bias is None else bias.float()
             self.weight = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
-        elif self.layout == "blocked":
+        elif layout == "blocked":
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
 
     def forward(self, x):
@@ -214,13 +227,13 @@ class Fused:
 class Part(nn.Module):
     """One of the layers of a Fused."""
 
-    def __init__(self, fused, number):
+    def __init__(self, shared, number):
         super().__init__()
-        self.fused = fused
+        self.shared = shared
         self.number = number
 
     def forward(self, x):
-        return self.fused.take(self.number, x)
+        return self.shared.take(self.number, x)
 
 
 def device_of(p):
@@ -255,8 +268,9 @@ def frozen_linear(module, dtype, pack):
     folded = active is None or plain and (pack or active in module.lora_magnitude)
     linear = base
     if plain:
-        weight = dense(module) if folded else base.weight
-        linear = FrozenLinear(frozen(weight, dtype), frozen(base.bias, dtype), pack)
+        weight = frozen(dense(module) if folded else base.weight, dtype)
+        layout = layout_of(weight) if pack else "plain"
+        linear = FrozenLinear(weight, frozen(base.bias, dtype), layout)
     if folded:
         return linear
     adapted = LoRA(linear)
@@ -273,7 +287,7 @@ def fused(modules, dtype):
     weight = torch.cat([frozen(dense(m), dtype) for m in modules])
     biases = [frozen(base_of(m).bias, dtype) for m in modules]
     bias = None if biases[0] is None else torch.cat(biases)
-    linear = FrozenLinear(weight, bias, pack=True)
+    linear = FrozenLinear(weight, bias, layout_of(weight))
     shared = Fused(linear, [base_of(m).out_features for m in modules])
     return [Part(shared, i) for i in range(len(modules))]
 
@@ -322,7 +336,8 @@ class Decoder:
         self.dtype = dtype = dtype or model.head_weight.dtype
         pack = device.type == "cpu" if pack is None else pack
         self.model = snapshot(model, dtype, pack)
-        self.head = FrozenLinear(frozen(model.head_weight, dtype), None, pack)
+        weight = frozen(model.head_weight, dtype)
+        self.head = FrozenLinear(weight, None, layout_of(weight) if pack else "plain")
         _, self.scale, self.cap = model.head
 
     def logits(self, hidden):
@@ -382,19 +397,38 @@ class Batch:
         self.cache = [tuple(F.pad(t, (0, 0, 0, change)) for t in layer) for layer in self.cache]
         self.graphs.clear()  # they point to the old cache
 
-    def prefill(self, prompts, rows, width):
-        """The cache of `prompts`, keys and values (rows, K, width, D) per layer, right-padded.
+    def prefill(self, prompts, pasts, rows, width):
+        """The cache of `prompts`, keys and values (rows, K, S, D) per layer, right-padded. pasts: a
+        Past or None for each.
 
         What stands behind a prompt's end is overwritten before any token can see it. The last token
         of a prompt is left to the first step.
         """
-        tokens = torch.zeros(rows, width, dtype=torch.int64)
-        for row, ids in zip(tokens, prompts, strict=False):
-            row[: len(ids) - 1] = torch.tensor(ids[:-1])
-        cache = self.model.new_cache(rows, width, self.dtype)
-        if width:
-            self.model.hidden(tokens.to(self.device), cache=cache)
+        known = [past.covers(p) if past else 0 for past, p in zip(pasts, prompts, strict=True)]
+        rest = [prompt[n:-1] for n, prompt in zip(known, prompts, strict=True)]
+        later = any(known)
+        tokens = torch.zeros(rows, max(map(len, rest)) if later else width, dtype=torch.int64)
+        for row, ids in zip(tokens, rest, strict=False):
+            row[: len(ids)] = torch.tensor(ids)
+        tokens = tokens.to(self.device)
+        # padding that stands beyond the width shares one slot more
+        cache = self.model.new_cache(rows, width + later, self.dtype)
+        positions = None
+        if later:
+            for row, (past, n) in enumerate(zip(pasts, known, strict=True)):
+                for new, old in zip(chain(*cache), chain(*past.cache) if n else (), strict=False):
+                    new[row, :, :n] = old[:, :n]
+            begins = torch.tensor(known + [0] * (rows - len(known)), device=self.device)
+            positions = begins[:, None] + torch.arange(tokens.shape[1], device=self.device)
+            positions = positions.clamp(max=width)
+        if tokens.shape[1]:
+            self.model.hidden(tokens, positions, cache=cache)
         return cache
+
+    def past(self, row, ids):
+        """The Past of the tokens `ids`, which stand in the first slots of a row."""
+        n = len(ids)
+        return Past(ids, [tuple(t[row, :, :n].clone() for t in layer) for layer in self.cache])
 
     def place(self, rows, prompts, limits, uniforms, sources, cache):
         """Starts samples in `rows`. sources: the row of each one's prompt in a prefilled cache."""
@@ -505,6 +539,8 @@ class Scheduler:
     limits: list  # of each sample: most new tokens
     group: int
     uniforms: Callable  # sample -> its random numbers
+    pasts: list  # of each sample: a Past or None
+    keep: bool  # whether each sample leaves a Past
 
     def __post_init__(self):
         prompts = self.prompts
@@ -513,7 +549,7 @@ class Scheduler:
         self.live = {}  # row -> sample
         self.seen = [0] * len(prompts)  # of each sample: tokens handed out so far
         self.where = {}  # number of a prompt -> its row in `prefilled`, the latest prefill's cache
-        self.samples = Samples(*([None] * len(prompts) for _ in range(3)))
+        self.samples = Samples(*([None] * len(prompts) for _ in range(4)))
         self.fixed = self.plan.shapes == "fixed"
         self.whole_width = self.round_up(max(map(len, prompts)) - 1)  # of a fixed prefill
 
@@ -547,8 +583,10 @@ class Scheduler:
             numbers = numbers[: max(1, PREFILL // max(width, 1))]
             rows = len(numbers)
         self.where = {prompt: row for row, prompt in enumerate(numbers)}
-        prompts = [self.prompts[i * self.group] for i in numbers]
-        self.prefilled = self.batch.prefill(prompts, rows, width)
+        prompts, pasts = (
+            [values[i * self.group] for i in numbers] for values in (self.prompts, self.pasts)
+        )
+        self.prefilled = self.batch.prefill(prompts, pasts, rows, width)
 
     def place(self, placed, free):
         """Puts prefilled samples into rows of the batch. placed: row -> sample."""
@@ -619,6 +657,8 @@ class Scheduler:
                 self.samples.tokens[sample] = ids
                 self.samples.logprobs[sample] = logprobs[row, :end].tolist()
                 self.samples.finished[sample] = stopped or ids[-1] in stop_ids
+                if self.keep:
+                    self.samples.pasts[sample] = batch.past(row, self.prompts[sample] + ids[:-1])
 
 
 @torch.no_grad()
@@ -637,8 +677,11 @@ def generate(
     step_hook=lambda: None,
     sample_ids=None,
     plan=None,
+    pasts=None,
+    keep=False,
 ):
     """Samples `group` continuations of each prompt (a list of ids) under the caller's autocast.
+    model: a Transformer or a Decoder.
 
     Returns Samples. UserError for an empty or too long prompt, and for ids that the model lacks.
 
@@ -654,15 +697,18 @@ def generate(
     sample_ids: the number by which each sample draws its random numbers (default 0, 1, ...), so
         that ranks can share out the samples of one call.
     plan: fields of Plan that differ from the device's, such as dict(sync_every=1) for streaming.
+    keep, pasts: with keep=True the samples have .pasts. One of them or None for each prompt of a
+        later call spares it the tokens that its conversation begins with.
     """
     limits = max_new_tokens
     if isinstance(limits, int):
         limits = [limits] * len(prompts)
     check(prompts, model.cfg)
     if not prompts:
-        return Samples([], [], [])
+        return Samples([], [], [], [])
     room = [model.cfg.max_positions - len(prompt) for prompt in prompts]
     limits = [min(pair) for pair in zip(limits, room, strict=True) for _ in range(group)]
+    pasts = [past for past in pasts or [None] * len(prompts) for _ in range(group)]
     prompts = [prompt for prompt in prompts for _ in range(group)]
     longest = max(limits)
     sample_ids = sample_ids or range(len(prompts))
@@ -675,11 +721,13 @@ def generate(
     decoder = model if isinstance(model, Decoder) else None
     device = decoder.device if decoder else device_of(model.head_weight)
     plan = replace(Plan.for_device(device, longest), **(plan or {}))
+    if keep:  # a row that is done would idle in its slot 0
+        plan.sync_every = 1
     decoder = decoder or Decoder(model, pack=plan.pack)
     rows = min(batch_size, len(prompts))
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     batch = Batch(decoder, rows, longest, stop_ids, sampling, plan)
-    scheduler = Scheduler(batch, plan, rows, prompts, limits, group, uniforms)
+    scheduler = Scheduler(batch, plan, rows, prompts, limits, group, uniforms, pasts, keep)
     while scheduler.waiting or scheduler.live:
         if scheduler.wants_refill():
             scheduler.refill(step_hook)
