@@ -22,22 +22,46 @@ from nano.vocab import TokenIds
 
 @dataclass(frozen=True)
 class Layout:
-    """How one tensor of a file holds one or several parameters."""
+    """How a layer of a file holds one or several layers of this model."""
 
-    split: Callable  # (tensor of the file, shapes of the parameters, ModelConfig) -> the parameters
-    fuse: Callable  # (the parameters, ModelConfig) -> tensor of the file
+    # q, k and v are interleaved: of one key/value head after another, its query heads, its key, its
+    # value. Otherwise the rows (outputs) of one layer follow those of the other.
+    by_head: bool = False
+    # The weight is the transpose of a linear layer's, as in GPT-2's Conv1D.
+    transposed: bool = False
+
+    def split(self, tensor, shapes, cfg):
+        """A weight or bias of the file -> those of the layers here, of these shapes. It stays
+        memory-mapped where the file holds rows one after another."""
+        if self.transposed and tensor.dim() > 1:
+            tensor = tensor.t().contiguous()
+        return self.split_rows(tensor, [shape[0] for shape in shapes], cfg)
+
+    def fuse(self, parts, cfg):
+        """Undoes `split`."""
+        tensor = self.fuse_rows(parts, cfg)
+        return tensor.t() if self.transposed and tensor.dim() > 1 else tensor
+
+    def split_rows(self, tensor, counts, cfg):
+        """Any tensor with a row for each output of the file's layer -> one for each layer here, of
+        `counts` rows."""
+        if not self.by_head:
+            return tensor.split(counts)
+        per_head = tensor.unflatten(0, (cfg.n_kv_heads, -1, cfg.head_dim))
+        q, k, v = per_head.split((cfg.n_heads // cfg.n_kv_heads, 1, 1), dim=1)
+        return q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
+
+    def fuse_rows(self, parts, cfg):
+        """Undoes `split_rows`."""
+        if self.by_head:
+            heads = [part.unflatten(0, (cfg.n_kv_heads, -1, cfg.head_dim)) for part in parts]
+            return torch.cat(heads, dim=1).flatten(0, 2)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-# Rows one after another. A memory-mapped tensor stays memory-mapped.
-ROWS = Layout(
-    split=lambda tensor, shapes, cfg: tensor.split([shape[0] for shape in shapes]),
-    fuse=lambda parts, cfg: parts[0] if len(parts) == 1 else torch.cat(parts),
-)
-# GPT-2's Conv1D: the transpose of a linear layer's weight. A bias, of one dimension, has none.
-CONV1D = Layout(
-    split=lambda tensor, shapes, cfg: ROWS.split(tensor.t().contiguous(), shapes, cfg),
-    fuse=lambda parts, cfg: ROWS.fuse(parts, cfg).t(),
-)
+ROWS = Layout()
+CONV1D = Layout(transposed=True)
+BY_HEAD = Layout(by_head=True)
 
 
 def places(cfg, names, bare=False):
