@@ -184,37 +184,167 @@ def write_qwen(cfg):
     return out
 
 
-def read_gpt2(c, fields):
-    name = c["activation_function"]
-    if name not in GPT2_ACTIVATIONS:
-        known = ", ".join(GPT2_ACTIVATIONS)
-        raise UserError(f"activation_function {name!r} is not supported ({known} are)")
-    for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if c.get(key):
-            raise UserError(f"{key} is not supported")
-    if c.get("scale_attn_weights") is False:
-        raise UserError("scale_attn_weights=false is not supported")
-    return dict(
-        n_kv_heads=fields["n_heads"],
-        head_dim=fields["dim"] // fields["n_heads"],
-        ffn_dim=checked(c.get("n_inner") or 4 * fields["dim"], "n_inner", int),
-        activation=GPT2_ACTIVATIONS[name],
-    )
+def read_activation(c, key):
+    """The field activation, from the key of config.json that names it."""
+    if c[key] not in ACTIVATION_NAMES:
+        known = ", ".join(ACTIVATION_NAMES)
+        raise UserError(f"{key} {c[key]!r} is not supported ({known} are)")
+    return ACTIVATION_NAMES[c[key]]
 
 
-def write_gpt2(cfg):
-    names = {ours: theirs for theirs, ours in reversed(GPT2_ACTIVATIONS.items())}
-    return {"n_inner": cfg.ffn_dim, "activation_function": names.get(cfg.activation)}
+def activation_name(cfg):
+    return {ours: theirs for theirs, ours in reversed(ACTIVATION_NAMES.items())}.get(cfg.activation)
 
 
-# activation_function -> activation
-GPT2_ACTIVATIONS = {
+# what config.json calls an activation -> activation
+ACTIVATION_NAMES = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu": "gelu",
     "relu": "relu",
     "silu": "silu",
 }
+
+
+def refuse(c, keys, value=True):
+    """UserError if one of the keys has this value, which asks for what is not supported."""
+    for key in keys:
+        if c.get(key) is value:
+            raise UserError(f"{key}={str(value).lower()} is not supported")
+
+
+def all_heads(fields):
+    """Fields of a family in which each query head has a key/value head of its own, and the heads
+    share the width of the model."""
+    heads = fields["n_heads"]
+    return dict(n_kv_heads=heads, head_dim=fields["dim"] // heads)
+
+
+def read_gpt2(c, fields):
+    refuse(c, ["scale_attn_by_inverse_layer_idx", "add_cross_attention"])
+    refuse(c, ["scale_attn_weights"], False)
+    return all_heads(fields) | dict(
+        ffn_dim=checked(c.get("n_inner") or 4 * fields["dim"], "n_inner", int),
+        activation=read_activation(c, "activation_function"),
+    )
+
+
+def write_gpt2(cfg):
+    return {"n_inner": cfg.ffn_dim, "activation_function": activation_name(cfg)}
+
+
+def read_bigcode(c, fields):
+    one = {"n_kv_heads": 1} if c["multi_query"] else {}
+    return read_gpt2(c, fields) | one
+
+
+def write_bigcode(cfg):
+    return write_gpt2(cfg) | {"multi_query": cfg.n_kv_heads == 1}
+
+
+def read_bloom(c, fields):
+    refuse(c, ["apply_residual_connection_post_layernorm"])
+    return all_heads(fields) | dict(ffn_dim=4 * fields["dim"])
+
+
+def read_opt(c, fields):
+    refuse(c, ["_remove_final_layer_norm"])
+    width = checked(c.get("word_embed_proj_dim") or fields["dim"], "word_embed_proj_dim", int)
+    bias = bool(c["enable_bias"])
+    return all_heads(fields) | dict(
+        norm="layer" if c["layer_norm_elementwise_affine"] else "layer_bare",
+        norm_at="before" if c["do_layer_norm_before"] else "sum",
+        embed_dim=0 if width == fields["dim"] else width,
+        activation=read_activation(c, "activation_function"),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=bias,
+    )
+
+
+def write_opt(cfg):
+    return {
+        "layer_norm_elementwise_affine": cfg.norm == "layer",
+        "do_layer_norm_before": cfg.norm_at == "before",
+        "word_embed_proj_dim": cfg.width,
+        "activation_function": activation_name(cfg),
+        "enable_bias": cfg.mlp_bias,
+    }
+
+
+def read_falcon(c, fields):
+    new, parallel = bool(c["new_decoder_architecture"]), bool(c["parallel_attn"])
+    norms = c.get("num_ln_in_parallel_attn") or (2 if new else 1)
+    if new and not parallel or parallel and norms == 2 and not new:
+        raise UserError(
+            "new_decoder_architecture, parallel_attn and num_ln_in_parallel_attn contradict each "
+            "other: transformers runs no such model"
+        )
+    heads = fields["n_heads"]
+    if new:
+        kv_heads = checked(c.get("num_kv_heads") or heads, "num_kv_heads", int)
+    else:
+        kv_heads = 1 if c["multi_query"] else heads
+    bias = bool(c["bias"])
+    out = {} if c["alibi"] else read_rope(c)
+    return out | dict(
+        n_kv_heads=kv_heads,
+        head_dim=fields["dim"] // heads,
+        ffn_dim=checked(c.get("ffn_hidden_size") or 4 * fields["dim"], "ffn_hidden_size", int),
+        positions="alibi" if c["alibi"] else "rope",
+        alibi_scaled=bool(c["alibi"]),
+        residual=("parallel" if norms == 2 else "parallel_one_norm") if parallel else "serial",
+        activation=read_activation(c, "activation"),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=bias,
+    )
+
+
+def write_falcon(cfg):
+    parallel = cfg.residual != "serial"
+    new = parallel and (cfg.residual == "parallel" or 1 < cfg.n_kv_heads < cfg.n_heads)
+    return write_rope(cfg) | {
+        "new_decoder_architecture": new,
+        "num_kv_heads": cfg.n_kv_heads,
+        "multi_query": cfg.n_kv_heads == 1,
+        "ffn_hidden_size": cfg.ffn_dim,
+        "alibi": cfg.positions == "alibi",
+        "parallel_attn": parallel,
+        "num_ln_in_parallel_attn": 2 if cfg.residual == "parallel" else 1,
+        "activation": activation_name(cfg),
+        "bias": cfg.mlp_bias,
+    }
+
+
+def falcon_norms(cfg):
+    """What a file calls the norms of a block. Two that run side by side have other names."""
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    stored = ["ln_attn", "ln_mlp"] if cfg.residual == "parallel" else norms
+    block = "model.layers.{}.", "transformer.h.{}."
+    return {block[0] + norm: block[1] + name for norm, name in zip(norms, stored, strict=True)}
+
+
+def read_neox(c, fields):
+    rope = {"rope_theta": c["rotary_emb_base"], "partial_rotary_factor": c["rotary_pct"]}
+    return all_heads(fields) | dict(
+        read_rope(c | rope),
+        residual="parallel" if c["use_parallel_residual"] else "serial",
+        activation=read_activation(c, "hidden_act"),
+    )
+
+
+def write_neox(cfg):
+    return {
+        "rotary_emb_base": cfg.rope_theta,
+        "rotary_pct": cfg.rope_part,
+        "rope_scaling": cfg.rope_scaling,
+        "use_parallel_residual": cfg.residual == "parallel",
+        "hidden_act": activation_name(cfg),
+    }
+
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 ROPE = {  # kinds of rope scaling, and the numbers that they need
     "default": (),
@@ -267,6 +397,42 @@ QWEN = DEFAULTS | {
     "max_window_layers": 28,
 }
 
+PLAIN = {"norm": "layer", "mlp": "plain"}
+ALL_BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+GPT2_KEYS = {
+    "vocab_size": "vocab_size",
+    "dim": "n_embd",
+    "n_layers": "n_layer",
+    "n_heads": "n_head",
+    "max_positions": "n_positions",
+    "norm_eps": "layer_norm_epsilon",
+    "tie_embeddings": "tie_word_embeddings",
+}
+GPT2_DEFAULTS = {"n_positions": 1024, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
+GPT2_TENSORS = {
+    "model.embed_tokens": "transformer.wte",
+    "model.embed_positions": "transformer.wpe",
+    "model.layers.{}.input_layernorm": "transformer.h.{}.ln_1",
+    "model.layers.{}.self_attn.q_proj": "transformer.h.{}.attn.c_attn",
+    "model.layers.{}.self_attn.k_proj": "transformer.h.{}.attn.c_attn",
+    "model.layers.{}.self_attn.v_proj": "transformer.h.{}.attn.c_attn",
+    "model.layers.{}.self_attn.o_proj": "transformer.h.{}.attn.c_proj",
+    "model.layers.{}.post_attention_layernorm": "transformer.h.{}.ln_2",
+    "model.layers.{}.mlp.up_proj": "transformer.h.{}.mlp.c_fc",
+    "model.layers.{}.mlp.down_proj": "transformer.h.{}.mlp.c_proj",
+    "model.norm": "transformer.ln_f",
+}
+FALCON_TENSORS = {  # without the norms of blocks
+    "model.embed_tokens": "transformer.word_embeddings",
+    "model.layers.{}.self_attn.q_proj": "transformer.h.{}.self_attention.query_key_value",
+    "model.layers.{}.self_attn.k_proj": "transformer.h.{}.self_attention.query_key_value",
+    "model.layers.{}.self_attn.v_proj": "transformer.h.{}.self_attention.query_key_value",
+    "model.layers.{}.self_attn.o_proj": "transformer.h.{}.self_attention.dense",
+    "model.layers.{}.mlp.up_proj": "transformer.h.{}.mlp.dense_h_to_4h",
+    "model.layers.{}.mlp.down_proj": "transformer.h.{}.mlp.dense_4h_to_h",
+    "model.norm": "transformer.ln_f",
+}
+
 FAMILIES = {  # by model_type
     "llama": Family(
         {"lm": "LlamaForCausalLM", "score": "LlamaForSequenceClassification"},
@@ -301,44 +467,12 @@ FAMILIES = {  # by model_type
     ),
     "gpt2": Family(
         {"lm": "GPT2LMHeadModel", "score": "GPT2ForSequenceClassification"},
-        keys={
-            "vocab_size": "vocab_size",
-            "dim": "n_embd",
-            "n_layers": "n_layer",
-            "n_heads": "n_head",
-            "max_positions": "n_positions",
-            "norm_eps": "layer_norm_epsilon",
-            "tie_embeddings": "tie_word_embeddings",
-        },
-        defaults={
-            "n_positions": 1024,
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
-            "activation_function": "gelu_new",
-        },
+        keys=GPT2_KEYS,
+        defaults=GPT2_DEFAULTS | {"activation_function": "gelu_new"},
         read=read_gpt2,
         write=write_gpt2,
-        always={
-            "norm": "layer",
-            "positions": "learned",
-            "mlp": "plain",
-            "qkv_bias": True,
-            "o_bias": True,
-            "mlp_bias": True,
-        },
-        tensors={
-            "model.embed_tokens": "transformer.wte",
-            "model.embed_positions": "transformer.wpe",
-            "model.layers.{}.input_layernorm": "transformer.h.{}.ln_1",
-            "model.layers.{}.self_attn.q_proj": "transformer.h.{}.attn.c_attn",
-            "model.layers.{}.self_attn.k_proj": "transformer.h.{}.attn.c_attn",
-            "model.layers.{}.self_attn.v_proj": "transformer.h.{}.attn.c_attn",
-            "model.layers.{}.self_attn.o_proj": "transformer.h.{}.attn.c_proj",
-            "model.layers.{}.post_attention_layernorm": "transformer.h.{}.ln_2",
-            "model.layers.{}.mlp.up_proj": "transformer.h.{}.mlp.c_fc",
-            "model.layers.{}.mlp.down_proj": "transformer.h.{}.mlp.c_proj",
-            "model.norm": "transformer.ln_f",
-        },
+        always=PLAIN | ALL_BIASES | {"positions": "learned"},
+        tensors=GPT2_TENSORS,
         layouts={
             "transformer.h.{}.attn.c_attn": CONV1D,
             "transformer.h.{}.attn.c_proj": CONV1D,
@@ -347,6 +481,170 @@ FAMILIES = {  # by model_type
         },
         prefix="transformer.",
         ignored=r"\.attn\.(masked_)?bias$",
+    ),
+    "gpt_bigcode": Family(
+        {"lm": "GPTBigCodeForCausalLM", "score": "GPTBigCodeForSequenceClassification"},
+        keys=GPT2_KEYS,
+        aliases={
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+        },
+        defaults=GPT2_DEFAULTS | {"activation_function": "gelu_pytorch_tanh", "multi_query": True},
+        read=read_bigcode,
+        write=write_bigcode,
+        always=PLAIN | ALL_BIASES | {"positions": "learned"},
+        tensors=GPT2_TENSORS,
+        layouts={"transformer.h.{}.attn.c_attn": BY_HEAD},
+        prefix="transformer.",
+        ignored=r"\.attn\.(masked_)?bias$",
+    ),
+    "bloom": Family(
+        {"lm": "BloomForCausalLM", "score": "BloomForSequenceClassification"},
+        keys={
+            "vocab_size": "vocab_size",
+            "dim": "hidden_size",
+            "n_layers": "n_layer",
+            "n_heads": "n_head",
+            "max_positions": "seq_length",  # trained with; transformers sets no limit
+            "norm_eps": "layer_norm_epsilon",
+            "tie_embeddings": "tie_word_embeddings",
+        },
+        aliases={
+            "n_embed": "hidden_size",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+        },
+        defaults={"seq_length": 2048, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+        read=read_bloom,
+        write=lambda cfg: {},
+        always=PLAIN
+        | ALL_BIASES
+        | {"positions": "alibi", "activation": "gelu_tanh", "embed_norm": True},
+        tensors=FALCON_TENSORS
+        | {
+            "model.embed_norm": "transformer.word_embeddings_layernorm",
+            "model.layers.{}.input_layernorm": "transformer.h.{}.input_layernorm",
+            "model.layers.{}.post_attention_layernorm": "transformer.h.{}.post_attention_layernorm",
+        },
+        layouts={"transformer.h.{}.self_attention.query_key_value": BY_HEAD},
+        prefix="transformer.",
+    ),
+    "falcon": Family(
+        {"lm": "FalconForCausalLM", "score": "FalconForSequenceClassification"},
+        keys={
+            "vocab_size": "vocab_size",
+            "dim": "hidden_size",
+            "n_layers": "num_hidden_layers",
+            "n_heads": "num_attention_heads",
+            "max_positions": "max_position_embeddings",
+            "norm_eps": "layer_norm_epsilon",
+            "tie_embeddings": "tie_word_embeddings",
+        },
+        aliases={"n_embed": "hidden_size"},
+        defaults={
+            "max_position_embeddings": 2048,
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+            "alibi": False,
+            "new_decoder_architecture": False,
+            "multi_query": True,
+            "parallel_attn": True,
+            "bias": False,
+            "activation": "gelu",
+        },
+        read=read_falcon,
+        write=write_falcon,
+        always=PLAIN,
+        tensors=lambda cfg: FALCON_TENSORS | falcon_norms(cfg),
+        layouts={"transformer.h.{}.self_attention.query_key_value": BY_HEAD},
+        prefix="transformer.",
+    ),
+    "opt": Family(  # Galactica too
+        {"lm": "OPTForCausalLM", "score": "OPTForSequenceClassification"},
+        keys={
+            "vocab_size": "vocab_size",
+            "dim": "hidden_size",
+            "ffn_dim": "ffn_dim",
+            "n_layers": "num_hidden_layers",
+            "n_heads": "num_attention_heads",
+            "max_positions": "max_position_embeddings",
+            "tie_embeddings": "tie_word_embeddings",
+        },
+        defaults={
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": True,
+            "do_layer_norm_before": True,
+            "layer_norm_elementwise_affine": True,
+            "enable_bias": True,
+            "activation_function": "relu",
+        },
+        read=read_opt,
+        write=write_opt,
+        always={"mlp": "plain", "norm_eps": 1e-5, "positions": "learned", "position_offset": 2},
+        tensors={
+            "model.embed_tokens": "model.decoder.embed_tokens",
+            "model.embed_positions": "model.decoder.embed_positions",
+            "model.project_in": "model.decoder.project_in",
+            "model.project_out": "model.decoder.project_out",
+            "model.layers.{}.input_layernorm": "model.decoder.layers.{}.self_attn_layer_norm",
+            "model.layers.{}.self_attn.q_proj": "model.decoder.layers.{}.self_attn.q_proj",
+            "model.layers.{}.self_attn.k_proj": "model.decoder.layers.{}.self_attn.k_proj",
+            "model.layers.{}.self_attn.v_proj": "model.decoder.layers.{}.self_attn.v_proj",
+            "model.layers.{}.self_attn.o_proj": "model.decoder.layers.{}.self_attn.out_proj",
+            "model.layers.{}.post_attention_layernorm": "model.decoder.layers.{}.final_layer_norm",
+            "model.layers.{}.attn_output_norm": "model.decoder.layers.{}.self_attn_layer_norm",
+            "model.layers.{}.mlp_output_norm": "model.decoder.layers.{}.final_layer_norm",
+            "model.layers.{}.mlp.up_proj": "model.decoder.layers.{}.fc1",
+            "model.layers.{}.mlp.down_proj": "model.decoder.layers.{}.fc2",
+            "model.norm": "model.decoder.final_layer_norm",
+        },
+        prefix="model.",
+    ),
+    "gpt_neox": Family(  # Pythia
+        {"lm": "GPTNeoXForCausalLM", "score": "GPTNeoXForSequenceClassification"},
+        keys=BIASES
+        | {
+            "vocab_size": "vocab_size",
+            "dim": "hidden_size",
+            "ffn_dim": "intermediate_size",
+            "n_layers": "num_hidden_layers",
+            "n_heads": "num_attention_heads",
+            "max_positions": "max_position_embeddings",
+            "norm_eps": "layer_norm_eps",
+            "tie_embeddings": "tie_word_embeddings",
+        },
+        defaults={
+            "max_position_embeddings": 2048,
+            "layer_norm_eps": 1e-5,
+            "attention_bias": True,
+            "rotary_pct": 0.25,
+            "rotary_emb_base": 10000.0,
+            "use_parallel_residual": True,
+            "hidden_act": "gelu",
+        },
+        read=read_neox,
+        write=write_neox,
+        always=PLAIN | {"mlp_bias": True},
+        tensors={
+            "model.embed_tokens": "gpt_neox.embed_in",
+            "model.layers.{}.input_layernorm": "gpt_neox.layers.{}.input_layernorm",
+            "model.layers.{}.self_attn.q_proj": "gpt_neox.layers.{}.attention.query_key_value",
+            "model.layers.{}.self_attn.k_proj": "gpt_neox.layers.{}.attention.query_key_value",
+            "model.layers.{}.self_attn.v_proj": "gpt_neox.layers.{}.attention.query_key_value",
+            "model.layers.{}.self_attn.o_proj": "gpt_neox.layers.{}.attention.dense",
+            "model.layers.{}.post_attention_layernorm": (
+                "gpt_neox.layers.{}.post_attention_layernorm"
+            ),
+            "model.layers.{}.mlp.up_proj": "gpt_neox.layers.{}.mlp.dense_h_to_4h",
+            "model.layers.{}.mlp.down_proj": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
+            "model.norm": "gpt_neox.final_layer_norm",
+            "lm_head": "embed_out",
+        },
+        layouts={"gpt_neox.layers.{}.attention.query_key_value": BY_HEAD},
+        prefix="gpt_neox.",
+        ignored=r"\.attention\.(masked_)?bias$|\.rotary_emb\.inv_freq$",
     ),
 }
 
