@@ -268,7 +268,7 @@ def measure_data(cfg, rt, opened, rows):
                 batch = rt.put(micro)
                 with rt.autocast():
                     hidden = model(batch)
-                    inputs = hidden, model.head_weight, batch["targets"]
+                    inputs = hidden, model.head, batch["targets"]
                     loss = losses.cross_entropy(*inputs, batch["weights"])
                     hits = (losses.hits(*inputs) * batch["weights"]).sum()
                 part = torch.stack((loss, hits, batch["weights"].sum()))

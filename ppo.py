@@ -448,7 +448,7 @@ class Role:
         """Log-probabilities of the actions, and entropies, under the distribution that they were
         sampled from; both (M,)."""
         hidden = self.hidden(batch, training)
-        head = self.model.head_weight
+        head = self.model.head
         return losses.token_logprobs(hidden, head, batch["actions"], temperature, entropy=True)
 
     def values(self, batch, training=False):
@@ -844,7 +844,7 @@ def ptx_gradient(cfg, rt, policy, ptx, update):
         batch = rt.put(batch)
         with rt.autocast():
             hidden = policy.hidden(batch, training=True)
-            head = policy.model.head_weight
+            head = policy.model.head
             loss = losses.cross_entropy(hidden, head, batch["targets"], batch["weights"])
             loss = loss / max(count, 1e-9)
         rt.backward(cfg.ptx_coef * loss)

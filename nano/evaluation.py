@@ -112,7 +112,7 @@ def score_batch(model, head, questions, prefix, common):
     The rest of each context is computed once, a row for each. Its keys and values are then copied
     for its options, again a row for each. A context with a single option is one row with it.
     """
-    device = head.device
+    device = head.weight.device
     alone = all(len(q.options) == 1 for q in questions)
     rows = [q.context + q.options[0][:-1] if alone else q.context for q in questions]
     cache = positions = None
@@ -170,7 +170,7 @@ def loglikelihoods(model, rt, questions, slots=None):
     results. slots: of the cache of a batch; by default what suits the device."""
     slots = slots or SLOTS.get(rt.device.type, GPU_SLOTS)
     copy = generate.snapshot(model, rt.dtype, pack=False)
-    head = generate.frozen(model.head_weight, rt.dtype)
+    head = model.head._replace(weight=generate.frozen(model.head_weight, rt.dtype))
     firsts = np.cumsum([0, *(len(q.options) for q in questions)])
     totals = torch.zeros(2, firsts[-1], dtype=torch.float64)  # logprobs, hits
     turn = 0
@@ -184,7 +184,9 @@ def loglikelihoods(model, rt, questions, slots=None):
             if turn % rt.world != rt.rank:
                 continue
             if prefix and common is None:
-                common = prefix_cache(copy, questions[batch[0]].context[:prefix], head.device)
+                common = prefix_cache(
+                    copy, questions[batch[0]].context[:prefix], head.weight.device
+                )
             scored = score_batch(copy, head, [questions[i] for i in batch], prefix, common)
             places = np.concatenate([np.arange(firsts[i], firsts[i + 1]) for i in batch])
             totals[:, places] = torch.stack([t.double() for t in scored])
