@@ -70,9 +70,10 @@ def places(cfg, names, bare=False):
     bare: the file leaves out the family's prefix. Returns {name in the file: ([names here],
     Layout)}."""
     family = FAMILIES[cfg.family]
+    table = family.tensors(cfg) if callable(family.tensors) else family.tensors
     out = {}
     for name in names:
-        stored = renamed(name, family.tensors) or name
+        stored = renamed(name, table) or name
         layout = family.layouts.get(NUMBER.sub(".{}", stored.rpartition(".")[0]), ROWS)
         if bare:
             stored = stored.removeprefix(family.prefix)
@@ -135,7 +136,9 @@ class Family:
     read: Callable  # (config.json over the defaults, fields read by `keys`) -> {field: value}
     write: Callable  # ModelConfig -> {key: value}
     always: dict = field(default_factory=dict)  # fields that all models of the family share
-    tensors: dict = field(default_factory=dict)  # module here -> module in the file
+    aliases: dict = field(default_factory=dict)  # another spelling of a key -> the key
+    # module here -> module in the file; a function of ModelConfig where one dict will not do
+    tensors: dict | Callable = field(default_factory=dict)
     layouts: dict = field(default_factory=dict)  # module in the file -> Layout other than ROWS
     prefix: str = ""  # of modules in the file; a file of the bare trunk leaves it out
     ignored: str = r"\.rotary_emb\.inv_freq$"  # regex of constants that old files hold
@@ -1037,8 +1040,12 @@ class ConfigJson(TokenIds, total=False):
     hidden_act: str
     hidden_activation: str
     activation_function: str
+    activation: str
     rms_norm_eps: NonNegativeFloat | None
     layer_norm_epsilon: NonNegativeFloat | None
+    layer_norm_eps: NonNegativeFloat | None
+    rotary_emb_base: PositiveFloat
+    rotary_pct: NonNegativeFloat
     rope_theta: PositiveFloat | None
     rope_scaling: Rope | None
     rope_parameters: Rope | dict[str, Rope | None] | None
@@ -1105,7 +1112,7 @@ def read_config(c):
         raise UserError(
             f"a classifier of {labels} labels is not supported (num_labels=1, a score, is)"
         )
-    c = family.defaults | c
+    c = family.defaults | {family.aliases.get(key, key): value for key, value in c.items()}
     fields = {}
     for name, key in family.keys.items():
         value = c.get(key)
@@ -1238,7 +1245,8 @@ def config_json(cfg, like=None, **extra):
     out = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     old = read_json(Path(like) / "config.json", missing={}) if like else {}
     same = old.get("model_type") == cfg.family
-    out |= {k: v for k, v in old.items() if k in out or same and k not in REWRITTEN}
+    stale = (*REWRITTEN, *family.aliases)
+    out |= {k: v for k, v in old.items() if k in out or same and k not in stale}
     out |= {"architectures": [family.architectures[cfg.head]], "model_type": cfg.family}
     out |= {key: getattr(cfg, name) for name, key in family.keys.items()}
     out |= family.write(cfg)

@@ -237,16 +237,16 @@ def load_model(dir, device="cpu", dtype=None, head=None, tensors=None):
     tensors = {plain: tensors[name] for plain, name in names.items()}
     bare = not any(name.startswith(family.prefix) for name in tensors)
     params = dict(model.named_parameters())
-    (embedding,) = places(cfg, [EMBEDDING], bare)
+    embedding, output = places(cfg, [EMBEDDING, "lm_head.weight"], bare)
     if fresh:
-        tensors.pop("lm_head.weight", None)
+        tensors.pop(output, None)
         del params["score.weight"]
-    elif cfg.tie_embeddings and {"lm_head.weight", embedding} <= tensors.keys():
-        if not torch.equal(tensors.pop("lm_head.weight"), tensors[embedding]):
+    elif cfg.tie_embeddings and {output, embedding} <= tensors.keys():
+        if not torch.equal(tensors.pop(output), tensors[embedding]):
             raise UserError(
                 f"{dir}: config.json ties the output matrix to the embedding, "
-                "but lm_head.weight differs from it; "
-                'set "tie_word_embeddings" to false if lm_head.weight is meant'
+                f"but {output} differs from it; "
+                f'set "tie_word_embeddings" to false if {output} is meant'
             )
     stored = places(cfg, params, bare)
     # `params` are on the meta device, and fused there they have the shapes of the file
@@ -265,7 +265,7 @@ def load_model(dir, device="cpu", dtype=None, head=None, tensors=None):
         pieces = layout.split(tensor, [p.shape for p in hollow[name]], cfg)
         weights |= {part: piece.to(device) for part, piece in zip(parts, pieces, strict=True)}
     if fresh:
-        weights["score.weight"] = ScoreHead(cfg.dim).weight.detach().to(device)
+        weights["score.weight"] = ScoreHead(cfg.width).weight.detach().to(device)
     model.load_state_dict(weights, assign=True)
     return model
 
@@ -655,7 +655,7 @@ class AdapterFile:
 
     def check_tensors(self, model):
         """UserError unless the tensors have names and shapes that fit the model."""
-        dim, config = model.cfg.dim, self.config
+        dim, config = model.cfg.width, self.config
         self.count = model.cfg.vocab_size
         whole = [self.weight(layer) for layer in self.vocabulary if self.weight(layer) is not None]
         if whole and (model.cfg.tie_embeddings or len(whole) == len(self.vocabulary)):
@@ -776,7 +776,7 @@ class AdapterFile:
         table.weight = new[embedding]
         for head in heads:
             if not tied or not torch.equal(new[head], new[embedding]):
-                model.lm_head = nn.Linear(cfg.dim, self.count, bias=False, device="meta")
+                model.lm_head = nn.Linear(cfg.width, self.count, bias=False, device="meta")
                 model.lm_head.weight = new[head]
                 tied = False
         tied = tied if heads else cfg.tie_embeddings
@@ -852,7 +852,7 @@ def load_scorer(model, dir, name):
     Returns its head, a model.ScoreHead. UserError for an adapter of a language model."""
     if not is_scorer(dir):
         raise UserError(f"{dir} is an adapter of a language model, not of a score model")
-    model.score = ScoreHead(model.cfg.dim).to(model.model["embed_tokens"].weight.device)
+    model.score = ScoreHead(model.cfg.width).to(model.model["embed_tokens"].weight.device)
     load_adapter(model, dir, name)
     head = model.score
     del model.score
