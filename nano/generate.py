@@ -313,7 +313,7 @@ def snapshot(model, dtype, pack):
                 setattr(module, n, part)
         for n, linear in linears.items():
             setattr(module, n, frozen_linear(linear, dtype, pack))
-        for key, p in source._parameters.items():
+        for key, p in source.named_parameters(recurse=False):
             setattr(module, key, nn.Parameter(frozen(p, dtype), requires_grad=False))
     if device_of(model.head_weight).type == "xla":
         for layer, source in zip(new.layers, model.layers, strict=True):
@@ -322,7 +322,7 @@ def snapshot(model, dtype, pack):
 
 
 class Decoder:
-    """A model as it decodes: a copy that does not follow training, cast and packed.
+    """A model as it decodes: a copy in evaluation mode, cast and packed.
 
     generate makes one for each call. Where the weights stand still over many calls, make it once
     and give it to generate in the model's place. dtype: by default autocast's, or the model's.

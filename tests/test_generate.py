@@ -499,15 +499,12 @@ def test_layers_that_read_the_same_input_are_one_product(bits):
     assert shared.x is None and not shared.parts  # nothing is kept of the last call
 
 
-def test_a_decoder_does_not_follow_training():
+def test_a_decoder_serves_many_calls():
     model = tiny(**FAMILIES["packed"], std=0.1)
     decoder = G.Decoder(model)
-    before = generate(model, [[1, 2, 3]], 20).tokens
-    with torch.no_grad():
-        for p in model.layers.parameters():
-            p.mul_(1.3)
-    assert generate(model, [[1, 2, 3]], 20).tokens != before
-    assert generate(decoder, [[1, 2, 3]], 20).tokens == before
+    for seed in (0, 1):
+        expected = generate(model, [[1, 2, 3]], 20, seed=seed)
+        assert generate(decoder, [[1, 2, 3]], 20, seed=seed).tokens == expected.tokens
 
 
 @pytest.mark.parametrize("family", ["grouped, tied", "window"])
