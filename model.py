@@ -191,7 +191,7 @@ def rotate(x, cos, sin):
     if rotated < x.shape[-1]:
         x, rest = x.tensor_split([rotated], dim=-1)
         return torch.cat((rotate(x, cos, sin), rest), dim=-1)
-    return torch.addcmul(x * cos, x.roll(rotated // 2, dims=-1), sin)
+    return x * cos + x.roll(rotated // 2, dims=-1) * sin
 
 
 # ---------------------------------------------------------------------- what a token sees
