@@ -19,7 +19,8 @@ mkdir -p "$out"
 [ -d "$out/sft-data" ] || run -m prepare.instructions source=arithmetic model="$model" out="$out/sft-data"
 [ -d "$out/grpo-data" ] || run -m prepare.instructions source=arithmetic train_on=none model="$model" out="$out/grpo-data"
 [ -f "$out/pairs.jsonl" ] || "$python" - > "$out/pairs.jsonl" <<'PY'
-import json, tasks
+import json
+from nano import tasks
 for row in tasks.load("arithmetic").rows(shots=True)[:1000]:
     wrong = str(int(row["answer"]) + 1)
     print(json.dumps(dict(prompt=row["question"], chosen=row["answer"], rejected=wrong)))
@@ -27,7 +28,7 @@ PY
 [ -d "$out/dpo-data" ] || run -m prepare.preferences source="$out/pairs.jsonl" model="$model" out="$out/dpo-data"
 
 measure() { # name, model
-    run eval.py model="$2" 'tasks=[arithmetic,rules]' limit=100 out="$out/eval-$1" > "$out/eval-$1.txt"
+    run eval.py model="$2" 'tasks=[arithmetic,rules]' limit=${LIMIT:-100} out="$out/eval-$1" > "$out/eval-$1.txt"
 }
 stage() { # name, script and its settings
     local began=$SECONDS name=$1
