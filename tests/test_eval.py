@@ -132,15 +132,6 @@ def test_adapters_count(rt):
     assert abs(after - before).max() > 0.1
 
 
-def test_common_prefix():
-    def common(*contexts):
-        return evaluation.common_prefix([evaluation.Question([*c], [[1]]) for c in contexts])
-
-    assert common(range(20), range(20)) == 19  # each keeps a token of its own
-    assert common(range(30), [*range(25), 7]) == 25
-    assert common(range(30), range(10)) == 0  # not worth a forward
-
-
 # -------------------------------------------------------------------------------------- prompts
 
 
