@@ -22,7 +22,8 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import pairwise
+from os.path import commonprefix  # of any sequences
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 
 import nano  # noqa: F401  first, because bench/nano.py finds the others
-from nano import config, evaluation, generate, log, runtime, tasks, weights
+from nano import config, evaluation, log, runtime, tasks, weights
 from nano.config import NonNegativeInt, PathText, PositiveInt, Seed
 
 FILES = {  # task: (its name in lm-eval, its file)
@@ -159,16 +160,12 @@ def product_seconds(cfg, shapes, dtype, device, rows=512):
 
 
 def needed(benchmark):
-    """(tokens that a model has to see, positions that have to predict) for a task's options."""
-    tokens = scored = 0
-    for key, same in groupby(zip(benchmark.keys, benchmark.prompts, strict=True), lambda p: p[0]):
-        contexts = {tuple(context): [] for _, pairs in same for context, _ in pairs}
-        prefix = generate.common_prefix([*contexts]) if key else 0
-        tokens += prefix + sum(len(context) - prefix for context in contexts)
-    for pairs in benchmark.prompts:
-        tokens += sum(len(option) - 1 for _, option in pairs)
-        scored += sum(len(option) for _, option in pairs)
-    return tokens, scored
+    """(tokens that a model has to see, positions that have to predict) for a task's options. What
+    rows begin with alike has to be seen once."""
+    pairs = [pair for pairs in benchmark.prompts for pair in pairs]
+    rows = sorted(context + option[:-1] for context, option in pairs)
+    shared = sum(len(commonprefix(two)) for two in pairwise(rows))
+    return sum(map(len, rows)) - shared, sum(len(option) for _, option in pairs)
 
 
 def compare(cfg, rt, opened, lm, name, folder):

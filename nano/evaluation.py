@@ -26,6 +26,7 @@ Every record counts. Neither the number of ranks nor the size of a batch changes
 import math
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
+from os.path import commonprefix  # of any sequences
 from typing import Annotated
 
 import numpy as np
@@ -46,11 +47,18 @@ GPU_SLOTS = 131072
 
 @dataclass
 class Question:
-    """A context and its options, as ids. Questions of the same key begin alike."""
+    """A context and its options, as ids. Questions of the same key begin alike.
+
+    given: of each option how many of its first tokens belong to the context and are not scored, for
+    options whose contexts are only in part the same; none of them by default."""
 
     context: list
     options: list  # of lists
     key: str = ""
+    given: list | None = None
+
+    def __post_init__(self):
+        self.given = self.given or [0] * len(self.options)
 
     @property
     def length(self):
@@ -133,7 +141,13 @@ class Memory:
             row[size:] = 0  # to be written
         for layer in self.layers:
             layer[:] = [[torch.cat(parts)] for parts in layer]
-        return [tuple(part[index].transpose(1, 2) for (part,) in layer) for layer in self.layers]
+
+        def copied(part):
+            # indexing with the matrix would take thrice as long on a CPU
+            rows = part.index_select(0, index.flatten())
+            return rows.view(*index.shape, *part.shape[1:]).transpose(1, 2)
+
+        return [tuple(copied(part) for (part,) in layer) for layer in self.layers]
 
 
 def score(model, head, questions, prefix, common, limits):
@@ -150,6 +164,12 @@ def score(model, head, questions, prefix, common, limits):
     device = head.weight.device
     firsts = np.cumsum([0, *(len(q.options) for q in questions)])
     states, targets, owners = [], [], []  # owners: of each target the number of its option
+
+    def predict(n, hidden, tokens):
+        states.append(hidden)
+        targets.extend(tokens)
+        owners.extend([n] * len(tokens))
+
     memory = Memory(prefix, common)
     rows = [q.context + (q.options[0][:-1] if len(q.options) == 1 else []) for q in questions]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
@@ -166,40 +186,38 @@ def score(model, head, questions, prefix, common, limits):
             positions = prefix + torch.arange(tokens.shape[1], device=device).expand_as(tokens)
         hidden = model.hidden(tokens, positions, cache=cache)
         for row, i in zip(hidden, batch, strict=True):
-            end = len(questions[i].context) - prefix
-            for n, option in enumerate(questions[i].options, firsts[i]):
-                count = len(option) if len(questions[i].options) == 1 else 1
-                states.append(row[end - 1 : end - 1 + count])
-                targets += option[:count]
-                owners += [n] * count
+            # the last state of the context, and those of the option that follows
+            row = row[len(questions[i].context) - prefix - 1 : len(rows[i]) - prefix]
+            options = zip(questions[i].options, questions[i].given, strict=True)
+            for n, (option, given) in enumerate(options, firsts[i]):
+                predict(n, row[given : len(option)], option[given : len(row)])
         if remembered:
             # of a row that is not needed again, no slot is taken over
             ends = [len(rows[i]) if i in remembered else prefix for i in batch]
             memory.add(cache, [*zip(batch, ends, strict=True)], prefix)
 
     longer = [
-        (i, n, option)
+        (i, n, option, given)
         for i, q in enumerate(questions)
-        for n, option in enumerate(q.options, firsts[i])
+        for n, (option, given) in enumerate(zip(q.options, q.given, strict=True), firsts[i])
         if len(q.options) > 1 and len(option) > 1
     ]
     longer.sort(key=lambda item: (-len(item[2]), -len(rows[item[0]])))
 
     def sizes(item):
-        i, _, option = item
+        i, _, option, _ = item
         return len(option) - 1, len(rows[i]) + len(option) - 1
 
     for batch in batched(longer, sizes, limits):
-        tokens = padded([option[:-1] for _, _, option in batch], device)
-        contexts = [(i, len(rows[i])) for i, _, _ in batch]
+        tokens = padded([option[:-1] for _, _, option, _ in batch], device)
+        contexts = [(i, len(rows[i])) for i, _, _, _ in batch]
         starts = torch.tensor([size for _, size in contexts], device=device)
         positions = starts[:, None] + torch.arange(tokens.shape[1], device=device)
         cache = memory.cache(contexts, room=tokens.shape[1])
         hidden = model.hidden(tokens, positions, cache=cache)
-        for row, (_, n, option) in zip(hidden, batch, strict=True):
-            states.append(row[: len(option) - 1])
-            targets += option[1:]
-            owners += [n] * (len(option) - 1)
+        for row, (_, n, option, given) in zip(hidden, batch, strict=True):
+            first = max(given, 1)
+            predict(n, row[first - 1 : len(option) - 1], option[first:])
 
     targets = torch.tensor(targets, device=device)
     logprobs, hits = (t.cpu() for t in losses.token_scores(torch.cat(states), head, targets))
@@ -555,10 +573,12 @@ def by_loglikelihood(benchmark, model, rt, slots=None):
     task = benchmark.task
     questions, owners = [], []
     for i, pairs in enumerate(benchmark.prompts):
-        # options of the same context are one question
-        for context, same in groupby(pairs, key=lambda pair: pair[0]):
-            options = [option for _, option in same]
-            questions.append(Question(context, options, benchmark.keys[i]))
+        shared = commonprefix([context for context, _ in pairs])
+        for part in [pairs] if shared else [[pair] for pair in pairs]:
+            context = shared or part[0][0]
+            options = [begin[len(context) :] + option for begin, option in part]
+            given = [len(begin) - len(context) for begin, _ in part]
+            questions.append(Question(context, options, benchmark.keys[i], given))
             owners.append(i)
     parts = [([], []) for _ in benchmark.records]
     scored = loglikelihoods(model, rt, questions, slots)

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from os.path import commonprefix  # of any sequences
 
 import numpy as np
 import torch
@@ -183,13 +184,8 @@ def common_prefix(rows):
 
     Each row keeps at least one token of its own. Fewer than WORTH tokens, or those of a single row,
     count as none."""
-    first, last = min(rows), max(rows)
-    count = min(map(len, rows)) - 1
-    for i in range(count):
-        if first[i] != last[i]:
-            count = i
-            break
-    return count if count >= WORTH and first != last else 0
+    count = min(len(commonprefix(rows)), min(map(len, rows)) - 1)
+    return count if count >= WORTH and min(rows) != max(rows) else 0
 
 
 class Batch:
