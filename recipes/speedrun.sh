@@ -20,7 +20,7 @@ mkdir -p "$out"
 [ -f "$out/pairs.jsonl" ] || "$python" - > "$out/pairs.jsonl" <<'PY'
 import json
 from nano import tasks
-for row in tasks.load("arithmetic").rows(shots=True)[:1000]:
+for row in tasks.load("arithmetic").rows(shots=True)[:240]:
     wrong = str(int(row["answer"]) + 1)
     print(json.dumps(dict(prompt=row["question"], chosen=row["answer"], rejected=wrong)))
 PY
@@ -39,9 +39,9 @@ stage() { # name, script and its settings
 }
 measure start "$model"
 stage sft sft.py model="$model" data="$out/sft-data" lora_rank=16 lr=1e-3 steps=60 batch_size=8 max_length=128
-stage dpo dpo.py model="$out/sft/merged" data="$out/dpo-data" lora_rank=16 lr=1e-4 steps=20 batch_size=16
+stage dpo dpo.py model="$out/sft/merged" data="$out/dpo-data" lora_rank=16 lr=1e-4 steps=12 batch_size=16
 stage grpo ppo.py model="$out/dpo/merged" data="$out/grpo-data" reward=arithmetic algo=grpo group=8 \
-    batch_size=32 micro_batch=16 rollout_batch=32 max_new_tokens=8 ppo_epochs=1 steps=12 lora_rank=16 lr=3e-4 kl_coef=0
+    batch_size=32 micro_batch=16 rollout_batch=32 max_new_tokens=8 ppo_epochs=1 steps=8 lora_rank=16 lr=3e-4 kl_coef=0
 
 "$python" - "$out" <<'PY'
 import json, pathlib, sys
