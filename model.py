@@ -477,8 +477,9 @@ NORMS = dict(
 
 
 class Attention(nn.Module):
+    SAME_INPUT = ("q_proj", "k_proj", "v_proj")  # one product in decoding (nano/generate.py)
     # how the devices of a tensor group share the layers (nano/tensor.py)
-    COLUMN = ("q_proj", "k_proj", "v_proj")
+    COLUMN = SAME_INPUT
     ROW = ("o_proj",)
 
     def __init__(self, cfg):
@@ -545,7 +546,7 @@ def remember(k, v, slots, cache):
 
 
 class MLP(nn.Module):
-    COLUMN = ("gate_proj", "up_proj")
+    SAME_INPUT = COLUMN = ("gate_proj", "up_proj")
     ROW = ("down_proj",)
 
     def __init__(self, cfg):

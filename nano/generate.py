@@ -17,7 +17,8 @@ otherwise in a batch of another shape, so there a sample may differ with the bat
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import chain, islice, takewhile
+from itertools import chain, islice
+from os.path import commonprefix  # of any sequences
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from model import empty, soft_cap
 from nano.config import UserError
 
 PREFILL = 8192  # tokens of prompt that one forward takes
+WORTH = 16  # tokens of a common beginning that are worth a forward of their own
 
 
 @dataclass
@@ -43,15 +45,14 @@ class Samples:
 
 @dataclass
 class Past:
-    """The keys and values of a conversation so far, which its next turn need not compute again."""
+    """The keys and values of what a prompt begins with, which it need not compute again."""
 
-    ids: list  # the tokens they are of: the prompt and the answer, but for its last token
+    ids: list  # the tokens they are of
     cache: list  # per layer (keys, values), each (K, len(ids), D)
 
     def covers(self, prompt):
         """How many tokens of `prompt` they serve. The last one is left to the first step."""
-        pairs = zip(self.ids, prompt[:-1], strict=False)
-        return sum(takewhile(bool, (a == b for a, b in pairs)))
+        return len(commonprefix([self.ids, prompt[:-1]]))
 
 
 # ---------------------------------------------------------------------- sampling
@@ -297,7 +298,7 @@ def snapshot(model, dtype, pack):
 
     A new model and no deepcopy, because the hooks of FSDP, tensor parallelism and torch.compile
     must stay behind. It shares the tensors that need neither a cast nor packing. With `pack` the
-    layers that read the same input (COLUMN) become one product.
+    layers that read the same input become one product.
     """
     new = empty(model.cfg).eval()
     for name, module in list(new.model.named_modules(prefix="model")):
@@ -306,7 +307,7 @@ def snapshot(model, dtype, pack):
         source = model.get_submodule(name)
         names = [n for n, child in module.named_children() if isinstance(child, nn.Linear)]
         linears = {n: source.get_submodule(n) for n in names}
-        together = [n for n in getattr(module, "COLUMN", ()) if n in linears]
+        together = [n for n in getattr(module, "SAME_INPUT", ()) if n in linears]
         if pack and len(together) > 1 and all(is_plain(linears[n]) for n in together):
             parts = fused([linears.pop(n) for n in together], dtype)
             for n, part in zip(together, parts, strict=True):
@@ -342,6 +343,15 @@ class Decoder:
 
     def logits(self, hidden):
         return soft_cap(self.head(hidden * self.scale), self.cap)
+
+
+def common_prefix(rows):
+    """How many tokens all rows (lists of ids) have in common at their beginning.
+
+    Each row keeps at least one token of its own. Fewer than WORTH tokens, or those of a single row,
+    count as none."""
+    count = min(len(commonprefix(rows)), min(map(len, rows)) - 1)
+    return count if count >= WORTH and min(rows) != max(rows) else 0
 
 
 class Batch:
@@ -406,24 +416,31 @@ class Batch:
         """
         known = [past.covers(p) if past else 0 for past, p in zip(pasts, prompts, strict=True)]
         rest = [prompt[n:-1] for n, prompt in zip(known, prompts, strict=True)]
-        later = any(known)
-        tokens = torch.zeros(rows, max(map(len, rest)) if later else width, dtype=torch.int64)
+        # fixed shapes need one number of columns, which they have where all know as much
+        columns = max(map(len, rest)) if len(set(known)) > 1 else width - known[0]
+        tokens = torch.zeros(rows, columns, dtype=torch.int64)
         for row, ids in zip(tokens, rest, strict=False):
             row[: len(ids)] = torch.tensor(ids)
         tokens = tokens.to(self.device)
         # padding that stands beyond the width shares one slot more
-        cache = self.model.new_cache(rows, width + later, self.dtype)
+        cache = self.model.new_cache(rows, width + any(known), self.dtype)
         positions = None
-        if later:
+        if any(known):
             for row, (past, n) in enumerate(zip(pasts, known, strict=True)):
                 for new, old in zip(chain(*cache), chain(*past.cache) if n else (), strict=False):
                     new[row, :, :n] = old[:, :n]
             begins = torch.tensor(known + [0] * (rows - len(known)), device=self.device)
-            positions = begins[:, None] + torch.arange(tokens.shape[1], device=self.device)
+            positions = begins[:, None] + torch.arange(columns, device=self.device)
             positions = positions.clamp(max=width)
-        if tokens.shape[1]:
+        if columns:
             self.model.hidden(tokens, positions, cache=cache)
         return cache
+
+    def computed(self, ids):
+        """The Past of `ids`."""
+        cache = self.model.new_cache(1, len(ids), self.dtype)
+        self.model.hidden(torch.tensor([ids], device=self.device), cache=cache)
+        return Past(ids, [(keys[0], values[0]) for keys, values in cache])
 
     def past(self, row, ids):
         """The Past of the tokens `ids`, which stand in the first slots of a row."""
@@ -727,6 +744,9 @@ def generate(
     rows = min(batch_size, len(prompts))
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     batch = Batch(decoder, rows, longest, stop_ids, sampling, plan)
+    if common := common_prefix(prompts):
+        common = batch.computed(prompts[0][:common])
+        pasts = [past or common for past in pasts]
     scheduler = Scheduler(batch, plan, rows, prompts, limits, group, uniforms, pasts, keep)
     while scheduler.waiting or scheduler.live:
         if scheduler.wants_refill():
