@@ -474,6 +474,114 @@ def test_scores_equal_sequence_classification(name, tmp_path):
         assert worst(back(x).logits[:, 0], expected) < 1e-4
 
 
+# ---- several devices
+
+SHARDED = """
+import torch
+import lora
+from nano import weights
+from nano.runtime import Runtime
+tokens = torch.randint(1, 97, (2, 40), generator=torch.Generator().manual_seed(1))
+docs = torch.zeros_like(tokens)
+docs[:, 25:] = 1
+for dir in {dirs}:
+    for settings in (dict(parallel="none", tensor=2), dict(parallel="fsdp")):
+        for adapted in (False, True):
+            grads = []
+            for rt in (None, Runtime(device="cpu", dtype="float32", **settings)):
+                model = weights.load_model(dir)
+                if adapted:
+                    torch.manual_seed(0)
+                    lora.apply(model, rank=2, alpha=4)
+                    for name, p in model.named_parameters():
+                        if "lora_B" in name:
+                            p.data.normal_(std=0.1)
+                if rt is not None:
+                    model = rt.wrap(model)
+                hidden = model(dict(tokens=tokens, docs=docs))
+                hidden.square().mean().backward()
+                out = dict(hidden=hidden)
+                for name, p in model.named_parameters():
+                    if p.grad is not None:
+                        g = p.grad
+                        out[name] = g.full_tensor() if hasattr(g, "full_tensor") else g
+                grads.append(out)
+            exact, sharded = grads
+            assert exact.keys() == sharded.keys()
+            for name, g in exact.items():
+                assert (g - sharded[name]).abs().max() <= 1e-5 * max(1, g.abs().max()), (dir, name)
+"""
+
+
+def test_shared_and_sharded_layers_give_the_same_gradients(bases, tmp_path):
+    """tensor=2 and fsdp on two processes, with adapters and without."""
+    cfgs = {name: families.load_config(bases(name)) for name in first_of_each()}
+    dirs = [str(bases(name)) for name, cfg in cfgs.items() if not cfg.n_heads % 2]
+    status, output = tiny.processes(tmp_path, [], before=SHARDED.format(dirs=dirs), timeout=400)
+    assert status == 0, output[-3000:]
+
+
+# ---- the language model in one that sees images too
+
+SEES = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=28,
+    patch_size=14,
+)
+VISION = {
+    "gemma3": lambda: hf.Gemma3Config(
+        text_config=CASES["gemma3"].settings | dict(model_type="gemma3_text"),
+        vision_config=SEES | dict(model_type="siglip_vision_model"),
+        mm_tokens_per_image=4,
+    ),
+    "qwen2.5-vl": lambda: hf.Qwen2_5_VLConfig(
+        text_config=TINY
+        | dict(
+            model_type="qwen2_5_vl_text",
+            rope_parameters=dict(rope_type="default", mrope_section=[2, 2, 3], rope_theta=500.0),
+        ),
+        vision_config=dict(depth=1, hidden_size=32, num_heads=2, out_hidden_size=56),
+    ),
+    "mistral3": lambda: hf.Mistral3Config(
+        text_config=CASES["ministral3"].settings | dict(model_type="ministral3"),
+        vision_config=SEES | dict(model_type="pixtral"),
+    ),
+}
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["names of today", "older names"])
+@pytest.mark.parametrize("kind", VISION)
+def test_the_text_part_of_a_model_that_sees_images(kind, older, tmp_path):
+    torch.manual_seed(0)
+    reference, x = (
+        hf.AutoModelForImageTextToText.from_config(VISION[kind]()).float().eval(),
+        tokens(),
+    )
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.normal_(std=0.2)
+        expected = reference(input_ids=x).logits
+    reference.save_pretrained(tmp_path / "theirs", save_original_format=older)
+    model = weights.load_model(tmp_path / "theirs")
+    assert expected.std() > 0.1 and worst(logits(model, x), expected) < 1e-4
+    weights.save_model(model, tmp_path / "ours", like=tmp_path / "theirs")
+    alone, info = hf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        assert worst(alone.float().eval()(x).logits, expected) < 1e-4
+
+
+def test_the_first_spelling_of_llama_opens():
+    """As in the first conversions of LLaMA."""
+    c = sizes(64, 96, 2, 4, 4, 99, architectures=["LLaMAForCausalLM"], model_type="llama")
+    assert families.parse_config(c, "config.json").family == "llama"
+
+
 # ---- published models, on the meta device
 
 
