@@ -638,7 +638,7 @@ def test_what_is_not_supported_is_refused_by_name(c, said):
         ("bloom", dict(positions="rope")),
         ("opt", dict(position_offset=0)),
         ("opt", dict(norm_at="around")),
-        ("falcon", dict(residual="serial")),
+        ("falcon", dict(alibi_scaled=True)),
         ("bigcode", dict(residual="parallel")),
         ("neox", dict(n_kv_heads=1)),
     ],
