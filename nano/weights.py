@@ -34,7 +34,7 @@ from model import ScoreHead, Transformer, empty
 from nano import adapters, tokenizer
 from nano.adapters import base_of, ends_with, is_adapter, is_scorer, read_adapter_config
 from nano.config import UserError
-from nano.families import FAMILIES, config_json, load_config, places
+from nano.families import FAMILIES, config_json, load_config, places, text_names
 from nano.files import read_json, sync, write_json, write_text
 
 STRETCH = 1 << 24  # bytes of a tensor that are converted at a time
@@ -231,7 +231,10 @@ def load_model(dir, device="cpu", dtype=None, head=None, tensors=None):
     family = FAMILIES[cfg.family]
     files = {} if tensors else tensor_files(dir)
     tensors = tensors or read_tensors(dir)
-    tensors = {n: t for n, t in tensors.items() if not re.search(family.ignored, n)}
+    names = {
+        plain: n for plain, n in text_names(tensors).items() if not re.search(family.ignored, n)
+    }
+    tensors = {plain: tensors[name] for plain, name in names.items()}
     bare = not any(name.startswith(family.prefix) for name in tensors)
     params = dict(model.named_parameters())
     embedding, output = places(cfg, [EMBEDDING, "lm_head.weight"], bare)
@@ -257,8 +260,8 @@ def load_model(dir, device="cpu", dtype=None, head=None, tensors=None):
         kind = torch.float32 if name == "score.weight" else dtype
         tensor = tensors[name]
         if tensor.dtype != kind:
-            mapped = name in files
-            tensor = converted(tensor, kind, files[name], name) if mapped else tensor.to(kind)
+            path = files.get(names[name])
+            tensor = converted(tensor, kind, path, names[name]) if path else tensor.to(kind)
         pieces = layout.split(tensor, [p.shape for p in hollow[name]], cfg)
         weights |= {part: piece.to(device) for part, piece in zip(parts, pieces, strict=True)}
     if fresh:
