@@ -1124,7 +1124,8 @@ def read_config(c):
         fields[name] = checked(value, key, ModelConfig.__annotations__[name])
     fields |= family.always | family.read(c, fields)
     cfg = normal(ModelConfig(**fields, head=head, family=kind))
-    if cfg.n_heads % cfg.n_kv_heads or int(cfg.head_dim * cfg.rope_part) % 2:
+    rotated = int(cfg.head_dim * cfg.rope_part) if cfg.positions == "rope" else 0
+    if cfg.n_heads % cfg.n_kv_heads or rotated % 2:
         raise UserError(
             f"{cfg.n_heads} heads of {cfg.head_dim} numbers "
             f"do not go with {cfg.n_kv_heads} key/value heads"
