@@ -203,7 +203,7 @@ def begins(docs):
 
 
 def document_lengths(positions, docs, cache):
-    """(B, T): how many tokens the document of each token has. In a cache it ends with that token."""
+    """(B, T): how many tokens the document of each token has. With a cache it ends there."""
     if cache is not None:
         return positions + 1
     if docs is None:
