@@ -406,6 +406,8 @@ def write_opt(cfg):
 
 
 def read_falcon(c, fields):
+    """With ALiBi transformers rounds slope * position to bf16. Here it is fp32, so that it depends
+    on the distance alone."""
     new, parallel = bool(c["new_decoder_architecture"]), bool(c["parallel_attn"])
     norms = c.get("num_ln_in_parallel_attn") or (2 if new else 1)
     if new and not parallel or parallel and norms == 2 and not new:
