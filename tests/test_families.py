@@ -10,6 +10,7 @@ from functools import partial
 
 import peft
 import pytest
+import stages
 import tiny
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,8 @@ import transformers as hf
 from torch.utils.checkpoint import checkpoint
 
 import lora
-from model import empty
-from nano import estimate, families, weights
+from model import Transformer, empty
+from nano import estimate, families, tokenizer, weights
 from nano.config import UserError
 from nano.generate import generate
 
@@ -608,6 +609,44 @@ def test_scores_equal_sequence_classification(name, tmp_path):
     back = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours").float().eval()
     with torch.no_grad():
         assert worst(back(x).logits[:, 0], expected) < 1e-4
+
+
+# ---- the stages
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stages")
+    stages.prepare(folder)
+    return folder
+
+
+@pytest.mark.skipif(not SLOW, reason="NANO_SLOW=1 runs the stages of each family")
+@every_case
+def test_stages_train_it_and_resume_exactly(name, bases, data, tmp_path):
+    cfg = replace(families.load_config(bases(name)), vocab_size=264)
+    for head, dir in (("lm", "model"), ("score", "scorer")):
+        torch.manual_seed(0)
+        model = Transformer(replace(cfg, head=head)).init_weights(std=0.1)
+        weights.save_model(model, tmp_path / dir)
+        tokenizer.copy_files(data / "model", tmp_path / dir)
+    mine = [f"model={tmp_path}/model"]
+    cut, whole = ([f"out={tmp_path}/{run}", *mine] for run in ("cut", "whole"))
+    jobs = [
+        stages.job(data, "sft", "", *whole),
+        stages.job(data, "sft", "", *cut, "steps=2"),
+        stages.job(data, "sft", "", *cut),
+    ]
+    if "score" in architectures(CASES[name]):
+        jobs.append(stages.job(data, "reward", tmp_path / "reward", *mine))
+        scorer = f"reward={tmp_path}/scorer"
+        jobs.append(stages.job(data, "ppo", tmp_path / "ppo", *mine, scorer))
+    for stage in ("sft_lora", "dpo", "grpo"):
+        jobs.append(stages.job(data, stage, tmp_path / stage, *mine))
+    stages.alone(jobs)
+    assert tiny.same_tensors(tmp_path / "whole" / "last", tmp_path / "cut" / "last")
+    losses = [record["loss"] for record in tiny.records(tmp_path / "whole", "train")]
+    assert losses[-1] < losses[0]
 
 
 # ---- several devices
