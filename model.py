@@ -81,6 +81,13 @@ class ModelConfig:
     family: str = "llama"  # the `model_type` of config.json, for saving alone
 
     @property
+    def rope_switch(self):
+        """The length beyond which a document has other rotary frequencies ("longrope"), or None."""
+        scaling = self.rope_scaling or {}
+        longrope = scaling.get("rope_type") == "longrope"
+        return int(scaling["original_max_position_embeddings"]) if longrope else None
+
+    @property
     def width(self):
         """Of the embedding, and of the hidden states that the head reads."""
         return self.embed_dim or self.dim
@@ -103,7 +110,7 @@ def rope_frequencies(cfg, long=False):
     steps = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu")
     inv = 1.0 / cfg.rope_theta ** (steps / dim)
     scaling = cfg.rope_scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = scaling.get("rope_type", "default")
     if kind in ("default", "dynamic"):
         return inv
     if kind == "linear":
@@ -135,7 +142,7 @@ def rope_magnitude(cfg):
     """By what "yarn" and "longrope" multiply cos and sin, so that attention stays as sharp over a
     longer context."""
     scaling = cfg.rope_scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = scaling.get("rope_type", "default")
     if kind not in ("yarn", "longrope"):
         return 1.0
     if scaling.get("attention_factor") is not None:
@@ -158,10 +165,9 @@ class Rope:
         scaling = cfg.rope_scaling or {}
         self.inv_freq = rope_frequencies(cfg)
         self.magnitude = rope_magnitude(cfg)
+        self.switch = cfg.rope_switch
+        self.long = rope_frequencies(cfg, long=True) if self.switch else None
         self.original = scaling.get("original_max_position_embeddings")
-        self.long = None  # the frequencies of documents beyond the original context
-        if scaling.get("rope_type") == "longrope":
-            self.long = rope_frequencies(cfg, long=True)
         self.beta = scaling.get("llama_4_scaling_beta")
 
     def __call__(self, positions, lengths, dtype):
@@ -171,9 +177,9 @@ class Rope:
         positions (B, T). lengths() -> (B, T): of each token's document, for "longrope".
         """
         inv_freq = self.inv_freq = self.inv_freq.to(positions.device)
-        if self.long is not None:
+        if self.switch:
             self.long = self.long.to(positions.device)
-            inv_freq = torch.where(lengths()[..., None] > self.original, self.long, inv_freq)
+            inv_freq = torch.where(lengths()[..., None] > self.switch, self.long, inv_freq)
         angles = (positions[..., None].float() * inv_freq).repeat(1, 1, 2)[:, :, None]
         out = [angles.cos() * self.magnitude, angles.sin() * self.magnitude]
         if self.beta:
@@ -202,10 +208,11 @@ def begins(docs):
     return (starts * index).int().cummax(dim=1).values
 
 
-def document_lengths(positions, docs, cache):
-    """(B, T): how many tokens the document of each token has. With a cache it ends there."""
+def document_lengths(positions, docs, cache, length):
+    """(B, T): how many tokens the document of each token has. With a cache it ends with that token,
+    if no `length` is given."""
     if cache is not None:
-        return positions + 1
+        return torch.full_like(positions, length) if length else positions + 1
     if docs is None:
         return torch.full_like(positions, positions.shape[1])
     ends = docs.shape[1] - begins(docs.flip(1)).flip(1)
@@ -695,7 +702,7 @@ class Transformer(nn.Module):
         hidden = hidden.flatten(0, 1)
         return hidden[batch["index"]] if "index" in batch else hidden
 
-    def hidden(self, tokens, positions=None, docs=None, cache=None):
+    def hidden(self, tokens, positions=None, docs=None, cache=None, length=None):
         """tokens (B, T) -> hidden states (B, T, C) after the last norm, for .logits, .score or
         nano/losses.py.
 
@@ -704,6 +711,7 @@ class Transformer(nn.Module):
         cache: per layer (keys, values), each (B, K, S, D). With a cache, `positions` are also the
         slots of the tokens, which see all slots up to their own. Without positions they begin their
         rows.
+        length: how long the documents in a cache count, where "longrope" asks for it.
         """
         slots = None if cache is None else positions
         if positions is None:
@@ -725,7 +733,7 @@ class Transformer(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             # one dtype along the residual stream, whatever the dtype of the weights
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        lengths = functools.partial(document_lengths, positions, docs, cache)
+        lengths = functools.partial(document_lengths, positions, docs, cache, length)
         ropes = {kind: rope(positions, lengths, x.dtype) for kind, rope in self.ropes.items()}
         kinds = zip(self.layers, self.windows, self.rope_layers, strict=True)
         for i, (layer, window, kind) in enumerate(kinds):

@@ -125,7 +125,10 @@ def score_batch(model, head, questions, prefix, common):
             for t, n in zip(layer, new, strict=True):
                 t[:, :, :prefix] = n
         positions = prefix + torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-    hidden = model.hidden(tokens, positions, cache=cache)  # (Q, T, C)
+    docs = None
+    if cache is None and model.cfg.rope_switch:  # padding must not count as a part of a row
+        docs = padded([[1] * len(row) for row in rows], device)
+    hidden = model.hidden(tokens, positions, docs, cache)  # (Q, T, C)
 
     # a context's last position predicts the first token of each of its options
     ends = [len(q.context) - prefix for q in questions]
@@ -168,6 +171,13 @@ def loglikelihoods(model, rt, questions, slots=None):
     Every rank calls it with the same questions. The ranks share the batches out, and each gets all
     results. slots: of the cache of a batch; by default what suits the device."""
     slots = slots or SLOTS.get(rt.device.type, GPU_SLOTS)
+    switch = model.cfg.rope_switch
+    if beyond := switch and max(q.length for q in questions) > switch:
+        # a cache of a context does not go on beyond it, so each option is computed with its own
+        whole, questions = (
+            questions,
+            [Question(q.context, [o]) for q in questions for o in q.options],
+        )
     copy = generate.snapshot(model, rt.dtype, pack=False)
     head = model.head._replace(weight=generate.frozen(model.head_weight, rt.dtype))
     firsts = np.cumsum([0, *(len(q.options) for q in questions)])
@@ -176,7 +186,7 @@ def loglikelihoods(model, rt, questions, slots=None):
     order = sorted(range(len(questions)), key=lambda i: questions[i].key)
     for _, same in groupby(order, key=lambda i: questions[i].key):
         numbers = list(same)
-        prefix = common_prefix([questions[i] for i in numbers])
+        prefix = 0 if beyond else common_prefix([questions[i] for i in numbers])
         common = None
         for batch in batches_of(questions, numbers, slots):
             turn += 1
@@ -191,6 +201,8 @@ def loglikelihoods(model, rt, questions, slots=None):
             totals[:, places] = torch.stack([t.double() for t in scored])
             rt.sync()
     logprobs, hits = rt.all_sum(totals.to(rt.device) if rt.world > 1 else totals).cpu().numpy()
+    if beyond:
+        firsts = np.cumsum([0, *(len(q.options) for q in whole)])
     borders = firsts[1:-1]
     return list(zip(np.split(logprobs, borders), np.split(hits > 0, borders), strict=True))
 

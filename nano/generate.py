@@ -181,10 +181,11 @@ class Batch:
     """The rows being decoded: key/value cache and state, on the device and updated in place.
 
     So a step has a fixed shape, nothing in it waits for the device, and CUDA can replay it as a
-    graph. longest: most new tokens of a sample. sampling: keyword arguments of `choose`.
+    graph. longest: most new tokens of a sample. sampling: keyword arguments of `choose`. length: as
+    in Transformer.hidden.
     """
 
-    def __init__(self, model, rows, longest, stop_ids, sampling, plan):
+    def __init__(self, model, rows, longest, stop_ids, sampling, plan, length=None):
         device = device_of(model.head_weight)
         autocast = torch.is_autocast_enabled(device.type)
         self.dtype = torch.get_autocast_dtype(device.type) if autocast else model.head_weight.dtype
@@ -192,6 +193,7 @@ class Batch:
         self.head = FrozenLinear(frozen(model.head_weight, self.dtype), None, plan.pack)
         _, self.logit_scale, self.logit_cap = model.head
         self.sampling = sampling
+        self.length = length
         self.device = device
         self.stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
         self.cache = self.model.new_cache(rows, 0, self.dtype)
@@ -244,7 +246,7 @@ class Batch:
             row[: len(ids) - 1] = torch.tensor(ids[:-1])
         cache = self.model.new_cache(rows, width, self.dtype)
         if width:
-            self.model.hidden(tokens.to(self.device), cache=cache)
+            self.model.hidden(tokens.to(self.device), cache=cache, length=self.length)
         return cache
 
     def place(self, rows, prompts, limits, uniforms, sources, cache):
@@ -274,7 +276,9 @@ class Batch:
             t[:rows] for t in self.state
         )
         cache = [(keys[:rows], values[:rows]) for keys, values in self.cache]
-        hidden = self.model.hidden(last[:, None], position[:, None], cache=cache)
+        hidden = self.model.hidden(
+            last[:, None], position[:, None], cache=cache, length=self.length
+        )
         at = count[:, None]
         logits = soft_cap(self.head(hidden[:, 0] * self.logit_scale), self.logit_cap)
         token, logprob = choose(logits, uniform.gather(1, at)[:, 0], **self.sampling)
@@ -515,25 +519,53 @@ def generate(
     room = [model.cfg.max_positions - len(prompt) for prompt in prompts]
     limits = [min(pair) for pair in zip(limits, room, strict=True) for _ in range(group)]
     prompts = [prompt for prompt in prompts for _ in range(group)]
-    longest = max(limits)
     sample_ids = sample_ids or range(len(prompts))
-
-    def uniforms(sample):
-        """The random numbers of a sample depend on its number and the seed alone."""
-        rng = np.random.default_rng([seed, sample_ids[sample]])
-        return rng.random(longest + 1, dtype=np.float32)
-
-    plan = replace(Plan.for_device(device_of(model.head_weight), longest), **(plan or {}))
-    rows = min(batch_size, len(prompts))
+    device = device_of(model.head_weight)
+    plan = replace(Plan.for_device(device, max(limits)), **(plan or {}))
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    batch = Batch(model, rows, longest, stop_ids, sampling, plan)
-    scheduler = Scheduler(batch, plan, rows, prompts, limits, group, uniforms)
-    while scheduler.waiting or scheduler.live:
-        if scheduler.wants_refill():
-            scheduler.refill(step_hook)
-        live_rows = scheduler.shrink()
-        for _ in range(scheduler.make_room()):
-            batch.advance(live_rows)
-            step_hook()
-        scheduler.collect(on_token, stop_ids)
-    return scheduler.samples
+
+    def decode(numbers, prompts, limits, group=1, length=None):
+        """Samples of these prompts, which go on with the samples of these numbers."""
+        starts = [len(samples.tokens[number]) for number in numbers]
+        longest = max(limits)
+
+        def uniforms(i):
+            """The random numbers of a sample depend on its number and the seed alone."""
+            rng = np.random.default_rng([seed, sample_ids[numbers[i]]])
+            return rng.random(starts[i] + longest + 1, dtype=np.float32)[starts[i] :]
+
+        def show(i, token):
+            return on_token(numbers[i], token)
+
+        rows = min(batch_size, len(prompts))
+        batch = Batch(model, rows, longest, stop_ids, sampling, plan, length)
+        scheduler = Scheduler(batch, plan, rows, prompts, limits, group, uniforms)
+        while scheduler.waiting or scheduler.live:
+            if scheduler.wants_refill():
+                scheduler.refill(step_hook)
+            live_rows = scheduler.shrink()
+            for _ in range(scheduler.make_room()):
+                batch.advance(live_rows)
+                step_hook()
+            scheduler.collect(on_token and show, stop_ids)
+        for i, number in enumerate(numbers):
+            samples.tokens[number] += scheduler.samples.tokens[i]
+            samples.logprobs[number] += scheduler.samples.logprobs[i]
+            samples.finished[number] = scheduler.samples.finished[i]
+
+    numbers = range(len(prompts))
+    samples = Samples([[] for _ in numbers], [[] for _ in numbers], [False for _ in numbers])
+    switch = model.cfg.rope_switch
+    if not switch:
+        decode(numbers, prompts, limits, group)
+        return samples
+    # A document that grows beyond `switch` tokens gets other rotary frequencies, and a new cache.
+    short = [i for i in numbers if len(prompts[i]) <= switch]
+    if short:
+        room = [min(limits[i], switch + 1 - len(prompts[i])) for i in short]
+        decode(short, [prompts[i] for i in short], room, group)
+    long = [i for i in numbers if not samples.finished[i] and len(samples.tokens[i]) < limits[i]]
+    if long:
+        rest = [limits[i] - len(samples.tokens[i]) for i in long]
+        decode(long, [prompts[i] + samples.tokens[i] for i in long], rest, length=switch + 1)
+    return samples
