@@ -165,8 +165,9 @@ class Rope:
         scaling = cfg.rope_scaling or {}
         self.inv_freq = rope_frequencies(cfg)
         self.magnitude = rope_magnitude(cfg)
+        # documents of more tokens have the frequencies `long`; generate changes it
         self.switch = cfg.rope_switch
-        self.long = rope_frequencies(cfg, long=True) if self.switch else None
+        self.long = None if self.switch is None else rope_frequencies(cfg, long=True)
         self.original = scaling.get("original_max_position_embeddings")
         self.beta = scaling.get("llama_4_scaling_beta")
 
@@ -177,7 +178,7 @@ class Rope:
         positions (B, T). lengths() -> (B, T): of each token's document, for "longrope".
         """
         inv_freq = self.inv_freq = self.inv_freq.to(positions.device)
-        if self.switch:
+        if self.switch is not None:
             self.long = self.long.to(positions.device)
             inv_freq = torch.where(lengths()[..., None] > self.switch, self.long, inv_freq)
         angles = (positions[..., None].float() * inv_freq).repeat(1, 1, 2)[:, :, None]
@@ -208,11 +209,10 @@ def begins(docs):
     return (starts * index).int().cummax(dim=1).values
 
 
-def document_lengths(positions, docs, cache, length):
-    """(B, T): how many tokens the document of each token has. With a cache it ends with that token,
-    if no `length` is given."""
-    if cache is not None:
-        return torch.full_like(positions, length) if length else positions + 1
+def document_lengths(positions, docs, cached):
+    """(B, T): how many tokens the document of each token has. One in a cache ends with that token."""
+    if cached:
+        return positions + 1
     if docs is None:
         return torch.full_like(positions, positions.shape[1])
     ends = docs.shape[1] - begins(docs.flip(1)).flip(1)
@@ -702,7 +702,7 @@ class Transformer(nn.Module):
         hidden = hidden.flatten(0, 1)
         return hidden[batch["index"]] if "index" in batch else hidden
 
-    def hidden(self, tokens, positions=None, docs=None, cache=None, length=None):
+    def hidden(self, tokens, positions=None, docs=None, cache=None):
         """tokens (B, T) -> hidden states (B, T, C) after the last norm, for .logits, .score or
         nano/losses.py.
 
@@ -711,7 +711,6 @@ class Transformer(nn.Module):
         cache: per layer (keys, values), each (B, K, S, D). With a cache, `positions` are also the
         slots of the tokens, which see all slots up to their own. Without positions they begin their
         rows.
-        length: how long the documents in a cache count, where "longrope" asks for it.
         """
         slots = None if cache is None else positions
         if positions is None:
@@ -733,7 +732,8 @@ class Transformer(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             # one dtype along the residual stream, whatever the dtype of the weights
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        lengths = functools.partial(document_lengths, positions, docs, cache, length)
+        cached = cache is not None
+        lengths = functools.partial(document_lengths, positions, docs, cached)
         ropes = {kind: rope(positions, lengths, x.dtype) for kind, rope in self.ropes.items()}
         kinds = zip(self.layers, self.windows, self.rope_layers, strict=True)
         for i, (layer, window, kind) in enumerate(kinds):
