@@ -210,7 +210,7 @@ def begins(docs):
 
 
 def document_lengths(positions, docs, cached):
-    """(B, T): how many tokens the document of each token has. One in a cache ends with that token."""
+    """(B, T): how many tokens the document of each token has. In a cache it ends with the token."""
     if cached:
         return positions + 1
     if docs is None:
