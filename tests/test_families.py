@@ -237,6 +237,11 @@ CASES = {
             sizes(4096, 12800, 40, 32, 8, 49155, **GRANITE, logits_scaling=16.0),
         ],
     ),
+    "seed_oss": Case(
+        hf.SeedOssConfig,
+        TINY | HEADS | dict(attention_dropout=0.0, residual_dropout=0.0),
+        [sizes(5120, 27648, 64, 80, 8, 155136, head_dim=128, rope_theta=1e7)],
+    ),
     "starcoder2": Case(
         hf.Starcoder2Config,
         TINY | dict(sliding_window=7, norm_epsilon=1e-3),
