@@ -283,11 +283,11 @@ def answers_of(cfg, rt, opened, entries):
     """The greedy answers of a model to prompts, as texts."""
     tok = opened.tok
     prompts = []
-    for number, messages in enumerate(entries, 1):
+    for number, (messages, tools) in enumerate(entries, 1):
         if tok.template is None:
             ids = tok.encode("\n".join(m["content"] for m in messages), bos=tok.add_bos)
         else:
-            ids, _ = tok.render(messages, add_generation_prompt=True)
+            ids, _ = tok.render(messages, add_generation_prompt=True, tools=tools)
         if len(ids) >= opened.model.cfg.max_positions:
             raise UserError(
                 f"{cfg.prompts}, prompt {number} has {len(ids)} tokens, and the model takes "
@@ -301,14 +301,16 @@ def answers_of(cfg, rt, opened, entries):
 
 @torch.no_grad()
 def judge(rt, scorer, conversations):
-    """What a score model gives to the last answer of each conversation, a list of floats."""
+    """What a score model gives to the last answers of conversations, a list of floats.
+
+    conversations: [(messages, tools or None), ...]"""
     model, tok = scorer.model, scorer.tok
     scores = []
-    for messages in conversations:
+    for messages, tools in conversations:
         if tok.template is None:
             ids = tok.encode("\n".join(m["content"] for m in messages), bos=tok.add_bos, eos=True)
         else:
-            ids, mask = tok.render(messages, last_only=True)
+            ids, mask = tok.render(messages, last_only=True, tools=tools)
             ids = ids[: len(mask) - mask[::-1].index(1)]  # up to the end of the answer
         ids = ids[-model.cfg.max_positions :]
         with rt.autocast():
@@ -321,8 +323,8 @@ def judge(rt, scorer, conversations):
 def open_wins(cfg, rt, opened):
     """(what names the content, what `measure_wins` takes) of prompts=, against= and reward=."""
     entries = [
-        conversation(entry, None) if isinstance(entry, str) else entry
-        for entry in read_prompts(cfg.prompts)
+        (conversation(entry, None) if isinstance(entry, str) else entry, tools)
+        for entry, tools in read_prompts(cfg.prompts)
     ]
     scorer = weights.open(cfg.reward, None, rt.device, rt.dtype)
     if scorer.model.cfg.head != "score":
@@ -345,8 +347,8 @@ def measure_wins(cfg, rt, opened, entries, other, scorer):
             rt,
             scorer,
             [
-                [*messages, dict(role="assistant", content=text)]
-                for messages, text in zip(entries, texts, strict=True)
+                ([*messages, dict(role="assistant", content=text)], tools)
+                for (messages, tools), text in zip(entries, texts, strict=True)
             ],
         )
         for texts in (ours, theirs)

@@ -25,7 +25,7 @@ import regex  # comes with tiktoken
 import sentencepiece
 import tiktoken
 
-from nano import adapters, chat, files
+from nano import adapters, chat, files, tools
 from nano.config import UserError
 from nano.vocab import (
     BYTE,
@@ -939,6 +939,11 @@ class Tokenizer:
         }
 
     @functools.cached_property
+    def tools(self):
+        """What the chat template makes of tools, see nano/tools.py."""
+        return tools.Tools(self.layout)
+
+    @functools.cached_property
     def identity(self):
         return identity_of(self)
 
@@ -1074,6 +1079,8 @@ class Tokenizer:
                 f"the model has no chat template: choose template={'|'.join(chat.TEMPLATES)}"
             )
         messages = chat.check(messages)
+        if tools or any(m.get("tool_calls") for m in messages):
+            messages, tools = self.tools.conversation(messages, tools)
         answers = chat.answers_of(messages)
         learned = {n for n in answers[-last_only:] if messages[n].get("weight") != 0}
         if self.template == "columns":  # it lays out one answer, the last message

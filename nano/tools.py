@@ -27,7 +27,7 @@ To call a function, write its name and its arguments as a JSON object between th
 <tool_call>
 {{"name": "NAME", "arguments": {{"ARGUMENT": "VALUE"}}}}
 </tool_call>
-The result comes back between <tool_response> and </tool_response>."""
+Its result comes back between <tool_response> and </tool_response>."""
 
 # What a template is tried with. Its names, its argument and its result are found in the text again.
 NAMES = "\ue010", "\ue011"
@@ -106,21 +106,40 @@ def dumps(value):
     return json.dumps(value, ensure_ascii=False)
 
 
+def loosely(text):
+    """The pattern of a text in which white space and numbers, which count calls, may differ."""
+    parts = re.split(r"(\s+|\d+)", text)
+    return "".join(
+        re.escape(part) if i % 2 == 0 else r"\d+" if part.isdigit() else r"\s*"
+        for i, part in enumerate(parts)
+    )
+
+
+def answer_of(tok, ids):
+    """The message of an answer that a model gave, its calls apart from its text."""
+    text = tok.decode(ids, skip_special=False, inside=True)
+    before, calls = tok.tools.read(text)
+    if not calls:
+        return {"role": "assistant", "content": tok.decode(ids)}
+    return calling(calls, tok.decode_until(ids, [text[len(before) :]])[0])
+
+
 class Tools:
     """What a chat template (chat.ChatTemplate) makes of tools.
 
     .definitions, .calls   whether it lays out definitions, and calls with their results
     .system                whether it lays out a system message
-    .opening, .call        what stands before a call, and the pattern of a call up to its arguments.
-                           .call is None for a template whose arguments are no JSON object
+    .call                  the pattern of a call up to its arguments, or None for a template whose
+                           arguments are no JSON object
     """
 
     def __init__(self, layout):
         self.layout = layout
+        self.lead = ""  # what stands before the first call of an answer alone
         self.definitions = NAMES[0] in self.text([USER], TOOLS, generation=True)
         once = [USER, calling([(NAMES[0], ARGUMENTS)])]
         text = self.text([*once, result_of(once[1]["tool_calls"][0], RESULT)])
-        self.calls = all(part in text for part in (NAMES[0], "\ue013", RESULT))
+        self.calls = "\ue013" in text and RESULT in text
         self.system = RESULT in self.text([{"role": "system", "content": RESULT}, USER, ANSWER])
         twice = [USER, calling([(name, ARGUMENTS) for name in NAMES])]
         answer = next(filter(None, map(self.answer, (twice, once))), "")
@@ -144,23 +163,19 @@ class Tools:
         return layout.text[begin:end]
 
     def learn(self, answer):
-        """Learns the form of calls from an answer that calls NAMES[0], or NAMES."""
+        """Learns the form of calls from an answer that calls NAMES[0], or both of NAMES."""
         places = [answer.find(name) for name in NAMES]
         arguments = [*JSON.finditer(answer)]
         self.call = None
         if not arguments or not 0 <= places[0] < arguments[0].start():
             return
-        self.opening = opening = answer[: places[0]]
-        if len(arguments) > 1:  # the second call may open in another way
-            second = answer[arguments[0].end() : places[1]]
-            opening = commonprefix([opening[::-1], second[::-1]])[::-1]
+        opening = answer[: places[0]]
         between = answer[places[0] + 1 : arguments[0].start()]
-        # white space is the model's to choose
-        opening, between = (
-            r"\s*".join(map(re.escape, re.split(r"\s+", text))) for text in (opening, between)
-        )
-        self.call = re.compile(f"{opening}(.{{1,200}}?){between}")
-        self.lead = self.opening
+        if len(arguments) > 1:  # what opens only the first call of an answer is no part of the form
+            second = answer[arguments[0].end() : places[1]]
+            shared = commonprefix([opening[::-1], second[::-1]])[::-1]
+            opening, self.lead = shared, opening.removesuffix(shared)
+        self.call = re.compile(f"{loosely(opening)}(.{{1,200}}?){loosely(between)}")
 
     def conversation(self, messages, tools=None):
         """(messages, tools) as the template takes them: as they are, or `spelled`."""
@@ -169,15 +184,15 @@ class Tools:
             return messages, tools
         return spelled(messages, tools, self.system), None
 
-    def read(self, tok, ids):
-        """The message of an answer, with its calls apart from its text.
+    def read(self, text):
+        """(the text before the calls, [(name, arguments), ...]) of an answer.
 
-        A call without a whole JSON object for its arguments stays text.
+        text: with the names of control tokens. A call whose arguments are no whole JSON object
+        stays text.
         """
-        text = tok.decode(ids, skip_special=False, inside=True)
         calls = []
         begin = at = 0
-        while match := self.call.search(text, at):
+        while self.call and (match := self.call.search(text, at)):
             at = match.end()
             try:
                 arguments, at = json.JSONDecoder().raw_decode(text, at)
@@ -186,6 +201,5 @@ class Tools:
             if isinstance(arguments, dict):
                 begin = begin if calls else match.start()
                 calls.append((match[1], arguments))
-        if not calls:
-            return {"role": "assistant", "content": tok.decode(ids)}
-        return text, begin, calls
+        before = text[:begin] if calls else text
+        return before.rstrip().removesuffix(self.lead.rstrip()), calls

@@ -276,7 +276,7 @@ def test_mix(tmp_path):
     again, other = mix(dirs, ["all", "25%"], seed=3), mix(dirs, ["all", "25%"], seed=4)
     assert again.lengths.tolist() == rows.lengths.tolist() != other.lengths.tolist()
     assert mix(dirs, ["0", "3"]).lengths.shape == (3,) and len(mix(dirs)) == 50
-    with pytest.raises(UserError, match="2 folders and sizes= 1 sizes"):
+    with pytest.raises(UserError, match="2 folders and sizes= has 1 elements"):
         mix(dirs, ["all"])
     with pytest.raises(UserError, match="b: sizes=21 is more than the 20 rows"):
         mix(dirs, ["all", "21"])
