@@ -32,7 +32,7 @@ from typing import Annotated, Literal
 import numpy as np
 import regex  # comes with tiktoken
 
-from nano import config, files
+from nano import config, files, records
 from nano.config import (
     NonNegativeInt,
     PathText,
@@ -43,9 +43,8 @@ from nano.config import (
     UserError,
     With,
 )
-from prepare import records
+from nano.records import BadRecord
 from prepare.fields import without
-from prepare.records import BadRecord
 
 BANNED = """image images picture pictures photo photos graph graphs plot diagram diagrams flowchart
 draw map maps file files video videos audio music go_to""".split()
