@@ -615,12 +615,15 @@ def for_training(cfg, tok, model_cfg):
     """The Benchmarks of the keys eval_tasks=, eval_shots= and so on of a stage.
 
     UserError for a mistake in them, and for a keep= that names no metric of theirs."""
-    benchmarks = [
-        prepare(task, tok, model_cfg, shots, cfg.eval_limit)
-        for task, shots in load_tasks(
-            cfg.eval_tasks, cfg.eval_shots, cfg.eval_files, cfg.eval_shot_files, "eval_"
-        )
-    ]
+    loaded = load_tasks(
+        cfg.eval_tasks, cfg.eval_shots, cfg.eval_files, cfg.eval_shot_files, "eval_"
+    )
+    for task, _ in loaded:
+        if task.is_judged:
+            raise UserError(
+                f"eval_tasks= names {task.name}, whose answers people judge: eval.py writes them"
+            )
+    benchmarks = [prepare(task, tok, model_cfg, shots, cfg.eval_limit) for task, shots in loaded]
     known = [f"{b.task.name}/{name}" for b in benchmarks for name in metric_names(b)]
     if cfg.keep and cfg.keep not in known:
         raise UserError(f"keep={cfg.keep} names no metric of eval_tasks=: give {', '.join(known)}")

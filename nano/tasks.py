@@ -65,9 +65,21 @@ class Task:
     def has_choices(self):
         return hasattr(self.module, "choices")
 
+    @property
+    def is_judged(self):
+        """Whether people judge the answers, because nothing scores them."""
+        return not self.has_choices and not hasattr(self.module, "score")
+
     def hub(self):
-        """(id, configuration, split to measure, split of the shots)"""
-        return getattr(self.module, "PARTS", {}).get(self.part) or self.module.HUB
+        """(id, configuration, split to measure, split of the shots)
+
+        UserError for a task whose records are on no hub."""
+        hub = getattr(self.module, "PARTS", {}).get(self.part) or getattr(self.module, "HUB", None)
+        if not hub:
+            raise UserError(
+                f"the records of {self.name} are not on the hub: name their file or folder, files="
+            )
+        return hub
 
     def records(self, shots=False):
         """The records of the split that is measured, or of the one that shots come from.
@@ -75,11 +87,14 @@ class Task:
         UserError for a file that cannot be read, and for a row that is no record of the task."""
         rows = self.source_rows(shots)
         kept = [self.convert(source, line, row) for source, line, row in rows]
-        if self.part and hasattr(self.module, "within"):
-            kept = [record for record in kept if self.module.within(record, self.part)]
+        kept = [record for record in kept if self.belongs(record)]
         if not kept:
             raise UserError(f"{self.source(shots)} has no record of {self.name}")
         return kept
+
+    def belongs(self, record):
+        """Whether a record is of the task's part."""
+        return not (self.part and hasattr(self.module, "within")) or self.within(record, self.part)
 
     def source(self, shots=False):
         """Where the records come from: a local file, the program that makes them, or a hub id."""
@@ -95,12 +110,12 @@ class Task:
 
     def paths(self, shots=False):
         """The local files in the place of the hub: the one that is named, or those of the folder.
-        None where none is named. UserError where there are none."""
+        [] where none is named. UserError where there are none."""
         path = self.shot_file if shots else self.file
         if not path:
             return []
         if Path(path).is_dir():
-            split = "" if hasattr(self.module, "rows") else self.hub()[2 + shots]
+            split = self.hub()[2 + shots] if hasattr(self.module, "HUB") else ""
             return records.files_below(Path(path), records.SUFFIXES, set(), split)
         files.check_file(path)
         return [Path(path)]
@@ -220,11 +235,11 @@ class Task:
 
     def reward(self):
         """The task's score as a reward of ppo.py: a function of (prompt, response, finished,
-        record), where the record is a row. UserError for a task with choices."""
-        if self.has_choices:
+        record), where the record is a row. UserError for a task without a score."""
+        if not hasattr(self.module, "score"):
             raise UserError(
-                f"reward={self.name}: a task with choices scores no answers; those that do are "
-                + ", ".join(name for name in names() if not load(name).has_choices)
+                f"reward={self.name}: this task scores no answers; those that do are "
+                + ", ".join(name for name in names() if hasattr(load(name).module, "score"))
             )
 
         def reward(prompt, response, finished, record):

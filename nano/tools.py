@@ -175,6 +175,8 @@ class Tools:
             second = answer[arguments[0].end() : places[1]]
             shared = commonprefix([opening[::-1], second[::-1]])[::-1]
             opening, self.lead = shared, opening.removesuffix(shared)
+        if not between:  # nothing ends the name
+            return
         self.call = re.compile(f"{loosely(opening)}(.{{1,200}}?){loosely(between)}")
 
     def conversation(self, messages, tools=None):

@@ -18,7 +18,8 @@ or for free answers
 
     answer(record)   what an assistant says, where the record is a shot or a training row. A task
                      without it has neither
-    score(prompt, response, finished, record)   from 0 to 1 (as a reward: any number)
+    score(prompt, response, finished, record)   from 0 to 1 (as a reward: any number). Without it
+                     people judge: eval.py writes the answers into the task's CSV files
     STOP             the strings that end an answer in plain text
     MAX_NEW_TOKENS   of an answer
 

@@ -371,7 +371,7 @@ SHORT = """\
     {%- elif m.role == 'tool' %}{{ '=' + m.content + ';' }}
     {%- else %}{{ '<|im_start|>' + m.content }}
         {%- for c in m.tool_calls or [] %}
-            {{- c.function.name ~ (c.function.arguments | tojson) }}
+            {{- '!' ~ c.function.name ~ ':' ~ (c.function.arguments | tojson) }}
         {%- endfor %}{{ '<|im_end|>' }}
     {%- endif %}
 {%- endfor %}
@@ -390,7 +390,7 @@ def test_a_model_learns_to_call(tmp_path):
         dict(
             messages=[
                 say("user", word),
-                say("assistant", None, tool_calls=[dict(name="f", arguments=dict(x=word))]),
+                say("assistant", "", tool_calls=[dict(name="f", arguments=dict(x=word))]),
             ],
             tools=[definition],
         )
