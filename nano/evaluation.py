@@ -260,10 +260,16 @@ def load_tasks(names, shots=(), files=(), shot_files=(), prefix=""):
                 + (", or one number for all" if key == "shots" else ' ("" for the hub)')
             )
         lists.append(values * count if len(values) == 1 else values or (default,) * count)
-    return [
+    loaded = [
         (tasks.load(name, file, shot_file, prefix), n)
         for name, n, file, shot_file in zip(names, *lists, strict=True)
     ]
+    for task, _ in loaded:
+        if task.is_set:
+            raise UserError(
+                f"{prefix}tasks= names {task.name}, which is a training set: it measures nothing"
+            )
+    return loaded
 
 
 # -------------------------------------------------------------------------------------- prompts

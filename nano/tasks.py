@@ -5,6 +5,7 @@ task = tasks.load("gsm8k", "test.jsonl")      # a local file or folder in the pl
 records = task.records()
 """
 
+import contextlib
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,14 @@ def names():
     return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 
 
+def name_of(spec):
+    """The file of the task in NAME or NAME:PART, whose name may have - in the place of _."""
+    return spec.partition(":")[0].replace("-", "_")
+
+
 def is_name(spec):
     """Whether `spec` names a task or a part of one, and no path."""
-    return spec.partition(":")[0] in names() and not Path(spec).exists()
+    return name_of(spec) in names() and not Path(spec).exists()
 
 
 def load(spec, file="", shot_file="", prefix=""):
@@ -30,7 +36,8 @@ def load(spec, file="", shot_file="", prefix=""):
     prefix: "eval_" where the keys are those of a stage, such as eval_files=.
 
     UserError for a name or a part that does not exist."""
-    name, colon, part = spec.partition(":")
+    name = name_of(spec)
+    _, colon, part = spec.partition(":")
     if name not in names():
         near = config.nearest(name, names())
         hint = f"did you mean '{near}'?" if near else f"there are {', '.join(names())}"
@@ -66,9 +73,14 @@ class Task:
         return hasattr(self.module, "choices")
 
     @property
+    def is_set(self):
+        """Whether it has rows to train on, and nothing to measure."""
+        return not hasattr(self.module, "record")
+
+    @property
     def is_judged(self):
         """Whether people judge the answers, because nothing scores them."""
-        return not self.has_choices and not hasattr(self.module, "score")
+        return not (self.is_set or self.has_choices or hasattr(self.module, "score"))
 
     def hub(self):
         """(id, configuration, split to measure, split of the shots)
@@ -151,13 +163,19 @@ class Task:
 
     def read(self, row):
         """The record of a row (dict). BadRecord for a row that lacks what the task needs."""
-        try:
+        with self.reading():
             record = self.module.record(row)
             if self.has_choices:
                 check_choices(self.choices(record), self.gold(record))
             if not isinstance(self.prompt(record), str):
                 raise ValueError("its prompt is no text")
             return record
+
+    @contextlib.contextmanager
+    def reading(self):
+        """A context in which what goes wrong with a row is a BadRecord."""
+        try:
+            yield
         except KeyError as e:
             raise records.BadRecord(
                 f"the field {e} is missing, which a record of {self.name} needs"
@@ -210,6 +228,9 @@ class Task:
     def conversation(self, row):
         """The messages of a row for training: with the answer, or a prompt alone where the task has
         no answer but a score. BadRecord as in `read`."""
+        if hasattr(self.module, "turns"):
+            with self.reading():
+                return self.module.turns(row)
         record = self.read(row)
         has_answers = self.has_choices or hasattr(self.module, "answer")
         return self.solved(record) if has_answers else self.request(record)
@@ -217,7 +238,10 @@ class Task:
     def source_of(self, split):
         """(hub id, configurations, split) of the rows to train on, "train", or of those that are
         measured, "test". (name, [], None) where a program writes them. UserError for another split,
-        and for "train" of a task that has only what it measures."""
+        and for "train" of a task that has only what it measures. A training set has any split."""
+        if self.is_set:
+            name, configurations, train = self.PARTS[self.part] if self.part else self.TRAIN
+            return name, configurations, train if split == "train" else split
         if split not in ("train", "test"):
             raise UserError(f"split={split}: a task has train, and test, which it measures")
         if hasattr(self.module, "rows"):

@@ -1067,7 +1067,8 @@ class Tokenizer:
         str, "arguments": dict or its JSON}}, "tool_call_id", "name". With tool_calls, content may
         be None.
         add_generation_prompt: end with the prompt of an answer. last_only: only the last assistant
-        turn is a target. tools: list of the definitions of functions.
+        turn is a target. tools: list of the definitions of functions. For a template that does not
+        know tools they are written into the messages, see nano/tools.py.
 
         render(messages[:-1], True) is a prefix of render(messages), and no token spans the border,
         unless the template lays out the messages otherwise when an answer follows.

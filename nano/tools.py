@@ -204,4 +204,4 @@ class Tools:
                 begin = begin if calls else match.start()
                 calls.append((match[1], arguments))
         before = text[:begin] if calls else text
-        return before.rstrip().removesuffix(self.lead.rstrip()), calls
+        return before.rstrip().removesuffix(self.lead.rstrip()).rstrip(), calls

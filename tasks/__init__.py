@@ -40,4 +40,13 @@ Where it differs from what most tasks have:
                      answer it, one for each choice
     strict(...)      like score, where only the exact form counts
     IN_ORDER = True  the first records are the shots, and none is drawn
+
+A training set, which measures nothing, has
+
+    TRAIN            (id, configurations, split). A configuration that ends with / is a folder
+    turns(row)       the messages of a row. By default prepare.instructions recognises its shape
+    PARTS            {part: the same three as TRAIN}
+    IGNORE           fields of a row that say nothing to a model
+    LAST_ONLY = True the last answer of a conversation is the target
+    RANKED = True    the rows are preferences, for prepare.preferences
 """

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from nano.config import UserError
-from prepare import bootstrap
+from prepare import bootstrap, fields
 
 SEEDS = [
     dict(instruction="Name three birds that cannot fly.", input="", output="Emu, kiwi, penguin."),
@@ -125,6 +125,7 @@ def test_scripted_generator_gives_the_exact_tasks(server, seeds, tmp_path, capsy
         assert task["most_similar_instructions"] == scores
         assert task["avg_similarity_score"] == sum(scores.values()) / len(scores)
         before.append(text)
+        fields.check_rest({key: x for key, x in task.items() if "simil" in key}, [text])  # no Drop
     assert "dropped        2  not 4 to 150 words" in capsys.readouterr().out
 
 

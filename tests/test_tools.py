@@ -369,7 +369,7 @@ SHORT = """\
 {%- for m in messages %}
     {%- if m.role == 'user' %}{{ m.content + '?' }}
     {%- elif m.role == 'tool' %}{{ '=' + m.content + ';' }}
-    {%- else %}{{ '<|im_start|>' + m.content }}
+    {%- else %}{{ '<|im_start|>' + (m.content or '') }}
         {%- for c in m.tool_calls or [] %}
             {{- '!' ~ c.function.name ~ ':' ~ (c.function.arguments | tojson) }}
         {%- endfor %}{{ '<|im_end|>' }}
