@@ -389,7 +389,8 @@ def measure_wins(cfg, rt, opened, entries, other, scorer):
         for texts in (ours, theirs)
     ]
     wins = [float(a > b) + (a == b) / 2 for a, b in zip(*scores, strict=True)]
-    rows = zip(entries, ours, theirs, *scores, strict=True)
+    prompts = [messages for messages, _ in entries]
+    rows = zip(prompts, ours, theirs, *scores, strict=True)
     names = ("prompt", "answer", "against", "score", "score_against")
     rate = sum(wins) / len(wins)
     values = dict(

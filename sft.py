@@ -155,12 +155,12 @@ def evaluate(rt, net, val):
                     source += torch.stack((loss, hits, batch["weights"].sum()))
     sums = rt.all_sum(sums)
     loss, hits, count = sums.sum(0).tolist()
-    loss, accuracy = loss / max(count, 1), hits / max(count, 1)
-    metrics = dict(loss=loss, perplexity=math.exp(min(loss, 700)), accuracy=accuracy)
+    loss /= max(count, 1)
+    metrics = dict(loss=loss)
     if len(val) > 1:
         pairs = zip(val, sums.tolist(), strict=True)
-        metrics |= {f"loss/{name}": loss / max(count, 1) for name, (loss, _, count) in pairs}
-    return metrics
+        metrics |= {f"loss/{name}": total / max(n, 1) for name, (total, _, n) in pairs}
+    return metrics | dict(perplexity=math.exp(min(loss, 700)), accuracy=hits / max(count, 1))
 
 
 def answers(rt, model, tok, rows, cfg):

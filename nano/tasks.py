@@ -228,12 +228,12 @@ class Task:
     def conversation(self, row):
         """The messages of a row for training: with the answer, or a prompt alone where the task has
         no answer but a score. BadRecord as in `read`."""
-        if hasattr(self.module, "turns"):
-            with self.reading():
+        with self.reading():
+            if hasattr(self.module, "turns"):
                 return self.module.turns(row)
-        record = self.read(row)
-        has_answers = self.has_choices or hasattr(self.module, "answer")
-        return self.solved(record) if has_answers else self.request(record)
+            record = self.read(row)
+            has_answers = self.has_choices or hasattr(self.module, "answer")
+            return self.solved(record) if has_answers else self.request(record)
 
     def source_of(self, split):
         """(hub id, configurations, split) of the rows to train on, "train", or of those that are

@@ -382,7 +382,8 @@ SETS = {  # name: (record, prompt and target under the template "columns")
 @pytest.mark.parametrize("name", SETS)
 def test_known_sets(model, tmp_path, name):
     record, prompt, target = SETS[name]
-    path = jsonl(tmp_path / "in.jsonl", [record])
+    path = tmp_path / "in.json"  # an array, since a lone object may hold the records in it
+    path.write_text(json.dumps([record]))
     store = prepare(model, tmp_path / "out", name, path=str(path), template="columns")
     assert texts(model, store) == [(f"{prompt}{target}</s>", [f"{target}</s>"])]
     chat = prepare(model, tmp_path / "out", name, path=str(path))

@@ -366,7 +366,7 @@ def test_known_sets(name, model, tmp_path):
 def test_known_sets_of_the_other_script(model, tmp_path):
     with pytest.raises(UserError, match="source=alpaca is for python -m prepare.instructions"):
         main(model, tmp_path, "source=alpaca")
-    argv = [f"model={model}", f"out={tmp_path / 'out'}", "source=ultrafeedback"]
+    argv = [f"model={model}", f"out={tmp_path / 'out'}", "source=ultrafeedback", "template=chatml"]
     with pytest.raises(UserError, match="ultrafeedback is for python -m prepare.preferences"):
         instructions.main(config.load(instructions.Config, argv))
 

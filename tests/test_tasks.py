@@ -321,7 +321,7 @@ def test_bad_rows(tmp_path, spec, row, message):
 def test_refusals(tmp_path):
     for spec, message in (
         ("arcs", "unknown task 'arcs'; did you mean 'arc'?"),
-        ("zzzz", "unknown task 'zzzz'; there are arc, "),
+        ("zzzz", "unknown task 'zzzz'; there are alpaca, "),
         ("arc:hard", "unknown part 'hard' of the task arc; "),
         ("piqa:easy", "unknown part 'easy' of the task piqa; it has no parts"),
         ("gsm8k:", "unknown part '' of the task gsm8k; it has no parts"),
@@ -499,7 +499,7 @@ def test_a_task_prepares_rows_and_scores_as_a_reward(tmp_path):
     tiny.train("ppo", tiny.arguments(settings))
     (line,) = tiny.records(tmp_path / "run", "train")
     assert 0 <= line["reward"] <= 1
-    for reward, message in (("arc", "scores no answers; those that do are arithmetic, bullets, gsm8k"),
+    for reward, message in (("arc", "scores no answers; those that do are arithmetic, bullets, deepmind"),
                             ("gsm8k", "a prompt comes with the field 'question'|'answer'")):
         with pytest.raises(UserError, match=message):
             tiny.train("ppo", tiny.arguments(settings | dict(reward=reward, out=tmp_path / "r")))

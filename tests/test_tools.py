@@ -400,7 +400,7 @@ def test_a_model_learns_to_call(tmp_path):
     argv = [f"source={source}", f"model={model}", f"out={tmp_path / 'data'}"]
     instructions.main(config.load(instructions.Config, argv))
     settings = dict(
-        model=model, data=tmp_path / "data", out=tmp_path / "out", steps=400, batch_size=32, lr=5e-3,
+        model=model, data=tmp_path / "data", out=tmp_path / "out", steps=80, batch_size=32, lr=5e-3,
         micro_batch=32, max_length=64, packing="false", device="cpu", dtype="float32", log_every=50,
     )  # fmt: skip
     tiny.train("sft", tiny.arguments(settings))
