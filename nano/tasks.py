@@ -167,6 +167,8 @@ class Task:
             record = self.module.record(row)
             if self.has_choices:
                 check_choices(self.choices(record), self.gold(record))
+            elif hasattr(self.module, "answer") and not isinstance(self.answer(record), str):
+                raise ValueError("its answer is no text")
             if not isinstance(self.prompt(record), str):
                 raise ValueError("its prompt is no text")
             return record

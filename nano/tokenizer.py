@@ -1087,9 +1087,8 @@ class Tokenizer:
         if self.template == "columns":  # it lays out one answer, the last message
             learned &= {len(messages) - 1}
             for n, message in enumerate(messages):
-                if message.get("columns"):  # which stand in the place of the content
-                    texts = (text for _, text in message["columns"])
-                    messages[n] = message | {"content": "\n\n".join(texts)}
+                if message.get("columns"):  # they stand in the place of the content
+                    messages[n] = message | {"content": message["columns"][-1][1]}
         request = (messages, add_generation_prompt, tools, learned, self.empty_thoughts)
         try:
             layout = self.layout.lay_out(*request)
