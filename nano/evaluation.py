@@ -336,10 +336,16 @@ def load_tasks(names, shots=(), files=(), shot_files=(), prefix=""):
                 + (", or one number for all" if key == "shots" else ' ("" for the hub)')
             )
         lists.append(values * count if len(values) == 1 else values or (default,) * count)
-    return [
+    loaded = [
         (tasks.load(name, file, shot_file, prefix), n)
         for name, n, file, shot_file in zip(names, *lists, strict=True)
     ]
+    for task, _ in loaded:
+        if task.is_set:
+            raise UserError(
+                f"{prefix}tasks= names {task.name}, which is a training set: it measures nothing"
+            )
+    return loaded
 
 
 # -------------------------------------------------------------------------------------- prompts
@@ -693,12 +699,15 @@ def for_training(cfg, tok, model_cfg):
     """The Benchmarks of the keys eval_tasks=, eval_shots= and so on of a stage.
 
     UserError for a mistake in them, and for a keep= that names no metric of theirs."""
-    benchmarks = [
-        prepare(task, tok, model_cfg, shots, cfg.eval_limit)
-        for task, shots in load_tasks(
-            cfg.eval_tasks, cfg.eval_shots, cfg.eval_files, cfg.eval_shot_files, "eval_"
-        )
-    ]
+    loaded = load_tasks(
+        cfg.eval_tasks, cfg.eval_shots, cfg.eval_files, cfg.eval_shot_files, "eval_"
+    )
+    for task, _ in loaded:
+        if task.is_judged:
+            raise UserError(
+                f"eval_tasks= names {task.name}, whose answers people judge: eval.py writes them"
+            )
+    benchmarks = [prepare(task, tok, model_cfg, shots, cfg.eval_limit) for task, shots in loaded]
     known = [f"{b.task.name}/{name}" for b in benchmarks for name in metric_names(b)]
     if cfg.keep and cfg.keep not in known:
         raise UserError(f"keep={cfg.keep} names no metric of eval_tasks=: give {', '.join(known)}")
