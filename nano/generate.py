@@ -49,6 +49,7 @@ class Past:
 
     ids: list  # the tokens they are of
     cache: list  # per layer (keys, values), each (K, len(ids), D)
+    switch: int | None = None  # the frequencies of their ropes, as in Rope.switch
 
     def covers(self, prompt):
         """How many tokens of `prompt` they serve. The last one is left to the first step."""
@@ -358,12 +359,16 @@ class Batch:
     """The rows being decoded: key/value cache and state, on the device and updated in place.
 
     So a step has a fixed shape, nothing in it waits for the device, and CUDA can replay it as a
-    graph. longest: most new tokens of a sample. sampling: keyword arguments of `choose`.
+    graph. longest: most new tokens of a sample. sampling: keyword arguments of `choose`. switch:
+    of the model's ropes.
     """
 
-    def __init__(self, decoder, rows, longest, stop_ids, sampling, plan):
+    def __init__(self, decoder, rows, longest, stop_ids, sampling, plan, switch=None):
         self.decoder = decoder
         self.model = decoder.model
+        self.switch = switch
+        for rope in self.model.ropes.values():
+            rope.switch = switch
         self.dtype = decoder.dtype
         self.device = device = decoder.device
         self.sampling = sampling
@@ -440,12 +445,13 @@ class Batch:
         """The Past of `ids`."""
         cache = self.model.new_cache(1, len(ids), self.dtype)
         self.model.hidden(torch.tensor([ids], device=self.device), cache=cache)
-        return Past(ids, [(keys[0], values[0]) for keys, values in cache])
+        return Past(ids, [(keys[0], values[0]) for keys, values in cache], self.switch)
 
     def past(self, row, ids):
         """The Past of the tokens `ids`, which stand in the first slots of a row."""
         n = len(ids)
-        return Past(ids, [tuple(t[row, :, :n].clone() for t in layer) for layer in self.cache])
+        cache = [tuple(t[row, :, :n].clone() for t in layer) for layer in self.cache]
+        return Past(ids, cache, self.switch)
 
     def place(self, rows, prompts, limits, uniforms, sources, cache):
         """Starts samples in `rows`. sources: the row of each one's prompt in a prefilled cache."""
@@ -727,33 +733,62 @@ def generate(
     limits = [min(pair) for pair in zip(limits, room, strict=True) for _ in range(group)]
     pasts = [past for past in pasts or [None] * len(prompts) for _ in range(group)]
     prompts = [prompt for prompt in prompts for _ in range(group)]
-    longest = max(limits)
     sample_ids = sample_ids or range(len(prompts))
-
-    def uniforms(sample):
-        """The random numbers of a sample depend on its number and the seed alone."""
-        rng = np.random.default_rng([seed, sample_ids[sample]])
-        return rng.random(longest + 1, dtype=np.float32)
-
     decoder = model if isinstance(model, Decoder) else None
     device = decoder.device if decoder else device_of(model.head_weight)
-    plan = replace(Plan.for_device(device, longest), **(plan or {}))
+    plan = replace(Plan.for_device(device, max(limits)), **(plan or {}))
     if keep:  # a row that is done would idle in its slot 0
         plan.sync_every = 1
     decoder = decoder or Decoder(model, pack=plan.pack)
-    rows = min(batch_size, len(prompts))
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    batch = Batch(decoder, rows, longest, stop_ids, sampling, plan)
-    if common := common_prefix(prompts):
-        common = batch.computed(prompts[0][:common])
-        pasts = [past or common for past in pasts]
-    scheduler = Scheduler(batch, plan, rows, prompts, limits, group, uniforms, pasts, keep)
-    while scheduler.waiting or scheduler.live:
-        if scheduler.wants_refill():
-            scheduler.refill(step_hook)
-        live_rows = scheduler.shrink()
-        for _ in range(scheduler.make_room()):
-            batch.advance(live_rows)
-            step_hook()
-        scheduler.collect(on_token, stop_ids)
-    return scheduler.samples
+
+    def decode(numbers, prompts, limits, group=1, switch=None):
+        """Goes on with the samples of these numbers, each behind its prompt."""
+        starts = [len(samples.tokens[number]) for number in numbers]
+        longest = max(limits)
+
+        def uniforms(i):
+            """The random numbers of a sample depend on its number and the seed alone."""
+            rng = np.random.default_rng([seed, sample_ids[numbers[i]]])
+            return rng.random(starts[i] + longest + 1, dtype=np.float32)[starts[i] :]
+
+        def show(i, token):
+            return on_token(numbers[i], token)
+
+        rows = min(batch_size, len(prompts))
+        batch = Batch(decoder, rows, longest, stop_ids, sampling, plan, switch)
+        common = common_prefix(prompts)
+        common = batch.computed(prompts[0][:common]) if common else None
+        mine = [pasts[number] for number in numbers]
+        mine = [past if past and past.switch == switch else common for past in mine]
+        scheduler = Scheduler(batch, plan, rows, prompts, limits, group, uniforms, mine, keep)
+        while scheduler.waiting or scheduler.live:
+            if scheduler.wants_refill():
+                scheduler.refill(step_hook)
+            live_rows = scheduler.shrink()
+            for _ in range(scheduler.make_room()):
+                batch.advance(live_rows)
+                step_hook()
+            scheduler.collect(on_token and show, stop_ids)
+        for i, number in enumerate(numbers):
+            samples.tokens[number] += scheduler.samples.tokens[i]
+            samples.logprobs[number] += scheduler.samples.logprobs[i]
+            samples.finished[number] = scheduler.samples.finished[i]
+            samples.pasts[number] = scheduler.samples.pasts[i]
+
+    numbers = range(len(prompts))
+    samples = Samples(*([value() for _ in numbers] for value in (list, list, bool, lambda: None)))
+    switch = model.cfg.rope_switch
+    if not switch:
+        decode(numbers, prompts, limits, group)
+        return samples
+    # A document that grows beyond `switch` tokens gets other rotary frequencies, and a new cache.
+    short = [i for i in numbers if len(prompts[i]) <= switch]
+    if short:
+        room = [min(limits[i], switch + 1 - len(prompts[i])) for i in short]
+        decode(short, [prompts[i] for i in short], room, group)
+    long = [i for i in numbers if not samples.finished[i] and len(samples.tokens[i]) < limits[i]]
+    if long:
+        rest = [limits[i] - len(samples.tokens[i]) for i in long]
+        decode(long, [prompts[i] + samples.tokens[i] for i in long], rest, switch=0)
+    return samples
