@@ -29,7 +29,7 @@ from nano.files import check_json
 
 BLOCK = 64  # weights that share a scale
 NESTED = 256  # scales that share a scale of their own
-PIECE = 1 << 20  # weights that are in fp32 at a time while a matrix is quantised
+PIECE = 1 << 18  # weights that are in fp32 at a time while a matrix is quantised
 
 # Quantiles of the normal distribution, appendix E of QLoRA
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635)
@@ -83,10 +83,15 @@ def codebook(kind):
     return torch.tensor(sorted(values), device="cpu")
 
 
+def in_blocks(x, size):
+    """x (n,) -> (blocks, size), with zeros behind the end."""
+    return (F.pad(x, (0, -len(x) % size)) if len(x) % size else x).view(-1, size)
+
+
 def encode(x, kind, size):
     """Numbers (n,) in blocks of `size` -> their codes, padded to whole blocks, and the largest
     magnitude of each block."""
-    blocks = F.pad(x.float(), (0, -len(x) % size)).view(-1, size)
+    blocks = in_blocks(x.float(), size)
     largest = blocks.abs().amax(1)
     scaled = blocks * (1 / largest.clamp(min=1e-38))[:, None]
     values, codes = codebook(kind).to(x.device).sort(stable=True)
@@ -184,9 +189,7 @@ def dequantize(how, dtype, weight, absmax, nested_absmax, offset, pairs, scale_v
         numbers = pairs[codes].flatten()
     else:  # two floats move as one number, which takes a third of the time
         numbers = pairs.view(torch.int64).flatten().index_select(0, codes).view(torch.float32)
-    if len(numbers) % BLOCK:
-        numbers = F.pad(numbers, (0, -len(numbers) % BLOCK))
-    numbers = numbers.view(-1, BLOCK).mul_(absmax[:, None]).to(dtype)
+    numbers = in_blocks(numbers, BLOCK).mul_(absmax[:, None]).to(dtype)
     return numbers.flatten()[: math.prod(shape)].view(shape)
 
 
@@ -216,19 +219,19 @@ def kernel_for(kernel, device_type):
 
 
 class Product(torch.autograd.Function):
-    """x (..., in) times the transpose of a quantised matrix. The matrix exists while it is
-    multiplied and no longer: the backward pass dequantises it again."""
+    """x (..., in) times the transpose of a quantised matrix, plus a frozen bias. The matrix exists
+    while it is multiplied and no longer: the backward pass dequantises it again."""
 
     @staticmethod
-    def forward(ctx, x, how, *stored):
+    def forward(ctx, x, bias, how, *stored):
         ctx.how = how
         ctx.save_for_backward(*stored)
-        return F.linear(x, dequantize(how, x.dtype, *stored))
+        return F.linear(x, dequantize(how, x.dtype, *stored), bias)
 
     @staticmethod
     def backward(ctx, grad):
         stored = ctx.saved_tensors
-        return grad @ dequantize(ctx.how, grad.dtype, *stored), None, *[None for _ in stored]
+        return grad @ dequantize(ctx.how, grad.dtype, *stored), None, None, *[None for _ in stored]
 
 
 class QuantLinear(nn.Module):
@@ -287,8 +290,8 @@ class QuantLinear(nn.Module):
     def forward(self, x):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = Product.apply(x, *self.operands())
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return Product.apply(x, bias, *self.operands())
 
 
 # ---------------------------------------------------------------------- models

@@ -258,6 +258,9 @@ def load_model(dir, device="cpu", dtype=None, head=None, tensors=None, method=qu
     # `params` are on the meta device, and fused there they have the shapes of the file
     hollow = {name: [params[part] for part in parts] for name, (parts, _) in stored.items()}
     wanted = {name: layout.fuse(hollow[name], cfg).shape for name, (_, layout) in stored.items()}
+    for name in packed.keys() & stored.keys():
+        if stored[name][1] is CONV1D:  # quantised as (out, in) all the same
+            tensors[name] = tensors[name].t()
     check_tensors(dir, wanted, tensors)
 
     dtype = dtype or tensors[embedding].dtype
