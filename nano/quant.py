@@ -142,6 +142,20 @@ class Packed:
         return packed
 
 
+def forms(kind, shape, double):
+    """{name: (dtype, shape)} of the tensors of a Packed."""
+    if kind == "int8":
+        return dict(weight=(torch.int8, shape), absmax=(torch.float32, shape[:1]))
+    blocks = -(-math.prod(shape) // BLOCK)
+    weight = dict(weight=(torch.uint8, (-(-math.prod(shape) // 2), 1)))
+    if not double:
+        return weight | dict(absmax=(torch.float32, (blocks,)))
+    nested = dict(
+        nested_absmax=(torch.float32, (-(-blocks // NESTED),)), offset=(torch.float32, (1,))
+    )
+    return weight | dict(absmax=(torch.uint8, (blocks,))) | nested
+
+
 def quantize(matrix, method):
     """Floats (out, in) -> Packed.
 
@@ -180,7 +194,7 @@ def dequantize(how, dtype, weight, absmax, nested_absmax, offset, pairs, scale_v
     scale_values: the codebook of scales, None for int8."""
     kind, shape, kernel = how
     if kind == "int8":
-        return (weight * absmax[:, None] * 7.874015718698502e-3).to(dtype)  # 1 / 127
+        return (weight * absmax[:, None]).mul_(7.874015718698502e-3).to(dtype)  # 1 / 127
     absmax = scales(absmax, nested_absmax, offset, scale_values)
     if kernel == "bitsandbytes":
         return torch.ops.bitsandbytes.dequantize_4bit(weight, absmax, BLOCK, kind, shape, dtype)
@@ -189,6 +203,7 @@ def dequantize(how, dtype, weight, absmax, nested_absmax, offset, pairs, scale_v
         numbers = pairs[codes].flatten()
     else:  # two floats move as one number, which takes a third of the time
         numbers = pairs.view(torch.int64).flatten().index_select(0, codes).view(torch.float32)
+    del codes  # not needed while the matrix is there twice
     numbers = in_blocks(numbers, BLOCK).mul_(absmax[:, None]).to(dtype)
     return numbers.flatten()[: math.prod(shape)].view(shape)
 
@@ -277,6 +292,11 @@ class QuantLinear(nn.Module):
         how = self.kind, (self.out_features, self.in_features), kernel_for(self.kernel, device.type)
         return how, *(getattr(self, name) for name in self.NAMES), *self.tables
 
+    def fused(self):
+        """Whether one kernel writes the matrix, without numbers in between."""
+        kernel = kernel_for(self.kernel, self.weight.device.type)
+        return kernel == "bitsandbytes" and self.kind != "int8"
+
     def scales(self):
         """The fp32 scales of blocks or rows."""
         _, _, absmax, nested_absmax, offset, _, scale_values = self.operands()
@@ -358,9 +378,9 @@ def read_packed(dir, tensors, method):
         layer = key.removesuffix(".SCB")
         tensors.pop(f"{layer}.weight_format", None)
         parts = dict(weight=tensors.get(f"{layer}.weight"), absmax=tensors.pop(key))
-        shape = getattr(parts["weight"], "shape", ())
-        forms = dict(weight=(torch.int8, shape), absmax=(torch.float32, shape[:1]))
-        packed[f"{layer}.weight"] = checked(f"{dir}: {layer}.weight", "int8", parts, forms)
+        shape = tuple(getattr(parts["weight"], "shape", ()))
+        wanted = forms("int8", shape, False)
+        packed[f"{layer}.weight"] = checked(f"{dir}: {layer}.weight", "int8", parts, wanted, shape)
     for name, matrix in packed.items():
         tensors[name] = torch.empty(matrix.shape, device="meta")
         if method.kind not in ("none", matrix.kind):
@@ -375,33 +395,25 @@ def read_4bit(where, tensors, name, state):
     except (ValueError, TypeError):
         raise UserError(f"{where}: its quant_state is damaged: fetch the file again") from None
     check_json(state, QuantState, f"{where}: its quant_state")
-    kind, shape = state["quant_type"], tuple(state["shape"])
-    blocks = -(-math.prod(shape) // BLOCK)
-    forms = dict(
-        weight=(torch.uint8, (-(-math.prod(shape) // 2), 1)), quant_map=(torch.float32, (16,))
-    )
-    forms["absmax"] = (torch.float32, (blocks,))
-    if "nested_offset" in state:
-        forms["absmax"] = (torch.uint8, (blocks,))
-        forms["nested_absmax"] = (torch.float32, (-(-blocks // NESTED),))
-        forms["nested_quant_map"] = (torch.float32, (256,))
-    parts = {key: tensors.pop(f"{name}.{key}", None) for key in forms if key != "weight"}
-    weight = tensors.get(name)
-    # bitsandbytes may store the bytes as numbers of another type
-    parts["weight"] = None if weight is None else weight.view(torch.uint8).view(-1, 1)
-    packed = checked(where, kind, parts, forms, shape)
+    kind, shape, offset = state["quant_type"], tuple(state["shape"]), state.get("nested_offset")
+    parts = {
+        "weight": tensors.get(name),
+        "offset": None if offset is None else torch.tensor([offset]),
+    }
+    for key in ("absmax", "nested_absmax", "quant_map", "nested_quant_map"):
+        parts[key] = tensors.pop(f"{name}.{key}", None)
+    if parts["weight"] is not None:  # bitsandbytes may store the bytes as numbers of another type
+        parts["weight"] = parts["weight"].view(torch.uint8).view(-1, 1)
     for key, values in dict(quant_map=kind, nested_quant_map="scale").items():
-        if key in parts and not torch.equal(packed.tensors.pop(key), codebook(values)):
+        if parts[key] is not None and not torch.equal(parts[key], codebook(values)):
             raise UserError(f"{where}: its {key} is not that of {kind} in bitsandbytes")
-    if "nested_offset" in state:
-        packed.tensors["offset"] = torch.tensor([state["nested_offset"]])
-    return packed
+    return checked(where, kind, parts, forms(kind, shape, offset is not None), shape)
 
 
-def checked(where, kind, parts, forms, shape=None):
+def checked(where, kind, parts, wanted, shape):
     """The Packed of `parts` {name: tensor or None}. UserError unless they have the dtypes and
-    shapes of `forms` {name: (dtype, shape)}."""
-    for name, (dtype, size) in forms.items():
+    shapes of `wanted`, that of forms."""
+    for name, (dtype, size) in wanted.items():
         t = parts[name]
         if t is None or t.dtype != dtype or t.shape != size:
             found = "missing" if t is None else f"{t.dtype} {tuple(t.shape)}"
@@ -409,4 +421,4 @@ def checked(where, kind, parts, forms, shape=None):
                 f"{where}: the quantised matrix is damaged, its {name} is {found} and not {dtype} "
                 f"{size}: fetch the file again"
             )
-    return Packed(kind, shape or tuple(parts["weight"].shape), parts)
+    return Packed(kind, shape, {name: parts[name] for name in wanted})

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import lora
 import sft
-from nano import config, generate, quant, weights
+from nano import config, estimate, generate, losses, quant, runtime, weights
 from nano.config import UserError
 from prepare import weights as prepare_weights
 
@@ -126,6 +126,8 @@ def test_int8_matrices_are_those_of_bitsandbytes(bnb, shape):
 def test_large_matrices_are_quantised_in_pieces(monkeypatch, kind):
     matrix = random_matrix((40, 96))
     whole = quant.quantize(matrix, method(kind)).tensors
+    found = {name: (t.dtype, tuple(t.shape)) for name, t in whole.items()}
+    assert found == quant.forms(kind, (40, 96), double=True)
     monkeypatch.setattr(quant, "PIECE", 1024)
     pieces = quant.quantize(matrix, method(kind)).tensors
     assert all(torch.equal(pieces[name], whole[name]) for name in whole)
@@ -472,6 +474,35 @@ def test_a_quantised_base_given_to_full_training(tmp_path, quantised):
 
 
 # ---- memory
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_memory_estimate_counts_quantised_weights(tmp_path, kind, grad_checkpoint, monkeypatch):
+    """As in test_sft.py. The model is most of what there is, and its layers are quantised."""
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 2**16)
+    tiny.model_dir(tmp_path, n_layers=6, dim=256, ffn_dim=768, head_dim=64)
+    model = weights.load_model(tmp_path, method=method(kind))
+    plain = sum(p.numel() for p in weights.load_model(tmp_path).parameters())
+    assert estimate.count(model) == plain
+    lora.apply(model, rank=2, alpha=4)
+    runtime.Runtime("cpu", dtype="float32").wrap(model, grad_checkpoint=grad_checkpoint)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    micro = tiny.batch([tiny.rows(2, low=25, high=32)], 64)
+
+    def step():
+        for _ in range(2):
+            sft.loss_sum(model, model(micro), micro).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    peak = sum(p.nbytes + 8 * p.numel() * p.requires_grad for p in model.parameters())
+    peak += tiny.peak_memory(step)
+    parts = estimate.memory(model, 64, dtype=torch.float32, grad_checkpoint=grad_checkpoint)
+    assert parts["weights"] == sum(p.nbytes for p in model.parameters())
+    assert 0.9 < sum(parts.values()) / peak < 1.1
+
 
 LOAD = """
 import sys
