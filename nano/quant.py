@@ -24,7 +24,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nano.config import PositiveInt, UserError
-from nano.families import CONV1D, ROWS
 from nano.files import check_json
 
 BLOCK = 64  # weights that share a scale
@@ -118,8 +117,9 @@ class Packed:
         return replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
 
     def split(self, layout, shapes, cfg):
-        """What `layout`.split does with the tensor of a file -> [Packed]. bitsandbytes keeps (out,
-        in) also where the family's files hold the transpose. UserError where rows share a block."""
+        """What `layout`.split does with the tensor of a file -> [Packed], exactly. bitsandbytes
+        keeps (out, in) also where the family's files hold the transpose. UserError where rows share
+        a block."""
         if len(shapes) == 1:
             return [self]
         out, ins = self.shape
@@ -128,12 +128,10 @@ class Packed:
                 f"a quantised matrix that fuses layers of {ins} inputs cannot be split, because "
                 f"{ins} is no multiple of the {BLOCK} weights of a block: give the original weights"
             )
-        layout = ROWS if layout is CONV1D else layout
-        absmax = QuantLinear(self).scales()
-        parts = []
-        for t in (self.tensors["weight"], absmax):
-            rows = t.reshape(out, -1)
-            parts.append(layout.split(rows, [(s[0], rows.shape[1]) for s in shapes], cfg))
+        counts = [count for count, _ in shapes]
+        weight = self.tensors["weight"].view(out, -1)
+        absmax = QuantLinear(self).scales().view(out, -1)
+        parts = [layout.split_rows(t, counts, cfg) for t in (weight, absmax)]
         packed = []
         for shape, weight, absmax in zip(shapes, *parts, strict=True):
             weight = weight if self.kind == "int8" else weight.reshape(-1, 1)

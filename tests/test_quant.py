@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import lora
 import sft
-from nano import config, estimate, generate, losses, quant, runtime, weights
+from nano import config, estimate, families, generate, losses, quant, runtime, weights
 from nano.config import UserError
 from prepare import weights as prepare_weights
 
@@ -294,7 +294,7 @@ def test_a_fused_matrix_of_bitsandbytes_is_split_exactly(bnb, tmp_path):
 def test_a_fused_matrix_whose_rows_share_blocks_is_refused():
     packed = quant.quantize(random_matrix((6, 20)), method("nf4"))
     with pytest.raises(UserError, match="layers of 20 inputs cannot be split"):
-        packed.split(quant.ROWS, [(2, 20), (4, 20)], None)
+        packed.split(families.ROWS, [(2, 20), (4, 20)], None)
 
 
 def damage(dir, change):
