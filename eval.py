@@ -259,7 +259,7 @@ def measure_data(cfg, rt, opened, rows):
     """Loss, perplexity and accuracy over the target tokens of a prepared folder -> (values, [])."""
     model = opened.model
     size = min(cfg.max_length or math.inf, rows.lengths.max(), model.cfg.max_positions)
-    layout = dict(rank=rt.rank, world=rt.world, packing=False)
+    layout = dict(rank=rt.rank, world=rt.world, packing=False, start_ids=model.start_ids)
     data = batches.Rows(rows, 8 * rt.world, 8, int(size), **layout)
     sums = torch.zeros(3, dtype=torch.float64)  # loss, hits, targets
     with rt.evaluating(model):

@@ -101,7 +101,7 @@ def block_bytes(model, size, tensor, document):
         short = size == 2 and document <= SHORT
         attention += cfg.n_heads * document * size if short else q * size
     norm = size  # of a number in its input
-    trained = model.model["norm"].weight.requires_grad
+    trained = any(p.requires_grad for p in model.layers[0].parameters() if p.dim() == 1)
     if cfg.norm == "rms1":
         norm = 4 * (1 + trained + on_cpu)
     elif on_cpu and cfg.norm == "rms":

@@ -234,17 +234,16 @@ class Batch:
         self.graphs.clear()  # they point to the old cache
 
     def prefill(self, prompts, rows, width):
-        """The cache of `prompts`, keys and values (rows, K, width, D) per layer, right-padded.
-
-        What stands behind a prompt's end is overwritten before any token can see it. The last token
-        of a prompt is left to the first step.
-        """
+        """The cache of `prompts`, tensors (rows, K, width, D), right-padded. The last token of a
+        prompt is left to the first step."""
         tokens = torch.zeros(rows, width, dtype=torch.int64)
-        for row, ids in zip(tokens, prompts, strict=False):
-            row[: len(ids) - 1] = torch.tensor(ids[:-1])
+        lengths = torch.zeros(rows, dtype=torch.int64)
+        for i, ids in enumerate(prompts):
+            lengths[i] = len(ids) - 1
+            tokens[i, : len(ids) - 1] = torch.tensor(ids[:-1])
         cache = self.model.new_cache(rows, width, self.dtype)
         if width:
-            self.model.hidden(tokens.to(self.device), cache=cache)
+            self.model.prefill(tokens.to(self.device), lengths.to(self.device), cache)
         return cache
 
     def place(self, rows, prompts, limits, uniforms, sources, cache):
@@ -273,7 +272,7 @@ class Batch:
         last, position, count, limit, done, uniform, tokens, logprobs = (
             t[:rows] for t in self.state
         )
-        cache = [(keys[:rows], values[:rows]) for keys, values in self.cache]
+        cache = [tuple(t[:rows] for t in layer) for layer in self.cache]
         hidden = self.model.hidden(last[:, None], position[:, None], cache=cache)
         at = count[:, None]
         logits = soft_cap(self.head(hidden[:, 0] * self.logit_scale), self.logit_cap)
@@ -512,6 +511,7 @@ def generate(
     check(prompts, model.cfg)
     if not prompts:
         return Samples([], [], [])
+    prompts = [[*prompt, *model.start_ids] for prompt in prompts]
     room = [model.cfg.max_positions - len(prompt) for prompt in prompts]
     limits = [min(pair) for pair in zip(limits, room, strict=True) for _ in range(group)]
     prompts = [prompt for prompt in prompts for _ in range(group)]

@@ -224,17 +224,20 @@ def load_model(dir, device="cpu", dtype=None, head=None, tensors=None):
     if head == "lm" and cfg.head == "score":
         raise UserError(f"{dir} is a score model: it has no language-model head")
     cfg = replace(cfg, head=head or cfg.head)
-    try:
-        model = empty(cfg)
-    except ValueError as e:
-        raise UserError(f"{dir}: {e}") from None
     family = FAMILIES[cfg.family]
     files = {} if tensors else tensor_files(dir)
     tensors = tensors or read_tensors(dir)
     tensors = {n: t for n, t in tensors.items() if not re.search(family.ignored, n)}
     bare = not any(name.startswith(family.prefix) for name in tensors)
-    params = dict(model.named_parameters())
     (embedding,) = places(cfg, [EMBEDDING], bare)
+    if family.head_by_file and {"lm_head.weight", embedding} <= tensors.keys():
+        tied = torch.equal(tensors["lm_head.weight"], tensors[embedding])
+        cfg = replace(cfg, tie_embeddings=cfg.tie_embeddings and tied)
+    try:
+        model = empty(cfg)
+    except ValueError as e:
+        raise UserError(f"{dir}: {e}") from None
+    params = dict(model.named_parameters())
     if fresh:
         tensors.pop("lm_head.weight", None)
         del params["score.weight"]
@@ -478,7 +481,7 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
     saved = [*extras.settings.get("modules_to_save", ()), *(["score"] if score else [])]
     config = extras.settings | dict(  # other keys have peft's defaults
         peft_type="LORA",
-        task_type="SEQ_CLS" if score else "CAUSAL_LM",
+        task_type="SEQ_CLS" if score else "SEQ_2_SEQ_LM" if model.start_ids else "CAUSAL_LM",
         base_model_name_or_path=str(base),
         r=rank,
         lora_alpha=alpha,
