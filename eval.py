@@ -28,9 +28,8 @@ from typing import Annotated, Literal
 import torch
 
 import lora
-from nano import batches, config, evaluation, files, log, losses, runtime, store, weights
+from nano import batches, config, evaluation, files, log, losses, records, runtime, store, weights
 from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError, With
-from prepare import records
 from sample import conversation, read_prompts
 
 

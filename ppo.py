@@ -6,7 +6,7 @@ started from. The models are four full ones, or with lora_rank one frozen trunk 
 
     python ppo.py model=out/sft/last reward=out/reward/last data=data/hh          # CPU or one GPU
     python ppo.py model=out/sft/last reward=out/reward/last data=data/hh lora_rank=16 lr=1e-4
-    python ppo.py reward=prepare/toy.py:three_bullets data=data/bullets/store algo=grpo group=8
+    python ppo.py reward=bullets data=data/bullets algo=grpo group=8
     python ppo.py 'reward=[a.py:f,b.py:g]' 'reward_weights=[1,0.2]' data=data/hh  # their sum
     torchrun --nproc_per_node=8 ppo.py model=out/sft/last reward=out/reward/last data=data/hh
     PJRT_DEVICE=TPU python ppo.py device=xla parallel=fsdp model=out/sft/last data=data/hh
