@@ -226,6 +226,10 @@ def measure_text(cfg, rt, opened, texts):
     A text is predicted in windows of max_length tokens. Each begins anew with one token of context,
     which for the first is BOS, or EOS where the model has no BOS. Every token counts once."""
     tok = opened.tok
+    if tok.prompt_end:
+        raise UserError(
+            f"{cfg.model} answers prompts, and text= has none: measure it by tasks= or data="
+        )
     size = min(cfg.max_length or math.inf, opened.model.cfg.max_positions)
     questions, owners = [], []
     for number, text in enumerate(texts):
@@ -285,6 +289,7 @@ def answers_of(cfg, rt, opened, entries):
     for number, messages in enumerate(entries, 1):
         if tok.template is None:
             ids = tok.encode("\n".join(m["content"] for m in messages), bos=tok.add_bos)
+            ids += tok.prompt_end
         else:
             ids, _ = tok.render(messages, add_generation_prompt=True)
         if len(ids) >= opened.model.cfg.max_positions:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nano import batches, config, estimate, generate, optim, runtime, store, weights
+from nano import batches, config, estimate, families, generate, optim, runtime, store, weights
 from nano.config import (
     Every,
     Fraction,
@@ -277,6 +277,7 @@ def main(cfg, rt):
         template=store.chat_template(cfg.data),
     )
     model, tok = opened.model, opened.tok
+    families.check_scores(model.cfg, cfg.model)
 
     # ---- data
     # A group is one prompt's completions, best first. It stays together in one packed row, so that

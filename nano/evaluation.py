@@ -152,13 +152,38 @@ def score_batch(model, head, questions, prefix, common):
             targets += rest
             owners += [n] * len(rest)
 
+    return summed(head, states, targets, owners, len(options))
+
+
+def score_answers(model, head, questions):
+    """`score_batch` for an encoder-decoder: the encoder reads each context once, and what it makes
+    of it is copied for the options."""
+    device = head.weight.device
+    options = [(i, option) for i, q in enumerate(questions) for option in q.options]
+    lengths = torch.tensor([len(q.context) for q in questions], device=device)
+    tokens = padded([[*model.start_ids, *option[:-1]] for _, option in options], device)
+    cache = model.new_cache(len(questions), int(lengths.max()) + tokens.shape[1])
+    model.prefill(padded([q.context for q in questions], device), lengths, cache)
+    sources = torch.tensor([i for i, _ in options], device=device)
+    copies = [tuple(t[sources] for t in layer) for layer in cache]
+    positions = lengths[sources, None] + torch.arange(tokens.shape[1], device=device)
+    hidden = model.hidden(tokens, positions, cache=copies)
+    states = [row[: len(option)] for row, (_, option) in zip(hidden, options, strict=True)]
+    targets = [token for _, option in options for token in option]
+    owners = [n for n, (_, option) in enumerate(options) for _ in option]
+    return summed(head, states, targets, owners, len(options))
+
+
+def summed(head, states, targets, owners, count):
+    """(logprobs, hits) of `count` options, from the tokens of all of them. states: hidden states,
+    as lists of rows. targets: the tokens that they predict. owners: the option of each."""
     states = torch.cat(states)
-    targets = torch.tensor(targets, device=device)
+    targets = torch.tensor(targets, device=states.device)
     owners = torch.tensor(owners)
     logprobs = losses.token_logprobs(states, head, targets).cpu().double()
     misses = 1 - losses.hits(states, head, targets).cpu()
-    logprobs = torch.zeros(len(options), dtype=torch.float64).index_add(0, owners, logprobs)
-    return logprobs, torch.zeros(len(options)).index_add(0, owners, misses) == 0
+    logprobs = torch.zeros(count, dtype=torch.float64).index_add(0, owners, logprobs)
+    return logprobs, torch.zeros(count).index_add(0, owners, misses) == 0
 
 
 @torch.no_grad()
@@ -176,7 +201,8 @@ def loglikelihoods(model, rt, questions, slots=None):
     order = sorted(range(len(questions)), key=lambda i: questions[i].key)
     for _, same in groupby(order, key=lambda i: questions[i].key):
         numbers = list(same)
-        prefix = common_prefix([questions[i] for i in numbers])
+        # an encoder reads the beginning of a prompt otherwise before another end
+        prefix = 0 if copy.start_ids else common_prefix([questions[i] for i in numbers])
         common = None
         for batch in batches_of(questions, numbers, slots):
             turn += 1
@@ -186,7 +212,11 @@ def loglikelihoods(model, rt, questions, slots=None):
                 common = prefix_cache(
                     copy, questions[batch[0]].context[:prefix], head.weight.device
                 )
-            scored = score_batch(copy, head, [questions[i] for i in batch], prefix, common)
+            chosen = [questions[i] for i in batch]
+            if copy.start_ids:
+                scored = score_answers(copy, head, chosen)
+            else:
+                scored = score_batch(copy, head, chosen, prefix, common)
             places = np.concatenate([np.arange(firsts[i], firsts[i + 1]) for i in batch])
             totals[:, places] = torch.stack([t.double() for t in scored])
             rt.sync()
@@ -301,8 +331,11 @@ def split_ids(tok, context, continuation):
 
     They are those of lm-eval, so that numbers compare: white space at the end of the context
     belongs to the continuation, and what the context alone would be in tokens is taken from the
-    whole. An empty context is BOS, or EOS where the model has no BOS."""
+    whole. An empty context is BOS, or EOS where the model has no BOS. An encoder reads the context
+    as a text of its own."""
     start = context.rstrip()
+    if tok.prompt_end:
+        return [*tok.encode(start), *tok.prompt_end], tok.encode(context[len(start) :] + continuation)
     ids = tok.encode(context + continuation, bos=tok.add_bos)
     if not start:
         first = tok.bos_id if tok.bos_id is not None else tok.eos_id
@@ -356,7 +389,7 @@ def prompt_ids(task, tok, record, shots, chat):
             return chat_options(tok, turns, task.replies(record))[0][0]  # the answer has a name
         return tok.render(turns, add_generation_prompt=True)[0]
     text = shots_text(task, record, shots) + task.prompt(record)
-    return tok.encode(text, bos=tok.add_bos)
+    return [*tok.encode(text, bos=tok.add_bos), *tok.prompt_end]
 
 
 def fitting(build, size, shots, room):

@@ -246,7 +246,7 @@ def write_t5(cfg):
 
 
 def t5_tensors(cfg):
-    """A block of a file is a list of layers: self-attention, in the decoder cross-attention, MLP."""
+    """A block of a file is a list: self-attention, in the decoder cross-attention, and MLP."""
     up = {"gate_proj": "wi_0", "up_proj": "wi_1"} if cfg.mlp == "gated" else {"up_proj": "wi"}
     out = {"model.embed_tokens": "shared"}
     for stack, mlp in (("encoder", 1), ("decoder", 2)):
@@ -579,6 +579,15 @@ def recognise(c):
 def unknown(what, name, known):
     near = difflib.get_close_matches(str(name), known, cutoff=0.0)
     return UserError(f"{what} {name} is not supported; the nearest that are: {', '.join(near)}")
+
+
+def check_scores(cfg, dir):
+    """UserError for a model of a family without score models. dir: of the model, for the message"""
+    if "score" not in FAMILIES[cfg.family].architectures:
+        raise UserError(
+            f"model={dir} is of family {cfg.family}, of which transformers has no model with one "
+            "score: give a model of another family"
+        )
 
 
 def config_json(cfg, like=None, **extra):
