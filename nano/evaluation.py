@@ -335,7 +335,9 @@ def split_ids(tok, context, continuation):
     as a text of its own."""
     start = context.rstrip()
     if tok.prompt_end:
-        return [*tok.encode(start), *tok.prompt_end], tok.encode(context[len(start) :] + continuation)
+        return [*tok.encode(start), *tok.prompt_end], tok.encode(
+            context[len(start) :] + continuation
+        )
     ids = tok.encode(context + continuation, bos=tok.add_bos)
     if not start:
         first = tok.bos_id if tok.bos_id is not None else tok.eos_id

@@ -22,6 +22,11 @@ from nano.config import UserError
 
 def check(cfg, size):
     """UserError unless `size` devices can share the layers of a model with this ModelConfig."""
+    if size > 1 and cfg.positions == "distance":
+        raise UserError(
+            f"tensor={size} does not share out what distances add to the scores of heads: "
+            "use parallel=fsdp alone"
+        )
     if any(n % size for n in (cfg.n_heads, cfg.n_kv_heads, cfg.ffn_dim)):
         raise UserError(
             f"tensor={size} must divide the model's {cfg.n_heads} heads, {cfg.n_kv_heads} "

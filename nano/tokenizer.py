@@ -272,6 +272,7 @@ class Cache(dict):
 #     "first"    before the whole text, unless it begins with a space
 #     "never"
 # .bytes: {id: bytes}
+# .unknown: the id of what the vocabulary cannot spell, or None
 
 
 @dataclass
@@ -286,6 +287,7 @@ class BytePairs:
     normal: str | None = None  # a Unicode normal form
     holes: bytes = b""  # the bytes that the vocabulary lacks
     prefix: str = "never"
+    unknown: None = None
 
     def __post_init__(self):
         pattern = grouped(self.pattern or r"[\s\S]+")
@@ -470,6 +472,7 @@ class SentencePiece:
         kept = b"".join(map(self.bytes.get, self.bare.encode(probe))) == probe.encode()
         self.by_word = kept and not any("▁" in token.lstrip("▁") for token in tokens)
         self.words = Cache(self.bare.encode)
+        self.unknown = self.model.unk_id()
 
     def order(self, special):
         """What decides the ids: the ids of each piece's own text, whatever its score is. Text never
@@ -542,7 +545,9 @@ def proto_from_unigram(spec, prefix):
     try:
         table = base64.b64decode((table or {}).get("precompiled_charsmap") or "", validate=True)
     except ValueError:
-        raise UserError("tokenizer.json is damaged: its precompiled_charsmap is not base64") from None
+        raise UserError(
+            "tokenizer.json is damaged: its precompiled_charsmap is not base64"
+        ) from None
     return sentencepiece_proto(pieces, prefix != "never", (model["unk_id"], -1, -1, -1), table)
 
 
@@ -998,7 +1003,8 @@ class Tokenizer:
         self._leaks = {
             entry["id"]
             for name, entry in added.items()
-            if entry["id"] in self.control and entry["id"] in model.encode(name, False)
+            if entry["id"] in self.control - {model.unknown}
+            and entry["id"] in model.encode(name, False)
         }
 
     @functools.cached_property

@@ -221,7 +221,9 @@ def sentencepiece_proto(pieces, prefix, ids, table=None):
         for text, score, kind in pieces
     ]
     # trainer_spec: model_type Unigram or BPE, byte_fallback, and the ids
-    trainer = field(3, 2 if table is None else 1) + field(35, any(kind == BYTE for _, _, kind in pieces))
+    trainer = field(3, 2 if table is None else 1) + field(
+        35, any(kind == BYTE for _, _, kind in pieces)
+    )
     for number, id in enumerate(ids, 40):
         trainer += field(number, id)
     # normalizer_spec: name, table, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces

@@ -376,6 +376,8 @@ def write_ends(tok, dir, config):
 
     config: the model's config.json, which gives the other token ids where there is no such file."""
     ids = {key: config.get(key) for key in ("bos_token_id", "pad_token_id")}
+    if "decoder_start_token_id" in config:
+        ids["decoder_start_token_id"] = config["decoder_start_token_id"]
     generation = read_json(dir / "generation_config.json", missing=ids)
     ends = sorted(tok.stop_ids, key=lambda id: id != tok.eos_id)  # EOS first
     write_json(dir / "generation_config.json", generation | {"eos_token_id": ends})

@@ -814,7 +814,9 @@ def test_a_folder_may_hold_its_store_and_hidden_copies(model, tmp_path):
 
 def test_a_name_in_ignore_that_no_record_has_is_told(model, tmp_path, capsys):
     talk = [dict(role="user", content="a", inner=1), dict(role="assistant", content="b")]
-    path = jsonl(tmp_path / "in.jsonl", [dict(messages=talk), dict(prompt="a", completion="b", outer=1)])
+    path = jsonl(
+        tmp_path / "in.jsonl", [dict(messages=talk), dict(prompt="a", completion="b", outer=1)]
+    )
     assert len(prepare(model, tmp_path / "out", path, ignore=("inner", "nope", "outer"))) == 2
     said = capsys.readouterr().out
     assert [line.split() for line in said.splitlines() if "ignored" in line] == [
@@ -872,7 +874,9 @@ def test_a_killed_job_leaves_no_process(model, tmp_path, number):
             time.sleep(0.05)
 
     def started():
-        return len(alive()) >= 4 and any(p.stat().st_size for p in tmp_path.glob("out.unfinished/*.bin"))
+        return len(alive()) >= 4 and any(
+            p.stat().st_size for p in tmp_path.glob("out.unfinished/*.bin")
+        )
 
     wait(started)
     job.send_signal(number)
@@ -936,7 +940,11 @@ def test_text_that_is_rendered_already(model, tmp_path, capsys):
     ((text, spans),) = texts(model, store)
     assert text == talk[: talk.index("c<") + 11] and spans == ["b<|im_end|>", "c<|im_end|>"]
     ids, mask = tokenizer.load(model, template="chatml").render(
-        [dict(role=role, content=text) for text in "bc" for role, text in (("user", "a"), ("assistant", text))]
+        [
+            dict(role=role, content=text)
+            for text in "bc"
+            for role, text in (("user", "a"), ("assistant", text))
+        ]
     )
     assert store.row(0)[0].tolist() == ids[: len(store.row(0)[0])]
     assert store.row(0)[1].tolist() == mask[: len(store.row(0)[0])]
@@ -945,7 +953,9 @@ def test_text_that_is_rendered_already(model, tmp_path, capsys):
     store = prepare(model, tmp_path / "out", path, template="plain", **keys)
     assert texts(model, store)[0][1] == ["c<|im_end|>\n<|im_start|>user\nd<|im_end|>\n"]
     with pytest.raises(UserError, match="nothing that asks for an answer.* response_template="):
-        prepare(model, tmp_path / "out", path, **keys | dict(response_template=None, template="plain"))
+        prepare(
+            model, tmp_path / "out", path, **keys | dict(response_template=None, template="plain")
+        )
 
 
 def test_options_of_the_template_go_with_the_data(model, tmp_path):
@@ -963,7 +973,10 @@ def test_options_of_the_template_go_with_the_data(model, tmp_path):
     ids, mask = store.row(0)
     assert ids.tolist()[: len(prompt)] == prompt and not mask[: len(prompt)].any()
     assert tok.bytes_of(prompt).endswith(b"<think>\n\n</think>\n\n")
-    spans = [one(model, tmp_path, record, template=THINKING, learn_empty_thoughts=more)[1] for more in (False, True)]
+    spans = [
+        one(model, tmp_path, record, template=THINKING, learn_empty_thoughts=more)[1]
+        for more in (False, True)
+    ]
     assert spans == [["b<|im_end|>"], ["<think>\n\n</think>\n\nb<|im_end|>"]]
     twice = ("enable_thinking=false", "enable_thinking=true")
     with pytest.raises(UserError, match="template_options: 'enable_thinking' is given twice"):

@@ -383,4 +383,6 @@ def test_a_conversation_that_the_template_does_not_take(model, tmp_path, monkeyp
     assert status == 2 and out == "" and err.count("\n") == 1
     assert "does not take this conversation (no users); template=chatml lays it out" in err
     status, out, err = run(monkeypatch, capsys, f"model={path}", lines=["x"])
-    assert status == 0 and "error: the chat template does not take" in out and "forgotten" not in out
+    assert (
+        status == 0 and "error: the chat template does not take" in out and "forgotten" not in out
+    )
