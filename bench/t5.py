@@ -2,7 +2,7 @@
 
     python -m bench.t5 data=alpaca_en_demo.json
     python -m bench.t5 data=alpaca_en_demo.json steps=20 repeats=3 batch=16
-    python -m bench.t5 data=alpaca_en_demo.json size=toy sides=[]    # the model and the data alone
+    python -m bench.t5 data=alpaca_en_demo.json size=toy 'sides=[]'  # the model and the data alone
 
 The model has Flan-T5-small's shape and random weights. `data` holds instruction records of a shape
 that prepare.instructions reads, and a sentencepiece vocabulary is trained on their text. Both sides

@@ -157,7 +157,7 @@ def collate(packs, length, prompt_weight=0.0, fixed_shapes=False, start_ids=()):
     weights    float32 (M,), the target's mask, with `prompt_weight` in place of 0; 0 at the end of
                a document and on padding
 
-    n_tokens   int, tokens that are no padding
+    n_tokens   int, tokens of the rows, which are no padding
     n_targets  int, targets of weight 1
 
     A pack may have one token more than `length`, which is a target only.
@@ -169,7 +169,7 @@ def collate(packs, length, prompt_weight=0.0, fixed_shapes=False, start_ids=()):
     encoder_tokens  int64 (B, S), padded with 0
     encoder_docs    int64 (B, S), 0, 1, ... along a row, as the documents in docs; -1 on padding
     """
-    more = {}
+    more, n_more = {}, 0
     if start_ids:
         prompts, packs = split_at_answers(packs, start_ids)
         widths = length, length
@@ -178,6 +178,7 @@ def collate(packs, length, prompt_weight=0.0, fixed_shapes=False, start_ids=()):
         size, length = widths
         inputs = collate(prompts, size)
         more = dict(encoder_tokens=inputs["tokens"], encoder_docs=inputs["docs"])
+        n_more = inputs["n_tokens"] - len(start_ids) * sum(map(len, packs))
     integers = np.zeros((4, len(packs), length + 1), np.int64)
     tokens, targets, positions, docs = integers
     weights = np.zeros(docs.shape, np.float32)
@@ -198,8 +199,7 @@ def collate(packs, length, prompt_weight=0.0, fixed_shapes=False, start_ids=()):
     arrays = dict(tokens=tokens, positions=positions, docs=docs, index=index)
     arrays |= dict(targets=targets.flat[index], weights=weights[index])
     batch = {name: torch.from_numpy(array) for name, array in arrays.items()} | more
-    real = [t for name, t in batch.items() if name.endswith("docs")]
-    n_tokens = sum(int((docs >= 0).sum()) for docs in real)
+    n_tokens = int((docs >= 0).sum()) + n_more
     return batch | dict(n_tokens=n_tokens, n_targets=int((weights == 1).sum()))
 
 

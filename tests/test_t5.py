@@ -435,7 +435,7 @@ def test_collate_splits_rows():
     assert micro["tokens"].tolist() == [[0, 7, 8, 0, 4, 2]]
     assert micro["docs"].tolist() == [[0, 0, 0, 1, 1, 1]]
     assert micro["targets"].tolist() == [7, 8, 4] and micro["index"].tolist() == [0, 1, 3]
-    assert micro["n_targets"] == 3
+    assert micro["n_targets"] == 3 and micro["n_tokens"] == 7
     fixed = batches.collate([rows, []], 9, fixed_shapes=True, start_ids=(0,))
     assert fixed["tokens"].shape == fixed["encoder_tokens"].shape == (2, 9)
 
