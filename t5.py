@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import model
-from model import MLP, RMSNorm, ScoreHead, remember
+from model import MLP, Extras, RMSNorm, ScoreHead, remember
 
 
 @dataclass
@@ -132,6 +132,7 @@ class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.head_dim = cfg.head_dim
+        self.extras = Extras(scale=1.0)  # nothing more, says nano/estimate.py
         width = cfg.n_heads * cfg.head_dim
         self.q_proj = nn.Linear(cfg.dim, width, bias=False)
         self.k_proj = nn.Linear(cfg.dim, width, bias=False)

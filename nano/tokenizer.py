@@ -2,8 +2,8 @@
 
     byte-level BPE   on tiktoken: tokenizer.json, vocab.json + merges.txt, or a tiktoken file (Llama
                      3's tokenizer.model)
-    sentencepiece    on sentencepiece: tokenizer.model, spiece.model (T5's), or a tokenizer.json with
-                     a byte-fallback BPE or a Unigram model
+    sentencepiece    on sentencepiece: tokenizer.model, spiece.model (T5's), or a tokenizer.json of a
+                     byte-fallback BPE or a Unigram model
 
 Text of users and data sets is encoded so that nothing in it becomes a control token. Only a chat
 template writes control tokens, by id. Tokenizer.render is the one place that lays out conversations
@@ -713,8 +713,8 @@ def read_vocabulary(folder, spec, config, added, names):
         return back, [file], ends
     if spec:
         raise UserError(
-            f"{whole} is a tokenizer of the kind {model.get('type', 'BPE')} without bytes: a "
-            "byte-level or byte-fallback BPE, a Unigram or a sentencepiece tokenizer.model is needed"
+            f"{whole} is a tokenizer of the kind {model.get('type', 'BPE')} without bytes: "
+            "a byte-level or byte-fallback BPE or a sentencepiece tokenizer.model is needed"
         )
     raise UserError(
         f"{folder} has no tokenizer.json, tokenizer.model, vocab.json + merges.txt or *.tiktoken"
@@ -930,7 +930,7 @@ class Tokenizer:
     .template       name of the chat template, or None. "model": the directory's own, of no other
                     name
     .chat_template  the same in Jinja, or None
-    .prompt_end     ids that close a prompt: EOS for an encoder, and none for a decoder, which goes on
+    .prompt_end     ids that close a prompt: [EOS] for an encoder, [] for a decoder, which goes on
     .adopted        whether chat_template is not the directory's own
     .empty_thoughts whether the empty thought that a template prints is a target
     .counts         Counter of last answers that the template leaves open, by the token that

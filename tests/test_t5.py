@@ -319,7 +319,7 @@ def test_real_configurations_have_transformers_names_and_shapes(name):
         (dict(relative_attention_max_distance=16), "relative_attention_max_distance"),
         (dict(architectures=["T5EncoderModel"]), "T5EncoderModel is not supported"),
         (dict(num_decoder_layers=-1), "num_decoder_layers"),
-        (dict(d_kv=None), "d_kv"),
+        (dict(d_model=None), "d_model"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(change, said):
@@ -336,8 +336,8 @@ def test_bf16_does_not_overflow_and_float16_says_where(tmp_path):
         model.model["encoder"].layers[1].mlp.down_proj.weight *= 1e5
         exact = model(batch())
         rounded = model.bfloat16()(batch())
-        # bf16 has 8 bits, and the errors of 2 + 1 layers add up
-        assert rounded.isfinite().all() and worst(rounded, exact) < 0.1 * exact.abs().max()
+        # scores in bf16 are off by up to 2^-8 of tens, which a softmax turns into tenths
+        assert rounded.isfinite().all() and (rounded - exact).norm() < 0.1 * exact.norm()
         with pytest.raises(ValueError, match="layer 1 of the encoder .* 65,504.*bfloat16"):
             model.half()(batch())
 
@@ -391,7 +391,7 @@ def test_both_kinds_of_files_give_transformers_ids(vocabulary, tmp_path):
     for text in TEXTS[:-1]:
         ids = reference(text)["input_ids"][:-1]
         assert one.encode(text) == other.encode(text) == ids
-        assert one.decode(ids) == reference.decode(ids)
+        assert one.decode(ids) == reference.decode(ids, skip_special_tokens=True)
     for name in ("<extra_id_0>", "<extra_id_99>"):
         (id,) = reference.convert_tokens_to_ids([name])
         assert one.added[name]["id"] == other.added[name]["id"] == id
@@ -411,7 +411,13 @@ def test_plain_and_alpaca_close_the_prompt(vocabulary):
     ids, mask = alpaca.render(talk)
     start = mask.index(1)
     assert ids[start:] == answer and ids[start - 1] == 1 and 1 not in ids[: start - 1]
-    assert "### Response:" in alpaca.decode(ids[:start])
+    assert (
+        ids[: start - 1]
+        == reference(
+            "Below is an instruction that describes a task. Write a response that appropriately "
+            "completes the request.\n\n### Instruction:\nthe quick fox\n\n### Response:"
+        )["input_ids"][:-1]
+    )
     assert alpaca.render(talk[:1], add_generation_prompt=True)[0] == ids[:start]
 
 
