@@ -736,6 +736,7 @@ FALCON_TENSORS = {  # without the norms of blocks
     "model.norm": "transformer.ln_f",
 }
 T5_DEFAULTS = {
+    "d_kv": 64,
     "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128,
     "layer_norm_epsilon": 1e-6,

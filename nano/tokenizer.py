@@ -2,8 +2,8 @@
 
     byte-level BPE   on tiktoken: tokenizer.json, vocab.json + merges.txt, or a tiktoken file (Llama
                      3's tokenizer.model)
-    sentencepiece    on sentencepiece: tokenizer.model, spiece.model (T5's), or a tokenizer.json of a
-                     byte-fallback BPE or a Unigram model
+    sentencepiece    on sentencepiece: tokenizer.model, spiece.model (T5's), or a tokenizer.json
+                     with a byte-fallback BPE or a Unigram model
 
 Text of users and data sets is encoded so that nothing in it becomes a control token. Only a chat
 template writes control tokens, by id. Tokenizer.render is the one place that lays out conversations
@@ -604,7 +604,7 @@ def check_sentencepiece(path, spec):
     spaces and at both ends.
     """
     known = {("Prepend", "▁"), ("Replace", " ▁"), ("Metaspace", "▁"), ("Split", " ")}
-    if spec["model"]["type"] == "Unigram":
+    if spec["model"].get("type") == "Unigram":
         known |= {("Precompiled", ""), ("Strip", ""), ("Replace", "▁"), ("WhitespaceSplit", "")}
     steps = flat(spec.get("normalizer")) + flat(spec.get("pre_tokenizer"))
     texts = set()
