@@ -756,10 +756,11 @@ class Transformer(nn.Module):
             return cache_mask(positions, T, window)
         return attention_mask(torch.zeros_like(positions), window, self.cfg.head_dim)
 
-    def prefill(self, tokens, lengths, cache):
-        """Puts prompts, the first lengths (B,) of tokens (B, T), into the first slots of a cache.
-        What stands behind a prompt's end is to be overwritten before any token can see it."""
-        self.hidden(tokens, cache=cache)
+    def prefill(self, tokens, lengths, cache, positions=None):
+        """Puts prompts, the first lengths (B,) of tokens (B, T), into the slots `positions` (B, T)
+        of a cache, or its first ones. What stands behind a prompt's end is to be overwritten before
+        any token can see it."""
+        self.hidden(tokens, positions, cache=cache)
 
     def new_cache(self, batch, slots, dtype=None):
         """An empty key/value cache: per layer (keys, values), each (batch, K, slots, D)."""

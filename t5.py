@@ -337,8 +337,9 @@ class T5(model.Transformer):
         pairs = [tuple(torch.zeros(shape, **like) for _ in range(2)) for _ in layers]
         return [*pairs, (torch.zeros(batch, 1, slots, 1, dtype=torch.int64, device=weight.device),)]
 
-    def prefill(self, tokens, lengths, cache):
-        """Puts prompts, the first lengths (B,) of tokens (B, S), into a cache."""
+    def prefill(self, tokens, lengths, cache, positions=None):
+        """Puts prompts, the first lengths (B,) of tokens (B, S), into a cache. positions: None,
+        because an encoder reads a prompt as a whole."""
         index = torch.arange(tokens.shape[1], device=tokens.device)
         memory = self.encode(tokens, torch.where(index < lengths[:, None], 0, -1))
         *layers, (ends,) = cache
