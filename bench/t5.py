@@ -6,7 +6,7 @@
 
 The model has Flan-T5-small's shape and random weights. `data` holds instruction records of a shape
 that prepare.instructions reads, and a sentencepiece vocabulary is trained on their text. Both sides
-train the same rows, in bf16 with fp32 weights and without dropout. Every run is a process of its
+train the same rows with fp32 weights and without dropout. Every run is a process of its
 own, and the sides take turns.
 
 Tokens are real ones of prompt and answer, without padding, from the second step on. Peak memory is
@@ -61,6 +61,7 @@ class Config:
     micro_batch: PositiveInt = 4  # packed rows of our step
     max_length: PositiveInt = 512  # tokens of such a row, prompts and answers
     batch: PositiveInt = 8  # padded rows of their step
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the matrix work
     threads: PositiveInt = 2
     seed: int = 0
     device: Literal["cpu"] = "cpu"
@@ -125,7 +126,7 @@ def ours(cfg):
         micro_batch=cfg.micro_batch,
         max_length=cfg.max_length,
         device="cpu",
-        dtype="bfloat16",
+        dtype=cfg.dtype,
         log_every=1,
         samples=0,
         save_every=-1,
@@ -190,7 +191,7 @@ def run_theirs(cfg):
         per_device_train_batch_size=cfg.batch,
         max_steps=cfg.steps,
         learning_rate=2e-5,
-        bf16=True,
+        bf16=cfg.dtype == "bfloat16",
         use_cpu=True,
         report_to=[],
         save_strategy="no",
@@ -221,7 +222,8 @@ def main(cfg):
             runs.append(dict(ours=ours, theirs=theirs)[side](cfg))
             print(f"{side}: {runs[-1][0]:.0f} tokens/s, {runs[-1][1]:.2f} GB", flush=True)
     if results:
-        print(f"\n{about}; {cfg.threads} threads, {cfg.steps} steps, medians of {cfg.repeats}\n")
+        print(f"\n{about}; {cfg.threads} threads, {cfg.dtype}, {cfg.steps} steps, ")
+        print(f"medians of {cfg.repeats}\n")
         print("| program | real tokens/s | peak memory, GB |\n| --- | ---: | ---: |")
     for side, runs in results.items():
         speed, memory = map(statistics.median, zip(*runs, strict=True))
