@@ -258,6 +258,7 @@ class T5(model.Transformer):
         elif not cfg.tie_embeddings:
             self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         self.start_ids = (cfg.start_id,)
+        self.ropes = {}
         self.recompute = None  # as in Transformer
 
     def init_weights(self, std=1.0):

@@ -79,22 +79,11 @@ def of_peft(base, dir, **settings):
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = {
-    "rank_pattern": (
-        "plain",
-        dict(target_modules=ALL, rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 3}),
-    ),
-    "alpha_pattern": (
-        "plain",
-        dict(target_modules=ALL, alpha_pattern={"v_proj": 3, r"layers\.0\.mlp\..*": 5}),
-    ),
+    "rank_pattern": ("plain", dict(target_modules=ALL, rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 3})),
+    "alpha_pattern": ("plain", dict(target_modules=ALL, alpha_pattern={"v_proj": 3, r"layers\.0\.mlp\..*": 5})),
     "both patterns, rslora": (
         "plain",
-        dict(
-            target_modules=ALL,
-            use_rslora=True,
-            rank_pattern={"o_proj": 2},
-            alpha_pattern={"o_proj": 1},
-        ),
+        dict(target_modules=ALL, use_rslora=True, rank_pattern={"o_proj": 2}, alpha_pattern={"o_proj": 1}),
     ),
     "layers": ("plain", dict(target_modules=ALL, layers_to_transform=[1])),
     "regex": ("plain", dict(target_modules=r".*\.0\..*(q|v)_proj", exclude_modules=r".*v_proj")),
@@ -118,10 +107,7 @@ KINDS = {
     "orthogonal": ("plain", dict(init_lora_weights="orthogonal")),
     "mica": ("plain", dict(init_lora_weights="mica")),
     "tied: rows": ("tied", dict(trainable_token_indices=[3, 5])),
-    "tied: rows of one": (
-        "tied",
-        dict(trainable_token_indices={"embed_tokens": [3], "lm_head": [5]}),
-    ),
+    "tied: rows of one": ("tied", dict(trainable_token_indices={"embed_tokens": [3], "lm_head": [5]})),
     "tied: whole embedding": ("tied", dict(modules_to_save=["embed_tokens"])),
     "tied: whole head": ("tied", dict(modules_to_save=["lm_head"])),
     "tied: both": ("tied", dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
@@ -136,15 +122,10 @@ KINDS = {
         dict(target_modules=["c_attn", "c_proj"], rank_pattern={"c_attn": 2}, fan_in_fan_out=True),
     ),
     "GPT-2 bias": ("gpt2", dict(target_modules=["c_attn"], bias="all", fan_in_fan_out=True)),
-    "GPT-2 DoRA": (
-        "gpt2",
-        dict(target_modules=["c_attn", "c_fc"], use_dora=True, fan_in_fan_out=True),
-    ),
+    "GPT-2 DoRA": ("gpt2", dict(target_modules=["c_attn", "c_fc"], use_dora=True, fan_in_fan_out=True)),
     "GPT-2 whole layers": (
         "gpt2",
-        dict(
-            target_modules=["c_attn"], modules_to_save=["wte", "ln_f", "c_fc"], fan_in_fan_out=True
-        ),
+        dict(target_modules=["c_attn"], modules_to_save=["wte", "ln_f", "c_fc"], fan_in_fan_out=True),
     ),
     "GPT-2 embedding": ("gpt2", dict(target_modules=["c_attn", "wte"], fan_in_fan_out=True)),
 }
@@ -206,10 +187,7 @@ def adapter(plain, tmp_path):
 
 
 HARMLESS = [
-    *(
-        dict(init_lora_weights=how)
-        for how in (True, False, "gaussian", "eva", "orthogonal", "mica")
-    ),
+    *(dict(init_lora_weights=how) for how in (True, False, "gaussian", "eva", "orthogonal", "mica")),
     dict(lora_dropout=0.3, inference_mode=False, revision="main", peft_version="9.9"),
     dict(eva_config=dict(rho=2.0), corda_config={}, qalora_group_size=8, fan_in_fan_out=True),
     dict(a_setting_of_tomorrow=None, another=False, one_more={}),
@@ -366,12 +344,7 @@ def test_an_adapter_may_bring_tokens_and_their_rows(base, bases, tmp_path):
     assert opened.tok.render(asked, True)[0] == expected
     change(dir, base_model_name_or_path=str(base))
     assert tokenizer.load(dir).fingerprint == opened.tok.fingerprint
-    assert (
-        convert.setup(instructions.Config(source="s", model=str(dir), out="o"), None, None).render(
-            asked, True
-        )[0]
-        == expected
-    )
+    assert convert.setup(instructions.Config(source="s", model=str(dir), out="o"), None, None).render(asked, True)[0] == expected
     tiny.train("prepare.weights", [f"source={dir}", f"out={tmp_path}/merged"])
     merged = weights.open(tmp_path / "merged")
     assert merged.tok.fingerprint == opened.tok.fingerprint
@@ -434,23 +407,18 @@ def started(tmp_path_factory):
     of_peft(folder / "base", folder / "low", target_modules=["q_proj", "v_proj"])
     tiny.store(folder / "rows", folder / "base")
     tiny.preferences(folder / "groups", folder / "base")
-    (folder / "rewards.py").write_text(
-        "def a(p, r, f):\n    return len(r) % 5 + 0.1 * ('a' in r)\n"
-    )
+    (folder / "rewards.py").write_text("def a(p, r, f):\n    return len(r) % 5 + 0.1 * ('a' in r)\n")
     return folder
 
 
 def go_on(started, stage, out, *more, adapter="adapter"):
     settings = f"model={started}/{adapter} out={out} lora_rank=4 device=cpu dtype=float32 steps=2 "
-    settings += (
-        "batch_size=8 log_every=1 lr=1e-2 "
-        + dict(
-            sft=f"data={started}/rows max_length=64",
-            dpo=f"data={started}/groups max_length=64 sample_tokens=0",
-            reward=f"data={started}/groups max_length=64 norm_tokens=4 norm_samples=8",
-            ppo=f"data={started}/rows reward={started}/rewards.py:a max_new_tokens=6 micro_batch=4",
-        )[stage]
-    )
+    settings += "batch_size=8 log_every=1 lr=1e-2 " + dict(
+        sft=f"data={started}/rows max_length=64",
+        dpo=f"data={started}/groups max_length=64 sample_tokens=0",
+        reward=f"data={started}/groups max_length=64 norm_tokens=4 norm_samples=8",
+        ppo=f"data={started}/rows reward={started}/rewards.py:a max_new_tokens=6 micro_batch=4",
+    )[stage]
     tiny.train(stage, tiny.override(settings.split(), more))
     return out / "last"
 
@@ -460,9 +428,7 @@ def go_on(started, stage, out, *more, adapter="adapter"):
 def test_a_stage_goes_on_with_an_adapter(stage, adapter, started, tmp_path):
     last = go_on(started, stage, tmp_path / "out", adapter=adapter)
     before, after = (tiny.tensors(dir, "adapter_model") for dir in (started / adapter, last))
-    assert after.keys() - before.keys() == (
-        {PREFIX + "score.weight"} if stage == "reward" else set()
-    )
+    assert after.keys() - before.keys() == ({PREFIX + "score.weight"} if stage == "reward" else set())
     moved = {key for key in before if not torch.equal(before[key].float(), after[key])}
     low = {key for key in before if ".lora_" in key}  # the rest of it stays as it was
     assert moved <= low and len(moved) > 0.8 * len(low)
@@ -515,11 +481,7 @@ def test_a_score_adapter_joins_the_trunk_of_a_policy_that_goes_on(started, tmp_p
     """If both change no weights of the base. Otherwise the reward model is a model of its own."""
     reward = go_on(started, "reward", tmp_path / "low", adapter="low")
     other = go_on(started, "reward", tmp_path / "other")
-    for model, scorer, joins in (
-        ("low", reward, True),
-        ("low", other, False),
-        ("adapter", reward, False),
-    ):
+    for model, scorer, joins in (("low", reward, True), ("low", other, False), ("adapter", reward, False)):
         argv = f"model={started}/{model} reward={scorer} lora_rank=4 data={started}/rows".split()
         cfg = config.load(ppo.Config, argv)
         policy, _, scorer_role, _ = ppo.build(cfg, tokenizer.load(started / "low"))

@@ -259,11 +259,7 @@ def steps(*pretokenizers):
         ("config.json", dict(model_type=["llama"]), "model_type is ['llama'], not text"),
         ("config.json", dict(id2label=3), "id2label is 3, not an object"),
         ("config.json", dict(eos_token_id=["x"]), "eos_token_id[0] is 'x', not a whole number"),
-        (
-            "config.json",
-            dict(eos_token_id="x"),
-            "eos_token_id is 'x', not a whole number or a list",
-        ),
+        ("config.json", dict(eos_token_id="x"), "eos_token_id is 'x', not a whole number or a list"),
         ("config.json", dict(hidden_act=["silu"]), "hidden_act is ['silu'], not text"),
         ("config.json", dict(rms_norm_eps=-1), "rms_norm_eps is -1, not a number, 0 or more"),
         ("config.json", dict(rms_norm_eps=float("nan")), "rms_norm_eps is nan, not a number"),
@@ -272,17 +268,9 @@ def steps(*pretokenizers):
         ("config.json", dict(hidden_size=2**40), "hidden_size is 1099511627776, not a positive"),
         ("tokenizer.json", dict(model=3), "model is 3, not an object"),
         ("tokenizer.json", dict(model={}), "model.merges is missing"),
-        (
-            "tokenizer.json",
-            dict(model=dict(vocab={"a": "b"}, merges=[])),
-            "model.vocab['a'] is 'b'",
-        ),
+        ("tokenizer.json", dict(model=dict(vocab={"a": "b"}, merges=[])), "model.vocab['a'] is 'b'"),
         ("tokenizer.json", dict(model=dict(vocab={"a": -1}, merges=[])), "model.vocab['a'] is -1"),
-        (
-            "tokenizer.json",
-            dict(model=dict(vocab={}, merges=[])),
-            "the vocabulary of the tokenizer is empty",
-        ),
+        ("tokenizer.json", dict(model=dict(vocab={}, merges=[])), "the vocabulary of the tokenizer is empty"),
         (
             "tokenizer.json",
             dict(model=dict(vocab={"a": 1, "b": 1}, merges=[])),
@@ -300,11 +288,7 @@ def steps(*pretokenizers):
         ),
         ("tokenizer.json", dict(model=dict(vocab={"a": 1}, merges=["a"])), "merge 'a'"),
         ("tokenizer.json", dict(model=dict(type="WordPiece", vocab={})), "of the kind WordPiece"),
-        (
-            "tokenizer.json",
-            dict(model=dict(type="Unigram", vocab=[["a", -1]])),
-            "unk_id is missing",
-        ),
+        ("tokenizer.json", dict(model=dict(type="Unigram", vocab=[["a", -1]])), "unk_id is missing"),
         ("tokenizer.json", dict(model=dict(type="WordLevel", vocab={})), "the kind WordLevel"),
         ("tokenizer.json", dict(added_tokens=3), "added_tokens is 3, not a list"),
         ("tokenizer.json", dict(added_tokens=[{}]), "added_tokens[0].content is missing"),
@@ -319,11 +303,7 @@ def steps(*pretokenizers):
         ("tokenizer.json", steps({}, BYTE_LEVEL), "pre_tokenizer.pretokenizers[0].type is missing"),
         ("tokenizer.json", steps(without(SPLIT, "pattern"), BYTE_LEVEL), "Split lacks 'pattern'"),
         ("tokenizer.json", steps(without(SPLIT, "behavior"), BYTE_LEVEL), "Split lacks 'behavior'"),
-        (
-            "tokenizer.json",
-            steps(SPLIT | dict(pattern={"Regex": "("}), BYTE_LEVEL),
-            "splits text by",
-        ),
+        ("tokenizer.json", steps(SPLIT | dict(pattern={"Regex": "("}), BYTE_LEVEL), "splits text by"),
         ("tokenizer.json", steps(dict(type="Digits"), BYTE_LEVEL), "lacks 'individual_digits'"),
         ("tokenizer.json", dict(normalizer=dict(type=3)), "normalizer.type is 3, not text"),
         (
@@ -336,11 +316,7 @@ def steps(*pretokenizers):
         ("tokenizer_config.json", dict(chat_template=3), "chat_template is 3, not text or a list"),
         ("tokenizer_config.json", dict(chat_template=[{}]), "chat_template[0].name is missing"),
         ("tokenizer_config.json", dict(added_tokens_decoder=[]), "added_tokens_decoder is []"),
-        (
-            "tokenizer_config.json",
-            dict(added_tokens_decoder={"x": {}}),
-            "['x'] is 'x', not text, a",
-        ),
+        ("tokenizer_config.json", dict(added_tokens_decoder={"x": {}}), "['x'] is 'x', not text, a"),
         ("tokenizer_config.json", dict(added_tokens_decoder={"1": {}}), "['1'].content is missing"),
         ("tokenizer_config.json", dict(add_bos_token="yes"), "add_bos_token is 'yes', not true or"),
         ("special_tokens_map.json", dict(eos_token=["x"]), "eos_token is ['x'], not text"),
@@ -439,7 +415,7 @@ def test_pickles_beside_a_single_shard(good, tmp_path):
 
 def test_a_python_without_pip(monkeypatch, tmp_path):
     """The network is not to blame."""
-    (tmp_path / "python").write_text('#!/bin/sh\necho "$0: No module named pip" >&2; exit 1\n')
+    (tmp_path / "python").write_text("#!/bin/sh\necho \"$0: No module named pip\" >&2; exit 1\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -17,17 +17,8 @@ from nano.config import UserError
 FAMILIES = dict(
     llama={},
     windows=dict(windows=(8, 0), family="mistral"),
-    learned=dict(
-        positions="learned",
-        norm="layer",
-        mlp="plain",
-        activation="gelu",
-        mlp_bias=True,
-        qkv_bias=True,
-        o_bias=True,
-        family="gpt2",
-        n_kv_heads=4,
-    ),
+    learned=dict(positions="learned", norm="layer", mlp="plain", activation="gelu", mlp_bias=True,
+                 qkv_bias=True, o_bias=True, family="gpt2", n_kv_heads=4),
 )
 
 
@@ -187,10 +178,8 @@ def test_shots(folder):
     pool, records = task.records(shots=True), task.records()
     shown = evaluation.draw_shots(task, pool, records, 2, seed=0)
     assert all(shots == shown[0] and len(shots) == 2 for shots in shown)
-    draws = {
-        tuple(r["question"] for r in evaluation.draw_shots(task, pool, records, 2, s)[0])
-        for s in range(20)
-    }
+    draws = {tuple(r["question"] for r in evaluation.draw_shots(task, pool, records, 2, s)[0])
+             for s in range(20)}
     assert len(draws) == 6  # ordered pairs out of three
     # a record is never shown to itself
     for record, shots in zip(pool, evaluation.draw_shots(task, pool, pool, 2, 0), strict=True):
@@ -201,9 +190,8 @@ def test_shots(folder):
 
 def test_shots_in_order_and_of_the_same_subject(tmp_path):
     subjects = ["anatomy", "virology"]
-    rows = [
-        GOLDEN["mmlu"][0] | dict(subject=s, question=f"{s} {i}") for i in range(3) for s in subjects
-    ]
+    rows = [GOLDEN["mmlu"][0] | dict(subject=s, question=f"{s} {i}")
+            for i in range(3) for s in subjects]
     path = str(tiny.jsonl(tmp_path / "rows.jsonl", rows))
     task = tasks.load("mmlu", path, path)
     records = task.records()
@@ -223,9 +211,8 @@ def test_plain_prompts_and_conversations(tmp_path, folder):
 
     def prompts(chat):
         benchmark = evaluation.prepare(tasks.load("mmlu", path, shots), tok, cfg, 1, chat=chat)
-        return [
-            [tok.decode(ids, skip_special=False) for ids in pair] for pair in benchmark.prompts[0]
-        ]
+        return [[tok.decode(ids, skip_special=False) for ids in pair]
+                for pair in benchmark.prompts[0]]
 
     assert prompts("false") == [[f"{intro}{shot} B\n\n{MMLU}", f" {x}"] for x in "ABCD"]
     chat = (
@@ -351,10 +338,8 @@ def test_perplexity_of_single_options(rt, tmp_path, folder):
     result = evaluation.measure(
         evaluation.prepare(task, tok, model.cfg, chat="false"), model, tok, rt
     )
-    nll = [
-        -plain_logprobs(model, tok.encode(c), tok.encode(o))[0]
-        for c, o in (("ab", " cd"), ("x", " y"))
-    ]
+    nll = [-plain_logprobs(model, tok.encode(c), tok.encode(o))[0]
+           for c, o in (("ab", " cd"), ("x", " y"))]
     assert result.metrics["perplexity"] == pytest.approx(math.exp(sum(nll) / 2), rel=1e-3)
     error = abs(nll[0] - nll[1]) / 2 * result.metrics["perplexity"]
     assert result.stderr["perplexity"] == pytest.approx(error, rel=1e-3)
@@ -408,9 +393,7 @@ def results(out):
 
 def without_time(document):
     return {
-        name: {k: v for k, v in value.items() if k != "seconds"}
-        if isinstance(value, dict)
-        else value
+        name: {k: v for k, v in value.items() if k != "seconds"} if isinstance(value, dict) else value
         for name, value in document.items()
     }
 
@@ -425,7 +408,8 @@ def test_a_run_its_files_and_its_resume(tmp_path, folder, capsys, monkeypatch):
     centred = [document[name]["centred"] for name in ("arc:easy", "gsm8k")]
     assert document["average"] == pytest.approx(sum(centred) / 2)
     assert centred[0] == pytest.approx((document["arc:easy"]["metrics"]["acc"] - 0.25) / 0.75)
-    assert any(line.startswith("arc:easy") and "shots 1, plain" in line for line in table)
+    assert any(line.startswith("arc:easy") and "shots 1, plain" in line
+               for line in table)
     examples = [json.loads(line) for line in (tmp_path / "out/arc-easy.jsonl").open()]
     accuracy = np.mean([e["acc"] for e in examples])
     assert len(examples) == 9 and accuracy == document["arc:easy"]["metrics"]["acc"]
@@ -449,8 +433,8 @@ def test_a_run_its_files_and_its_resume(tmp_path, folder, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "answers", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(folder, f"out={tmp_path}/new")
-    assert (
-        without_time(results(tmp_path / "new"))["arc:easy"] == (without_time(document)["arc:easy"])
+    assert without_time(results(tmp_path / "new"))["arc:easy"] == (
+        without_time(document)["arc:easy"]
     )
     monkeypatch.undo()
     run(folder, f"out={tmp_path}/new")
@@ -468,23 +452,15 @@ def test_what_has_changed_under_its_name_is_measured_anew(tmp_path, folder, caps
     done = []
     add = eval_script.Results.add
     monkeypatch.setattr(
-        eval_script.Results,
-        "add",
-        lambda self, name, *args: done.append(name) or add(self, name, *args),
+        eval_script.Results, "add", lambda self, name, *args: done.append(name) or add(self, name, *args)
     )
 
     def again():
         done.clear()
         run(
-            tmp_path,
-            f"out={tmp_path}/out",
-            f"text={tmp_path}/t.txt",
-            f"data={tmp_path}/rows",
-            f"prompts={tmp_path}/p.txt",
-            f"against={tmp_path}/other",
-            f"reward={tmp_path}/scorer",
-            "max_new_tokens=2",
-            "limit=2",
+            tmp_path, f"out={tmp_path}/out", f"text={tmp_path}/t.txt", f"data={tmp_path}/rows",
+            f"prompts={tmp_path}/p.txt", f"against={tmp_path}/other", f"reward={tmp_path}/scorer",
+            "max_new_tokens=2", "limit=2",
         )
         return done
 
@@ -537,16 +513,11 @@ def test_ranks_and_batches_change_nothing(tmp_path, folder):
 def test_refusals(tmp_path, folder):
     for more, message in (
         (["tasks=[arcs,gsm8k]"], "unknown task 'arcs'; did you mean 'arc'?"),
-        (
-            ["tasks=[arc,gsm8k,piqa]"],
-            "shots= has 2 elements for 3 tasks: give one for each, or one number for all",
-        ),
+        (["tasks=[arc,gsm8k,piqa]"], "shots= has 2 elements for 3 tasks: give one for each, or one "
+                                     "number for all"),
         (["files=[a.jsonl]"], 'files= has 1 elements for 2 tasks: give one for each ("" for the'),
         (["tasks=[gsm8k,gsm8k]"], "the task gsm8k is named twice"),
-        (
-            ["tasks=[]", "shots=[0]", "files=[]", "shot_files=[]", "chat=auto"],
-            "nothing to measure: give tasks=, text=",
-        ),
+        (["tasks=[]", "shots=[0]", "files=[]", "shot_files=[]", "chat=auto"], "nothing to measure: give tasks=, text="),
         (["tasks=[]"], "has no effect with tasks=[]"),
         ([f"model={folder}/scorer"], "scorer is a score model: it gives no text and no log-"),
         (["shots=[-1,0]"], "must be 0 or more each"),
@@ -565,18 +536,8 @@ def test_refusals(tmp_path, folder):
 def test_a_folder_that_cannot_be_created_costs_no_time(tmp_path, folder, monkeypatch, what):
     for owner, name in ((evaluation, "measure"), (eval_script, "measure_text")):
         monkeypatch.setattr(owner, name, lambda *_: pytest.fail("measures"))
-    more = (
-        []
-        if what == "tasks"
-        else [
-            "tasks=[]",
-            "shots=[0]",
-            "files=[]",
-            "shot_files=[]",
-            "chat=auto",
-            f"text={tmp_path}/t.txt",
-        ]
-    )
+    more = [] if what == "tasks" else [
+        "tasks=[]", "shots=[0]", "files=[]", "shot_files=[]", "chat=auto", f"text={tmp_path}/t.txt"]
     (tmp_path / "t.txt").write_text("a text")
     (tmp_path / "link").symlink_to("nowhere/at/all")
     with pytest.raises(FileExistsError, match="link"):
@@ -619,16 +580,8 @@ def test_perplexity_of_text(tmp_path, folder, capsys):
 def test_loss_of_a_prepared_folder(tmp_path, folder, capsys):
     tiny.store(tmp_path / "rows", folder / "model", n=9, val=5)
     document = measured(capsys, f"model={folder}/model", f"data={tmp_path}/rows")
-    settings = dict(
-        model=folder / "model",
-        data=tmp_path / "rows",
-        out=tmp_path / "sft",
-        epochs=0,
-        device="cpu",
-        dtype="float32",
-        samples=0,
-        max_length=64,
-    )
+    settings = dict(model=folder / "model", data=tmp_path / "rows", out=tmp_path / "sft", epochs=0,
+                    device="cpu", dtype="float32", samples=0, max_length=64)
     tiny.train("sft", tiny.arguments(settings))
     (line,) = tiny.records(tmp_path / "sft", "eval")
     for name, value in document["data"]["metrics"].items():
@@ -642,13 +595,8 @@ def test_win_rate(tmp_path, folder, capsys):
 
     def rates(model, against):
         values = measured(
-            capsys,
-            f"model={model}",
-            f"against={against}",
-            f"reward={folder}/scorer",
-            f"prompts={tmp_path}/prompts.txt",
-            "max_new_tokens=6",
-            f"out={tmp_path}/out",
+            capsys, f"model={model}", f"against={against}", f"reward={folder}/scorer",
+            f"prompts={tmp_path}/prompts.txt", "max_new_tokens=6", f"out={tmp_path}/out",
         )["prompts"]
         examples = [json.loads(line) for line in (tmp_path / "out/prompts.jsonl").open()]
         return values, examples
@@ -677,25 +625,15 @@ def test_refusals_of_text_and_win_rate(tmp_path, folder, capsys):
     for argv, message in (
         ([f"prompts={tmp_path}/p.txt"], "prompts= needs against="),
         ([f"against={folder}/model"], "has no effect with prompts="),
-        (
-            [f"prompts={tmp_path}/p.txt", f"against={folder}/model", f"reward={folder}/model"],
-            "is a language model: give a score model",
-        ),
-        (
-            [f"prompts={tmp_path}/p.txt", f"against={folder}/scorer", f"reward={folder}/scorer"],
-            "is a score model",
-        ),
+        ([f"prompts={tmp_path}/p.txt", f"against={folder}/model", f"reward={folder}/model"],
+         "is a language model: give a score model"),
+        ([f"prompts={tmp_path}/p.txt", f"against={folder}/scorer", f"reward={folder}/scorer"],
+         "is a score model"),
         ([f"text={tmp_path}/none.txt"], "is no file"),
         ([f"text={tmp_path}/e.jsonl"], "e.jsonl:1 has no field text"),
         ([f"text={tmp_path}/p.txt", "chat=true"], "chat=true has no effect with tasks="),
-        (
-            [f"text={tmp_path}/p.txt", "template=chatml"],
-            "has no effect without tasks= and prompts=",
-        ),
-        (
-            [f"data={folder}", "batch_size=2"],
-            "batch_size=2 has no effect without tasks= and prompts=",
-        ),
+        ([f"text={tmp_path}/p.txt", "template=chatml"], "has no effect without tasks= and prompts="),
+        ([f"data={folder}", "batch_size=2"], "batch_size=2 has no effect without tasks= and prompts="),
         ([f"data={folder}", "slots=2"], "slots=2 has no effect without tasks= and text="),
         (["max_length=5", "tasks=arc"], "max_length=5 has no effect without text= and data="),
     ):

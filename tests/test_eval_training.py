@@ -71,24 +71,18 @@ def test_measured_before_during_and_after(tmp_path, prepared, folder, name, caps
     # best/ is from the first step after 0 with the highest value
     assert (out / "best").exists()
     assert tiny.same_tensors(
-        out / "best",
-        out / "last",
-        "model" if name == "pretrain" or name == "dpo" else "adapter_model",
+        out / "best", out / "last", "model" if name == "pretrain" or name == "dpo" else
+        "adapter_model"
     ) == (values[4]["arc:easy/acc_norm"] > values[2]["arc:easy/acc_norm"])
 
 
 def test_ranks_measure_the_same(tmp_path, prepared, folder):  # noqa: F811
     out = tmp_path / "one"
     stages.alone([stages.job(prepared, "sft", out, *settings(folder))])
-    jobs = [
-        stages.job(prepared, "sft", tmp_path / parallel, *settings(folder), f"parallel={parallel}")
-        for parallel in ("ddp", "fsdp")
-    ]
-    jobs.append(
-        stages.job(
-            prepared, "ppo", tmp_path / "ppo", *settings(folder), "parallel=fsdp", "eval_limit=1"
-        )
-    )
+    jobs = [stages.job(prepared, "sft", tmp_path / parallel, *settings(folder),
+                       f"parallel={parallel}") for parallel in ("ddp", "fsdp")]
+    jobs.append(stages.job(prepared, "ppo", tmp_path / "ppo", *settings(folder), "parallel=fsdp",
+                           "eval_limit=1"))
     status, output = tiny.processes(tmp_path, jobs)
     assert status == 0, output
     for parallel in ("ddp", "fsdp"):
@@ -99,14 +93,8 @@ def test_ranks_measure_the_same(tmp_path, prepared, folder):  # noqa: F811
 
 def test_without_a_validation_split(tmp_path, prepared, folder):  # noqa: F811
     tiny.store(tmp_path / "rows", prepared / "model", val=0)
-    job = stages.job(
-        prepared,
-        "sft",
-        tmp_path / "run",
-        *settings(folder),
-        "sample_every=0",
-        f"data={tmp_path}/rows",
-    )
+    job = stages.job(prepared, "sft", tmp_path / "run", *settings(folder), "sample_every=0",
+                     f"data={tmp_path}/rows")
     stages.alone([job])
     assert [*measured(tmp_path / "run")] == [0, 2, 4] and not (tmp_path / "run/best").exists()
     job[1].extend(["keep=gsm8k/em", "resume=false"])
@@ -156,10 +144,7 @@ def test_only_measures_of_the_same_records_are_compared(tmp_path, folder):  # no
 
 def test_refusals(tmp_path, prepared, folder):  # noqa: F811
     for more, message in (
-        (
-            ["keep=arc:easy/em"],
-            "keep=arc:easy/em names no metric of eval_tasks=: give arc:easy/acc,",
-        ),
+        (["keep=arc:easy/em"], "keep=arc:easy/em names no metric of eval_tasks=: give arc:easy/acc,"),
         (["eval_tasks=[arcs,gsm8k]"], "unknown task 'arcs'; did you mean 'arc'?"),
         (["eval_shots=[1,2,3]"], "eval_shots= has 3 elements for 2 tasks"),
         (["eval_shots=[4,0]"], "that may be shown: lower eval_shots="),

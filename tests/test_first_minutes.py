@@ -66,9 +66,7 @@ def test_no_python_is_new_enough(tmp_path):
 
 def test_a_python_that_makes_no_environments(tmp_path):
     """As Debian's without the package python3-venv."""
-    fails = (
-        'case $1 in -m) echo "ensurepip is not available"; exit 1;; *) exec "{python}" "$@";; esac'
-    )
+    fails = 'case $1 in -m) echo "ensurepip is not available"; exit 1;; *) exec "{python}" "$@";; esac'
     write_programs(tmp_path / "bin", dict.fromkeys(NAMES, fails))
     status, out, err = bash(f"make_venv {tmp_path}/venv", tmp_path / "bin")
     assert status == 2 and "ensurepip is not available" in out

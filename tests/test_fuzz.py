@@ -154,7 +154,7 @@ def lines(draw):
     Config = draw(st.sampled_from(CONFIGS))
     keys = st.sampled_from([*Config.__dataclass_fields__, "algo", "help me", "--lr", "#"]) | text
     signs = st.sampled_from(["=", "=", "=", " = ", ""])
-    marks = st.text('[]",\\ \n\t#~=_.-+eE0123456789%naif', max_size=12)
+    marks = st.text("[]\",\\ \n\t#~=_.-+eE0123456789%naif", max_size=12)
     line = st.tuples(keys, signs, text | marks | numbers.map(str)).map("".join)
     return Config, draw(st.lists(line, max_size=4))
 
@@ -192,9 +192,7 @@ RECORDS = [
 @st.composite
 def files_of_records(draw):
     """(suffix, bytes)"""
-    some = [
-        edited(draw(st.sampled_from(RECORDS)), draw(edits)) for _ in range(draw(st.integers(1, 3)))
-    ]
+    some = [edited(draw(st.sampled_from(RECORDS)), draw(edits)) for _ in range(draw(st.integers(1, 3)))]
     some.insert(0, draw(st.sampled_from(RECORDS)))
     kind = draw(st.sampled_from(["jsonl", "json", "csv", "tsv"]))
     if kind == "jsonl":
@@ -280,11 +278,7 @@ def tokenizers(place):
     (pair / "merges.txt").write_text("#version: 0.2\na b\nab c\n")
     tiny.write(pair, "added_tokens.json", {"<|im_start|>": 257, "<|im_end|>": 258})
     names = [f"<0x{byte:02X}>" for byte in range(256)]
-    pieces = [
-        ("<unk>", 0.0, vocab.UNKNOWN),
-        ("<s>", 0.0, vocab.CONTROL),
-        ("</s>", 0.0, vocab.CONTROL),
-    ]
+    pieces = [("<unk>", 0.0, vocab.UNKNOWN), ("<s>", 0.0, vocab.CONTROL), ("</s>", 0.0, vocab.CONTROL)]
     pieces += [(name, 0.0, vocab.BYTE) for name in names]
     pieces += [(piece, -i, vocab.NORMAL) for i, piece in enumerate(["▁", "a", "b", "ab", "▁ab"])]
     proto = vocab.sentencepiece_proto(pieces, True, (0, 1, 2, -1))

@@ -447,8 +447,7 @@ def test_a_rank_killed_while_saving_loses_nothing(folder, tmp_path, fault):
     else:
         assert (
             sorted(
-                path.stat().st_size
-                for path in state.with_name("state.unfinished").glob("*.safetensors")
+                path.stat().st_size for path in state.with_name("state.unfinished").glob("*.safetensors")
             )[0]
             == 1000
         )

@@ -442,10 +442,8 @@ def test_reward_functions(base, tmp_path):
             "def f(*args): return 'good'",
             "function f returned 'good' for the response 'x', which is neither a number nor None",
         ),
-        (
-            "class F:\n def __call__(self, a, b, c): return [1]\nf = F()",
-            r"the function F returned \[1\] for",
-        ),
+        ("class F:\n def __call__(self, a, b, c): return [1]\nf = F()",
+         r"the function F returned \[1\] for"),
         ("def f(*args): return float('nan')", "function f gave nan for the response 'x'"),
         ("def f(*args): return 1e39", r"function f gave 1e\+39 for .* finite number in float32"),
         ("def f(*args): return -1e39", r"function f gave -1e\+39 for the response 'x'"),

@@ -455,7 +455,10 @@ def test_mistakes_are_told(base, store, tmp_path, monkeypatch, capsys):
         (dict(data=store, tokenizer=tmp_path / "none"), "no model directory"),
         (dict(data=store, resume="true"), "there is no saved state"),
         (dict(data=store, model=base, max_length=512), "512 tokens, .* takes 256"),
-        (dict(data=store, model=base, dim=64), "dim=64 has no effect with model="),
+        (
+            dict(data=store, model=base, dim=64),
+            "dim=64 has no effect with model=",
+        ),
         (dict(data=tmp_path / "one"), "one/tokenizer: name the tokenizer"),
     ):
         with pytest.raises(UserError, match=message):

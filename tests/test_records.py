@@ -150,9 +150,7 @@ def test_a_record_whose_scores_are_missing_has_no_order(tok, scores):
         completions(tok, SCORED | dict(scores=scores))
 
 
-@pytest.mark.parametrize(
-    "good, bad", [("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")]
-)
+@pytest.mark.parametrize("good, bad", [("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")])
 def test_scores_beside_a_pair(tok, good, bad):
     pair = dict(prompt="Q", chosen="a", rejected="b")
     assert completions(tok, pair | {good: 3, bad: 2}) == ["a", "b"]
@@ -165,9 +163,7 @@ def test_scores_beside_a_pair(tok, good, bad):
 
 
 @pytest.mark.parametrize("name", fields.LEARNED + fields.MASKED)
-@pytest.mark.parametrize(
-    "off, on", [(0, 1), (False, True), (0.0, 1.0), ("0", "1"), ("false", "True")]
-)
+@pytest.mark.parametrize("off, on", [(0, 1), (False, True), (0.0, 1.0), ("0", "1"), ("false", "True")])
 def test_marked_answers_are_no_targets(tok, name, off, on):
     if name in fields.MASKED:
         off = on
@@ -343,8 +339,8 @@ TOOLS = """{% if tools %}<|im_start|>system
 {% endif %}"""
 
 
-def test_tools_are_laid_out_or_the_record_is_dropped(model, tok):
-    """By a template that takes them; in a pair of preferences and a prompt alone too."""
+def test_tools_are_laid_out(model, tok):
+    """By a template that takes them, or in plain form; in preferences and a prompt alone too."""
     able = tokenizer.load(model, template=TOOLS)
     tools = [dict(name="add", parameters={})]
     talk = [{"from": "human", "value": "Q"}]
@@ -361,18 +357,15 @@ def test_tools_are_laid_out_or_the_record_is_dropped(model, tok):
     ):
         [(ids, _), *_] = encode(module, able, record | dict(tools=tools)).rows
         assert '"name": "add"' in able.decode(ids)
-        with pytest.raises(fields.Drop, match="leaves out the definitions of tools"):
-            encode(module, tok, record | dict(tools=tools))
+        [(ids, _), *_] = encode(module, tok, record | dict(tools=tools)).rows
+        assert '<tools>\n{"type": "function", "function": {"name": "add"' in tok.decode(ids)
         encode(module, tok, record | dict(tools="[]"))  # none
 
 
 def test_two_system_prompts(tok):
     talk = [dict(role="system", content="S"), user("Q"), said("A")]
     assert row(tok, dict(messages=talk, system="S"))[0].count("system") == 1
-    for record in (
-        dict(messages=talk, system="T"),
-        dict(prompt="Q", completion="A", system="S", system_prompt="T"),
-    ):
+    for record in (dict(messages=talk, system="T"), dict(prompt="Q", completion="A", system="S", system_prompt="T")):
         with pytest.raises(fields.Drop, match="two system prompts"):
             row(tok, record)
 
@@ -384,11 +377,7 @@ MESSAGE = st.builds(
     lambda role, content, more: dict(role=role, content=content, **more),
     ROLE,
     st.one_of(TEXT, st.just(""), st.just(" \n")),
-    st.dictionaries(
-        st.sampled_from(["name", "weight", "reasoning", "foo"]),
-        st.one_of(VALUE, st.sampled_from([0, 1])),
-        max_size=1,
-    ),
+    st.dictionaries(st.sampled_from(["name", "weight", "reasoning", "foo"]), st.one_of(VALUE, st.sampled_from([0, 1])), max_size=1),
 )
 TALK = st.lists(MESSAGE, max_size=5)
 NAMES = [*fields.TURNS, *instructions.PROMPTS, *fields.SYSTEMS, *fields.THOUGHTS, "completion"]
@@ -408,12 +397,7 @@ def test_each_text_of_a_record_is_in_its_row_or_the_record_is_dropped(tok, recor
         if module is instructions and isinstance(record.get("chosen"), dict):
             continue  # the better answer is taken
         for text in fields.strings(record):
-            assert (
-                text is None
-                or text in fields.ROLES
-                or text.strip() in whole
-                or text.lower() in fields.ROLES
-            ), (module, text)
+            assert text is None or text in fields.ROLES or text.strip() in whole or text.lower() in fields.ROLES, (module, text)
 
 
 # ---- answers in a prompt, and empty ones
@@ -493,10 +477,7 @@ def prepare(model, out, path, **keys):
 
 def test_records_on_disk(model, tok, tmp_path, capsys):
     """They are in both splits, rows without a record among them, and read by their row's number."""
-    rows = [
-        dict(prompt=f"p{i}", **({} if i % 3 else {"completion": "c"}), key=f"k\u00e9{i}")
-        for i in range(60)
-    ]
+    rows = [dict(prompt=f"p{i}", **({} if i % 3 else {"completion": "c"}), key=f"k\u00e9{i}") for i in range(60)]
     rows = [r | dict(key="") if "completion" in r else r for r in rows]
     path = tiny.jsonl(tmp_path / "in.jsonl", rows)
     prepare(model, tmp_path / "out", path, val="20")
@@ -505,11 +486,7 @@ def test_records_on_disk(model, tok, tmp_path, capsys):
         s = store.Store(tmp_path / "out", split)
         assert s.prompts == sum(not s.row(i)[1].any() for i in range(len(s)))
         for i in range(len(s)):
-            text = (
-                tok.decode(s.prompt(i).tolist())
-                .removeprefix("user\n")
-                .removesuffix("\nassistant\n")
-            )
+            text = tok.decode(s.prompt(i).tolist()).removeprefix("user\n").removesuffix("\nassistant\n")
             record = json.loads(s.line(i) or "null")
             number = int(text[1:])
             assert record == (rows[number] if number % 3 else None)
@@ -635,16 +612,11 @@ def test_files_that_are_refused_in_a_sentence(tmp_path):
 
 def test_long_messages_are_cut(model, tmp_path):
     long = {f"field{i}": "x" * 500 for i in range(2000)}
-    path = tiny.jsonl(
-        tmp_path / "in.jsonl", [long, dict(messages=[dict(role="x" * 9999, content="")])]
-    )
+    path = tiny.jsonl(tmp_path / "in.jsonl", [long, dict(messages=[dict(role="x" * 9999, content="")])])
     with pytest.raises(UserError) as e:
         prepare(model, tmp_path / "out", path, on_error="skip")
     assert len(str(e.value)) < 1500
-    path = tiny.jsonl(
-        tmp_path / "in.jsonl",
-        [dict(prompt="p", completion="c", **{f"odd{i}": "x"}) for i in range(50)],
-    )
+    path = tiny.jsonl(tmp_path / "in.jsonl", [dict(prompt="p", completion="c", **{f"odd{i}": "x"}) for i in range(50)])
     with pytest.raises(UserError, match="47 reasons more") as e:
         prepare(model, tmp_path / "out", path)
     assert len(str(e.value)) < 1500
@@ -656,9 +628,7 @@ def test_parquet_dates_beyond_9999(model, tmp_path):
 
     days = pyarrow.array([10_000_000, 1], pyarrow.int32()).cast(pyarrow.date32())
     moments = pyarrow.array([3 * 10**14, 1], pyarrow.int64()).cast(pyarrow.timestamp("ms"))
-    table = pyarrow.table(
-        dict(prompt=["a", "c"], completion=["b", "d"], date=days, created=moments)
-    )
+    table = pyarrow.table(dict(prompt=["a", "c"], completion=["b", "d"], date=days, created=moments))
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert len(prepare(model, tmp_path / "out", tmp_path / "a.parquet")) == 2
     prompts = table.drop_columns(["completion"])
@@ -672,9 +642,7 @@ def test_a_folder_of_save_to_disk(model, tmp_path):
     rows = [dict(prompt=f"p{i}", completion="c") for i in range(300)]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "one", num_shards=2)
     assert len(prepare(model, tmp_path / "out", tmp_path / "one")) == 300
-    splits = dict(
-        train=datasets.Dataset.from_list(rows[:9]), test=datasets.Dataset.from_list(rows[9:12])
-    )
+    splits = dict(train=datasets.Dataset.from_list(rows[:9]), test=datasets.Dataset.from_list(rows[9:12]))
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "two")
     assert len(prepare(model, tmp_path / "out", tmp_path / "two")) == 9
     assert len(prepare(model, tmp_path / "out", tmp_path / "two", split="test")) == 3
@@ -705,10 +673,7 @@ def test_splits_in_a_folder(model, tmp_path, capsys, names, read, left_out):
 @pytest.mark.parametrize(
     "name, role",
     [("Assistant", "assistant"), (" AI ", "assistant"), ("GPT", "assistant"), ("Human", "user")]
-    + [
-        (tool, "tool")
-        for tool in ("ipython", "tool_response", "tool_result", "observation", "function")
-    ],
+    + [(tool, "tool") for tool in ("ipython", "tool_response", "tool_result", "observation", "function")],
 )
 def test_role_names(name, role):
     assert fields.turns([dict(role=name, content="x")]) == [dict(role=role, content="x")]
@@ -744,15 +709,9 @@ def test_answers_to_one_prompt_stay_together(model, tok, tmp_path):
     "bad, says",
     [
         ('{"prompt": "x", "a": 1, "prompt": "y"}', "the key 'prompt' is given twice"),
-        (
-            '{"messages": [{"role": "user", "content": "x", "content": "]}{"}]}',
-            "the key 'content' is given twice",
-        ),
+        ('{"messages": [{"role": "user", "content": "x", "content": "]}{"}]}', "the key 'content' is given twice"),
         (r'{"prompt": "\ud83d"}', r"text that is no Unicode \(\\ud83d without its other half\)"),
-        (
-            r'{"a": {"b": ["\uDE00 x"]}}',
-            r"text that is no Unicode \(\\ude00 without its other half\)",
-        ),
+        (r'{"a": {"b": ["\uDE00 x"]}}', r"text that is no Unicode \(\\ude00 without its other half\)"),
     ],
 )
 @pytest.mark.parametrize("layout", ["lines", "array", "objects"])
@@ -806,9 +765,7 @@ def test_show_prints_rows_when_nothing_is_written(model, tmp_path, capsys, monke
         ("pretrain", "prepare.text source={} tokenizer={}"),
     ],
 )
-def test_data_that_is_not_prepared_names_the_command(
-    model, tmp_path, monkeypatch, stage, command, name
-):
+def test_data_that_is_not_prepared_names_the_command(model, tmp_path, monkeypatch, stage, command, name):
     monkeypatch.chdir(tmp_path)
     tiny.jsonl(tmp_path / "rows.jsonl", ROWS)
     (tmp_path / "folder").mkdir()

@@ -349,9 +349,7 @@ def test_the_models_own_template(name, folder):
                 message["role"] == "assistant" for message in messages
             )
     if not system:
-        with pytest.raises(
-            NotFollowed, match="does not take this conversation .*; template=chatml"
-        ):
+        with pytest.raises(NotFollowed, match="does not take this conversation .*; template=chatml"):
             ours.render(say("a", system="s"))
     # a key that names it means the model's own, with its default system prompt
     assert tokenizer.load(path, template=ours.template).render(say("a")) == ours.render(say("a"))
@@ -542,9 +540,7 @@ def test_tokens_that_only_the_prose_of_a_template_names(folder):
     """They are no control tokens: an answer may hold them, as in transformers."""
     source = (
         "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nThink in <think> and </think> first.<|im_end|>\n' }}{% endif %}"
-        "{% for m in messages %}"
-        + CHATML
-        + "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+        "{% for m in messages %}" + CHATML + "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
     )
     path = folder(chat_template=source)
     spec = json.loads((path / "tokenizer.json").read_text())
@@ -557,9 +553,7 @@ def test_tokens_that_only_the_prose_of_a_template_names(folder):
     talk = say("a", "<think>\nwhy\n</think>\n\nb <|im_end|>")
     ids, mask = ours.render(talk)
     assert ids.count(500) == 2 and ids.count(501) == 2  # in the prose and in the answer
-    assert targets(ours, ids, mask) == [
-        "why\n</think>\n\nb <|im_end|><|im_end|>"
-    ]  # the prompt has <think>
+    assert targets(ours, ids, mask) == ["why\n</think>\n\nb <|im_end|><|im_end|>"]  # the prompt has <think>
     prompt, _ = ours.render(talk[:1], add_generation_prompt=True)
     assert ids[: len(prompt)] == prompt and ids.count(ours.added["<|im_end|>"]["id"]) == 3
 

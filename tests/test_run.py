@@ -130,9 +130,7 @@ def test_bad_steps_in_a_row_end_the_run_and_leave_the_last_good_state(
 ):
     first = 8 if name == "ppo" else 2  # ppo takes four steps an iteration, two of each model
     poison(monkeypatch, *range(first, 1000), value=math.inf)
-    more = (
-        ("steps=8", "log_every=0") if name != "ppo" else ("steps=8", "log_every=0", "save_every=1")
-    )
+    more = ("steps=8", "log_every=0") if name != "ppo" else ("steps=8", "log_every=0", "save_every=1")
     with pytest.raises(UserError, match="in [2-9] steps in a row .*last good state"):
         run(name, *more, "bad_steps=2")
     assert "warning at step" in capsys.readouterr().out
@@ -180,25 +178,12 @@ runtime.start = start_anew
     one = ("batch_size=4", "log_every=1")  # one micro-batch a step on each of two ranks
     more = dict(ddp=["parallel=ddp"], fsdp=["parallel=fsdp"], tensor=["parallel=none", "tensor=2"])
     jobs = [
-        stages.job(
-            folder,
-            "sft",
-            tmp_path / mode,
-            *one,
-            *keys,
-            f"micro_batch={4 if mode == 'tensor' else 2}",
-        )
+        stages.job(folder, "sft", tmp_path / mode, *one, *keys, f"micro_batch={4 if mode == 'tensor' else 2}")
         for mode, keys in more.items()
     ]
     jobs.append(
         stages.job(
-            folder,
-            "pretrain",
-            tmp_path / "muon",
-            *one,
-            "micro_batch=2",
-            "optimizer=muon",
-            "parallel=fsdp",
+            folder, "pretrain", tmp_path / "muon", *one, "micro_batch=2", "optimizer=muon", "parallel=fsdp"
         )
     )
     status, output = tiny.processes(tmp_path, jobs, before=before)
@@ -470,12 +455,7 @@ def test_the_base_of_an_adapter_is_not_written_over(run, folder, tmp_path):
     run("sft_lora", "steps=2", f"model={base}", out=tmp_path / "adapter")
     adapter = f"model={tmp_path}/adapter/last"
     before = tiny.tensors(base)
-    for name, more in (
-        ("sft", [adapter]),
-        ("dpo", [adapter]),
-        ("ppo", [adapter]),
-        ("ppo_lora", []),
-    ):
+    for name, more in (("sft", [adapter]), ("dpo", [adapter]), ("ppo", [adapter]), ("ppo_lora", [])):
         more = [*more, "steps=2", "resume=false"]
         out = tmp_path / "base"
         if name == "ppo_lora":

@@ -18,19 +18,11 @@ ARC = dict(
 )
 METAL = "Question: Which is a metal?\nAnswer:"
 GOLDEN["arc:easy"] = GOLDEN["arc:challenge"] = (
-    ARC,
-    METAL,
-    [(METAL, " iron"), (METAL, " wood")],
-    {0},
+    ARC, METAL, [(METAL, " iron"), (METAL, " wood")], {0}
 )
 GOLDEN["hellaswag"] = (
-    dict(
-        activity_label="Baking",
-        ctx_a="A man [title] bakes.",
-        ctx_b="he",
-        label="1",
-        endings=["sleeps [step] long.", "eats  it."],
-    ),
+    dict(activity_label="Baking", ctx_a="A man [title] bakes.", ctx_b="he", label="1",
+         endings=["sleeps [step] long.", "eats  it."]),
     "Baking: A man. bakes. He",
     [("Baking: A man. bakes. He", " sleeps long."), ("Baking: A man. bakes. He", " eats it.")],
     {1},
@@ -38,78 +30,50 @@ GOLDEN["hellaswag"] = (
 GOLDEN["piqa"] = (
     dict(goal="Open a jar", sol1="Turn the lid.", sol2="Turn the jar.", label=0),
     "Question: Open a jar\nAnswer:",
-    [
-        ("Question: Open a jar\nAnswer:", " Turn the lid."),
-        ("Question: Open a jar\nAnswer:", " Turn the jar."),
-    ],
+    [("Question: Open a jar\nAnswer:", " Turn the lid."),
+     ("Question: Open a jar\nAnswer:", " Turn the jar.")],
     {0},
 )
 GOLDEN["winogrande"] = (
-    dict(
-        sentence="Ann thanked Bob because _ had helped.", option1="Ann", option2="Bob", answer="2"
-    ),
+    dict(sentence="Ann thanked Bob because _ had helped.", option1="Ann", option2="Bob", answer="2"),
     "Ann thanked Bob because _ had helped.\nWhat is the blank, Ann or Bob?\nAnswer:",
-    [
-        ("Ann thanked Bob because Ann", " had helped."),
-        ("Ann thanked Bob because Bob", " had helped."),
-    ],
+    [("Ann thanked Bob because Ann", " had helped."),
+     ("Ann thanked Bob because Bob", " had helped.")],
     {1},
 )
 BOOLQ = "Iron is a metal.\nQuestion: is iron a metal?\nAnswer:"
 GOLDEN["boolq"] = (
     dict(passage="Iron is a metal.", question="is iron a metal", label=1),
-    BOOLQ,
-    [(BOOLQ, " no"), (BOOLQ, " yes")],
-    {1},
+    BOOLQ, [(BOOLQ, " no"), (BOOLQ, " yes")], {1},
 )
 GOLDEN["openbookqa"] = (
-    dict(
-        question_stem="Iron is",
-        choices=dict(text=["a metal", "a food"], label=["A", "B"]),
-        answerKey="B ",
-    ),
-    "Iron is",
-    [("Iron is", " a metal"), ("Iron is", " a food")],
-    {1},
+    dict(question_stem="Iron is", choices=dict(text=["a metal", "a food"], label=["A", "B"]),
+         answerKey="B "),
+    "Iron is", [("Iron is", " a metal"), ("Iron is", " a food")], {1},
 )
 GOLDEN["commonsense_qa"] = (
-    dict(
-        question="Where is a key? ",
-        choices=dict(text=["door", "sea"], label=["A", "B"]),
-        answerKey="A",
-    ),
+    dict(question="Where is a key? ",
+         choices=dict(text=["door", "sea"], label=["A", "B"]), answerKey="A"),
     "Question: Where is a key?\nA. door\nB. sea\nAnswer:",
-    [("Question: Where is a key?\nA. door\nB. sea\nAnswer:", f" {x}") for x in "AB"],
-    {0},
+    [("Question: Where is a key?\nA. door\nB. sea\nAnswer:", f" {x}") for x in "AB"], {0},
 )
 GOLDEN["lambada"] = (
-    dict(text="He opened the door"),
-    "He opened the",
-    [("He opened the", " door")],
-    {0},
+    dict(text="He opened the door"), "He opened the", [("He opened the", " door")], {0}
 )
 MMLU = "What is 1+1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
 GOLDEN["mmlu"] = GOLDEN["mmlu:stem"] = (
     dict(question=" What is 1+1?", choices=[*"1234"], answer=1, subject="abstract_algebra"),
-    MMLU,
-    [(MMLU, f" {x}") for x in "ABCD"],
-    {1},
+    MMLU, [(MMLU, f" {x}") for x in "ABCD"], {1},
 )
 GOLDEN["truthfulqa"] = (
-    dict(
-        question="Is it?",
-        mc1_targets=dict(choices=["No.", "Yes."], labels=[1, 0]),
-        mc2_targets=dict(choices=["No.", "Never.", "Yes."], labels=[1, 1, 0]),
-    ),
-    "Q: Is it?\nA:",
-    [("Q: Is it?\nA:", f" {x}") for x in ("No.", "Yes.", "Never.")],
-    {0},
+    dict(question="Is it?", mc1_targets=dict(choices=["No.", "Yes."], labels=[1, 0]),
+         mc2_targets=dict(choices=["No.", "Never.", "Yes."], labels=[1, 1, 0])),
+    "Q: Is it?\nA:", [("Q: Is it?\nA:", f" {x}") for x in ("No.", "Yes.", "Never.")], {0},
 )
 GOLDEN["twitter_complaints"] = (
     {"Tweet text": "@shop it is broken", "Label": 1},
     "Tweet: @shop it is broken\nLabel:",
-    [("Tweet: @shop it is broken\nLabel:", f" {x}") for x in ("complaint", "no complaint")],
-    {0},
+    [("Tweet: @shop it is broken\nLabel:", f" {x}") for x in ("complaint", "no complaint")], {0},
 )
 
 ANSWERS = {}  # task: (row, prompt, {answer: (score, strict score)})
@@ -146,58 +110,43 @@ ANSWERS["rules"] = (
 )
 
 ANSWERS["toy"] = (
-    dict(
-        instruction="Put every word in square brackets.",
-        input="red dog",
-        output="[red] [dog]",
-        kind="brackets",
-    ),
+    dict(instruction="Put every word in square brackets.", input="red dog", output="[red] [dog]",
+         kind="brackets"),
     "Put every word in square brackets.\nInput: red dog\nAnswer:",
     {"[red] [dog]": (1, 1), " [red] [dog]\n": (1, 1), "[Red] [dog]": (0, 0), "": (0, 0)},
 )
 ANSWERS["bullets"] = (
     dict(question="Why? Answer in exactly three bullet points."),
     "Question: Why? Answer in exactly three bullet points.\nAnswer:",
-    {
-        "- a\n- b\n- c": (1, 1),
-        "* a\n\n* b\n\n\u2022 c\n": (1, 1),
-        "- a\n- b": (0.3, 0),
-        "- a": (0.15, 0),
-        "- a\n- b\n- c\n- d": (0.3, 0),
-        "- a\n- b\n- c\n- d\n- e\n- f": (0, 0),
-        "Sure:\n- a\n- b\n- c": (0.45 * 3 / 4, 0),
-        "- a\nb\n- c\nd": (0.15, 0),
-        "1. a\n2. b": (0, 0),
-        "-a\n-b\n-c": (0, 0),
-        "": (0, 0),
-    },
+    {"- a\n- b\n- c": (1, 1), "* a\n\n* b\n\n\u2022 c\n": (1, 1), "- a\n- b": (0.3, 0),
+     "- a": (0.15, 0), "- a\n- b\n- c\n- d": (0.3, 0), "- a\n- b\n- c\n- d\n- e\n- f": (0, 0),
+     "Sure:\n- a\n- b\n- c": (0.45 * 3 / 4, 0), "- a\nb\n- c\nd": (0.15, 0), "1. a\n2. b": (0, 0),
+     "-a\n-b\n-c": (0, 0), "": (0, 0)},
 )
 ANSWERS["sums"] = (
     dict(question="24 + 8", answer="32"),
     "Question: What is 34 + 5?\nAnswer: 39\n\nQuestion: What is 12 + 6?\nAnswer: 18\n\n"
     "Question: What is 8 + 7?\nAnswer: 15\n\nQuestion: What is 24 + 8?\nAnswer:",
-    {
-        "32": (1, 1),
-        "24 + 8 = 32.": (1, 1),
-        "32 or 33": (0.45, 0),
-        "30": (0.4, 0),
-        "41": (0.05, 0),
-        "1,032": (0, 0),
-        "-32": (0, 0),
-        "": (0, 0),
-        "x": (0, 0),
-    },
+    {"32": (1, 1), "24 + 8 = 32.": (1, 1), "32 or 33": (0.45, 0), "30": (0.4, 0), "41": (0.05, 0),
+     "1,032": (0, 0), "-32": (0, 0), "": (0, 0), "x": (0, 0)},
+)
+
+ANSWERS["squad"] = (
+    dict(context="Ann ran. ", question=" Who ran?", answers=dict(text=["Ann", "the Ann"])),
+    "Ann ran. \n\nQuestion: Who ran?\nAnswer:",
+    {"Ann": (1, 1), " the Ann\n": (1, 1), "An Ann.": (1, 0), "ann!": (1, 0), "Anna": (0, 0), "": (0, 0)},
+)
+ANSWERS["deepmind_mathematics"] = (
+    dict(question="b'Let x = 2. What is \\\'x\\\'?\\n'", answer="b'2\\n'"),
+    "Question: Let x = 2. What is 'x'?\nAnswer:",
+    {"2": (1, 1), " 2\n": (1, 1), "2.0": (0, 0), "It is 2": (0, 0), "": (0, 0)},
 )
 
 # other columns of the same records, in the files of other projects
 LOCAL = {
     "arc": dict(query="Question: Which is a metal?", choices=["iron", "wood"], gold=0),
-    "hellaswag": dict(
-        ctx="Baking: A man. bakes. He", label=1, endings=["sleeps long.", "eats it."]
-    ),
-    "piqa": dict(
-        query="Question: Open a jar\n", choices=["Turn the lid.", "Turn the jar."], gold=0
-    ),
+    "hellaswag": dict(ctx="Baking: A man. bakes. He", label=1, endings=["sleeps long.", "eats it."]),
+    "piqa": dict(query="Question: Open a jar\n", choices=["Turn the lid.", "Turn the jar."], gold=0),
     "winogrande": dict(
         context_options=["Ann thanked Bob because Ann", "Ann thanked Bob because Bob"],
         continuation="had helped.",
@@ -217,56 +166,25 @@ LOCAL = {
     "twitter_complaints": dict(ID=0, Label=1, input="@shop it is broken", output="complaint"),
 }
 GOLDEN["arc"] = GOLDEN["arc:challenge"]
-REDUX = dict(
-    question="What is 1+1?",
-    choices="['1', '2', '3', '4']",
-    answer="0",
-    source="",
-    error_type="Wrong_Groundtruth ",
-    correct_answer="B",
-    subject="abstract_algebra",
-)
+REDUX = dict(question="What is 1+1?", choices="['1', '2', '3', '4']", answer="0", source="",
+             error_type="Wrong_Groundtruth ", correct_answer="B", subject="abstract_algebra")
 GOLDEN["mmlu_redux"] = REDUX, *GOLDEN["mmlu"][1:]
 
 # task: (row, the question's columns, the answer's text), which the template "columns" lays out
 COLUMNS = {
-    "arc": (
-        ARC,
-        [["QUESTION", "Which is a metal?"], ["CANDIDATE ANSWERS", "(A): iron (B): wood"]],
-        "iron",
-    ),
-    "mmlu": (
-        GOLDEN["mmlu"][0] | dict(subject=""),
-        [["QUESTION", " What is 1+1?"], ["CHOICES", "(0): 1 (1): 2 (2): 3 (3): 4"]],
-        "2",
-    ),
-    "hellaswag": (
-        LOCAL["hellaswag"],
-        [
-            ["CONTEXT", "Baking: A man. bakes. He"],
-            ["CANDIDATE ENDINGS", "(0): sleeps long. (1): eats it."],
-        ],
-        "eats it.",
-    ),
-    "winogrande": (
-        dict(
-            sentence="The cat saw the dog, so _'s tail rose.",
-            option1="the cat",
-            option2="the dog",
-            answer="1",
-        ),
-        [
-            ["SENTENCE", "The cat saw the dog, so _'s tail rose."],
-            ["OPTION1", "the cat"],
-            ["OPTION2", "the dog"],
-        ],
-        "the cat",
-    ),
-    "gsm8k": (
-        ANSWERS["gsm8k"][0],
-        [["QUESTION", "What is 600 + 634?"]],
-        ANSWERS["gsm8k"][0]["answer"],
-    ),
+    "arc": (ARC, [["QUESTION", "Which is a metal?"], ["CANDIDATE ANSWERS", "(A): iron (B): wood"]],
+            "iron"),
+    "mmlu": (GOLDEN["mmlu"][0] | dict(subject=""),
+             [["QUESTION", " What is 1+1?"], ["CHOICES", "(0): 1 (1): 2 (2): 3 (3): 4"]], "2"),
+    "hellaswag": (LOCAL["hellaswag"],
+                  [["CONTEXT", "Baking: A man. bakes. He"],
+                   ["CANDIDATE ENDINGS", "(0): sleeps long. (1): eats it."]], "eats it."),
+    "winogrande": (dict(sentence="The cat saw the dog, so _'s tail rose.", option1="the cat",
+                        option2="the dog", answer="1"),
+                   [["SENTENCE", "The cat saw the dog, so _'s tail rose."], ["OPTION1", "the cat"],
+                    ["OPTION2", "the dog"]], "the cat"),
+    "gsm8k": (ANSWERS["gsm8k"][0], [["QUESTION", "What is 600 + 634?"]],
+              ANSWERS["gsm8k"][0]["answer"]),
 }
 
 
@@ -281,9 +199,7 @@ def test_choices(tmp_path, spec):
     row, prompt, options, gold = GOLDEN[spec]
     task, record = one_record(tmp_path, spec, row)
     assert (task.prompt(record), task.options_of(record), task.gold(record)) == (
-        prompt,
-        options,
-        gold,
+        prompt, options, gold
     )
     right = min(gold)
     assert task.shot(record) == "".join(options[right])
@@ -353,15 +269,16 @@ def test_answers(tmp_path, spec):
 
 
 def test_every_task_has_a_golden_record():
-    assert {spec.partition(":")[0] for spec in (*GOLDEN, *ANSWERS)} == {*tasks.names()}
+    scored = [name for name in tasks.names() if not tasks.load(name).is_set]
+    scored.remove("zbench")  # in test_sheets.py
+    assert {spec.partition(":")[0] for spec in (*GOLDEN, *ANSWERS)} == {*scored}
 
 
 def test_truthfulqa_metrics(tmp_path):
     task, record = one_record(tmp_path, "truthfulqa", GOLDEN["truthfulqa"][0])
     # No. 1/8, Yes. 1/4, Never. 1/8: the likeliest of the two of mc1 is false, and half is true
-    assert task.metrics(
-        record, [-3 * 0.6931471805599453, -2 * 0.6931471805599453, -3 * 0.6931471805599453]
-    ) == pytest.approx(dict(mc1=0, mc2=0.5))
+    assert task.metrics(record, [-3 * 0.6931471805599453, -2 * 0.6931471805599453,
+                                 -3 * 0.6931471805599453]) == pytest.approx(dict(mc1=0, mc2=0.5))
     assert task.metrics(record, [-1, -2, -900])["mc1"] == 1
     assert task.metrics(record, [-900, -800, -900])["mc2"] == pytest.approx(0, abs=1e-9)
     assert task.chance_of(record) == 0.5
@@ -375,8 +292,7 @@ def test_mmlu_parts(tmp_path):
         assert [record["subject"] for record in records] == subjects
     task = tasks.load("mmlu", path)
     assert [*map(task.groups_of, task.records())] == [
-        ["stem", "abstract_algebra"],
-        ["other", "virology"],
+        ["stem", "abstract_algebra"], ["other", "virology"],
     ]
     assert task.intro_of(task.records()[0]).endswith("about abstract algebra.\n\n")
     assert len(tasks.load("mmlu").PARTS) == 57 + 4
@@ -405,7 +321,7 @@ def test_bad_rows(tmp_path, spec, row, message):
 def test_refusals(tmp_path):
     for spec, message in (
         ("arcs", "unknown task 'arcs'; did you mean 'arc'?"),
-        ("zzzz", "unknown task 'zzzz'; there are arc, "),
+        ("zzzz", "unknown task 'zzzz'; there are alpaca, "),
         ("arc:hard", "unknown part 'hard' of the task arc; "),
         ("piqa:easy", "unknown part 'easy' of the task piqa; it has no parts"),
         ("gsm8k:", "unknown part '' of the task gsm8k; it has no parts"),
@@ -565,9 +481,7 @@ def test_a_task_prepares_rows_and_scores_as_a_reward(tmp_path):
     assert len(rows) == 4000
     text = tok.decode(rows.row(0)[0], skip_special=False)
     first = tasks.load("arithmetic").rows(shots=True)[0]
-    assert text.startswith(
-        f"<|im_start|>user\n{first['question']}<|im_end|>\n<|im_start|>assistant"
-    )
+    assert text.startswith(f"<|im_start|>user\n{first['question']}<|im_end|>\n<|im_start|>assistant")
     assert f"\n{first['answer']}<|im_end|>" in text
     path = tiny.jsonl(tmp_path / "rules.jsonl", [RULES])
     rows = prepare("rules", "rules", path=str(path))
@@ -579,27 +493,13 @@ def test_a_task_prepares_rows_and_scores_as_a_reward(tmp_path):
         with pytest.raises(UserError, match=message):
             prepare("none", source)
 
-    settings = dict(
-        model=tmp_path / "model",
-        data=tmp_path / "rules",
-        out=tmp_path / "run",
-        steps=1,
-        reward="rules",
-        batch_size=4,
-        micro_batch=2,
-        group=2,
-        algo="grpo",
-        max_new_tokens=8,
-        max_prompt=250,
-        device="cpu",
-        dtype="float32",
-    )
+    settings = dict(model=tmp_path / "model", data=tmp_path / "rules", out=tmp_path / "run", steps=1,
+                    reward="rules", batch_size=4, micro_batch=2, group=2, algo="grpo",
+                    max_new_tokens=8, max_prompt=250, device="cpu", dtype="float32")
     tiny.train("ppo", tiny.arguments(settings))
     (line,) = tiny.records(tmp_path / "run", "train")
     assert 0 <= line["reward"] <= 1
-    for reward, message in (
-        ("arc", "scores no answers; those that do are arithmetic, bullets, gsm8k"),
-        ("gsm8k", "a prompt comes with the field 'question'|'answer'"),
-    ):
+    for reward, message in (("arc", "scores no answers; those that do are arithmetic, bullets, deepmind"),
+                            ("gsm8k", "a prompt comes with the field 'question'|'answer'")):
         with pytest.raises(UserError, match=message):
             tiny.train("ppo", tiny.arguments(settings | dict(reward=reward, out=tmp_path / "r")))

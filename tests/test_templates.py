@@ -93,12 +93,7 @@ TALKS = {
     "empty answer": [U, BLANK[1]],
     "empty answer within": [U, BLANK[1], V, B],
     "empty system": [BLANK[2], U, A],
-    "same texts": [
-        say("user", "a"),
-        say("assistant", "a"),
-        say("user", "a"),
-        say("assistant", "a"),
-    ],
+    "same texts": [say("user", "a"), say("assistant", "a"), say("user", "a"), say("assistant", "a")],
     "thought": [U, WRITTEN],
     "thought, then more": [U, WRITTEN, V, B],
     "thoughts": [U, WRITTEN, V, say("assistant", "<think>\nyes\n</think>\n\nIt is 6.")],
@@ -136,21 +131,11 @@ for name, text in TEXTS.items():
     TALKS[f"{name}, user"] = [say("user", text), A]
     TALKS[f"{name}, answer"] = [U, say("assistant", text)]
     TALKS[f"{name}, all"] = [say(m["role"], text) for m in (S, U, A, U, A)]
-FEW = [
-    "ua",
-    "suaua",
-    "uaa",
-    "empty answer within",
-    "thoughts",
-    "thought apart",
-    "chain",
-    "evil, all",
-]
+FEW = ["ua", "suaua", "uaa", "empty answer within", "thoughts", "thought apart", "chain", "evil, all"]
 
 
 def tame(messages):
     """The same messages without the names of tokens."""
-
     def mild(value):
         if isinstance(value, str):
             return value.replace(EVIL, "calm")
@@ -163,9 +148,7 @@ def tame(messages):
 
 # ---------------------------------------------------------------------------------- templates
 
-TOKEN = re.compile(
-    r"<[|｜]?/?[A-Za-z_][^<>\s'\"{}=]*[|｜]?>|\[/?[A-Z_]+\]|\[\|[a-z]+\|\]|[\[\]][be]~[\[\]]"
-)
+TOKEN = re.compile(r"<[|｜]?/?[A-Za-z_][^<>\s'\"{}=]*[|｜]?>|\[/?[A-Z_]+\]|\[\|[a-z]+\|\]|[\[\]][be]~[\[\]]")
 ENDS = (
     "<|im_end|> <|eot_id|> <end_of_turn> <|return|> <|end|> <|END_OF_TURN_TOKEN|> <|endoftext|> "
     "<｜end▁of▁sentence｜> <|end_of_text|> <|eot|> [|endofturn|] [e~["
@@ -275,13 +258,7 @@ def compare(peer, ours, messages, ask, tools):
         calm = ours.parts(mild, ask, tools)
         for kind in (True, False):
             seen, wanted = (
-                [
-                    t
-                    for p, own, n in every
-                    if own
-                    for t in ours.token.findall(p)
-                    if (n is None) == kind
-                ]
+                [t for p, own, n in every if own for t in ours.token.findall(p) if (n is None) == kind]
                 for every in (parts, calm)
             )
             if seen != wanted:
@@ -431,9 +408,7 @@ def test_targets_by_hand(name):
     if apart:
         assert targets(ours, "thought apart") == [four + end]
     else:
-        with pytest.raises(
-            NotFollowed, match="message 2: .* leaves out the thought of this answer"
-        ):
+        with pytest.raises(NotFollowed, match="message 2: .* leaves out the thought of this answer"):
             targets(ours, "thought apart")
     if called:
         assert targets(ours, "call, result, answer", TOOLS) == [called, f"It is 4.{end}"]

@@ -668,9 +668,7 @@ def test_sources_that_are_none(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     refused(capsys, "is no file", "nothing-like-this", out)
     (tmp_path / "empty").mkdir()
-    refused(
-        capsys, "holds no model: a Hugging Face model has a config.json", tmp_path / "empty", out
-    )
+    refused(capsys, "holds no model: a Hugging Face model has a config.json", tmp_path / "empty", out)
     (tmp_path / "empty" / "adapter_config.json").write_text("{}")
     refused(capsys, "peft_type None is not supported", tmp_path / "empty", out)
 
@@ -905,9 +903,7 @@ def test_auto_map_goes_with_its_files(tmp_path, capsys):
     for name in ("config.json", "tokenizer_config.json"):
         path = tmp_path / "hf" / name
         content = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(
-            json.dumps(content | dict(auto_map=dict(AutoModel="modeling_x.X"), a="kept"))
-        )
+        path.write_text(json.dumps(content | dict(auto_map=dict(AutoModel="modeling_x.X"), a="kept")))
     assert run(capsys, f"source={tmp_path}/hf", f"out={tmp_path}/m")[0] == 0
     for name in ("config.json", "tokenizer_config.json"):
         content = json.loads((tmp_path / "m" / name).read_text())
