@@ -456,7 +456,7 @@ def folder(tmp_path_factory):
     tiny.store(path / "rows", path / "model")
     tiny.preferences(path / "groups", path / "model")
     (path / "rewards.py").write_text(
-        "def letters(prompt, response, finished):\n    return response.count('a') / 4\n"
+        "def letters(prompt, response, finished):\n    return sum(map(ord, response)) % 7 / 4\n"
     )
     return path
 
