@@ -367,7 +367,7 @@ def test_other_quantised_directories_are_refused(tmp_path, base):
 
 
 def test_adapters_go_to_peft_and_back(bnb, tmp_path, quantised):
-    """Ours on a quantised base in peft over bitsandbytes, and peft's here."""
+    """Ours on a quantised base in peft over bitsandbytes, and peft's here. Gradients agree too."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -376,9 +376,17 @@ def test_adapters_go_to_peft_and_back(bnb, tmp_path, quantised):
     shake(model)
     weights.save_adapter(model, tmp_path / "ours", base=quantised)
     peer = AutoModelForCausalLM.from_pretrained(quantised, device_map="cpu", dtype=torch.float32)
-    peer = PeftModel.from_pretrained(peer, tmp_path / "ours")
-    with torch.no_grad():
-        torch.testing.assert_close(peer(TOKENS).logits, logits(model), rtol=0, atol=1e-5)
+    peer = PeftModel.from_pretrained(peer, tmp_path / "ours", is_trainable=True)
+    theirs, ours = peer(TOKENS).logits, model.logits(model.hidden(TOKENS))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    for output in (theirs, ours):
+        output.square().sum().backward()
+    gradients = dict(peer.named_parameters())
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            layer, _, half = name.removesuffix(".default").rpartition(".")
+            right = gradients[f"base_model.model.{layer}.{half}.default.weight"].grad
+            torch.testing.assert_close(p.grad, right, rtol=1e-4, atol=1e-5 * right.abs().max())
     peer.save_pretrained(tmp_path / "peft")
     again = weights.open(tmp_path / "peft", quantised).model
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-6)
