@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from nano import config, files, runtime, tokenizer, tools, weights
+from nano import config, files, quant, runtime, tokenizer, tools, weights
 from nano.config import (
+    FourBit,
     NonNegativeInt,
     PathText,
     PositiveInt,
@@ -70,6 +71,10 @@ class Config:
     # device
     device: str = "auto"  # auto, cpu, cuda, mps or xla
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    # the linear layers of the blocks, in fewer bits a weight
+    quant: Literal["none", "nf4", "fp4", "int8"] = "none"
+    double_quant: FourBit[bool] = True  # 4.1 bits a weight, not 4.5: scales in 8 bits
+    quant_kernel: FourBit[Literal["auto", "torch", "bitsandbytes"]] = "auto"  # what dequantises
 
 
 class TooLong(UserError):
@@ -87,7 +92,9 @@ class Sampler:
         self.rt = runtime.start(cfg, parallel="none")
         # On a CPU the decoder packs the weights straight from their file.
         dtype = None if self.rt.device.type == "cpu" else self.rt.dtype
-        opened = weights.open(cfg.model, cfg.base, self.rt.device, dtype, template=cfg.template)
+        opened = weights.open(
+            cfg.model, cfg.base, self.rt.device, dtype, template=cfg.template, method=quant.of(cfg)
+        )
         self.tok = opened.tok
         if cfg.template_options:
             options = cfg.template_options
@@ -165,7 +172,7 @@ class Sampler:
             )
             ids = samples.tokens
             if on_text:
-                self.past = samples.pasts[0]
+                (self.past,) = samples.pasts
         except KeyboardInterrupt:
             if not on_text:
                 raise

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from lora import LoRA, dense
 from model import empty, soft_cap
 from nano.config import UserError
+from nano.quant import QuantLinear
 
 PREFILL = 8192  # tokens of prompt that one forward takes
 WORTH = 16  # tokens of a common beginning that are worth a forward of their own
@@ -266,6 +267,8 @@ def frozen_linear(module, dtype, pack):
     base = base_of(module)
     active = getattr(module, "active", None)
     plain = is_plain(module)
+    if isinstance(base, QuantLinear):
+        base = base.mapped(lambda p: frozen(p, p.dtype))
     # the norm that DoRA divides by is not worth computing at each step
     folded = active is None or plain and (pack or active in module.lora_magnitude)
     linear = base
@@ -332,6 +335,7 @@ class Decoder:
 
     def __init__(self, model, dtype=None, pack=None):
         self.cfg = model.cfg
+        self.start_ids = model.start_ids
         self.device = device = device_of(model.head_weight)
         if dtype is None and torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
@@ -424,9 +428,11 @@ class Batch:
         # fixed shapes need one number of columns, which they have where all know as much
         columns = max(map(len, rest)) if len(set(known)) > 1 else width - known[0]
         tokens = torch.zeros(rows, columns, dtype=torch.int64)
-        for row, ids in zip(tokens, rest, strict=False):
-            row[: len(ids)] = torch.tensor(ids)
-        tokens = tokens.to(self.device)
+        lengths = torch.zeros(rows, dtype=torch.int64)
+        for i, ids in enumerate(rest):
+            lengths[i] = len(ids)
+            tokens[i, : len(ids)] = torch.tensor(ids)
+        tokens, lengths = tokens.to(self.device), lengths.to(self.device)
         # padding that stands beyond the width shares one slot more
         cache = self.model.new_cache(rows, width + any(known), self.dtype)
         positions = None
@@ -438,7 +444,7 @@ class Batch:
             positions = begins[:, None] + torch.arange(columns, device=self.device)
             positions = positions.clamp(max=width)
         if columns:
-            self.model.hidden(tokens, positions, cache=cache)
+            self.model.prefill(tokens, lengths, cache, positions)
         return cache
 
     def computed(self, ids):
@@ -479,7 +485,7 @@ class Batch:
         last, position, count, limit, done, uniform, tokens, logprobs = (
             t[:rows] for t in self.state
         )
-        cache = [(keys[:rows], values[:rows]) for keys, values in self.cache]
+        cache = [tuple(t[:rows] for t in layer) for layer in self.cache]
         hidden = self.model.hidden(last[:, None], position[:, None], cache=cache)
         at = count[:, None]
         logits = self.decoder.logits(hidden[:, 0])
@@ -729,6 +735,7 @@ def generate(
     check(prompts, model.cfg)
     if not prompts:
         return Samples([], [], [], [])
+    prompts = [[*prompt, *model.start_ids] for prompt in prompts]
     room = [model.cfg.max_positions - len(prompt) for prompt in prompts]
     limits = [min(pair) for pair in zip(limits, room, strict=True) for _ in range(group)]
     pasts = [past for past in pasts or [None] * len(prompts) for _ in range(group)]
@@ -757,10 +764,12 @@ def generate(
 
         rows = min(batch_size, len(prompts))
         batch = Batch(decoder, rows, longest, stop_ids, sampling, plan, switch)
-        common = common_prefix(prompts)
-        common = batch.computed(prompts[0][:common]) if common else None
-        mine = [pasts[number] for number in numbers]
-        mine = [past if past and past.switch == switch else common for past in mine]
+        mine = [None] * len(numbers)
+        if not model.start_ids:  # an encoder reads a prompt's beginning by its end
+            common = common_prefix(prompts)
+            common = batch.computed(prompts[0][:common]) if common else None
+            mine = [pasts[number] for number in numbers]
+            mine = [past if past and past.switch == switch else common for past in mine]
         scheduler = Scheduler(batch, plan, rows, prompts, limits, group, uniforms, mine, keep)
         while scheduler.waiting or scheduler.live:
             if scheduler.wants_refill():
