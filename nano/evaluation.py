@@ -92,9 +92,7 @@ def padded(rows, device):
 
 
 def prefix_cache(model, ids, device):
-    """The key/value cache of one row `ids`, or None where there are none."""
-    if not ids:
-        return None
+    """The key/value cache of one row `ids`."""
     cache = model.new_cache(1, len(ids))
     model.hidden(torch.tensor([ids], device=device), cache=cache)
     return cache
@@ -119,12 +117,11 @@ class Memory:
         """Takes over rows of a cache. rows: (number of a question, end) of each row, whose tokens
         stand in the slots begin ... end - 1."""
         self.layers = self.layers or [[[], []] for _ in cache]
-        slots = torch.arange(cache[0][0].shape[2], device=cache[0][0].device)
-        ends = torch.tensor([end for _, end in rows], device=slots.device)
-        real = (slots >= begin) & (slots < ends[:, None])
+        places = [(n, slot) for n, (_, end) in enumerate(rows) for slot in range(begin, end)]
+        index, slots = torch.tensor(places, device=cache[0][0].device).T
         for layer, new in zip(self.layers, cache, strict=True):
             for parts, t in zip(layer, new, strict=True):
-                parts.append(t.transpose(1, 2)[real])
+                parts.append(t[index, :, slots])
         for number, end in rows:
             self.starts[number] = self.count
             self.count += end - begin
@@ -133,12 +130,12 @@ class Memory:
         """A cache whose rows begin with contexts, with `room` slots behind the longest.
 
         rows: (number of a question, tokens of its context) of each."""
-        device = self.layers[0][0][0].device
         width = max(size for _, size in rows) + room
-        index = torch.arange(width, device=device).repeat(len(rows), 1)
+        index = torch.arange(width).repeat(len(rows), 1)
         for row, (number, size) in zip(index, rows, strict=True):
             row[self.prefix : size] += self.starts[number] - self.prefix
             row[size:] = 0  # to be written
+        index = index.to(self.layers[0][0][0].device)
         for layer in self.layers:
             layer[:] = [[torch.cat(parts)] for parts in layer]
 
