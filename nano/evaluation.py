@@ -40,6 +40,7 @@ from nano.config import UserError
 SLOTS = dict(cpu=4096)
 COMPUTED = dict(cpu=256)
 GPU_SLOTS = 131072
+PADDING = dict(cpu=16)  # tokens of padding in a batch that cost more than a forward more
 
 
 # ------------------------------------------------------------------------------- log-likelihoods
@@ -65,20 +66,23 @@ class Question:
         return len(self.context) + max(map(len, self.options)) - 1
 
 
-def batched(items, sizes, limits):
+def batched(items, sizes, limits, padding=math.inf):
     """Lists of neighbours among `items`, each a batch with a row for each item.
 
     sizes(item): what the item's row has of each kind of tokens. Rows are padded to the longest of
-    their batch, and a batch has at most `limits` of each kind."""
-    batch, longest = [], ()
+    their batch. A batch has at most `limits` of each kind, and at most `padding` of the first."""
+    batch, longest, real = [], (0,) * len(limits), 0
     for item in items:
-        with_it = [*map(max, zip(sizes(item), *([longest] if batch else []), strict=True))]
+        size = sizes(item)
+        with_it = [*map(max, size, longest)]
         rows = len(batch) + 1
-        if batch and any(rows * n > limit for n, limit in zip(with_it, limits, strict=True)):
+        full = any(rows * n > limit for n, limit in zip(with_it, limits, strict=True))
+        if batch and (full or rows * with_it[0] - real - size[0] > padding):
             yield batch
-            batch, with_it = [], sizes(item)
+            batch, with_it, real = [], size, 0
         batch.append(item)
         longest = with_it
+        real += size[0]
     if batch:
         yield batch
 
@@ -147,12 +151,12 @@ class Memory:
         return [tuple(copied(part) for (part,) in layer) for layer in self.layers]
 
 
-def score(model, head, questions, prefix, common, limits):
+def score(model, head, questions, prefix, common, limits, padding=math.inf):
     """Scores the options of some questions -> (logprobs, hits), both (N,) for N options in order.
 
     logprobs: the sum over an option's tokens. hits: whether greedy decoding would give them all.
     prefix, common: the number of tokens that all contexts begin with, and the cache of them.
-    limits: tokens that a forward computes, and slots of its cache.
+    limits: tokens that a forward computes, and slots of its cache. padding: as in `batched`.
 
     A context is computed once, and its last position predicts the first token of each of its
     options. Then the longer options follow, those of similar length together, each behind a copy of
@@ -170,7 +174,7 @@ def score(model, head, questions, prefix, common, limits):
     memory = Memory(prefix, common)
     rows = [q.context + (q.options[0][:-1] if len(q.options) == 1 else []) for q in questions]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    for batch in batched(order, lambda i: (len(rows[i]) - prefix, len(rows[i])), limits):
+    for batch in batched(order, lambda i: (len(rows[i]) - prefix, len(rows[i])), limits, padding):
         tokens = padded([rows[i][prefix:] for i in batch], device)
         remembered = [i for i in batch if len(questions[i].options) > 1]
         cache = positions = None
@@ -208,7 +212,7 @@ def score(model, head, questions, prefix, common, limits):
         i, _, option, _ = item
         return len(option) - 1, len(rows[i]) + len(option) - 1
 
-    for batch in batched(longer, sizes, limits):
+    for batch in batched(longer, sizes, limits, padding):
         tokens = padded([option[:-1] for _, _, option, _ in batch], device)
         contexts = [(i, len(rows[i])) for i, _, _, _ in batch]
         starts = torch.tensor([size for _, size in contexts], device=device)
@@ -242,6 +246,7 @@ def loglikelihoods(model, rt, questions, slots=None):
     kind = rt.device.type
     slots = slots or SLOTS.get(kind, GPU_SLOTS)
     limits = min(slots, COMPUTED.get(kind, slots)), slots
+    padding = PADDING.get(kind, math.inf)
     copy = generate.snapshot(model, rt.dtype, pack=False)
     head = model.head._replace(weight=generate.frozen(model.head_weight, rt.dtype))
     firsts = np.cumsum([0, *(len(q.options) for q in questions)])
@@ -259,7 +264,8 @@ def loglikelihoods(model, rt, questions, slots=None):
             if prefix and common is None:
                 ids = questions[part[0]].context[:prefix]
                 common = prefix_cache(copy, ids, head.weight.device)
-            scored = score(copy, head, [questions[i] for i in part], prefix, common, limits)
+            asked = [questions[i] for i in part]
+            scored = score(copy, head, asked, prefix, common, limits, padding)
             places = np.concatenate([np.arange(firsts[i], firsts[i + 1]) for i in part])
             totals[:, places] = torch.stack([t.double() for t in scored])
             rt.sync()
