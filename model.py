@@ -92,6 +92,10 @@ class ModelConfig:
         """Of the embedding, and of the hidden states that the head reads."""
         return self.embed_dim or self.dim
 
+    def build(self):
+        """The model of this configuration, with fresh weights."""
+        return Transformer(self)
+
 
 # ---------------------------------------------------------------------- positions
 
@@ -630,6 +634,8 @@ class Head(NamedTuple):
 
 class Transformer(nn.Module):
     VOCABULARY = ("model.embed_tokens", "lm_head")
+    # tokens with which an answer begins, behind a prompt that an encoder reads (t5.py); none here
+    start_ids = ()
 
     def __init__(self, cfg):
         super().__init__()
@@ -758,6 +764,12 @@ class Transformer(nn.Module):
             return cache_mask(positions, T, window)
         return attention_mask(torch.zeros_like(positions), window, self.cfg.head_dim)
 
+    def prefill(self, tokens, lengths, cache, positions=None):
+        """Puts prompts, the first lengths (B,) of tokens (B, T), into the slots `positions` (B, T)
+        of a cache, or its first ones. What stands behind a prompt's end is to be overwritten before
+        any token can see it."""
+        self.hidden(tokens, positions, cache=cache)
+
     def new_cache(self, batch, slots, dtype=None):
         """An empty key/value cache: per layer (keys, values), each (batch, K, slots, D)."""
         weight = self.model["embed_tokens"].weight
@@ -775,14 +787,22 @@ class Transformer(nn.Module):
         """
         # looking up a row of an embedding is no product
         modules = [m for m in self.modules() if not isinstance(m, nn.Embedding)]
-        parameters = (p for m in modules for p in m.parameters(recurse=False))
-        matrices = sum(p.numel() for p in parameters if p.dim() == 2)
+        matrices = sum(map(matrix_size, modules))
         if self.cfg.tie_embeddings and self.cfg.head == "lm":
             matrices += self.head_weight.numel()
         # of all layers, how many tokens a token sees on average, twice
         seen = [w * (2 * length - w) / length if 0 < w < length else length for w in self.windows]
         attention = self.cfg.n_heads * self.cfg.head_dim * sum(seen)
         return (6 if trained == "all" else 4) * matrices + 6 * attention
+
+
+def matrix_size(module):
+    """How many numbers the matrices of a module have, without those of its children. A quantised
+    layer has them all, in fewer bytes."""
+    own = list(module.parameters(recurse=False))
+    if own and hasattr(module, "in_features"):
+        return module.in_features * module.out_features
+    return sum(p.numel() for p in own if p.dim() == 2)
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
@@ -796,6 +816,6 @@ class NoInit(torch.overrides.TorchFunctionMode):
 
 
 def empty(cfg):
-    """A Transformer without memory. Its parameters are on the meta device, to be assigned."""
+    """A model without memory. Its parameters are on the meta device, to be assigned."""
     with torch.device("meta"), NoInit():
-        return Transformer(cfg)
+        return cfg.build()

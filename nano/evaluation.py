@@ -223,11 +223,36 @@ def score(model, head, questions, prefix, common, limits, padding=math.inf):
             first = max(given, 1)
             predict(n, row[first - 1 : len(option) - 1], option[first:])
 
-    targets = torch.tensor(targets, device=device)
+    return summed(head, states, targets, owners, firsts[-1])
+
+
+def score_answers(model, head, questions):
+    """`score` for an encoder-decoder: the encoder reads each context once, and what it makes
+    of it is copied for the options."""
+    device = head.weight.device
+    options = [(i, option) for i, q in enumerate(questions) for option in q.options]
+    lengths = torch.tensor([len(q.context) for q in questions], device=device)
+    tokens = padded([[*model.start_ids, *option[:-1]] for _, option in options], device)
+    cache = model.new_cache(len(questions), int(lengths.max()) + tokens.shape[1])
+    model.prefill(padded([q.context for q in questions], device), lengths, cache)
+    sources = torch.tensor([i for i, _ in options], device=device)
+    copies = [tuple(t[sources] for t in layer) for layer in cache]
+    positions = lengths[sources, None] + torch.arange(tokens.shape[1], device=device)
+    hidden = model.hidden(tokens, positions, cache=copies)
+    states = [row[: len(option)] for row, (_, option) in zip(hidden, options, strict=True)]
+    targets = [token for _, option in options for token in option]
+    owners = [n for n, (_, option) in enumerate(options) for _ in option]
+    return summed(head, states, targets, owners, len(options))
+
+
+def summed(head, states, targets, owners, count):
+    """(logprobs, hits) of `count` options, from the tokens of all of them. states: hidden states,
+    as lists of rows. targets: the tokens that they predict. owners: the option of each."""
+    targets = torch.tensor(targets, device=head.weight.device)
     logprobs, hits = (t.cpu() for t in losses.token_scores(torch.cat(states), head, targets))
     owners = torch.tensor(owners)
-    totals = torch.zeros(firsts[-1], dtype=torch.float64).index_add(0, owners, logprobs.double())
-    return totals, torch.zeros(firsts[-1]).index_add(0, owners, 1 - hits) == 0
+    totals = torch.zeros(count, dtype=torch.float64).index_add(0, owners, logprobs.double())
+    return totals, torch.zeros(count).index_add(0, owners, 1 - hits) == 0
 
 
 @torch.no_grad()
@@ -239,10 +264,11 @@ def loglikelihoods(model, rt, questions, slots=None):
     sizes = [len(q.options) for q in questions]
     switch = model.cfg.rope_switch
     apart = switch is not None and max(q.length for q in questions) > switch
-    if apart:
-        # other rotary frequencies there: no option goes on from the cache of its context
+    # other rotary frequencies there: no option goes on from the cache of its context. And an encoder
+    # has to read what is given of an option
+    if apart or (model.start_ids and any(any(q.given) for q in questions)):
         pairs = [(q, *pair) for q in questions for pair in zip(q.options, q.given, strict=True)]
-        questions = [Question(q.context, [o], given=[given]) for q, o, given in pairs]
+        questions = [Question(q.context + o[:given], [o[given:]]) for q, o, given in pairs]
     kind = rt.device.type
     slots = slots or SLOTS.get(kind, GPU_SLOTS)
     limits = min(slots, COMPUTED.get(kind, slots)), slots
@@ -255,7 +281,10 @@ def loglikelihoods(model, rt, questions, slots=None):
     order = sorted(range(len(questions)), key=lambda i: questions[i].key)
     for _, same in groupby(order, key=lambda i: questions[i].key):
         numbers = sorted(same, key=lambda i: -questions[i].length)
-        prefix = 0 if apart else generate.common_prefix([questions[i].context for i in numbers])
+        # an encoder reads the beginning of a prompt otherwise before another end
+        prefix = 0
+        if not apart and not copy.start_ids:
+            prefix = generate.common_prefix([questions[i].context for i in numbers])
         common = None
         for part in batched(numbers, lambda i: (len(questions[i].context),), (slots,)):
             turn += 1
@@ -264,8 +293,11 @@ def loglikelihoods(model, rt, questions, slots=None):
             if prefix and common is None:
                 ids = questions[part[0]].context[:prefix]
                 common = prefix_cache(copy, ids, head.weight.device)
-            asked = [questions[i] for i in part]
-            scored = score(copy, head, asked, prefix, common, limits, padding)
+            chosen = [questions[i] for i in part]
+            if copy.start_ids:
+                scored = score_answers(copy, head, chosen)
+            else:
+                scored = score(copy, head, chosen, prefix, common, limits, padding)
             places = np.concatenate([np.arange(firsts[i], firsts[i + 1]) for i in part])
             totals[:, places] = torch.stack([t.double() for t in scored])
             rt.sync()
@@ -386,8 +418,13 @@ def split_ids(tok, context, continuation):
 
     They are those of lm-eval, so that numbers compare: white space at the end of the context
     belongs to the continuation, and what the context alone would be in tokens is taken from the
-    whole. An empty context is BOS, or EOS where the model has no BOS."""
+    whole. An empty context is BOS, or EOS where the model has no BOS. An encoder reads the context
+    as a text of its own."""
     start = context.rstrip()
+    if tok.prompt_end:
+        return [*tok.encode(start), *tok.prompt_end], tok.encode(
+            context[len(start) :] + continuation
+        )
     ids = tok.encode(context + continuation, bos=tok.add_bos)
     if not start:
         first = tok.bos_id if tok.bos_id is not None else tok.eos_id
@@ -441,7 +478,7 @@ def prompt_ids(task, tok, record, shots, chat):
             return chat_options(tok, turns, task.replies(record))[0][0]  # the answer has a name
         return tok.render(turns, add_generation_prompt=True)[0]
     text = shots_text(task, record, shots) + task.prompt(record)
-    return tok.encode(text, bos=tok.add_bos)
+    return [*tok.encode(text, bos=tok.add_bos), *tok.prompt_end]
 
 
 def fitting(build, size, shots, room):
@@ -592,8 +629,10 @@ def by_loglikelihood(benchmark, model, rt, slots=None):
     task = benchmark.task
     questions, owners = [], []
     for i, pairs in enumerate(benchmark.prompts):
-        shared = commonprefix([context for context, _ in pairs])
-        for part in [pairs] if shared else [[pair] for pair in pairs]:
+        # an encoder reads a context as a whole
+        shared = [] if model.start_ids else commonprefix([context for context, _ in pairs])
+        for _, same in groupby(pairs, key=lambda pair: shared or pair[0]):
+            part = list(same)
             context = shared or part[0][0]
             options = [begin[len(context) :] + option for begin, option in part]
             given = [len(begin) - len(context) for begin, _ in part]
