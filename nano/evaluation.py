@@ -264,8 +264,8 @@ def loglikelihoods(model, rt, questions, slots=None):
     sizes = [len(q.options) for q in questions]
     switch = model.cfg.rope_switch
     apart = switch is not None and max(q.length for q in questions) > switch
-    # other rotary frequencies there: no option goes on from the cache of its context. And an encoder
-    # has to read what is given of an option
+    # There other rotary frequencies hold, so that no option goes on from the cache of its context.
+    # An encoder has to read what is given of an option.
     if apart or (model.start_ids and any(any(q.given) for q in questions)):
         pairs = [(q, *pair) for q in questions for pair in zip(q.options, q.given, strict=True)]
         questions = [Question(q.context + o[:given], [o[given:]]) for q, o, given in pairs]
