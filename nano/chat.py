@@ -179,7 +179,7 @@ class ChatTemplate:
         if len(entry) == 2:
             return entry
         if entry.get("input") and self.name not in ("alpaca", "columns"):
-            entry["content"] = joined([entry["content"], traced("\n\n", mark), entry["input"]])
+            entry["content"] = traced(message["content"] + "\n\n" + message["input"], mark)
         if "columns" in message:  # names of columns are the data's, and no part of an answer
             pairs = zip(message["columns"], entry["columns"], strict=True)
             entry["columns"] = [[traced(name, UNKNOWN), text] for (name, _), (_, text) in pairs]
@@ -580,8 +580,8 @@ def check_rest(message, n):
     if content is None and calls and message["role"] == "assistant":
         content = ""
     pairs = message.get("columns") or []
-    texts = [content, message.get("input") or "", *chain.from_iterable(pairs)]
-    texts += [message[key] for key in THOUGHTS if message.get(key) is not None]
+    texts = [content, *chain.from_iterable(pairs)]
+    texts += [message[key] for key in ("input", *THOUGHTS) if message.get(key) is not None]
     if not all(isinstance(text, str) for text in texts) or {*map(len, pairs)} - {2}:
         raise UserError(
             f"message {n} needs text as its content "
