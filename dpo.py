@@ -165,7 +165,7 @@ def dpo_loss(
 def completion_logprobs(net, batch):
     """Summed log-probabilities of each completion's target tokens in a micro-batch, (N,) fp32."""
     hidden = net(batch)  # (M, C): the head runs on target tokens only
-    logprobs = losses.token_logprobs(hidden, net.head_weight, batch["targets"])  # (M,)
+    logprobs = losses.token_logprobs(hidden, net.head, batch["targets"])  # (M,)
     logprobs = logprobs * batch["weights"]
     # (N, M): a sum over a mask is the same in every run on a GPU, unlike index_add
     belongs = batch["rows"] == torch.arange(len(batch["real"]), device=logprobs.device)[:, None]

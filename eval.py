@@ -28,9 +28,8 @@ from typing import Annotated, Literal
 import torch
 
 import lora
-from nano import batches, config, evaluation, files, log, losses, runtime, store, weights
+from nano import batches, config, evaluation, files, log, losses, records, runtime, store, weights
 from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError, With
-from prepare import records
 from sample import conversation, read_prompts
 
 
@@ -268,7 +267,7 @@ def measure_data(cfg, rt, opened, rows):
                 batch = rt.put(micro)
                 with rt.autocast():
                     hidden = model(batch)
-                    inputs = hidden, model.head_weight, batch["targets"]
+                    inputs = hidden, model.head, batch["targets"]
                     loss = losses.cross_entropy(*inputs, batch["weights"])
                     hits = (losses.hits(*inputs) * batch["weights"]).sum()
                 part = torch.stack((loss, hits, batch["weights"].sum()))

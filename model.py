@@ -1,9 +1,9 @@
 """A decoder-only transformer with slots, in one file that needs torch alone.
 
-A slot is a field of ModelConfig with a named choice: norm, positions, mlp, activation, biases,
-windows, the head. Llama, SmolLM2, Mistral, Qwen2, Qwen3 and GPT-2 are such choices. Nothing here
-asks for a family's name; nano/families.py does. Every family has the parameter names of Hugging
-Face's Llama.
+A slot is a field of ModelConfig with a named choice: norms and where they stand, positions, mlp,
+activation, biases, windows, multipliers, caps, the head. Every family is such choices. Nothing here
+asks for a family's name; nano/families.py does. All have the parameter names of Hugging Face's
+Llama.
 
     model = Transformer(ModelConfig(...))
     hidden = model.hidden(tokens)   # (B, T) -> (B, T, C)
@@ -16,7 +16,8 @@ Padding is a document of its own with the id -1, so a padded row needs no other 
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -42,19 +43,29 @@ class ModelConfig:
     n_kv_heads: int = 8  # K; fewer than n_heads: grouped-query attention
     head_dim: int = 64  # D; need not be C / H
     ffn_dim: int = 1408  # F
-    norm: str = "rms"  # rms | layer (with a bias), before each half of a block
+    norm: str = "rms"  # rms | rms1: times 1 + weight | layer: with a bias
+    norm_at: str = "before"  # before | after | around: where norms stand in each half of a block
     norm_eps: float = 1e-5
     positions: str = "rope"  # rope | learned: an embedding of max_positions
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # {"rope_type": "llama3" | "linear", ...} as in config.json
+    rope_scaling: dict | None = None  # {"rope_type": "yarn", ...} as in config.json
+    rope_part: float = 1.0  # how much of each head is rotated, its first numbers
+    rope_layers: tuple = ()  # of each layer: global | local | none; (): global everywhere
+    rope_local_theta: float = 10000.0  # of the local layers, which have no scaling
     max_positions: int = 2048
     windows: tuple = ()  # of each layer: how many tokens it sees, the current one included; 0: all
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over each head's q and k
+    qk_norm: str = "none"  # none | head: over each head's q and k | whole: over all heads at once
+    attn_scale: float = 0.0  # of q k^T; 0: 1 / sqrt(D)
+    attn_cap: float = 0.0  # soft cap of the scores, see soft_cap; 0: none
     mlp: str = "gated"  # gated: down(act(gate(x)) * up(x)) | plain: down(act(up(x)))
     activation: str = "silu"  # one of ACTIVATIONS
     mlp_bias: bool = False
+    embed_scale: float = 1.0  # multiplies the embeddings
+    residual_scale: float = 1.0  # multiplies what each half of a block adds
+    logit_scale: float = 1.0
+    logit_cap: float = 0.0  # soft cap of the logits
     tie_embeddings: bool = False
     head: str = "lm"  # lm: next-token logits; score: one number a token (reward and value models)
     family: str = "llama"  # the `model_type` of config.json, for saving alone
@@ -63,35 +74,106 @@ class ModelConfig:
 # ---------------------------------------------------------------------- positions
 
 
-def rope_frequencies(cfg):
-    """Inverse frequencies (D/2,) of the rotary embedding, fp32 (Su et al. 2021, arXiv:2104.09864).
+def rope_frequencies(cfg, long=False):
+    """Inverse frequencies of the rotary embedding, fp32, one for each pair of rotated numbers (Su
+    et al. 2021, arXiv:2104.09864).
 
-    "llama3" scaling is that of the Llama 3.1 release. It stretches long wavelengths by `factor` and
-    blends those between the two limits. ValueError for a scaling that is not supported.
+    "llama3" scaling (the Llama 3.1 release) and "yarn" (Peng et al. 2023, arXiv:2309.00071) stretch
+    long wavelengths by `factor`, keep short ones, and blend those between. "longrope" (Ding et al.
+    2024, arXiv:2402.13753) has a factor for each frequency, and with `long` those for documents
+    beyond the original context. "dynamic" begins behind max_positions, where nothing here goes.
+    ValueError for a scaling that is not supported.
     """
-    steps = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device="cpu")
-    inv = 1.0 / cfg.rope_theta ** (steps / cfg.head_dim)
+    dim = int(cfg.head_dim * cfg.rope_part)
+    steps = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu")
+    inv = 1.0 / cfg.rope_theta ** (steps / dim)
     scaling = cfg.rope_scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
+    if kind in ("default", "dynamic"):
         return inv
     if kind == "linear":
         return inv / scaling["factor"]
+    if kind == "longrope":
+        return inv / torch.tensor(scaling["long_factor" if long else "short_factor"], device="cpu")
+    # keep: 1 keeps a short wavelength, 0 stretches a long one
+    original = scaling.get("original_max_position_embeddings")
     if kind == "llama3":
-        # how often each frequency turns over the original context
-        turns = scaling["original_max_position_embeddings"] * inv / (2 * math.pi)
+        turns = original * inv / (2 * math.pi)  # of each frequency over the original context
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        # 1 keeps a short wavelength, 0 stretches a long one
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return keep * inv + (1 - keep) * inv / scaling["factor"]
-    raise ValueError(f"rope scaling {kind!r} is not supported (default, linear, llama3 are)")
+    elif kind == "yarn":
+        # between which indices of frequencies the blend lies; its ends are given in turns
+        turns = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
+        logs = [math.log(original / (2 * math.pi * t)) / math.log(cfg.rope_theta) for t in turns]
+        first, last = (dim * log / 2 for log in logs)
+        if scaling.get("truncate", True):
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, dim - 1)
+        keep = 1 - ((steps / 2 - first) / max(last - first, 0.001)).clamp(0, 1)
+    else:
+        kinds = "default, dynamic, linear, llama3, longrope, yarn"
+        raise ValueError(f"rope scaling {kind!r} is not supported ({kinds} are)")
+    return keep * inv + (1 - keep) * inv / scaling["factor"]
+
+
+def rope_magnitude(cfg):
+    """By what "yarn" and "longrope" multiply cos and sin, so that attention stays as sharp over a
+    longer context."""
+    scaling = cfg.rope_scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("yarn", "longrope"):
+        return 1.0
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+    original = scaling["original_max_position_embeddings"]
+    log = math.log(max(scaling.get("factor") or cfg.max_positions / original, 1.0))
+    if kind == "longrope":
+        return math.sqrt(1 + log / math.log(original))
+    scale, all_dims = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if scale and all_dims:
+        return (0.1 * scale * log + 1) / (0.1 * all_dims * log + 1)
+    return 0.1 * log + 1
+
+
+class Rope:
+    """The rotary embedding of some layers. Its frequencies are fp32, and no buffers, because they
+    must stay fp32 when the model is cast."""
+
+    def __init__(self, cfg):
+        scaling = cfg.rope_scaling or {}
+        self.inv_freq = rope_frequencies(cfg)
+        self.magnitude = rope_magnitude(cfg)
+        self.original = scaling.get("original_max_position_embeddings")
+        self.long = None  # the frequencies of documents beyond the original context
+        if scaling.get("rope_type") == "longrope":
+            self.long = rope_frequencies(cfg, long=True)
+        self.beta = scaling.get("llama_4_scaling_beta")
+
+    def __call__(self, positions, lengths, dtype):
+        """What `rotate` needs, in dtype: cos and sin (B, T, 1, rotated numbers), and in models with
+        llama_4_scaling_beta the factor of each query (B, T, 1, 1).
+
+        positions (B, T). lengths() -> (B, T): of each token's document, for "longrope".
+        """
+        inv_freq = self.inv_freq = self.inv_freq.to(positions.device)
+        if self.long is not None:
+            self.long = self.long.to(positions.device)
+            inv_freq = torch.where(lengths()[..., None] > self.original, self.long, inv_freq)
+        angles = (positions[..., None].float() * inv_freq).repeat(1, 1, 2)[:, :, None]
+        out = [angles.cos() * self.magnitude, angles.sin() * self.magnitude]
+        if self.beta:
+            beyond = (positions // self.original)[..., None, None]
+            out.append(1 + self.beta * torch.log1p(beyond.float()))
+        return [t.to(dtype) for t in out]
 
 
 def rotate(x, cos, sin):
-    """Rotates x (B, T, heads, D) by cos, sin (B, T, 1, D). Pairs are (i, i + D/2), Hugging Face's
-    order."""
+    """Rotates the first numbers of each head of x (B, T, heads, D), as many as cos and sin
+    (B, T, 1, .) have. Pairs are (i, i + half), Hugging Face's order."""
+    x, rest = x.tensor_split([cos.shape[-1]], dim=-1)
     a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    x = x * cos + torch.cat((-b, a), dim=-1) * sin
+    return torch.cat((x, rest), dim=-1) if rest.shape[-1] else x
 
 
 # ---------------------------------------------------------------------- what a token sees
@@ -103,6 +185,16 @@ def begins(docs):
     index = torch.arange(docs.shape[1], device=docs.device)
     # int32, because XLA fails on wide rows in int64
     return (starts * index).int().cummax(dim=1).values
+
+
+def document_lengths(positions, docs, cache):
+    """(B, T): how many tokens the document of each token has. In a cache it ends with that token."""
+    if cache is not None:
+        return positions + 1
+    if docs is None:
+        return torch.full_like(positions, positions.shape[1])
+    ends = docs.shape[1] - begins(docs.flip(1)).flip(1)
+    return ends - begins(docs)
 
 
 def block_mask(docs, window, size=128):
@@ -171,12 +263,28 @@ def cache_mask(positions, span, window):
 # ---------------------------------------------------------------------- attention
 
 
+def soft_cap(x, cap):
+    """cap * tanh(x / cap), which stays between -cap and cap (Gemma Team 2024, arXiv:2408.00118).
+    x itself if cap is 0."""
+    return cap * torch.tanh(x / cap) if cap else x
+
+
 @dataclass(frozen=True)
 class Extras:
-    """What a layer adds to softmax(q k^T) v. ALiBi slopes, a soft cap or sinks would be a field
-    here and a branch in `attend`."""
+    """What a layer adds to softmax(q k^T) v. ALiBi slopes or sinks would be a field here, a line in
+    `score` and one in `plain_attention`."""
 
     scale: float
+    cap: float = 0.0
+
+    @property
+    def fused(self):
+        """Whether the fused kernels can compute it."""
+        return not self.cap
+
+    def score(self, score, b, h, q, k):
+        """flex_attention's score_mod: what becomes of q k^T * scale."""
+        return soft_cap(score, self.cap)
 
 
 def attend(q, k, v, seen, extras):
@@ -189,9 +297,12 @@ def attend(q, k, v, seen, extras):
     if isinstance(seen, BlockMask):
         # a compiled layer takes flex_attention into its graph; uncompiled it builds all scores
         flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-        return flex(q, k, v, block_mask=seen, scale=extras.scale, enable_gqa=True)
+        score = None if extras.fused else extras.score
+        return flex(q, k, v, score, block_mask=seen, scale=extras.scale, enable_gqa=True)
     if isinstance(seen, Documents):
         return seen.attend(q, k, v, extras)
+    if not extras.fused:
+        return plain_attention(q, k, v, seen, extras)
     if q.shape[2] == 1 and seen is not None:
         return one_query(q, k, v, seen, extras)
     return F.scaled_dot_product_attention(
@@ -204,22 +315,35 @@ def _compiled_flex():
     return torch.compile(flex_attention)
 
 
+def plain_attention(q, k, v, seen, extras):
+    """`attend` as two products, with all scores in memory, for what the fused kernels lack.
+
+    The query heads that share a key/value head form one block, so its keys are read once for all of
+    them.
+    """
+    B, K, S, D = k.shape
+    H, T = q.shape[1:3]
+    q, k, v = (t.reshape(B * K, -1, D) for t in (q, k, v))
+    # bmm, because matmul of four dimensions would copy the cache
+    scores = torch.bmm(q, k.mT).view(B, H, T, S).float() * extras.scale
+    scores = soft_cap(scores, extras.cap)
+    if seen is None:
+        seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    probs = scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype)
+    return torch.bmm(probs.view(B * K, -1, S), v).view(B, H, T, D)
+
+
 def one_query(q, k, v, seen, extras):
     """A decoding step: q (B, H, 1, D), seen (B, 1, 1, S) -> (B, H, 1, D).
 
-    The query heads that share a key/value head form one block, so the cache is read once for all of
-    them. On a CPU plain products beat the fused kernel, which is made for long queries.
+    On a CPU plain products beat the fused kernel, which is made for long queries.
     """
-    B, K, S, D = k.shape
-    if q.device.type != "cpu":
-        q = q.reshape(B, K, -1, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=extras.scale)
-        return y.reshape(B, -1, 1, D)
-    q, k, v = (t.reshape(B * K, -1, D) for t in (q, k, v))
-    # bmm, because matmul of four dimensions would copy the cache
-    scores = torch.bmm(q, k.mT).view(B, K, -1, S).float() * extras.scale
-    probs = scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype)
-    return torch.bmm(probs.view(B * K, -1, S), v).view(B, -1, 1, D)
+    if q.device.type == "cpu":
+        return plain_attention(q, k, v, seen, extras)
+    B, K, _, D = k.shape
+    q = q.reshape(B, K, -1, D)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=extras.scale)
+    return y.reshape(B, -1, 1, D)
 
 
 def document_attention(q, k, v, extras):
@@ -231,11 +355,8 @@ def document_attention(q, k, v, extras):
     """
     H = len(q)
     K, T, D = k.shape
-    if q.dtype != torch.bfloat16 or T > SHORT:
-        q, k, v = q[None], k[None], v[None]
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=extras.scale, enable_gqa=True
-        )[0]
+    if not extras.fused or q.dtype != torch.bfloat16 or T > SHORT:
+        return attend(q[None], k[None], v[None], None, extras)[0]
     causal = q.new_full((T, T), -math.inf).triu(1).repeat(H // K, 1)
     # (K, H/K T, T)
     scores = torch.baddbmm(causal, q.reshape(K, -1, D), k.transpose(1, 2), alpha=extras.scale)
@@ -278,6 +399,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+class RMSNorm1(RMSNorm):
+    """RMSNorm that multiplies by 1 + weight. The sum is fp32, because in bf16 1 + weight would lose
+    what a small weight says."""
+
+    def forward(self, x):
+        y = F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps)
+        return y.to(x.dtype)
+
+
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
         # autocast would return fp32; the kernel computes in fp32 in any case
@@ -286,14 +416,13 @@ class LayerNorm(nn.LayerNorm):
             return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
-NORMS = dict(rms=RMSNorm, layer=LayerNorm)
+NORMS = dict(rms=RMSNorm, rms1=RMSNorm1, layer=LayerNorm)
 
 
 class Attention(nn.Module):
     # how the devices of a tensor group share the layers (nano/tensor.py)
     COLUMN = ("q_proj", "k_proj", "v_proj")
     ROW = ("o_proj",)
-    PER_HEAD = ("q_norm", "k_norm")
 
     def __init__(self, cfg):
         super().__init__()
@@ -302,19 +431,26 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(cfg.dim, cfg.n_kv_heads * D, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(cfg.dim, cfg.n_kv_heads * D, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(cfg.n_heads * D, cfg.dim, bias=cfg.o_bias)
-        norm = RMSNorm if cfg.qk_norm else nn.Identity
-        self.q_norm = norm(D, cfg.norm_eps)
-        self.k_norm = norm(D, cfg.norm_eps)
-        self.extras = Extras(scale=1 / math.sqrt(D))
+        norm = nn.Identity if cfg.qk_norm == "none" else NORMS[cfg.norm]
+        self.whole = cfg.qk_norm == "whole"
+        self.q_norm = norm(D * cfg.n_heads if self.whole else D, cfg.norm_eps)
+        self.k_norm = norm(D * cfg.n_kv_heads if self.whole else D, cfg.norm_eps)
+        setattr(self, "WHOLE" if self.whole else "PER_HEAD", ("q_norm", "k_norm"))
+        self.extras = Extras(cfg.attn_scale or 1 / math.sqrt(D), cfg.attn_cap)
 
     def forward(self, x, rope, seen, slots=None, cache=None):
         heads = *x.shape[:2], -1, self.head_dim
-        q = self.q_norm(self.q_proj(x).view(heads))  # (B, T, H, D)
-        k = self.k_norm(self.k_proj(x).view(heads))  # (B, T, K, D)
-        v = self.v_proj(x).view(heads)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.whole:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.view(heads), k.view(heads), v.view(heads)  # (B, T, H, D), k, v (B, T, K, D)
+        if not self.whole:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q = rotate(q.to(v.dtype), *rope)
-            k = rotate(k.to(v.dtype), *rope)
+            cos, sin, *temperature = rope
+            q, k = (rotate(t.to(v.dtype), cos, sin) for t in (q, k))
+            for factor in temperature:
+                q = q * factor
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k, v = remember(k, v, slots, cache)
@@ -361,15 +497,25 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        norm = NORMS[cfg.norm]
-        self.input_layernorm = norm(cfg.dim, cfg.norm_eps)
+
+        def norm(*places):
+            return (
+                NORMS[cfg.norm](cfg.dim, cfg.norm_eps) if cfg.norm_at in places else nn.Identity()
+            )
+
+        self.input_layernorm = norm("before", "around")
         self.self_attn = Attention(cfg)
-        self.post_attention_layernorm = norm(cfg.dim, cfg.norm_eps)
+        self.attn_output_norm = norm("after", "around")
+        self.post_attention_layernorm = norm("before", "around")
         self.mlp = MLP(cfg)
+        self.mlp_output_norm = norm("after", "around")
+        self.residual_scale = cfg.residual_scale
 
     def forward(self, x, rope, seen, slots=None, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, seen, slots, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.self_attn(self.input_layernorm(x), rope, seen, slots, cache)
+        x = torch.add(x, self.attn_output_norm(y), alpha=self.residual_scale)
+        y = self.mlp(self.post_attention_layernorm(x))
+        return torch.add(x, self.mlp_output_norm(y), alpha=self.residual_scale)
 
     def compile(self, *args, **kwargs):
         _keep_documents_uncompiled()
@@ -388,6 +534,14 @@ class ScoreHead(nn.Linear):
     def forward(self, hidden):
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), self.weight.float()).squeeze(-1)
+
+
+class Head(NamedTuple):
+    """How hidden states become logits: soft_cap(scale * hidden @ weight^T, cap)."""
+
+    weight: torch.Tensor  # (V, C)
+    scale: float = 1.0
+    cap: float = 0.0
 
 
 # ---------------------------------------------------------------------- the model
@@ -409,17 +563,22 @@ class Transformer(nn.Module):
             self.score = ScoreHead(cfg.dim)
         elif not cfg.tie_embeddings:
             self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
-        # not a buffer, because it must stay fp32 when the model is cast
-        self.inv_freq = rope_frequencies(cfg) if cfg.positions == "rope" else None
+        self.windows = cfg.windows or (0,) * cfg.n_layers
+        rotated = "global" if cfg.positions == "rope" else "none"
+        self.rope_layers = cfg.rope_layers or (rotated,) * cfg.n_layers
+        local = replace(cfg, rope_theta=cfg.rope_local_theta, rope_scaling=None)
+        kinds = {"global": cfg, "local": local}
+        self.ropes = {kind: Rope(kinds[kind]) for kind in set(self.rope_layers) - {"none"}}
         # a function(layer, *inputs) that recomputes activations in backward; None: they are kept
         self.recompute = None
 
     def init_weights(self, std=0.02):
-        """N(0, std) for matrices, 1 for norms, 0 for biases. The two projections that write to the
-        residual stream are scaled by 1/sqrt(2L), as in GPT-2. Returns the model."""
+        """N(0, std) for matrices, norms that multiply by 1, 0 for biases. The two projections that
+        write to the residual stream are scaled by 1/sqrt(2L), as in GPT-2. Returns the model."""
+        one = 0.0 if self.cfg.norm == "rms1" else 1.0
         for name, p in self.named_parameters():
             if p.dim() < 2:
-                nn.init.ones_(p) if name.endswith("weight") else nn.init.zeros_(p)
+                nn.init.constant_(p, one if name.endswith("weight") else 0.0)
             elif name != "score.weight":
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=std / math.sqrt(2 * self.cfg.n_layers) if residual else std)
@@ -434,8 +593,14 @@ class Transformer(nn.Module):
         """The output matrix (V, C). With tied embeddings it is the embedding's."""
         return self.model["embed_tokens"].weight if self.cfg.tie_embeddings else self.lm_head.weight
 
+    @property
+    def head(self):
+        """The Head, which nano/losses.py takes."""
+        return Head(self.head_weight, self.cfg.logit_scale, self.cfg.logit_cap)
+
     def logits(self, hidden):
-        return F.linear(hidden, self.head_weight)
+        weight, scale, cap = self.head
+        return soft_cap(F.linear(hidden * scale, weight), cap)
 
     def forward(self, batch):
         """Hidden states (M, C) of the flat positions batch["index"] (M,), or of all positions,
@@ -464,24 +629,26 @@ class Transformer(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             if docs is not None:
                 positions = positions - begins(docs)
-        windows = self.cfg.windows or (0,) * self.cfg.n_layers
-        seen = {w: self.seen(w, positions, docs, cache, slots) for w in set(windows)}
+        seen = {w: self.seen(w, positions, docs, cache, slots) for w in set(self.windows)}
         x = self.model["embed_tokens"](tokens)
+        if self.cfg.embed_scale != 1.0:
+            # rounded to the dtype of the embedding, with which the models were trained
+            x = x * torch.tensor(self.cfg.embed_scale, device="cpu").to(x.dtype).item()
         if self.cfg.positions == "learned":
             # padding may count further than any document, but nobody looks at it
             x = x + self.model["embed_positions"](positions.clamp(max=self.cfg.max_positions - 1))
         if torch.is_autocast_enabled(x.device.type):
             # one dtype along the residual stream, whatever the dtype of the weights
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        rope = None
-        if self.cfg.positions == "rope":
-            rope = [r.to(x.dtype) for r in self.rotary(positions)]
-        for i, (layer, window) in enumerate(zip(self.layers, windows, strict=True)):
+        lengths = functools.partial(document_lengths, positions, docs, cache)
+        ropes = {kind: rope(positions, lengths, x.dtype) for kind, rope in self.ropes.items()}
+        kinds = zip(self.layers, self.windows, self.rope_layers, strict=True)
+        for i, (layer, window, kind) in enumerate(kinds):
             if self.recompute is not None and torch.is_grad_enabled():
-                x = self.recompute(layer, x, rope, seen[window])
+                x = self.recompute(layer, x, ropes.get(kind), seen[window])
             else:
                 layer_cache = None if cache is None else cache[i]
-                x = layer(x, rope, seen[window], slots, layer_cache)
+                x = layer(x, ropes.get(kind), seen[window], slots, layer_cache)
         return self.model["norm"](x)
 
     def seen(self, window, positions, docs, cache, slots):
@@ -497,12 +664,6 @@ class Transformer(nn.Module):
             return cache_mask(positions, T, window)
         return attention_mask(torch.zeros_like(positions), window, self.cfg.head_dim)
 
-    def rotary(self, positions):
-        """positions (B, T) -> cos, sin (B, T, 1, D) in fp32."""
-        self.inv_freq = self.inv_freq.to(positions.device)
-        angles = positions[..., None, None].float() * self.inv_freq.repeat(2)
-        return angles.cos(), angles.sin()
-
     def new_cache(self, batch, slots, dtype=None):
         """An empty key/value cache: per layer (keys, values), each (batch, K, slots, D)."""
         weight = self.model["embed_tokens"].weight
@@ -515,7 +676,8 @@ class Transformer(nn.Module):
         of `length` tokens.
 
         6 per matrix weight, or 4 where only adapters are trained and weights get no gradient. Plus
-        12 L H D T/2 for causal attention (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+        12 L H D T/2 for causal attention (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), and
+        less in layers with a window.
         """
         # looking up a row of an embedding is no product
         modules = [m for m in self.modules() if not isinstance(m, nn.Embedding)]
@@ -523,7 +685,9 @@ class Transformer(nn.Module):
         matrices = sum(p.numel() for p in parameters if p.dim() == 2)
         if self.cfg.tie_embeddings and self.cfg.head == "lm":
             matrices += self.head_weight.numel()
-        attention = self.cfg.n_layers * self.cfg.n_heads * self.cfg.head_dim * length
+        # of all layers, how many tokens a token sees on average, twice
+        seen = [w * (2 * length - w) / length if 0 < w < length else length for w in self.windows]
+        attention = self.cfg.n_heads * self.cfg.head_dim * sum(seen)
         return (6 if trained == "all" else 4) * matrices + 6 * attention
 
 

@@ -6,7 +6,7 @@ started from. The models are four full ones, or with lora_rank one frozen trunk 
 
     python ppo.py model=out/sft/last reward=out/reward/last data=data/hh          # CPU or one GPU
     python ppo.py model=out/sft/last reward=out/reward/last data=data/hh lora_rank=16 lr=1e-4
-    python ppo.py reward=prepare/toy.py:three_bullets data=data/bullets/store algo=grpo group=8
+    python ppo.py reward=bullets data=data/bullets algo=grpo group=8
     python ppo.py 'reward=[a.py:f,b.py:g]' 'reward_weights=[1,0.2]' data=data/hh  # their sum
     torchrun --nproc_per_node=8 ppo.py model=out/sft/last reward=out/reward/last data=data/hh
     PJRT_DEVICE=TPU python ppo.py device=xla parallel=fsdp model=out/sft/last data=data/hh
@@ -448,7 +448,7 @@ class Role:
         """Log-probabilities of the actions, and entropies, under the distribution that they were
         sampled from; both (M,)."""
         hidden = self.hidden(batch, training)
-        head = self.model.head_weight
+        head = self.model.head
         return losses.token_logprobs(hidden, head, batch["actions"], temperature, entropy=True)
 
     def values(self, batch, training=False):
@@ -844,7 +844,7 @@ def ptx_gradient(cfg, rt, policy, ptx, update):
         batch = rt.put(batch)
         with rt.autocast():
             hidden = policy.hidden(batch, training=True)
-            head = policy.model.head_weight
+            head = policy.model.head
             loss = losses.cross_entropy(hidden, head, batch["targets"], batch["weights"])
             loss = loss / max(count, 1e-9)
         rt.backward(cfg.ptx_coef * loss)

@@ -196,7 +196,7 @@ def loss_sum(net, hidden, batch):
     hidden (M, C): the last hidden states at the M positions that predict a target. sft.py's
     function of this name says how to change it.
     """
-    return losses.cross_entropy(hidden, net.head_weight, batch["targets"], batch["weights"])
+    return losses.cross_entropy(hidden, net.head, batch["targets"], batch["weights"])
 
 
 def tokens_per_byte(stores, free_bos):

@@ -31,8 +31,8 @@ from nano.config import (
     With,
 )
 from nano.generate import generate
+from nano.records import BadRecord
 from prepare import fields, instructions
-from prepare.records import BadRecord
 
 HELP = """/reset         forget the conversation
 /system TEXT   start anew under this system message (no text: under the template's own)

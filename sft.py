@@ -133,7 +133,7 @@ def loss_sum(net, hidden, batch):
 
     Return a sum: the loop divides by the number of target tokens of all ranks.
     """
-    return losses.cross_entropy(hidden, net.head_weight, batch["targets"], batch["weights"])
+    return losses.cross_entropy(hidden, net.head, batch["targets"], batch["weights"])
 
 
 def evaluate(rt, net, val):
@@ -146,7 +146,7 @@ def evaluate(rt, net, val):
                 with rt.autocast():
                     hidden = net(batch)  # (M, C)
                     loss = loss_sum(net, hidden, batch)
-                    hits = losses.hits(hidden, net.head_weight, batch["targets"])
+                    hits = losses.hits(hidden, net.head, batch["targets"])
                 hits = (hits * batch["weights"]).sum()
                 sums += torch.stack((loss, hits, batch["weights"].sum()))
     loss, hits, count = rt.all_sum(sums).tolist()

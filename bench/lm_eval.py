@@ -23,9 +23,8 @@ import numpy as np
 import torch
 
 import nano  # noqa: F401  first, because bench/nano.py finds the others
-import tasks
 from model import Transformer
-from nano import config, evaluation, log, runtime, weights
+from nano import config, evaluation, log, runtime, tasks, weights
 from nano.config import NonNegativeInt, PathText, PositiveInt, Seed
 
 FILES = {  # task: (its name in lm-eval, its file)
@@ -69,13 +68,9 @@ def hub_row(name, record):
         choices = dict(text=record["choices"], label=labels)
         return dict(question=record["question"], choices=choices, answerKey=labels[record["gold"]])
     if name == "winogrande":
-        start, options = tasks.winogrande.shared(record), tasks.winogrande.choices(record)
-        return dict(
-            sentence=f"{start}_ {record['end']}",
-            option1=options[0],
-            option2=options[1],
-            answer=str(record["gold"] + 1),
-        )
+        first, second = record["names"]
+        answer = str(record["gold"] + 1)
+        return dict(sentence=record["sentence"], option1=first, option2=second, answer=answer)
     if name == "piqa":
         first, second = record["choices"]
         return dict(goal=record["goal"], sol1=first, sol2=second, label=record["gold"])

@@ -118,7 +118,7 @@ def measure(root, stages, samples):
                 row = torch.tensor([prompt + answer])
                 hidden = sft.hidden(row)[0, len(prompt) - 1 : -1]
                 targets = row[0, len(prompt) :]
-                sft_logprobs = losses.token_logprobs(hidden, sft.head_weight, targets)
+                sft_logprobs = losses.token_logprobs(hidden, sft.head, targets)
                 kl.append(sum(logprobs) - float(sft_logprobs.sum()))
                 scores.append(gain * float(scorer.score(scorer.hidden(row))[0, -1]) + bias)
         wins = [1.0 * (a > b) + 0.5 * (a == b) for a, b in zip(worth, sft_worth, strict=True)]

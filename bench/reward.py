@@ -1,10 +1,8 @@
 """What a reward function says of a model's answers to the prompts of a prepared folder.
 
-    python -m prepare.toy task=bullets out=data/bullets
-    python -m prepare.instructions source=data/bullets/test.jsonl model=models/smollm2 \\
-        out=data/bullets/test
-    python -m bench.reward model=models/smollm2 data=data/bullets/test \\
-        reward=prepare/toy.py:three_bullets
+    python -m prepare.instructions source=bullets split=test model=models/smollm2 \\
+        out=data/bullets-test
+    python -m bench.reward model=models/smollm2 data=data/bullets-test reward=bullets
 
 Prints three answers, the mean of the reward, the share of answers that get 1 or more, and the share
 that end by themselves.
@@ -23,9 +21,9 @@ from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, Temperature
 
 @dataclass
 class Config:
-    reward: PathText  # file.py:function, as in ppo.py
+    reward: PathText  # task or file.py:function, as in ppo.py
     model: PathText = "models/smollm2"  # model or adapter directory
-    data: PathText = "data/bullets/test"  # prepared folder
+    data: PathText = "data/bullets-test"  # prepared folder
     rows: NonNegativeInt = 100  # the first prompts; 0: all
     temperature: Temperature = 1.0  # 0: always the likeliest token
     max_new_tokens: PositiveInt = 96

@@ -101,9 +101,12 @@ def block_bytes(model, size, tensor, document):
         short = size == 2 and document <= SHORT
         attention += cfg.n_heads * document * size if short else q * size
     norm = size  # of a number in its input
-    if on_cpu and cfg.norm == "rms":
-        norm = 4 + 4 * model.layers[0].input_layernorm.weight.requires_grad
-    if cfg.qk_norm:
+    trained = model.model["norm"].weight.requires_grad
+    if cfg.norm == "rms1":
+        norm = 4 * (1 + trained + on_cpu)
+    elif on_cpu and cfg.norm == "rms":
+        norm = 4 + 4 * trained
+    if cfg.qk_norm != "none":
         attention += norm * qk
     units = 4 if cfg.mlp == "gated" else 2
     shared = attention + units * cfg.ffn_dim * size

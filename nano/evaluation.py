@@ -31,8 +31,7 @@ from typing import Annotated
 import numpy as np
 import torch
 
-import tasks
-from nano import generate, losses
+from nano import generate, losses, tasks
 from nano.config import UserError
 
 # Tokens of a batch with all that they see. On a CPU small batches are twice as fast: they stay in
@@ -112,7 +111,7 @@ def score_batch(model, head, questions, prefix, common):
     The rest of each context is computed once, a row for each. Its keys and values are then copied
     for its options, again a row for each. A context with a single option is one row with it.
     """
-    device = head.device
+    device = head.weight.device
     alone = all(len(q.options) == 1 for q in questions)
     rows = [q.context + q.options[0][:-1] if alone else q.context for q in questions]
     cache = positions = None
@@ -170,7 +169,7 @@ def loglikelihoods(model, rt, questions, slots=None):
     results. slots: of the cache of a batch; by default what suits the device."""
     slots = slots or SLOTS.get(rt.device.type, GPU_SLOTS)
     copy = generate.snapshot(model, rt.dtype, pack=False)
-    head = generate.frozen(model.head_weight, rt.dtype)
+    head = model.head._replace(weight=generate.frozen(model.head_weight, rt.dtype))
     firsts = np.cumsum([0, *(len(q.options) for q in questions)])
     totals = torch.zeros(2, firsts[-1], dtype=torch.float64)  # logprobs, hits
     turn = 0
@@ -184,7 +183,9 @@ def loglikelihoods(model, rt, questions, slots=None):
             if turn % rt.world != rt.rank:
                 continue
             if prefix and common is None:
-                common = prefix_cache(copy, questions[batch[0]].context[:prefix], head.device)
+                common = prefix_cache(
+                    copy, questions[batch[0]].context[:prefix], head.weight.device
+                )
             scored = score_batch(copy, head, [questions[i] for i in batch], prefix, common)
             places = np.concatenate([np.arange(firsts[i], firsts[i + 1]) for i in batch])
             totals[:, places] = torch.stack([t.double() for t in scored])
@@ -315,7 +316,7 @@ def conversation(task, record, shots):
     """The messages that ask for the record's answer, with the shots as earlier turns."""
     turns = []
     for shot in shots:
-        turns += [*task.request(shot), dict(role="assistant", content=task.answer_of(shot))]
+        turns += task.solved(shot)
     turns += task.request(record)
     turns[0] = turns[0] | dict(content=task.intro_of(record) + turns[0]["content"])
     return turns
@@ -325,12 +326,11 @@ def shots_text(task, record, shots):
     return task.intro_of(record) + "".join(task.shot(shot) + "\n\n" for shot in shots)
 
 
-def chat_options(tok, turns, choices):
-    """[(context ids, option ids)] of choices as answers in a conversation, without the tokens that
-    end the answer."""
+def chat_options(tok, turns, replies):
+    """[(context ids, option ids)] of the assistant's replies in a conversation, without the tokens
+    that end a reply."""
     pairs = []
-    for choice in choices:
-        answer = dict(role="assistant", content=choice)
+    for answer in replies:
         ids, mask = tok.render([*turns, answer], last_only=True)
         start = mask.index(1)
         end = len(mask) - mask[::-1].index(1)
@@ -343,7 +343,7 @@ def chat_options(tok, turns, choices):
 def option_ids(task, tok, record, shots, chat):
     """[(context ids, option ids)] of a record with choices."""
     if chat:
-        return chat_options(tok, conversation(task, record, shots), task.choices(record))
+        return chat_options(tok, conversation(task, record, shots), task.replies(record))
     before = shots_text(task, record, shots)
     return [split_ids(tok, before + start, end) for start, end in task.options_of(record)]
 
@@ -351,7 +351,10 @@ def option_ids(task, tok, record, shots, chat):
 def prompt_ids(task, tok, record, shots, chat):
     """The ids after which the free answer to a record begins."""
     if chat:
-        return tok.render(conversation(task, record, shots), add_generation_prompt=True)[0]
+        turns = conversation(task, record, shots)
+        if tok.template == "columns" and hasattr(task.module, "columns"):
+            return chat_options(tok, turns, task.replies(record))[0][0]  # the answer has a name
+        return tok.render(turns, add_generation_prompt=True)[0]
     text = shots_text(task, record, shots) + task.prompt(record)
     return tok.encode(text, bos=tok.add_bos)
 

@@ -273,7 +273,7 @@ FAMILIES = {  # by model_type
         defaults=QWEN | {"head_dim": 128},
         read=read_qwen,
         write=write_qwen,
-        always={"qk_norm": True},
+        always={"qk_norm": "head"},
     ),
     "gpt2": Family(
         {"lm": "GPT2LMHeadModel", "score": "GPT2ForSequenceClassification"},

@@ -1,6 +1,6 @@
 """A user's own function, named on the command line as file.py:function, such as a reward.
 
-    function = functions.load_function("prepare/toy.py:three_bullets")
+    function = functions.load_function("prepare/toy.py:gold")
     scores = functions.judge(function, tok, prompts, responses, finished, records)
 
 It is called as f(prompt, response, finished), or as f(prompt, response, finished, record) where it
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-import tasks
+from nano import tasks
 from nano.config import FLOAT32_MAX, UserError
 
 

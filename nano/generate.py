@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lora import LoRA, dense
-from model import empty
+from model import empty, soft_cap
 from nano.config import UserError
 
 PREFILL = 8192  # tokens of prompt that one forward takes
@@ -190,6 +190,7 @@ class Batch:
         self.dtype = torch.get_autocast_dtype(device.type) if autocast else model.head_weight.dtype
         self.model = snapshot(model, self.dtype, plan.pack)
         self.head = FrozenLinear(frozen(model.head_weight, self.dtype), None, plan.pack)
+        _, self.logit_scale, self.logit_cap = model.head
         self.sampling = sampling
         self.device = device
         self.stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
@@ -275,9 +276,8 @@ class Batch:
         cache = [(keys[:rows], values[:rows]) for keys, values in self.cache]
         hidden = self.model.hidden(last[:, None], position[:, None], cache=cache)
         at = count[:, None]
-        token, logprob = choose(
-            self.head(hidden[:, 0]), uniform.gather(1, at)[:, 0], **self.sampling
-        )
+        logits = soft_cap(self.head(hidden[:, 0] * self.logit_scale), self.logit_cap)
+        token, logprob = choose(logits, uniform.gather(1, at)[:, 0], **self.sampling)
         tokens.scatter_(1, at, token[:, None])
         logprobs.scatter_(1, at, logprob[:, None])
         last.copy_(token)

@@ -12,6 +12,8 @@ import math
 
 import torch
 
+from model import Head, soft_cap
+
 CHUNK_LOGITS = 2**25  # on a CPU: 64 MB in bf16
 BLOCK_LOGITS = 2**21  # on a CPU: 8 MB in fp32, which its cache holds
 
@@ -34,16 +36,19 @@ def block_logits(device):
     return min(BLOCK_LOGITS if device.type == "cpu" else math.inf, chunk_logits(device))
 
 
-def _operands(hidden, head_weight):
-    """hidden and head_weight in the dtype of the products: that of autocast where it is on."""
+def _operands(hidden, matrix):
+    """hidden and the output matrix in the dtype of their product, autocast's where it is on."""
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    return hidden.to(dtype), head_weight.to(dtype)
+    return hidden.to(dtype), matrix.to(dtype)
 
 
-def _gathered(head_weight):
-    """The output matrix, gathered where a tensor group shards it."""
-    return head_weight.full_tensor() if hasattr(head_weight, "full_tensor") else head_weight
+def _parts(hidden, head):
+    """hidden times the scale of the head, the output matrix, gathered where a tensor group shards
+    it, and the cap of the logits."""
+    weight, scale, cap = head if isinstance(head, Head) else Head(head)
+    weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return hidden if scale == 1.0 else hidden * scale, weight, cap
 
 
 def _chunks(hidden, weight):
@@ -73,12 +78,17 @@ def _over_blocks(function, logits, *args):
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
-def _log_softmax(logits, temperature=1.0):
+def _log_softmax(logits, cap, temperature=1.0):
     """The fp32 log-probabilities (n, V) of a block."""
-    logits = logits.float()
+    logits = soft_cap(logits.float(), cap)
     if temperature != 1.0:
-        logits /= temperature
+        logits = logits / temperature
     return torch.log_softmax(logits, dim=-1)
+
+
+def _through_cap(grad, logits, cap):
+    """The gradient by the logits of a block, from that by the capped ones, in place."""
+    return grad.mul_(1 - torch.tanh(logits.float() / cap) ** 2) if cap else grad
 
 
 def _pick(logprobs, targets):
@@ -94,30 +104,32 @@ def _add_at(x, targets, values):
     return x.scatter_add_(1, targets[:, None], values[:, None])
 
 
-def _nll(logits, targets, weights, gradient):
+def _nll(logits, targets, weights, cap, gradient):
     """The loss (n,) of a block, in a tuple. With `gradient` the logits become the gradient by them,
     weight * (softmax - onehot)."""
-    logprobs = _log_softmax(logits)
+    logprobs = _log_softmax(logits, cap)
     loss = -_pick(logprobs, targets) * weights
     if gradient:
-        logits.copy_(_add_at(logprobs.exp_().mul_(weights[:, None]), targets, -weights))
+        grad = _add_at(logprobs.exp_().mul_(weights[:, None]), targets, -weights)
+        logits.copy_(_through_cap(grad, logits, cap))
     return (loss,)
 
 
-def _picked(logits, targets, temperature):
+def _picked(logits, targets, cap, temperature):
     """The log-probabilities of the targets and the entropies of a block, both (n,)."""
-    logprobs = _log_softmax(logits, temperature)
+    logprobs = _log_softmax(logits, cap, temperature)
     return _pick(logprobs, targets), -(logprobs.exp() * logprobs).sum(-1)
 
 
-def _picked_backward(logits, targets, temperature, entropy, grad_picked, grad_entropy):
+def _picked_backward(logits, targets, cap, temperature, entropy, grad_picked, grad_entropy):
     """The logits of a block become the gradient by them: d log p_t = onehot - p for the
     log-probability, d H = -p (log p + H) for the entropy."""
-    logprobs = _log_softmax(logits, temperature)
+    logprobs = _log_softmax(logits, cap, temperature)
     p = logprobs.exp()
     grad = logprobs.add_(entropy[:, None]).mul_(grad_entropy[:, None])
     grad = grad.add_(grad_picked[:, None]).mul_(p).neg_()
-    logits.copy_(_add_at(grad, targets, grad_picked).div_(temperature))
+    grad = _add_at(grad, targets, grad_picked).div_(temperature)
+    logits.copy_(_through_cap(grad, logits, cap))
     return ()
 
 
@@ -150,13 +162,13 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, weights):
-        x, w = _operands(hidden, head)
+    def forward(ctx, hidden, matrix, targets, weights, cap):
+        x, w = _operands(hidden, matrix)
         grads = _Gradients(ctx, x, w)
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         needed = any(ctx.needs_input_grad)
         for rows, logits in _chunks(x, w):
-            (nll,) = _over_blocks(_nll, logits, targets[rows], weights[rows], needed)
+            (nll,) = _over_blocks(_nll, logits, targets[rows], weights[rows], cap, needed)
             loss += nll.sum()
             grads.add(rows, logits, x, w)
         ctx.save_for_backward(grads.x, grads.w)
@@ -164,66 +176,70 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # autograd casts what is returned to the dtypes of hidden and head
-        return *(None if g is None else g.mul_(grad) for g in ctx.saved_tensors), None, None
+        # autograd casts what is returned to the dtypes of hidden and matrix
+        return *(None if g is None else g.mul_(grad) for g in ctx.saved_tensors), None, None, None
 
 
-def cross_entropy(hidden, head_weight, targets, weights):
+def cross_entropy(hidden, head, targets, weights):
     """The summed next-token loss, fp32: divide it by the global number of target tokens.
 
-    hidden (N, C), head_weight (V, C), targets (N,) int64, weights (N,), 0 for no target. Returns
-    sum_n weights_n * -log softmax(hidden_n @ head_weight^T)[targets_n].
+    hidden (N, C), head: a model's Head or an output matrix (V, C), targets (N,) int64, weights
+    (N,), 0 for no target. Returns sum_n weights_n * -log softmax(hidden_n @ matrix^T)[targets_n],
+    with the logits scaled and capped as the Head says.
     """
-    head_weight = _gathered(head_weight)
+    hidden, matrix, cap = _parts(hidden, head)
     if not torch.is_grad_enabled():  # needs_input_grad ignores no_grad
-        hidden, head_weight = hidden.detach(), head_weight.detach()
-    return _CrossEntropy.apply(hidden, head_weight, targets, weights.float())
+        hidden, matrix = hidden.detach(), matrix.detach()
+    return _CrossEntropy.apply(hidden, matrix, targets, weights.float(), cap)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     """log p(target_n), and the entropy of p at n. The backward pass recomputes the softmax."""
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, temperature):
-        x, w = _operands(hidden, head)
+    def forward(ctx, hidden, matrix, targets, cap, temperature):
+        x, w = _operands(hidden, matrix)
         out = torch.empty(len(targets), dtype=torch.float32, device=x.device)
         entropy = torch.empty_like(out)
         for rows, logits in _chunks(x, w):
-            out[rows], entropy[rows] = _over_blocks(_picked, logits, targets[rows], temperature)
-        ctx.save_for_backward(hidden, head, targets, entropy)
-        ctx.temperature = temperature
+            block = targets[rows], cap, temperature
+            out[rows], entropy[rows] = _over_blocks(_picked, logits, *block)
+        ctx.save_for_backward(hidden, matrix, targets, entropy)
+        ctx.settings = cap, temperature
         ctx.dtype = x.dtype
         return out, entropy
 
     @staticmethod
     def backward(ctx, grad_out, grad_entropy):
-        hidden, head, targets, entropy = ctx.saved_tensors
-        x, w = hidden.to(ctx.dtype), head.to(ctx.dtype)
+        hidden, matrix, targets, entropy = ctx.saved_tensors
+        x, w = hidden.to(ctx.dtype), matrix.to(ctx.dtype)
         grads = _Gradients(ctx, x, w)
         for rows, logits in _chunks(x, w):
             given = entropy[rows], grad_out[rows], grad_entropy[rows]
-            _over_blocks(_picked_backward, logits, targets[rows], ctx.temperature, *given)
+            _over_blocks(_picked_backward, logits, targets[rows], *ctx.settings, *given)
             grads.add(rows, logits, x, w)
-        return grads.x, grads.w, None, None
+        return grads.x, grads.w, None, None, None
 
 
-def token_logprobs(hidden, head_weight, targets, temperature=1.0, entropy=False):
-    """log softmax(hidden @ head_weight^T / temperature)[targets], (N,) fp32.
+def token_logprobs(hidden, head, targets, temperature=1.0, entropy=False):
+    """log softmax(logits / temperature)[targets], (N,) fp32.
 
-    hidden (N, C), head_weight (V, C), targets (N,). Differentiable. With entropy=True it returns
-    (logprobs, entropies of the whole distributions), both (N,).
+    hidden (N, C), head: a model's Head or an output matrix (V, C), targets (N,). Differentiable.
+    With entropy=True it returns (logprobs, entropies of the whole distributions), both (N,).
     """
-    out = _TokenLogprobs.apply(hidden, _gathered(head_weight), targets, temperature)
+    hidden, matrix, cap = _parts(hidden, head)
+    out = _TokenLogprobs.apply(hidden, matrix, targets, cap, temperature)
     return out if entropy else out[0]
 
 
 @torch.no_grad()
-def hits(hidden, head_weight, targets):
+def hits(hidden, head, targets):
     """For validation: 1.0 where the likeliest token is the target, else 0.0, (N,) float32.
 
-    hidden (N, C), head_weight (V, C), targets (N,).
+    hidden (N, C), head: a model's Head or an output matrix (V, C), targets (N,).
     """
+    hidden, matrix, _ = _parts(hidden, head)  # no cap changes which logit is the largest
     hit = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    for rows, logits in _chunks(*_operands(hidden, _gathered(head_weight))):
+    for rows, logits in _chunks(*_operands(hidden, matrix)):
         hit[rows] = (logits.argmax(-1) == targets[rows]).float()
     return hit

@@ -6,6 +6,7 @@ A module's class says how its layers are shared, as tuples of names:
 COLUMN      Weights are sharded by output. Each device computes some heads, or units of the MLP.
 ROW         Weights are sharded by input. Each device computes a summand of the output.
 PER_HEAD    The layer runs on each head alone. Weights are replicated, activations sharded by head.
+WHOLE       The layer runs on all heads at once. Weights are replicated, activations are gathered.
 VOCABULARY  Embedding and output matrix are sharded by token.
 
 All other parameters are replicated. A LoRA adapter is shared as the layer around which it stands.
@@ -34,7 +35,7 @@ def shared_layers(model):
     styles = {}
     for name, module in modules.items():
         prefix = f"{name}." if name else ""
-        for style in ("COLUMN", "ROW", "PER_HEAD", "VOCABULARY"):
+        for style in ("COLUMN", "ROW", "PER_HEAD", "WHOLE", "VOCABULARY"):
             for child in getattr(module, style, ()):
                 if prefix + child in modules:
                     styles[prefix + child] = style
@@ -78,8 +79,8 @@ def shard(model, mesh, dtype_of):
         sharded = distribute_tensor(full, mesh, [placement], src_data_rank=None)
         module.register_parameter(key, nn.Parameter(sharded, requires_grad=p.requires_grad))
 
-    inputs = dict(ROW=Shard(-1), PER_HEAD=Shard(2))
-    outputs = dict(COLUMN=Shard(-1), PER_HEAD=Shard(2))
+    inputs = dict(ROW=Shard(-1), PER_HEAD=Shard(2), WHOLE=Shard(-1))
+    outputs = dict(COLUMN=Shard(-1), PER_HEAD=Shard(2), WHOLE=Shard(-1))
     styles = shared_layers(model)
     hooked = ()
     for name, module in model.named_modules():
@@ -87,17 +88,20 @@ def shard(model, mesh, dtype_of):
         if (module._parameters or isinstance(module, LoRA)) and not name.startswith(hooked):
             hooked += (f"{name}.",)
             style = styles.get(name)
-            enter = functools.partial(_enter, mesh, inputs.get(style, Replicate()))
+            placement = inputs.get(style, Replicate())
+            computed = Replicate() if style == "WHOLE" else placement
+            enter = functools.partial(_enter, mesh, placement, computed)
             leave = functools.partial(_leave, outputs.get(style, Replicate()))
             module.register_forward_pre_hook(enter)
             module.register_forward_hook(leave)
 
 
-def _enter(mesh, placement, module, inputs):
-    """Forward pre-hook: plain tensors become DTensors."""
+def _enter(mesh, placement, computed, module, inputs):
+    """Forward pre-hook: plain tensors become DTensors, redistributed to `computed`."""
     from torch.distributed.tensor import DTensor
 
-    return tuple(DTensor.from_local(x, mesh, [placement], run_check=False) for x in inputs)
+    inputs = [DTensor.from_local(x, mesh, [placement], run_check=False) for x in inputs]
+    return tuple(x.redistribute(placements=[computed]) for x in inputs)
 
 
 def _leave(placement, module, inputs, output):

@@ -1078,6 +1078,10 @@ class Tokenizer:
         learned = {n for n in answers[-last_only:] if messages[n].get("weight") != 0}
         if self.template == "columns":  # it lays out one answer, the last message
             learned &= {len(messages) - 1}
+            for n, message in enumerate(messages):
+                if message.get("columns"):  # which stand in the place of the content
+                    texts = (text for _, text in message["columns"])
+                    messages[n] = message | {"content": "\n\n".join(texts)}
         request = (messages, add_generation_prompt, tools, learned, self.empty_thoughts)
         try:
             layout = self.layout.lay_out(*request)

@@ -21,15 +21,13 @@ from types import SimpleNamespace
 
 import numpy as np
 
-import tasks
-from nano import tokenizer
+from nano import records, tasks, tokenizer
 from nano.chat import NotFollowed
 from nano.config import UserError, refuse
 from nano.files import refuse_overwrite
+from nano.records import BadRecord
 from nano.store import Store, Writer, check_target, read_meta
-from prepare import records
 from prepare.fields import Drop, message, names_in
-from prepare.records import BadRecord
 
 RUN = 1024  # rows that are copied into a split at once
 REASONS = 12  # reasons of dropped records that are shown
@@ -227,7 +225,7 @@ def fill_split(cfg, writer, split, unit, files, hub):
         if files:
             sources = ((f, records.read_file(f, bar)) for f in files)
         elif hub[2] is None:
-            sources = [(hub[0], enumerate(tasks.load(hub[0]).rows(shots=True), 1))]
+            sources = [(hub[0], enumerate(tasks.load(hub[0]).rows(cfg.split == "train"), 1))]
         else:
             sources = [(hub[0], records.read_hub(*hub))]
         settings = (cfg, job.encode, job.template)

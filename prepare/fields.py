@@ -11,7 +11,7 @@ A message is what tok.render takes: {"role", "content"}, and perhaps "input", "c
 import json
 import re
 
-from prepare.records import BadRecord
+from nano.records import BadRecord
 
 
 class Drop(Exception):

@@ -30,23 +30,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tasks
-from nano import config
+from nano import config, records, tasks
 from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError, With, Without
-from prepare import convert, fields, records
+from nano.records import BadRecord
+from prepare import convert, fields
 from prepare.fields import Drop, message, task, text, turns
-from prepare.records import BadRecord
 
 
 @dataclass
 class Config:
     # what
-    source: PathText  # file, folder, known set (`SETS` in this file), task (tasks/) or hub id
+    source: PathText  # file, folder, task (tasks/), known set (`SETS` in this file) or hub id
     model: PathText  # model directory whose tokenizer is used
     out: PathText  # the prepared folder; an earlier one there is replaced at the end
     path: PathText | None = None  # local file or folder of a known set; none: the hub
     subset: str | None = None  # of a hub id: the configuration
-    split: str = "train"  # of a hub id, or of a folder whose files are named by splits
+    # of a hub id, or of a folder whose files are named by splits. Of a task: train or test
+    split: str = "train"
     ignore: Annotated[tuple[str, ...], Without("text_field")] = ()  # fields that may be lost
     # how it is rendered
     template: str | None = None  # chat template by name; none: the model's own
@@ -150,62 +150,27 @@ def openorca(r):
     return messages
 
 
-def choices(r, column, labels, texts, label):
-    """Messages of a question with several answers, of which the one with `label` is right."""
-    if not (isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels)):
-        raise BadRecord("'choices' is not a list of answers, with a label each")
-    if label not in labels:
-        raise BadRecord(f"the answer {label!r} is none of the choices")
-    options = " ".join(f"({a}): {t}" for a, t in zip(labels, texts, strict=True))
-    answer = text({"choices": texts[labels.index(label)]}, "choices")
-    return task([["QUESTION", text(r, "question")], [column, options]], "ANSWER", answer)
-
-
-def mmlu(r):
-    options = r.get("choices")
-    labels = list(range(len(options))) if isinstance(options, list) else None
-    return choices(r, "CHOICES", labels, options, r.get("answer"))
-
-
-def arc(r):
-    options = r["choices"] if isinstance(r.get("choices"), dict) else {}
-    labels, texts = options.get("label"), options.get("text")
-    return choices(r, "CANDIDATE ANSWERS", labels, texts, r.get("answerKey"))
-
-
-def winogrande(r):
-    answer = str(r.get("answer"))  # "1" or "2"; the files hold text, some copies numbers
-    if answer not in ("1", "2"):
-        raise BadRecord(f"'answer' is {answer!r} and neither 1 nor 2")
-    columns = [[key.upper(), text(r, key)] for key in ("sentence", "option1", "option2")]
-    return task(columns, "ANSWER", columns[int(answer)][1])
-
-
 SETS = {  # name: (hub id, configurations, split, record -> messages)
     "alpaca": ("tatsu-lab/alpaca", [None], "train", recognise),
     "cot-collection": ("kaist-ai/CoT-Collection", [None], "train", cot),
     "slimorca": ("Open-Orca/SlimOrca", [None], "train", slimorca),
     "openorca-multiplechoice": ("beaugogh/openorca-multiplechoice-10k", [None], "train", openorca),
-    "mmlu": ("cais/mmlu", ["all"], "auxiliary_train", mmlu),
-    "arc": ("allenai/ai2_arc", ["ARC-Challenge", "ARC-Easy"], "train", arc),
-    "gsm8k": ("openai/gsm8k", ["main"], "train", recognise),
-    **{
-        f"winogrande_{size}": ("allenai/winogrande", [f"winogrande_{size}"], "train", winogrande)
-        for size in ("xs", "s", "m", "l", "xl")
-    },
 }
 
 
+def known_names():
+    return [*SETS, *tasks.names()]
+
+
 @functools.cache
-def known_set(source):
+def known_set(source, split):
     """The entry of SETS that `source` names, or that of the task (tasks/) of this name, or None."""
     if source in SETS:
         return SETS[source]
     if source.partition(":")[0] not in tasks.names():
         return None
-    benchmark = tasks.load(source)
-    name, configuration, split = benchmark.training_set()
-    return name, [configuration], split, benchmark.conversation
+    named = tasks.load(source)
+    return *named.source_of(split), named.conversation
 
 
 def split_text(cfg, record):
@@ -245,7 +210,7 @@ def encode(cfg, tok, record):
         ids, mask = fit(cfg, *read_rendered(cfg, tok, record), counts)
         return convert.Unit([(ids, mask)], ids, counts)
     rest = fields.without(record, cfg.ignore)
-    named = known_set(cfg.source)
+    named = known_set(cfg.source, cfg.split)
     known = cfg.text_field or named  # what such records may lose is known
     tools = None if known else fields.definitions(rest)
     counts = {}
@@ -318,10 +283,10 @@ def fit(cfg, ids, mask, counts):
 
 def find_files(cfg, hub):
     """The files of the source; None for those of the hub. UserError where it can be neither."""
-    known = known_set(cfg.source)
+    known = known_set(cfg.source, cfg.split)
     if cfg.path and not known:
         raise UserError(
-            f"path= goes with the name of a known set ({', '.join(SETS)}), and "
+            f"path= goes with the name of a known set ({', '.join(known_names())}), and "
             f"source={cfg.source} is none"
         )
     path = cfg.path or cfg.source
@@ -331,10 +296,9 @@ def find_files(cfg, hub):
     # org/name is an id of the hub, unless it looks like a mistyped path
     is_path = records.suffix(Path(hub)) in records.SUFFIXES or Path(hub).parent.exists()
     if not files and (cfg.path or is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", hub)):
-        near = config.nearest(cfg.source, SETS)
-        hint = (
-            f"did you mean '{near}'?" if near and not known else f"known sets are {', '.join(SETS)}"
-        )
+        near = config.nearest(cfg.source, known_names())
+        names = ", ".join(known_names())
+        hint = f"did you mean '{near}'?" if near and not known else f"known sets are {names}"
         raise UserError(f"there is no file or folder {path}; {hint}")
     return files
 
@@ -345,7 +309,7 @@ def main(cfg):
     tok, writer = convert.start(cfg, encode, template)
     if tok.layout is None or tok.layout.broken:
         tok.render([message("user", "")])  # raises what says so
-    hub = (known_set(cfg.source) or (cfg.source, [cfg.subset], cfg.split))[:3]
+    hub = (known_set(cfg.source, cfg.split) or (cfg.source, [cfg.subset], cfg.split))[:3]
     written = hub[2] is None and not cfg.path  # by a program
     files = None if written else find_files(cfg, hub[0])
     with writer:

@@ -30,11 +30,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Literal
 
-from nano import config
+from nano import config, records
 from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError
-from prepare import convert, fields, records
+from nano.records import BadRecord
+from prepare import convert, fields
 from prepare.fields import Drop, message, text, turns
-from prepare.records import BadRecord
 
 
 @dataclass

@@ -44,11 +44,10 @@ import numpy as np
 import regex
 import sentencepiece
 
-from nano import config, files, tokenizer, vocab
+from nano import config, files, records, tokenizer, vocab
 from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError
+from nano.records import BadRecord
 from nano.store import Writer, check_target, read_meta
-from prepare import records
-from prepare.records import BadRecord
 from prepare.vocab import added_tokens_decoder, byte_level_json
 
 SUFFIXES = (".txt", *records.SUFFIXES)

@@ -116,7 +116,7 @@ def convert_gguf(path, out, dtype):
         qkv_bias="blk.0.attn_q.bias" in gguf.tensors,
         o_bias="blk.0.attn_output.bias" in gguf.tensors,
         mlp_bias="blk.0.ffn_up.bias" in gguf.tensors,
-        qk_norm=arch == "qwen3",
+        qk_norm="head" if arch == "qwen3" else "none",
         tie_embeddings="output.weight" not in gguf.tensors,
         family="mistral" if arch == "llama" and window else arch,
     )

@@ -6,14 +6,17 @@ PARTS = {
     "challenge": ("allenai/ai2_arc", "ARC-Challenge", "test", "train"),
 }
 HUB = PARTS["challenge"]
+TRAIN = ("allenai/ai2_arc", ["ARC-Challenge", "ARC-Easy"], "train")
 
 
 def record(row):
     if "query" in row:  # llm-foundry's files
-        question = row["query"].removeprefix("Question: ")
-        return dict(question=question, choices=row["choices"], gold=int(row["gold"]))
-    labels, texts = row["choices"]["label"], row["choices"]["text"]
-    return dict(question=row["question"], choices=texts, gold=labels.index(row["answerKey"]))
+        question, texts, gold = row["query"], row["choices"], int(row["gold"])
+        question, labels = question.removeprefix("Question: "), [*"ABCDE"[: len(texts)]]
+    else:
+        question, labels, texts = row["question"], row["choices"]["label"], row["choices"]["text"]
+        gold = labels.index(row["answerKey"])
+    return dict(question=question, labels=labels, choices=texts, gold=gold)
 
 
 def prompt(record):
@@ -26,3 +29,10 @@ def choices(record):
 
 def gold(record):
     return {record["gold"]}
+
+
+def columns(record):
+    pairs = zip(record["labels"], record["choices"], strict=True)
+    listed = " ".join(f"({label}): {text}" for label, text in pairs)
+    question = [["QUESTION", record["question"]], ["CANDIDATE ANSWERS", listed]]
+    return question, record["choices"]

@@ -40,6 +40,10 @@ def answer(record):
     return record["answer"]
 
 
+def columns(record):
+    return [["QUESTION", record["question"]]], [record["answer"]]
+
+
 def score(prompt, response, finished, record):
     return float(last_number(response) == record["number"])
 

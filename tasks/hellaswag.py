@@ -30,3 +30,8 @@ def choices(record):
 
 def gold(record):
     return {record["gold"]}
+
+
+def columns(record):
+    listed = " ".join(f"({i}): {text}" for i, text in enumerate(record["endings"]))
+    return [["CONTEXT", record["start"]], ["CANDIDATE ENDINGS", listed]], record["endings"]

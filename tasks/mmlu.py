@@ -25,6 +25,7 @@ SUBJECTS = {subject: name for name, subjects in CATEGORIES.items() for subject i
 HUB = ("cais/mmlu", "all", "test", "dev")
 PARTS = {name: HUB for name in CATEGORIES}
 PARTS |= {subject: ("cais/mmlu", subject, "test", "dev") for subject in sorted(SUBJECTS)}
+TRAIN = ("cais/mmlu", ["all"], "auxiliary_train")  # whose rows have no subject
 
 
 def record(row):
@@ -39,7 +40,7 @@ def record(row):
         question, options, gold = row["question"], row["choices"], int(row["answer"])
     if len(options) != 4:
         raise ValueError(f"it has {len(options)} options and not 4")
-    if row["subject"] not in SUBJECTS:
+    if row["subject"] and row["subject"] not in SUBJECTS:
         raise ValueError(f"there is no subject {row['subject']!r}")
     return dict(subject=row["subject"], question=question, options=options, gold=gold)
 
@@ -54,7 +55,8 @@ def group(record):
 
 
 def groups(record):
-    return [SUBJECTS[record["subject"]], record["subject"]]
+    subject = record["subject"]
+    return [SUBJECTS[subject], subject] if subject else []
 
 
 def within(record, part):
@@ -72,3 +74,8 @@ def choices(record):
 
 def gold(record):
     return {record["gold"]}
+
+
+def columns(record):
+    listed = " ".join(f"({i}): {text}" for i, text in enumerate(record["options"]))
+    return [["QUESTION", record["question"]], ["CHOICES", listed]], record["options"]

@@ -64,7 +64,7 @@ def prepare(folder):
     tiny.model_dir(
         folder / "qwen",
         family="qwen3",
-        qk_norm=True,
+        qk_norm="head",
         qkv_bias=True,
         o_bias=True,
         vocab_size=265,

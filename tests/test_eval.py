@@ -11,8 +11,7 @@ import torch
 from test_tasks import ANSWERS, GOLDEN, MMLU
 
 import eval as eval_script
-import tasks
-from nano import config, evaluation, runtime, tokenizer
+from nano import config, evaluation, runtime, tasks, tokenizer
 from nano.config import UserError
 
 FAMILIES = dict(

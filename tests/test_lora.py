@@ -1,5 +1,4 @@
 import hashlib
-import importlib
 import json
 import math
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ import torch
 
 import lora
 import sft
-from nano import files, generate, tokenizer, weights
+from nano import evaluation, files, generate, tasks, tokenizer, weights
 from nano.config import UserError
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -450,24 +449,15 @@ def test_an_adapter_opens_under_the_template_that_it_was_trained_with(base, tmp_
     assert weights.open(tmp_path / "plain").tok.template == tokenizer.load(base).template
 
 
-def test_a_benchmark_asks_under_the_template_of_the_adapter(base, tmp_path, monkeypatch):
+def test_a_benchmark_asks_under_the_template_of_the_adapter(base, tmp_path):
     model = weights.load_model(base)
     tok = tokenizer.load(base, template="alpaca")
     lora.apply(model, rank=4, alpha=8)
     weights.save_adapter(model, tmp_path / "adapter", base=base, tok=tok)
-    record = dict(instruction="Why?", input="", output="So.")
-    (tmp_path / "test.jsonl").write_text(json.dumps(record) + "\n")
-    seen = []
-
-    def generated(model, prompts, *args, **kwargs):
-        seen.extend(prompts)
-        return SimpleNamespace(tokens=[[] for _ in prompts], finished=[True for _ in prompts])
-
-    monkeypatch.setattr(generate, "generate", generated)
-    module = importlib.import_module("bench.exact_match")
-    files = dict(model=str(tmp_path / "adapter"), data=str(tmp_path / "test.jsonl"))
-    module.main(module.Config(**files, device="cpu", dtype="float32"))
-    assert seen == [tok.render([dict(role="user", content="Why?")], True)[0]]
+    opened = weights.open(tmp_path / "adapter")
+    benchmark = evaluation.prepare(tasks.load("arithmetic"), opened.tok, opened.model.cfg, limit=1)
+    ask = [dict(role="user", content=benchmark.records[0]["question"])]
+    assert benchmark.prompts == [tok.render(ask, True)[0]]
 
 
 def test_the_scale_survives_the_directory(base, tmp_path):

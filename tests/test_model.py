@@ -258,7 +258,7 @@ def test_what_is_not_supported_is_refused_by_name(change, said, tmp_path):
     "change",
     [
         dict(qkv_bias=True),
-        dict(qk_norm=True),
+        dict(qk_norm="head"),
         dict(windows=(4, 0)),
         dict(family="mistral", o_bias=True),
     ],
@@ -409,7 +409,7 @@ def test_rope_stays_fp32_and_has_transformers_frequencies():
         dim=64, n_layers=1, n_heads=4, head_dim=16, rope_theta=500000.0, rope_scaling=LLAMA3_ROPE
     )
     model = Transformer(cfg).bfloat16()
-    assert model.inv_freq.dtype == torch.float32
+    assert model.ropes["global"].inv_freq.dtype == torch.float32
     scaled = LlamaConfig(**TINY, rope_parameters=LLAMA3_ROPE | dict(rope_theta=500000.0))
     reference = AutoModelForCausalLM.from_config(scaled).model.rotary_emb.inv_freq
     assert torch.allclose(rope_frequencies(cfg), reference, rtol=1e-6)

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nano import functions, store, tokenizer
+from nano import functions, records, store, tokenizer
 from nano.config import UserError
-from prepare import fields, instructions, preferences, records
-from prepare.records import BadRecord
+from nano.records import BadRecord
+from prepare import fields, instructions, preferences
 
 
 @pytest.fixture(scope="session")

@@ -189,7 +189,7 @@ def test_what_xla_shards():
 
 
 def test_what_devices_share_of_a_layer():
-    model = tiny.model(qkv_bias=True, o_bias=True, qk_norm=True, tie_embeddings=False)
+    model = tiny.model(qkv_bias=True, o_bias=True, qk_norm="head", tie_embeddings=False)
     lora.apply(model, rank=3, alpha=8)
     dims = tensor.shard_dims(model, 2)
     assert dims.keys() == {name for name, _ in model.named_parameters()}

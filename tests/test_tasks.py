@@ -1,11 +1,13 @@
 """Each task: one record -> the exact prompt, options and scores. And the loader's refusals."""
 
 import json
+import re
+from collections import Counter
 
 import pytest
 import tiny
 
-import tasks
+from nano import evaluation, tasks, tokenizer
 from nano.config import UserError
 
 GOLDEN = {}  # task: (row, prompt, options, gold)
@@ -107,6 +109,28 @@ ANSWERS["rules"] = (
     },
 )
 
+ANSWERS["toy"] = (
+    dict(instruction="Put every word in square brackets.", input="red dog", output="[red] [dog]",
+         kind="brackets"),
+    "Put every word in square brackets.\nInput: red dog\nAnswer:",
+    {"[red] [dog]": (1, 1), " [red] [dog]\n": (1, 1), "[Red] [dog]": (0, 0), "": (0, 0)},
+)
+ANSWERS["bullets"] = (
+    dict(question="Why? Answer in exactly three bullet points."),
+    "Question: Why? Answer in exactly three bullet points.\nAnswer:",
+    {"- a\n- b\n- c": (1, 1), "* a\n\n* b\n\n\u2022 c\n": (1, 1), "- a\n- b": (0.3, 0),
+     "- a": (0.15, 0), "- a\n- b\n- c\n- d": (0.3, 0), "- a\n- b\n- c\n- d\n- e\n- f": (0, 0),
+     "Sure:\n- a\n- b\n- c": (0.45 * 3 / 4, 0), "- a\nb\n- c\nd": (0.15, 0), "1. a\n2. b": (0, 0),
+     "-a\n-b\n-c": (0, 0), "": (0, 0)},
+)
+ANSWERS["sums"] = (
+    dict(question="24 + 8", answer="32"),
+    "Question: What is 34 + 5?\nAnswer: 39\n\nQuestion: What is 12 + 6?\nAnswer: 18\n\n"
+    "Question: What is 8 + 7?\nAnswer: 15\n\nQuestion: What is 24 + 8?\nAnswer:",
+    {"32": (1, 1), "24 + 8 = 32.": (1, 1), "32 or 33": (0.45, 0), "30": (0.4, 0), "41": (0.05, 0),
+     "1,032": (0, 0), "-32": (0, 0), "": (0, 0), "x": (0, 0)},
+)
+
 # other columns of the same records, in the files of other projects
 LOCAL = {
     "arc": dict(query="Question: Which is a metal?", choices=["iron", "wood"], gold=0),
@@ -131,6 +155,26 @@ LOCAL = {
     "twitter_complaints": dict(ID=0, Label=1, input="@shop it is broken", output="complaint"),
 }
 GOLDEN["arc"] = GOLDEN["arc:challenge"]
+REDUX = dict(question="What is 1+1?", choices="['1', '2', '3', '4']", answer="0", source="",
+             error_type="Wrong_Groundtruth ", correct_answer="B", subject="abstract_algebra")
+GOLDEN["mmlu_redux"] = REDUX, *GOLDEN["mmlu"][1:]
+
+# task: (row, the question's columns, the answer's text), which the template "columns" lays out
+COLUMNS = {
+    "arc": (ARC, [["QUESTION", "Which is a metal?"], ["CANDIDATE ANSWERS", "(A): iron (B): wood"]],
+            "iron"),
+    "mmlu": (GOLDEN["mmlu"][0] | dict(subject=""),
+             [["QUESTION", " What is 1+1?"], ["CHOICES", "(0): 1 (1): 2 (2): 3 (3): 4"]], "2"),
+    "hellaswag": (LOCAL["hellaswag"],
+                  [["CONTEXT", "Baking: A man. bakes. He"],
+                   ["CANDIDATE ENDINGS", "(0): sleeps long. (1): eats it."]], "eats it."),
+    "winogrande": (dict(sentence="The cat saw the dog, so _'s tail rose.", option1="the cat",
+                        option2="the dog", answer="1"),
+                   [["SENTENCE", "The cat saw the dog, so _'s tail rose."], ["OPTION1", "the cat"],
+                    ["OPTION2", "the dog"]], "the cat"),
+    "gsm8k": (ANSWERS["gsm8k"][0], [["QUESTION", "What is 600 + 634?"]],
+              ANSWERS["gsm8k"][0]["answer"]),
+}
 
 
 def one_record(path, spec, row):
@@ -158,6 +202,45 @@ def test_columns_of_a_local_file(tmp_path, spec):
     assert (task.prompt(record), task.options_of(record), task.gold(record)) == GOLDEN[spec][1:]
 
 
+@pytest.mark.parametrize("spec", COLUMNS)
+def test_columns(tmp_path, spec):
+    row, question, answer = COLUMNS[spec]
+    task, record = one_record(tmp_path, spec, row)
+    *_, asked, reply = task.solved(record)
+    assert (asked["columns"], reply["columns"]) == (question, [["ANSWER", answer]])
+    assert asked["content"] == task.prompt(record) and reply["content"] == task.answer_of(record)
+    # measured as it is trained on: what the options share ends where the answer begins
+    tiny.model_dir(tmp_path / "model")
+    tok = tokenizer.load(tmp_path / "model", template="columns")
+    laid_out = "".join(f"### {name}:\n{text}\n\n" for name, text in question) + "### ANSWER:\n"
+    if task.has_choices:
+        pairs = evaluation.chat_options(tok, task.request(record), task.replies(record))
+        assert {tok.decode(context) for context, _ in pairs} == {laid_out}
+        assert tok.decode(pairs[min(task.gold(record))][1]) == answer
+    else:
+        assert tok.decode(evaluation.prompt_ids(task, tok, record, [], True)) == laid_out
+
+
+def test_mmlu_redux(tmp_path):
+    """A folder of a CSV a subject, two delimiters, and answer keys that experts have mended."""
+    columns = "question,choices,answer,error_type,source,correct_answer,potential_reason"
+    row = """What?,"['w', 'x', 'y', 'z']",0,{}\n"""
+    anatomy = "ok,s,,", "Wrong Groundtruth,s,D,", "wrong_groundtruth,s,2,", "Expert,s,,"
+    (tmp_path / "mmlu_anatomy.csv").write_text(f"{columns}\n{''.join(map(row.format, anatomy))}")
+    virology = "What?;['w', 'x', 'y', 'z'];1;no correct answer;;;\n"
+    (tmp_path / "mmlu_virology.csv").write_text(f"{columns.replace(',', ';')}\n{virology}")
+    task = tasks.load("mmlu_redux", str(tmp_path))
+    records = task.records()
+    assert [min(task.gold(record)) for record in records] == [0, 3, 2, 0, 1]
+    assert [record["error"] for record in records][::2] == ["ok", "wrong groundtruth"] + [
+        "no correct answer"
+    ]
+    assert task.groups_of(records[4]) == ["other", "virology", "no correct answer"]
+    assert "about virology" in task.intro_of(records[4])
+    assert len(tasks.load("mmlu_redux:virology", str(tmp_path)).records()) == 1
+    assert len({*task.fingerprints()}) == 3
+
+
 @pytest.mark.parametrize("spec", ANSWERS)
 def test_answers(tmp_path, spec):
     row, prompt, scores = ANSWERS[spec]
@@ -166,7 +249,8 @@ def test_answers(tmp_path, spec):
     strict = getattr(task.module, "strict", task.module.score)
     for answer, (loose, exact) in scores.items():
         given = prompt, answer, True, record
-        assert (task.score(*given), strict(*given)) == (loose, exact), answer
+        worth = task.score(*given), strict(*given)
+        assert worth == pytest.approx((loose, exact)), answer
     if hasattr(task.module, "answer"):
         assert task.score(prompt, task.answer(record), True, record) == 1
         assert task.shot(record) == f"{prompt} {task.answer(record)}"
@@ -204,7 +288,7 @@ def test_mmlu_parts(tmp_path):
 
 
 BAD = [
-    ("arc", {}, r"rows.jsonl:1: the field 'choices' is missing, which a record of arc needs"),
+    ("arc", {}, r"rows.jsonl:1: the field 'question' is missing, which a record of arc needs"),
     ("arc", ARC | dict(answerKey="C"), r"rows.jsonl:1: no record of arc: "),
     ("arc", ARC | dict(choices=3), r"rows.jsonl:1: no record of arc: "),
     ("arc", LOCAL["arc"] | dict(gold=2), r"the right option is number \[2\] of 2"),
@@ -287,11 +371,15 @@ def test_rules():
         assert {name for row in rules.rows(shots) for name, _ in row["rules"]} == {*rules.RULES}
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "rules"])
+COUNTS = dict(arithmetic=(400, 4000), rules=(300, 900), toy=(300, 3000), bullets=(300, 300))
+COUNTS["sums"] = (48, 120)
+
+
+@pytest.mark.parametrize("name", COUNTS)
 def test_rows_that_a_program_writes(name):
     task = tasks.load(name)
     test, train = task.records(), task.records(shots=True)
-    assert len(test) >= 300 and len(train) >= 1000
+    assert (len(test), len(train)) >= COUNTS[name]
     asked = [{json.dumps(record) for record in part} for part in (test, train)]
     assert not asked[0] & asked[1] and len(asked[0]) == len(test)
     assert task.records() == test
@@ -302,10 +390,69 @@ def test_rows_that_a_program_writes(name):
             assert str(value[sign](int(a), int(b))) == record["answer"]
 
 
+COLORS = "red blue green black white yellow brown pink orange purple gray".split()
+SOLVE = {  # kind of toy tasks: its answer from the texts alone
+    "reverse": lambda i, x: " ".join(reversed(x.split())),
+    "alphabet": lambda i, x: ", ".join(sorted(x.split(", "))),
+    "longest": lambda i, x: max(x.split(", "), key=len),
+    "how_many": lambda i, x: str(x.count(",") + 1),
+    "story": lambda i, x: re.search(rf"(\d+) {re.search('How many (.+) are', i)[1]}", x)[1],
+    "capitals": lambda i, x: " ".join(w[0].upper() + w[1:] for w in x.split()),
+    "brackets": lambda i, x: "[" + x.replace(" ", "] [") + "]",
+    "second": lambda i, x: x.split()[1],
+    "swap": lambda i, x: " and ".join(reversed(x.split(" and "))),
+    "no_color": lambda i, x: " ".join(w for w in x.split() if w not in COLORS),
+}
+
+
+def test_toy():
+    """Every answer is right, worked out from the texts alone."""
+    from tasks import toy
+
+    records = [*toy.rows(False), *toy.rows(True)]
+    kinds = {
+        **dict.fromkeys(toy.ANIMALS, "animal"),
+        **dict.fromkeys(toy.FOODS, "food"),
+        **dict.fromkeys(toy.TOOLS, "tool"),
+    }
+    assert {*Counter(r["kind"] for r in records).values()} == {275}
+    assert len({r["input"] for r in records}) == len(records) == 3300
+    for r in records:
+        text, answer = r["input"], r["output"]
+        if r["kind"] == "kinds":
+            assert answer == ", ".join(kinds[word] for word in text.split(", "))
+        elif r["kind"] == "fields":
+            count, color, animal = re.fullmatch(
+                r"count: (\d+); color: (\w+); animal: (\w+)", answer
+            ).groups()
+            assert text.startswith(f"{count} {color} {animal[:1]}") and animal in toy.ANIMALS
+        else:
+            assert SOLVE[r["kind"]](r["instruction"], text) == answer
+        assert answer == answer.strip() != ""
+
+
+def test_bullets_and_sums():
+    from tasks import bullets, sums, toy
+
+    known = {*toy.ANIMALS, *toy.FOODS, *toy.TOOLS, *toy.PLACES}
+    subjects = []
+    for shots in (False, True):
+        words = " ".join(row["question"] for row in bullets.rows(shots)).replace(".", " ").split()
+        subjects.append({word.strip("?") for word in words} & known)
+    assert subjects[0] and subjects[1] and not subjects[0] & subjects[1]
+    assert bullets.score("", "- a\n- b\n- c", False, {}) == 0.45
+    for row in [*sums.rows(False), *sums.rows(True)]:
+        a, b = row["question"].split(" + ")
+        assert int(a) + int(b) == int(row["answer"])
+    assert sums.score("", "32", False, dict(answer="32")) == 0
+    turns = sums.messages(dict(question="1 + 1"))
+    assert all(turn.get("weight", 1) == (turn["role"] == "user") for turn in turns)
+
+
 def test_a_task_prepares_rows_and_scores_as_a_reward(tmp_path):
     """source=TASK and reward=TASK: prompts with their records, the answers of those that have one,
     and an iteration of PPO that the task scores."""
-    from nano import store, tokenizer
+    from nano import store
     from prepare import instructions
 
     tiny.model_dir(tmp_path / "model")
@@ -339,7 +486,7 @@ def test_a_task_prepares_rows_and_scores_as_a_reward(tmp_path):
     tiny.train("ppo", tiny.arguments(settings))
     (line,) = tiny.records(tmp_path / "run", "train")
     assert 0 <= line["reward"] <= 1
-    for reward, message in (("arc", "scores no answers; those that do are arithmetic, gsm8k"),
+    for reward, message in (("arc", "scores no answers; those that do are arithmetic, bullets, gsm8k"),
                             ("gsm8k", "a prompt comes with the field 'question'|'answer'")):
         with pytest.raises(UserError, match=message):
             tiny.train("ppo", tiny.arguments(settings | dict(reward=reward, out=tmp_path / "r")))

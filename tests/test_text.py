@@ -16,10 +16,10 @@ import tiny
 from conftest import ROOT
 
 from bench.tokenizers import with_specials
-from nano import config, tokenizer
+from nano import config, records, tokenizer
 from nano.config import UserError
 from nano.store import Store, read_meta
-from prepare import records, text
+from prepare import text
 
 DOCS = [
     "One.\nTwo  lines\n",

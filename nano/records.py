@@ -460,7 +460,9 @@ def read_file(path, bar):
         first = head.removeprefix(BOM).lstrip()[:1]
         f.seek(0)
         if suffix(path) == ".csv":
-            items = read_table(f, path, ",")
+            names = head.partition(b"\n")[0]
+            semicolons = b";" in names and b"," not in names
+            items = read_table(f, path, ";" if semicolons else ",")
         elif suffix(path) == ".tsv":
             items = read_table(f, path, "\t")
         elif first == b"[":
