@@ -43,10 +43,16 @@ class ModelConfig:
     n_kv_heads: int = 8  # K; fewer than n_heads: grouped-query attention
     head_dim: int = 64  # D; need not be C / H
     ffn_dim: int = 1408  # F
-    norm: str = "rms"  # rms | rms1: times 1 + weight | layer: with a bias
-    norm_at: str = "before"  # before | after | around: where norms stand in each half of a block
+    # rms | rms1: times 1 + weight | layer: with a bias | layer_bare: no weight and no bias
+    norm: str = "rms"
+    # before, after or around each half of a block, or of its sum with the residual stream, which
+    # leaves nothing for a last norm
+    norm_at: str = "before"
     norm_eps: float = 1e-5
-    positions: str = "rope"  # rope | learned: an embedding of max_positions
+    # rope | learned: an embedding of max_positions | alibi: the further back, the lower the score
+    positions: str = "rope"
+    position_offset: int = 0  # rows of the learned embedding that no position uses, its first
+    alibi_scaled: bool = False  # attn_scale multiplies what ALiBi adds too
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": "yarn", ...} as in config.json
     rope_part: float = 1.0  # how much of each head is rotated, its first numbers
@@ -62,6 +68,10 @@ class ModelConfig:
     mlp: str = "gated"  # gated: down(act(gate(x)) * up(x)) | plain: down(act(up(x)))
     activation: str = "silu"  # one of ACTIVATIONS
     mlp_bias: bool = False
+    # serial | parallel: both halves of a block read its input | parallel_one_norm: through one norm
+    residual: str = "serial"
+    embed_dim: int = 0  # of the embedding and the head, with projections from and to C; 0: C
+    embed_norm: bool = False  # a norm behind the embedding
     embed_scale: float = 1.0  # multiplies the embeddings
     residual_scale: float = 1.0  # multiplies what each half of a block adds
     logit_scale: float = 1.0
@@ -69,6 +79,11 @@ class ModelConfig:
     tie_embeddings: bool = False
     head: str = "lm"  # lm: next-token logits; score: one number a token (reward and value models)
     family: str = "llama"  # the `model_type` of config.json, for saving alone
+
+    @property
+    def width(self):
+        """Of the embedding, and of the hidden states that the head reads."""
+        return self.embed_dim or self.dim
 
 
 # ---------------------------------------------------------------------- positions
@@ -188,7 +203,7 @@ def begins(docs):
 
 
 def document_lengths(positions, docs, cache):
-    """(B, T): how many tokens the document of each token has. In a cache it ends with that token."""
+    """(B, T): how many tokens the document of each token has. With a cache it ends there."""
     if cache is not None:
         return positions + 1
     if docs is None:
@@ -269,22 +284,50 @@ def soft_cap(x, cap):
     return cap * torch.tanh(x / cap) if cap else x
 
 
+def alibi_slopes(n_heads):
+    """How much ALiBi takes off a head's scores for each token back, as a tuple (Press et al. 2022,
+    arXiv:2108.12409, and its code where n_heads is no power of two)."""
+    power = 2 ** int(math.log2(n_heads))
+    steps = [i + 1 if i < power else i - power + 0.5 for i in range(n_heads)]
+    return tuple(2 ** (-8 * step / power) for step in steps)
+
+
+@functools.cache
+def constant(numbers, device):
+    """A tuple as a tensor. It is kept, because a CUDA graph must not copy it from the CPU."""
+    return torch.tensor(numbers, device=device)
+
+
 @dataclass(frozen=True)
 class Extras:
-    """What a layer adds to softmax(q k^T) v. ALiBi slopes or sinks would be a field here, a line in
-    `score` and one in `plain_attention`."""
+    """What a layer adds to softmax(q k^T) v. Sinks would be a field here, a line in `score_mod` and
+    one in `plain_attention`."""
 
     scale: float
     cap: float = 0.0
+    slopes: tuple = ()  # of ALiBi, one a head; with tensor parallelism those of this device's heads
 
     @property
     def fused(self):
         """Whether the fused kernels can compute it."""
-        return not self.cap
+        return not self.cap and not self.slopes
 
-    def score(self, score, b, h, q, k):
+    def score_mod(self, device):
         """flex_attention's score_mod: what becomes of q k^T * scale."""
-        return soft_cap(score, self.cap)
+        slopes = constant(self.slopes, device)
+
+        def score_mod(score, b, h, q, k):
+            score = soft_cap(score, self.cap)
+            return score + slopes[h] * (k - q) if self.slopes else score
+
+        return score_mod
+
+    def bias(self, seen):
+        """What ALiBi adds to the scores, (B, H, T, S) fp32. seen (..., T, S) bool. The token itself
+        is the last that it sees."""
+        keys = torch.arange(seen.shape[-1], device=seen.device)
+        distance = keys - (seen * keys).amax(-1, keepdim=True)
+        return constant(self.slopes, seen.device)[:, None, None] * distance
 
 
 def attend(q, k, v, seen, extras):
@@ -297,8 +340,8 @@ def attend(q, k, v, seen, extras):
     if isinstance(seen, BlockMask):
         # a compiled layer takes flex_attention into its graph; uncompiled it builds all scores
         flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-        score = None if extras.fused else extras.score
-        return flex(q, k, v, score, block_mask=seen, scale=extras.scale, enable_gqa=True)
+        score_mod = None if extras.fused else extras.score_mod(q.device)
+        return flex(q, k, v, score_mod, block_mask=seen, scale=extras.scale, enable_gqa=True)
     if isinstance(seen, Documents):
         return seen.attend(q, k, v, extras)
     if not extras.fused:
@@ -329,6 +372,8 @@ def plain_attention(q, k, v, seen, extras):
     scores = soft_cap(scores, extras.cap)
     if seen is None:
         seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    if extras.slopes:
+        scores = scores + extras.bias(seen)
     probs = scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype)
     return torch.bmm(probs.view(B * K, -1, S), v).view(B, H, T, D)
 
@@ -412,11 +457,16 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x):
         # autocast would return fp32; the kernel computes in fp32 in any case
         with torch.autocast(x.device.type, enabled=False):
-            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+            parameters = [None if p is None else p.to(x.dtype) for p in (self.weight, self.bias)]
+            return F.layer_norm(x, self.normalized_shape, *parameters, self.eps)
 
 
-NORMS = dict(rms=RMSNorm, rms1=RMSNorm1, layer=LayerNorm)
+NORMS = dict(
+    rms=RMSNorm,
+    rms1=RMSNorm1,
+    layer=LayerNorm,
+    layer_bare=functools.partial(LayerNorm, elementwise_affine=False),
+)
 
 
 class Attention(nn.Module):
@@ -436,7 +486,19 @@ class Attention(nn.Module):
         self.q_norm = norm(D * cfg.n_heads if self.whole else D, cfg.norm_eps)
         self.k_norm = norm(D * cfg.n_kv_heads if self.whole else D, cfg.norm_eps)
         setattr(self, "WHOLE" if self.whole else "PER_HEAD", ("q_norm", "k_norm"))
-        self.extras = Extras(cfg.attn_scale or 1 / math.sqrt(D), cfg.attn_cap)
+        if cfg.n_kv_heads == 1:
+            self.COLUMN, self.ALL = ("q_proj",), ("k_proj", "v_proj")
+        scale = cfg.attn_scale or 1 / math.sqrt(D)
+        slopes = alibi_slopes(cfg.n_heads) if cfg.positions == "alibi" else ()
+        if cfg.alibi_scaled:
+            slopes = tuple(scale * slope for slope in slopes)
+        self.extras = Extras(scale, cfg.attn_cap, slopes)
+
+    def keep_heads(self, rank, size):
+        """Called where `size` devices share the heads, on device number `rank`."""
+        count = len(self.extras.slopes) // size
+        slopes = self.extras.slopes[rank * count : (rank + 1) * count]
+        self.extras = replace(self.extras, slopes=slopes)
 
     def forward(self, x, rope, seen, slots=None, cache=None):
         heads = *x.shape[:2], -1, self.head_dim
@@ -499,23 +561,35 @@ class Block(nn.Module):
         super().__init__()
 
         def norm(*places):
-            return (
-                NORMS[cfg.norm](cfg.dim, cfg.norm_eps) if cfg.norm_at in places else nn.Identity()
-            )
+            stands = cfg.norm_at in places
+            return NORMS[cfg.norm](cfg.dim, cfg.norm_eps) if stands else nn.Identity()
 
         self.input_layernorm = norm("before", "around")
         self.self_attn = Attention(cfg)
-        self.attn_output_norm = norm("after", "around")
-        self.post_attention_layernorm = norm("before", "around")
+        self.attn_output_norm = norm("after", "around", "sum")
+        if cfg.residual != "parallel_one_norm":
+            self.post_attention_layernorm = norm("before", "around")
         self.mlp = MLP(cfg)
-        self.mlp_output_norm = norm("after", "around")
+        self.mlp_output_norm = norm("after", "around", "sum")
+        self.after_sum = cfg.norm_at == "sum"
+        self.residual = cfg.residual
         self.residual_scale = cfg.residual_scale
 
     def forward(self, x, rope, seen, slots=None, cache=None):
-        y = self.self_attn(self.input_layernorm(x), rope, seen, slots, cache)
-        x = torch.add(x, self.attn_output_norm(y), alpha=self.residual_scale)
-        y = self.mlp(self.post_attention_layernorm(x))
-        return torch.add(x, self.mlp_output_norm(y), alpha=self.residual_scale)
+        normed = self.input_layernorm(x)
+        y = self.self_attn(normed, rope, seen, slots, cache)
+        between = self.added(x, y, self.attn_output_norm)
+        if self.residual == "serial":
+            normed = self.post_attention_layernorm(between)
+        elif self.residual == "parallel":
+            normed = self.post_attention_layernorm(x)
+        return self.added(between, self.mlp(normed), self.mlp_output_norm)
+
+    def added(self, x, y, norm):
+        """The residual stream x plus what a half of the block gives."""
+        if self.after_sum:
+            return norm(torch.add(x, y, alpha=self.residual_scale))
+        return torch.add(x, norm(y), alpha=self.residual_scale)
 
     def compile(self, *args, **kwargs):
         _keep_documents_uncompiled()
@@ -554,15 +628,22 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.model = nn.ModuleDict()
-        self.model["embed_tokens"] = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.model["embed_tokens"] = nn.Embedding(cfg.vocab_size, cfg.width)
+        if cfg.embed_norm:
+            self.model["embed_norm"] = NORMS[cfg.norm](cfg.width, cfg.norm_eps)
+        if cfg.embed_dim:
+            self.model["project_in"] = nn.Linear(cfg.width, cfg.dim, bias=False)
+            self.model["project_out"] = nn.Linear(cfg.dim, cfg.width, bias=False)
         if cfg.positions == "learned":
-            self.model["embed_positions"] = nn.Embedding(cfg.max_positions, cfg.dim)
+            rows = cfg.max_positions + cfg.position_offset
+            self.model["embed_positions"] = nn.Embedding(rows, cfg.dim)
         self.model["layers"] = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
-        self.model["norm"] = NORMS[cfg.norm](cfg.dim, cfg.norm_eps)
+        norm = nn.Identity if cfg.norm_at == "sum" else NORMS[cfg.norm]
+        self.model["norm"] = norm(cfg.dim, cfg.norm_eps)
         if cfg.head == "score":
-            self.score = ScoreHead(cfg.dim)
+            self.score = ScoreHead(cfg.width)
         elif not cfg.tie_embeddings:
-            self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+            self.lm_head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
         self.windows = cfg.windows or (0,) * cfg.n_layers
         rotated = "global" if cfg.positions == "rope" else "none"
         self.rope_layers = cfg.rope_layers or (rotated,) * cfg.n_layers
@@ -634,9 +715,13 @@ class Transformer(nn.Module):
         if self.cfg.embed_scale != 1.0:
             # rounded to the dtype of the embedding, with which the models were trained
             x = x * torch.tensor(self.cfg.embed_scale, device="cpu").to(x.dtype).item()
+        for name in ("embed_norm", "project_in"):
+            if name in self.model:
+                x = self.model[name](x)
         if self.cfg.positions == "learned":
             # padding may count further than any document, but nobody looks at it
-            x = x + self.model["embed_positions"](positions.clamp(max=self.cfg.max_positions - 1))
+            rows = positions.clamp(max=self.cfg.max_positions - 1) + self.cfg.position_offset
+            x = x + self.model["embed_positions"](rows)
         if torch.is_autocast_enabled(x.device.type):
             # one dtype along the residual stream, whatever the dtype of the weights
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -649,7 +734,8 @@ class Transformer(nn.Module):
             else:
                 layer_cache = None if cache is None else cache[i]
                 x = layer(x, ropes.get(kind), seen[window], slots, layer_cache)
-        return self.model["norm"](x)
+        x = self.model["norm"](x)
+        return self.model["project_out"](x) if self.cfg.embed_dim else x
 
     def seen(self, window, positions, docs, cache, slots):
         """The `seen` of attend for layers with this window."""

@@ -595,7 +595,7 @@ def one_trunk(cfg):
             lora.copy(model, "policy", "value")
         else:
             weights.add_adapter(model, cfg, "value", dropout=0.0)
-        model.value_head = ScoreHead(model.cfg.dim)
+        model.value_head = ScoreHead(model.cfg.width)
         torch.nn.init.zeros_(model.value_head.weight)
         critic = Role(model, "value", model.value_head)
     for name, p in model.named_parameters():

@@ -86,22 +86,28 @@ def block_bytes(model, size, tensor, document):
     """Bytes of activations that autograd keeps of a token in one block.
 
     size: bytes of a number. tensor, document: as in memory(). These are the input and output of the
-    two norms, q, k, v, the attention's output, and the (T, F) tensors of the MLP: four where it is
+    norms, q, k, v, the attention's output, and the (T, F) tensors of the MLP: four where it is
     gated, two where it is plain.
 
     On a CPU RMSNorm keeps its input in fp32, and twice where it is trained. There attention keeps
     its output twice, by document and joined. Of short documents in bf16 it keeps its probabilities
-    instead, `document` numbers a token and head."""
+    instead, `document` numbers a token and head. With ALiBi or a cap it keeps them of all documents
+    in fp32 and in bf16, and with a cap the capped scores."""
     cfg = model.cfg
     on_cpu = model.model["embed_tokens"].weight.device.type == "cpu"
     q = cfg.n_heads * cfg.head_dim
     qk = q + cfg.n_kv_heads * cfg.head_dim
     attention = 2 * qk * size
-    if on_cpu:
+    extras = model.layers[0].self_attn.extras
+    if on_cpu and not extras.fused:
+        numbers = 4 + size % 4 + 4 * (extras.cap > 0)
+        attention += cfg.n_heads * document * numbers
+    elif on_cpu:
         short = size == 2 and document <= SHORT
         attention += cfg.n_heads * document * size if short else q * size
     norm = size  # of a number in its input
-    trained = model.model["norm"].weight.requires_grad
+    norms = {"around": 4}.get(cfg.norm_at, 1 if cfg.residual == "parallel_one_norm" else 2)
+    trained = any(p.requires_grad for p in model.model["norm"].parameters())
     if cfg.norm == "rms1":
         norm = 4 * (1 + trained + on_cpu)
     elif on_cpu and cfg.norm == "rms":
@@ -110,7 +116,7 @@ def block_bytes(model, size, tensor, document):
         attention += norm * qk
     units = 4 if cfg.mlp == "gated" else 2
     shared = attention + units * cfg.ffn_dim * size
-    return 2 * cfg.dim * (norm + size) + shared / tensor
+    return norms * cfg.dim * (norm + size) + shared / tensor
 
 
 def describe(model, rt, cfg, document=SHORT):

@@ -6,14 +6,14 @@ rest. A family whose files name, fuse and lay out tensors as this model does nee
 import difflib
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypedDict
 
 import torch
 
 from model import ModelConfig
-from nano.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, UserError
+from nano.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
 from nano.files import check_json, no_model_directory, read_json, recover_dir
 from nano.vocab import TokenIds
 
@@ -22,22 +22,46 @@ from nano.vocab import TokenIds
 
 @dataclass(frozen=True)
 class Layout:
-    """How one tensor of a file holds one or several parameters."""
+    """How a layer of a file holds one or several layers of this model."""
 
-    split: Callable  # (tensor of the file, shapes of the parameters, ModelConfig) -> the parameters
-    fuse: Callable  # (the parameters, ModelConfig) -> tensor of the file
+    # q, k and v are interleaved: of one key/value head after another, its query heads, its key, its
+    # value. Otherwise the rows (outputs) of one layer follow those of the other.
+    by_head: bool = False
+    # The weight is the transpose of a linear layer's, as in GPT-2's Conv1D.
+    transposed: bool = False
+
+    def split(self, tensor, shapes, cfg):
+        """A weight or bias of the file -> those of the layers here, of these shapes. It stays
+        memory-mapped where the file holds rows one after another."""
+        if self.transposed and tensor.dim() > 1:
+            tensor = tensor.t().contiguous()
+        return self.split_rows(tensor, [shape[0] for shape in shapes], cfg)
+
+    def fuse(self, parts, cfg):
+        """Undoes `split`."""
+        tensor = self.fuse_rows(parts, cfg)
+        return tensor.t() if self.transposed and tensor.dim() > 1 else tensor
+
+    def split_rows(self, tensor, counts, cfg):
+        """Any tensor with a row for each output of the file's layer -> one for each layer here, of
+        `counts` rows."""
+        if not self.by_head:
+            return tensor.split(counts)
+        per_head = tensor.unflatten(0, (cfg.n_kv_heads, -1, cfg.head_dim))
+        q, k, v = per_head.split((cfg.n_heads // cfg.n_kv_heads, 1, 1), dim=1)
+        return q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
+
+    def fuse_rows(self, parts, cfg):
+        """Undoes `split_rows`."""
+        if self.by_head:
+            heads = [part.unflatten(0, (cfg.n_kv_heads, -1, cfg.head_dim)) for part in parts]
+            return torch.cat(heads, dim=1).flatten(0, 2)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-# Rows one after another. A memory-mapped tensor stays memory-mapped.
-ROWS = Layout(
-    split=lambda tensor, shapes, cfg: tensor.split([shape[0] for shape in shapes]),
-    fuse=lambda parts, cfg: parts[0] if len(parts) == 1 else torch.cat(parts),
-)
-# GPT-2's Conv1D: the transpose of a linear layer's weight. A bias, of one dimension, has none.
-CONV1D = Layout(
-    split=lambda tensor, shapes, cfg: ROWS.split(tensor.t().contiguous(), shapes, cfg),
-    fuse=lambda parts, cfg: ROWS.fuse(parts, cfg).t(),
-)
+ROWS = Layout()
+CONV1D = Layout(transposed=True)
+BY_HEAD = Layout(by_head=True)
 
 
 def places(cfg, names, bare=False):
@@ -46,9 +70,10 @@ def places(cfg, names, bare=False):
     bare: the file leaves out the family's prefix. Returns {name in the file: ([names here],
     Layout)}."""
     family = FAMILIES[cfg.family]
+    table = family.tensors(cfg) if callable(family.tensors) else family.tensors
     out = {}
     for name in names:
-        stored = renamed(name, family.tensors) or name
+        stored = renamed(name, table) or name
         layout = family.layouts.get(NUMBER.sub(".{}", stored.rpartition(".")[0]), ROWS)
         if bare:
             stored = stored.removeprefix(family.prefix)
@@ -111,28 +136,28 @@ class Family:
     read: Callable  # (config.json over the defaults, fields read by `keys`) -> {field: value}
     write: Callable  # ModelConfig -> {key: value}
     always: dict = field(default_factory=dict)  # fields that all models of the family share
-    tensors: dict = field(default_factory=dict)  # module here -> module in the file
+    aliases: dict = field(default_factory=dict)  # another spelling of a key -> the key
+    # module here -> module in the file; a function of ModelConfig where one dict will not do
+    tensors: dict | Callable = field(default_factory=dict)
     layouts: dict = field(default_factory=dict)  # module in the file -> Layout other than ROWS
     prefix: str = ""  # of modules in the file; a file of the bare trunk leaves it out
     ignored: str = r"\.rotary_emb\.inv_freq$"  # regex of constants that old files hold
 
 
 def read_llama(c, fields):
-    if c["hidden_act"] not in ("silu", "swish"):
-        raise UserError(f"hidden_act {c['hidden_act']!r} is not supported (silu is)")
-    return read_rope(c)
+    return read_rope(c) | {"activation": read_activation(c, "hidden_act")}
 
 
 def write_llama(cfg):
-    return {"hidden_act": "silu", "rope_theta": cfg.rope_theta, "rope_scaling": cfg.rope_scaling}
+    return write_rope(cfg) | {"hidden_act": activation_name(cfg)}
 
 
 def read_mistral(c, fields):
-    return read_llama(c, fields) | {"windows": (c["sliding_window"] or 0,) * fields["n_layers"]}
+    return read_llama(c, fields) | one_window(c, fields)
 
 
 def write_mistral(cfg):
-    return write_llama(cfg) | {"sliding_window": max(cfg.windows, default=0) or None}
+    return write_llama(cfg) | write_window(cfg)
 
 
 def read_qwen(c, fields):
@@ -140,13 +165,8 @@ def read_qwen(c, fields):
     if not c.get("use_sliding_window"):
         return out
     layers, full = fields["n_layers"], c["max_window_layers"]
-    kinds = c.get("layer_types") or [FULL if i < full else SLIDING for i in range(layers)]
-    if len(kinds) != layers or not {FULL, SLIDING}.issuperset(kinds):
-        raise UserError(
-            f"layer_types {kinds} is not supported ({SLIDING} or {FULL} for each layer is)"
-        )
-    window = c["sliding_window"] or 0
-    return out | {"windows": tuple(window if kind == SLIDING else 0 for kind in kinds)}
+    kinds = layer_types(c, [FULL if i < full else SLIDING for i in range(layers)])
+    return out | windows_of(c, kinds)
 
 
 def write_qwen(cfg):
@@ -156,70 +176,413 @@ def write_qwen(cfg):
         first = cfg.windows.index(window)
         out |= {"sliding_window": window, "max_window_layers": first}
         if 0 in cfg.windows[first:]:
-            out["layer_types"] = [SLIDING if window else FULL for window in cfg.windows]
+            out |= write_windows(cfg)
     return out
 
 
-def read_gpt2(c, fields):
-    name = c["activation_function"]
-    if name not in GPT2_ACTIVATIONS:
-        known = ", ".join(GPT2_ACTIVATIONS)
-        raise UserError(f"activation_function {name!r} is not supported ({known} are)")
-    for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if c.get(key):
-            raise UserError(f"{key} is not supported")
-    if c.get("scale_attn_weights") is False:
-        raise UserError("scale_attn_weights=false is not supported")
+def read_gemma2(c, fields):
+    refuse(c, ["use_bidirectional_attention"])
+    kinds = layer_types(c, [FULL if i % 2 else SLIDING for i in range(fields["n_layers"])])
+    return read_rope(c) | windows_of(c, kinds) | read_gemma(c, fields)
+
+
+def write_gemma2(cfg):
+    return write_rope(cfg) | write_windows(cfg) | write_gemma(cfg)
+
+
+def read_gemma3(c, fields):
+    refuse(c, ["use_bidirectional_attention"])
+    every = c.get("sliding_window_pattern") or 6
+    layers = range(1, fields["n_layers"] + 1)
+    kinds = layer_types(c, [SLIDING if i % every else FULL for i in layers])
+    ropes = read_ropes(c, kinds, c.get("rope_local_base_freq") or 10000.0)
+    return ropes | windows_of(c, kinds) | read_gemma(c, fields)
+
+
+def write_gemma3(cfg):
+    local = {"rope_local_base_freq": cfg.rope_local_theta}
+    return write_rope(cfg) | write_windows(cfg) | write_gemma(cfg) | local
+
+
+def read_gemma(c, fields):
     return dict(
-        n_kv_heads=fields["n_heads"],
-        head_dim=fields["dim"] // fields["n_heads"],
+        activation=read_activation(c, "hidden_activation"),
+        embed_scale=fields["dim"] ** 0.5,
+        attn_scale=checked(c["query_pre_attn_scalar"], "query_pre_attn_scalar", int) ** -0.5,
+        attn_cap=checked(c["attn_logit_softcapping"] or 0.0, "attn_logit_softcapping", float),
+        logit_cap=checked(c["final_logit_softcapping"] or 0.0, "final_logit_softcapping", float),
+    )
+
+
+def write_gemma(cfg):
+    return {
+        "hidden_activation": activation_name(cfg),
+        "query_pre_attn_scalar": round(cfg.attn_scale**-2) if cfg.attn_scale else cfg.head_dim,
+        "attn_logit_softcapping": cfg.attn_cap or None,
+        "final_logit_softcapping": cfg.logit_cap or None,
+    }
+
+
+def read_olmo3(c, fields):
+    layers = range(1, fields["n_layers"] + 1)
+    kinds = layer_types(c, [SLIDING if i % 4 else FULL for i in layers])
+    activation = {"activation": read_activation(c, "hidden_act")}
+    return read_ropes(c, kinds, c["rope_theta"]) | windows_of(c, kinds) | activation
+
+
+def write_olmo3(cfg):
+    # transformers 5 takes rope_theta for the layers without a window alone
+    ropes = {
+        kind: {"rope_type": "default", "rope_theta": cfg.rope_theta} for kind in (FULL, SLIDING)
+    }
+    ropes[SLIDING]["rope_theta"] = cfg.rope_local_theta
+    return write_llama(cfg) | write_windows(cfg) | {"rope_parameters": ropes}
+
+
+def read_smollm3(c, fields):
+    layers = range(1, fields["n_layers"] + 1)
+    every = c.get("no_rope_layer_interval") or 4
+    rotated = c.get("no_rope_layers") or [int(i % every > 0) for i in layers]
+    if len(rotated) < len(layers):
+        raise UserError(f"no_rope_layers has {len(rotated)} numbers for {len(layers)} layers")
+    kinds = ["global" if on else "none" for on, _ in zip(rotated, layers, strict=False)]
+    out = read_llama(c, fields) | {"rope_layers": tuple(kinds)}
+    if c.get("use_sliding_window") and c.get("sliding_window"):
+        default = [FULL if kind == "global" else SLIDING for kind in kinds]
+        out |= windows_of(c, layer_types(c, default))
+    return out
+
+
+def write_smollm3(cfg):
+    kinds = cfg.rope_layers or ("global",) * cfg.n_layers
+    return (
+        write_llama(cfg)
+        | write_windows(cfg)
+        | {
+            "no_rope_layers": [int(kind == "global") for kind in kinds],
+            "use_sliding_window": any(cfg.windows),
+        }
+    )
+
+
+def read_phi3(c, fields):
+    rope = c.get("rope_scaling") or c.get("rope_parameters")
+    if rope and rope_kind(rope) != "default":
+        # the name in older files; transformers knows no other scaling here
+        rope = rope | {"rope_type": "longrope"}
+        rope["original_max_position_embeddings"] = c["original_max_position_embeddings"]
+    out = read_rope(c | {"rope_scaling": rope}, partial=True)
+    return out | one_window(c, fields) | {"activation": read_activation(c, "hidden_act")}
+
+
+def write_phi3(cfg):
+    rope = dict(cfg.rope_scaling or {})
+    original = rope.pop(ORIGINAL, cfg.max_positions)
+    if rope:  # transformers 4 wants these names
+        rope["type"] = rope.pop("rope_type")
+    return write_mistral(cfg) | {
+        "rope_scaling": rope or None,
+        "partial_rotary_factor": cfg.rope_part,
+        ORIGINAL: original,
+    }
+
+
+def read_ministral3(c, fields):
+    out = read_mistral(c, fields)
+    if (out["rope_scaling"] or {}).get("llama_4_scaling_beta") is None:
+        raise UserError("rope_parameters without llama_4_scaling_beta are not supported")
+    return out
+
+
+def write_ministral3(cfg):
+    rope = (cfg.rope_scaling or {}) | {"rope_theta": cfg.rope_theta}
+    return {
+        "hidden_act": activation_name(cfg),
+        "rope_parameters": rope,
+        "rope_scaling": None,
+    } | write_window(cfg)
+
+
+def read_granite(c, fields):
+    scale = checked(c["logits_scaling"], "logits_scaling", float)
+    if not scale:
+        raise UserError("logits_scaling is 0")
+    return read_llama(c, fields) | {"logit_scale": 1 / scale}
+
+
+def write_granite(cfg):
+    # 12 digits, because 1 / (1 / 13) need not be 13
+    return write_llama(cfg) | {"logits_scaling": float(f"{1 / cfg.logit_scale:.12g}")}
+
+
+def read_activation(c, key):
+    """The field activation, from the key of config.json that names it."""
+    if c[key] not in ACTIVATION_NAMES:
+        known = ", ".join(ACTIVATION_NAMES)
+        raise UserError(f"{key} {c[key]!r} is not supported ({known} are)")
+    return ACTIVATION_NAMES[c[key]]
+
+
+def activation_name(cfg):
+    return {ours: theirs for theirs, ours in reversed(ACTIVATION_NAMES.items())}.get(cfg.activation)
+
+
+# what config.json calls an activation -> activation
+ACTIVATION_NAMES = {
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def refuse(c, keys, value=True):
+    """UserError if one of the keys has this value, which asks for what is not supported."""
+    for key in keys:
+        if c.get(key) is value:
+            raise UserError(f"{key}={str(value).lower()} is not supported")
+
+
+def all_heads(fields):
+    """Fields of a family in which each query head has a key/value head of its own, and the heads
+    share the width of the model."""
+    heads = fields["n_heads"]
+    return dict(n_kv_heads=heads, head_dim=fields["dim"] // heads)
+
+
+def read_gpt2(c, fields):
+    refuse(c, ["scale_attn_by_inverse_layer_idx", "add_cross_attention"])
+    refuse(c, ["scale_attn_weights"], False)
+    return all_heads(fields) | dict(
         ffn_dim=checked(c.get("n_inner") or 4 * fields["dim"], "n_inner", int),
-        activation=GPT2_ACTIVATIONS[name],
+        activation=read_activation(c, "activation_function"),
     )
 
 
 def write_gpt2(cfg):
-    names = {ours: theirs for theirs, ours in reversed(GPT2_ACTIVATIONS.items())}
-    return {"n_inner": cfg.ffn_dim, "activation_function": names.get(cfg.activation)}
+    return {"n_inner": cfg.ffn_dim, "activation_function": activation_name(cfg)}
 
 
-# activation_function -> activation
-GPT2_ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-}
+def read_bigcode(c, fields):
+    one = {"n_kv_heads": 1} if c["multi_query"] else {}
+    return read_gpt2(c, fields) | one
+
+
+def write_bigcode(cfg):
+    return write_gpt2(cfg) | {"multi_query": cfg.n_kv_heads == 1}
+
+
+def read_bloom(c, fields):
+    refuse(c, ["apply_residual_connection_post_layernorm"])
+    return all_heads(fields) | dict(ffn_dim=4 * fields["dim"])
+
+
+def read_opt(c, fields):
+    refuse(c, ["_remove_final_layer_norm"])
+    width = checked(c.get("word_embed_proj_dim") or fields["dim"], "word_embed_proj_dim", int)
+    bias = bool(c["enable_bias"])
+    return all_heads(fields) | dict(
+        norm="layer" if c["layer_norm_elementwise_affine"] else "layer_bare",
+        norm_at="before" if c["do_layer_norm_before"] else "sum",
+        embed_dim=0 if width == fields["dim"] else width,
+        activation=read_activation(c, "activation_function"),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=bias,
+    )
+
+
+def write_opt(cfg):
+    return {
+        "layer_norm_elementwise_affine": cfg.norm == "layer",
+        "do_layer_norm_before": cfg.norm_at == "before",
+        "word_embed_proj_dim": cfg.width,
+        "activation_function": activation_name(cfg),
+        "enable_bias": cfg.mlp_bias,
+    }
+
+
+def read_falcon(c, fields):
+    new, parallel = bool(c["new_decoder_architecture"]), bool(c["parallel_attn"])
+    norms = c.get("num_ln_in_parallel_attn") or (2 if new else 1)
+    if new and not parallel or parallel and norms == 2 and not new:
+        raise UserError(
+            "new_decoder_architecture, parallel_attn and num_ln_in_parallel_attn contradict each "
+            "other: transformers runs no such model"
+        )
+    heads = fields["n_heads"]
+    if new:
+        kv_heads = checked(c.get("num_kv_heads") or heads, "num_kv_heads", int)
+    else:
+        kv_heads = 1 if c["multi_query"] else heads
+    bias = bool(c["bias"])
+    out = {} if c["alibi"] else read_rope(c)
+    return out | dict(
+        n_kv_heads=kv_heads,
+        head_dim=fields["dim"] // heads,
+        ffn_dim=checked(c.get("ffn_hidden_size") or 4 * fields["dim"], "ffn_hidden_size", int),
+        positions="alibi" if c["alibi"] else "rope",
+        alibi_scaled=bool(c["alibi"]),
+        residual=("parallel" if norms == 2 else "parallel_one_norm") if parallel else "serial",
+        activation=read_activation(c, "activation"),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=bias,
+    )
+
+
+def write_falcon(cfg):
+    parallel = cfg.residual != "serial"
+    new = parallel and (cfg.residual == "parallel" or 1 < cfg.n_kv_heads < cfg.n_heads)
+    return write_rope(cfg) | {
+        "new_decoder_architecture": new,
+        "num_kv_heads": cfg.n_kv_heads,
+        "multi_query": cfg.n_kv_heads == 1,
+        "ffn_hidden_size": cfg.ffn_dim,
+        "alibi": cfg.positions == "alibi",
+        "parallel_attn": parallel,
+        "num_ln_in_parallel_attn": 2 if cfg.residual == "parallel" else 1,
+        "activation": activation_name(cfg),
+        "bias": cfg.mlp_bias,
+    }
+
+
+def falcon_norms(cfg):
+    """What a file calls the norms of a block. Two that run side by side have other names."""
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    stored = ["ln_attn", "ln_mlp"] if cfg.residual == "parallel" else norms
+    block = "model.layers.{}.", "transformer.h.{}."
+    return {block[0] + norm: block[1] + name for norm, name in zip(norms, stored, strict=True)}
+
+
+def read_neox(c, fields):
+    rope = {"rope_theta": c["rotary_emb_base"], "partial_rotary_factor": c["rotary_pct"]}
+    return all_heads(fields) | dict(
+        read_rope(c | rope, partial=True),
+        residual="parallel" if c["use_parallel_residual"] else "serial",
+        activation=read_activation(c, "hidden_act"),
+    )
+
+
+def write_neox(cfg):
+    return {
+        "rotary_emb_base": cfg.rope_theta,
+        "rotary_pct": cfg.rope_part,
+        "rope_scaling": cfg.rope_scaling,
+        "use_parallel_residual": cfg.residual == "parallel",
+        "hidden_act": activation_name(cfg),
+    }
+
+
 FULL, SLIDING = "full_attention", "sliding_attention"
-ROPE = {  # kinds of rope scaling, and the numbers that they need
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+
+
+def layer_types(c, default):
+    """The kind of each layer, FULL or SLIDING."""
+    kinds = c.get("layer_types") or default
+    if len(kinds) != len(default) or not {FULL, SLIDING}.issuperset(kinds):
+        raise UserError(
+            f"layer_types {kinds} is not supported ({SLIDING} or {FULL} for each layer is)"
+        )
+    return kinds
+
+
+def windows_of(c, kinds):
+    """The field windows, with a window where the kind of a layer is SLIDING."""
+    window = c.get("sliding_window") or 0
+    return {"windows": tuple(window if kind == SLIDING else 0 for kind in kinds)}
+
+
+def write_windows(cfg):
+    """layer_types, and the window of those that have one."""
+    windows = cfg.windows or (0,) * cfg.n_layers
+    kinds = [SLIDING if window else FULL for window in windows]
+    return {"layer_types": kinds, "sliding_window": max(windows) or None}
+
+
+def one_window(c, fields):
+    """The field windows, with the same window in all layers."""
+    return {"windows": (c.get("sliding_window") or 0,) * fields["n_layers"]}
+
+
+def write_window(cfg):
+    return {"sliding_window": max(cfg.windows, default=0) or None}
+
+
+ORIGINAL = "original_max_position_embeddings"
+ROPE = {  # kinds of rope scaling: the keys that they need, and those that they may have
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), ()),
+    "yarn": (
+        ("factor", ORIGINAL),
+        (
+            *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+            *("truncate", "llama_4_scaling_beta"),
+        ),
+    ),
+    "longrope": (("short_factor", "long_factor", ORIGINAL), ("factor", "attention_factor")),
 }
 
 
-def read_rope(c):
-    """The fields rope_theta and rope_scaling.
+def rope_kind(rope):
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    # the three positions of mrope are one where there is text alone
+    return "default" if kind == "mrope" else kind
 
-    transformers 4 writes them as two keys of these names, and transformers 5 as one dict
-    rope_parameters."""
+
+def read_rope(c, partial=False):
+    """The fields of the rotary embedding, which transformers 4 writes as two keys of these names,
+    and transformers 5 as one dict rope_parameters.
+
+    partial: whether the family can rotate a part of each head."""
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
     theta = rope.get("rope_theta") or c.get("rope_theta") or 10000.0
     checked(theta, "rope_theta", float)
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError("rope_parameters that differ by layer are not supported")
-    if (rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UserError("partial_rotary_factor is not supported")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    part = rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0
+    if part != 1.0 and not partial or part > 1.0:
+        raise UserError(f"partial_rotary_factor={part} is not supported")
+    kind = rope_kind(rope)
     if kind not in ROPE:
         raise UserError(f"rope scaling {kind!r} is not supported ({', '.join(ROPE)} are)")
-    if not all(isinstance(rope.get(key), (int, float)) for key in ROPE[kind]):
-        raise UserError(f"rope scaling {kind!r} needs the numbers {', '.join(ROPE[kind])}")
+    needed, optional = ROPE[kind]
+    rope = {ORIGINAL: c.get("max_position_embeddings")} | rope
+    if any(rope.get(key) is None for key in needed):
+        raise UserError(f"rope scaling {kind!r} needs {', '.join(needed)}")
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise UserError("high_freq_factor of rope scaling 'llama3' must be above low_freq_factor")
-    scaling = {"rope_type": kind} | {key: rope[key] for key in ROPE[kind]}
-    return dict(rope_theta=theta, rope_scaling=None if kind == "default" else scaling)
+    if kind in ("yarn", "longrope") and min(theta, rope[ORIGINAL]) <= 1:
+        raise UserError(f"rope scaling {kind!r} needs a rope_theta and an {ORIGINAL} above 1")
+    keys = [key for key in (*needed, *optional) if rope.get(key) is not None]
+    scaling = {"rope_type": kind} | {key: rope[key] for key in keys}
+    return dict(
+        rope_theta=theta, rope_scaling=None if kind == "default" else scaling, rope_part=part
+    )
+
+
+def write_rope(cfg):
+    return {"rope_theta": cfg.rope_theta, "rope_scaling": cfg.rope_scaling}
+
+
+def read_ropes(c, kinds, local_theta):
+    """The fields of two rotary embeddings: one of the layers whose kind is FULL, another without
+    scaling of those whose kind is SLIDING."""
+    ropes = c.get("rope_parameters") or {}
+    full, local = (ropes.get(kind) or {} for kind in (FULL, SLIDING))
+    out = read_rope(
+        c | {"rope_parameters": None, "rope_scaling": full | (c.get("rope_scaling") or {})}
+    )
+    local = read_rope({"rope_parameters": {"rope_theta": local_theta} | local})
+    if local["rope_scaling"]:
+        raise UserError("rope scaling in the layers with a window is not supported")
+    layers = tuple("local" if kind == SLIDING else "global" for kind in kinds)
+    return out | {"rope_local_theta": local["rope_theta"], "rope_layers": layers}
 
 
 KEYS = {  # of Llama and those that follow it
@@ -241,6 +604,66 @@ QWEN = DEFAULTS | {
     "max_position_embeddings": 32768,
     "sliding_window": 4096,
     "max_window_layers": 28,
+}
+
+GEMMA = {
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "tie_word_embeddings": True,
+}
+OLMO = DEFAULTS | {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
+AFTER = {  # where norms stand behind both halves of a block
+    "model.layers.{}.attn_output_norm": "model.layers.{}.post_attention_layernorm",
+    "model.layers.{}.mlp_output_norm": "model.layers.{}.post_feedforward_layernorm",
+}
+AROUND = AFTER | {
+    "model.layers.{}.post_attention_layernorm": "model.layers.{}.pre_feedforward_layernorm"
+}
+PLAIN = {"norm": "layer", "mlp": "plain"}
+ALL_BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+GPT2_KEYS = {
+    "vocab_size": "vocab_size",
+    "dim": "n_embd",
+    "n_layers": "n_layer",
+    "n_heads": "n_head",
+    "max_positions": "n_positions",
+    "norm_eps": "layer_norm_epsilon",
+    "tie_embeddings": "tie_word_embeddings",
+}
+GPT2_DEFAULTS = {"n_positions": 1024, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
+GPT2_TENSORS = {
+    "model.embed_tokens": "transformer.wte",
+    "model.embed_positions": "transformer.wpe",
+    "model.layers.{}.input_layernorm": "transformer.h.{}.ln_1",
+    "model.layers.{}.self_attn.q_proj": "transformer.h.{}.attn.c_attn",
+    "model.layers.{}.self_attn.k_proj": "transformer.h.{}.attn.c_attn",
+    "model.layers.{}.self_attn.v_proj": "transformer.h.{}.attn.c_attn",
+    "model.layers.{}.self_attn.o_proj": "transformer.h.{}.attn.c_proj",
+    "model.layers.{}.post_attention_layernorm": "transformer.h.{}.ln_2",
+    "model.layers.{}.mlp.up_proj": "transformer.h.{}.mlp.c_fc",
+    "model.layers.{}.mlp.down_proj": "transformer.h.{}.mlp.c_proj",
+    "model.norm": "transformer.ln_f",
+}
+FALCON_TENSORS = {  # without the norms of blocks
+    "model.embed_tokens": "transformer.word_embeddings",
+    "model.layers.{}.self_attn.q_proj": "transformer.h.{}.self_attention.query_key_value",
+    "model.layers.{}.self_attn.k_proj": "transformer.h.{}.self_attention.query_key_value",
+    "model.layers.{}.self_attn.v_proj": "transformer.h.{}.self_attention.query_key_value",
+    "model.layers.{}.self_attn.o_proj": "transformer.h.{}.self_attention.dense",
+    "model.layers.{}.mlp.up_proj": "transformer.h.{}.mlp.dense_h_to_4h",
+    "model.layers.{}.mlp.down_proj": "transformer.h.{}.mlp.dense_4h_to_h",
+    "model.norm": "transformer.ln_f",
 }
 
 FAMILIES = {  # by model_type
@@ -275,46 +698,139 @@ FAMILIES = {  # by model_type
         write=write_qwen,
         always={"qk_norm": "head"},
     ),
+    "gemma2": Family(
+        {"lm": "Gemma2ForCausalLM", "score": "Gemma2ForSequenceClassification"},
+        keys=KEYS | BIASES,
+        defaults=GEMMA | {"max_position_embeddings": 8192},
+        read=read_gemma2,
+        write=write_gemma2,
+        always={"norm": "rms1", "norm_at": "around"},
+        tensors=AROUND,
+    ),
+    "gemma3_text": Family(
+        {"lm": "Gemma3ForCausalLM", "score": "Gemma3TextForSequenceClassification"},
+        keys=KEYS | BIASES,
+        defaults=GEMMA
+        | {
+            "vocab_size": 262208,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        },
+        read=read_gemma3,
+        write=write_gemma3,
+        always={"norm": "rms1", "norm_at": "around", "qk_norm": "head"},
+        tensors=AROUND,
+    ),
+    "olmo2": Family(
+        {"lm": "Olmo2ForCausalLM", "score": "Olmo2ForSequenceClassification"},
+        keys=KEYS | BIASES,
+        defaults=OLMO,
+        read=read_llama,
+        write=write_llama,
+        always={"norm_at": "after", "qk_norm": "whole"},
+        tensors=AFTER,
+    ),
+    "olmo3": Family(
+        {"lm": "Olmo3ForCausalLM", "score": "Olmo3ForSequenceClassification"},
+        keys=KEYS | BIASES,
+        defaults=OLMO | {"rope_theta": 500000.0, "sliding_window": 4096},
+        read=read_olmo3,
+        write=write_olmo3,
+        always={"norm_at": "after", "qk_norm": "whole"},
+        tensors=AFTER,
+    ),
+    "smollm3": Family(
+        {"lm": "SmolLM3ForCausalLM", "score": "SmolLM3ForSequenceClassification"},
+        keys=KEYS | BIASES | {"mlp_bias": "mlp_bias"},
+        defaults=DEFAULTS
+        | {
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+        },
+        read=read_smollm3,
+        write=write_smollm3,
+    ),
+    "phi3": Family(  # Phi-4 too
+        {"lm": "Phi3ForCausalLM", "score": "Phi3ForSequenceClassification"},
+        keys=KEYS,
+        defaults=DEFAULTS | {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, ORIGINAL: 4096},
+        read=read_phi3,
+        write=write_phi3,
+        tensors={
+            "model.layers.{}.self_attn.q_proj": "model.layers.{}.self_attn.qkv_proj",
+            "model.layers.{}.self_attn.k_proj": "model.layers.{}.self_attn.qkv_proj",
+            "model.layers.{}.self_attn.v_proj": "model.layers.{}.self_attn.qkv_proj",
+            "model.layers.{}.mlp.gate_proj": "model.layers.{}.mlp.gate_up_proj",
+            "model.layers.{}.mlp.up_proj": "model.layers.{}.mlp.gate_up_proj",
+        },
+    ),
+    "ministral3": Family(
+        {"lm": "Ministral3ForCausalLM", "score": "Ministral3ForSequenceClassification"},
+        keys=KEYS,
+        defaults=DEFAULTS
+        | {
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+        },
+        read=read_ministral3,
+        write=write_ministral3,
+    ),
+    "granite": Family(
+        {"lm": "GraniteForCausalLM"},
+        keys=KEYS
+        | BIASES
+        | {
+            "mlp_bias": "mlp_bias",
+            "embed_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "attn_scale": "attention_multiplier",
+        },
+        defaults=DEFAULTS
+        | {
+            "max_position_embeddings": 2048,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+        read=read_granite,
+        write=write_granite,
+    ),
+    "starcoder2": Family(
+        {"lm": "Starcoder2ForCausalLM", "score": "Starcoder2ForSequenceClassification"},
+        keys=KEYS
+        | dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), "use_bias")
+        | {"norm_eps": "norm_epsilon"},
+        defaults={
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "hidden_act": "gelu_pytorch_tanh",
+            "norm_epsilon": 1e-5,
+            "use_bias": True,
+            "tie_word_embeddings": True,
+        },
+        read=read_mistral,
+        write=write_mistral,
+        always=PLAIN,
+        tensors={
+            "model.layers.{}.mlp.up_proj": "model.layers.{}.mlp.c_fc",
+            "model.layers.{}.mlp.down_proj": "model.layers.{}.mlp.c_proj",
+        },
+    ),
     "gpt2": Family(
         {"lm": "GPT2LMHeadModel", "score": "GPT2ForSequenceClassification"},
-        keys={
-            "vocab_size": "vocab_size",
-            "dim": "n_embd",
-            "n_layers": "n_layer",
-            "n_heads": "n_head",
-            "max_positions": "n_positions",
-            "norm_eps": "layer_norm_epsilon",
-            "tie_embeddings": "tie_word_embeddings",
-        },
-        defaults={
-            "n_positions": 1024,
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
-            "activation_function": "gelu_new",
-        },
+        keys=GPT2_KEYS,
+        defaults=GPT2_DEFAULTS | {"activation_function": "gelu_new"},
         read=read_gpt2,
         write=write_gpt2,
-        always={
-            "norm": "layer",
-            "positions": "learned",
-            "mlp": "plain",
-            "qkv_bias": True,
-            "o_bias": True,
-            "mlp_bias": True,
-        },
-        tensors={
-            "model.embed_tokens": "transformer.wte",
-            "model.embed_positions": "transformer.wpe",
-            "model.layers.{}.input_layernorm": "transformer.h.{}.ln_1",
-            "model.layers.{}.self_attn.q_proj": "transformer.h.{}.attn.c_attn",
-            "model.layers.{}.self_attn.k_proj": "transformer.h.{}.attn.c_attn",
-            "model.layers.{}.self_attn.v_proj": "transformer.h.{}.attn.c_attn",
-            "model.layers.{}.self_attn.o_proj": "transformer.h.{}.attn.c_proj",
-            "model.layers.{}.post_attention_layernorm": "transformer.h.{}.ln_2",
-            "model.layers.{}.mlp.up_proj": "transformer.h.{}.mlp.c_fc",
-            "model.layers.{}.mlp.down_proj": "transformer.h.{}.mlp.c_proj",
-            "model.norm": "transformer.ln_f",
-        },
+        always=PLAIN | ALL_BIASES | {"positions": "learned"},
+        tensors=GPT2_TENSORS,
         layouts={
             "transformer.h.{}.attn.c_attn": CONV1D,
             "transformer.h.{}.attn.c_proj": CONV1D,
@@ -323,6 +839,170 @@ FAMILIES = {  # by model_type
         },
         prefix="transformer.",
         ignored=r"\.attn\.(masked_)?bias$",
+    ),
+    "gpt_bigcode": Family(
+        {"lm": "GPTBigCodeForCausalLM", "score": "GPTBigCodeForSequenceClassification"},
+        keys=GPT2_KEYS,
+        aliases={
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+        },
+        defaults=GPT2_DEFAULTS | {"activation_function": "gelu_pytorch_tanh", "multi_query": True},
+        read=read_bigcode,
+        write=write_bigcode,
+        always=PLAIN | ALL_BIASES | {"positions": "learned"},
+        tensors=GPT2_TENSORS,
+        layouts={"transformer.h.{}.attn.c_attn": BY_HEAD},
+        prefix="transformer.",
+        ignored=r"\.attn\.(masked_)?bias$",
+    ),
+    "bloom": Family(
+        {"lm": "BloomForCausalLM", "score": "BloomForSequenceClassification"},
+        keys={
+            "vocab_size": "vocab_size",
+            "dim": "hidden_size",
+            "n_layers": "n_layer",
+            "n_heads": "n_head",
+            "max_positions": "seq_length",  # trained with; transformers sets no limit
+            "norm_eps": "layer_norm_epsilon",
+            "tie_embeddings": "tie_word_embeddings",
+        },
+        aliases={
+            "n_embed": "hidden_size",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+        },
+        defaults={"seq_length": 2048, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+        read=read_bloom,
+        write=lambda cfg: {},
+        always=PLAIN
+        | ALL_BIASES
+        | {"positions": "alibi", "activation": "gelu_tanh", "embed_norm": True},
+        tensors=FALCON_TENSORS
+        | {
+            "model.embed_norm": "transformer.word_embeddings_layernorm",
+            "model.layers.{}.input_layernorm": "transformer.h.{}.input_layernorm",
+            "model.layers.{}.post_attention_layernorm": "transformer.h.{}.post_attention_layernorm",
+        },
+        layouts={"transformer.h.{}.self_attention.query_key_value": BY_HEAD},
+        prefix="transformer.",
+    ),
+    "falcon": Family(
+        {"lm": "FalconForCausalLM", "score": "FalconForSequenceClassification"},
+        keys={
+            "vocab_size": "vocab_size",
+            "dim": "hidden_size",
+            "n_layers": "num_hidden_layers",
+            "n_heads": "num_attention_heads",
+            "max_positions": "max_position_embeddings",
+            "norm_eps": "layer_norm_epsilon",
+            "tie_embeddings": "tie_word_embeddings",
+        },
+        aliases={"n_embed": "hidden_size"},
+        defaults={
+            "max_position_embeddings": 2048,
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+            "alibi": False,
+            "new_decoder_architecture": False,
+            "multi_query": True,
+            "parallel_attn": True,
+            "bias": False,
+            "activation": "gelu",
+        },
+        read=read_falcon,
+        write=write_falcon,
+        always=PLAIN,
+        tensors=lambda cfg: FALCON_TENSORS | falcon_norms(cfg),
+        layouts={"transformer.h.{}.self_attention.query_key_value": BY_HEAD},
+        prefix="transformer.",
+    ),
+    "opt": Family(  # Galactica too
+        {"lm": "OPTForCausalLM", "score": "OPTForSequenceClassification"},
+        keys={
+            "vocab_size": "vocab_size",
+            "dim": "hidden_size",
+            "ffn_dim": "ffn_dim",
+            "n_layers": "num_hidden_layers",
+            "n_heads": "num_attention_heads",
+            "max_positions": "max_position_embeddings",
+            "tie_embeddings": "tie_word_embeddings",
+        },
+        defaults={
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": True,
+            "do_layer_norm_before": True,
+            "layer_norm_elementwise_affine": True,
+            "enable_bias": True,
+            "activation_function": "relu",
+        },
+        read=read_opt,
+        write=write_opt,
+        always={"mlp": "plain", "norm_eps": 1e-5, "positions": "learned", "position_offset": 2},
+        tensors={
+            "model.embed_tokens": "model.decoder.embed_tokens",
+            "model.embed_positions": "model.decoder.embed_positions",
+            "model.project_in": "model.decoder.project_in",
+            "model.project_out": "model.decoder.project_out",
+            "model.layers.{}.input_layernorm": "model.decoder.layers.{}.self_attn_layer_norm",
+            "model.layers.{}.self_attn.q_proj": "model.decoder.layers.{}.self_attn.q_proj",
+            "model.layers.{}.self_attn.k_proj": "model.decoder.layers.{}.self_attn.k_proj",
+            "model.layers.{}.self_attn.v_proj": "model.decoder.layers.{}.self_attn.v_proj",
+            "model.layers.{}.self_attn.o_proj": "model.decoder.layers.{}.self_attn.out_proj",
+            "model.layers.{}.post_attention_layernorm": "model.decoder.layers.{}.final_layer_norm",
+            "model.layers.{}.attn_output_norm": "model.decoder.layers.{}.self_attn_layer_norm",
+            "model.layers.{}.mlp_output_norm": "model.decoder.layers.{}.final_layer_norm",
+            "model.layers.{}.mlp.up_proj": "model.decoder.layers.{}.fc1",
+            "model.layers.{}.mlp.down_proj": "model.decoder.layers.{}.fc2",
+            "model.norm": "model.decoder.final_layer_norm",
+        },
+        prefix="model.",
+    ),
+    "gpt_neox": Family(  # Pythia
+        {"lm": "GPTNeoXForCausalLM", "score": "GPTNeoXForSequenceClassification"},
+        keys=BIASES
+        | {
+            "vocab_size": "vocab_size",
+            "dim": "hidden_size",
+            "ffn_dim": "intermediate_size",
+            "n_layers": "num_hidden_layers",
+            "n_heads": "num_attention_heads",
+            "max_positions": "max_position_embeddings",
+            "norm_eps": "layer_norm_eps",
+            "tie_embeddings": "tie_word_embeddings",
+        },
+        defaults={
+            "max_position_embeddings": 2048,
+            "layer_norm_eps": 1e-5,
+            "attention_bias": True,
+            "rotary_pct": 0.25,
+            "rotary_emb_base": 10000.0,
+            "use_parallel_residual": True,
+            "hidden_act": "gelu",
+        },
+        read=read_neox,
+        write=write_neox,
+        always=PLAIN | {"mlp_bias": True},
+        tensors={
+            "model.embed_tokens": "gpt_neox.embed_in",
+            "model.layers.{}.input_layernorm": "gpt_neox.layers.{}.input_layernorm",
+            "model.layers.{}.self_attn.q_proj": "gpt_neox.layers.{}.attention.query_key_value",
+            "model.layers.{}.self_attn.k_proj": "gpt_neox.layers.{}.attention.query_key_value",
+            "model.layers.{}.self_attn.v_proj": "gpt_neox.layers.{}.attention.query_key_value",
+            "model.layers.{}.self_attn.o_proj": "gpt_neox.layers.{}.attention.dense",
+            "model.layers.{}.post_attention_layernorm": (
+                "gpt_neox.layers.{}.post_attention_layernorm"
+            ),
+            "model.layers.{}.mlp.up_proj": "gpt_neox.layers.{}.mlp.dense_h_to_4h",
+            "model.layers.{}.mlp.down_proj": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
+            "model.norm": "gpt_neox.final_layer_norm",
+            "lm_head": "embed_out",
+        },
+        layouts={"gpt_neox.layers.{}.attention.query_key_value": BY_HEAD},
+        prefix="gpt_neox.",
+        ignored=r"\.attention\.(masked_)?bias$|\.rotary_emb\.inv_freq$",
     ),
 }
 
@@ -333,28 +1013,49 @@ class Rope(TypedDict, total=False):
     rope_type: str | None
     type: str | None
     rope_theta: PositiveFloat | None
-    partial_rotary_factor: float | None
-    factor: PositiveFloat
+    partial_rotary_factor: PositiveFloat | None
+    factor: PositiveFloat | None
     low_freq_factor: PositiveFloat
     high_freq_factor: PositiveFloat
-    original_max_position_embeddings: PositiveFloat
+    original_max_position_embeddings: PositiveFloat | None
+    attention_factor: PositiveFloat | None
+    beta_fast: PositiveFloat | None
+    beta_slow: PositiveFloat | None
+    mscale: NonNegativeFloat | None
+    mscale_all_dim: NonNegativeFloat | None
+    truncate: bool | None
+    llama_4_scaling_beta: NonNegativeFloat | None
+    short_factor: list[PositiveFloat] | None
+    long_factor: list[PositiveFloat] | None
 
 
 class ConfigJson(TokenIds, total=False):
     """The fields that are read, of all families, beside the sizes in `keys` of a Family."""
 
+    text_config: dict | None
     architectures: list[str] | None
     model_type: str | None
     id2label: dict | None
     num_labels: NonNegativeInt | None
     hidden_act: str
+    hidden_activation: str
     activation_function: str
+    activation: str
     rms_norm_eps: NonNegativeFloat | None
     layer_norm_epsilon: NonNegativeFloat | None
+    layer_norm_eps: NonNegativeFloat | None
+    rotary_emb_base: PositiveFloat
+    rotary_pct: NonNegativeFloat
     rope_theta: PositiveFloat | None
     rope_scaling: Rope | None
     rope_parameters: Rope | dict[str, Rope | None] | None
-    partial_rotary_factor: float | None
+    rope_local_base_freq: PositiveFloat | None
+    partial_rotary_factor: PositiveFloat | None
+    original_max_position_embeddings: PositiveFloat
+    no_rope_layers: list[int] | None
+    no_rope_layer_interval: PositiveInt | None
+    sliding_window_pattern: PositiveInt | None
+    norm_epsilon: NonNegativeFloat
     sliding_window: NonNegativeInt | None
     use_sliding_window: bool | None
     max_window_layers: NonNegativeInt
@@ -393,12 +1094,14 @@ def parse_config(c, where):
     UserError, which names the file `where`, for what is not supported."""
     check_json(c, ConfigJson, where)
     try:
+        check_json(c.get("text_config") or {}, ConfigJson, f"{where}: text_config")
         return read_config(c)
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
 
 
 def read_config(c):
+    c = text_part(c)
     kind, head = recognise(c)
     family = FAMILIES[kind]
     if c.get("quantization_config"):
@@ -409,7 +1112,7 @@ def read_config(c):
         raise UserError(
             f"a classifier of {labels} labels is not supported (num_labels=1, a score, is)"
         )
-    c = family.defaults | c
+    c = family.defaults | {family.aliases.get(key, key): value for key, value in c.items()}
     fields = {}
     for name, key in family.keys.items():
         value = c.get(key)
@@ -420,15 +1123,20 @@ def read_config(c):
             value = fields["dim"] // fields["n_heads"]
         fields[name] = checked(value, key, ModelConfig.__annotations__[name])
     fields |= family.always | family.read(c, fields)
-    if not any(fields.get("windows", ())):
-        fields["windows"] = ()
-    cfg = ModelConfig(**fields, head=head, family=kind)
-    if cfg.n_heads % cfg.n_kv_heads or cfg.head_dim % 2:
+    cfg = normal(ModelConfig(**fields, head=head, family=kind))
+    if cfg.n_heads % cfg.n_kv_heads or int(cfg.head_dim * cfg.rope_part) % 2:
         raise UserError(
             f"{cfg.n_heads} heads of {cfg.head_dim} numbers "
             f"do not go with {cfg.n_kv_heads} key/value heads"
         )
     return cfg
+
+
+def normal(cfg):
+    """The ModelConfig in one of several spellings: by layer nothing where all layers are plain."""
+    windows = cfg.windows if any(cfg.windows) else ()
+    ropes = () if set(cfg.rope_layers) == {"global"} else cfg.rope_layers
+    return replace(cfg, windows=windows, rope_layers=ropes)
 
 
 def checked(value, key, kind):
@@ -442,30 +1150,85 @@ def checked(value, key, kind):
     return value
 
 
+def text_part(c):
+    """The config.json of the language model in one of a model that sees images too."""
+    text = c.get("text_config")
+    kind = (text or c).get("model_type")
+    if text is None and kind not in VISION:
+        return c
+    # what stands beside text_config counts for it too
+    whole = {k: v for k, v in c.items() if k in TokenIds.__annotations__ or k in SHARED}
+    text = {k: v for k, v in (text or c).items() if k != "architectures"}
+    return text | whole | {"model_type": VISION.get(kind, kind)}
+
+
+SHARED = ("tie_word_embeddings", "quantization_config")
+# model_type of the language model in a model that sees images -> that of the same model alone
+VISION = {
+    "qwen2_vl": "qwen2",
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+}
+VISION_TENSORS = r"^(model\.)?(vision_tower|visual|multi_modal_projector)\."
+
+
+def text_names(names):
+    """Names of the tensors in the files of a model that may see images -> {name in the files of its
+    language model alone: name}."""
+    out = {}
+    for name in names:
+        if not re.match(VISION_TENSORS, name):
+            plain = name.removeprefix("language_model.")
+            out[plain.replace("model.language_model.", "model.", 1)] = name
+    return out
+
+
 def recognise(c):
     """(model_type, head) of a config.json."""
     kind = c.get("model_type")
     if not c.get("architectures"):
         if kind not in FAMILIES:
-            raise unknown("model_type", kind, FAMILIES)
+            raise unknown("model_type", kind, FAMILIES, c)
         return kind, "lm"
-    architecture = c["architectures"][0]
+    # LLaMA: as the first conversions spell it
+    architecture = c["architectures"][0].replace("LLaMA", "Llama")
     known = {
         name: (family, head)
         for family, entry in FAMILIES.items()
         for head, name in entry.architectures.items()
     }
     if architecture not in known:
-        raise unknown("architecture", architecture, known)
+        raise unknown("architecture", architecture, known, c)
     family, head = known[architecture]
     if kind not in (None, family):
         raise UserError(f"model_type {kind!r} does not belong to architecture {architecture}")
     return family, head
 
 
-def unknown(what, name, known):
+# keys of config.json that ask for what the decoder has no slot for -> the slot
+MISSING = {
+    "num_local_experts": "a mixture of experts",
+    "num_experts": "a mixture of experts",
+    "n_routed_experts": "a mixture of experts",
+    "kv_lora_rank": "latent attention",
+    "state_size": "state-space layers",
+    "mamba_d_state": "state-space layers",
+    "linear_num_value_heads": "linear attention",
+    "is_encoder_decoder": "an encoder",
+    "clip_qkv": "clipped q, k and v",
+}
+
+
+def unknown(what, name, known, c=None):
+    """UserError for a family that is not in FAMILIES: the nearest that are, and the slot that a
+    config.json `c` asks for and the decoder lacks."""
     near = difflib.get_close_matches(str(name), known, cutoff=0.0)
-    return UserError(f"{what} {name} is not supported; the nearest that are: {', '.join(near)}")
+    slots = dict.fromkeys(slot for key, slot in MISSING.items() if (c or {}).get(key))
+    lacks = f", and the decoder has no slot for {' and '.join(slots)}" if slots else ""
+    return UserError(
+        f"{what} {name} is not supported{lacks}; the nearest that are: {', '.join(near)}"
+    )
 
 
 def config_json(cfg, like=None, **extra):
@@ -482,7 +1245,8 @@ def config_json(cfg, like=None, **extra):
     out = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     old = read_json(Path(like) / "config.json", missing={}) if like else {}
     same = old.get("model_type") == cfg.family
-    out |= {k: v for k, v in old.items() if k in out or same and k not in REWRITTEN}
+    stale = (*REWRITTEN, *family.aliases)
+    out |= {k: v for k, v in old.items() if k in out or same and k not in stale}
     out |= {"architectures": [family.architectures[cfg.head]], "model_type": cfg.family}
     out |= {key: getattr(cfg, name) for name, key in family.keys.items()}
     out |= family.write(cfg)
@@ -490,9 +1254,7 @@ def config_json(cfg, like=None, **extra):
         out |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     out |= extra
 
-    meant = asdict(cfg)
-    if not any(cfg.windows):
-        meant["windows"] = ()
+    meant = asdict(normal(cfg))
     said = asdict(parse_config(out, "config.json"))  # what a reader will understand
     if lost := [f"{key}={meant[key]!r}" for key in meant if meant[key] != said[key]]:
         raise UserError(

@@ -130,7 +130,6 @@ def fault_finder(kind):
     if origin in (Required, NotRequired):
         return fault_finder(*args)
     if origin in UNIONS:
-
         finders = [fault_finder(member) for member in args]
 
         def find(value):

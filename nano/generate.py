@@ -169,7 +169,7 @@ def snapshot(model, dtype, pack):
         if isinstance(module, nn.Linear):
             new.set_submodule(name, frozen_linear(source, dtype, pack))
             continue
-        for key, p in source._parameters.items():
+        for key, p in source.named_parameters(recurse=False):
             setattr(module, key, nn.Parameter(frozen(p, dtype), requires_grad=False))
     if device_of(model.head_weight).type == "xla":
         for layer, source in zip(new.layers, model.layers, strict=True):

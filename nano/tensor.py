@@ -5,6 +5,7 @@ A module's class says how its layers are shared, as tuples of names:
 
 COLUMN      Weights are sharded by output. Each device computes some heads, or units of the MLP.
 ROW         Weights are sharded by input. Each device computes a summand of the output.
+ALL         Each device computes the output for its other heads: a key/value head that all share.
 PER_HEAD    The layer runs on each head alone. Weights are replicated, activations sharded by head.
 WHOLE       The layer runs on all heads at once. Weights are replicated, activations are gathered.
 VOCABULARY  Embedding and output matrix are sharded by token.
@@ -22,7 +23,8 @@ from nano.config import UserError
 
 def check(cfg, size):
     """UserError unless `size` devices can share the layers of a model with this ModelConfig."""
-    if any(n % size for n in (cfg.n_heads, cfg.n_kv_heads, cfg.ffn_dim)):
+    kv_heads = 0 if cfg.n_kv_heads == 1 else cfg.n_kv_heads  # one serves the heads of each device
+    if any(n % size for n in (cfg.n_heads, kv_heads, cfg.ffn_dim)):
         raise UserError(
             f"tensor={size} must divide the model's {cfg.n_heads} heads, {cfg.n_kv_heads} "
             f"key/value heads and {cfg.ffn_dim} units of its MLP"
@@ -35,7 +37,7 @@ def shared_layers(model):
     styles = {}
     for name, module in modules.items():
         prefix = f"{name}." if name else ""
-        for style in ("COLUMN", "ROW", "PER_HEAD", "WHOLE", "VOCABULARY"):
+        for style in ("COLUMN", "ROW", "ALL", "PER_HEAD", "WHOLE", "VOCABULARY"):
             for child in getattr(module, style, ()):
                 if prefix + child in modules:
                     styles[prefix + child] = style
@@ -68,7 +70,7 @@ def shard(model, mesh, dtype_of):
     rank must have read the whole model, because nothing is sent.
     """
     # imported here, because it takes a second that other runs need not wait
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 
     dims = shard_dims(model, mesh.size())
     for name, p in list(model.named_parameters()):
@@ -91,9 +93,13 @@ def shard(model, mesh, dtype_of):
             placement = inputs.get(style, Replicate())
             computed = Replicate() if style == "WHOLE" else placement
             enter = functools.partial(_enter, mesh, placement, computed)
-            leave = functools.partial(_leave, outputs.get(style, Replicate()))
+            # the gradient of what ALL computes is a sum over the devices
+            grads = [Partial()] if style == "ALL" else None
+            leave = functools.partial(_leave, outputs.get(style, Replicate()), grads)
             module.register_forward_pre_hook(enter)
             module.register_forward_hook(leave)
+        if hasattr(module, "keep_heads"):
+            module.keep_heads(mesh.get_local_rank(), mesh.size())
 
 
 def _enter(mesh, placement, computed, module, inputs):
@@ -104,6 +110,8 @@ def _enter(mesh, placement, computed, module, inputs):
     return tuple(x.redistribute(placements=[computed]) for x in inputs)
 
 
-def _leave(placement, module, inputs, output):
-    """Forward hook: a DTensor is redistributed to `placement` and becomes a plain tensor."""
-    return output.redistribute(placements=[placement]).to_local()
+def _leave(placement, grads, module, inputs, output):
+    """Forward hook: a DTensor is redistributed to `placement` and becomes a plain tensor.
+
+    grads: the placements of its gradient where they are not those of its value."""
+    return output.redistribute(placements=[placement]).to_local(grad_placements=grads)

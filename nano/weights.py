@@ -34,7 +34,7 @@ from model import ScoreHead, Transformer, empty
 from nano import adapters, tokenizer
 from nano.adapters import base_of, ends_with, is_adapter, is_scorer, read_adapter_config
 from nano.config import UserError
-from nano.families import CONV1D, FAMILIES, config_json, load_config, places
+from nano.families import FAMILIES, config_json, load_config, places, text_names
 from nano.files import read_json, sync, write_json, write_text
 
 STRETCH = 1 << 24  # bytes of a tensor that are converted at a time
@@ -231,19 +231,22 @@ def load_model(dir, device="cpu", dtype=None, head=None, tensors=None):
     family = FAMILIES[cfg.family]
     files = {} if tensors else tensor_files(dir)
     tensors = tensors or read_tensors(dir)
-    tensors = {n: t for n, t in tensors.items() if not re.search(family.ignored, n)}
+    names = {
+        plain: n for plain, n in text_names(tensors).items() if not re.search(family.ignored, n)
+    }
+    tensors = {plain: tensors[name] for plain, name in names.items()}
     bare = not any(name.startswith(family.prefix) for name in tensors)
     params = dict(model.named_parameters())
-    (embedding,) = places(cfg, [EMBEDDING], bare)
+    embedding, output = places(cfg, [EMBEDDING, "lm_head.weight"], bare)
     if fresh:
-        tensors.pop("lm_head.weight", None)
+        tensors.pop(output, None)
         del params["score.weight"]
-    elif cfg.tie_embeddings and {"lm_head.weight", embedding} <= tensors.keys():
-        if not torch.equal(tensors.pop("lm_head.weight"), tensors[embedding]):
+    elif cfg.tie_embeddings and {output, embedding} <= tensors.keys():
+        if not torch.equal(tensors.pop(output), tensors[embedding]):
             raise UserError(
                 f"{dir}: config.json ties the output matrix to the embedding, "
-                "but lm_head.weight differs from it; "
-                'set "tie_word_embeddings" to false if lm_head.weight is meant'
+                f"but {output} differs from it; "
+                f'set "tie_word_embeddings" to false if {output} is meant'
             )
     stored = places(cfg, params, bare)
     # `params` are on the meta device, and fused there they have the shapes of the file
@@ -257,12 +260,12 @@ def load_model(dir, device="cpu", dtype=None, head=None, tensors=None):
         kind = torch.float32 if name == "score.weight" else dtype
         tensor = tensors[name]
         if tensor.dtype != kind:
-            mapped = name in files
-            tensor = converted(tensor, kind, files[name], name) if mapped else tensor.to(kind)
+            path = files.get(names[name])
+            tensor = converted(tensor, kind, path, names[name]) if path else tensor.to(kind)
         pieces = layout.split(tensor, [p.shape for p in hollow[name]], cfg)
         weights |= {part: piece.to(device) for part, piece in zip(parts, pieces, strict=True)}
     if fresh:
-        weights["score.weight"] = ScoreHead(cfg.dim).weight.detach().to(device)
+        weights["score.weight"] = ScoreHead(cfg.width).weight.detach().to(device)
     model.load_state_dict(weights, assign=True)
     return model
 
@@ -429,13 +432,13 @@ def extras_of(model):
 
 
 def adapter_places(model):
-    """Which layers of a file may carry adapters: {layer in the file: [names here]}.
+    """Which layers of a file may carry adapters: {layer in the file: ([names here], Layout)}.
 
     A layer that the family's files fuse has several names here."""
     stored = places(model.cfg, [f"{name}.weight" for name in lora.linear_names(model)])
     return {
-        layer.removesuffix(".weight"): [part.removesuffix(".weight") for part in parts]
-        for layer, (parts, _) in stored.items()
+        layer.removesuffix(".weight"): ([part.removesuffix(".weight") for part in parts], layout)
+        for layer, (parts, layout) in stored.items()
     }
 
 
@@ -458,8 +461,8 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
     stored = adapter_places(model)
     out = {}
     shapes = dict(extras.shapes)  # {layer in the file: (rank, scale)}
-    for layer, parts in stored.items():
-        if adapter := fused(model, name, layers, tensors, parts):
+    for layer, (parts, layout) in stored.items():
+        if adapter := fused(model, name, layers, tensors, parts, layout):
             A, B, magnitude, scale = adapter
             out[f"{PREFIX}{layer}.lora_A.weight"] = A
             out[f"{PREFIX}{layer}.lora_B.weight"] = B
@@ -489,7 +492,7 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
         target_modules=sorted(leaves if whole else shapes),
         modules_to_save=saved or None,
         bias=extras.settings.get("bias", "none"),
-        fan_in_fan_out=CONV1D in FAMILIES[model.cfg.family].layouts.values(),
+        fan_in_fan_out=any(layout.transposed for _, layout in stored.values()),
         inference_mode=True,
     )
     write_tensors((out | extras.tensors).items(), dir, name="adapter_model", shard_bytes=math.inf)
@@ -509,29 +512,38 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
         path.unlink(missing_ok=True)
 
 
-def fused(model, name, layers, tensors, parts):
+def fused(model, name, layers, tensors, parts, layout):
     """The adapter `name` of a layer in the file, whose modules here are `parts`.
 
     layers: {name: LoRA}. tensors: {name: tensor}. Returns (A, B, magnitude or None, scale), or None
-    if no part has the adapter. A that all parts share is written once. Otherwise A is stacked, and
-    B is block-diagonal, so that each part keeps its product."""
+    if no part has the adapter. Parts that share A share its rows in the file. Otherwise A is
+    stacked, and B has zeros where a row serves another part, so that each part keeps its product.
+    """
     adapted = [part for part in parts if part in layers]
     if not adapted:
         return None
 
-    def get(kind):
-        return [tensors[f"{part}.{kind}.{name}"].detach().float().cpu() for part in adapted]
+    def get(kind, part):
+        return tensors[f"{part}.{kind}.{name}"].detach().float().cpu()
 
-    As, Bs = get("lora_A"), get("lora_B")
+    As = {part: get("lora_A", part) for part in adapted}
+    different = []
+    for A in As.values():
+        if not any(torch.equal(A, other) for other in different):
+            different.append(A)
+
+    def block(part, A):
+        if part in As and torch.equal(As[part], A):
+            return get("lora_B", part)
+        return torch.zeros(model.get_submodule(part).out_features, len(A))
+
+    Bs = [torch.cat([block(part, A) for A in different], dim=1) for part in parts]
+    B = layout.fuse_rows(Bs, model.cfg)
     module = layers[adapted[0]]
-    magnitude = torch.cat(get("lora_magnitude")) if name in module.lora_magnitude else None
-    if adapted == parts and all(torch.equal(A, As[0]) for A in As):
-        return As[0], torch.cat(Bs), magnitude, module.scales[name]
-    blocks = [
-        Bs.pop(0) if part in adapted else torch.zeros(model.get_submodule(part).out_features, 0)
-        for part in parts
-    ]
-    return torch.cat(As), torch.block_diag(*blocks), magnitude, module.scales[name]
+    magnitude = None
+    if name in module.lora_magnitude:
+        magnitude = layout.fuse_rows([get("lora_magnitude", part) for part in parts], model.cfg)
+    return torch.cat(different), B, magnitude, module.scales[name]
 
 
 def patterns(values, default):
@@ -564,7 +576,7 @@ def read_adapter_tensors(dir):
 class AdapterFile:
     """What a PEFT directory holds, checked against a model.
 
-    .linears      {layer of the blocks, as the file names it: [names here]}
+    .linears      {layer of the blocks, as the file names it: ([names here], Layout)}
     .vocabulary   the file's names of the embedding and, in a language model, the output matrix
     .count        how many tokens there are: more than the base has, if the file adds some
     .stored       {parameter, as the file names it: ([names here], Layout)}
@@ -643,7 +655,7 @@ class AdapterFile:
 
     def check_tensors(self, model):
         """UserError unless the tensors have names and shapes that fit the model."""
-        dim, config = model.cfg.dim, self.config
+        dim, config = model.cfg.width, self.config
         self.count = model.cfg.vocab_size
         whole = [self.weight(layer) for layer in self.vocabulary if self.weight(layer) is not None]
         if whole and (model.cfg.tie_embeddings or len(whole) == len(self.vocabulary)):
@@ -657,7 +669,7 @@ class AdapterFile:
         for layer in filter(self.has_adapter, (*self.linears, *self.vocabulary)):
             rank, _ = self.shapes[layer] = adapters.shape(config, layer)
             if layer in self.linears:
-                modules = [model.get_submodule(part) for part in self.linears[layer]]
+                modules = [model.get_submodule(part) for part in self.linears[layer][0]]
                 outs, ins = sum(m.out_features for m in modules), modules[0].in_features
                 if config.get("use_dora"):
                     wanted[f"{layer}.lora_magnitude_vector"] = (outs,)
@@ -764,7 +776,7 @@ class AdapterFile:
         table.weight = new[embedding]
         for head in heads:
             if not tied or not torch.equal(new[head], new[embedding]):
-                model.lm_head = nn.Linear(cfg.dim, self.count, bias=False, device="meta")
+                model.lm_head = nn.Linear(cfg.width, self.count, bias=False, device="meta")
                 model.lm_head.weight = new[head]
                 tied = False
         tied = tied if heads else cfg.tie_embeddings
@@ -774,12 +786,15 @@ class AdapterFile:
         """Puts the adapters of the blocks on the model."""
         new = dict(dtype=torch.float32, device=model.model["embed_tokens"].weight.device, copy=True)
         for layer in self.shapes.keys() & self.linears.keys():
-            parts = self.linears[layer]
+            parts, layout = self.linears[layer]
             A, B = self.tensors[f"{layer}.lora_A"], self.tensors[f"{layer}.lora_B"]
             widths = [model.get_submodule(part).out_features for part in parts]
             magnitude = self.tensors.get(f"{layer}.lora_magnitude_vector")
-            magnitudes = [None] * len(parts) if magnitude is None else magnitude.split(widths)
-            for part, b, m in zip(parts, B.split(widths), magnitudes, strict=True):
+            Bs = layout.split_rows(B, widths, model.cfg)
+            magnitudes = [None] * len(parts)
+            if magnitude is not None:
+                magnitudes = layout.split_rows(magnitude, widths, model.cfg)
+            for part, b, m in zip(parts, Bs, magnitudes, strict=True):
                 keep = ranks_of(A, B, b)
                 if m is not None:
                     m = m.to(**new)
@@ -837,7 +852,7 @@ def load_scorer(model, dir, name):
     Returns its head, a model.ScoreHead. UserError for an adapter of a language model."""
     if not is_scorer(dir):
         raise UserError(f"{dir} is an adapter of a language model, not of a score model")
-    model.score = ScoreHead(model.cfg.dim).to(model.model["embed_tokens"].weight.device)
+    model.score = ScoreHead(model.cfg.width).to(model.model["embed_tokens"].weight.device)
     load_adapter(model, dir, name)
     head = model.score
     del model.score

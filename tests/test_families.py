@@ -1,0 +1,506 @@
+"""Every family of models against transformers and peft, on tiny random models with odd sizes.
+
+A family is a Case or several. The first of each is tested by default, and all with NANO_SLOW=1. To
+add a family: an entry in nano/families.py, and a Case here.
+"""
+
+import os
+from dataclasses import dataclass, field
+from functools import partial
+
+import peft
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from torch.utils.checkpoint import checkpoint
+
+import lora
+from model import empty
+from nano import estimate, families, weights
+from nano.generate import generate
+
+SLOW = os.environ.get("NANO_SLOW") == "1"
+VOCAB, LENGTH = 97, 40
+
+
+@dataclass
+class Case:
+    """settings: keys of config.json of a tiny model. real: config.json of published models of the
+    family, as far as it says something of the model."""
+
+    config: type
+    settings: dict
+    real: list = field(default_factory=list)
+
+    @property
+    def family(self):
+        return self.config.model_type
+
+
+TINY = dict(
+    vocab_size=VOCAB,
+    hidden_size=56,
+    intermediate_size=88,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=0,
+)
+HEADS = dict(head_dim=16)
+CAPS = dict(query_pre_attn_scalar=9, attn_logit_softcapping=1.5, final_logit_softcapping=2.5)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+LONG = dict(
+    rope_type="longrope",
+    short_factor=[1.0, 1.1, 1.3, 1.9, 2.5],
+    long_factor=[1.0, 1.5, 4.0, 9.0, 20.0],
+)
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def sizes(hidden, ffn, layers, heads, kv_heads, vocab, **more):
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    common = dict(zip(names, (hidden, ffn, layers, heads), strict=True))
+    return common | dict(num_key_value_heads=kv_heads, vocab_size=vocab, **more)
+
+
+GEMMA3_4B = sizes(2560, 10240, 34, 8, 4, 262208, model_type="gemma3_text", sliding_window=1024)
+PHI_LONG = dict(type="longrope", short_factor=[1.0] * 64, long_factor=[2.0] * 64)
+PHI4_LONG = dict(type="longrope", short_factor=[1.0] * 48, long_factor=[2.0] * 48)
+OLMO3_YARN = dict(
+    rope_type="yarn",
+    factor=8.0,
+    attention_factor=1.2079441541679836,
+    beta_fast=32,
+    beta_slow=1,
+    original_max_position_embeddings=8192,
+)
+MINISTRAL_ROPE = dict(
+    rope_type="yarn",
+    factor=16.0,
+    original_max_position_embeddings=16384,
+    rope_theta=1e6,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    llama_4_scaling_beta=0.1,
+)
+GRANITE = dict(embedding_multiplier=12.0, residual_multiplier=0.22, tie_word_embeddings=True)
+
+CASES = {
+    "gemma2": Case(
+        hf.Gemma2Config,
+        TINY | HEADS | CAPS | dict(sliding_window=7),
+        [
+            sizes(2304, 9216, 26, 8, 4, 256000, head_dim=256),
+            sizes(4608, 36864, 46, 32, 16, 256000, head_dim=128, query_pre_attn_scalar=144),
+        ],
+    ),
+    "gemma2 untied, without caps": Case(
+        hf.Gemma2Config,
+        TINY
+        | dict(head_dim=12, tie_word_embeddings=False, attention_bias=True)
+        | dict(attn_logit_softcapping=None, final_logit_softcapping=None),
+    ),
+    "gemma3": Case(
+        hf.Gemma3TextConfig,
+        TINY
+        | HEADS
+        | dict(
+            sliding_window=7,
+            query_pre_attn_scalar=9,
+            layer_types=[SLIDING, SLIDING, FULL],
+            rope_parameters={
+                SLIDING: dict(rope_type="default", rope_theta=100.0),
+                FULL: dict(rope_type="linear", rope_theta=5000.0, factor=3.0),
+            },
+        ),
+        [
+            sizes(1152, 6912, 26, 4, 1, 262144, head_dim=256, sliding_window=512),
+            dict(
+                architectures=["Gemma3ForConditionalGeneration"],
+                model_type="gemma3",
+                text_config=GEMMA3_4B | dict(rope_scaling=dict(factor=8.0, rope_type="linear")),
+            ),
+        ],
+    ),
+    "olmo2": Case(
+        hf.Olmo2Config,
+        TINY | dict(rope_parameters=dict(rope_type="default", rope_theta=500.0)),
+        [
+            sizes(2048, 8192, 16, 16, 16, 100352, rope_theta=500000, rms_norm_eps=1e-6),
+            sizes(5120, 27648, 64, 40, 8, 100352, rope_theta=500000, rms_norm_eps=1e-6),
+        ],
+    ),
+    "olmo3": Case(
+        hf.Olmo3Config,
+        TINY
+        | dict(
+            sliding_window=7,
+            layer_types=[SLIDING, FULL, SLIDING],
+            rope_parameters={
+                SLIDING: dict(rope_type="default", rope_theta=700.0),
+                FULL: YARN | dict(rope_theta=700.0),
+            },
+        ),
+        [
+            sizes(4096, 11008, 32, 32, 32, 100278, rope_scaling=OLMO3_YARN),
+            sizes(5120, 27648, 64, 40, 8, 100278, rope_scaling=OLMO3_YARN),
+        ],
+    ),
+    "smollm3": Case(
+        hf.SmolLM3Config,
+        TINY | dict(no_rope_layers=[1, 0, 1], tie_word_embeddings=True),
+        [
+            sizes(2048, 11008, 36, 16, 4, 128256, rope_theta=2e6, no_rope_layer_interval=4),
+            sizes(2048, 11008, 36, 16, 4, 128256, no_rope_layers=[1, 1, 1, 0] * 9),
+        ],
+    ),
+    "smollm3 windows, biases": Case(
+        hf.SmolLM3Config,
+        TINY
+        | dict(no_rope_layer_interval=2, use_sliding_window=True, sliding_window=7, mlp_bias=True),
+    ),
+    "phi3": Case(  # Phi-4-mini's rope, and documents beyond the original context
+        hf.Phi3Config,
+        TINY
+        | dict(
+            original_max_position_embeddings=120,
+            rope_parameters=LONG | dict(rope_theta=100.0, partial_rotary_factor=0.75),
+            tie_word_embeddings=True,
+        ),
+        [
+            sizes(3072, 8192, 32, 32, 32, 32064, sliding_window=2047),
+            sizes(
+                *(3072, 8192, 32, 24, 8, 200064),
+                partial_rotary_factor=0.75,
+                rope_scaling=PHI4_LONG,
+                max_position_embeddings=131072,
+                tie_word_embeddings=True,
+            ),
+        ],
+    ),
+    "phi3 window": Case(hf.Phi3Config, TINY | dict(sliding_window=7)),
+    "ministral3": Case(
+        hf.Ministral3Config,
+        TINY
+        | HEADS
+        | dict(rope_parameters=MINISTRAL_ROPE | dict(original_max_position_embeddings=16)),
+        [
+            sizes(3072, 9216, 26, 32, 8, 131072, rope_parameters=MINISTRAL_ROPE),
+            dict(
+                architectures=["Mistral3ForConditionalGeneration"],
+                model_type="mistral3",
+                text_config=sizes(
+                    *(4096, 14336, 34, 32, 8, 131072),
+                    model_type="ministral3",
+                    rope_parameters=MINISTRAL_ROPE,
+                ),
+            ),
+        ],
+    ),
+    "granite": Case(
+        hf.GraniteConfig,
+        TINY
+        | dict(
+            embedding_multiplier=3.0,
+            residual_multiplier=0.7,
+            attention_multiplier=0.4,
+            logits_scaling=1.3,
+            attention_bias=True,
+        ),
+        [
+            sizes(2048, 8192, 40, 32, 8, 49155, **GRANITE, attention_multiplier=0.015625),
+            sizes(4096, 12800, 40, 32, 8, 49155, **GRANITE, logits_scaling=16.0),
+        ],
+    ),
+    "starcoder2": Case(
+        hf.Starcoder2Config,
+        TINY | dict(sliding_window=7, norm_epsilon=1e-3),
+        [
+            sizes(3072, 12288, 30, 24, 2, 49152, rope_theta=999999.4420358813, sliding_window=4096),
+            sizes(6144, 24576, 40, 48, 4, 49152, rope_theta=1e5),
+        ],
+    ),
+    "starcoder2 without biases": Case(hf.Starcoder2Config, TINY | dict(use_bias=False)),
+    "qwen2 yarn": Case(
+        hf.Qwen2Config,
+        TINY | dict(rope_parameters=YARN | dict(rope_theta=1000.0, factor=2.5)),
+        [sizes(3584, 18944, 28, 28, 4, 152064, rope_scaling=YARN | dict(factor=4.0))],
+    ),
+    "qwen3 yarn": Case(
+        hf.Qwen3Config,
+        TINY
+        | HEADS
+        | dict(rope_parameters=YARN | dict(rope_theta=1000.0, attention_factor=0.8707)),
+    ),
+    "llama dynamic": Case(
+        hf.LlamaConfig,
+        TINY | dict(rope_parameters=dict(rope_type="dynamic", rope_theta=100.0, factor=2.0)),
+    ),
+}
+
+
+def first_of_each():
+    """The names of the cases: one of each family, or all with NANO_SLOW=1."""
+    first = {case.family: name for name, case in reversed(CASES.items())}
+    return [name for name, case in CASES.items() if SLOW or first[case.family] == name]
+
+
+every_case = pytest.mark.parametrize("name", first_of_each())
+
+
+def config(case, **more):
+    return case.config(**case.settings | more)
+
+
+@torch.no_grad()
+def theirs(name, auto=hf.AutoModelForCausalLM, **more):
+    """A random model of transformers in which no bias is 0 and no norm 1."""
+    torch.manual_seed(0)
+    model = auto.from_config(config(CASES[name], **more))
+    for p in model.parameters():
+        p.normal_(1.0 if p.dim() == 1 else 0.0, 0.3 if p.dim() == 1 else 0.2)
+    return model.float().eval()
+
+
+def tokens(batch=2, length=LENGTH):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(1, VOCAB, (batch, length), generator=generator)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A function from the name of a case to a directory that transformers wrote."""
+    folders = {}
+
+    def base(name):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("base")
+            theirs(name).save_pretrained(folders[name])
+        return folders[name]
+
+    return base
+
+
+@torch.no_grad()
+def logits(model, x, docs=None):
+    return model.logits(model.hidden(x, docs=docs))
+
+
+def worst(a, b):
+    return (a - b).abs().max().item()
+
+
+@every_case
+def test_logits_loss_and_gradients_equal_transformers(name, bases):
+    reference, model, x = theirs(name), weights.load_model(bases(name)), tokens()
+    assert sum(p.numel() for p in model.parameters()) == reference.num_parameters()
+    out = reference(x, labels=x)
+    out.loss.backward()
+    hidden = model(dict(tokens=x)).view(*x.shape, -1)
+    ours = model.logits(hidden)
+    assert out.logits.std() > 0.1 and worst(ours, out.logits) < 1e-4
+    loss = F.cross_entropy(ours[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+    loss.backward()
+    assert abs(loss.item() - out.loss.item()) < 1e-5
+    params, wanted = dict(model.named_parameters()), dict(reference.named_parameters())
+    for stored, (parts, layout) in families.places(model.cfg, params).items():
+        fused = layout.fuse([params[part].grad for part in parts], model.cfg)
+        exact = wanted[OLD_NAMES.get(stored, stored)].grad
+        assert worst(fused, exact) < 1e-4 * max(1.0, exact.abs().max()), stored
+
+
+# parameters that transformers now calls otherwise than its files do
+OLD_NAMES = {"embed_out.weight": "lm_head.weight"}
+
+
+@every_case
+def test_what_is_saved_is_what_transformers_saves(name, bases, tmp_path):
+    model, x = weights.load_model(bases(name)), tokens()
+    weights.save_model(model, tmp_path, like=bases(name))
+    ours, wanted = weights.read_tensors(tmp_path), weights.read_tensors(bases(name))
+    assert ours.keys() == wanted.keys()
+    assert all(torch.equal(t, wanted[key]) for key, t in ours.items())
+    assert families.load_config(tmp_path) == model.cfg
+    back, info = hf.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        assert worst(back.float().eval()(x).logits, logits(model, x)) < 1e-4
+
+
+@every_case
+def test_packed_rows_equal_unpacked(name, bases):
+    model, x = weights.load_model(bases(name)), tokens(1, 110)
+    docs = torch.full_like(x, -1)
+    edges = (0, 5, 6, 100)  # and 10 tokens of padding
+    for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+        docs[0, a:b] = i
+    packed = logits(model, x, docs)
+    assert packed.isfinite().all()
+    for a, b in zip(edges, edges[1:], strict=False):
+        assert worst(packed[0, a:b], logits(model, x[:, a:b])[0]) < 1e-4
+
+
+@every_case
+def test_autocast_and_recomputation_give_the_same_gradients(name, bases):
+    model, x = weights.load_model(bases(name)), tokens()
+    docs = torch.zeros_like(x)
+    docs[:, 25:] = 1
+    norms = []
+    for recompute in (None, partial(checkpoint, use_reentrant=False)):
+        model.recompute = recompute
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = model.hidden(x, docs=docs)
+        assert hidden.dtype == torch.bfloat16
+        hidden.float().square().mean().backward()
+        grads = [p.grad for n, p in model.named_parameters() if n != "lm_head.weight"]
+        norms.append(torch.nn.utils.get_total_norm(grads).item())
+        model.zero_grad()
+    exact = model.hidden(x, docs=docs)
+    assert worst(hidden.float(), exact) < 0.1 * exact.abs().max()  # bf16 has 8 significant bits
+    assert norms[0] == norms[1] > 0
+
+
+@every_case
+def test_the_estimate_counts_what_autograd_keeps(name, bases):
+    model, x = weights.load_model(bases(name)), tokens()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kept = tiny.peak_memory(lambda: [model.hidden(x)])
+    guess = estimate.memory(model, x.numel(), document=LENGTH)["activations"]
+    assert 0.5 < guess / kept < 2.0
+    assert model.flops_per_token(LENGTH) > 6 * sum(p.numel() for p in model.layers.parameters())
+
+
+@every_case
+def test_greedy_with_a_cache_equals_greedy_without(name, bases):
+    model, x = weights.load_model(bases(name)), tokens(3)
+    prompts = [x[0, :3].tolist(), x[1, :25].tolist(), x[2, :9].tolist()]
+    samples = generate(model, prompts, 12, temperature=0.0, batch_size=2)
+    for prompt, sample in zip(prompts, samples.tokens, strict=True):
+        ids = list(prompt)
+        for _ in range(12):
+            ids.append(int(logits(model, torch.tensor([ids]))[0, -1].argmax()))
+        assert sample == ids[len(prompt) :]
+
+
+def shaken(model):
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if "lora_" in key:
+                p.normal_(std=0.1)
+    return model
+
+
+def opened(base, dir):
+    model = weights.load_model(base)
+    weights.load_adapter(model, dir)
+    return model
+
+
+@every_case
+def test_what_peft_writes_is_read_and_written_back(name, bases, tmp_path):
+    base, x = bases(name), tokens()
+    plain = weights.load_model(base)
+    leaves = {layer.rpartition(".")[2] for layer in weights.adapter_places(plain)}
+    settings = dict(r=4, lora_alpha=8, target_modules=sorted(leaves), task_type="CAUSAL_LM")
+    reference = shaken(peft.get_peft_model(theirs(name), peft.LoraConfig(**settings))).eval()
+    with torch.no_grad():
+        expected = reference(x).logits
+    reference.save_pretrained(tmp_path / "theirs")
+    ours = opened(base, tmp_path / "theirs")
+    assert worst(logits(ours, x), expected) < 1e-4 < 0.05 < worst(logits(plain, x), expected)
+    weights.save_adapter(ours, tmp_path / "ours", base=base)
+    # parts that share A are one adapter of its rank again
+    written = weights.read_adapter_config(tmp_path / "ours")
+    assert written["r"] == 4 and not written["rank_pattern"]
+    assert worst(in_peft(base, tmp_path / "ours", x), expected) < 1e-4
+    assert worst(logits(lora.merge(ours), x), expected) < 1e-4
+
+
+def in_peft(base, dir, x):
+    inner = hf.AutoModelForCausalLM.from_pretrained(base).float()
+    with torch.no_grad():
+        return peft.PeftModel.from_pretrained(inner, dir).eval()(x).logits
+
+
+@every_case
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=str)
+def test_peft_reads_what_is_written_here(name, bases, targets, tmp_path):
+    base, x = bases(name), tokens()
+    model = weights.load_model(base)
+    lora.apply(model, rank=4, alpha=8, targets=targets)
+    shaken(model)
+    weights.save_adapter(model, tmp_path, base=base)
+    assert worst(in_peft(base, tmp_path, x), logits(model, x)) < 1e-4
+    config = weights.read_adapter_config(tmp_path)
+    again = opened(base, tmp_path)
+    assert worst(logits(again, x), logits(model, x)) < 1e-5
+    # layers with an A of their own have the same rank after each save
+    weights.save_adapter(again, tmp_path, base=base)
+    assert weights.read_adapter_config(tmp_path) == config
+
+
+def with_scores():
+    """The cases whose family has a model of transformers that gives scores."""
+    scored = [n for n in first_of_each() if "score" in architectures(CASES[n])]
+    return pytest.mark.parametrize("name", scored)
+
+
+def architectures(case):
+    return families.FAMILIES[case.family].architectures
+
+
+@with_scores()
+def test_scores_equal_sequence_classification(name, tmp_path):
+    reference, x = theirs(name, hf.AutoModelForSequenceClassification, num_labels=1), tokens()
+    x[0, 30:] = 0  # padding: theirs scores the last token before it
+    with torch.no_grad():
+        expected = reference(x).logits[:, 0]
+        reference.save_pretrained(tmp_path / "theirs")
+        model = weights.load_model(tmp_path / "theirs")
+        assert model.cfg.head == "score"
+        # documents of their own, because the long one alone may be beyond an original context
+        scores = [model.score(model.hidden(row[None]))[0, -1] for row in (x[0, :30], x[1])]
+    assert expected.std() > 0 and worst(torch.stack(scores), expected) < 1e-4
+    weights.save_model(model, tmp_path / "ours", like=tmp_path / "theirs")
+    back = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours").float().eval()
+    with torch.no_grad():
+        assert worst(back(x).logits[:, 0], expected) < 1e-4
+
+
+# ---- published models, on the meta device
+
+
+def published():
+    """(name of a case, which of its published models): the first, or all with NANO_SLOW=1."""
+    pairs = [(name, i) for name, case in CASES.items() for i in range(len(case.real))]
+    return [(name, i) for name, i in pairs if SLOW or i == 0]
+
+
+@pytest.mark.parametrize("name, which", published())
+def test_published_models_have_transformers_names_and_shapes(name, which):
+    """Of what would be written, and of the model that transformers builds of our config.json."""
+    case = CASES[name]
+    real = case.real[which]
+    if "architectures" not in real:
+        real = dict(real, architectures=[architectures(case)["lm"]], model_type=case.family)
+    cfg = families.parse_config(real, "config.json")
+    params = dict(empty(cfg).named_parameters())
+    ours = {}
+    for stored, (parts, layout) in families.places(cfg, params).items():
+        ours[stored] = layout.fuse([params[part] for part in parts], cfg).shape
+
+    text = real.get("text_config", real)
+    written = families.config_json(cfg)
+    for source in (text, written):
+        wanted = case.config(**{k: v for k, v in source.items() if k != "architectures"})
+        with torch.device("meta"):
+            reference = hf.AutoModelForCausalLM.from_config(wanted)
+        names = {OLD_NAMES.get(key, key): shape for key, shape in ours.items()}
+        assert names == {key: p.shape for key, p in reference.named_parameters()}
