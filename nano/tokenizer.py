@@ -1080,8 +1080,7 @@ class Tokenizer:
             learned &= {len(messages) - 1}
             for n, message in enumerate(messages):
                 if message.get("columns"):  # which stand in the place of the content
-                    texts = (text for _, text in message["columns"])
-                    messages[n] = message | {"content": "\n\n".join(texts)}
+                    messages[n] = message | {"content": ""}
         request = (messages, add_generation_prompt, tools, learned, self.empty_thoughts)
         try:
             layout = self.layout.lay_out(*request)
