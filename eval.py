@@ -267,10 +267,9 @@ def measure_data(cfg, rt, opened, rows):
                 batch = rt.put(micro)
                 with rt.autocast():
                     hidden = model(batch)
-                    inputs = hidden, model.head, batch["targets"]
-                    loss = losses.cross_entropy(*inputs, batch["weights"])
-                    hits = (losses.hits(*inputs) * batch["weights"]).sum()
-                part = torch.stack((loss, hits, batch["weights"].sum()))
+                    logprobs, hits = losses.token_scores(hidden, model.head, batch["targets"])
+                counted = batch["weights"]
+                part = torch.stack((-logprobs @ counted, hits @ counted, counted.sum()))
                 sums += part.cpu().double()
     loss, hits, count = (rt.all_sum(float(x)) for x in sums)
     loss /= max(count, 1)

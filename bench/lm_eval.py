@@ -3,19 +3,27 @@
     pip install lm-eval==0.4.13                 # for this script alone
     python -m bench.lm_eval model=models/smollm2 data=../shared/data/bench limit=200
     python -m bench.lm_eval limit=20 dtype=bfloat16 batch=32
+    python -m bench.lm_eval tasks=gsm8k shots=2 limit=8                   # greedy answers
 
 Both get the same weights and the same records. `data` is a folder of llm-foundry's and QLoRA's
 files. They are rewritten in the columns of the hub for lm-eval, whose task definitions write the
 prompts. So equal log-likelihoods show that prompts, tokens and sums are equal. The shots are the
 records behind the measured ones, in order. The times are those from records to results: seconds of
-the process's cores on a CPU, elsewhere those of the wall. The product peak is what torch multiplies
-in the same dtype in this run.
+the process's cores on a CPU, elsewhere those of the wall.
+
+"of peak" is the share of those seconds in which torch could compute the matrix products that the
+task needs, with the model's shapes, as fast as it does in this run on rows of 512. Padding is not
+needed, nor is what options and shots share needed twice.
 """
 
 import json
+import math
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
+from os.path import commonprefix  # of any sequences
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +31,6 @@ import numpy as np
 import torch
 
 import nano  # noqa: F401  first, because bench/nano.py finds the others
-from model import Transformer
 from nano import config, evaluation, log, runtime, tasks, weights
 from nano.config import NonNegativeInt, PathText, PositiveInt, Seed
 
@@ -38,6 +45,14 @@ FILES = {  # task: (its name in lm-eval, its file)
     "mmlu:anatomy": ("mmlu_anatomy", "mmlu_val_zero_shot.jsonl"),
     "mmlu:high_school_physics": ("mmlu_high_school_physics", "mmlu_val_zero_shot.jsonl"),
     "mmlu:philosophy": ("mmlu_philosophy", "mmlu_val_zero_shot.jsonl"),
+}
+ANSWERED = {"gsm8k": ("gsm8k", "../gsm8k_test.jsonl")}
+METRICS = {  # ours: lm-eval's
+    "acc": "acc,none",
+    "acc_norm_chars": "acc_norm,none",
+    "perplexity": "perplexity,none",
+    "em": "exact_match,flexible-extract",
+    "em_strict": "exact_match,strict-match",
 }
 
 
@@ -80,6 +95,8 @@ def hub_row(name, record):
         return dict(query=record["start"], choices=record["endings"], label=record["gold"])
     if name == "boolq":
         return record | dict(label=record["gold"])
+    if name == "gsm8k":
+        return record
     return dict(question=record["question"], choices=record["options"], answer=record["gold"])
 
 
@@ -89,7 +106,7 @@ def their_task(name, records, shots, folder):
     from lm_eval.tasks._yaml_loader import load_yaml
 
     manager = TaskManager()
-    theirs = FILES[name][0]
+    theirs = (FILES | ANSWERED)[name][0]
     paths = {}
     for split, part in dict(test=records, dev=shots or records[:1]).items():
         paths[split] = str(folder / f"{theirs}.{split}.jsonl")
@@ -112,7 +129,7 @@ def their_task(name, records, shots, folder):
 
 
 def their_results(task, lm, cfg):
-    """(logprobs of each record's options, metrics, seconds)"""
+    """(logprobs of each record's options, or its answer; metrics; seconds)"""
     from lm_eval.evaluator import evaluate
 
     name = task.task_name
@@ -122,32 +139,71 @@ def their_results(task, lm, cfg):
     result = evaluate(lm, {name: task}, limit=cfg.limit, bootstrap_iters=0, log_samples=True)
     seconds = clock(cfg.device) - began
     samples = sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
-    logprobs = [[resp[0][0] for resp in sample["resps"]] for sample in samples]
-    return logprobs, result["results"][name], seconds
+    responses = [[resp[0] for resp in sample["resps"]] for sample in samples]
+    if name not in ANSWERED:
+        responses = [[logprob for logprob, _ in options] for options in responses]
+    return responses, result["results"][name], seconds
 
 
-def product_peak(cfg, dtype, device, size=2048):
-    """FLOP/s of torch's matrix product."""
-    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    best = 0.0
-    for _ in range(5):
-        began = clock(cfg.device)
-        (a @ b).sum().item()
-        best = max(best, 2 * size**3 / (clock(cfg.device) - began))
-    return best
-
-
-def count_tokens():
-    """[0], which grows by the tokens of each forward."""
-    total = [0]
-    whole = Transformer.hidden
-
-    def hidden(self, tokens, *args, **kwargs):
-        total[0] += tokens.numel()
-        return whole(self, tokens, *args, **kwargs)
-
-    Transformer.hidden = hidden
+def product_seconds(cfg, shapes, dtype, device, rows=512):
+    """Seconds a token that products of `rows` tokens with matrices of these shapes take."""
+    total = 0.0
+    for shape, count in Counter(shapes).items():
+        x, w = (torch.randn(n, shape[1], dtype=dtype, device=device) for n in (rows, shape[0]))
+        best = math.inf
+        for _ in range(5):
+            began = clock(cfg.device)
+            (x @ w.t()).sum().item()
+            best = min(best, clock(cfg.device) - began)
+        total += count * best / rows
     return total
+
+
+def needed(benchmark):
+    """(tokens that a model has to see, positions that have to predict) for a task's options. What
+    rows begin with alike has to be seen once."""
+    pairs = [pair for pairs in benchmark.prompts for pair in pairs]
+    rows = sorted(context + option[:-1] for context, option in pairs)
+    shared = sum(len(commonprefix(two)) for two in pairwise(rows))
+    return sum(map(len, rows)) - shared, sum(len(option) for _, option in pairs)
+
+
+def compare(cfg, rt, opened, lm, name, folder):
+    """The row of a task."""
+    _, file = (FILES | ANSWERED)[name]
+    task = tasks.load(name, str(Path(cfg.data, file)))
+    records = task.records()
+    records, shots = records[: cfg.limit], records[cfg.limit :][: cfg.shots]
+    their = their_task(name, records, shots, folder)
+    responses, their_metrics, their_seconds = their_results(their, lm, cfg)
+    task.module.IN_ORDER = True
+    task.records = lambda shots=False, both=(records, shots): both[shots]
+    began = clock(cfg.device)
+    benchmark = evaluation.prepare(
+        task, opened.tok, opened.model.cfg, cfg.shots, cfg.limit, chat="false"
+    )
+    result = evaluation.measure(benchmark, opened.model, opened.tok, rt)
+    seconds = clock(cfg.device) - began
+    row = {"task": name, "n": result.count}
+    pairs = [*zip(result.examples, responses, strict=True)]
+    if task.has_choices:
+        row["far"] = max(
+            float(np.abs(np.array(example["logprobs"]) - other).max()) for example, other in pairs
+        )
+        layers = opened.model.layers
+        shapes = [tuple(p.shape) for p in layers.parameters() if p.dim() == 2]
+        where = rt.dtype, rt.device
+        tokens, scored = needed(benchmark)
+        needs = tokens * product_seconds(cfg, shapes, *where)
+        needs += scored * product_seconds(cfg, [tuple(opened.model.head_weight.shape)], *where)
+        row |= dict(tokens=tokens, of_peak=needs / seconds)
+    else:
+        same = [example["answer"].strip() == other[0].strip() for example, other in pairs]
+        row["same answers"] = sum(same) / len(same)
+    for ours, other in METRICS.items():
+        if ours in result.metrics and other in their_metrics:
+            row[ours] = [result.metrics[ours], their_metrics[other]]
+    return row | dict(seconds=[seconds, their_seconds], ratio=their_seconds / seconds)
 
 
 def main(cfg):
@@ -156,65 +212,24 @@ def main(cfg):
     with runtime.start(cfg, parallel="none") as rt:
         opened = weights.open(cfg.model, None, rt.device, rt.dtype)
     lm = HFLM(pretrained=str(cfg.model), dtype=cfg.dtype, device=cfg.device, batch_size=cfg.batch)
-    total = count_tokens()
-    matrices = opened.model.flops_per_token(0) / 6
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in cfg.tasks:
-            theirs, file = FILES[name]
-            task = tasks.load(name, str(Path(cfg.data, file)))
-            records = task.records()
-            records, shots = records[: cfg.limit], records[cfg.limit :][: cfg.shots]
-            their = their_task(name, records, shots, Path(folder))
-            their_logprobs, their_metrics, their_seconds = their_results(their, lm, cfg)
-            total[0] = 0
-            peak = product_peak(cfg, rt.dtype, rt.device)
-            began = clock(cfg.device)
-            task.module.IN_ORDER = True
-            task.records = lambda shots=False, both=(records, shots): both[shots]
-            benchmark = evaluation.prepare(
-                task, opened.tok, opened.model.cfg, cfg.shots, cfg.limit, chat="false"
-            )
-            result = evaluation.measure(benchmark, opened.model, opened.tok, rt)
-            seconds = clock(cfg.device) - began
-            far = max(
-                float(np.abs(np.array(example["logprobs"]) - other).max())
-                for example, other in zip(result.examples, their_logprobs, strict=True)
-            )
-            row = {"task": name, "n": result.count, "far": far}
-            for ours, other in (
-                ("acc", "acc"),
-                ("acc_norm_chars", "acc_norm"),
-                ("perplexity",) * 2,
-            ):
-                if ours in result.metrics and f"{other},none" in their_metrics:
-                    row[other] = [result.metrics[ours], their_metrics[f"{other},none"]]
-            row |= dict(
-                seconds=[seconds, their_seconds],
-                ratio=their_seconds / seconds,
-                tokens=total[0],
-                of_peak=total[0] * 2 * matrices / seconds / peak,
-                peak=peak,
-            )
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+            rows.append(compare(cfg, rt, opened, lm, name, Path(folder)))
+            print(json.dumps(rows[-1]), flush=True)
             if cfg.out:
                 Path(cfg.out).write_text("".join(json.dumps(r) + "\n" for r in rows))
-    head = "task|n|max diff|acc|lm-eval|acc_norm|lm-eval|s|lm-eval|ratio|of peak".split("|")
-    body = [
-        [
-            row["task"],
-            str(row["n"]),
-            f"{row['far']:.1e}",
-            *(log.show(x) for x in row["acc"]),
-            *(log.show(x) for x in row.get("acc_norm", ["", ""])),
-            *(f"{x:.1f}" for x in row["seconds"]),
-            f"{row['ratio']:.2f}",
-            f"{row['of_peak']:.0%}",
-        ]
-        for row in rows
-    ]
-    print(log.table([head, *body], 140))
+    names = [name for name in METRICS if any(name in row for row in rows)]
+    head = ["task", "n", "max diff", "same", *(f"{name}, lm-eval" for name in names)]
+    body = []
+    for row in rows:
+        cells = [row["task"], str(row["n"])]
+        cells.append(f"{row['far']:.1e}" if "far" in row else "")
+        cells.append(f"{row['same answers']:.0%}" if "same answers" in row else "")
+        cells += [", ".join(log.show(x) for x in row.get(name, ())) for name in names]
+        cells += [f"{x:.1f}" for x in row["seconds"]] + [f"{row['ratio']:.2f}"]
+        body.append([*cells, f"{row['of_peak']:.0%}" if "of_peak" in row else ""])
+    print(log.table([[*head, "s", "lm-eval, s", "ratio", "of peak"], *body], 140))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ Every record counts. Neither the number of ranks nor the size of a batch changes
 import math
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
+from os.path import commonprefix  # of any sequences
 from typing import Annotated
 
 import numpy as np
@@ -34,11 +35,11 @@ import torch
 from nano import generate, losses, tasks
 from nano.config import UserError
 
-# Tokens of a batch with all that they see. On a CPU small batches are twice as fast: they stay in
-# its cache and have less padding.
-SLOTS = dict(cpu=1024)
+# Tokens of a batch with all that they see, and tokens that it computes. On a CPU small batches are
+# faster: they stay in its cache.
+SLOTS = dict(cpu=4096)
+COMPUTED = dict(cpu=512)
 GPU_SLOTS = 131072
-WORTH = 16  # tokens of a common beginning that are worth a forward of their own
 
 
 # ------------------------------------------------------------------------------- log-likelihoods
@@ -46,43 +47,40 @@ WORTH = 16  # tokens of a common beginning that are worth a forward of their own
 
 @dataclass
 class Question:
-    """A context and its options, as ids. Questions of the same key begin alike."""
+    """A context and its options, as ids. Questions of the same key begin alike.
+
+    given: of each option how many of its first tokens belong to the context and are not scored, for
+    options whose contexts are only in part the same; none of them by default."""
 
     context: list
     options: list  # of lists
     key: str = ""
+    given: list | None = None
+
+    def __post_init__(self):
+        self.given = self.given or [0] * len(self.options)
 
     @property
     def length(self):
         return len(self.context) + max(map(len, self.options)) - 1
 
 
-def common_prefix(questions):
-    """How many tokens all contexts have in common at their beginning.
+def batched(items, sizes, limits):
+    """Lists of neighbours among `items`, each a batch with a row for each item.
 
-    Each context keeps at least one token of its own. Fewer than WORTH tokens count as none."""
-    first, last = (pick(q.context for q in questions) for pick in (min, max))
-    count = min(len(q.context) for q in questions) - 1
-    for i in range(count):
-        if first[i] != last[i]:
-            count = i
-            break
-    return count if count >= WORTH else 0
-
-
-def batches_of(questions, numbers, slots):
-    """Lists of the numbers of questions that are scored together, of similar lengths. A list takes
-    at most `slots` slots of a cache, with a row for each option."""
-    batch = []
-    rows = 0
-    for i in sorted(numbers, key=lambda i: -questions[i].length):
-        count = len(questions[i].options)
-        if batch and (rows + count) * questions[batch[0]].length > slots:
+    sizes(item): what the item's row has of each kind of tokens. Rows are padded to the longest of
+    their batch, and a batch has at most `limits` of each kind."""
+    batch, longest = [], ()
+    for item in items:
+        with_it = [*map(max, zip(sizes(item), *([longest] if batch else []), strict=True))]
+        rows = len(batch) + 1
+        if batch and any(rows * n > limit for n, limit in zip(with_it, limits, strict=True)):
             yield batch
-            batch, rows = [], 0
-        batch.append(i)
-        rows += count
-    yield batch
+            batch, with_it = [], sizes(item)
+        batch.append(item)
+        longest = with_it
+    if batch:
+        yield batch
 
 
 def padded(rows, device):
@@ -102,72 +100,141 @@ def prefix_cache(model, ids, device):
     return cache
 
 
-def score_batch(model, head, questions, prefix, common):
+class Memory:
+    """The keys and values of contexts, without padding: of each layer a pair, both (N, K, D) for N
+    tokens.
+
+    prefix: how many tokens all contexts begin with; common: their cache, of one row. They are the
+    first of the N tokens."""
+
+    def __init__(self, prefix, common):
+        self.prefix = prefix
+        self.layers = [[[], []] for _ in common or ()]
+        self.starts = {}  # number of a question -> where its tokens begin
+        self.count = 0
+        if common:
+            self.add(common, [(None, prefix)], 0)
+
+    def add(self, cache, rows, begin):
+        """Takes over rows of a cache. rows: (number of a question, end) of each row, whose tokens
+        stand in the slots begin ... end - 1."""
+        self.layers = self.layers or [[[], []] for _ in cache]
+        slots = torch.arange(cache[0][0].shape[2], device=cache[0][0].device)
+        ends = torch.tensor([end for _, end in rows], device=slots.device)
+        real = (slots >= begin) & (slots < ends[:, None])
+        for layer, new in zip(self.layers, cache, strict=True):
+            for parts, t in zip(layer, new, strict=True):
+                parts.append(t.transpose(1, 2)[real])
+        for number, end in rows:
+            self.starts[number] = self.count
+            self.count += end - begin
+
+    def cache(self, rows, room):
+        """A cache whose rows begin with contexts, with `room` slots behind the longest.
+
+        rows: (number of a question, tokens of its context) of each."""
+        device = self.layers[0][0][0].device
+        width = max(size for _, size in rows) + room
+        index = torch.arange(width, device=device).repeat(len(rows), 1)
+        for row, (number, size) in zip(index, rows, strict=True):
+            row[self.prefix : size] += self.starts[number] - self.prefix
+            row[size:] = 0  # to be written
+        for layer in self.layers:
+            layer[:] = [[torch.cat(parts)] for parts in layer]
+
+        def copied(part):
+            # indexing with the matrix would take thrice as long on a CPU
+            rows = part.index_select(0, index.flatten())
+            return rows.view(*index.shape, *part.shape[1:]).transpose(1, 2)
+
+        return [tuple(copied(part) for (part,) in layer) for layer in self.layers]
+
+
+def score(model, head, questions, prefix, common, limits):
     """Scores the options of some questions -> (logprobs, hits), both (N,) for N options in order.
 
     logprobs: the sum over an option's tokens. hits: whether greedy decoding would give them all.
     prefix, common: the number of tokens that all contexts begin with, and the cache of them.
+    limits: tokens that a forward computes, and slots of its cache.
 
-    The rest of each context is computed once, a row for each. Its keys and values are then copied
-    for its options, again a row for each. A context with a single option is one row with it.
+    A context is computed once, and its last position predicts the first token of each of its
+    options. Then the longer options follow, those of similar length together, each behind a copy of
+    its context's keys and values. A context with a single option is one row with it.
     """
     device = head.weight.device
-    alone = all(len(q.options) == 1 for q in questions)
-    rows = [q.context + q.options[0][:-1] if alone else q.context for q in questions]
-    cache = positions = None
-    if common or not alone:
-        longest = max(len(option) for q in questions for option in q.options)
-        # padding is written too, behind the longest context
-        cache = model.new_cache(len(rows), max(len(q.context) for q in questions) + longest - 1)
-    tokens = padded([row[prefix:] for row in rows], device)
-    if common:
-        for layer, new in zip(cache, common, strict=True):
-            for t, n in zip(layer, new, strict=True):
-                t[:, :, :prefix] = n
-        positions = prefix + torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-    hidden = model.hidden(tokens, positions, cache=cache)  # (Q, T, C)
-
-    # a context's last position predicts the first token of each of its options
-    ends = [len(q.context) - prefix for q in questions]
-    options = [(i, option) for i, q in enumerate(questions) for option in q.options]
+    firsts = np.cumsum([0, *(len(q.options) for q in questions)])
     states, targets, owners = [], [], []  # owners: of each target the number of its option
-    for n, (i, option) in enumerate(options):
-        count = len(option) if alone else 1
-        states.append(hidden[i, ends[i] - 1 : ends[i] - 1 + count])
-        targets += option[:count]
-        owners += [n] * count
 
-    # the tokens of an option predict those behind them
-    longer = [n for n, (_, option) in enumerate(options) if len(option) > 1 and not alone]
-    if longer:
-        sources = torch.tensor([options[n][0] for n in longer], device=device)
-        copies = [tuple(t[sources] for t in layer) for layer in cache]
-        tokens = padded([options[n][1][:-1] for n in longer], device)
-        starts = torch.tensor([ends[options[n][0]] + prefix for n in longer], device=device)
+    def predict(n, hidden, tokens):
+        states.append(hidden)
+        targets.extend(tokens)
+        owners.extend([n] * len(tokens))
+
+    memory = Memory(prefix, common)
+    rows = [q.context + (q.options[0][:-1] if len(q.options) == 1 else []) for q in questions]
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    for batch in batched(order, lambda i: (len(rows[i]) - prefix, len(rows[i])), limits):
+        tokens = padded([rows[i][prefix:] for i in batch], device)
+        remembered = [i for i in batch if len(questions[i].options) > 1]
+        cache = positions = None
+        if common or remembered:
+            cache = model.new_cache(len(batch), prefix + tokens.shape[1])
+        if common:
+            for layer, new in zip(cache, common, strict=True):
+                for t, n in zip(layer, new, strict=True):
+                    t[:, :, :prefix] = n
+            positions = prefix + torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+        hidden = model.hidden(tokens, positions, cache=cache)
+        for row, i in zip(hidden, batch, strict=True):
+            # the last state of the context, and those of the option that follows
+            row = row[len(questions[i].context) - prefix - 1 : len(rows[i]) - prefix]
+            options = zip(questions[i].options, questions[i].given, strict=True)
+            for n, (option, given) in enumerate(options, firsts[i]):
+                predict(n, row[given : len(option)], option[given : len(row)])
+        if remembered:
+            # of a row that is not needed again, no slot is taken over
+            ends = [len(rows[i]) if i in remembered else prefix for i in batch]
+            memory.add(cache, [*zip(batch, ends, strict=True)], prefix)
+
+    longer = [
+        (i, n, option, given)
+        for i, q in enumerate(questions)
+        for n, (option, given) in enumerate(zip(q.options, q.given, strict=True), firsts[i])
+        if len(q.options) > 1 and len(option) > 1
+    ]
+    longer.sort(key=lambda item: (-len(item[2]), -len(rows[item[0]])))
+
+    def sizes(item):
+        i, _, option, _ = item
+        return len(option) - 1, len(rows[i]) + len(option) - 1
+
+    for batch in batched(longer, sizes, limits):
+        tokens = padded([option[:-1] for _, _, option, _ in batch], device)
+        contexts = [(i, len(rows[i])) for i, _, _, _ in batch]
+        starts = torch.tensor([size for _, size in contexts], device=device)
         positions = starts[:, None] + torch.arange(tokens.shape[1], device=device)
-        hidden = model.hidden(tokens, positions, cache=copies)
-        for row, n in zip(hidden, longer, strict=True):
-            rest = options[n][1][1:]
-            states.append(row[: len(rest)])
-            targets += rest
-            owners += [n] * len(rest)
+        cache = memory.cache(contexts, room=tokens.shape[1])
+        hidden = model.hidden(tokens, positions, cache=cache)
+        for row, (_, n, option, given) in zip(hidden, batch, strict=True):
+            first = max(given, 1)
+            predict(n, row[first - 1 : len(option) - 1], option[first:])
 
-    states = torch.cat(states)
     targets = torch.tensor(targets, device=device)
+    logprobs, hits = (t.cpu() for t in losses.token_scores(torch.cat(states), head, targets))
     owners = torch.tensor(owners)
-    logprobs = losses.token_logprobs(states, head, targets).cpu().double()
-    misses = 1 - losses.hits(states, head, targets).cpu()
-    logprobs = torch.zeros(len(options), dtype=torch.float64).index_add(0, owners, logprobs)
-    return logprobs, torch.zeros(len(options)).index_add(0, owners, misses) == 0
+    totals = torch.zeros(firsts[-1], dtype=torch.float64).index_add(0, owners, logprobs.double())
+    return totals, torch.zeros(firsts[-1]).index_add(0, owners, 1 - hits) == 0
 
 
 @torch.no_grad()
 def loglikelihoods(model, rt, questions, slots=None):
-    """[(logprobs, hits)] of each question's options, arrays as in score_batch.
+    """[(logprobs, hits)] of each question's options, arrays as in `score`.
 
-    Every rank calls it with the same questions. The ranks share the batches out, and each gets all
+    Every rank calls it with the same questions. The ranks share them out, and each gets all
     results. slots: of the cache of a batch; by default what suits the device."""
-    slots = slots or SLOTS.get(rt.device.type, GPU_SLOTS)
+    kind = rt.device.type
+    slots = slots or SLOTS.get(kind, GPU_SLOTS)
+    limits = min(slots, COMPUTED.get(kind, slots)), slots
     copy = generate.snapshot(model, rt.dtype, pack=False)
     head = model.head._replace(weight=generate.frozen(model.head_weight, rt.dtype))
     firsts = np.cumsum([0, *(len(q.options) for q in questions)])
@@ -175,19 +242,18 @@ def loglikelihoods(model, rt, questions, slots=None):
     turn = 0
     order = sorted(range(len(questions)), key=lambda i: questions[i].key)
     for _, same in groupby(order, key=lambda i: questions[i].key):
-        numbers = list(same)
-        prefix = common_prefix([questions[i] for i in numbers])
+        numbers = sorted(same, key=lambda i: -questions[i].length)
+        prefix = generate.common_prefix([questions[i].context for i in numbers])
         common = None
-        for batch in batches_of(questions, numbers, slots):
+        for part in batched(numbers, lambda i: (len(questions[i].context),), (slots,)):
             turn += 1
             if turn % rt.world != rt.rank:
                 continue
             if prefix and common is None:
-                common = prefix_cache(
-                    copy, questions[batch[0]].context[:prefix], head.weight.device
-                )
-            scored = score_batch(copy, head, [questions[i] for i in batch], prefix, common)
-            places = np.concatenate([np.arange(firsts[i], firsts[i + 1]) for i in batch])
+                ids = questions[part[0]].context[:prefix]
+                common = prefix_cache(copy, ids, head.weight.device)
+            scored = score(copy, head, [questions[i] for i in part], prefix, common, limits)
+            places = np.concatenate([np.arange(firsts[i], firsts[i + 1]) for i in part])
             totals[:, places] = torch.stack([t.double() for t in scored])
             rt.sync()
     logprobs, hits = rt.all_sum(totals.to(rt.device) if rt.world > 1 else totals).cpu().numpy()
@@ -507,10 +573,12 @@ def by_loglikelihood(benchmark, model, rt, slots=None):
     task = benchmark.task
     questions, owners = [], []
     for i, pairs in enumerate(benchmark.prompts):
-        # options of the same context are one question
-        for context, same in groupby(pairs, key=lambda pair: pair[0]):
-            options = [option for _, option in same]
-            questions.append(Question(context, options, benchmark.keys[i]))
+        shared = commonprefix([context for context, _ in pairs])
+        for part in [pairs] if shared else [[pair] for pair in pairs]:
+            context = shared or part[0][0]
+            options = [begin[len(context) :] + option for begin, option in part]
+            given = [len(begin) - len(context) for begin, _ in part]
+            questions.append(Question(context, options, benchmark.keys[i], given))
             owners.append(i)
     parts = [([], []) for _ in benchmark.records]
     scored = loglikelihoods(model, rt, questions, slots)

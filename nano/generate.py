@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from os.path import commonprefix  # of any sequences
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from model import empty, soft_cap
 from nano.config import UserError
 
 PREFILL = 8192  # tokens of prompt that one forward takes
+WORTH = 16  # tokens of a common beginning that are worth a forward of their own
 
 
 @dataclass
@@ -177,14 +179,24 @@ def snapshot(model, dtype, pack):
     return new
 
 
+def common_prefix(rows):
+    """How many tokens all rows (lists of ids) have in common at their beginning.
+
+    Each row keeps at least one token of its own. Fewer than WORTH tokens, or those of a single row,
+    count as none."""
+    count = min(len(commonprefix(rows)), min(map(len, rows)) - 1)
+    return count if count >= WORTH and min(rows) != max(rows) else 0
+
+
 class Batch:
     """The rows being decoded: key/value cache and state, on the device and updated in place.
 
     So a step has a fixed shape, nothing in it waits for the device, and CUDA can replay it as a
-    graph. longest: most new tokens of a sample. sampling: keyword arguments of `choose`.
+    graph. prefix: the ids with which all prompts begin. longest: most new tokens of a sample.
+    sampling: keyword arguments of `choose`.
     """
 
-    def __init__(self, model, rows, longest, stop_ids, sampling, plan):
+    def __init__(self, model, rows, prefix, longest, stop_ids, sampling, plan):
         device = device_of(model.head_weight)
         autocast = torch.is_autocast_enabled(device.type)
         self.dtype = torch.get_autocast_dtype(device.type) if autocast else model.head_weight.dtype
@@ -193,6 +205,8 @@ class Batch:
         _, self.logit_scale, self.logit_cap = model.head
         self.sampling = sampling
         self.device = device
+        self.prefix = prefix
+        self.common = None  # the cache of the prefix, of one row
         self.stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
         self.cache = self.model.new_cache(rows, 0, self.dtype)
         self.use_graphs = plan.graphs
@@ -239,12 +253,22 @@ class Batch:
         What stands behind a prompt's end is overwritten before any token can see it. The last token
         of a prompt is left to the first step.
         """
-        tokens = torch.zeros(rows, width, dtype=torch.int64)
+        begin = len(self.prefix)
+        tokens = torch.zeros(rows, width - begin, dtype=torch.int64)
         for row, ids in zip(tokens, prompts, strict=False):
-            row[: len(ids) - 1] = torch.tensor(ids[:-1])
+            row[: len(ids) - 1 - begin] = torch.tensor(ids[begin:-1])
         cache = self.model.new_cache(rows, width, self.dtype)
-        if width:
-            self.model.hidden(tokens.to(self.device), cache=cache)
+        positions = None
+        if begin:
+            if self.common is None:
+                self.common = self.model.new_cache(1, begin, self.dtype)
+                ids = torch.tensor([self.prefix], device=self.device)
+                self.model.hidden(ids, cache=self.common)
+            for t, prefix in zip(chain(*cache), chain(*self.common), strict=True):
+                t[:, :, :begin] = prefix
+            positions = torch.arange(begin, width, device=self.device).expand_as(tokens)
+        if width > begin:
+            self.model.hidden(tokens.to(self.device), positions, cache=cache)
         return cache
 
     def place(self, rows, prompts, limits, uniforms, sources, cache):
@@ -526,7 +550,8 @@ def generate(
     plan = replace(Plan.for_device(device_of(model.head_weight), longest), **(plan or {}))
     rows = min(batch_size, len(prompts))
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    batch = Batch(model, rows, longest, stop_ids, sampling, plan)
+    prefix = prompts[0][: common_prefix(prompts)]
+    batch = Batch(model, rows, prefix, longest, stop_ids, sampling, plan)
     scheduler = Scheduler(batch, plan, rows, prompts, limits, group, uniforms)
     while scheduler.waiting or scheduler.live:
         if scheduler.wants_refill():

@@ -232,6 +232,24 @@ def token_logprobs(hidden, head, targets, temperature=1.0, entropy=False):
     return out if entropy else out[0]
 
 
+def _scored(logits, targets, cap):
+    """The log-probabilities of a block's targets, and where these are the likeliest, both (n,)."""
+    likeliest = logits.argmax(-1) == targets
+    logits = soft_cap(logits.float(), cap)
+    return _pick(logits, targets) - logits.logsumexp(-1), likeliest.float()
+
+
+@torch.no_grad()
+def token_scores(hidden, head, targets):
+    """For evaluation: `token_logprobs` and `hits` of one product with the output matrix."""
+    hidden, matrix, cap = _parts(hidden, head)
+    logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    hit = torch.empty_like(logprobs)
+    for rows, logits in _chunks(*_operands(hidden, matrix)):
+        logprobs[rows], hit[rows] = _over_blocks(_scored, logits, targets[rows], cap)
+    return logprobs, hit
+
+
 @torch.no_grad()
 def hits(hidden, head, targets):
     """For validation: 1.0 where the likeliest token is the target, else 0.0, (N,) float32.

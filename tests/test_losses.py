@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import sft
+from model import Head
 from nano import losses
 
 N, C, V = 37, 8, 11
@@ -245,6 +246,11 @@ def test_hits():
     assert torch.equal(hit, (logprobs.argmax(-1) == targets).float()) and 0 < hit.sum() < N
     assert not hit.requires_grad
     assert losses.hits(hidden[:0], head, targets[:0]).shape == (0,)
+    assert [len(part) for part in losses.token_scores(hidden[:0], head, targets[:0])] == [0, 0]
+    for given in (head, Head(head, 2.0, 1.5)):
+        scores = losses.token_scores(hidden, given, targets)
+        assert torch.equal(scores[1], hit) and not scores[0].requires_grad
+        close(scores[:1], [losses.token_logprobs(hidden, given, targets)])
 
 
 def test_labels_are_shifted():
