@@ -36,12 +36,14 @@ from nano import (
     generate,
     losses,
     optim,
+    quant,
     runtime,
     store,
     weights,
 )
 from nano.config import (
     Every,
+    FourBit,
     Fraction,
     Full,
     LoRA,
@@ -71,6 +73,8 @@ class Config:
     base: PathText | None = None  # for an adapter in model=: the model to put it on
     data: tuple[PathText, ...] = ("data/dpo",)  # prepared folders of groups
     sizes: tuple[str, ...] = ()  # of each folder: all, a number of groups or a share; []: all
+    # the folders' shares of the groups of an epoch, in the place of sizes; small folders repeat
+    weights: Annotated[tuple[float, ...], Without("sizes")] = ()
     out: PathText = "out/dpo"  # run folder
     # how long
     epochs: NonNegativeFloat = 1.0  # 0: evaluate once and save nothing
@@ -91,6 +95,9 @@ class Config:
     lora_dropout: LoRA[Fraction] = 0.0  # of an adapter's input
     lora_targets: LoRA[tuple[str, ...]] = ("all-linear",)  # suffixes; all-linear: not the head
     lora_rslora: LoRA[bool] = False  # scale alpha / sqrt(rank) instead of alpha / rank
+    quant: LoRA[Literal["none", "nf4", "fp4", "int8"]] = "none"  # of frozen matrices (QLoRA)
+    double_quant: FourBit[bool] = True  # 4.1 bits a weight, not 4.5: scales in 8 bits
+    quant_kernel: FourBit[Literal["auto", "torch", "bitsandbytes"]] = "auto"  # what dequantises
     # optimizer
     lr: NonNegativeFloat = 5e-6  # the highest learning rate
     min_lr: Annotated[NonNegativeFloat, Without("schedule", "constant")] = 0.0  # the last one
@@ -318,13 +325,14 @@ def main(cfg, rt):
         head="lm",
         merge=not cfg.lora_rank,
         template=store.chat_template(cfg.data),
+        method=quant.of(cfg),
     )
     model, tok = opened.model, opened.tok
 
     # ---- data
     # A group is one prompt's completions, best first. It stays together in one packed row, so that
     # one forward holds all of its pairs.
-    rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok, groups=True)
+    rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok, groups=True, weights=cfg.weights)
     val_rows = store.validation(cfg.data, tok, groups=True)
     layout = dict(
         micro_batch=rt.micro_batch(cfg.micro_batch),
@@ -333,6 +341,7 @@ def main(cfg, rt):
         rank=rt.rank,
         world=rt.world,
         fixed_shapes=rt.fixed_shapes or cfg.compile,
+        start_ids=model.start_ids,
     )
     train = batches.Groups(rows, cfg.batch_size, **layout)
     val = batches.Groups(val_rows, cfg.batch_size, **layout) if val_rows else None
@@ -381,6 +390,8 @@ def main(cfg, rt):
         for path in set(run.out.glob("reference.*.bin")) - set(paths.values()):
             path.unlink()  # of another model or other data
     run.log.text(estimate.describe(model, rt, cfg, train.document_length))
+    if len(cfg.data) > 1:
+        run.log.text(store.taken(rows))
     run.describe(train.summary)
 
     # ---- loop

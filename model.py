@@ -81,9 +81,20 @@ class ModelConfig:
     family: str = "llama"  # the `model_type` of config.json, for saving alone
 
     @property
+    def rope_switch(self):
+        """The length beyond which a document has other rotary frequencies ("longrope"), or None."""
+        scaling = self.rope_scaling or {}
+        longrope = scaling.get("rope_type") == "longrope"
+        return int(scaling["original_max_position_embeddings"]) if longrope else None
+
+    @property
     def width(self):
         """Of the embedding, and of the hidden states that the head reads."""
         return self.embed_dim or self.dim
+
+    def build(self):
+        """The model of this configuration, with fresh weights."""
+        return Transformer(self)
 
 
 # ---------------------------------------------------------------------- positions
@@ -103,7 +114,7 @@ def rope_frequencies(cfg, long=False):
     steps = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu")
     inv = 1.0 / cfg.rope_theta ** (steps / dim)
     scaling = cfg.rope_scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = scaling.get("rope_type", "default")
     if kind in ("default", "dynamic"):
         return inv
     if kind == "linear":
@@ -135,7 +146,7 @@ def rope_magnitude(cfg):
     """By what "yarn" and "longrope" multiply cos and sin, so that attention stays as sharp over a
     longer context."""
     scaling = cfg.rope_scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = scaling.get("rope_type", "default")
     if kind not in ("yarn", "longrope"):
         return 1.0
     if scaling.get("attention_factor") is not None:
@@ -158,10 +169,10 @@ class Rope:
         scaling = cfg.rope_scaling or {}
         self.inv_freq = rope_frequencies(cfg)
         self.magnitude = rope_magnitude(cfg)
+        # documents of more tokens have the frequencies `long`; generate changes it
+        self.switch = cfg.rope_switch
+        self.long = None if self.switch is None else rope_frequencies(cfg, long=True)
         self.original = scaling.get("original_max_position_embeddings")
-        self.long = None  # the frequencies of documents beyond the original context
-        if scaling.get("rope_type") == "longrope":
-            self.long = rope_frequencies(cfg, long=True)
         self.beta = scaling.get("llama_4_scaling_beta")
 
     def __call__(self, positions, lengths, dtype):
@@ -171,9 +182,9 @@ class Rope:
         positions (B, T). lengths() -> (B, T): of each token's document, for "longrope".
         """
         inv_freq = self.inv_freq = self.inv_freq.to(positions.device)
-        if self.long is not None:
+        if self.switch is not None:
             self.long = self.long.to(positions.device)
-            inv_freq = torch.where(lengths()[..., None] > self.original, self.long, inv_freq)
+            inv_freq = torch.where(lengths()[..., None] > self.switch, self.long, inv_freq)
         angles = (positions[..., None].float() * inv_freq).repeat(1, 1, 2)[:, :, None]
         out = [angles.cos() * self.magnitude, angles.sin() * self.magnitude]
         if self.beta:
@@ -202,9 +213,9 @@ def begins(docs):
     return (starts * index).int().cummax(dim=1).values
 
 
-def document_lengths(positions, docs, cache):
-    """(B, T): how many tokens the document of each token has. With a cache it ends there."""
-    if cache is not None:
+def document_lengths(positions, docs, cached):
+    """(B, T): how many tokens the document of each token has. In a cache it ends with the token."""
+    if cached:
         return positions + 1
     if docs is None:
         return torch.full_like(positions, positions.shape[1])
@@ -623,6 +634,8 @@ class Head(NamedTuple):
 
 class Transformer(nn.Module):
     VOCABULARY = ("model.embed_tokens", "lm_head")
+    # tokens with which an answer begins, behind a prompt that an encoder reads (t5.py); none here
+    start_ids = ()
 
     def __init__(self, cfg):
         super().__init__()
@@ -725,7 +738,8 @@ class Transformer(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             # one dtype along the residual stream, whatever the dtype of the weights
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        lengths = functools.partial(document_lengths, positions, docs, cache)
+        cached = cache is not None
+        lengths = functools.partial(document_lengths, positions, docs, cached)
         ropes = {kind: rope(positions, lengths, x.dtype) for kind, rope in self.ropes.items()}
         kinds = zip(self.layers, self.windows, self.rope_layers, strict=True)
         for i, (layer, window, kind) in enumerate(kinds):
@@ -750,6 +764,12 @@ class Transformer(nn.Module):
             return cache_mask(positions, T, window)
         return attention_mask(torch.zeros_like(positions), window, self.cfg.head_dim)
 
+    def prefill(self, tokens, lengths, cache, positions=None):
+        """Puts prompts, the first lengths (B,) of tokens (B, T), into the slots `positions` (B, T)
+        of a cache, or its first ones. What stands behind a prompt's end is to be overwritten before
+        any token can see it."""
+        self.hidden(tokens, positions, cache=cache)
+
     def new_cache(self, batch, slots, dtype=None):
         """An empty key/value cache: per layer (keys, values), each (batch, K, slots, D)."""
         weight = self.model["embed_tokens"].weight
@@ -767,14 +787,22 @@ class Transformer(nn.Module):
         """
         # looking up a row of an embedding is no product
         modules = [m for m in self.modules() if not isinstance(m, nn.Embedding)]
-        parameters = (p for m in modules for p in m.parameters(recurse=False))
-        matrices = sum(p.numel() for p in parameters if p.dim() == 2)
+        matrices = sum(map(matrix_size, modules))
         if self.cfg.tie_embeddings and self.cfg.head == "lm":
             matrices += self.head_weight.numel()
         # of all layers, how many tokens a token sees on average, twice
         seen = [w * (2 * length - w) / length if 0 < w < length else length for w in self.windows]
         attention = self.cfg.n_heads * self.cfg.head_dim * sum(seen)
         return (6 if trained == "all" else 4) * matrices + 6 * attention
+
+
+def matrix_size(module):
+    """How many numbers the matrices of a module have, without those of its children. A quantised
+    layer has them all, in fewer bytes."""
+    own = list(module.parameters(recurse=False))
+    if own and hasattr(module, "in_features"):
+        return module.in_features * module.out_features
+    return sum(p.numel() for p in own if p.dim() == 2)
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
@@ -788,6 +816,6 @@ class NoInit(torch.overrides.TorchFunctionMode):
 
 
 def empty(cfg):
-    """A Transformer without memory. Its parameters are on the meta device, to be assigned."""
+    """A model without memory. Its parameters are on the meta device, to be assigned."""
     with torch.device("meta"), NoInit():
-        return Transformer(cfg)
+        return cfg.build()

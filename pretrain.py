@@ -40,6 +40,7 @@ from nano import (
     log,
     losses,
     optim,
+    quant,
     runtime,
     store,
     tokenizer,
@@ -278,6 +279,11 @@ def main(cfg, rt):
             f"there is no {base}: name the tokenizer of the data by tokenizer= or model="
         )
     tok = tokenizer.load(base, template="plain")
+    if cfg.model and tok.prompt_end:
+        raise UserError(
+            f"model={cfg.model} is an encoder-decoder, which answers prompts: plain text has none, "
+            "so train it with sft.py"
+        )
     stores = [store.Store(dir, "train", tok) for dir in cfg.data]
     with_val = [dir for dir, meta in zip(cfg.data, metas, strict=True) if "val" in meta["splits"]]
     val_stores = [store.Store(dir, "val", tok) for dir in with_val]
@@ -306,6 +312,7 @@ def main(cfg, rt):
     # Random weights of the shape that size= names, or a model directory to continue from.
     if cfg.model:
         model = weights.load_model(cfg.model)
+        quant.refuse_training(model)
         batches.check_reach(cfg.max_length, model.cfg.max_positions, cfg.model)
         tok.check_embeddings(model.cfg.vocab_size, base)
     else:

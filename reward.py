@@ -25,9 +25,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nano import batches, config, estimate, generate, optim, runtime, store, weights
+from nano import (
+    batches,
+    config,
+    estimate,
+    families,
+    generate,
+    optim,
+    quant,
+    runtime,
+    store,
+    weights,
+)
 from nano.config import (
     Every,
+    FourBit,
     Fraction,
     Full,
     LoRA,
@@ -52,6 +64,8 @@ class Config:
     base: PathText | None = None  # for an adapter in model=: the model to put it on
     data: tuple[PathText, ...] = ("data/hh",)  # prepared folders of groups
     sizes: tuple[str, ...] = ()  # of each folder: all, a number of groups or a share; []: all
+    # the folders' shares of the groups of an epoch, in the place of sizes; small folders repeat
+    weights: Annotated[tuple[float, ...], Without("sizes")] = ()
     out: PathText = "out/reward"  # run folder
     # how long
     epochs: NonNegativeFloat = 1.0  # 0: evaluate once and save nothing
@@ -70,6 +84,9 @@ class Config:
     lora_dropout: LoRA[Fraction] = 0.0  # of an adapter's input
     lora_targets: LoRA[tuple[str, ...]] = ("all-linear",)  # suffixes; all-linear: not the head
     lora_rslora: LoRA[bool] = False  # scale alpha / sqrt(rank) instead of alpha / rank
+    quant: LoRA[Literal["none", "nf4", "fp4", "int8"]] = "none"  # of frozen matrices (QLoRA)
+    double_quant: FourBit[bool] = True  # 4.1 bits a weight, not 4.5: scales in 8 bits
+    quant_kernel: FourBit[Literal["auto", "torch", "bitsandbytes"]] = "auto"  # what dequantises
     # gain and bias
     policy: Annotated[PathText, With("norm_samples")] = ""  # whose samples score 0 +- 1; "": model=
     norm_samples: NonNegativeInt = 256  # samples of it; 0: leave scores as they are
@@ -181,7 +198,7 @@ def draw_samples(rt, cfg, rows, tok, reach):
     """
     source = cfg.policy or cfg.model
     base = cfg.base if weights.is_adapter(source) else None
-    opened = weights.open(source, base, dtype=rt.dtype, merge=True)
+    opened = weights.open(source, base, dtype=rt.dtype, merge=True, method=quant.of(cfg))
     policy = opened.model.to(rt.device)
     if policy.cfg.head != "lm":
         raise UserError(
@@ -275,13 +292,15 @@ def main(cfg, rt):
         head="score",
         merge=not cfg.lora_rank,
         template=store.chat_template(cfg.data),
+        method=quant.of(cfg),
     )
     model, tok = opened.model, opened.tok
+    families.check_scores(model.cfg, cfg.model)
 
     # ---- data
     # A group is one prompt's completions, best first. It stays together in one packed row, so that
     # one forward holds all of its pairs.
-    rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok, groups=True)
+    rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok, groups=True, weights=cfg.weights)
     val_rows = store.validation(cfg.data, tok, groups=True)
     micro_rows = rt.micro_batch(cfg.micro_batch)
     layout = dict(
@@ -336,6 +355,8 @@ def main(cfg, rt):
     run.meta = dict(normalised=cfg.norm_samples > 0)
     run.attach(model, trained, dict(adamw=optimizer), tok, opened.base, adapter)
     run.log.text(estimate.describe(model, rt, cfg, train.document_length))
+    if len(cfg.data) > 1:
+        run.log.text(store.taken(rows))
     run.describe(train.summary)
     # PPO asks for prompts in the template of these data.
     unwritten = store.unwritten_template(cfg.data)

@@ -38,7 +38,7 @@ from nano.config import UserError
 # Tokens of a batch with all that they see, and tokens that it computes. On a CPU small batches are
 # faster: they stay in its cache.
 SLOTS = dict(cpu=4096)
-COMPUTED = dict(cpu=512)
+COMPUTED = dict(cpu=256)
 GPU_SLOTS = 131072
 
 
@@ -184,7 +184,10 @@ def score(model, head, questions, prefix, common, limits):
                 for t, n in zip(layer, new, strict=True):
                     t[:, :, :prefix] = n
             positions = prefix + torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-        hidden = model.hidden(tokens, positions, cache=cache)
+        docs = None
+        if cache is None and model.cfg.rope_switch:  # padding must not count as a part of a row
+            docs = padded([[1] * len(rows[i]) for i in batch], device)
+        hidden = model.hidden(tokens, positions, docs, cache)
         for row, i in zip(hidden, batch, strict=True):
             # the last state of the context, and those of the option that follows
             row = row[len(questions[i].context) - prefix - 1 : len(rows[i]) - prefix]
@@ -219,11 +222,36 @@ def score(model, head, questions, prefix, common, limits):
             first = max(given, 1)
             predict(n, row[first - 1 : len(option) - 1], option[first:])
 
-    targets = torch.tensor(targets, device=device)
+    return summed(head, states, targets, owners, firsts[-1])
+
+
+def score_answers(model, head, questions):
+    """`score` for an encoder-decoder: the encoder reads each context once, and what it makes
+    of it is copied for the options."""
+    device = head.weight.device
+    options = [(i, option) for i, q in enumerate(questions) for option in q.options]
+    lengths = torch.tensor([len(q.context) for q in questions], device=device)
+    tokens = padded([[*model.start_ids, *option[:-1]] for _, option in options], device)
+    cache = model.new_cache(len(questions), int(lengths.max()) + tokens.shape[1])
+    model.prefill(padded([q.context for q in questions], device), lengths, cache)
+    sources = torch.tensor([i for i, _ in options], device=device)
+    copies = [tuple(t[sources] for t in layer) for layer in cache]
+    positions = lengths[sources, None] + torch.arange(tokens.shape[1], device=device)
+    hidden = model.hidden(tokens, positions, cache=copies)
+    states = [row[: len(option)] for row, (_, option) in zip(hidden, options, strict=True)]
+    targets = [token for _, option in options for token in option]
+    owners = [n for n, (_, option) in enumerate(options) for _ in option]
+    return summed(head, states, targets, owners, len(options))
+
+
+def summed(head, states, targets, owners, count):
+    """(logprobs, hits) of `count` options, from the tokens of all of them. states: hidden states,
+    as lists of rows. targets: the tokens that they predict. owners: the option of each."""
+    targets = torch.tensor(targets, device=head.weight.device)
     logprobs, hits = (t.cpu() for t in losses.token_scores(torch.cat(states), head, targets))
     owners = torch.tensor(owners)
-    totals = torch.zeros(firsts[-1], dtype=torch.float64).index_add(0, owners, logprobs.double())
-    return totals, torch.zeros(firsts[-1]).index_add(0, owners, 1 - hits) == 0
+    totals = torch.zeros(count, dtype=torch.float64).index_add(0, owners, logprobs.double())
+    return totals, torch.zeros(count).index_add(0, owners, 1 - hits) == 0
 
 
 @torch.no_grad()
@@ -232,6 +260,13 @@ def loglikelihoods(model, rt, questions, slots=None):
 
     Every rank calls it with the same questions. The ranks share them out, and each gets all
     results. slots: of the cache of a batch; by default what suits the device."""
+    sizes = [len(q.options) for q in questions]
+    switch = model.cfg.rope_switch
+    apart = switch is not None and max(q.length for q in questions) > switch
+    if apart:
+        # other rotary frequencies there: no option goes on from the cache of its context
+        pairs = [(q, *pair) for q in questions for pair in zip(q.options, q.given, strict=True)]
+        questions = [Question(q.context, [o], given=[given]) for q, o, given in pairs]
     kind = rt.device.type
     slots = slots or SLOTS.get(kind, GPU_SLOTS)
     limits = min(slots, COMPUTED.get(kind, slots)), slots
@@ -243,7 +278,10 @@ def loglikelihoods(model, rt, questions, slots=None):
     order = sorted(range(len(questions)), key=lambda i: questions[i].key)
     for _, same in groupby(order, key=lambda i: questions[i].key):
         numbers = sorted(same, key=lambda i: -questions[i].length)
-        prefix = generate.common_prefix([questions[i].context for i in numbers])
+        # an encoder reads the beginning of a prompt otherwise before another end
+        prefix = 0
+        if not apart and not copy.start_ids:
+            prefix = generate.common_prefix([questions[i].context for i in numbers])
         common = None
         for part in batched(numbers, lambda i: (len(questions[i].context),), (slots,)):
             turn += 1
@@ -252,12 +290,16 @@ def loglikelihoods(model, rt, questions, slots=None):
             if prefix and common is None:
                 ids = questions[part[0]].context[:prefix]
                 common = prefix_cache(copy, ids, head.weight.device)
-            scored = score(copy, head, [questions[i] for i in part], prefix, common, limits)
+            chosen = [questions[i] for i in part]
+            if copy.start_ids:
+                scored = score_answers(copy, head, chosen)
+            else:
+                scored = score(copy, head, chosen, prefix, common, limits)
             places = np.concatenate([np.arange(firsts[i], firsts[i + 1]) for i in part])
             totals[:, places] = torch.stack([t.double() for t in scored])
             rt.sync()
     logprobs, hits = rt.all_sum(totals.to(rt.device) if rt.world > 1 else totals).cpu().numpy()
-    borders = firsts[1:-1]
+    borders = np.cumsum(sizes)[:-1]
     return list(zip(np.split(logprobs, borders), np.split(hits > 0, borders), strict=True))
 
 
@@ -326,10 +368,16 @@ def load_tasks(names, shots=(), files=(), shot_files=(), prefix=""):
                 + (", or one number for all" if key == "shots" else ' ("" for the hub)')
             )
         lists.append(values * count if len(values) == 1 else values or (default,) * count)
-    return [
+    loaded = [
         (tasks.load(name, file, shot_file, prefix), n)
         for name, n, file, shot_file in zip(names, *lists, strict=True)
     ]
+    for task, _ in loaded:
+        if task.is_set:
+            raise UserError(
+                f"{prefix}tasks= names {task.name}, which is a training set: it measures nothing"
+            )
+    return loaded
 
 
 # -------------------------------------------------------------------------------------- prompts
@@ -367,8 +415,13 @@ def split_ids(tok, context, continuation):
 
     They are those of lm-eval, so that numbers compare: white space at the end of the context
     belongs to the continuation, and what the context alone would be in tokens is taken from the
-    whole. An empty context is BOS, or EOS where the model has no BOS."""
+    whole. An empty context is BOS, or EOS where the model has no BOS. An encoder reads the context
+    as a text of its own."""
     start = context.rstrip()
+    if tok.prompt_end:
+        return [*tok.encode(start), *tok.prompt_end], tok.encode(
+            context[len(start) :] + continuation
+        )
     ids = tok.encode(context + continuation, bos=tok.add_bos)
     if not start:
         first = tok.bos_id if tok.bos_id is not None else tok.eos_id
@@ -422,7 +475,7 @@ def prompt_ids(task, tok, record, shots, chat):
             return chat_options(tok, turns, task.replies(record))[0][0]  # the answer has a name
         return tok.render(turns, add_generation_prompt=True)[0]
     text = shots_text(task, record, shots) + task.prompt(record)
-    return tok.encode(text, bos=tok.add_bos)
+    return [*tok.encode(text, bos=tok.add_bos), *tok.prompt_end]
 
 
 def fitting(build, size, shots, room):
@@ -573,8 +626,10 @@ def by_loglikelihood(benchmark, model, rt, slots=None):
     task = benchmark.task
     questions, owners = [], []
     for i, pairs in enumerate(benchmark.prompts):
-        shared = commonprefix([context for context, _ in pairs])
-        for part in [pairs] if shared else [[pair] for pair in pairs]:
+        # an encoder reads a context as a whole
+        shared = [] if model.start_ids else commonprefix([context for context, _ in pairs])
+        for _, same in groupby(pairs, key=lambda pair: shared or pair[0]):
+            part = list(same)
             context = shared or part[0][0]
             options = [begin[len(context) :] + option for begin, option in part]
             given = [len(begin) - len(context) for begin, _ in part]
@@ -683,12 +738,15 @@ def for_training(cfg, tok, model_cfg):
     """The Benchmarks of the keys eval_tasks=, eval_shots= and so on of a stage.
 
     UserError for a mistake in them, and for a keep= that names no metric of theirs."""
-    benchmarks = [
-        prepare(task, tok, model_cfg, shots, cfg.eval_limit)
-        for task, shots in load_tasks(
-            cfg.eval_tasks, cfg.eval_shots, cfg.eval_files, cfg.eval_shot_files, "eval_"
-        )
-    ]
+    loaded = load_tasks(
+        cfg.eval_tasks, cfg.eval_shots, cfg.eval_files, cfg.eval_shot_files, "eval_"
+    )
+    for task, _ in loaded:
+        if task.is_judged:
+            raise UserError(
+                f"eval_tasks= names {task.name}, whose answers people judge: eval.py writes them"
+            )
+    benchmarks = [prepare(task, tok, model_cfg, shots, cfg.eval_limit) for task, shots in loaded]
     known = [f"{b.task.name}/{name}" for b in benchmarks for name in metric_names(b)]
     if cfg.keep and cfg.keep not in known:
         raise UserError(f"keep={cfg.keep} names no metric of eval_tasks=: give {', '.join(known)}")

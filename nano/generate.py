@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from lora import LoRA, dense
 from model import empty, soft_cap
 from nano.config import UserError
+from nano.quant import QuantLinear
 
 PREFILL = 8192  # tokens of prompt that one forward takes
 WORTH = 16  # tokens of a common beginning that are worth a forward of their own
@@ -141,6 +142,8 @@ def frozen_linear(module, dtype, pack):
     base = module.base if isinstance(module, LoRA) else module
     active = getattr(module, "active", None)
     plain = not hasattr(base, "dense")
+    if isinstance(base, QuantLinear):
+        base = base.mapped(lambda p: frozen(p, p.dtype))
     # the norm that DoRA divides by is not worth computing at each step
     folded = active is None or plain and (pack or active in module.lora_magnitude)
     linear = base
@@ -248,15 +251,17 @@ class Batch:
         self.graphs.clear()  # they point to the old cache
 
     def prefill(self, prompts, rows, width):
-        """The cache of `prompts`, keys and values (rows, K, width, D) per layer, right-padded.
+        """The cache of `prompts`, tensors (rows, K, width, D), right-padded.
 
         What stands behind a prompt's end is overwritten before any token can see it. The last token
         of a prompt is left to the first step.
         """
         begin = len(self.prefix)
         tokens = torch.zeros(rows, width - begin, dtype=torch.int64)
-        for row, ids in zip(tokens, prompts, strict=False):
-            row[: len(ids) - 1 - begin] = torch.tensor(ids[begin:-1])
+        lengths = torch.zeros(rows, dtype=torch.int64)
+        for i, ids in enumerate(prompts):
+            lengths[i] = len(ids) - 1 - begin
+            tokens[i, : len(ids) - 1 - begin] = torch.tensor(ids[begin:-1])
         cache = self.model.new_cache(rows, width, self.dtype)
         positions = None
         if begin:
@@ -268,7 +273,8 @@ class Batch:
                 t[:, :, :begin] = prefix
             positions = torch.arange(begin, width, device=self.device).expand_as(tokens)
         if width > begin:
-            self.model.hidden(tokens.to(self.device), positions, cache=cache)
+            tokens, lengths = tokens.to(self.device), lengths.to(self.device)
+            self.model.prefill(tokens, lengths, cache, positions)
         return cache
 
     def place(self, rows, prompts, limits, uniforms, sources, cache):
@@ -297,7 +303,7 @@ class Batch:
         last, position, count, limit, done, uniform, tokens, logprobs = (
             t[:rows] for t in self.state
         )
-        cache = [(keys[:rows], values[:rows]) for keys, values in self.cache]
+        cache = [tuple(t[:rows] for t in layer) for layer in self.cache]
         hidden = self.model.hidden(last[:, None], position[:, None], cache=cache)
         at = count[:, None]
         logits = soft_cap(self.head(hidden[:, 0] * self.logit_scale), self.logit_cap)
@@ -536,29 +542,61 @@ def generate(
     check(prompts, model.cfg)
     if not prompts:
         return Samples([], [], [])
+    prompts = [[*prompt, *model.start_ids] for prompt in prompts]
     room = [model.cfg.max_positions - len(prompt) for prompt in prompts]
     limits = [min(pair) for pair in zip(limits, room, strict=True) for _ in range(group)]
     prompts = [prompt for prompt in prompts for _ in range(group)]
-    longest = max(limits)
     sample_ids = sample_ids or range(len(prompts))
-
-    def uniforms(sample):
-        """The random numbers of a sample depend on its number and the seed alone."""
-        rng = np.random.default_rng([seed, sample_ids[sample]])
-        return rng.random(longest + 1, dtype=np.float32)
-
-    plan = replace(Plan.for_device(device_of(model.head_weight), longest), **(plan or {}))
-    rows = min(batch_size, len(prompts))
+    device = device_of(model.head_weight)
+    plan = replace(Plan.for_device(device, max(limits)), **(plan or {}))
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    prefix = prompts[0][: common_prefix(prompts)]
-    batch = Batch(model, rows, prefix, longest, stop_ids, sampling, plan)
-    scheduler = Scheduler(batch, plan, rows, prompts, limits, group, uniforms)
-    while scheduler.waiting or scheduler.live:
-        if scheduler.wants_refill():
-            scheduler.refill(step_hook)
-        live_rows = scheduler.shrink()
-        for _ in range(scheduler.make_room()):
-            batch.advance(live_rows)
-            step_hook()
-        scheduler.collect(on_token, stop_ids)
-    return scheduler.samples
+
+    def decode(numbers, prompts, limits, group=1, switch=None):
+        """Goes on with the samples of these numbers, each behind its prompt."""
+        starts = [len(samples.tokens[number]) for number in numbers]
+        longest = max(limits)
+
+        def uniforms(i):
+            """The random numbers of a sample depend on its number and the seed alone."""
+            rng = np.random.default_rng([seed, sample_ids[numbers[i]]])
+            return rng.random(starts[i] + longest + 1, dtype=np.float32)[starts[i] :]
+
+        def show(i, token):
+            return on_token(numbers[i], token)
+
+        rows = min(batch_size, len(prompts))
+        # an encoder reads the beginning of a prompt otherwise before another end
+        prefix = [] if model.start_ids else prompts[0][: common_prefix(prompts)]
+        batch = Batch(model, rows, prefix, longest, stop_ids, sampling, plan)
+        for rope in batch.model.ropes.values():
+            rope.switch = switch
+        scheduler = Scheduler(batch, plan, rows, prompts, limits, group, uniforms)
+        while scheduler.waiting or scheduler.live:
+            if scheduler.wants_refill():
+                scheduler.refill(step_hook)
+            live_rows = scheduler.shrink()
+            for _ in range(scheduler.make_room()):
+                batch.advance(live_rows)
+                step_hook()
+            scheduler.collect(on_token and show, stop_ids)
+        for i, number in enumerate(numbers):
+            samples.tokens[number] += scheduler.samples.tokens[i]
+            samples.logprobs[number] += scheduler.samples.logprobs[i]
+            samples.finished[number] = scheduler.samples.finished[i]
+
+    numbers = range(len(prompts))
+    samples = Samples([[] for _ in numbers], [[] for _ in numbers], [False for _ in numbers])
+    switch = model.cfg.rope_switch
+    if not switch:
+        decode(numbers, prompts, limits, group)
+        return samples
+    # A document that grows beyond `switch` tokens gets other rotary frequencies, and a new cache.
+    short = [i for i in numbers if len(prompts[i]) <= switch]
+    if short:
+        room = [min(limits[i], switch + 1 - len(prompts[i])) for i in short]
+        decode(short, [prompts[i] for i in short], room, group)
+    long = [i for i in numbers if not samples.finished[i] and len(samples.tokens[i]) < limits[i]]
+    if long:
+        rest = [limits[i] - len(samples.tokens[i]) for i in long]
+        decode(long, [prompts[i] + samples.tokens[i] for i in long], rest, switch=0)
+    return samples
