@@ -406,6 +406,8 @@ def write_opt(cfg):
 
 
 def read_falcon(c, fields):
+    """With ALiBi transformers rounds slope * position to bf16. Here it is fp32, so that it depends
+    on the distance alone."""
     new, parallel = bool(c["new_decoder_architecture"]), bool(c["parallel_attn"])
     norms = c.get("num_ln_in_parallel_attn") or (2 if new else 1)
     if new and not parallel or parallel and norms == 2 and not new:
@@ -1124,7 +1126,8 @@ def read_config(c):
         fields[name] = checked(value, key, ModelConfig.__annotations__[name])
     fields |= family.always | family.read(c, fields)
     cfg = normal(ModelConfig(**fields, head=head, family=kind))
-    if cfg.n_heads % cfg.n_kv_heads or int(cfg.head_dim * cfg.rope_part) % 2:
+    rotated = int(cfg.head_dim * cfg.rope_part) if cfg.positions == "rope" else 0
+    if cfg.n_heads % cfg.n_kv_heads or rotated % 2:
         raise UserError(
             f"{cfg.n_heads} heads of {cfg.head_dim} numbers "
             f"do not go with {cfg.n_kv_heads} key/value heads"

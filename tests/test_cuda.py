@@ -98,8 +98,9 @@ def test_a_resume_is_exact(folder, tmp_path, name):
 
 @pytest.mark.parametrize("head_dim", [8, 16])
 @pytest.mark.parametrize("windows", [(), (7, 0)])
-def test_packed_rows_equal_rows_alone(windows, head_dim):
-    model = moved(tiny.model(windows=windows, head_dim=head_dim))
+@pytest.mark.parametrize("positions", ["rope", "alibi"])
+def test_packed_rows_equal_rows_alone(positions, windows, head_dim):
+    model = moved(tiny.model(positions=positions, windows=windows, head_dim=head_dim))
     rows = [np.array(ids) for ids, _ in tiny.rows(8, low=20, high=60)]
     lengths = [len(r) for r in rows]
     docs = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths))[None].to(DEVICE)
@@ -111,11 +112,12 @@ def test_packed_rows_equal_rows_alone(windows, head_dim):
         assert (logits - alone).abs().max() < 1e-5
 
 
-def test_gradients_of_packed_rows():
+@pytest.mark.parametrize("positions", ["rope", "alibi"])
+def test_gradients_of_packed_rows(positions):
     """Through flex_attention's backward: beside the CPU's, document by document."""
     gradients = []
     for device in ("cpu", DEVICE):
-        model = tiny.model().to(device)
+        model = tiny.model(positions=positions).to(device)
         packs = [
             [(np.array(ids), np.array(mask)) for ids, mask in tiny.rows(4, seed)] for seed in (0, 1)
         ]

@@ -5,11 +5,12 @@ add a family: an entry in nano/families.py, and a Case here.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import peft
 import pytest
+import stages
 import tiny
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,9 @@ import transformers as hf
 from torch.utils.checkpoint import checkpoint
 
 import lora
-from model import empty
-from nano import estimate, families, weights
+from model import Transformer, empty
+from nano import estimate, families, tokenizer, weights
+from nano.config import UserError
 from nano.generate import generate
 
 SLOW = os.environ.get("NANO_SLOW") == "1"
@@ -65,7 +67,8 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 def sizes(hidden, ffn, layers, heads, kv_heads, vocab, **more):
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     common = dict(zip(names, (hidden, ffn, layers, heads), strict=True))
-    return common | dict(num_key_value_heads=kv_heads, vocab_size=vocab, **more)
+    kv = dict(num_key_value_heads=kv_heads) if kv_heads else {}
+    return common | kv | dict(vocab_size=vocab, **more)
 
 
 GEMMA3_4B = sizes(2560, 10240, 34, 8, 4, 262208, model_type="gemma3_text", sliding_window=1024)
@@ -90,6 +93,18 @@ MINISTRAL_ROPE = dict(
     mscale_all_dim=1.0,
     llama_4_scaling_beta=0.1,
 )
+IDS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=0)
+SIX_HEADS = IDS | dict(
+    vocab_size=VOCAB,
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    max_position_embeddings=128,
+)
+BLOOM = IDS | dict(vocab_size=VOCAB, hidden_size=48, n_layer=2, n_head=6)
+OPT = SIX_HEADS | dict(hidden_size=42, ffn_dim=72, word_embed_proj_dim=42)
+BIGCODE = IDS | dict(vocab_size=VOCAB, n_embd=36, n_layer=2, n_head=6, n_positions=128)
+NEOX = SIX_HEADS | dict(hidden_size=64, num_attention_heads=4, intermediate_size=72)
 GRANITE = dict(embedding_multiplier=12.0, residual_multiplier=0.22, tie_word_embeddings=True)
 
 CASES = {
@@ -238,6 +253,128 @@ CASES = {
         TINY
         | HEADS
         | dict(rope_parameters=YARN | dict(rope_theta=1000.0, attention_factor=0.8707)),
+    ),
+    "bloom": Case(
+        hf.BloomConfig,
+        BLOOM,
+        [
+            dict(vocab_size=250880, n_embed=1024, n_layer=24, num_attention_heads=16),
+            dict(vocab_size=250880, n_embed=4096, n_layer=30, num_attention_heads=32),
+        ],
+    ),
+    "bloom of 4 heads": Case(hf.BloomConfig, BLOOM | dict(n_head=4, layer_norm_epsilon=1e-3)),
+    "opt": Case(
+        hf.OPTConfig,
+        OPT,
+        [
+            dict(
+                vocab_size=50272,
+                hidden_size=1024,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                ffn_dim=4096,
+                word_embed_proj_dim=512,
+                do_layer_norm_before=False,
+            ),
+            dict(
+                vocab_size=50272,
+                hidden_size=4096,
+                num_hidden_layers=32,
+                num_attention_heads=32,
+                ffn_dim=16384,
+                word_embed_proj_dim=4096,
+            ),
+        ],
+    ),
+    "opt with norms of sums and projections": Case(
+        hf.OPTConfig, OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=24)
+    ),
+    "galactica": Case(
+        hf.OPTConfig,
+        OPT
+        | dict(enable_bias=False, layer_norm_elementwise_affine=False, activation_function="gelu"),
+    ),
+    "falcon": Case(
+        hf.FalconConfig,
+        SIX_HEADS | dict(new_decoder_architecture=True, num_kv_heads=2),
+        [
+            dict(
+                vocab_size=65024,
+                hidden_size=4544,
+                num_hidden_layers=32,
+                num_attention_heads=71,
+                multi_query=True,
+                parallel_attn=True,
+            ),
+            dict(
+                vocab_size=65024,
+                hidden_size=8192,
+                num_hidden_layers=60,
+                num_attention_heads=128,
+                num_kv_heads=8,
+                new_decoder_architecture=True,
+            ),
+            dict(
+                vocab_size=50304,
+                hidden_size=2048,
+                num_hidden_layers=24,
+                num_attention_heads=32,
+                multi_query=False,
+                parallel_attn=False,
+                alibi=True,
+                bias=True,
+            ),
+        ],
+    ),
+    "falcon with one key/value head and one norm": Case(hf.FalconConfig, SIX_HEADS),
+    "falcon with two key/value heads and one norm": Case(
+        hf.FalconConfig,
+        SIX_HEADS
+        | dict(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1)
+        | dict(ffn_hidden_size=80, tie_word_embeddings=False),
+    ),
+    "falcon with alibi": Case(
+        hf.FalconConfig,
+        SIX_HEADS | dict(alibi=True, bias=True, multi_query=False, parallel_attn=False),
+    ),
+    "falcon with a key/value head for each": Case(
+        hf.FalconConfig, SIX_HEADS | dict(multi_query=False, activation="relu")
+    ),
+    "bigcode": Case(
+        hf.GPTBigCodeConfig,
+        BIGCODE,
+        [
+            dict(
+                vocab_size=49280, n_embd=2048, n_layer=24, n_head=16, n_inner=8192, n_positions=2048
+            ),
+            dict(
+                vocab_size=49152,
+                n_embd=6144,
+                n_layer=40,
+                n_head=48,
+                n_inner=24576,
+                n_positions=8192,
+                activation_function="gelu",
+            ),
+        ],
+    ),
+    "bigcode with a key/value head for each": Case(
+        hf.GPTBigCodeConfig,
+        BIGCODE | dict(multi_query=False, n_inner=56, activation_function="gelu"),
+    ),
+    "neox": Case(
+        hf.GPTNeoXConfig,
+        NEOX,
+        [
+            sizes(512, 2048, 6, 8, None, 50304, rotary_pct=0.25, rotary_emb_base=10000),
+            sizes(6144, 24576, 44, 64, None, 50432, hidden_act="gelu_fast"),
+        ],
+    ),
+    "serial neox": Case(
+        hf.GPTNeoXConfig,
+        NEOX
+        | dict(use_parallel_residual=False, attention_bias=False, tie_word_embeddings=True)
+        | dict(rope_parameters=dict(rope_theta=5e3, partial_rotary_factor=0.5)),
     ),
     "llama dynamic": Case(
         hf.LlamaConfig,
@@ -472,6 +609,128 @@ def test_scores_equal_sequence_classification(name, tmp_path):
     back = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours").float().eval()
     with torch.no_grad():
         assert worst(back(x).logits[:, 0], expected) < 1e-4
+
+
+# ---- the stages
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stages")
+    stages.prepare(folder)
+    return folder
+
+
+@pytest.mark.skipif(not SLOW, reason="NANO_SLOW=1 runs the stages of each family")
+@every_case
+def test_stages_train_it_and_resume_exactly(name, bases, data, tmp_path):
+    cfg = replace(families.load_config(bases(name)), vocab_size=264)
+    for head, dir in (("lm", "model"), ("score", "scorer")):
+        torch.manual_seed(0)
+        model = Transformer(replace(cfg, head=head)).init_weights(std=0.1)
+        weights.save_model(model, tmp_path / dir)
+        tokenizer.copy_files(data / "model", tmp_path / dir)
+    mine = [f"model={tmp_path}/model"]
+    cut, whole = ([f"out={tmp_path}/{run}", *mine] for run in ("cut", "whole"))
+    jobs = [
+        stages.job(data, "sft", "", *whole),
+        stages.job(data, "sft", "", *cut, "steps=2"),
+        stages.job(data, "sft", "", *cut),
+    ]
+    if "score" in architectures(CASES[name]):
+        jobs.append(stages.job(data, "reward", tmp_path / "reward", *mine))
+        scorer = f"reward={tmp_path}/scorer"
+        jobs.append(stages.job(data, "ppo", tmp_path / "ppo", *mine, scorer))
+    for stage in ("sft_lora", "dpo", "grpo"):
+        jobs.append(stages.job(data, stage, tmp_path / stage, *mine))
+    stages.alone(jobs)
+    assert tiny.same_tensors(tmp_path / "whole" / "last", tmp_path / "cut" / "last")
+    losses = [record["loss"] for record in tiny.records(tmp_path / "whole", "train")]
+    assert losses[-1] < losses[0]
+
+
+# ---- several devices
+
+SHARDED = """
+import torch
+import lora
+from nano import weights
+from nano.runtime import Runtime
+tokens = torch.randint(1, 97, (2, 40), generator=torch.Generator().manual_seed(1))
+docs = torch.zeros_like(tokens)
+docs[:, 25:] = 1
+for dir in {dirs}:
+    for settings in (dict(parallel="none", tensor=2), dict(parallel="fsdp")):
+        for adapted in (False, True):
+            grads = []
+            for rt in (None, Runtime(device="cpu", dtype="float32", **settings)):
+                model = weights.load_model(dir)
+                if adapted:
+                    torch.manual_seed(0)
+                    lora.apply(model, rank=2, alpha=4)
+                    for name, p in model.named_parameters():
+                        if "lora_B" in name:
+                            p.data.normal_(std=0.1)
+                if rt is not None:
+                    model = rt.wrap(model)
+                hidden = model(dict(tokens=tokens, docs=docs))
+                hidden.square().mean().backward()
+                out = dict(hidden=hidden)
+                for name, p in model.named_parameters():
+                    if p.grad is not None:
+                        g = p.grad
+                        out[name] = g.full_tensor() if hasattr(g, "full_tensor") else g
+                grads.append(out)
+            right, sharded = grads
+            assert right.keys() == sharded.keys()
+            for name, g in right.items():
+                assert (g - sharded[name]).abs().max() <= 1e-5 * max(1, g.abs().max()), (dir, name)
+"""
+
+
+def test_shared_and_sharded_layers_give_the_same_gradients(bases, tmp_path):
+    """tensor=2 and fsdp on two processes, with adapters and without."""
+    dirs = [str(bases(name)) for name in first_of_each()]
+    status, output = tiny.processes(tmp_path, [], before=SHARDED.format(dirs=dirs), timeout=300)
+    assert status == 0, output[-3000:]
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    "name, change, said",
+    [
+        ("bloom", dict(apply_residual_connection_post_layernorm=True), "apply_residual"),
+        ("opt", dict(_remove_final_layer_norm=True), "_remove_final_layer_norm"),
+        ("falcon", dict(num_ln_in_parallel_attn=2, new_decoder_architecture=False), "contradict"),
+        ("bigcode", dict(scale_attn_weights=False), "scale_attn_weights"),
+        ("neox", dict(hidden_act="tanh"), "tanh"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(name, change, said):
+    c = config(CASES[name]).to_dict() | change
+    with pytest.raises(UserError, match=said):
+        families.parse_config(c, "config.json")
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("bloom", dict(embed_norm=False)),
+        ("bloom", dict(positions="rope")),
+        ("opt", dict(position_offset=0)),
+        ("opt", dict(norm_at="around")),
+        ("falcon", dict(alibi_scaled=True)),
+        ("bigcode", dict(residual="parallel")),
+        ("neox", dict(n_kv_heads=1)),
+    ],
+    ids=str,
+)
+def test_a_model_that_transformers_lacks_is_not_saved(name, change, bases):
+    cfg = replace(families.load_config(bases(name)), **change)
+    with pytest.raises(UserError, match=[*change][0]):
+        families.config_json(cfg)
 
 
 # ---- published models, on the meta device

@@ -58,6 +58,7 @@ FAMILIES = {
     "one kv head": dict(n_kv_heads=1),
     "window": dict(windows=(5, 0)),
     "biases": dict(qkv_bias=True, o_bias=True, mlp_bias=True),
+    "alibi, parallel": dict(positions="alibi", residual="parallel_one_norm", n_kv_heads=2),
     "qk norm, wide heads": dict(qk_norm="head", head_dim=16),
     "packed": dict(dim=256, ffn_dim=256, n_heads=4, n_kv_heads=1, head_dim=64, qkv_bias=True),
 }

@@ -1,0 +1,62 @@
+"""ALiBi in every kernel of model.attend, against float64."""
+
+import pytest
+import torch
+
+import model as decoder
+
+
+def worst(a, b):
+    return (a - b).abs().max().item()
+
+
+def right_attention(q, k, v, slopes, scale):
+    """softmax(scale q k^T - slope * distance) v with a causal mask, in float64."""
+    H, T = q.shape[1:3]
+    q, k, v = (t.double() for t in (q, k, v))
+    k, v = (t.repeat_interleave(H // t.shape[1], 1) for t in (k, v))
+    index = torch.arange(T)
+    bias = torch.tensor(slopes).double()[:, None, None] * (index - index[:, None])
+    scores = scale * q @ k.mT + bias.masked_fill(index > index[:, None], -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", [(6, 6), (6, 2), (6, 1)], ids=str)
+def test_alibi_is_the_same_in_every_kernel(monkeypatch, heads, dtype):
+    """Documents on a CPU, a dense mask, no mask, a cache with one or many queries, and the
+    score_mod of flex_attention."""
+    monkeypatch.setattr(decoder, "_compiled_flex", lambda: decoder.flex_attention)
+    generator = torch.Generator().manual_seed(0)
+    T, D = 150, 16
+    q = torch.randn(1, heads[0], T, D, generator=generator).to(dtype)
+    k, v = (torch.randn(1, heads[1], T, D, generator=generator).to(dtype) for _ in range(2))
+    extras = decoder.Extras(0.3, slopes=decoder.alibi_slopes(heads[0]))
+    docs = torch.zeros(1, T, dtype=torch.int64)
+    docs[:, 70:] = 1
+    parts = [(slice(0, 70)), (slice(70, T))]
+    whole = right_attention(q, k, v, extras.slopes, 0.3)
+    packed = [right_attention(*(t[:, :, p] for t in (q, k, v)), extras.slopes, 0.3) for p in parts]
+    packed = torch.cat(packed, dim=2)
+    slots = torch.arange(T)[None]
+    dense = decoder.cache_mask(slots, T, 0) & (docs[:, None] == docs[:, :, None])[:, None]
+    cache = decoder.cache_mask(slots, T, 0)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2  # bf16 rounds probabilities and values
+    for seen, right in (
+        (None, whole),
+        (cache, whole),
+        (dense, packed),
+        (decoder.attention_mask(docs, 0, D), packed),
+        (decoder.block_mask(docs, 0), packed),
+    ):
+        assert worst(decoder.attend(q, k, v, seen, extras), right) < tolerance
+    for t in (0, 69, 70, 149):
+        y = decoder.attend(q[:, :, t : t + 1], k, v, cache[:, :, t : t + 1], extras)
+        assert worst(y, whole[:, :, t : t + 1]) < tolerance
+
+
+def test_alibi_slopes_are_those_of_the_paper():
+    """2^(-8i/n), and where n is no power of two every other slope of twice the heads behind it."""
+    assert decoder.alibi_slopes(8) == tuple(2.0**-i for i in range(1, 9))
+    twice = decoder.alibi_slopes(16)
+    assert decoder.alibi_slopes(12) == decoder.alibi_slopes(8) + twice[:8:2]
