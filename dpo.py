@@ -71,6 +71,8 @@ class Config:
     base: PathText | None = None  # for an adapter in model=: the model to put it on
     data: tuple[PathText, ...] = ("data/dpo",)  # prepared folders of groups
     sizes: tuple[str, ...] = ()  # of each folder: all, a number of groups or a share; []: all
+    # the folders' shares of the groups of an epoch, in the place of sizes; small folders repeat
+    weights: Annotated[tuple[float, ...], Without("sizes")] = ()
     out: PathText = "out/dpo"  # run folder
     # how long
     epochs: NonNegativeFloat = 1.0  # 0: evaluate once and save nothing
@@ -324,7 +326,7 @@ def main(cfg, rt):
     # ---- data
     # A group is one prompt's completions, best first. It stays together in one packed row, so that
     # one forward holds all of its pairs.
-    rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok, groups=True)
+    rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok, groups=True, weights=cfg.weights)
     val_rows = store.validation(cfg.data, tok, groups=True)
     layout = dict(
         micro_batch=rt.micro_batch(cfg.micro_batch),
@@ -381,6 +383,8 @@ def main(cfg, rt):
         for path in set(run.out.glob("reference.*.bin")) - set(paths.values()):
             path.unlink()  # of another model or other data
     run.log.text(estimate.describe(model, rt, cfg, train.document_length))
+    if len(cfg.data) > 1:
+        run.log.text(store.taken(rows))
     run.describe(train.summary)
 
     # ---- loop

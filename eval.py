@@ -3,6 +3,7 @@
     python eval.py model=models/smollm2 'tasks=[arc,gsm8k]' 'shots=[25,5]' limit=200
     python eval.py model=out/lora/last base=models/smollm2 tasks=mmlu shots=5 out=out/eval
     python eval.py model=out/sft/last tasks=arc:easy files=arc_easy.jsonl      # without the hub
+    python eval.py model=out/sft/last tasks=zbench files=zbench/ out=out/zbench    # people judge
     python eval.py model=models/smollm2 text=book.txt                          # bits per byte
     python eval.py model=models/smollm2 data=data/alpaca                       # loss, accuracy
     python eval.py model=out/dpo/last against=out/sft/last reward=out/reward/last prompts=p.txt
@@ -28,7 +29,19 @@ from typing import Annotated, Literal
 import torch
 
 import lora
-from nano import batches, config, evaluation, files, log, losses, records, runtime, store, weights
+from nano import (
+    batches,
+    config,
+    evaluation,
+    files,
+    log,
+    losses,
+    records,
+    runtime,
+    sheets,
+    store,
+    weights,
+)
 from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError, With
 from sample import conversation, read_prompts
 
@@ -173,22 +186,45 @@ def measure_tasks(cfg, rt, opened, results):
             shot_file=task.shot_file,
             contents=task.fingerprints(),
         )
+        if task.is_judged and not (cfg.out and task.file):
+            raise UserError(
+                f"people judge the answers to {task.name}: name the folder of its CSV files by "
+                "files=, and by out= where they get a column with the answers"
+            )
         if not results.known(task.name, settings):
             benchmark = evaluation.prepare(
                 task, opened.tok, opened.model.cfg, shots, cfg.limit, cfg.chat, cfg.seed
             )
-            waiting.append((task.name, settings, benchmark))
+            waiting.append((task, settings, benchmark))
     if waiting:
         results.create_folder()
-    for name, settings, benchmark in waiting:
+    for task, settings, benchmark in waiting:
         began = time.perf_counter()
-        result = evaluation.measure(
-            benchmark, opened.model, opened.tok, rt, cfg.slots, cfg.batch_size
-        )
+        if task.is_judged:
+            values, examples = fill_sheets(cfg, rt, opened, benchmark, settings)
+        else:
+            result = evaluation.measure(
+                benchmark, opened.model, opened.tok, rt, cfg.slots, cfg.batch_size
+            )
+            values, examples = result.as_json(), result.examples
         seconds = time.perf_counter() - began
         if rt.is_main:
-            print(f"{name}: {result.count} records in {seconds:.1f} s", file=sys.stderr)
-        results.add(name, settings, result.as_json() | dict(seconds=seconds), result.examples)
+            print(f"{task.name}: {values['count']} records in {seconds:.1f} s", file=sys.stderr)
+        results.add(task.name, settings, values | dict(seconds=seconds), examples)
+
+
+def fill_sheets(cfg, rt, opened, benchmark, settings):
+    """Writes the answers to a task that people judge into its CSV files -> (values, examples).
+
+    Its parts share the column of a model."""
+    keys = ("model", "fingerprint", "dtype", "shots", "chat", "template", "seed")
+    column = f"{cfg.model} ({digest([settings[key] for key in keys])[:8]})"
+    texts = sheets.fill(benchmark, opened.model, opened.tok, rt, cfg.out, column, cfg.batch_size)
+    answered = sum(map(bool, texts)) / len(texts)
+    values = dict(metrics=dict(answered=answered), count=len(texts), column=column)
+    values |= dict(shots=benchmark.shots, chat=benchmark.chat)
+    rows = zip(benchmark.records, texts, strict=True)
+    return values, [dict(record, answer=text) for record, text in rows]
 
 
 def read_texts(path):
@@ -281,11 +317,11 @@ def answers_of(cfg, rt, opened, entries):
     """The greedy answers of a model to prompts, as texts."""
     tok = opened.tok
     prompts = []
-    for number, messages in enumerate(entries, 1):
+    for number, (messages, tools) in enumerate(entries, 1):
         if tok.template is None:
             ids = tok.encode("\n".join(m["content"] for m in messages), bos=tok.add_bos)
         else:
-            ids, _ = tok.render(messages, add_generation_prompt=True)
+            ids, _ = tok.render(messages, add_generation_prompt=True, tools=tools)
         if len(ids) >= opened.model.cfg.max_positions:
             raise UserError(
                 f"{cfg.prompts}, prompt {number} has {len(ids)} tokens, and the model takes "
@@ -299,14 +335,16 @@ def answers_of(cfg, rt, opened, entries):
 
 @torch.no_grad()
 def judge(rt, scorer, conversations):
-    """What a score model gives to the last answer of each conversation, a list of floats."""
+    """What a score model gives to the last answers of conversations, a list of floats.
+
+    conversations: [(messages, tools or None), ...]"""
     model, tok = scorer.model, scorer.tok
     scores = []
-    for messages in conversations:
+    for messages, tools in conversations:
         if tok.template is None:
             ids = tok.encode("\n".join(m["content"] for m in messages), bos=tok.add_bos, eos=True)
         else:
-            ids, mask = tok.render(messages, last_only=True)
+            ids, mask = tok.render(messages, last_only=True, tools=tools)
             ids = ids[: len(mask) - mask[::-1].index(1)]  # up to the end of the answer
         ids = ids[-model.cfg.max_positions :]
         with rt.autocast():
@@ -319,8 +357,8 @@ def judge(rt, scorer, conversations):
 def open_wins(cfg, rt, opened):
     """(what names the content, what `measure_wins` takes) of prompts=, against= and reward=."""
     entries = [
-        conversation(entry, None) if isinstance(entry, str) else entry
-        for entry in read_prompts(cfg.prompts)
+        (conversation(entry, None) if isinstance(entry, str) else entry, tools)
+        for entry, tools in read_prompts(cfg.prompts)
     ]
     scorer = weights.open(cfg.reward, None, rt.device, rt.dtype)
     if scorer.model.cfg.head != "score":
@@ -343,14 +381,15 @@ def measure_wins(cfg, rt, opened, entries, other, scorer):
             rt,
             scorer,
             [
-                [*messages, dict(role="assistant", content=text)]
-                for messages, text in zip(entries, texts, strict=True)
+                ([*messages, dict(role="assistant", content=text)], tools)
+                for (messages, tools), text in zip(entries, texts, strict=True)
             ],
         )
         for texts in (ours, theirs)
     ]
     wins = [float(a > b) + (a == b) / 2 for a, b in zip(*scores, strict=True)]
-    rows = zip(entries, ours, theirs, *scores, strict=True)
+    prompts = [messages for messages, _ in entries]
+    rows = zip(prompts, ours, theirs, *scores, strict=True)
     names = ("prompt", "answer", "against", "score", "score_against")
     rate = sum(wins) / len(wins)
     values = dict(

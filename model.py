@@ -81,6 +81,13 @@ class ModelConfig:
     family: str = "llama"  # the `model_type` of config.json, for saving alone
 
     @property
+    def rope_switch(self):
+        """The length beyond which a document has other rotary frequencies ("longrope"), or None."""
+        scaling = self.rope_scaling or {}
+        longrope = scaling.get("rope_type") == "longrope"
+        return int(scaling["original_max_position_embeddings"]) if longrope else None
+
+    @property
     def width(self):
         """Of the embedding, and of the hidden states that the head reads."""
         return self.embed_dim or self.dim
@@ -103,7 +110,7 @@ def rope_frequencies(cfg, long=False):
     steps = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu")
     inv = 1.0 / cfg.rope_theta ** (steps / dim)
     scaling = cfg.rope_scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = scaling.get("rope_type", "default")
     if kind in ("default", "dynamic"):
         return inv
     if kind == "linear":
@@ -135,7 +142,7 @@ def rope_magnitude(cfg):
     """By what "yarn" and "longrope" multiply cos and sin, so that attention stays as sharp over a
     longer context."""
     scaling = cfg.rope_scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = scaling.get("rope_type", "default")
     if kind not in ("yarn", "longrope"):
         return 1.0
     if scaling.get("attention_factor") is not None:
@@ -158,10 +165,10 @@ class Rope:
         scaling = cfg.rope_scaling or {}
         self.inv_freq = rope_frequencies(cfg)
         self.magnitude = rope_magnitude(cfg)
+        # documents of more tokens have the frequencies `long`; generate changes it
+        self.switch = cfg.rope_switch
+        self.long = None if self.switch is None else rope_frequencies(cfg, long=True)
         self.original = scaling.get("original_max_position_embeddings")
-        self.long = None  # the frequencies of documents beyond the original context
-        if scaling.get("rope_type") == "longrope":
-            self.long = rope_frequencies(cfg, long=True)
         self.beta = scaling.get("llama_4_scaling_beta")
 
     def __call__(self, positions, lengths, dtype):
@@ -171,9 +178,9 @@ class Rope:
         positions (B, T). lengths() -> (B, T): of each token's document, for "longrope".
         """
         inv_freq = self.inv_freq = self.inv_freq.to(positions.device)
-        if self.long is not None:
+        if self.switch is not None:
             self.long = self.long.to(positions.device)
-            inv_freq = torch.where(lengths()[..., None] > self.original, self.long, inv_freq)
+            inv_freq = torch.where(lengths()[..., None] > self.switch, self.long, inv_freq)
         angles = (positions[..., None].float() * inv_freq).repeat(1, 1, 2)[:, :, None]
         out = [angles.cos() * self.magnitude, angles.sin() * self.magnitude]
         if self.beta:
@@ -202,9 +209,9 @@ def begins(docs):
     return (starts * index).int().cummax(dim=1).values
 
 
-def document_lengths(positions, docs, cache):
-    """(B, T): how many tokens the document of each token has. With a cache it ends there."""
-    if cache is not None:
+def document_lengths(positions, docs, cached):
+    """(B, T): how many tokens the document of each token has. In a cache it ends with the token."""
+    if cached:
         return positions + 1
     if docs is None:
         return torch.full_like(positions, positions.shape[1])
@@ -725,7 +732,8 @@ class Transformer(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             # one dtype along the residual stream, whatever the dtype of the weights
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        lengths = functools.partial(document_lengths, positions, docs, cache)
+        cached = cache is not None
+        lengths = functools.partial(document_lengths, positions, docs, cached)
         ropes = {kind: rope(positions, lengths, x.dtype) for kind, rope in self.ropes.items()}
         kinds = zip(self.layers, self.windows, self.rope_layers, strict=True)
         for i, (layer, window, kind) in enumerate(kinds):

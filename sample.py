@@ -4,14 +4,20 @@
     python sample.py model=out/lora/last base=models/smollm2 prompt="Why is the sky blue?"
     python sample.py model=models/smollm2 prompts=prompts.txt out=result.json temperature=0
     python sample.py model=models/base template=plain prompt="Once upon a time"    # completion
+    python sample.py model=out/calls/last tools=tools.json      # a chat that asks for results
 
 `model` is a model directory or an adapter's (PEFT). A prompt is laid out by the model's chat
 template, or by template=. Without either it is completed as plain text. prompts= names a file with
 a prompt a line, or a .json list or .jsonl lines of strings, conversations
 ([{"role": ..., "content": ...}, ...]) and records such as {"prompt": ...} or {"messages": [...]}.
 The result is a JSON list of {"input", "output"}.
+
+tools= names a JSON file with the definitions of functions, as OpenAI's API takes them. When an
+answer calls them, the chat asks for the results, and goes on with the answer to these. The answers
+to prompts= have their "tool_calls", and a record may bring "tools" of its own.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -19,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from nano import config, files, runtime, tokenizer, weights
+from nano import config, files, runtime, tokenizer, tools, weights
 from nano.config import (
     NonNegativeInt,
     PathText,
@@ -52,6 +58,7 @@ class Config:
     template: str | None = None  # chat template: none: the model's own; plain: text completion
     template_options: tuple[str, ...] = ()  # for variables that it reads: enable_thinking=false
     system: str | None = None  # system message; the conversations of prompts= bring their own
+    tools: Path | None = None  # JSON file of the functions that the model may call
     # how it is sampled
     max_new_tokens: PositiveInt = 256
     temperature: Temperature = 0.7  # 0: always the likeliest token
@@ -91,10 +98,20 @@ class Sampler:
         self.chats = self.tok.template not in (None, "plain")
         if self.tok.template is None:
             self.tok = tokenizer.load(opened.tok.dir, template="plain")
+        self.tools = read_tools(cfg.tools) if cfg.tools else None
+        if cfg.tools and not self.chats:
+            raise UserError("tools= needs a chat template, and the model has none: give template=")
+        if cfg.tools and not self.tok.tools.call:
+            raise UserError(
+                "tools=: the chat template writes the arguments of calls in no JSON, so they are "
+                "not read: template=chatml writes them so"
+            )
 
-    def render(self, messages):
-        """The ids of a prompt. TooLong for one that leaves the model no room to answer."""
-        ids, _ = self.tok.render(messages, add_generation_prompt=True)
+    def render(self, messages, tools=None):
+        """The ids of a prompt. TooLong for one that leaves the model no room to answer.
+
+        tools: in the place of those of tools=."""
+        ids, _ = self.tok.render(messages, add_generation_prompt=True, tools=tools or self.tools)
         positions = self.model.cfg.max_positions
         if len(ids) >= positions:
             raise TooLong(
@@ -107,10 +124,10 @@ class Sampler:
         return self.tok.decode_until(ids, self.cfg.stop, inside=not self.chats)
 
     def answer(self, prompts, seed, on_text=None):
-        """The answers to rendered prompts, as texts.
+        """The answers to rendered prompts, as ids.
 
         on_text(piece) streams the answer. It is for a single prompt, and Ctrl-C then ends the
-        answer: the text so far is returned.
+        answer: the ids so far are returned.
         """
         cfg = self.cfg
         ids = [[] for _ in prompts]
@@ -147,10 +164,14 @@ class Sampler:
         except KeyboardInterrupt:
             if not on_text:
                 raise
-        texts = [self.text(tokens)[0] for tokens in ids]
         if on_text:
-            on_text(texts[0][shown:])
-        return texts
+            on_text(self.text(ids[0])[0][shown:])
+        return ids
+
+    def message(self, ids):
+        """The message of an answer that may call tools, with the calls apart from the text."""
+        message = tools.answer_of(self.tok, ids)
+        return message if "tool_calls" in message else message | dict(content=self.text(ids)[0])
 
 
 def conversation(user, system, history=()):
@@ -159,8 +180,21 @@ def conversation(user, system, history=()):
     return [dict(role="system", content=system), *messages] if system else messages
 
 
+def read_tools(path):
+    """The definitions of functions in a JSON file. UserError where it holds anything else."""
+    try:
+        definitions = fields.definitions(dict(tools=json.loads(files.read_text(path))))
+    except (ValueError, fields.Drop):
+        definitions = None
+    if not definitions:
+        raise UserError(f"tools={path} must hold a JSON list of the definitions of functions")
+    return definitions
+
+
 def read_prompts(path):
-    """The prompts of a file: a list of strings and conversations (lists of messages).
+    """The prompts of a file: [(a string or a conversation, which is a list of messages, tools)].
+
+    tools: the definitions of functions that a record brings, or None.
 
     UserError for a file that cannot be read, holds anything else, or holds nothing, and for a
     conversation that the assistant has answered already.
@@ -185,35 +219,45 @@ def read_prompts(path):
         )
     if not entries:
         raise UserError(f"{path} holds no prompt")
+    prompts = []
     for i, entry in enumerate(entries):
+        definitions = None
         if isinstance(entry, dict):
             try:
-                entries[i] = entry = instructions.recognise(fields.without(entry, ()))
+                record = fields.without(entry, ())
+                definitions = fields.definitions(record)
+                entry = instructions.recognise(record)
             except (fields.Drop, BadRecord) as e:
                 raise UserError(f"{path}, prompt {i + 1}: {e}") from None
+        prompts.append((entry, definitions))
         last = entry[-1] if isinstance(entry, list) and entry else None
         if isinstance(last, dict) and last.get("role") == "assistant":
             raise UserError(
                 f"{path}, prompt {i + 1} ends with an answer of the assistant: leave that turn out"
             )
-    return entries
+    return prompts
 
 
 def answer_file(sampler, entries, cfg):
     """Answers all prompts and writes them to out=, or to the terminal."""
     prompts = []
-    for i, entry in enumerate(entries, 1):
+    for i, (entry, definitions) in enumerate(entries, 1):
         messages = conversation(entry, cfg.system) if isinstance(entry, str) else entry
         try:
-            prompts.append(sampler.render(messages))
+            prompts.append(sampler.render(messages, definitions))
         except UserError as e:
             raise UserError(f"{cfg.prompts}, prompt {i}: {e}") from None
     began = time.perf_counter()
     records = []
-    for entry, text in zip(entries, sampler.answer(prompts, cfg.seed), strict=True):
+    answers = sampler.answer(prompts, cfg.seed)
+    for (entry, definitions), ids in zip(entries, answers, strict=True):
+        text = sampler.text(ids)[0]
+        message = sampler.message(ids) if definitions or sampler.tools else {}
+        text = message.get("content", text)
         if cfg.echo:
             text = (entry if isinstance(entry, str) else entry[-1]["content"]) + text
-        records.append(dict(input=entry, output=text))
+        calls = {key: message[key] for key in message if key == "tool_calls"}
+        records.append(dict(input=entry, output=text) | calls)
     result = json.dumps(records, ensure_ascii=False, indent=2) + "\n"
     said = f"{len(records)} prompts in {time.perf_counter() - began:.1f} s"
     if cfg.out:
@@ -270,26 +314,50 @@ def chat(sampler, cfg):
 def reply(sampler, line, system, history, seed):
     """Shows the answer to `line`. Returns the history with both, or [] where nothing chats.
 
-    The oldest turns are forgotten until the answer has room: max_new_tokens, or half of the model's
-    positions where that is less.
+    Where the answer calls tools, their results are read, and the answer to them is shown.
+    """
+    talk = conversation(line, system, history)
+    for count in itertools.count():
+        ids, talk = fitting(sampler, talk)
+        (tokens,) = sampler.answer([ids], (seed, count) if count else seed, show)
+        print()
+        if not sampler.chats:
+            return []
+        if not sampler.tools:
+            talk = [*talk, dict(role="assistant", content=sampler.text(tokens)[0])]
+            break
+        message = sampler.message(tokens)
+        calls = message.get("tool_calls", ())
+        talk = [*talk, message, *(tools.result_of(call, input(prompt_of(call))) for call in calls)]
+        if not calls:
+            break
+    return talk[talk[0]["role"] == "system" :]
+
+
+def prompt_of(call):
+    """What stands on the terminal before the result of a call: `add({"a": 1}) = `."""
+    name, arguments = (call["function"][key] for key in ("name", "arguments"))
+    return f"{name}({json.dumps(arguments, ensure_ascii=False)}) = "
+
+
+def fitting(sampler, talk):
+    """(the ids of a prompt, its messages) without the oldest turns that leave an answer no room.
+
+    The room is max_new_tokens, or half of the model's positions where that is less.
     """
     positions = sampler.model.cfg.max_positions
     room = min(sampler.cfg.max_new_tokens, positions // 2)
     while True:
+        users = [i for i, message in enumerate(talk) if message["role"] == "user"]
         try:
-            ids = sampler.render(conversation(line, system, history))
-            if len(ids) + room <= positions or not history:
-                break
+            ids = sampler.render(talk)
+            if len(ids) + room <= positions or len(users) < 2:
+                return ids, talk
         except TooLong:
-            if not history:
+            if len(users) < 2:
                 raise
-        history = history[2:]
+        talk = talk[: users[0]] + talk[users[1] :]
         print("(the oldest turn no longer fits and is forgotten)")
-    (text,) = sampler.answer([ids], seed, show)
-    print()
-    if not sampler.chats:
-        return []
-    return [*conversation(line, None, history), dict(role="assistant", content=text)]
 
 
 def main(cfg):

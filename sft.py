@@ -57,6 +57,8 @@ class Config:
     base: PathText | None = None  # for an adapter in model=: the model to put it on
     data: tuple[PathText, ...] = ("data/alpaca",)  # prepared folders
     sizes: tuple[str, ...] = ()  # of each folder: all, a number of rows or a share; []: all
+    # the folders' shares of the rows of an epoch, in the place of sizes; small folders repeat
+    weights: Annotated[tuple[float, ...], Without("sizes")] = ()
     out: PathText = "out/sft"  # run folder
     # how long
     epochs: NonNegativeFloat = 3.0  # 0: evaluate once and save nothing
@@ -137,21 +139,28 @@ def loss_sum(net, hidden, batch):
 
 
 def evaluate(rt, net, val):
-    """Validation loss, perplexity and token accuracy over all target tokens of all ranks."""
-    sums = torch.zeros(3, device=rt.device)  # loss, hits, targets
+    """Validation loss, perplexity and token accuracy over all target tokens of all ranks, and of
+    several sources the loss of each. val: {name of the source: Rows}"""
+    sums = torch.zeros(len(val), 3, device=rt.device)  # of each source: loss, hits, targets
     with rt.evaluating(net):
-        for step in range(val.steps_per_epoch):
-            for micro in val.batch(step):
-                batch = rt.put(micro)
-                with rt.autocast():
-                    hidden = net(batch)  # (M, C)
-                    loss = loss_sum(net, hidden, batch)
-                    hits = losses.hits(hidden, net.head, batch["targets"])
-                hits = (hits * batch["weights"]).sum()
-                sums += torch.stack((loss, hits, batch["weights"].sum()))
-    loss, hits, count = rt.all_sum(sums).tolist()
-    loss, accuracy = loss / max(count, 1), hits / max(count, 1)
-    return dict(loss=loss, perplexity=math.exp(min(loss, 700)), accuracy=accuracy)
+        for source, rows in zip(sums, val.values(), strict=True):
+            for step in range(rows.steps_per_epoch):
+                for micro in rows.batch(step):
+                    batch = rt.put(micro)
+                    with rt.autocast():
+                        hidden = net(batch)  # (M, C)
+                        loss = loss_sum(net, hidden, batch)
+                        hits = losses.hits(hidden, net.head, batch["targets"])
+                    hits = (hits * batch["weights"]).sum()
+                    source += torch.stack((loss, hits, batch["weights"].sum()))
+    sums = rt.all_sum(sums)
+    loss, hits, count = sums.sum(0).tolist()
+    loss /= max(count, 1)
+    metrics = dict(loss=loss)
+    if len(val) > 1:
+        pairs = zip(val, sums.tolist(), strict=True)
+        metrics |= {f"loss/{name}": total / max(n, 1) for name, (total, _, n) in pairs}
+    return metrics | dict(perplexity=math.exp(min(loss, 700)), accuracy=hits / max(count, 1))
 
 
 def answers(rt, model, tok, rows, cfg):
@@ -196,7 +205,7 @@ def main(cfg, rt):
     # Prepared rows of (tokens, mask), memory-mapped. What an optimizer step holds is a function of
     # the seed and the step's number alone. So a resume needs no data position, and neither the
     # number of ranks nor the size of a micro-batch changes what is learned.
-    rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok)
+    rows = store.mix(cfg.data, cfg.sizes, cfg.seed, tokenizer=tok, weights=cfg.weights)
     val_rows = store.validation(cfg.data, tok)
     if ranked := [folder.dir for folder in rows.stores if folder.groups is not None]:
         raise UserError(
@@ -216,9 +225,16 @@ def main(cfg, rt):
     train = batches.Rows(
         rows, cfg.batch_size, seed=cfg.seed, prompt_weight=cfg.prompt_loss_weight, **layout
     )
-    val = batches.Rows(val_rows, layout["micro_batch"] * rt.world, **layout) if val_rows else None
+    # Each folder's validation split is evaluated by itself.
+    folders = val_rows.stores if val_rows else []
+    names = store.names_of([folder.dir for folder in folders])
+    across = layout["micro_batch"] * rt.world
+    val = {
+        name: batches.Rows(folder, across, **layout)
+        for name, folder in zip(names, folders, strict=True)
+    }
     benchmarks = evaluation.for_training(cfg, tok, model.cfg)
-    longest = max(rows.longest for rows in (train, val) if rows)
+    longest = max(part.longest for part in (train, *val.values()))
     batches.check_reach(longest, model.cfg.max_positions, cfg.model)
     if not val:
         refuse_validation(cfg, "eval_every", "patience", "sample_every")
@@ -248,6 +264,8 @@ def main(cfg, rt):
     adapter = "default" if cfg.lora_rank else None
     run.attach(model, trained, dict(adamw=optimizer), tok, opened.base, adapter)
     run.log.text(estimate.describe(model, rt, cfg, train.document_length))
+    if len(cfg.data) > 1:
+        run.log.text(store.taken(rows))
     run.describe(train.summary)
 
     # ---- loop

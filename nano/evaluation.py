@@ -184,7 +184,10 @@ def score(model, head, questions, prefix, common, limits):
                 for t, n in zip(layer, new, strict=True):
                     t[:, :, :prefix] = n
             positions = prefix + torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-        hidden = model.hidden(tokens, positions, cache=cache)
+        docs = None
+        if cache is None and model.cfg.rope_switch:  # padding must not count as a part of a row
+            docs = padded([[1] * len(rows[i]) for i in batch], device)
+        hidden = model.hidden(tokens, positions, docs, cache)
         for row, i in zip(hidden, batch, strict=True):
             # the last state of the context, and those of the option that follows
             row = row[len(questions[i].context) - prefix - 1 : len(rows[i]) - prefix]
@@ -232,6 +235,13 @@ def loglikelihoods(model, rt, questions, slots=None):
 
     Every rank calls it with the same questions. The ranks share them out, and each gets all
     results. slots: of the cache of a batch; by default what suits the device."""
+    sizes = [len(q.options) for q in questions]
+    switch = model.cfg.rope_switch
+    apart = switch is not None and max(q.length for q in questions) > switch
+    if apart:
+        # other rotary frequencies there: no option goes on from the cache of its context
+        pairs = [(q, *pair) for q in questions for pair in zip(q.options, q.given, strict=True)]
+        questions = [Question(q.context, [o], given=[given]) for q, o, given in pairs]
     kind = rt.device.type
     slots = slots or SLOTS.get(kind, GPU_SLOTS)
     limits = min(slots, COMPUTED.get(kind, slots)), slots
@@ -243,7 +253,7 @@ def loglikelihoods(model, rt, questions, slots=None):
     order = sorted(range(len(questions)), key=lambda i: questions[i].key)
     for _, same in groupby(order, key=lambda i: questions[i].key):
         numbers = sorted(same, key=lambda i: -questions[i].length)
-        prefix = generate.common_prefix([questions[i].context for i in numbers])
+        prefix = 0 if apart else generate.common_prefix([questions[i].context for i in numbers])
         common = None
         for part in batched(numbers, lambda i: (len(questions[i].context),), (slots,)):
             turn += 1
@@ -257,7 +267,7 @@ def loglikelihoods(model, rt, questions, slots=None):
             totals[:, places] = torch.stack([t.double() for t in scored])
             rt.sync()
     logprobs, hits = rt.all_sum(totals.to(rt.device) if rt.world > 1 else totals).cpu().numpy()
-    borders = firsts[1:-1]
+    borders = np.cumsum(sizes)[:-1]
     return list(zip(np.split(logprobs, borders), np.split(hits > 0, borders), strict=True))
 
 
@@ -326,10 +336,16 @@ def load_tasks(names, shots=(), files=(), shot_files=(), prefix=""):
                 + (", or one number for all" if key == "shots" else ' ("" for the hub)')
             )
         lists.append(values * count if len(values) == 1 else values or (default,) * count)
-    return [
+    loaded = [
         (tasks.load(name, file, shot_file, prefix), n)
         for name, n, file, shot_file in zip(names, *lists, strict=True)
     ]
+    for task, _ in loaded:
+        if task.is_set:
+            raise UserError(
+                f"{prefix}tasks= names {task.name}, which is a training set: it measures nothing"
+            )
+    return loaded
 
 
 # -------------------------------------------------------------------------------------- prompts
@@ -683,12 +699,15 @@ def for_training(cfg, tok, model_cfg):
     """The Benchmarks of the keys eval_tasks=, eval_shots= and so on of a stage.
 
     UserError for a mistake in them, and for a keep= that names no metric of theirs."""
-    benchmarks = [
-        prepare(task, tok, model_cfg, shots, cfg.eval_limit)
-        for task, shots in load_tasks(
-            cfg.eval_tasks, cfg.eval_shots, cfg.eval_files, cfg.eval_shot_files, "eval_"
-        )
-    ]
+    loaded = load_tasks(
+        cfg.eval_tasks, cfg.eval_shots, cfg.eval_files, cfg.eval_shot_files, "eval_"
+    )
+    for task, _ in loaded:
+        if task.is_judged:
+            raise UserError(
+                f"eval_tasks= names {task.name}, whose answers people judge: eval.py writes them"
+            )
+    benchmarks = [prepare(task, tok, model_cfg, shots, cfg.eval_limit) for task, shots in loaded]
     known = [f"{b.task.name}/{name}" for b in benchmarks for name in metric_names(b)]
     if cfg.keep and cfg.keep not in known:
         raise UserError(f"keep={cfg.keep} names no metric of eval_tasks=: give {', '.join(known)}")

@@ -804,6 +804,20 @@ FAMILIES = {  # by model_type
         read=read_granite,
         write=write_granite,
     ),
+    "seed_oss": Family(
+        {"lm": "SeedOssForCausalLM", "score": "SeedOssForSequenceClassification"},
+        keys=KEYS
+        | {"qkv_bias": "attention_bias", "o_bias": "attention_out_bias", "mlp_bias": "mlp_bias"},
+        defaults=DEFAULTS
+        | {
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 524288,
+            "attention_bias": True,
+        },
+        read=read_llama,
+        write=write_llama,
+    ),
     "starcoder2": Family(
         {"lm": "Starcoder2ForCausalLM", "score": "Starcoder2ForSequenceClassification"},
         keys=KEYS

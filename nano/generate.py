@@ -539,26 +539,56 @@ def generate(
     room = [model.cfg.max_positions - len(prompt) for prompt in prompts]
     limits = [min(pair) for pair in zip(limits, room, strict=True) for _ in range(group)]
     prompts = [prompt for prompt in prompts for _ in range(group)]
-    longest = max(limits)
     sample_ids = sample_ids or range(len(prompts))
-
-    def uniforms(sample):
-        """The random numbers of a sample depend on its number and the seed alone."""
-        rng = np.random.default_rng([seed, sample_ids[sample]])
-        return rng.random(longest + 1, dtype=np.float32)
-
-    plan = replace(Plan.for_device(device_of(model.head_weight), longest), **(plan or {}))
-    rows = min(batch_size, len(prompts))
+    device = device_of(model.head_weight)
+    plan = replace(Plan.for_device(device, max(limits)), **(plan or {}))
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    prefix = prompts[0][: common_prefix(prompts)]
-    batch = Batch(model, rows, prefix, longest, stop_ids, sampling, plan)
-    scheduler = Scheduler(batch, plan, rows, prompts, limits, group, uniforms)
-    while scheduler.waiting or scheduler.live:
-        if scheduler.wants_refill():
-            scheduler.refill(step_hook)
-        live_rows = scheduler.shrink()
-        for _ in range(scheduler.make_room()):
-            batch.advance(live_rows)
-            step_hook()
-        scheduler.collect(on_token, stop_ids)
-    return scheduler.samples
+
+    def decode(numbers, prompts, limits, group=1, switch=None):
+        """Goes on with the samples of these numbers, each behind its prompt."""
+        starts = [len(samples.tokens[number]) for number in numbers]
+        longest = max(limits)
+
+        def uniforms(i):
+            """The random numbers of a sample depend on its number and the seed alone."""
+            rng = np.random.default_rng([seed, sample_ids[numbers[i]]])
+            return rng.random(starts[i] + longest + 1, dtype=np.float32)[starts[i] :]
+
+        def show(i, token):
+            return on_token(numbers[i], token)
+
+        rows = min(batch_size, len(prompts))
+        prefix = prompts[0][: common_prefix(prompts)]
+        batch = Batch(model, rows, prefix, longest, stop_ids, sampling, plan)
+        for rope in batch.model.ropes.values():
+            rope.switch = switch
+        scheduler = Scheduler(batch, plan, rows, prompts, limits, group, uniforms)
+        while scheduler.waiting or scheduler.live:
+            if scheduler.wants_refill():
+                scheduler.refill(step_hook)
+            live_rows = scheduler.shrink()
+            for _ in range(scheduler.make_room()):
+                batch.advance(live_rows)
+                step_hook()
+            scheduler.collect(on_token and show, stop_ids)
+        for i, number in enumerate(numbers):
+            samples.tokens[number] += scheduler.samples.tokens[i]
+            samples.logprobs[number] += scheduler.samples.logprobs[i]
+            samples.finished[number] = scheduler.samples.finished[i]
+
+    numbers = range(len(prompts))
+    samples = Samples([[] for _ in numbers], [[] for _ in numbers], [False for _ in numbers])
+    switch = model.cfg.rope_switch
+    if not switch:
+        decode(numbers, prompts, limits, group)
+        return samples
+    # A document that grows beyond `switch` tokens gets other rotary frequencies, and a new cache.
+    short = [i for i in numbers if len(prompts[i]) <= switch]
+    if short:
+        room = [min(limits[i], switch + 1 - len(prompts[i])) for i in short]
+        decode(short, [prompts[i] for i in short], room, group)
+    long = [i for i in numbers if not samples.finished[i] and len(samples.tokens[i]) < limits[i]]
+    if long:
+        rest = [limits[i] - len(samples.tokens[i]) for i in long]
+        decode(long, [prompts[i] + samples.tokens[i] for i in long], rest, switch=0)
+    return samples

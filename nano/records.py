@@ -432,14 +432,18 @@ def to_records(batch):
 
 
 def read_hub(name, subsets, split):
-    """(row, record) of the configurations `subsets` of a dataset on the hub, streamed."""
+    """(row, record) of the configurations `subsets` of a dataset on the hub, streamed.
+
+    One that ends with / is a folder of it."""
     import datasets
 
     # its warnings about retries say no more than the last error, which is reported below
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         for subset in subsets:
-            rows = datasets.load_dataset(name, subset, split=split, streaming=True)
+            folder = dict(data_dir=subset) if subset and subset.endswith("/") else {}
+            subset = None if folder else subset
+            rows = datasets.load_dataset(name, subset, split=split, streaming=True, **folder)
             yield from enumerate(rows, 1)
     except Exception as e:  # the errors of the hub's client have no common type
         reason = next(iter(str(e).strip().splitlines()), type(e).__name__)

@@ -559,46 +559,89 @@ def fingerprint(stores, picks=None):
     return hashlib.sha256(repr(parts).encode() + numbers).hexdigest()
 
 
-def mix(dirs, sizes=(), seed=0, split="train", tokenizer=None, groups=False):
+def mix(dirs, sizes=(), seed=0, split="train", tokenizer=None, groups=False, weights=()):
     """A Mix of the rows of several folders, or with `groups` a GroupMix of their preference groups.
 
     `sizes` says for each folder how much of it is taken, see parse_share. () takes all. `seed`
-    draws which rows are taken. For example data=[arc,mmlu,orca] sizes=[all,10%,1000]. UserError for
-    folders that do not fit together or hold too little.
+    draws which rows are taken. For example data=[arc,mmlu,orca] sizes=[all,10%,1000]. `weights`
+    stand in its place, see `shares`. UserError for folders that do not fit together or hold too
+    little.
     """
     if not dirs:
         raise UserError("data= names no folder: give at least one")
-    sizes = sizes or ["all"] * len(dirs)
-    if len(dirs) != len(sizes):
-        raise UserError(
-            f"data= names {len(dirs)} folders and sizes= {len(sizes)} sizes: "
-            "give one size for each folder"
-        )
+    for key, values in dict(sizes=sizes, weights=weights).items():
+        if values and len(values) != len(dirs):
+            raise UserError(
+                f"data= names {len(dirs)} folders and {key}= has {len(values)} elements: "
+                "give one for each folder"
+            )
     stores = [Store(dir, split, tokenizer) for dir in dirs]
     if tokenizer is None and len({s.meta.get("tokenizer") for s in stores} - {None}) > 1:
         raise UserError(
             f"{', '.join(map(str, dirs))} were prepared with different tokenizers: "
             "use one model= for all"
         )
-    picks = []
-    for i, (store, size) in enumerate(zip(stores, sizes, strict=True)):
+    for store in stores:
         if groups and (store.groups is None or np.diff(store.groups).min() < 2):
             raise UserError(
                 f"{store.dir} holds no groups of two and more completions: "
                 "prepare it with prepare.preferences"
             )
-        n = len(store.groups) - 1 if groups else len(store)
-        try:
-            count = parse_size(size, n)
-        except UserError as e:
-            raise UserError(f"{store.dir}: {e}") from None
-        picks.append(np.sort(np.random.default_rng([seed, i]).permutation(n)[:count]))
-    if not any(map(len, picks)):
+    totals = [len(store.groups) - 1 if groups else len(store) for store in stores]
+    if weights:
+        counts = shares(totals, weights)
+    else:
+        counts = []
+        for store, n, size in zip(stores, totals, sizes or ["all"] * len(dirs), strict=True):
+            try:
+                counts.append(parse_size(size, n))
+            except UserError as e:
+                raise UserError(f"{store.dir}: {e}") from None
+    if not any(counts):
         raise UserError(
             f"sizes={','.join(map(str, sizes))} takes no row of {', '.join(map(str, dirs))}: "
             "ask for more"
         )
+    picks = []
+    for i, (n, count) in enumerate(zip(totals, counts, strict=True)):
+        copies, rest = divmod(count, n)
+        drawn = np.sort(np.random.default_rng([seed, i]).permutation(n)[:rest])
+        picks.append(np.concatenate([*[np.arange(n)] * copies, drawn]))
     return (GroupMix if groups else Mix)(stores, picks)
+
+
+def shares(totals, weights):
+    """How many rows of each folder an epoch has, so that they stand in the ratio of `weights`.
+
+    Every row is in it. The folder with the most rows for its weight (`totals` are the numbers of
+    rows) is taken once, and the others repeat. UserError for a weight that is not above 0.
+    """
+    if min(weights) <= 0:
+        raise UserError(f"weights= holds {min(weights)}: give each data folder one above 0")
+    scale = max(n / weight for n, weight in zip(totals, weights, strict=True))
+    return [max(round(weight * scale), n) for n, weight in zip(totals, weights, strict=True)]
+
+
+def names_of(dirs):
+    """Names of folders for a log: the last parts of their paths, or where two are alike, all of
+    them."""
+    names = [Path(dir).name for dir in dirs]
+    return names if len({*names}) == len(names) else [*map(str, dirs)]
+
+
+def taken(mix):
+    """A table, as a text, of what a Mix or a GroupMix takes of each folder."""
+    unit = "groups" if isinstance(mix, GroupMix) else "rows"
+    total = mix.lengths.sum()
+    lines = [f"{'data':<24}{unit:>12}{'taken':>12}{'tokens':>16}{'of all':>9}"]
+    for i, (store, name) in enumerate(
+        zip(mix.stores, names_of([store.dir for store in mix.stores]), strict=True)
+    ):
+        n = len(store.groups) - 1 if unit == "groups" else len(store)
+        here = mix.store_of == i
+        tokens = mix.lengths[here].sum()
+        lines.append(f"{name:<24}{n:>12,}{here.sum():>12,}{tokens:>16,}{tokens / total:>9.1%}")
+    return "\n".join(lines)
 
 
 def validation(dirs, tokenizer=None, groups=False):

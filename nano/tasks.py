@@ -5,6 +5,7 @@ task = tasks.load("gsm8k", "test.jsonl")      # a local file or folder in the pl
 records = task.records()
 """
 
+import contextlib
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,14 @@ def names():
     return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 
 
+def name_of(spec):
+    """The file of the task in NAME or NAME:PART, whose name may have - in the place of _."""
+    return spec.partition(":")[0].replace("-", "_")
+
+
 def is_name(spec):
     """Whether `spec` names a task or a part of one, and no path."""
-    return spec.partition(":")[0] in names() and not Path(spec).exists()
+    return name_of(spec) in names() and not Path(spec).exists()
 
 
 def load(spec, file="", shot_file="", prefix=""):
@@ -30,7 +36,8 @@ def load(spec, file="", shot_file="", prefix=""):
     prefix: "eval_" where the keys are those of a stage, such as eval_files=.
 
     UserError for a name or a part that does not exist."""
-    name, colon, part = spec.partition(":")
+    name = name_of(spec)
+    _, colon, part = spec.partition(":")
     if name not in names():
         near = config.nearest(name, names())
         hint = f"did you mean '{near}'?" if near else f"there are {', '.join(names())}"
@@ -65,9 +72,26 @@ class Task:
     def has_choices(self):
         return hasattr(self.module, "choices")
 
+    @property
+    def is_set(self):
+        """Whether it has rows to train on, and nothing to measure."""
+        return not hasattr(self.module, "record")
+
+    @property
+    def is_judged(self):
+        """Whether people judge the answers, because nothing scores them."""
+        return not (self.is_set or self.has_choices or hasattr(self.module, "score"))
+
     def hub(self):
-        """(id, configuration, split to measure, split of the shots)"""
-        return getattr(self.module, "PARTS", {}).get(self.part) or self.module.HUB
+        """(id, configuration, split to measure, split of the shots)
+
+        UserError for a task whose records are on no hub."""
+        hub = getattr(self.module, "PARTS", {}).get(self.part) or getattr(self.module, "HUB", None)
+        if not hub:
+            raise UserError(
+                f"the records of {self.name} are not on the hub: name their file or folder, files="
+            )
+        return hub
 
     def records(self, shots=False):
         """The records of the split that is measured, or of the one that shots come from.
@@ -75,11 +99,14 @@ class Task:
         UserError for a file that cannot be read, and for a row that is no record of the task."""
         rows = self.source_rows(shots)
         kept = [self.convert(source, line, row) for source, line, row in rows]
-        if self.part and hasattr(self.module, "within"):
-            kept = [record for record in kept if self.module.within(record, self.part)]
+        kept = [record for record in kept if self.belongs(record)]
         if not kept:
             raise UserError(f"{self.source(shots)} has no record of {self.name}")
         return kept
+
+    def belongs(self, record):
+        """Whether a record is of the task's part."""
+        return not (self.part and hasattr(self.module, "within")) or self.within(record, self.part)
 
     def source(self, shots=False):
         """Where the records come from: a local file, the program that makes them, or a hub id."""
@@ -95,12 +122,12 @@ class Task:
 
     def paths(self, shots=False):
         """The local files in the place of the hub: the one that is named, or those of the folder.
-        None where none is named. UserError where there are none."""
+        [] where none is named. UserError where there are none."""
         path = self.shot_file if shots else self.file
         if not path:
             return []
         if Path(path).is_dir():
-            split = "" if hasattr(self.module, "rows") else self.hub()[2 + shots]
+            split = self.hub()[2 + shots] if hasattr(self.module, "HUB") else ""
             return records.files_below(Path(path), records.SUFFIXES, set(), split)
         files.check_file(path)
         return [Path(path)]
@@ -136,13 +163,21 @@ class Task:
 
     def read(self, row):
         """The record of a row (dict). BadRecord for a row that lacks what the task needs."""
-        try:
+        with self.reading():
             record = self.module.record(row)
             if self.has_choices:
                 check_choices(self.choices(record), self.gold(record))
+            elif hasattr(self.module, "answer") and not isinstance(self.answer(record), str):
+                raise ValueError("its answer is no text")
             if not isinstance(self.prompt(record), str):
                 raise ValueError("its prompt is no text")
             return record
+
+    @contextlib.contextmanager
+    def reading(self):
+        """A context in which what goes wrong with a row is a BadRecord."""
+        try:
+            yield
         except KeyError as e:
             raise records.BadRecord(
                 f"the field {e} is missing, which a record of {self.name} needs"
@@ -195,14 +230,20 @@ class Task:
     def conversation(self, row):
         """The messages of a row for training: with the answer, or a prompt alone where the task has
         no answer but a score. BadRecord as in `read`."""
-        record = self.read(row)
-        has_answers = self.has_choices or hasattr(self.module, "answer")
-        return self.solved(record) if has_answers else self.request(record)
+        with self.reading():
+            if hasattr(self.module, "turns"):
+                return self.module.turns(row)
+            record = self.read(row)
+            has_answers = self.has_choices or hasattr(self.module, "answer")
+            return self.solved(record) if has_answers else self.request(record)
 
     def source_of(self, split):
         """(hub id, configurations, split) of the rows to train on, "train", or of those that are
         measured, "test". (name, [], None) where a program writes them. UserError for another split,
-        and for "train" of a task that has only what it measures."""
+        and for "train" of a task that has only what it measures. A training set has any split."""
+        if self.is_set:
+            name, configurations, train = self.PARTS[self.part] if self.part else self.TRAIN
+            return name, configurations, train if split == "train" else split
         if split not in ("train", "test"):
             raise UserError(f"split={split}: a task has train, and test, which it measures")
         if hasattr(self.module, "rows"):
@@ -220,11 +261,11 @@ class Task:
 
     def reward(self):
         """The task's score as a reward of ppo.py: a function of (prompt, response, finished,
-        record), where the record is a row. UserError for a task with choices."""
-        if self.has_choices:
+        record), where the record is a row. UserError for a task without a score."""
+        if not hasattr(self.module, "score"):
             raise UserError(
-                f"reward={self.name}: a task with choices scores no answers; those that do are "
-                + ", ".join(name for name in names() if not load(name).has_choices)
+                f"reward={self.name}: this task scores no answers; those that do are "
+                + ", ".join(name for name in names() if hasattr(load(name).module, "score"))
             )
 
         def reward(prompt, response, finished, record):

@@ -25,7 +25,7 @@ import regex  # comes with tiktoken
 import sentencepiece
 import tiktoken
 
-from nano import adapters, chat, files
+from nano import adapters, chat, files, tools
 from nano.config import UserError
 from nano.vocab import (
     BYTE,
@@ -939,6 +939,11 @@ class Tokenizer:
         }
 
     @functools.cached_property
+    def tools(self):
+        """What the chat template makes of tools, see nano/tools.py."""
+        return tools.Tools(self.layout)
+
+    @functools.cached_property
     def identity(self):
         return identity_of(self)
 
@@ -1062,7 +1067,8 @@ class Tokenizer:
         str, "arguments": dict or its JSON}}, "tool_call_id", "name". With tool_calls, content may
         be None.
         add_generation_prompt: end with the prompt of an answer. last_only: only the last assistant
-        turn is a target. tools: list of the definitions of functions.
+        turn is a target. tools: list of the definitions of functions. For a template that does not
+        know tools they are written into the messages, see nano/tools.py.
 
         render(messages[:-1], True) is a prefix of render(messages), and no token spans the border,
         unless the template lays out the messages otherwise when an answer follows.
@@ -1074,14 +1080,15 @@ class Tokenizer:
                 f"the model has no chat template: choose template={'|'.join(chat.TEMPLATES)}"
             )
         messages = chat.check(messages)
+        if tools or any(m.get("tool_calls") for m in messages):
+            messages, tools = self.tools.conversation(messages, tools)
         answers = chat.answers_of(messages)
         learned = {n for n in answers[-last_only:] if messages[n].get("weight") != 0}
         if self.template == "columns":  # it lays out one answer, the last message
             learned &= {len(messages) - 1}
             for n, message in enumerate(messages):
-                if message.get("columns"):  # which stand in the place of the content
-                    texts = (text for _, text in message["columns"])
-                    messages[n] = message | {"content": "\n\n".join(texts)}
+                if message.get("columns"):  # they stand in the place of the content
+                    messages[n] = message | {"content": message["columns"][-1][1]}
         request = (messages, add_generation_prompt, tools, learned, self.empty_thoughts)
         try:
             layout = self.layout.lay_out(*request)

@@ -8,8 +8,10 @@ records, holds some of them out, and prints a report.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
+import re
 import shutil
 import sys
 from array import array
@@ -17,11 +19,12 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from operator import itemgetter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-from nano import records, tasks, tokenizer
+from nano import config, records, tasks, tokenizer
 from nano.chat import NotFollowed
 from nano.config import UserError, refuse
 from nano.files import refuse_overwrite
@@ -150,6 +153,63 @@ def encode_chunk(chunk):
 def shorten(reason, limit=400):
     """A message that stays a sentence where a record's content is part of it."""
     return reason if len(reason) <= limit else f"{reason[:limit]} ..."
+
+
+# --------------------------------------------------------------------------------------- the source
+
+
+@functools.cache
+def named(source, split):
+    """What the name of a task or of a training set (tasks/) stands for.
+
+    .task       a Task, or None where `source` is no such name
+    .hub        (hub id, configurations, split) of its rows
+    .messages   the messages of a row, or None where its shape is to be recognised
+    .ignore, .last_only   fields that may be lost, whether the last answer alone is a target
+    """
+    if tasks.name_of(source) not in tasks.names():
+        return SimpleNamespace(task=None, hub=None, messages=None, ignore=(), last_only=False)
+    task = tasks.load(source)
+    return SimpleNamespace(
+        task=task,
+        hub=task.source_of(split),
+        messages=None if task.is_set and not hasattr(task.module, "turns") else task.conversation,
+        ignore=getattr(task.module, "IGNORE", ()),
+        last_only=getattr(task.module, "LAST_ONLY", False),
+    )
+
+
+def find(cfg, ranked=False):
+    """(the files of the source or None, what read_hub takes of it), as `fill` needs them.
+
+    ranked: the script is prepare.preferences. UserError where the source is neither a file nor a
+    folder, nor may be an id of the hub, and for a training set of the other script.
+    """
+    known = named(cfg.source, cfg.split)
+    if known.task and getattr(known.task.module, "RANKED", False) != ranked:
+        script = "instructions" if ranked else "preferences"
+        raise UserError(f"source={cfg.source} is for python -m prepare.{script}")
+    if cfg.path and not known.task:
+        raise UserError(
+            f"path= goes with the name of a task or set ({', '.join(tasks.names())}), and "
+            f"source={cfg.source} is none"
+        )
+    hub = known.hub or (cfg.source, [cfg.subset], cfg.split)
+    path = cfg.path or cfg.source
+    if known.task and not cfg.path:
+        if hub[2] is None:  # a program writes its rows
+            return None, hub
+        files = None
+    else:
+        files = records.find_files(path, cfg.out, cfg.split)
+    # org/name is an id of the hub, unless it looks like a mistyped path
+    is_path = records.suffix(Path(hub[0])) in records.SUFFIXES or Path(hub[0]).parent.exists()
+    if not files and (cfg.path or is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", hub[0])):
+        near = config.nearest(cfg.source, tasks.names())
+        hint = f"known sets are {', '.join(tasks.names())}"
+        hint = f"did you mean '{near}'?" if near and not known.task else hint
+        raise UserError(f"there is no file or folder {path}; {hint}")
+    return files, hub
 
 
 # ------------------------------------------------------------------------------------ the whole job

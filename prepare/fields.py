@@ -58,7 +58,8 @@ HARMLESS = re.compile(
     r"|task_name|type|kind|level|difficulty|quality|scores?|ratings?|rank|votes|upvotes|likes"
     r"|length|len|tokens|token_count|count|turns|cost|seed|temperature|top_p|finish_reason|logprobs?"
     r"|metadata|meta|extra_info|is_classification|name|tool_call_id|critique|annotations|principle)"
-    r"|(num|n)_\w+|__\w+__|(correct|incorrect)_answers|custom_system_prompt",
+    r"|(num|n)_\w+|__\w+__|(correct|incorrect)_answers|custom_system_prompt"
+    r"|most_similar_instructions",
     re.I,
 )
 LONG = 200  # characters: a longer text is no name, date or label

@@ -7,9 +7,10 @@
     python -m prepare.instructions source=gsm8k train_on=none model=models/smollm2 out=data/gsm8k
 
 `source` is a JSON, JSONL, CSV, TSV or Parquet file (.gz too), a folder of such files or of
-datasets.save_to_disk, the name of a known set, or a hub id. The shape of each record is recognised:
-Alpaca (instruction, input, output), messages or conversations (role/content or from/value), or
-pairs such as prompt/completion. With text_field= a record is one text.
+datasets.save_to_disk, a task or training set (a file of tasks/), or a hub id. The shape of each
+record is recognised: Alpaca (instruction, input, output), messages or conversations (role/content
+or from/value, with tools and calls), or pairs such as prompt/completion. With text_field= a record
+is one text.
 
 A record without an answer is a prompt alone: {"prompt": ...}, or a conversation that ends with the
 user. train_on=none makes prompts of all records. ppo.py answers them, and hands the record, with
@@ -22,28 +23,25 @@ Rows keep the order of the records; sft.py shuffles them in every epoch. The row
 chosen by the hash of their prompts, so that answers to one prompt stay together.
 """
 
-import functools
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
-from nano import config, records, tasks
-from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError, With, Without
+from nano import config
+from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, With, Without
 from nano.records import BadRecord
 from prepare import convert, fields
-from prepare.fields import Drop, message, task, text, turns
+from prepare.fields import Drop, message, text, turns
 
 
 @dataclass
 class Config:
     # what
-    source: PathText  # file, folder, task (tasks/), known set (`SETS` in this file) or hub id
+    source: PathText  # file, folder, task or training set (tasks/), or hub id
     model: PathText  # model directory whose tokenizer is used
     out: PathText  # the prepared folder; an earlier one there is replaced at the end
-    path: PathText | None = None  # local file or folder of a known set; none: the hub
+    path: PathText | None = None  # local file or folder of a task or set; none: the hub
     subset: str | None = None  # of a hub id: the configuration
     # of a hub id, or of a folder whose files are named by splits. Of a task: train or test
     split: str = "train"
@@ -124,55 +122,6 @@ def with_thought(messages, record):
     return messages
 
 
-# Training sets that are known by name. The parts of a record become columns.
-
-
-def cot(r):
-    answer = f"{text(r, 'rationale')}\n\n### TARGET:\n{text(r, 'target')}"
-    return task([["SOURCE", text(r, "source")]], "RATIONALE", answer)
-
-
-def slimorca(r):
-    messages = turns(r.get("conversations"))
-    if [m["role"] for m in messages].count("assistant") == 1:
-        # the template "columns" lays out conversations with more answers like this by itself
-        for m, speaker in zip(messages, r["conversations"], strict=True):
-            m["columns"] = [["FROM", speaker["from"]], ["VALUE", m["content"]]]
-        messages[-1]["columns"] = [["GPT", messages[-1]["content"]]]
-    return messages
-
-
-def openorca(r):
-    prompt = text(r, "system_prompt")
-    messages = task([["QUESTION", text(r, "question")]], "RESPONSE", text(r, "response"))
-    if prompt:
-        messages.insert(0, message("system", prompt, columns=[["INSTRUCTION", prompt]]))
-    return messages
-
-
-SETS = {  # name: (hub id, configurations, split, record -> messages)
-    "alpaca": ("tatsu-lab/alpaca", [None], "train", recognise),
-    "cot-collection": ("kaist-ai/CoT-Collection", [None], "train", cot),
-    "slimorca": ("Open-Orca/SlimOrca", [None], "train", slimorca),
-    "openorca-multiplechoice": ("beaugogh/openorca-multiplechoice-10k", [None], "train", openorca),
-}
-
-
-def known_names():
-    return [*SETS, *tasks.names()]
-
-
-@functools.cache
-def known_set(source, split):
-    """The entry of SETS that `source` names, or that of the task (tasks/) of this name, or None."""
-    if source in SETS:
-        return SETS[source]
-    if source.partition(":")[0] not in tasks.names():
-        return None
-    named = tasks.load(source)
-    return *named.source_of(split), named.conversation
-
-
 def split_text(cfg, record):
     """Messages of a whole text. The answer begins after the last response template in it."""
     whole = text(record, cfg.text_field)
@@ -209,16 +158,16 @@ def encode(cfg, tok, record):
         counts = {}
         ids, mask = fit(cfg, *read_rendered(cfg, tok, record), counts)
         return convert.Unit([(ids, mask)], ids, counts)
-    rest = fields.without(record, cfg.ignore)
-    named = known_set(cfg.source, cfg.split)
-    known = cfg.text_field or named  # what such records may lose is known
+    named = convert.named(cfg.source, cfg.split)
+    rest = fields.without(record, (*cfg.ignore, *named.ignore))
+    known = cfg.text_field or named.messages  # what such records may lose is known
     tools = None if known else fields.definitions(rest)
     counts = {}
     if cfg.text_field:
         messages = split_text(cfg, rest)
         counts["spelled out"] = int(any(tok.spells_out(m["content"]) for m in messages))
     elif known:
-        messages = named[3](rest)
+        messages = named.messages(rest)
     else:
         messages = recognise(rest)
 
@@ -251,7 +200,7 @@ def encode(cfg, tok, record):
     elif silent := sum("weight" in m for m in messages):
         counts["silent"] = silent
 
-    last_only = cfg.train_on == "last" or cfg.source == "slimorca"
+    last_only = cfg.train_on == "last" or named.last_only
     ids, mask = fit(cfg, *convert.render(tok, messages, last_only, tools), counts)
     line = json.dumps(record, default=str).encode() + b"\n" if awaits else b""
     begin = mask.find(1)
@@ -281,39 +230,14 @@ def fit(cfg, ids, mask, counts):
 # ------------------------------------------------------------------------------------ the whole job
 
 
-def find_files(cfg, hub):
-    """The files of the source; None for those of the hub. UserError where it can be neither."""
-    known = known_set(cfg.source, cfg.split)
-    if cfg.path and not known:
-        raise UserError(
-            f"path= goes with the name of a known set ({', '.join(known_names())}), and "
-            f"source={cfg.source} is none"
-        )
-    path = cfg.path or cfg.source
-    files = (
-        records.find_files(path, cfg.out, cfg.split) if path != cfg.source or not known else None
-    )
-    # org/name is an id of the hub, unless it looks like a mistyped path
-    is_path = records.suffix(Path(hub)) in records.SUFFIXES or Path(hub).parent.exists()
-    if not files and (cfg.path or is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", hub)):
-        near = config.nearest(cfg.source, known_names())
-        names = ", ".join(known_names())
-        hint = f"did you mean '{near}'?" if near and not known else f"known sets are {names}"
-        raise UserError(f"there is no file or folder {path}; {hint}")
-    return files
-
-
 def main(cfg):
     plain = cfg.text_field and not cfg.rendered
     template = cfg.template or ("plain" if plain else None)
     tok, writer = convert.start(cfg, encode, template)
     if tok.layout is None or tok.layout.broken:
         tok.render([message("user", "")])  # raises what says so
-    hub = (known_set(cfg.source, cfg.split) or (cfg.source, [cfg.subset], cfg.split))[:3]
-    written = hub[2] is None and not cfg.path  # by a program
-    files = None if written else find_files(cfg, hub[0])
     with writer:
-        total = convert.fill(cfg, writer, "row", files, hub)
+        total = convert.fill(cfg, writer, "row", *convert.find(cfg))
         counts = Counter(total.counts)
         writer.meta |= dict(truncated=counts["truncated"], dropped=total.dropped) | total.bad
     note = f"at max_length={cfg.max_length}" if counts["truncated"] else ""

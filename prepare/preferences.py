@@ -5,8 +5,9 @@
     python -m prepare.preferences source=HuggingFaceH4/stack-exchange-preferences model=... out=...
 
 A group is a prompt's completions, best first. `source` is a JSON, JSONL, CSV, TSV or Parquet file
-(.gz too), a folder of such files, or a hub id. The shape of each record is recognised. The prompt
-has any of its usual names and is a text or messages. The completions are
+(.gz too), a folder of such files, a training set such as ultrafeedback or hh_rlhf:harmless (a file
+of tasks/), or a hub id. The shape of each record is recognised. The prompt has any of its usual
+names and is a text or messages. The completions are
 
     chosen, rejected   texts, messages, lists of messages, or whole transcripts of \\n\\nHuman: and
                        \\n\\nAssistant: turns
@@ -27,10 +28,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Literal
 
-from nano import config, records
+from nano import config
 from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError
 from nano.records import BadRecord
 from prepare import convert, fields
@@ -40,9 +40,10 @@ from prepare.fields import Drop, message, text, turns
 @dataclass
 class Config:
     # what
-    source: PathText  # file, folder or hub id
+    source: PathText  # file, folder, training set (tasks/) or hub id
     model: PathText  # model directory whose tokenizer is used
     out: PathText  # the prepared folder; an earlier one there is replaced at the end
+    path: PathText | None = None  # local file or folder of a training set; none: the hub
     subset: str | None = None  # of a hub id: the configuration
     split: str = "train"  # of a hub id, or of a folder whose files are named by splits
     ignore: tuple[str, ...] = ()  # fields of records, messages or completions that may be lost
@@ -397,22 +398,12 @@ def encode(cfg, tok, record):
 # ------------------------------------------------------------------------------------ the whole job
 
 
-def find_files(cfg):
-    """The files of the source; None for those of the hub. UserError where it can be neither."""
-    files = records.find_files(cfg.source, cfg.out, cfg.split)
-    is_path = "/" not in cfg.source or records.suffix(Path(cfg.source)) in records.SUFFIXES
-    if not files and is_path:
-        raise UserError(f"there is no file or folder {cfg.source}")
-    return files
-
-
 def main(cfg):
     if cfg.max_completions < 2:
         raise UserError(f"max_completions={cfg.max_completions}: a preference needs 2 or more")
     _, writer = convert.start(cfg, encode, cfg.template)
     with writer:
-        hub = (cfg.source, [cfg.subset], cfg.split)
-        total = convert.fill(cfg, writer, "group", find_files(cfg), hub)
+        total = convert.fill(cfg, writer, "group", *convert.find(cfg, ranked=True))
         lost = total.counts
         writer.meta |= dict(dropped_groups=total.dropped, dropped_completions=lost) | total.bad
     mean = total.rows / len(total.sizes)

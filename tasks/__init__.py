@@ -18,7 +18,8 @@ or for free answers
 
     answer(record)   what an assistant says, where the record is a shot or a training row. A task
                      without it has neither
-    score(prompt, response, finished, record)   from 0 to 1 (as a reward: any number)
+    score(prompt, response, finished, record)   from 0 to 1 (as a reward: any number). Without it
+                     people judge: eval.py writes the answers into the task's CSV files
     STOP             the strings that end an answer in plain text
     MAX_NEW_TOKENS   of an answer
 
@@ -39,4 +40,13 @@ Where it differs from what most tasks have:
                      answer it, one for each choice
     strict(...)      like score, where only the exact form counts
     IN_ORDER = True  the first records are the shots, and none is drawn
+
+A training set, which measures nothing, has
+
+    TRAIN            (id, configurations, split). A configuration that ends with / is a folder
+    turns(row)       the messages of a row. By default prepare.instructions recognises its shape
+    PARTS            {part: the same three as TRAIN}
+    IGNORE           fields of a row that say nothing to a model
+    LAST_ONLY = True the last answer of a conversation is the target
+    RANKED = True    the rows are preferences, for prepare.preferences
 """

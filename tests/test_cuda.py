@@ -96,11 +96,14 @@ def test_a_resume_is_exact(folder, tmp_path, name):
 # ---- attention, loss
 
 
+EXTRAS = [dict(), dict(positions="alibi"), dict(attn_cap=0.5)]
+
+
 @pytest.mark.parametrize("head_dim", [8, 16])
 @pytest.mark.parametrize("windows", [(), (7, 0)])
-@pytest.mark.parametrize("positions", ["rope", "alibi"])
-def test_packed_rows_equal_rows_alone(positions, windows, head_dim):
-    model = moved(tiny.model(positions=positions, windows=windows, head_dim=head_dim))
+@pytest.mark.parametrize("extras", EXTRAS, ids=str)
+def test_packed_rows_equal_rows_alone(extras, windows, head_dim):
+    model = moved(tiny.model(windows=windows, head_dim=head_dim, **extras))
     rows = [np.array(ids) for ids, _ in tiny.rows(8, low=20, high=60)]
     lengths = [len(r) for r in rows]
     docs = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths))[None].to(DEVICE)
@@ -112,12 +115,12 @@ def test_packed_rows_equal_rows_alone(positions, windows, head_dim):
         assert (logits - alone).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("positions", ["rope", "alibi"])
-def test_gradients_of_packed_rows(positions):
+@pytest.mark.parametrize("extras", EXTRAS, ids=str)
+def test_gradients_of_packed_rows(extras):
     """Through flex_attention's backward: beside the CPU's, document by document."""
     gradients = []
     for device in ("cpu", DEVICE):
-        model = tiny.model(positions=positions).to(device)
+        model = tiny.model(**extras).to(device)
         packs = [
             [(np.array(ids), np.array(mask)) for ids, mask in tiny.rows(4, seed)] for seed in (0, 1)
         ]

@@ -4,10 +4,12 @@ A family is a Case or several. The first of each is tested by default, and all w
 add a family: an entry in nano/families.py, and a Case here.
 """
 
+import itertools
 import os
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
 import peft
 import pytest
 import stages
@@ -15,13 +17,15 @@ import tiny
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from conftest import ROOT
 from torch.utils.checkpoint import checkpoint
 
 import lora
 from model import Transformer, empty
-from nano import estimate, families, tokenizer, weights
+from nano import estimate, evaluation, families, tokenizer, weights
 from nano.config import UserError
-from nano.generate import generate
+from nano.generate import choose, generate
+from nano.runtime import Runtime
 
 SLOW = os.environ.get("NANO_SLOW") == "1"
 VOCAB, LENGTH = 97, 40
@@ -72,7 +76,6 @@ def sizes(hidden, ffn, layers, heads, kv_heads, vocab, **more):
 
 
 GEMMA3_4B = sizes(2560, 10240, 34, 8, 4, 262208, model_type="gemma3_text", sliding_window=1024)
-PHI_LONG = dict(type="longrope", short_factor=[1.0] * 64, long_factor=[2.0] * 64)
 PHI4_LONG = dict(type="longrope", short_factor=[1.0] * 48, long_factor=[2.0] * 48)
 OLMO3_YARN = dict(
     rope_type="yarn",
@@ -185,7 +188,7 @@ CASES = {
         hf.Phi3Config,
         TINY
         | dict(
-            original_max_position_embeddings=120,
+            original_max_position_embeddings=16,
             rope_parameters=LONG | dict(rope_theta=100.0, partial_rotary_factor=0.75),
             tie_word_embeddings=True,
         ),
@@ -233,6 +236,11 @@ CASES = {
             sizes(2048, 8192, 40, 32, 8, 49155, **GRANITE, attention_multiplier=0.015625),
             sizes(4096, 12800, 40, 32, 8, 49155, **GRANITE, logits_scaling=16.0),
         ],
+    ),
+    "seed_oss": Case(
+        hf.SeedOssConfig,
+        TINY | HEADS | dict(attention_dropout=0.0, residual_dropout=0.0),
+        [sizes(5120, 27648, 64, 80, 8, 155136, head_dim=128, rope_theta=1e7)],
     ),
     "starcoder2": Case(
         hf.Starcoder2Config,
@@ -375,6 +383,22 @@ CASES = {
         NEOX
         | dict(use_parallel_residual=False, attention_bias=False, tie_word_embeddings=True)
         | dict(rope_parameters=dict(rope_theta=5e3, partial_rotary_factor=0.5)),
+    ),
+    "mistral": Case(
+        hf.MistralConfig,
+        TINY | HEADS | dict(sliding_window=7),
+        [sizes(4096, 14336, 32, 32, 8, 32000, sliding_window=4096, rms_norm_eps=1e-5)],
+    ),
+    "gpt2": Case(
+        hf.GPT2Config,
+        dict(vocab_size=VOCAB, n_embd=40, n_layer=2, n_head=4, n_positions=128)
+        | dict(bos_token_id=None, eos_token_id=None, pad_token_id=0),
+        [dict(vocab_size=50257, n_embd=768, n_layer=12, n_head=12)],
+    ),
+    "llama": Case(
+        hf.LlamaConfig,
+        TINY | dict(rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=2.0)),
+        [sizes(2048, 8192, 16, 32, 8, 128256, tie_word_embeddings=True, rope_theta=5e5)],
     ),
     "llama dynamic": Case(
         hf.LlamaConfig,
@@ -589,6 +613,19 @@ def with_scores():
     return pytest.mark.parametrize("name", scored)
 
 
+def test_the_table_in_the_readme():
+    """It has each family, and says of each whether there are reward models."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    start = next(i for i, row in enumerate(rows) if row[:1] == ["`model_type`"])
+    assert rows[start][2:] == ["load", "save", "train", "LoRA", "generate", "reward"]
+    table = {row[0]: row[2:] for row in itertools.takewhile(bool, rows[start + 2 :])}
+    scored = {kind: "score" in family.architectures for kind, family in families.FAMILIES.items()}
+    yes = {True: "yes", False: "no"}
+    assert table == {kind: ["yes"] * 5 + [yes[score]] for kind, score in scored.items()}
+    assert table.keys() == {case.family for case in CASES.values()}
+
+
 def architectures(case):
     return families.FAMILIES[case.family].architectures
 
@@ -698,6 +735,110 @@ def test_shared_and_sharded_layers_give_the_same_gradients(bases, tmp_path):
     dirs = [str(bases(name)) for name in first_of_each()]
     status, output = tiny.processes(tmp_path, [], before=SHARDED.format(dirs=dirs), timeout=300)
     assert status == 0, output[-3000:]
+
+
+# ---- "longrope", by which a document that grows has other frequencies
+
+
+def test_log_likelihoods_beyond_the_original_context(bases):
+    """Contexts with options that stay within the 16 tokens, that cross them and that are beyond."""
+    model, x = weights.load_model(bases("phi3")), tokens(4)
+    rt = Runtime(device="cpu", dtype="float32")
+    questions, expected = [], []
+    for row, n in zip(x.tolist(), (3, 13, 14, 30), strict=True):
+        options = [row[n : n + 2], row[n + 2 : n + 7]]
+        questions.append(evaluation.Question(row[:n], options, key="a"))
+        for option in options:
+            logprobs = logits(model, torch.tensor([row[:n] + option[:-1]]))[0].log_softmax(-1)
+            targets = torch.tensor(option)[:, None]
+            expected.append(logprobs[n - 1 :].gather(1, targets).sum().item())
+    scored = evaluation.loglikelihoods(model, rt, questions)
+    assert [len(logprobs) for logprobs, _ in scored] == [2] * 4
+    ours = torch.tensor([value for logprobs, _ in scored for value in logprobs])
+    assert worst(ours, torch.tensor(expected)) < 1e-4
+
+
+@pytest.mark.parametrize("stop", [3, 11])
+def test_samples_that_cross_the_original_context(stop, bases):
+    """They are as without a cache, with the same random numbers, until on_token stops them."""
+    model, x = weights.load_model(bases("phi3")), tokens(2)
+    prompts = [x[0, :9].tolist(), x[1, :14].tolist()]
+    seen = {}
+
+    def on_token(sample, token):
+        seen.setdefault(sample, []).append(token)
+        return len(seen[sample]) == stop
+
+    samples = generate(model, prompts, 12, temperature=0.7, seed=3, group=2, on_token=on_token)
+    assert samples.finished == [True] * 4 and samples.tokens == [seen[i] for i in range(4)]
+    for i, (ids, logprobs) in enumerate(zip(samples.tokens, samples.logprobs, strict=True)):
+        uniform = np.random.default_rng([3, i]).random(13, dtype=np.float32)
+        assert len(ids) == len(logprobs) == stop
+        for n in range(stop):
+            row = torch.tensor([prompts[i // 2] + ids[:n]])
+            right = choose(logits(model, row)[:, -1], torch.tensor(uniform[n : n + 1]), 0.7)
+            assert right[0].item() == ids[n] and abs(right[1].item() - logprobs[n]) < 1e-4
+
+
+# ---- the language model in one that sees images too
+
+SEES = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=28,
+    patch_size=14,
+)
+VISION = {
+    "gemma3": lambda: hf.Gemma3Config(
+        text_config=CASES["gemma3"].settings | dict(model_type="gemma3_text"),
+        vision_config=SEES | dict(model_type="siglip_vision_model"),
+        mm_tokens_per_image=4,
+    ),
+    "qwen2.5-vl": lambda: hf.Qwen2_5_VLConfig(
+        text_config=TINY
+        | dict(
+            model_type="qwen2_5_vl_text",
+            rope_parameters=dict(rope_type="default", mrope_section=[2, 2, 3], rope_theta=500.0),
+        ),
+        vision_config=dict(depth=1, hidden_size=32, num_heads=2, out_hidden_size=56),
+    ),
+    "mistral3": lambda: hf.Mistral3Config(
+        text_config=CASES["ministral3"].settings | dict(model_type="ministral3"),
+        vision_config=SEES | dict(model_type="pixtral"),
+    ),
+}
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["names of today", "older names"])
+@pytest.mark.parametrize("kind", VISION)
+def test_the_text_part_of_a_model_that_sees_images(kind, older, tmp_path):
+    torch.manual_seed(0)
+    reference, x = (
+        hf.AutoModelForImageTextToText.from_config(VISION[kind]()).float().eval(),
+        tokens(),
+    )
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.normal_(std=0.2)
+        expected = reference(input_ids=x).logits
+    reference.save_pretrained(tmp_path / "theirs", save_original_format=older)
+    model = weights.load_model(tmp_path / "theirs")
+    assert expected.std() > 0.1 and worst(logits(model, x), expected) < 1e-4
+    weights.save_model(model, tmp_path / "ours", like=tmp_path / "theirs")
+    alone, info = hf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        assert worst(alone.float().eval()(x).logits, expected) < 1e-4
+
+
+def test_the_first_spelling_of_llama_opens():
+    """As in the first conversions of LLaMA."""
+    c = sizes(64, 96, 2, 4, 4, 99, architectures=["LLaMAForCausalLM"], model_type="llama")
+    assert families.parse_config(c, "config.json").family == "llama"
 
 
 # ---- what is refused

@@ -58,6 +58,8 @@ FAMILIES = {
     "one kv head": dict(n_kv_heads=1),
     "window": dict(windows=(5, 0)),
     "biases": dict(qkv_bias=True, o_bias=True, mlp_bias=True),
+    "caps and scales": dict(attn_cap=0.5, logit_cap=3.0, logit_scale=2.0, embed_scale=3.0),
+    "norms around, two ropes": dict(norm="rms1", norm_at="around", rope_layers=("local", "none")),
     "alibi, parallel": dict(positions="alibi", residual="parallel_one_norm", n_kv_heads=2),
     "qk norm, wide heads": dict(qk_norm="head", head_dim=16),
     "packed": dict(dim=256, ffn_dim=256, n_heads=4, n_kv_heads=1, head_dim=64, qkv_bias=True),

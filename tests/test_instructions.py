@@ -18,13 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_preferences
 import tiny
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import jsonl
 
-from nano import config, records, store, tokenizer
+from nano import config, records, store, tasks, tokenizer
 from nano.config import UserError
 from nano.store import Store
 from prepare import convert, instructions
@@ -235,6 +236,105 @@ SETS = {  # name: (record, prompt and target under the template "columns")
         "### INSTRUCTION:\nAdd.\n\n### INPUT:\n1 2\n\n### RESPONSE:\n",
         "3",
     ),
+    "alpaca-zh": (
+        dict(instruction="加。", input="", output="三"),
+        "### INSTRUCTION:\n加。\n\n### RESPONSE:\n",
+        "三",
+    ),
+    "belle": (
+        dict(instruction="加。\n1 2", input="", output="3"),
+        "### INSTRUCTION:\n加。\n1 2\n\n### RESPONSE:\n",
+        "3",
+    ),
+    "guanaco": (
+        dict(instruction="足す", input="1 2", output="3"),
+        "### INSTRUCTION:\n足す\n\n### INPUT:\n1 2\n\n### RESPONSE:\n",
+        "3",
+    ),
+    "dolly": (
+        dict(instruction="Who?", context="Ann ran.", response="Ann", category="closed_qa"),
+        "### INSTRUCTION:\nWho?\n\n### INPUT:\nAnn ran.\n\n### RESPONSE:\n",
+        "Ann",
+    ),
+    "ultrachat": (
+        dict(
+            prompt="H",
+            prompt_id="1",
+            messages=[dict(role="user", content="H"), dict(role="assistant", content="A")],
+        ),
+        "### INSTRUCTION:\nH\n\n### RESPONSE:\n",
+        "A",
+    ),
+    "tulu-3-sft": (
+        dict(
+            id="1",
+            source="ai2",
+            messages=[
+                dict(role="system", content="S"),
+                dict(role="user", content="H"),
+                dict(role="assistant", content="A"),
+            ],
+        ),
+        "### INSTRUCTION:\nS\n\n### QUESTION:\nH\n\n### RESPONSE:\n",
+        "A",
+    ),
+    "smoltalk": (
+        dict(
+            source="smol-magpie-ultra",
+            messages=[dict(role="user", content="H"), dict(role="assistant", content="A")],
+        ),
+        "### INSTRUCTION:\nH\n\n### RESPONSE:\n",
+        "A",
+    ),
+    "openhermes": (
+        dict(
+            conversations=[{"from": "human", "value": "H"}, {"from": "gpt", "value": "A"}],
+            source="airoboros2.2",
+            category="orca",
+            custom_instruction=None,
+            skip_prompt_formatting=False,
+            avatarUrl="https://x",
+            title="T",
+            views=3.0,
+            system_prompt=None,
+            model_name=None,
+            hash="7",
+        ),
+        "### INSTRUCTION:\nH\n\n### RESPONSE:\n",
+        "A",
+    ),
+    "self-instruct": (
+        dict(
+            id="seed_task_1",
+            name="relation",
+            instruction="Add.",
+            instances=[dict(input="1 2", output="3"), dict(input="1", output="1")],
+            is_classification=False,
+        ),
+        "### INSTRUCTION:\nAdd.\n\n### INPUT:\n1 2\n\n### RESPONSE:\n",
+        "3",
+    ),
+    "commonsense-dialogues": (
+        dict(context="Sydney met Ann.", speaker="Sydney", turns=["I met Ann.", "How?", "Well."]),
+        "### INSTRUCTION:\nSydney met Ann.\n\n### QUESTION:\nI met Ann.\n\n### RESPONSE:\n",
+        "How?",
+    ),
+    "squad": (
+        dict(
+            id="1",
+            title="T",
+            context="Ann ran.",
+            question=" Who ran?",
+            answers=dict(text=["Ann", "Ann ran"], answer_start=[0, 0]),
+        ),
+        "### CONTEXT:\nAnn ran.\n\n### QUESTION:\nWho ran?\n\n### ANSWER:\n",
+        "Ann",
+    ),
+    "deepmind-mathematics:algebra__linear_1d": (
+        dict(question="b'Solve 2*x = 4 for x.\\n'", answer="b'2\\n'"),
+        "### QUESTION:\nSolve 2*x = 4 for x.\n\n### ANSWER:\n",
+        "2",
+    ),
     "cot-collection": (
         dict(source="Why?", rationale="For.", target="So."),
         "### SOURCE:\nWhy?\n\n### RATIONALE:\n",
@@ -282,12 +382,18 @@ SETS = {  # name: (record, prompt and target under the template "columns")
 @pytest.mark.parametrize("name", SETS)
 def test_known_sets(model, tmp_path, name):
     record, prompt, target = SETS[name]
-    path = jsonl(tmp_path / "in.jsonl", [record])
+    path = tmp_path / "in.json"  # an array, since a lone object may hold the records in it
+    path.write_text(json.dumps([record]))
     store = prepare(model, tmp_path / "out", name, path=str(path), template="columns")
     assert texts(model, store) == [(f"{prompt}{target}</s>", [f"{target}</s>"])]
     chat = prepare(model, tmp_path / "out", name, path=str(path))
     named = {"mmlu": "C"}  # a chat model answers with the letter, as it is asked to
     assert texts(model, chat)[0][1] == [named.get(name, target) + E]
+
+
+def test_every_training_set_has_a_record_here():
+    sets = {name for name in tasks.names() if tasks.load(name).is_set}
+    assert sets <= {tasks.name_of(name) for name in (*SETS, *test_preferences.SETS)}
 
 
 def test_known_sets_in_their_variants(model, tmp_path):
@@ -745,7 +851,7 @@ def test_bad_files(model, tmp_path, monkeypatch, capfd, name):
         (dict(source="gsm8"), "did you mean 'gsm8k'?"),
         (dict(source="arithmetic", split="val"), "split=val: a task has train, and test, which"),
         (dict(source="gsm8k", path="nowhere.jsonl"), "there is no file or folder nowhere.jsonl"),
-        (dict(path="in.jsonl"), "path= goes with the name of a known set"),
+        (dict(path="in.jsonl"), "path= goes with the name of a task or set"),
         (dict(model="nowhere"), "there is no model directory nowhere"),
         (dict(template="none"), "the model has no chat template"),
         (dict(template="nope"), "unknown template 'nope'"),

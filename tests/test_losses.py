@@ -238,6 +238,27 @@ def test_the_logits_of_all_rows_never_exist(loss, monkeypatch):
     assert tiny.peak_memory(ours) < 5 * chunk + 4 * (4 * v * c) < logits / 2
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "token_logprobs"])
+def test_a_head_that_scales_and_caps(loss):
+    """The logits 2 tanh(0.7 x / 2), against float64."""
+    hidden, matrix, targets, weights = inputs()
+    head = Head(matrix, 0.7, 2.0)
+    leaves = [t.detach().double().requires_grad_() for t in (hidden, matrix)]
+    logits = 2 * torch.tanh(0.7 * leaves[0] @ leaves[1].t() / 2)
+    if loss == "cross_entropy":
+        ours = losses.cross_entropy(hidden, head, targets, weights)
+        logprobs = logits.log_softmax(-1)
+    else:
+        ours, entropy = losses.token_logprobs(hidden, head, targets, 1.3, entropy=True)
+        ours = entropy.sum() - (ours * weights).sum()
+        logprobs = (logits / 1.3).log_softmax(-1)
+    right = (F.nll_loss(logprobs, targets, reduction="none") * weights).sum()
+    if loss == "token_logprobs":
+        right = right - (logprobs.exp() * logprobs).sum()
+    close([ours, *gradients(ours, hidden, matrix)], [right, *gradients(right, *leaves)])
+    assert torch.equal(losses.hits(hidden, head, targets), losses.hits(hidden, matrix, targets))
+
+
 def test_hits():
     hidden, head, targets, _ = inputs()
     targets[::3] = (hidden @ head.t()).argmax(-1)[::3]

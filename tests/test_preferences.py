@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from itertools import chain, pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from conftest import ROOT
 
 from nano import config, store, tokenizer
 from nano.config import UserError
-from prepare import preferences
+from prepare import instructions, preferences
 
 
 @pytest.fixture(scope="module")
@@ -331,3 +332,55 @@ def test_real_files(shared_data, model, tmp_path):
     meta = store.read_meta(main(model, tmp_path, source, "max_length=100000"))
     assert meta["splits"]["train"]["groups"] == 300
     assert not meta["dropped_groups"] and not meta["bad_records"]
+
+
+# ---- training sets that are known by name
+
+SETS = {
+    "ultrafeedback": dict(
+        prompt="Hi",
+        prompt_id="1",
+        chosen=[dict(role="user", content="Hi"), dict(role="assistant", content="Hello")],
+        rejected=[dict(role="user", content="Hi"), dict(role="assistant", content="No")],
+        messages=[dict(role="user", content="Hi"), dict(role="assistant", content="Hello")],
+        score_chosen=8.0,
+        score_rejected=2.0,
+    ),
+    "hh-rlhf:harmless": dict(
+        chosen="\n\nHuman: Hi\n\nAssistant: Hello", rejected="\n\nHuman: Hi\n\nAssistant: No"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_known_sets(name, model, tmp_path):
+    path = tiny.jsonl(tmp_path / "in.jsonl", [SETS[name]])
+    out = main(model, tmp_path, f"source={name}", f"path={path}")
+    tok = tokenizer.load(model, template="chatml")
+    rows = store.Store(out)
+    texts = [tok.decode(rows.row(i)[0]) for i in range(2)]
+    assert rows.groups.tolist() == [0, 2]
+    assert texts == [f"user\nHi\nassistant\n{answer}" for answer in ("Hello", "No")]
+
+
+def test_known_sets_of_the_other_script(model, tmp_path):
+    with pytest.raises(UserError, match="source=alpaca is for python -m prepare.instructions"):
+        main(model, tmp_path, "source=alpaca")
+    argv = [f"model={model}", f"out={tmp_path / 'out'}", "source=ultrafeedback", "template=chatml"]
+    with pytest.raises(UserError, match="ultrafeedback is for python -m prepare.preferences"):
+        instructions.main(config.load(instructions.Config, argv))
+
+
+def test_known_sets_on_the_hub(model, tmp_path, monkeypatch):
+    """A configuration that is a folder is asked for as one."""
+    calls = []
+
+    def load_dataset(name, subset, **more):
+        calls.append((name, subset, more.get("data_dir"), more["split"]))
+        return [SETS["hh-rlhf:harmless"]]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    main(model, tmp_path, "source=hh_rlhf")
+    assert calls == [
+        ("Anthropic/hh-rlhf", None, f"{x}-base/", "train") for x in ("helpful", "harmless")
+    ]

@@ -339,8 +339,8 @@ TOOLS = """{% if tools %}<|im_start|>system
 {% endif %}"""
 
 
-def test_tools_are_laid_out_or_the_record_is_dropped(model, tok):
-    """By a template that takes them; in a pair of preferences and a prompt alone too."""
+def test_tools_are_laid_out(model, tok):
+    """By a template that takes them, or in plain form; in preferences and a prompt alone too."""
     able = tokenizer.load(model, template=TOOLS)
     tools = [dict(name="add", parameters={})]
     talk = [{"from": "human", "value": "Q"}]
@@ -357,8 +357,8 @@ def test_tools_are_laid_out_or_the_record_is_dropped(model, tok):
     ):
         [(ids, _), *_] = encode(module, able, record | dict(tools=tools)).rows
         assert '"name": "add"' in able.decode(ids)
-        with pytest.raises(fields.Drop, match="leaves out the definitions of tools"):
-            encode(module, tok, record | dict(tools=tools))
+        [(ids, _), *_] = encode(module, tok, record | dict(tools=tools)).rows
+        assert '<tools>\n{"type": "function", "function": {"name": "add"' in tok.decode(ids)
         encode(module, tok, record | dict(tools="[]"))  # none
 
 

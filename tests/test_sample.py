@@ -112,7 +112,9 @@ def test_prompts_may_be_records(tmp_path, name):
     entries += [dict(messages=[{"role": "Human", "content": "w"}], answer="4")]
     text = json.dumps(entries) if name == "a.json" else "\n".join(map(json.dumps, entries))
     (tmp_path / name).write_text(text)
-    first, second, third, fourth = sample.read_prompts(tmp_path / name)
+    prompts, definitions = zip(*sample.read_prompts(tmp_path / name), strict=True)
+    assert definitions == (None,) * 4
+    first, second, third, fourth = prompts
     assert (first, second) == ("x", entries[1]) and third[0]["content"] == "z"
     assert fourth == [dict(role="user", content="w")]
 
@@ -157,7 +159,8 @@ def test_streamed_pieces_are_whole_characters(model, monkeypatch):
     monkeypatch.setattr(sample, "generate", scripted)
     sampler = sample.Sampler(sample.Config(model=str(model), device="cpu", stop=("<end>",)))
     pieces = []
-    assert sampler.answer([[1]], 0, pieces.append) == ["né 你好 <en 🙂 "] == ["".join(pieces)]
+    (ids,) = sampler.answer([[1]], 0, pieces.append)
+    assert sampler.text(ids) == ("né 你好 <en 🙂 ", True) and "".join(pieces) == "né 你好 <en 🙂 "
     assert len(pieces) > 5 and not any("\ufffd" in piece for piece in pieces)
 
 
@@ -170,7 +173,9 @@ def test_a_control_token_stops(model, monkeypatch, on_text):
 
     monkeypatch.setattr(sample, "generate", scripted)
     cfg = sample.Config(model=str(model), device="cpu", stop=("<|im_start|>",))
-    assert sample.Sampler(cfg).answer([[1]], 0, on_text) == ["one"]
+    sampler = sample.Sampler(cfg)
+    (ids,) = sampler.answer([[1]], 0, on_text)
+    assert sampler.text(ids) == ("one", True)
 
 
 def test_ctrl_c_ends_a_reply_and_keeps_it(model, monkeypatch, capsys):
@@ -256,7 +261,7 @@ def test_turns_are_forgotten_until_the_answer_has_room(model):
     )
     history = [dict(role=role, content="x" * 50) for role in ("user", "assistant")]
     taken = []
-    sampler.answer = lambda prompts, *rest: taken.append(len(prompts[0])) or ["y"]
+    sampler.answer = lambda prompts, *rest: taken.append(len(prompts[0])) or [[121]]
     for n in (1, 2):
         assert (
             len(sample.reply(sampler, "z", None, history * n, 0)) == 4
@@ -383,4 +388,6 @@ def test_a_conversation_that_the_template_does_not_take(model, tmp_path, monkeyp
     assert status == 2 and out == "" and err.count("\n") == 1
     assert "does not take this conversation (no users); template=chatml lays it out" in err
     status, out, err = run(monkeypatch, capsys, f"model={path}", lines=["x"])
-    assert status == 0 and "error: the chat template does not take" in out and "forgotten" not in out
+    assert (
+        status == 0 and "error: the chat template does not take" in out and "forgotten" not in out
+    )

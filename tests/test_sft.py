@@ -1,6 +1,7 @@
 import contextlib
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from model import Transformer
 from nano import config, estimate, losses, runtime, tokenizer, weights
 from nano.batches import Rows, pack
 from nano.config import UserError
-from nano.store import mix, write_store
+from nano.store import Store, mix, write_store
 from nano.xla import XLA
 
 BASE = dict(
@@ -170,6 +171,26 @@ def test_evaluation_by_hand(base, store, tmp_path, packing):
         tmp_path / "bit" / "last" / "config.json"
     ).exists()
     assert not (tmp_path / "out" / "last").exists() and not (tmp_path / "out" / "state").exists()
+
+
+def test_a_mix_says_what_it_takes_and_evaluates_each_source(base, store, tmp_path, capsys):
+    """The loss of a source is that of a run on it alone. Their mean over the targets is the loss."""
+    other = tiny.store(tmp_path / "other", base, n=9, val=3, low=20, high=50)
+    data = [store, other]
+    mixed = train(tmp_path / "run", base, data, weights=[1, 1], steps=1, eval_every=1)
+    table = capsys.readouterr().out
+    assert re.search(r"store +24 +24 ", table) and re.search(r"other +9 +24 ", table)
+    first = next(r for r in mixed if r["kind"] == "eval" and r["step"] == 0)
+    alone, counts = [], []
+    for dir in data:
+        log = train(tmp_path / f"{dir.name}-run", base, dir, epochs=0)
+        alone.append(next(r["loss"] for r in log if r["kind"] == "eval"))
+        counts.append(Store(dir, "val").meta["splits"]["val"]["target_tokens"])
+    assert [first["loss/store"], first["loss/other"]] == pytest.approx(alone, rel=1e-5)
+    mean = np.average(alone, weights=counts)
+    assert first["loss"] == pytest.approx(mean, rel=1e-5) and alone[0] != pytest.approx(alone[1])
+    with pytest.raises(UserError, match="weights="):
+        train(tmp_path / "both", base, data, weights=[1, 1], sizes=["all", "all"])
 
 
 def test_rows_without_a_target_are_harmless(base, tmp_path):

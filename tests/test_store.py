@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from nano.config import UserError
-from nano.store import Store, Writer, mix, parse_size, validation, write_store
+from nano.store import (
+    Store,
+    Writer,
+    mix,
+    names_of,
+    parse_size,
+    shares,
+    taken,
+    validation,
+    write_store,
+)
 
 
 def make_rows(lengths, seed=0, vocab=1000):
@@ -276,7 +286,7 @@ def test_mix(tmp_path):
     again, other = mix(dirs, ["all", "25%"], seed=3), mix(dirs, ["all", "25%"], seed=4)
     assert again.lengths.tolist() == rows.lengths.tolist() != other.lengths.tolist()
     assert mix(dirs, ["0", "3"]).lengths.shape == (3,) and len(mix(dirs)) == 50
-    with pytest.raises(UserError, match="2 folders and sizes= 1 sizes"):
+    with pytest.raises(UserError, match="2 folders and sizes= has 1 elements"):
         mix(dirs, ["all"])
     with pytest.raises(UserError, match="b: sizes=21 is more than the 20 rows"):
         mix(dirs, ["all", "21"])
@@ -284,6 +294,51 @@ def test_mix(tmp_path):
     make_store(tmp_path / "d", [3], tokenizer="other")
     with pytest.raises(UserError, match="different tokenizers"):
         mix([tmp_path / "a", tmp_path / "c", tmp_path / "d"])
+
+
+@pytest.mark.parametrize(
+    "totals, weights, counts",
+    [
+        ([100, 10], [1, 1], [100, 100]),
+        ([100, 10], [3, 1], [100, 33]),
+        ([10, 100], [9, 1], [900, 100]),
+        ([100, 10], [0.5, 0.05], [100, 10]),
+        ([100, 10], [1, 0.01], [1000, 10]),
+        ([7], [5], [7]),
+        ([4, 4, 2], [1, 2, 1], [4, 8, 4]),
+    ],
+)
+def test_weights_grammar(totals, weights, counts):
+    """Every row is in an epoch, and the numbers of rows stand in the ratio of the weights."""
+    assert shares(totals, weights) == counts
+
+
+def test_mix_by_weights(tmp_path):
+    make_store(tmp_path / "a", range(2, 32))
+    make_store(tmp_path / "b", range(40, 52), seed=5)
+    dirs = [tmp_path / "a", tmp_path / "b"]
+    rows = mix(dirs, seed=3, weights=[1, 1])
+    counts = np.bincount(rows.lengths)
+    assert counts[2:32].tolist() == [1] * 30
+    assert sorted(counts[40:52]) == [2] * 6 + [3] * 6  # as evenly as can be
+    other = mix(dirs, seed=4, weights=[1, 1])
+    assert rows.fingerprint() == mix(dirs, seed=3, weights=[1, 1]).fingerprint()
+    assert rows.fingerprint() != other.fingerprint()
+    head, first, second = taken(rows).split("\n")
+    assert head.split() == ["data", "rows", "taken", "tokens", "of", "all"]
+    tokens = rows.lengths[30:].sum()
+    assert first.split()[:4] == ["a", "30", "30", str(sum(range(2, 32)))]
+    assert second.split() == ["b", "12", "30", f"{tokens:,}", f"{tokens / rows.lengths.sum():.1%}"]
+    with pytest.raises(UserError, match="2 folders and weights= has 3 elements"):
+        mix(dirs, weights=[1, 1, 1])
+    for wrong in (0, -1):
+        with pytest.raises(UserError, match=f"weights= holds {wrong}: give each"):
+            mix(dirs, weights=[1, wrong])
+
+
+def test_names_of_folders_tell_them_apart():
+    assert names_of(["data/a", "out/b"]) == ["a", "b"]
+    assert names_of(["data/a", "out/a"]) == ["data/a", "out/a"]
 
 
 def test_a_folder_with_an_identity_compares_by_it(tmp_path):

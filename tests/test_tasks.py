@@ -131,6 +131,17 @@ ANSWERS["sums"] = (
      "1,032": (0, 0), "-32": (0, 0), "": (0, 0), "x": (0, 0)},
 )
 
+ANSWERS["squad"] = (
+    dict(context="Ann ran. ", question=" Who ran?", answers=dict(text=["Ann", "the Ann"])),
+    "Ann ran. \n\nQuestion: Who ran?\nAnswer:",
+    {"Ann": (1, 1), " the Ann\n": (1, 1), "An Ann.": (1, 0), "ann!": (1, 0), "Anna": (0, 0), "": (0, 0)},
+)
+ANSWERS["deepmind_mathematics"] = (
+    dict(question="b'Let x = 2. What is \\\'x\\\'?\\n'", answer="b'2\\n'"),
+    "Question: Let x = 2. What is 'x'?\nAnswer:",
+    {"2": (1, 1), " 2\n": (1, 1), "2.0": (0, 0), "It is 2": (0, 0), "": (0, 0)},
+)
+
 # other columns of the same records, in the files of other projects
 LOCAL = {
     "arc": dict(query="Question: Which is a metal?", choices=["iron", "wood"], gold=0),
@@ -258,7 +269,9 @@ def test_answers(tmp_path, spec):
 
 
 def test_every_task_has_a_golden_record():
-    assert {spec.partition(":")[0] for spec in (*GOLDEN, *ANSWERS)} == {*tasks.names()}
+    scored = [name for name in tasks.names() if not tasks.load(name).is_set]
+    scored.remove("zbench")  # in test_sheets.py
+    assert {spec.partition(":")[0] for spec in (*GOLDEN, *ANSWERS)} == {*scored}
 
 
 def test_truthfulqa_metrics(tmp_path):
@@ -308,7 +321,7 @@ def test_bad_rows(tmp_path, spec, row, message):
 def test_refusals(tmp_path):
     for spec, message in (
         ("arcs", "unknown task 'arcs'; did you mean 'arc'?"),
-        ("zzzz", "unknown task 'zzzz'; there are arc, "),
+        ("zzzz", "unknown task 'zzzz'; there are alpaca, "),
         ("arc:hard", "unknown part 'hard' of the task arc; "),
         ("piqa:easy", "unknown part 'easy' of the task piqa; it has no parts"),
         ("gsm8k:", "unknown part '' of the task gsm8k; it has no parts"),
@@ -486,7 +499,7 @@ def test_a_task_prepares_rows_and_scores_as_a_reward(tmp_path):
     tiny.train("ppo", tiny.arguments(settings))
     (line,) = tiny.records(tmp_path / "run", "train")
     assert 0 <= line["reward"] <= 1
-    for reward, message in (("arc", "scores no answers; those that do are arithmetic, bullets, gsm8k"),
+    for reward, message in (("arc", "scores no answers; those that do are arithmetic, bullets, deepmind"),
                             ("gsm8k", "a prompt comes with the field 'question'|'answer'")):
         with pytest.raises(UserError, match=message):
             tiny.train("ppo", tiny.arguments(settings | dict(reward=reward, out=tmp_path / "r")))

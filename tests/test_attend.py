@@ -1,4 +1,4 @@
-"""ALiBi in every kernel of model.attend, against float64."""
+"""ALiBi and soft caps in every kernel of model.attend, against float64."""
 
 import pytest
 import torch
@@ -10,20 +10,25 @@ def worst(a, b):
     return (a - b).abs().max().item()
 
 
-def right_attention(q, k, v, slopes, scale):
-    """softmax(scale q k^T - slope * distance) v with a causal mask, in float64."""
+def right_attention(q, k, v, extras):
+    """softmax(cap(scale q k^T) - slope * distance) v with a causal mask, in float64."""
     H, T = q.shape[1:3]
     q, k, v = (t.double() for t in (q, k, v))
     k, v = (t.repeat_interleave(H // t.shape[1], 1) for t in (k, v))
     index = torch.arange(T)
-    bias = torch.tensor(slopes).double()[:, None, None] * (index - index[:, None])
-    scores = scale * q @ k.mT + bias.masked_fill(index > index[:, None], -torch.inf)
+    slopes = torch.tensor(extras.slopes or (0.0,)).double()
+    bias = slopes[:, None, None] * (index - index[:, None])
+    scores = extras.scale * q @ k.mT
+    if extras.cap:
+        scores = extras.cap * torch.tanh(scores / extras.cap)
+    scores = scores + bias.masked_fill(index > index[:, None], -torch.inf)
     return scores.softmax(-1) @ v
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads", [(6, 6), (6, 2), (6, 1)], ids=str)
-def test_alibi_is_the_same_in_every_kernel(monkeypatch, heads, dtype):
+@pytest.mark.parametrize("kind", ["alibi", "cap", "both"])
+def test_attention_is_the_same_in_every_kernel(monkeypatch, kind, heads, dtype):
     """Documents on a CPU, a dense mask, no mask, a cache with one or many queries, and the
     score_mod of flex_attention."""
     monkeypatch.setattr(decoder, "_compiled_flex", lambda: decoder.flex_attention)
@@ -31,12 +36,14 @@ def test_alibi_is_the_same_in_every_kernel(monkeypatch, heads, dtype):
     T, D = 150, 16
     q = torch.randn(1, heads[0], T, D, generator=generator).to(dtype)
     k, v = (torch.randn(1, heads[1], T, D, generator=generator).to(dtype) for _ in range(2))
-    extras = decoder.Extras(0.3, slopes=decoder.alibi_slopes(heads[0]))
+    cap = 0.0 if kind == "alibi" else 0.8
+    slopes = () if kind == "cap" else decoder.alibi_slopes(heads[0])
+    extras = decoder.Extras(0.3, cap, slopes)
     docs = torch.zeros(1, T, dtype=torch.int64)
     docs[:, 70:] = 1
     parts = [(slice(0, 70)), (slice(70, T))]
-    whole = right_attention(q, k, v, extras.slopes, 0.3)
-    packed = [right_attention(*(t[:, :, p] for t in (q, k, v)), extras.slopes, 0.3) for p in parts]
+    whole = right_attention(q, k, v, extras)
+    packed = [right_attention(*(t[:, :, p] for t in (q, k, v)), extras) for p in parts]
     packed = torch.cat(packed, dim=2)
     slots = torch.arange(T)[None]
     dense = decoder.cache_mask(slots, T, 0) & (docs[:, None] == docs[:, :, None])[:, None]
