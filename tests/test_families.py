@@ -696,29 +696,34 @@ from nano.runtime import Runtime
 tokens = torch.randint(1, 97, (2, 40), generator=torch.Generator().manual_seed(1))
 docs = torch.zeros_like(tokens)
 docs[:, 25:] = 1
+settings = dict(parallel="none", tensor=2), dict(parallel="fsdp")
+runtimes = [Runtime(device="cpu", dtype="float32", **s) for s in settings]
+
+
+def gradients(dir, adapted, rt):
+    model = weights.load_model(dir)
+    if adapted:
+        torch.manual_seed(0)
+        lora.apply(model, rank=2, alpha=4)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.data.normal_(std=0.1)
+    if rt is not None:
+        model = rt.wrap(model)
+    hidden = model(dict(tokens=tokens, docs=docs))
+    hidden.square().mean().backward()
+    grads = dict(hidden=hidden)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            grads[name] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+    return grads
+
+
 for dir in {dirs}:
-    for settings in (dict(parallel="none", tensor=2), dict(parallel="fsdp")):
-        for adapted in (False, True):
-            grads = []
-            for rt in (None, Runtime(device="cpu", dtype="float32", **settings)):
-                model = weights.load_model(dir)
-                if adapted:
-                    torch.manual_seed(0)
-                    lora.apply(model, rank=2, alpha=4)
-                    for name, p in model.named_parameters():
-                        if "lora_B" in name:
-                            p.data.normal_(std=0.1)
-                if rt is not None:
-                    model = rt.wrap(model)
-                hidden = model(dict(tokens=tokens, docs=docs))
-                hidden.square().mean().backward()
-                out = dict(hidden=hidden)
-                for name, p in model.named_parameters():
-                    if p.grad is not None:
-                        g = p.grad
-                        out[name] = g.full_tensor() if hasattr(g, "full_tensor") else g
-                grads.append(out)
-            right, sharded = grads
+    for adapted in (False, True):
+        right = gradients(dir, adapted, None)
+        for rt in runtimes:
+            sharded = gradients(dir, adapted, rt)
             assert right.keys() == sharded.keys()
             for name, g in right.items():
                 assert (g - sharded[name]).abs().max() <= 1e-5 * max(1, g.abs().max()), (dir, name)
