@@ -1140,6 +1140,10 @@ def read_config(c):
         fields[name] = checked(value, key, ModelConfig.__annotations__[name])
     fields |= family.always | family.read(c, fields)
     cfg = normal(ModelConfig(**fields, head=head, family=kind))
+    pairs = int(cfg.head_dim * cfg.rope_part) // 2
+    for key in ("short_factor", "long_factor") if cfg.rope_switch else ():
+        if len(cfg.rope_scaling[key]) != pairs:
+            raise UserError(f"{key} needs {pairs} numbers: one for each pair of a rotated head")
     rotated = int(cfg.head_dim * cfg.rope_part) if cfg.positions == "rope" else 0
     if cfg.n_heads % cfg.n_kv_heads or rotated % 2:
         raise UserError(
