@@ -36,12 +36,14 @@ from nano import (
     generate,
     losses,
     optim,
+    quant,
     runtime,
     store,
     weights,
 )
 from nano.config import (
     Every,
+    FourBit,
     Fraction,
     Full,
     LoRA,
@@ -93,6 +95,9 @@ class Config:
     lora_dropout: LoRA[Fraction] = 0.0  # of an adapter's input
     lora_targets: LoRA[tuple[str, ...]] = ("all-linear",)  # suffixes; all-linear: not the head
     lora_rslora: LoRA[bool] = False  # scale alpha / sqrt(rank) instead of alpha / rank
+    quant: LoRA[Literal["none", "nf4", "fp4", "int8"]] = "none"  # of frozen matrices (QLoRA)
+    double_quant: FourBit[bool] = True  # 4.1 bits a weight, not 4.5: scales in 8 bits
+    quant_kernel: FourBit[Literal["auto", "torch", "bitsandbytes"]] = "auto"  # what dequantises
     # optimizer
     lr: NonNegativeFloat = 5e-6  # the highest learning rate
     min_lr: Annotated[NonNegativeFloat, Without("schedule", "constant")] = 0.0  # the last one
@@ -320,6 +325,7 @@ def main(cfg, rt):
         head="lm",
         merge=not cfg.lora_rank,
         template=store.chat_template(cfg.data),
+        method=quant.of(cfg),
     )
     model, tok = opened.model, opened.tok
 

@@ -36,13 +36,14 @@ from nano import (
     files,
     log,
     losses,
+    quant,
     records,
     runtime,
     sheets,
     store,
     weights,
 )
-from nano.config import NonNegativeInt, PathText, PositiveInt, Seed, UserError, With
+from nano.config import FourBit, NonNegativeInt, PathText, PositiveInt, Seed, UserError, With
 from sample import conversation, read_prompts
 
 
@@ -76,11 +77,16 @@ class Config:
     slots: NonNegativeInt = 0  # tokens of options in a forward, with all they see; 0: the device's
     device: str = "auto"  # auto, cpu, cuda, mps or xla
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    # the linear layers of the blocks, in fewer bits a weight
+    quant: Literal["none", "nf4", "fp4", "int8"] = "none"
+    double_quant: FourBit[bool] = True  # 4.1 bits a weight, not 4.5: scales in 8 bits
+    quant_kernel: FourBit[Literal["auto", "torch", "bitsandbytes"]] = "auto"  # what dequantises
 
 
 def open_model(cfg, path, rt):
     """The model and tokenizer of a directory (weights.Opened). UserError for a score model."""
-    opened = weights.open(path, cfg.base, rt.device, rt.dtype, template=cfg.template)
+    method = quant.of(cfg)
+    opened = weights.open(path, cfg.base, rt.device, rt.dtype, template=cfg.template, method=method)
     if opened.model.cfg.head != "lm":
         raise UserError(f"{path} is a score model: it gives no text and no log-likelihoods")
     return opened
@@ -360,7 +366,7 @@ def open_wins(cfg, rt, opened):
         (conversation(entry, None) if isinstance(entry, str) else entry, tools)
         for entry, tools in read_prompts(cfg.prompts)
     ]
-    scorer = weights.open(cfg.reward, None, rt.device, rt.dtype)
+    scorer = weights.open(cfg.reward, None, rt.device, rt.dtype, method=quant.of(cfg))
     if scorer.model.cfg.head != "score":
         raise UserError(f"reward={cfg.reward} is a language model: give a score model of reward.py")
     scorer.model.eval()

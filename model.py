@@ -775,14 +775,22 @@ class Transformer(nn.Module):
         """
         # looking up a row of an embedding is no product
         modules = [m for m in self.modules() if not isinstance(m, nn.Embedding)]
-        parameters = (p for m in modules for p in m.parameters(recurse=False))
-        matrices = sum(p.numel() for p in parameters if p.dim() == 2)
+        matrices = sum(map(matrix_size, modules))
         if self.cfg.tie_embeddings and self.cfg.head == "lm":
             matrices += self.head_weight.numel()
         # of all layers, how many tokens a token sees on average, twice
         seen = [w * (2 * length - w) / length if 0 < w < length else length for w in self.windows]
         attention = self.cfg.n_heads * self.cfg.head_dim * sum(seen)
         return (6 if trained == "all" else 4) * matrices + 6 * attention
+
+
+def matrix_size(module):
+    """How many numbers the matrices of a module have, without those of its children. A quantised
+    layer has them all, in fewer bytes."""
+    own = list(module.parameters(recurse=False))
+    if own and hasattr(module, "in_features"):
+        return module.in_features * module.out_features
+    return sum(p.numel() for p in own if p.dim() == 2)
 
 
 class NoInit(torch.overrides.TorchFunctionMode):

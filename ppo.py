@@ -41,6 +41,7 @@ from nano import (
     generate,
     losses,
     optim,
+    quant,
     runtime,
     store,
     tokenizer,
@@ -48,6 +49,7 @@ from nano import (
 )
 from nano.config import (
     Every,
+    FourBit,
     Fraction,
     Full,
     LoRA,
@@ -136,6 +138,9 @@ class Config:
     # suffixes of layer names; all-linear: all but the head
     lora_targets: LoRA[tuple[str, ...]] = ("all-linear",)
     lora_rslora: LoRA[bool] = False  # scale alpha / sqrt(rank) instead of alpha / rank
+    quant: LoRA[Literal["none", "nf4", "fp4", "int8"]] = "none"  # of frozen matrices (QLoRA)
+    double_quant: FourBit[bool] = True  # 4.1 bits a weight, not 4.5: scales in 8 bits
+    quant_kernel: FourBit[Literal["auto", "torch", "bitsandbytes"]] = "auto"  # what dequantises
     # no lora_dropout: the ratio compares two forwards, which must drop nothing
     # optimizer
     lr: NonNegativeFloat = 1e-6  # of the policy
@@ -522,7 +527,8 @@ def probe(tok):
 def open_scorer(cfg):
     """A frozen reward model of its own."""
     dir = cfg.reward_model
-    opened = weights.open(dir, base_for(cfg, dir), head="score", merge=True)
+    method = quant.of(cfg)
+    opened = weights.open(dir, base_for(cfg, dir), head="score", merge=True, method=method)
     model = opened.model.requires_grad_(False)
     return Role(model, head=model.score, scale=weights.read_score_scale(dir))
 
@@ -564,7 +570,7 @@ def one_trunk(cfg):
     a copy of the adapter that the policy starts from. The reward model joins them when it is an
     adapter on the same trunk. Otherwise it is a frozen model of its own."""
     base = base_for(cfg, cfg.model)
-    opened = weights.open(cfg.model, base, head="lm", name="policy")
+    opened = weights.open(cfg.model, base, head="lm", name="policy", method=quant.of(cfg))
     model = opened.model
     goes_on = bool(lora.adapted(model))
     if goes_on:

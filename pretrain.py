@@ -40,6 +40,7 @@ from nano import (
     log,
     losses,
     optim,
+    quant,
     runtime,
     store,
     tokenizer,
@@ -306,6 +307,7 @@ def main(cfg, rt):
     # Random weights of the shape that size= names, or a model directory to continue from.
     if cfg.model:
         model = weights.load_model(cfg.model)
+        quant.refuse_training(model)
         batches.check_reach(cfg.max_length, model.cfg.max_positions, cfg.model)
         tok.check_embeddings(model.cfg.vocab_size, base)
     else:

@@ -25,9 +25,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nano import batches, config, estimate, generate, optim, runtime, store, weights
+from nano import batches, config, estimate, generate, optim, quant, runtime, store, weights
 from nano.config import (
     Every,
+    FourBit,
     Fraction,
     Full,
     LoRA,
@@ -72,6 +73,9 @@ class Config:
     lora_dropout: LoRA[Fraction] = 0.0  # of an adapter's input
     lora_targets: LoRA[tuple[str, ...]] = ("all-linear",)  # suffixes; all-linear: not the head
     lora_rslora: LoRA[bool] = False  # scale alpha / sqrt(rank) instead of alpha / rank
+    quant: LoRA[Literal["none", "nf4", "fp4", "int8"]] = "none"  # of frozen matrices (QLoRA)
+    double_quant: FourBit[bool] = True  # 4.1 bits a weight, not 4.5: scales in 8 bits
+    quant_kernel: FourBit[Literal["auto", "torch", "bitsandbytes"]] = "auto"  # what dequantises
     # gain and bias
     policy: Annotated[PathText, With("norm_samples")] = ""  # whose samples score 0 +- 1; "": model=
     norm_samples: NonNegativeInt = 256  # samples of it; 0: leave scores as they are
@@ -183,7 +187,7 @@ def draw_samples(rt, cfg, rows, tok, reach):
     """
     source = cfg.policy or cfg.model
     base = cfg.base if weights.is_adapter(source) else None
-    opened = weights.open(source, base, dtype=rt.dtype, merge=True)
+    opened = weights.open(source, base, dtype=rt.dtype, merge=True, method=quant.of(cfg))
     policy = opened.model.to(rt.device)
     if policy.cfg.head != "lm":
         raise UserError(
@@ -277,6 +281,7 @@ def main(cfg, rt):
         head="score",
         merge=not cfg.lora_rank,
         template=store.chat_template(cfg.data),
+        method=quant.of(cfg),
     )
     model, tok = opened.model, opened.tok
 

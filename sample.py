@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from nano import config, files, runtime, tokenizer, tools, weights
+from nano import config, files, quant, runtime, tokenizer, tools, weights
 from nano.config import (
+    FourBit,
     NonNegativeInt,
     PathText,
     PositiveInt,
@@ -70,6 +71,10 @@ class Config:
     # device
     device: str = "auto"  # auto, cpu, cuda, mps or xla
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    # the linear layers of the blocks, in fewer bits a weight
+    quant: Literal["none", "nf4", "fp4", "int8"] = "none"
+    double_quant: FourBit[bool] = True  # 4.1 bits a weight, not 4.5: scales in 8 bits
+    quant_kernel: FourBit[Literal["auto", "torch", "bitsandbytes"]] = "auto"  # what dequantises
 
 
 class TooLong(UserError):
@@ -86,7 +91,12 @@ class Sampler:
         self.cfg = cfg
         self.rt = runtime.start(cfg, parallel="none")
         opened = weights.open(
-            cfg.model, cfg.base, self.rt.device, self.rt.dtype, template=cfg.template
+            cfg.model,
+            cfg.base,
+            self.rt.device,
+            self.rt.dtype,
+            template=cfg.template,
+            method=quant.of(cfg),
         )
         self.model = opened.model
         self.tok = opened.tok

@@ -1,4 +1,4 @@
-"""Speed and memory of fine-tuning in bf16, full and LoRA, beside TRL's (bench/sft_trl.py).
+"""Speed and memory of fine-tuning in bf16, full, LoRA and QLoRA (nf4), beside bench/sft_trl.py.
 
     python -m bench.sft data=alpaca_en_demo.json                   # sft.py, TRL padded, TRL packed
     python -m bench.sft data=alpaca_en_demo.json 'sides=[ours,compiled,trl]' steps=40 repeats=1
@@ -38,7 +38,7 @@ class Config:
     data: PathText  # instruction records: JSON or JSONL
     model: PathText = "models/smollm2"
     out: PathText = "out/bench/sft"  # scratch folder
-    methods: tuple[Literal["full", "lora"], ...] = ("full", "lora")
+    methods: tuple[Literal["full", "lora", "qlora"], ...] = ("full", "lora")
     sides: tuple[Literal["ours", "compiled", "trl", "trl-packed"], ...] = (
         "ours",
         "trl",
@@ -81,8 +81,9 @@ def command(cfg, side, method):
         steps=cfg.steps,
         micro_batch=cfg.micro_batch,
         max_length=cfg.max_length,
-        lora_rank=cfg.lora_rank if method == "lora" else 0,
+        lora_rank=0 if method == "full" else cfg.lora_rank,
         lora_alpha=32,
+        quant="nf4" if method == "qlora" else "none",
     )
     if side.startswith("trl"):
         if side == "trl" and cfg.trl_batch:
@@ -150,7 +151,8 @@ def machine(cfg):
             x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")
         )
         model = next(names, model)
-    packages = ("torch", "transformers", "trl", "peft")
+    packages = ["torch", "transformers", "trl", "peft"]
+    packages += ["bitsandbytes"] if "qlora" in cfg.methods else []
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     load = f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f} at the start"
     if cfg.device == "cuda":

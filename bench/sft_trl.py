@@ -12,9 +12,18 @@ import json
 import os
 import time
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from nano import config, store, tokenizer
-from nano.config import NonNegativeFloat, NonNegativeInt, PathText, PositiveFloat, PositiveInt, Seed
+from nano.config import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    With,
+)
 
 
 @dataclass
@@ -30,6 +39,7 @@ class Config:
     lr: NonNegativeFloat = 2e-5
     lora_rank: NonNegativeInt = 0
     lora_alpha: PositiveFloat = 32
+    quant: Annotated[Literal["none", "nf4", "fp4"], With("lora_rank")] = "none"  # by bitsandbytes
     packing: bool = False
     threads: int = 2
     seed: Seed = 0
@@ -43,7 +53,12 @@ def main(cfg):
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+        TrainerCallback,
+    )
     from trl import SFTConfig, SFTTrainer
 
     torch.set_num_threads(cfg.threads)
@@ -92,7 +107,15 @@ def main(cfg):
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-    model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
+    how = {}
+    if cfg.quant != "none":
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=cfg.quant,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32, **how)
     trainer = SFTTrainer(
         model=model,
         args=args,
@@ -111,8 +134,10 @@ def main(cfg):
 
     trainer.data_collator = counted
     trainer.train()
-    model = trainer.model.merge_and_unload() if cfg.lora_rank else trainer.model
-    model.save_pretrained(cfg.out)
+    model = trainer.model
+    if cfg.lora_rank and cfg.quant == "none":
+        model = model.merge_and_unload()
+    model.save_pretrained(cfg.out)  # an adapter on a quantised base stays one
     # save_pretrained would write the tokenizer anew, and sft.py would take it for another one.
     tokenizer.copy_files(cfg.model, cfg.out)
     timed = steps[1:]  # the first step warms up

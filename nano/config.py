@@ -94,6 +94,7 @@ class Without(With):
 T = TypeVar("T")
 LoRA = Annotated[T, With("lora_rank")]
 Full = Annotated[T, Without("lora_rank")]
+FourBit = Annotated[T, With("quant", "nf4", "fp4")]
 
 
 class UserError(Exception):

@@ -7,6 +7,7 @@ is allocated.
 import torch
 
 from model import SHORT
+from nano import quant
 from nano.losses import block_logits, chunk_logits
 from nano.tensor import shard_dims
 
@@ -36,6 +37,7 @@ def memory(
     activations  what autograd keeps of each block; with grad_checkpoint of one, and all inputs
     head         a chunk of logits, a block of it twice in fp32, the output matrix, its gradient
     gathered     by FSDP: embedding, head, two layers or all, and the gradients of one layer
+    dense        the largest quantised matrix while it is multiplied, in fp32 and in `dtype`
     casts        autocast's copies of trained weights, which FSDP does without
 
     torch.compile keeps less.
@@ -52,11 +54,14 @@ def memory(
     trained = sum(trainable.values()) / fsdp
     weights = sum(n * p.itemsize for p, n in numbers.items()) / fsdp
     # of each layer
-    layers = [sum(numbers[p] for p in layer.parameters()) for layer in model.layers]
     grads = [sum(trainable.get(p, 0) for p in layer.parameters()) for layer in model.layers]
     block = block_bytes(model, size, tensor, document)
     kept = cfg.n_layers * size * cfg.dim + block if grad_checkpoint else cfg.n_layers * block
-    head = gathered = casts = 0
+    head = gathered = casts = dense = 0
+    quantised = [module for _, module in quant.layers(model)]
+    if quantised:
+        largest = max(m.in_features * m.out_features for m in quantised)
+        dense = largest * (size if size == 4 or quantised[0].fused() else 4 + size)
     if cfg.head == "lm":
         W = model.head_weight
         logits = tokens * cfg.vocab_size
@@ -67,8 +72,11 @@ def memory(
             copies += size if fsdp > 1 else W.itemsize
         head = chunk * size + 8 * exact + copies * W.numel()
     if fsdp > 1:
-        rest = sum(numbers.values()) - sum(layers)
-        gathered = size * (rest + sum(layers if keep_gathered else layers[:2])) + 4 * grads[0]
+        stored = {p for m in quantised for p in m.parameters()}  # gathered as they are
+        width = {p: p.itemsize if p in stored else size for p in numbers}
+        units = [sum(width[p] * numbers[p] for p in layer.parameters()) for layer in model.layers]
+        rest = sum(width[p] * n for p, n in numbers.items()) - sum(units)
+        gathered = rest + sum(units if keep_gathered else units[:2]) + 4 * grads[0]
     elif size < 4:
         casts = size * (max(grads) if grad_checkpoint else sum(grads))
     return dict(
@@ -79,7 +87,14 @@ def memory(
         head=head,
         gathered=gathered,
         casts=casts,
-    )
+    ) | (dict(dense=dense) if dense else {})
+
+
+def count(model):
+    """How many parameters a model has. A quantised matrix counts as what it stands for."""
+    packed = [(m, m.packed().tensors.values()) for _, m in quant.layers(model)]
+    more = sum(m.in_features * m.out_features - sum(t.numel() for t in ts) for m, ts in packed)
+    return sum(p.numel() for p in model.parameters()) + more
 
 
 def block_bytes(model, size, tensor, document):
@@ -141,7 +156,7 @@ def describe(model, rt, cfg, document=SHORT):
         names = {"weights", "gradients", "optimizer", "average"} & parts.keys()
         host = sum(parts.pop(name) for name in names)
         note = f"; {host / 1e9:.1f} GB for each in CPU memory"
-    total = sum(p.numel() for p in model.parameters())
+    total = count(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     listed = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     return (

@@ -38,7 +38,7 @@ from nano.config import UserError
 # Tokens of a batch with all that they see, and tokens that it computes. On a CPU small batches are
 # faster: they stay in its cache.
 SLOTS = dict(cpu=4096)
-COMPUTED = dict(cpu=512)
+COMPUTED = dict(cpu=256)
 GPU_SLOTS = 131072
 
 

@@ -1120,8 +1120,12 @@ def read_config(c):
     c = text_part(c)
     kind, head = recognise(c)
     family = FAMILIES[kind]
-    if c.get("quantization_config"):
-        raise UserError("quantized weights are not supported: give the original checkpoint")
+    how = (c.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
+    if how != "bitsandbytes":
+        raise UserError(
+            f"weights quantised by {how} are not supported (bitsandbytes' nf4, fp4 and int8 are): "
+            "give the original checkpoint"
+        )
     # transformers leaves two labels out
     labels = len(c.get("id2label") or "") or c.get("num_labels") or 2
     if head == "score" and labels != 1:
@@ -1294,5 +1298,6 @@ REWRITTEN = (
     "label2id",
     "num_labels",
     "problem_type",
+    "quantization_config",  # of the weights before they were written here
     "auto_map",  # names .py files, which do not go along
 )

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from lora import LoRA, dense
 from model import empty, soft_cap
 from nano.config import UserError
+from nano.quant import QuantLinear
 
 PREFILL = 8192  # tokens of prompt that one forward takes
 WORTH = 16  # tokens of a common beginning that are worth a forward of their own
@@ -141,6 +142,8 @@ def frozen_linear(module, dtype, pack):
     base = module.base if isinstance(module, LoRA) else module
     active = getattr(module, "active", None)
     plain = not hasattr(base, "dense")
+    if isinstance(base, QuantLinear):
+        base = base.mapped(lambda p: frozen(p, p.dtype))
     # the norm that DoRA divides by is not worth computing at each step
     folded = active is None or plain and (pack or active in module.lora_magnitude)
     linear = base

@@ -26,7 +26,7 @@ _compiled = functools.cache(torch.compile)
 def chunk_logits(device):
     """Logits of one matrix product. A GPU takes 4 times as many, for 1.3 GB more memory: it is 1.3x
     faster with a vocabulary of 50,000 and 1.7x with 128,000."""
-    # bench/plan.py plans for GPUs on the meta device
+    # bench/memory.py plans for GPUs on the meta device
     return CHUNK_LOGITS * (4 if device.type in ("cuda", "meta") else 1)
 
 

@@ -18,6 +18,7 @@ from itertools import islice
 import torch
 from torch import nn
 
+from nano import quant
 from nano.config import UserError
 
 FUSED = ("cpu", "cuda", "mps", "xpu")  # device types with a fused AdamW kernel; XLA raises on it
@@ -26,7 +27,9 @@ FUSED = ("cpu", "cuda", "mps", "xpu")  # device types with a fused AdamW kernel;
 def choose_trained(model, train, freeze_layers):
     """Leaves requires_grad on what `train` names, above the first `freeze_layers` layers.
 
-    train: all, attention or qv. UserError for more layers than there are."""
+    train: all, attention or qv. UserError for more layers than there are, and for quantised ones.
+    """
+    quant.refuse_training(model)
     parts = dict(all=("",), attention=(".self_attn.",), qv=(".q_proj.", ".v_proj."))[train]
     for name, p in model.named_parameters():
         p.requires_grad = any(part in name for part in parts)

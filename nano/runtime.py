@@ -45,8 +45,9 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 
 from model import ScoreHead
-from nano import generate, losses, optim, tensor
+from nano import generate, losses, optim, quant, tensor
 from nano.config import UserError
+from nano.quant import QuantLinear
 
 KEYS = ("device", "parallel", "dtype", "seed", "offload", "tensor", "reduce_dtype")
 TRIM = 30.0  # seconds between two trims of the heap; the step after one takes a second longer
@@ -205,6 +206,11 @@ class Runtime:
         if compile and self.device.type == "mps":
             raise UserError("compile=true is for cpu and cuda: leave it out with device=mps")
         tensor.check(model.cfg, self.tensor)
+        if self.tensor > 1 and quant.layers(model):
+            raise UserError(
+                f"tensor={self.tensor} cannot share the layers of a quantised model: leave it out, "
+                "and shard it with parallel=fsdp"
+            )
         if grad_checkpoint:
             model.recompute = self.recompute
         losses.compiled = compile  # a global, because a process compiles all of its models or none
@@ -521,7 +527,9 @@ def at_once():
 
 def parameter_dtype(module, p, dtype):
     """fp32 for trained parameters, adapters and score heads. `dtype`, that of matrix products, for
-    the rest."""
+    the rest. A quantised layer keeps its bytes."""
+    if isinstance(module, QuantLinear):
+        return p.dtype
     exact = p.requires_grad or isinstance(module, (ScoreHead, nn.ParameterDict))
     return torch.float32 if exact else dtype
 
@@ -563,6 +571,8 @@ def shard_layers(model, rt):
     mixed = MixedPrecisionPolicy(rt.dtype, rt.reduce_dtype)
     for layer in model.layers:
         cast_parameters(layer, rt.dtype)
+        if quantised := [m for m in layer.modules() if isinstance(m, QuantLinear)]:
+            fully_shard(quantised, **common)  # a unit of their own, gathered without a cast
         fully_shard(layer, mp_policy=mixed, **common)
     cast_parameters(model, rt.dtype)
     for module in model.modules():

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 import lora
 from model import ScoreHead, Transformer, empty
-from nano import adapters, tokenizer
+from nano import adapters, quant, tokenizer
 from nano.adapters import base_of, ends_with, is_adapter, is_scorer, read_adapter_config
 from nano.config import UserError
 from nano.families import FAMILIES, config_json, load_config, places, text_names
@@ -89,6 +89,12 @@ def read_tensors(dir, name="model"):
                 opened[path] = safe_open(path, framework="pt")
             tensors[key] = opened[path].get_tensor(key)
     return tensors
+
+
+def mapped(path, name):
+    """A tensor of a file through a mapping of its own, whose pages leave the memory with it."""
+    with safe_open(path, framework="pt") as f:
+        return f.get_tensor(name)
 
 
 def converted(mapped, dtype, path, name):
@@ -209,7 +215,7 @@ def write_tensors(tensors, dir, name="model", shard_bytes=5e9):
     tmp.rmdir()
 
 
-def load_model(dir, device="cpu", dtype=None, head=None, tensors=None):
+def load_model(dir, device="cpu", dtype=None, head=None, tensors=None, method=quant.NONE):
     """A model directory -> Transformer, on `device`, in `dtype` (None: the one that its embedding
     is stored in).
 
@@ -218,6 +224,8 @@ def load_model(dir, device="cpu", dtype=None, head=None, tensors=None):
     more than the weights is ever in memory. head="score" on a language model drops its output
     matrix and starts a fresh score head (from torch's generator). A score head is always fp32.
     tensors: {name in the file: tensor}, where they are in no safetensors file.
+    method: how the linear layers of the blocks are quantised. They are read one at a time, and a
+    directory of bitsandbytes keeps its bytes.
     UserError names tensors that are missing, unexpected or of another shape."""
     cfg = load_config(dir)
     fresh = head == "score" and cfg.head == "lm"
@@ -235,6 +243,7 @@ def load_model(dir, device="cpu", dtype=None, head=None, tensors=None):
         plain: n for plain, n in text_names(tensors).items() if not re.search(family.ignored, n)
     }
     tensors = {plain: tensors[name] for plain, name in names.items()}
+    packed = quant.read_packed(dir, tensors, method)
     bare = not any(name.startswith(family.prefix) for name in tensors)
     params = dict(model.named_parameters())
     embedding, output = places(cfg, [EMBEDDING, "lm_head.weight"], bare)
@@ -252,18 +261,37 @@ def load_model(dir, device="cpu", dtype=None, head=None, tensors=None):
     # `params` are on the meta device, and fused there they have the shapes of the file
     hollow = {name: [params[part] for part in parts] for name, (parts, _) in stored.items()}
     wanted = {name: layout.fuse(hollow[name], cfg).shape for name, (_, layout) in stored.items()}
+    for name in packed.keys() & stored.keys():
+        if stored[name][1].transposed:  # what is quantised is not
+            tensors[name] = tensors[name].t()
     check_tensors(dir, wanted, tensors)
 
     dtype = dtype or tensors[embedding].dtype
     weights = {}
+    linears = {f"{name}.weight" for name in lora.linear_names(model)}
     for name, (parts, layout) in stored.items():
         kind = torch.float32 if name == "score.weight" else dtype
         tensor = tensors[name]
-        if tensor.dtype != kind:
-            path = files.get(names[name])
+        path = files.get(names[name])
+        shapes = [p.shape for p in hollow[name]]
+        if linears.issuperset(parts) and (name in packed or method.kind != "none"):
+            if name in packed:
+                pieces = packed[name].split(layout, shapes, cfg)
+            else:
+                matrix = mapped(path, names[name]) if path else tensor
+                pieces = layout.split(matrix, shapes, cfg)
+                pieces = [quant.quantize(piece, method) for piece in pieces]
+            for part, piece in zip(parts, pieces, strict=True):
+                quant.put(model, part.removesuffix(".weight"), piece.to(device), method.kernel)
+            continue
+        if name in packed:
+            tensor = packed[name].dense(kind)
+        elif tensor.dtype != kind:
             tensor = converted(tensor, kind, path, names[name]) if path else tensor.to(kind)
-        pieces = layout.split(tensor, [p.shape for p in hollow[name]], cfg)
+        pieces = layout.split(tensor, shapes, cfg)
         weights |= {part: piece.to(device) for part, piece in zip(parts, pieces, strict=True)}
+    for layer, module in quant.layers(model):
+        weights |= {f"{layer}.{key}": t for key, t in module.packed().tensors.items()}
     if fresh:
         weights["score.weight"] = ScoreHead(cfg.width).weight.detach().to(device)
     model.load_state_dict(weights, assign=True)
@@ -908,26 +936,36 @@ class Opened:
 
 
 def open(
-    dir, base=None, device="cpu", dtype=None, head=None, merge=False, template=None, name="default"
+    dir,
+    base=None,
+    device="cpu",
+    dtype=None,
+    head=None,
+    merge=False,
+    template=None,
+    name="default",
+    method=quant.NONE,
 ):
     """Opens a model directory or an adapter directory with its tokenizer -> Opened.
 
     base: takes the place of the base that the adapter names, in memory. No file is changed.
     dtype, head: as in load_model. An adapter of a score model opens as a score model.
     merge: an adapter is added to its base, by default in fp32. A whole model stays its file,
-    memory-mapped.
+    memory-mapped. On a quantised base the adapter stays beside it, because the sum has no exact
+    quantised form.
     template: as in tokenizer.load.
-    name: of the adapter, if it is not merged."""
+    name: of the adapter, if it is not merged.
+    method: as in load_model."""
     place = base_of(dir, base)
     adapter = is_adapter(dir)
     if adapter and head is None and is_scorer(dir):
         head = "score"
     if adapter and merge:
         dtype = dtype or torch.float32
-    model = load_model(place, device, dtype, head)
+    model = load_model(place, device, dtype, head, method=method)
     if adapter:
         load_adapter(model, dir, name)
-    if merge:
+    if merge and not quant.layers(model):
         lora.merge(model)
         model.extras = None
     tok = tokenizer.load(dir, template, base=base)

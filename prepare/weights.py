@@ -10,6 +10,9 @@ python -m prepare.weights source=Llama-2-7b/ out=models/llama2
 python -m prepare.weights source=downloads/m out=models/m dtype=float32
 # a LoRA adapter, merged into its base
 python -m prepare.weights source=out/lora/last out=models/merged
+# one of QLoRA, merged into the weights that it was trained beside, or into the original ones
+python -m prepare.weights source=out/qlora/last out=models/merged quant=nf4
+python -m prepare.weights source=out/qlora/last out=models/merged quant=nf4 merge_on=original
 # a hub id, of a model or an adapter; HF_TOKEN opens gated ones
 python -m prepare.weights source=Qwen/Qwen2.5-0.5B out=models/qwen
 """
@@ -24,15 +27,17 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import nano  # noqa: F401  first, because prepare/nano.py finds the others
+from lora import merge as merge_adapters
 from model import ModelConfig, rope_frequencies
-from nano import adapters, config, families, files, tokenizer, vocab, weights
-from nano.config import PathText, UserError
+from nano import adapters, config, families, files, quant, tokenizer, vocab, weights
+from nano.config import FourBit, PathText, UserError, With
 from prepare.gguf import Gguf
 from prepare.vocab import added_tokens_decoder, byte_level_json
 
@@ -45,6 +50,13 @@ class Config:
     out: PathText  # the model directory to write; an older one there is replaced at the end
     base: PathText | None = None  # for an adapter: the model to add it to, if not the one it names
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: as stored
+    # for an adapter: how its base was quantised when it was trained
+    quant: Literal["none", "nf4", "fp4", "int8"] = "none"
+    double_quant: FourBit[bool] = True
+    # what it is added to: the base as it was quantised, or the base's own weights
+    merge_on: Annotated[Literal["quantised", "original"], With("quant", "nf4", "fp4", "int8")] = (
+        "quantised"
+    )
 
 
 HUB_ID = r"[\w.-]+/[\w.-]+"
@@ -381,20 +393,57 @@ def convert_meta(source, out, dtype):
 # --- Hugging Face directories ---------------------------------------------------------------------
 
 
-def convert_adapter(source, out, dtype, base=None):
+PROBE = """The harbour was quiet before the boats came in. Two men carried a table to the end of
+the pier, put a lamp on it, and waited. "How many today?" asked the older one. The other counted:
+12, 15, perhaps 20. Then the first light rounded the point, and nobody said anything more."""
+
+
+@torch.no_grad()
+def probe(opened):
+    """What a model says to PROBE: logits (T, V) and the mean loss, or scores (T,) and None."""
+    model = opened.model.eval()
+    tokens = torch.tensor([opened.tok.encode(PROBE)[: model.cfg.max_positions]])
+    hidden = model.hidden(tokens)[0]
+    if model.cfg.head == "score":
+        return model.score(hidden), None
+    logits = model.logits(hidden)
+    return logits, F.cross_entropy(logits[:-1], tokens[0, 1:]).item()
+
+
+def convert_adapter(source, out, dtype, cfg):
     """Writes base and adapter as one model. They are added in fp32 and rounded once.
 
-    base: as in weights.open. A base that is no directory here, but a hub id, is downloaded."""
+    With quant= the base is dequantised first, so that the sum is what was trained, or with
+    merge_on=original it is the base's own weights. UserError, before anything is written, if the
+    sum gives other logits than the base and the adapter beside it. A base that is no directory
+    here, but a hub id, is downloaded."""
+    base = cfg.base
     named = base or weights.read_adapter_config(source).get("base_model_name_or_path")
     if not adapters.find_base(source, base) and re.fullmatch(HUB_ID, str(named)):
         base = download(str(named))
-    opened = weights.open(source, base, dtype=torch.float32, merge=True)
+    opened = weights.open(
+        source, base, dtype=torch.float32, method=quant.Method(cfg.quant, cfg.double_quant)
+    )
+    trained, loss = probe(opened)
+    if original := cfg.quant != "none" and cfg.merge_on == "original":
+        opened = weights.open(source, base, dtype=torch.float32)
+    model = merge_adapters(opened.model)
+    quant.restore(model, torch.float32)
+    logits, merged_loss = probe(opened)
+    gap = (logits - trained).abs().max().item()
+    if not original and not gap <= 1e-4 * max(1.0, trained.abs().max().item()):
+        raise UserError(
+            f"{source}: added to its base the adapter gives other outputs than beside it (by "
+            f"{gap:.2g}), so nothing is written"
+        )
+    print(f"outputs on a short text differ from the unmerged ones by {gap:.2g} at most", end="")
+    print("" if loss is None else f", loss {merged_loss:.4f} for {loss:.4f}")
     dtype = dtype or weights.load_model(opened.base).model["embed_tokens"].weight.dtype
     extra = {}
-    if opened.model.cfg.head == "score":
+    if model.cfg.head == "score":
         extra["reward_gain"], extra["reward_bias"] = weights.read_score_scale(source)
         extra["prompt_template"] = weights.read_score_keys(source).get("prompt_template")
-    weights.save_model(opened.model, out, dtype, like=opened.base, tok=opened.tok, **extra)
+    weights.save_model(model, out, dtype, like=opened.base, tok=opened.tok, **extra)
 
 
 def check_source(dir):
@@ -419,7 +468,9 @@ def convert_hf(source, out, dtype):
     if any((source / name).exists() for name in whole) or not any(
         source.glob("pytorch_model*.bin")
     ):
-        weights.save_model(weights.load_model(source), out, dtype=dtype, like=source)
+        model = weights.load_model(source)
+        quant.restore(model, model.model["embed_tokens"].weight.dtype)
+        weights.save_model(model, out, dtype=dtype, like=source)
         return
     tensors = {}
     for path in sorted(source.glob("pytorch_model*.bin")):
@@ -488,17 +539,18 @@ def package_gguf(package, scratch):
     return Path(scratch) / "model.gguf"
 
 
-def convert(source, out, dtype, scratch, base=None):
-    """Writes a model directory from `source`, whatever form it has. dtype: None keeps its own.
-
-    base: for an adapter."""
+def convert(cfg, out, dtype, scratch):
+    """Writes a model directory from source=, whatever form it has. dtype: None keeps its own."""
+    source = cfg.source
     path = Path(source)
     if not path.exists() and source not in PACKAGES and re.fullmatch(HUB_ID, source):
         path = download(source)
     if weights.is_adapter(path):
-        convert_adapter(path, out, dtype, base)
-    elif base:
-        raise UserError(f"{source} is no adapter: leave out base={base}")
+        convert_adapter(path, out, dtype, cfg)
+    elif cfg.base:
+        raise UserError(f"{source} is no adapter: leave out base={cfg.base}")
+    elif cfg.quant != "none":
+        raise UserError(f"{source} is no adapter: leave out quant={cfg.quant}")
     elif source in PACKAGES:
         convert_gguf(package_gguf(source, scratch), out, dtype)
     elif path.is_file() or source.endswith(".gguf"):
@@ -555,7 +607,7 @@ def main(cfg):
     with files.new_dir(out) as tmp:
         scratch = tmp / "scratch"
         scratch.mkdir()
-        convert(cfg.source, tmp, dtype, scratch, cfg.base)
+        convert(cfg, tmp, dtype, scratch)
         shutil.rmtree(scratch)
         model = weights.load_model(tmp)  # checks names and shapes
     weight = model.head_weight if model.cfg.head == "lm" else model.score.weight

@@ -25,6 +25,7 @@ STAGES = dict(  # name: stage and its settings, with the folder in place of {}
     sft=("sft", [*ROWS, *TUNE, "micro_batch=2"]),
     sft_qwen=("sft", [*ROWS, *TUNE, "model={}/qwen", "micro_batch=4", "grad_checkpoint=true"]),
     sft_lora=("sft", [*ROWS, *TUNE, "micro_batch=1", "lora_rank=4", "lr=1e-2"]),
+    sft_quant=("sft", [*ROWS, *TUNE, "micro_batch=1", "lora_rank=4", "lr=1e-2", "quant=nf4"]),
     sft_frozen=("sft", [*ROWS, *TUNE, "micro_batch=2", "freeze_layers=1"]),
     # 7 groups a step, so that one of two ranks has a group more
     reward=(
@@ -37,6 +38,11 @@ STAGES = dict(  # name: stage and its settings, with the folder in place of {}
     ppo_lora=(
         "ppo",
         "model={}/model reward={}/adapter/last lora_rank=2 lr=1e-3 value_lr=1e-3".split() + RL,
+    ),
+    ppo_quant=(
+        "ppo",
+        "model={}/model reward={}/adapter/last lora_rank=2 quant=nf4".split()
+        + ["lr=1e-3", "value_lr=1e-3", *RL],
     ),
     grpo=(
         "ppo",

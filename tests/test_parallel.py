@@ -107,7 +107,8 @@ ON_FOUR = {
     "ppo": "fsdp",
     "dpo": "fsdp tensor=2",
 }  # half done -> by this
-BF16 = ["sft", "sft_frozen", "sft_lora", "reward", "ppo_lora"]
+FSDP_HALF = ["sft", "sft_lora", "sft_quant", "dpo", "ppo_lora", "ppo_quant"]
+BF16 = ["sft", "sft_frozen", "sft_lora", "sft_quant", "reward", "ppo_lora"]
 TENSOR = ["pretrain", "sft", "sft_lora", "sft_qwen", "ppo_lora"]
 
 
@@ -142,14 +143,7 @@ def two(folder):
     runs = {
         f"two/{mode}-{name}": (name, mode, STEPS) for mode in ("ddp", "fsdp") for name in STAGES
     }
-    runs |= {
-        f"half/{name}": (
-            name,
-            "fsdp" if name in ("sft", "sft_lora", "dpo", "ppo_lora") else "ddp",
-            2,
-        )
-        for name in STAGES
-    }
+    runs |= {f"half/{name}": (name, "fsdp" if name in FSDP_HALF else "ddp", 2) for name in STAGES}
     jobs = [
         job(folder, name, folder / run, f"parallel={mode}", f"steps={n}")
         for run, (name, mode, n) in runs.items()
@@ -447,7 +441,8 @@ def test_a_rank_killed_while_saving_loses_nothing(folder, tmp_path, fault):
     else:
         assert (
             sorted(
-                path.stat().st_size for path in state.with_name("state.unfinished").glob("*.safetensors")
+                path.stat().st_size
+                for path in state.with_name("state.unfinished").glob("*.safetensors")
             )[0]
             == 1000
         )

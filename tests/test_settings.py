@@ -31,8 +31,7 @@ FREE = {
 }
 TABLE = {  # key: (values that are refused, values at the edge that are not)
     **dict.fromkeys(
-        "lr weight_decay grad_clip epochs steps lora_rank seed top_k".split(),
-        ([-1], [0]),
+        "lr weight_decay grad_clip epochs steps lora_rank seed top_k".split(), ([-1], [0])
     ),
     **dict.fromkeys(
         "batch_size micro_batch max_length max_new_tokens group minibatches".split(), ([0, -1], [1])
@@ -103,15 +102,27 @@ def test_defaults_are_silent_and_effects_name_real_keys(script):
         ("sft", ["lora_alpha=16"], "lora_alpha=16.0 has no effect with lora_rank=0: leave it out"),
         ("dpo", ["train=qv", "lora_rank=8"], "train=qv has no effect with lora_rank=8"),
         ("reward", ["freeze_layers=1", "lora_rank=8"], "freeze_layers=1 has no effect"),
-        ("ppo", ["algo=grpo", "group=4", "gamma=0.9"], "gamma=0.9 has no effect with advantage=gro"),
+        (
+            "ppo",
+            ["algo=grpo", "group=4", "gamma=0.9"],
+            "gamma=0.9 has no effect with advantage=gro",
+        ),
         ("ppo", ["algo=grpo", "group=4", "lam=0.9"], "lam=0.9 has no effect with advantage=group"),
-        ("ppo", ["kl_coef=0", "kl_control=adaptive"], "kl_control=adaptive has no effect with kl_co"),
+        (
+            "ppo",
+            ["kl_coef=0", "kl_control=adaptive"],
+            "kl_control=adaptive has no effect with kl_co",
+        ),
         ("pretrain", ["model=m", "dim=64"], "dim=64 has no effect with model=m"),
         ("sample", ["top_p=0.5", "temperature=0"], "top_p=0.5 has no effect with temperature=0.0"),
-        ("sample", ["out=x.json"], 'out=x.json has no effect with prompts=none'),
+        ("sample", ["out=x.json"], "out=x.json has no effect with prompts=none"),
         ("dpo", ["label_smoothing=0.1", "loss=ipo"], "label_smoothing=0.1 has no effect with loss"),
         ("dpo", ["lora_targets=[q_proj]"], "lora_targets=[q_proj] has no effect with lora_rank=0"),
-        ("reward", ["norm_tokens=5", "norm_samples=0"], "norm_tokens=5 has no effect with norm_sam"),
+        (
+            "reward",
+            ["norm_tokens=5", "norm_samples=0"],
+            "norm_tokens=5 has no effect with norm_sam",
+        ),
         ("ppo", ["ptx_data=x"], "ptx_data=[x] has no effect with ptx_coef=0.0"),
         ("ppo", ["ptx_coef=1"], "ptx_coef=1.0 has no effect with ptx_data=[]"),
         ("ppo", ["kl_in=none", "kl_coef=0.1"], "kl_coef=0.1 has no effect with kl_in=none"),
@@ -241,7 +252,7 @@ class Reads(ast.NodeVisitor):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_setting_is_read(stage):
     Config = importlib.import_module(stage).Config
-    plumbing = ("run", "weights", "estimate", "evaluation", "functions")
+    plumbing = ("run", "weights", "estimate", "evaluation", "functions", "quant")
     paths = [ROOT / f"{stage}.py", *(ROOT / "nano" / f"{name}.py" for name in plumbing)]
     reads = set(runtime.KEYS).union(*(Reads(path).names for path in paths if path.exists()))
     assert {f.name for f in dataclasses.fields(Config)} <= reads

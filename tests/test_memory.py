@@ -1,4 +1,4 @@
-"""bench/plan.py against numbers worked by hand, and against estimate.py."""
+"""bench/memory.py against numbers worked by hand, and against estimate.py."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 import lora
-from bench import plan as bench
+from bench import memory as bench
 from model import ModelConfig, Transformer
 from nano import estimate
 from nano.config import UserError
@@ -132,6 +132,34 @@ def test_ppo_by_hand():
     )  # eight episodes, four at a time
     adapters = plan(**common, **rl, lora_rank=8)
     assert adapters["memory"]["reference, reward"] == 0 and adapters["memory"]["critic"] < 1e9
+
+
+def test_qlora_by_hand():
+    common = dict(size="8b", device="RTX 4090", devices=1, parallel="ddp", lora_rank=16)
+    p, plain = plan(**common, quant="nf4"), plan(**common)
+    assert p["parameters"] == plain["parameters"] and p["trained"] == plain["trained"]
+    matrices = 32 * 4096 * (4096 + 2 * 1024 + 4096 + 3 * 14336)
+    # four bits a weight, eight a block of 64, fp32 for 256 blocks
+    stored = matrices * (4 + 8 / 64 + 32 / 64 / 256) / 8
+    saved = plain["memory"]["weights"] - p["memory"]["weights"]
+    assert saved == pytest.approx(2 * matrices - stored, rel=1e-5)
+    assert p["memory"]["dense"] == 4096 * 14336 * (4 + 2)
+    passes = 64 * 3  # micro-batches; forward, recomputation and backward
+    dense = passes * matrices * 2 * 2 / 1008e9
+    assert p["compute"] == pytest.approx(plain["compute"] + dense)
+    ppo = dict(common, stage="ppo", max_new_tokens=256, batch_size=32)
+    ppo = [plan(**ppo, **more) for more in (dict(), dict(quant="nf4"))]
+    saved = ppo[0]["memory"]["weights"] - ppo[1]["memory"]["weights"]
+    assert saved == pytest.approx(2 * matrices - stored, rel=1e-5)
+
+
+def test_the_table(capsys):
+    bench.main(bench.Config(table=("8b",), device="RTX 4090", max_length=2048))
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    used = {row[0].removeprefix("| "): row[1].removesuffix(" |") for row in rows}
+    assert used.keys() == bench.METHODS.keys()
+    assert used["full"].endswith("*") and used["LoRA"].endswith("*")
+    assert float(used["QLoRA, recomputation"]) < 12
 
 
 def test_tensor_by_hand():

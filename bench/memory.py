@@ -1,15 +1,20 @@
 """What a training run will need on given devices, from first principles: the memory of one device
 by part, and the seconds of one step.
 
-    python -m bench.plan size=70b device=H100 devices=64 batch_size=512 micro_batch=1
-    python -m bench.plan model=models/llama-8b device="RTX 4090" devices=1 stage=dpo lora_rank=16
+    # which method fits: a table of sizes and methods on one device
+    python -m bench.memory 'table=[1b,3b,8b,14b]' device="RTX 4090" max_length=2048
+    python -m bench.memory size=70b device=H100 devices=64 batch_size=512 micro_batch=1
+    python -m bench.memory model=models/llama-8b device="RTX 4090" devices=1 stage=dpo lora_rank=16
     # v5p-128: its name counts two cores a chip
-    python -m bench.plan size=8b device="TPU v5p" devices=64 stage=pretrain
-    python -m bench.plan size=1b device=H200 devices=8 stage=ppo parallel=ddp
+    python -m bench.memory size=8b device="TPU v5p" devices=64 stage=pretrain
+    python -m bench.memory size=1b device=H200 devices=8 stage=ppo parallel=ddp
     # the devices of a node share each layer
-    python -m bench.plan size=70b device=H100 devices=64 tensor=8
+    python -m bench.memory size=70b device=H100 devices=64 tensor=8
+    # an nf4 trunk for all four models of ppo
+    python -m bench.memory size=8b device="RTX 4090" devices=1 stage=ppo lora_rank=16 quant=nf4 \\
+        batch_size=32 max_length=768 max_new_tokens=256
     # weights and moments in CPU memory
-    python -m bench.plan size=8b device="RTX 4090" devices=8 node=8 offload=true
+    python -m bench.memory size=8b device="RTX 4090" devices=8 node=8 offload=true
 
 Memory is that of nano/estimate.py, with what the stage adds to it. Time is counted and not
 measured. Floating-point operations run at `utilisation` of the data sheet's peak. Ring collectives
@@ -36,7 +41,7 @@ Speed was compared on one H100, in tokens/s:
 Plans for several GPUs and for TPUs have not been checked.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -44,9 +49,12 @@ import torch
 import nano  # noqa: F401  first, because bench/nano.py finds the others
 import pretrain
 from lora import apply as add_adapters
+from lora import linear_names
 from model import ModelConfig, Transformer
-from nano import config, estimate, families, log, tensor
+from nano import config, estimate, families, log, quant, tensor
 from nano.config import (
+    FourBit,
+    LoRA,
     NonNegativeFloat,
     NonNegativeInt,
     PathText,
@@ -78,6 +86,7 @@ DEVICES = {
 
 # The shapes of Llama 3, beside those of pretrain.py: layers, dim, heads, kv-heads, ffn, tied
 SIZES = {
+    "3b": (28, 3072, 24, 8, 8192, True),
     "8b": (32, 4096, 32, 8, 14336, False),
     "70b": (80, 8192, 64, 8, 28672, False),
     "405b": (126, 16384, 128, 8, 53248, False),
@@ -92,6 +101,9 @@ class Config:
     vocab_size: PositiveInt = 128_256  # with size=
     stage: Literal["pretrain", "sft", "reward", "dpo", "ppo"] = "sft"
     lora_rank: NonNegativeInt = 0  # 0: all weights are trained
+    quant: LoRA[Literal["none", "nf4", "fp4", "int8"]] = "none"  # of frozen matrices
+    double_quant: FourBit[bool] = True
+    table: tuple[str, ...] = ()  # sizes; each with each method on one device, one line each
     # on what
     device: str = "H100"
     devices: PositiveInt = 8
@@ -140,8 +152,20 @@ def build(cfg):
         model = Transformer(shape)
         if cfg.lora_rank:
             model.to(getattr(torch, cfg.dtype))
+            quantise(model, cfg)
             add_adapters(model, cfg.lora_rank, 32.0)
     return model
+
+
+def quantise(model, cfg):
+    """Puts quantised layers of the right sizes in the place of those of the blocks, with quant=."""
+    if cfg.quant == "none":
+        return
+    for name in linear_names(model):
+        shape = tuple(model.get_submodule(name).weight.shape)
+        forms = quant.forms(cfg.quant, shape, cfg.double_quant)
+        tensors = {key: torch.empty(size, dtype=dtype) for key, (dtype, size) in forms.items()}
+        quant.put(model, name, quant.Packed(cfg.quant, shape, tensors), "auto")
 
 
 def check(cfg, shape, local, shards):
@@ -194,7 +218,8 @@ class Job:
     shards: parts of a model. FSDP makes `fsdp` of them, and tensor= the rest.
     groups: tensor groups, each of which has rows of its own.
     total, trained: parameters. head: those of the output matrix, 0 without one.
-    copy: bytes of all parameters in `dtype`, that of the matrix products.
+    copy: bytes of all parameters in `dtype`, that of the matrix products, or as they are quantised.
+    packed: weights that are quantised.
     gathers: how often FSDP gathers the weights in a forward and its backward.
     updates: optimizer steps of a step, each with a forward and a backward of every row. In ppo
     policy and critic take one each in every epoch.
@@ -223,10 +248,13 @@ class Job:
         self.link = min(self.near, strands) if cfg.devices > cfg.node else self.near
         self.groups = cfg.devices // cfg.tensor
         self.fsdp = self.shards // cfg.tensor
-        self.total = sum(p.numel() for p in model.parameters())
+        self.total = estimate.count(model)
+        self.packed = sum(m.in_features * m.out_features for _, m in quant.layers(model))
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.head = model.head_weight.numel() if model.cfg.head == "lm" else 0
         self.copy = self.dtype.itemsize * self.total
+        if self.packed:
+            self.copy = sum(p.numel() * p.itemsize for p in model.parameters())
         self.tokens = cfg.batch_size * cfg.max_length
         self.gathers = 1 if cfg.parallel == "zero2" else 2
         self.updates = 2 * cfg.ppo_epochs if cfg.stage == "ppo" else 1
@@ -310,7 +338,12 @@ def compute_time(cfg, job):
     # That is `again` for each.
     passes = job.alone * (forward + again) + job.updates * passes
     peak = cfg.devices * job.peak
-    return job.tokens * passes / (peak * cfg.utilisation), job.tokens * useful / peak
+    # To dequantise takes no operations to speak of, but the matrix is written once and read once
+    # more than it would be: in each forward, and again in each backward.
+    again = 2 + cfg.grad_checkpoint
+    dense = 2 * job.dtype.itemsize * job.packed * (job.rounds * again + job.micros * job.alone)
+    seconds = job.tokens * passes / (peak * cfg.utilisation) + dense / job.bandwidth
+    return seconds, job.tokens * useful / peak
 
 
 def ring(size, n):
@@ -403,7 +436,37 @@ def plan(cfg):
     )
 
 
+METHODS = {  # of a table
+    "full": dict(grad_checkpoint=False),
+    "full, recomputation": dict(),
+    "LoRA": dict(lora_rank=16, grad_checkpoint=False),
+    "LoRA, recomputation": dict(lora_rank=16),
+    "QLoRA": dict(lora_rank=16, quant="nf4", grad_checkpoint=False),
+    "QLoRA, recomputation": dict(lora_rank=16, quant="nf4"),
+    "PPO, four models": dict(stage="ppo"),
+    "PPO, LoRA on one trunk": dict(stage="ppo", lora_rank=16),
+    "PPO, QLoRA on one trunk": dict(stage="ppo", lora_rank=16, quant="nf4"),
+}
+
+
+def print_table(cfg):
+    """Memory in GB, and tokens/s between the two bounds of `plan`, of each method on one device
+    with one row a forward; a * where it does not fit."""
+    alone = dict(devices=1, parallel="ddp", batch_size=32, micro_batch=1, table=())
+    print(f"| one {cfg.device}, {cfg.max_length} tokens a forward | {' | '.join(cfg.table)} |")
+    print(f"| --- |{' ---: |' * len(cfg.table)}")
+    for name, settings in METHODS.items():
+        cells = []
+        for size in cfg.table:
+            p = plan(replace(cfg, **alone, **settings, size=size))
+            used = sum(p["memory"].values())
+            cells.append(f"{used / 1e9:.1f}{'*' if used > 0.92 * p['room'] else ''}")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
 def main(cfg):
+    if cfg.table:
+        return print_table(cfg)
     p = plan(cfg)
     used = sum(p["memory"].values())
     print(" ".join(["plan:", *config.diff(cfg)]))

@@ -1,0 +1,422 @@
+"""Frozen matrices in 4 or 8 bits a weight, in plain torch and in the bytes of bitsandbytes.
+
+    method = quant.of(cfg)                             # from the keys of a stage
+    opened = weights.open(dir, method=method)          # the linear layers of the blocks
+    quant.restore(opened.model, torch.bfloat16)        # plain linear layers again
+
+nf4, fp4   A block of 64 neighbours in the flattened matrix shares a scale, the largest magnitude in
+           it. A weight is one of 16 values times that scale. With `double` the scales are stored in
+           8 bits, in blocks of 256 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
+int8       A row shares a scale. Activations are not quantised, unlike in bitsandbytes' LLM.int8().
+
+Embedding, output matrix, norms and biases stay as they are.
+"""
+
+import functools
+import json
+import math
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Annotated, Required, TypedDict
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nano.config import PositiveInt, UserError
+from nano.files import check_json
+
+BLOCK = 64  # weights that share a scale
+NESTED = 256  # scales that share a scale of their own
+PIECE = 1 << 18  # weights that are in fp32 at a time while a matrix is quantised
+
+# Quantiles of the normal distribution, appendix E of QLoRA
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635)
+NF4 += (-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725)
+NF4 += (0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941)
+NF4 += (0.7229568362236023, 1.0)
+# a sign, two bits of exponent, one bit of mantissa
+FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+FP4 += tuple(-x for x in FP4)
+
+
+@dataclass(frozen=True)
+class Method:
+    """The keys quant=, double_quant= and quant_kernel= of a script."""
+
+    kind: str = "none"  # none, nf4, fp4 or int8
+    double: bool = True
+    kernel: str = "auto"  # auto, torch or bitsandbytes
+
+
+NONE = Method()
+
+
+def of(cfg):
+    """The Method that a script's Config asks for. UserError for a package that is not there."""
+    if cfg.quant_kernel == "bitsandbytes" and not find_spec("bitsandbytes"):
+        raise UserError(
+            "quant_kernel=bitsandbytes needs the package of that name, which is not installed: "
+            "`pip install bitsandbytes`, or leave it out"
+        )
+    return Method(cfg.quant, cfg.double_quant, cfg.quant_kernel)
+
+
+# ---------------------------------------------------------------------- codes
+
+
+@functools.cache
+def codebook(kind):
+    """The values of the codes 0, 1, ... of nf4 or fp4, or of 8-bit scales ("scale"): fp32, up to 1.
+
+    An 8-bit scale has a sign, a power of ten and a fraction, which gets the more bits the larger
+    the power (Dettmers 2021, arXiv:2110.02861)."""
+    if kind != "scale":
+        values = torch.tensor(dict(nf4=NF4, fp4=FP4)[kind], device="cpu")
+        return values / values.max()
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1, device="cpu")
+        magnitudes = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += magnitudes.tolist() + (-magnitudes).tolist()
+    return torch.tensor(sorted(values), device="cpu")
+
+
+def in_blocks(x, size):
+    """x (n,) -> (blocks, size), with zeros behind the end."""
+    return (F.pad(x, (0, -len(x) % size)) if len(x) % size else x).view(-1, size)
+
+
+def encode(x, kind, size):
+    """Numbers (n,) in blocks of `size` -> their codes, padded to whole blocks, and the largest
+    magnitude of each block."""
+    blocks = in_blocks(x.float(), size)
+    largest = blocks.abs().amax(1)
+    scaled = blocks * (1 / largest.clamp(min=1e-38))[:, None]
+    values, codes = codebook(kind).to(x.device).sort(stable=True)
+    middles = (values[:-1] + values[1:]) / 2
+    nearest = torch.bucketize(scaled.clamp(-1, 1).flatten(), middles, out_int32=True)
+    return codes.to(torch.uint8)[nearest], largest
+
+
+@dataclass
+class Packed:
+    """A quantised matrix as bitsandbytes stores it. `tensors` holds
+
+    weight          nf4, fp4: two codes a byte, (bytes, 1) uint8; int8: (out, in)
+    absmax          the scale of each block, fp32 or, with double quantisation, uint8; int8: of rows
+    nested_absmax   with double quantisation: the fp32 scale of each block of scales
+    offset          with double quantisation: what was subtracted from the scales, (1,) fp32
+    """
+
+    kind: str
+    shape: tuple  # (out, in)
+    tensors: dict
+
+    def to(self, device):
+        return replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
+
+    def split(self, layout, shapes, cfg):
+        """What `layout`.split does with the tensor of a file -> [Packed], exactly. bitsandbytes
+        keeps (out, in) also where the family's files hold the transpose. UserError where rows share
+        a block."""
+        if len(shapes) == 1:
+            return [self]
+        out, ins = self.shape
+        if self.kind != "int8" and ins % BLOCK:
+            raise UserError(
+                f"a quantised matrix that fuses layers of {ins} inputs cannot be split, because "
+                f"{ins} is no multiple of the {BLOCK} weights of a block: give the original weights"
+            )
+        counts = [count for count, _ in shapes]
+        weight = self.tensors["weight"].view(out, -1)
+        absmax = QuantLinear(self).scales().view(out, -1)
+        parts = [layout.split_rows(t, counts, cfg) for t in (weight, absmax)]
+        packed = []
+        for shape, weight, absmax in zip(shapes, *parts, strict=True):
+            weight = weight if self.kind == "int8" else weight.reshape(-1, 1)
+            tensors = dict(weight=weight.contiguous(), absmax=absmax.flatten())
+            packed.append(Packed(self.kind, tuple(shape), tensors))
+        return packed
+
+
+def forms(kind, shape, double):
+    """{name: (dtype, shape)} of the tensors of a Packed."""
+    if kind == "int8":
+        return dict(weight=(torch.int8, shape), absmax=(torch.float32, shape[:1]))
+    blocks = -(-math.prod(shape) // BLOCK)
+    weight = dict(weight=(torch.uint8, (-(-math.prod(shape) // 2), 1)))
+    if not double:
+        return weight | dict(absmax=(torch.float32, (blocks,)))
+    nested = dict(
+        nested_absmax=(torch.float32, (-(-blocks // NESTED),)), offset=(torch.float32, (1,))
+    )
+    return weight | dict(absmax=(torch.uint8, (blocks,))) | nested
+
+
+def quantize(matrix, method):
+    """Floats (out, in) -> Packed.
+
+    The mean of the scales is taken in fp64, because in fp32 it would depend on the number of
+    threads. It differs from bitsandbytes' by a unit in the last place at most."""
+    shape = tuple(matrix.shape)
+    if method.kind == "int8":
+        rows = max(1, PIECE // shape[1])
+        pieces = [_int8(part.float()) for part in matrix.split(rows)]
+        weight, absmax = map(torch.cat, zip(*pieces, strict=True))
+        return Packed("int8", shape, dict(weight=weight, absmax=absmax))
+    pieces = []
+    for part in matrix.reshape(-1).split(PIECE):
+        codes, largest = encode(part, method.kind, BLOCK)
+        pieces.append((codes[::2] << 4 | codes[1::2], largest))
+    weight, absmax = map(torch.cat, zip(*pieces, strict=True))
+    tensors = dict(weight=weight[: (matrix.numel() + 1) // 2, None].clone(), absmax=absmax)
+    if method.double:
+        offset = absmax.double().mean().float()
+        codes, largest = encode(absmax - offset, "scale", NESTED)
+        tensors["absmax"] = codes[: len(absmax)].clone()
+        tensors |= dict(nested_absmax=largest, offset=offset[None])
+    return Packed(method.kind, shape, tensors)
+
+
+def _int8(rows):
+    absmax = rows.abs().amax(1)
+    factor = torch.where(absmax > 0, 127 / absmax, 0.0)
+    return (rows * factor[:, None]).round().to(torch.int8), absmax
+
+
+def dequantize(how, dtype, weight, absmax, nested_absmax, offset, pairs, scale_values):
+    """The matrix of a Packed in `dtype`, computed in fp32 and rounded once.
+
+    how: (kind, shape, kernel). pairs (256, 2): the numbers of each byte, None for int8.
+    scale_values: the codebook of scales, None for int8."""
+    kind, shape, kernel = how
+    if kind == "int8":
+        return (weight * absmax[:, None]).mul_(7.874015718698502e-3).to(dtype)  # 1 / 127
+    absmax = scales(absmax, nested_absmax, offset, scale_values)
+    if kernel == "bitsandbytes":
+        return torch.ops.bitsandbytes.dequantize_4bit(weight, absmax, BLOCK, kind, shape, dtype)
+    codes = weight.flatten().int()
+    if torch.compiler.is_compiling() or weight.device.type == "xla":
+        numbers = pairs[codes].flatten()
+    else:  # two floats move as one number, which takes a third of the time
+        numbers = pairs.view(torch.int64).flatten().index_select(0, codes).view(torch.float32)
+    del codes  # not needed while the matrix is there twice
+    numbers = in_blocks(numbers, BLOCK).mul_(absmax[:, None]).to(dtype)
+    return numbers.flatten()[: math.prod(shape)].view(shape)
+
+
+def scales(absmax, nested_absmax, offset, scale_values):
+    """The fp32 scales of blocks or rows."""
+    if nested_absmax is None:
+        return absmax
+    large = nested_absmax.repeat_interleave(NESTED)[: len(absmax)]
+    return scale_values[absmax.int()] * large + offset
+
+
+@functools.cache
+def kernel_for(kernel, device_type):
+    """What dequantises on a device, "torch" or "bitsandbytes". The package is imported.
+
+    auto: torch on a CPU, where it is faster (bench/README.md), and bitsandbytes on CUDA, whose
+    kernel writes the matrix alone and no numbers in between."""
+    if kernel == "auto":
+        there = device_type == "cuda" and find_spec("bitsandbytes")
+        kernel = "bitsandbytes" if there else "torch"
+    if kernel == "bitsandbytes":
+        import bitsandbytes  # noqa: F401  registers its operators
+    return kernel
+
+
+# ---------------------------------------------------------------------- the layer
+
+
+class Product(torch.autograd.Function):
+    """x (..., in) times the transpose of a quantised matrix, plus a frozen bias. The matrix exists
+    while it is multiplied and no longer: the backward pass dequantises it again."""
+
+    @staticmethod
+    def forward(ctx, x, bias, how, *stored):
+        ctx.how = how
+        ctx.save_for_backward(*stored)
+        return F.linear(x, dequantize(how, x.dtype, *stored), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        stored = ctx.saved_tensors
+        return grad @ dequantize(ctx.how, grad.dtype, *stored), None, None, *[None for _ in stored]
+
+
+class QuantLinear(nn.Module):
+    """A frozen linear layer whose matrix (out, in) is a Packed.
+
+    The tensors are parameters and not buffers, because FSDP shards parameters alone, and DDP sends
+    buffers at each step."""
+
+    NAMES = ("weight", "absmax", "nested_absmax", "offset")
+
+    def __init__(self, packed, bias=None, kernel="torch"):
+        super().__init__()
+        self.out_features, self.in_features = packed.shape
+        self.kind = packed.kind
+        self.kernel = kernel
+        for name in self.NAMES:
+            t = packed.tensors.get(name)
+            self.register_parameter(name, None if t is None else nn.Parameter(t, False))
+        self.register_parameter("bias", bias)
+        self.tables = [None, None]
+        if packed.kind != "int8":
+            values = codebook(packed.kind)
+            self.tables = [torch.cartesian_prod(values, values), codebook("scale")]
+
+    def packed(self):
+        """The matrix as it is stored."""
+        stored = {name: getattr(self, name) for name in self.NAMES}
+        stored = {name: p for name, p in stored.items() if p is not None}
+        return Packed(self.kind, (self.out_features, self.in_features), stored)
+
+    def mapped(self, function):
+        """The same layer with the function of each of its tensors, and without hooks."""
+        packed = self.packed()
+        tensors = {name: function(t) for name, t in packed.tensors.items()}
+        bias = None if self.bias is None else nn.Parameter(function(self.bias), False)
+        return QuantLinear(replace(packed, tensors=tensors), bias, self.kernel)
+
+    def operands(self):
+        """The arguments of dequantize, but for the dtype."""
+        device = self.weight.device
+        if self.kind != "int8" and self.tables[0].device != device:
+            self.tables = [table.to(device) for table in self.tables]
+        how = self.kind, (self.out_features, self.in_features), kernel_for(self.kernel, device.type)
+        return how, *(getattr(self, name) for name in self.NAMES), *self.tables
+
+    def fused(self):
+        """Whether one kernel writes the matrix, without numbers in between."""
+        kernel = kernel_for(self.kernel, self.weight.device.type)
+        return kernel == "bitsandbytes" and self.kind != "int8"
+
+    def scales(self):
+        """The fp32 scales of blocks or rows."""
+        _, _, absmax, nested_absmax, offset, _, scale_values = self.operands()
+        return scales(absmax, nested_absmax, offset, scale_values)
+
+    def dense(self, dtype=torch.float32):
+        """The matrix (out, in)."""
+        how, *stored = self.operands()
+        return dequantize(how, dtype, *stored)
+
+    def forward(self, x):
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return Product.apply(x, bias, *self.operands())
+
+
+# ---------------------------------------------------------------------- models
+
+
+def layers(model):
+    """(name, QuantLinear) of every quantised layer."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, QuantLinear)]
+
+
+def put(model, name, packed, kernel):
+    """Puts a QuantLinear in the place of the linear layer `name`, whose bias it takes over."""
+    bias = model.get_submodule(name).bias
+    model.set_submodule(name, QuantLinear(packed, bias, kernel))
+
+
+@torch.no_grad()
+def restore(model, dtype):
+    """Puts plain linear layers in `dtype` in the place of quantised ones."""
+    for name, m in layers(model):
+        linear = nn.Linear(m.in_features, m.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(m.dense(dtype), requires_grad=False)
+        linear.bias = m.bias
+        model.set_submodule(name, linear)
+
+
+def refuse_training(model):
+    """UserError if the weights of a model are to be trained and some are quantised."""
+    if quantised := layers(model):
+        raise UserError(
+            f"the model is quantised ({quantised[0][1].kind}), and only an adapter can be trained "
+            "on it: give lora_rank=, or make plain weights of it (python -m prepare.weights)"
+        )
+
+
+# ---------------------------------------------------------------------- directories of bitsandbytes
+
+
+Kind4 = Annotated[str, ("nf4 or fp4", lambda x: x in ("nf4", "fp4"))]
+Block = Annotated[int, (f"{BLOCK}", lambda x: x == BLOCK)]
+Nested = Annotated[int, (f"{NESTED}", lambda x: x == NESTED)]
+
+
+class QuantState(TypedDict, total=False):
+    """What is read of the JSON beside a 4-bit matrix."""
+
+    quant_type: Required[Kind4]
+    blocksize: Required[Block]
+    shape: Required[list[PositiveInt]]
+    nested_blocksize: Nested
+    nested_offset: float
+
+
+def read_packed(dir, tensors, method):
+    """Takes the quantised matrices of a directory of bitsandbytes out of `tensors` {name: tensor},
+    and leaves tensors of their shapes on the meta device -> {name: Packed}.
+
+    UserError for damaged ones, and for a `method` of another kind."""
+    packed = {}
+    for key in [key for key in tensors if ".quant_state.bitsandbytes__" in key]:
+        name = key.partition(".quant_state.")[0]
+        packed[name] = read_4bit(f"{dir}: {name}", tensors, name, tensors.pop(key))
+    for key in [key for key in tensors if key.endswith(".SCB")]:
+        layer = key.removesuffix(".SCB")
+        tensors.pop(f"{layer}.weight_format", None)
+        parts = dict(weight=tensors.get(f"{layer}.weight"), absmax=tensors.pop(key))
+        shape = tuple(getattr(parts["weight"], "shape", ()))
+        wanted = forms("int8", shape, False)
+        packed[f"{layer}.weight"] = checked(f"{dir}: {layer}.weight", "int8", parts, wanted, shape)
+    for name, matrix in packed.items():
+        tensors[name] = torch.empty(matrix.shape, device="meta")
+        if method.kind not in ("none", matrix.kind):
+            raise UserError(f"{dir} is quantised already: leave out quant={method.kind}")
+    return packed
+
+
+def read_4bit(where, tensors, name, state):
+    """The Packed of a 4-bit matrix. What belongs to it is taken out of `tensors`."""
+    try:
+        state = json.loads(bytes(state.tolist()))
+    except (ValueError, TypeError):
+        raise UserError(f"{where}: its quant_state is damaged: fetch the file again") from None
+    check_json(state, QuantState, f"{where}: its quant_state")
+    kind, shape, offset = state["quant_type"], tuple(state["shape"]), state.get("nested_offset")
+    parts = {
+        "weight": tensors.get(name),
+        "offset": None if offset is None else torch.tensor([offset]),
+    }
+    for key in ("absmax", "nested_absmax", "quant_map", "nested_quant_map"):
+        parts[key] = tensors.pop(f"{name}.{key}", None)
+    if parts["weight"] is not None:  # bitsandbytes may store the bytes as numbers of another type
+        parts["weight"] = parts["weight"].view(torch.uint8).view(-1, 1)
+    for key, values in dict(quant_map=kind, nested_quant_map="scale").items():
+        if parts[key] is not None and not torch.equal(parts[key], codebook(values)):
+            raise UserError(f"{where}: its {key} is not that of {kind} in bitsandbytes")
+    return checked(where, kind, parts, forms(kind, shape, offset is not None), shape)
+
+
+def checked(where, kind, parts, wanted, shape):
+    """The Packed of `parts` {name: tensor or None}. UserError unless they have the dtypes and
+    shapes of `wanted`, that of forms."""
+    for name, (dtype, size) in wanted.items():
+        t = parts[name]
+        if t is None or t.dtype != dtype or t.shape != size:
+            found = "missing" if t is None else f"{t.dtype} {tuple(t.shape)}"
+            raise UserError(
+                f"{where}: the quantised matrix is damaged, its {name} is {found} and not {dtype} "
+                f"{size}: fetch the file again"
+            )
+    return Packed(kind, shape, {name: parts[name] for name in wanted})
