@@ -1256,6 +1256,12 @@ def unknown(what, name, known, c=None):
     )
 
 
+def check_head(kind, head):
+    """UserError where transformers has no model of the family with this head."""
+    if head not in FAMILIES[kind].architectures:
+        raise UserError(f"transformers has no score model of the family {kind}: take another base")
+
+
 def config_json(cfg, like=None, **extra):
     """The dict of a config.json, in the spelling that transformers 4 and 5 both read.
 
@@ -1266,6 +1272,7 @@ def config_json(cfg, like=None, **extra):
     if cfg.family not in FAMILIES:
         raise unknown("model family", cfg.family, FAMILIES)
     family = FAMILIES[cfg.family]
+    check_head(cfg.family, cfg.head)
     # null, because transformers would assume 1 and 2
     out = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     old = read_json(Path(like) / "config.json", missing={}) if like else {}

@@ -666,7 +666,8 @@ def data(tmp_path_factory):
 @every_case
 def test_stages_train_it_and_resume_exactly(name, bases, data, tmp_path):
     cfg = replace(families.load_config(bases(name)), vocab_size=264)
-    for head, dir in (("lm", "model"), ("score", "scorer")):
+    dirs = dict(lm="model", score="scorer")
+    for head, dir in ((head, dirs[head]) for head in architectures(CASES[name])):
         torch.manual_seed(0)
         model = Transformer(replace(cfg, head=head)).init_weights(std=0.1)
         weights.save_model(model, tmp_path / dir)
