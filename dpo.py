@@ -341,6 +341,7 @@ def main(cfg, rt):
         rank=rt.rank,
         world=rt.world,
         fixed_shapes=rt.fixed_shapes or cfg.compile,
+        start_ids=model.start_ids,
     )
     train = batches.Groups(rows, cfg.batch_size, **layout)
     val = batches.Groups(val_rows, cfg.batch_size, **layout) if val_rows else None

@@ -268,6 +268,10 @@ def measure_text(cfg, rt, opened, texts):
     A text is predicted in windows of max_length tokens. Each begins anew with one token of context,
     which for the first is BOS, or EOS where the model has no BOS. Every token counts once."""
     tok = opened.tok
+    if tok.prompt_end:
+        raise UserError(
+            f"{cfg.model} answers prompts, and text= has none: measure it by tasks= or data="
+        )
     size = min(cfg.max_length or math.inf, opened.model.cfg.max_positions)
     questions, owners = [], []
     for number, text in enumerate(texts):
@@ -300,7 +304,7 @@ def measure_data(cfg, rt, opened, rows):
     """Loss, perplexity and accuracy over the target tokens of a prepared folder -> (values, [])."""
     model = opened.model
     size = min(cfg.max_length or math.inf, rows.lengths.max(), model.cfg.max_positions)
-    layout = dict(rank=rt.rank, world=rt.world, packing=False)
+    layout = dict(rank=rt.rank, world=rt.world, packing=False, start_ids=model.start_ids)
     data = batches.Rows(rows, 8 * rt.world, 8, int(size), **layout)
     sums = torch.zeros(3, dtype=torch.float64)  # loss, hits, targets
     with rt.evaluating(model):
@@ -326,6 +330,7 @@ def answers_of(cfg, rt, opened, entries):
     for number, (messages, tools) in enumerate(entries, 1):
         if tok.template is None:
             ids = tok.encode("\n".join(m["content"] for m in messages), bos=tok.add_bos)
+            ids += tok.prompt_end
         else:
             ids, _ = tok.render(messages, add_generation_prompt=True, tools=tools)
         if len(ids) >= opened.model.cfg.max_positions:

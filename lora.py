@@ -102,8 +102,8 @@ def linear_names(model):
     not. The head is not among them, because nano/losses.py reads its weight."""
     return [
         name
-        for name, module in model.layers.named_modules(prefix="model.layers")
-        if hasattr(module, "in_features") and not name.endswith(".base")
+        for name, module in model.named_modules()
+        if ".layers." in name and hasattr(module, "in_features") and not name.endswith(".base")
     ]
 
 

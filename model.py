@@ -92,6 +92,10 @@ class ModelConfig:
         """Of the embedding, and of the hidden states that the head reads."""
         return self.embed_dim or self.dim
 
+    def build(self):
+        """The model of this configuration, with fresh weights."""
+        return Transformer(self)
+
 
 # ---------------------------------------------------------------------- positions
 
@@ -630,6 +634,8 @@ class Head(NamedTuple):
 
 class Transformer(nn.Module):
     VOCABULARY = ("model.embed_tokens", "lm_head")
+    # tokens with which an answer begins, behind a prompt that an encoder reads (t5.py); none here
+    start_ids = ()
 
     def __init__(self, cfg):
         super().__init__()
@@ -758,6 +764,12 @@ class Transformer(nn.Module):
             return cache_mask(positions, T, window)
         return attention_mask(torch.zeros_like(positions), window, self.cfg.head_dim)
 
+    def prefill(self, tokens, lengths, cache, positions=None):
+        """Puts prompts, the first lengths (B,) of tokens (B, T), into the slots `positions` (B, T)
+        of a cache, or its first ones. What stands behind a prompt's end is to be overwritten before
+        any token can see it."""
+        self.hidden(tokens, positions, cache=cache)
+
     def new_cache(self, batch, slots, dtype=None):
         """An empty key/value cache: per layer (keys, values), each (batch, K, slots, D)."""
         weight = self.model["embed_tokens"].weight
@@ -804,6 +816,6 @@ class NoInit(torch.overrides.TorchFunctionMode):
 
 
 def empty(cfg):
-    """A Transformer without memory. Its parameters are on the meta device, to be assigned."""
+    """A model without memory. Its parameters are on the meta device, to be assigned."""
     with torch.device("meta"), NoInit():
-        return Transformer(cfg)
+        return cfg.build()

@@ -941,8 +941,14 @@ def main(cfg, rt):
     reward_weights = cfg.reward_weights or [1.0] * len(rewards)
     longest_prompt = max(len(prompt) for prompt, _ in all_prompts)
 
-    # Other text may help the policy to keep its language: a next-token loss beside the reward.
+    # ---- models, optimizers
+    # Several of the four may share one module, which goes to the device once. The policy learns,
+    # and so does the critic if there is one; each has an optimizer over its own parameters.
+    policy, reference, scorer, critic = build(cfg, tok)
+    check_reach(cfg, policy, scorer, longest_prompt)
     micro_batch = rt.micro_batch(cfg.micro_batch)
+
+    # Other text may help the policy to keep its language: a next-token loss beside the reward.
     ptx = None
     if cfg.ptx_coef:
         ptx = batches.Rows(
@@ -955,14 +961,8 @@ def main(cfg, rt):
             rank=rt.rank,
             world=rt.world,
             fixed_shapes=rt.fixed_shapes,
+            start_ids=policy.model.start_ids,
         )
-
-    # ---- models, optimizers
-    # Several of the four may share one module, which goes to the device once. The policy learns,
-    # and so does the critic if there is one; each has an optimizer over its own parameters.
-    policy, reference, scorer, critic = build(cfg, tok)
-    check_reach(cfg, policy, scorer, longest_prompt)
-    if ptx:
         batches.check_reach(ptx.longest, policy.model.cfg.max_positions, cfg.model)
     benchmarks = evaluation.for_training(cfg, tok, policy.model.cfg)
 
@@ -1092,7 +1092,8 @@ def main(cfg, rt):
         ]
         lengths = torch.tensor([sum(actions) for _, actions in episodes])
         mask = torch.arange(cfg.max_new_tokens) < lengths[:, None]  # (N, R)
-        micro_batches = [batches.episodes(episodes[part], length) for part in slices]
+        start_ids = policy.model.start_ids
+        micro_batches = [batches.episodes(episodes[part], length, start_ids) for part in slices]
         is_action = [batch["weights"] > 0 for batch in micro_batches]  # each (M,)
         micro_batches = [rt.put(batch) for batch in micro_batches]
 

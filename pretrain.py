@@ -279,6 +279,11 @@ def main(cfg, rt):
             f"there is no {base}: name the tokenizer of the data by tokenizer= or model="
         )
     tok = tokenizer.load(base, template="plain")
+    if cfg.model and tok.prompt_end:
+        raise UserError(
+            f"model={cfg.model} is an encoder-decoder, which answers prompts: plain text has none, "
+            "so train it with sft.py"
+        )
     stores = [store.Store(dir, "train", tok) for dir in cfg.data]
     with_val = [dir for dir, meta in zip(cfg.data, metas, strict=True) if "val" in meta["splits"]]
     val_stores = [store.Store(dir, "val", tok) for dir in with_val]

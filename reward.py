@@ -25,7 +25,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nano import batches, config, estimate, generate, optim, quant, runtime, store, weights
+from nano import (
+    batches,
+    config,
+    estimate,
+    families,
+    generate,
+    optim,
+    quant,
+    runtime,
+    store,
+    weights,
+)
 from nano.config import (
     Every,
     FourBit,
@@ -284,6 +295,7 @@ def main(cfg, rt):
         method=quant.of(cfg),
     )
     model, tok = opened.model, opened.tok
+    families.check_scores(model.cfg, cfg.model)
 
     # ---- data
     # A group is one prompt's completions, best first. It stays together in one packed row, so that

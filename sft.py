@@ -225,6 +225,7 @@ def main(cfg, rt):
         over_length=cfg.over_length,
         fixed_length=cfg.compile,
         fixed_shapes=rt.fixed_shapes,
+        start_ids=model.start_ids,
         rank=rt.rank,
         world=rt.world,
     )

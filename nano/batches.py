@@ -144,7 +144,7 @@ def read(batches, step):
 # ------------------------------------------------------------------------------------------ tensors
 
 
-def collate(packs, length, prompt_weight=0.0, fixed_shapes=False):
+def collate(packs, length, prompt_weight=0.0, fixed_shapes=False, start_ids=()):
     """A micro-batch of CPU tensors from B packs, each a list of rows (tokens, mask). T is `length`.
 
     tokens     int64 (B, T), padded with 0
@@ -157,11 +157,28 @@ def collate(packs, length, prompt_weight=0.0, fixed_shapes=False):
     weights    float32 (M,), the target's mask, with `prompt_weight` in place of 0; 0 at the end of
                a document and on padding
 
-    n_tokens   int, tokens that are no padding
+    n_tokens   int, tokens of the rows, which are no padding
     n_targets  int, targets of weight 1
 
     A pack may have one token more than `length`, which is a target only.
+
+    start_ids: of an encoder-decoder (t5.py). The tokens of a row before its first target are then
+    the encoder's. The decoder reads start_ids in their place, and all else above is about what it
+    reads. Without fixed_shapes S and T are what the longest pack needs.
+
+    encoder_tokens  int64 (B, S), padded with 0
+    encoder_docs    int64 (B, S), 0, 1, ... along a row, as the documents in docs; -1 on padding
     """
+    more, n_more = {}, 0
+    if start_ids:
+        prompts, packs = split_at_answers(packs, start_ids)
+        widths = length, length
+        if not fixed_shapes:
+            widths = (max(1, *map(width, part)) for part in (prompts, packs))
+        size, length = widths
+        inputs = collate(prompts, size)
+        more = dict(encoder_tokens=inputs["tokens"], encoder_docs=inputs["docs"])
+        n_more = inputs["n_tokens"] - len(start_ids) * sum(map(len, packs))
     integers = np.zeros((4, len(packs), length + 1), np.int64)
     tokens, targets, positions, docs = integers
     weights = np.zeros(docs.shape, np.float32)
@@ -181,8 +198,39 @@ def collate(packs, length, prompt_weight=0.0, fixed_shapes=False):
     index = np.arange(weights.size) if fixed_shapes else np.flatnonzero(weights)
     arrays = dict(tokens=tokens, positions=positions, docs=docs, index=index)
     arrays |= dict(targets=targets.flat[index], weights=weights[index])
-    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return batch | dict(n_tokens=int((docs >= 0).sum()), n_targets=int((weights == 1).sum()))
+    batch = {name: torch.from_numpy(array) for name, array in arrays.items()} | more
+    n_tokens = int((docs >= 0).sum()) + n_more
+    return batch | dict(n_tokens=n_tokens, n_targets=int((weights == 1).sum()))
+
+
+def split_at_answers(packs, start_ids):
+    """Packs of rows (tokens, mask) -> (packs of what an encoder reads, packs of what the decoder
+    reads): the tokens before the first target; start_ids and the tokens from there on.
+
+    UserError for a row that begins with a target."""
+    prompts, answers = [], []
+    start = np.array(start_ids)
+    for rows in packs:
+        firsts = [int(np.argmax(mask)) for _, mask in rows]
+        if 0 in firsts:
+            raise UserError(
+                "a row begins with a target, and an encoder-decoder needs a prompt before it: "
+                "prepare the data with prompts"
+            )
+        cut = list(zip(rows, firsts, strict=True))
+        prompts.append([(tokens[:n], mask[:n]) for (tokens, mask), n in cut])
+        answers.append(
+            [
+                (np.append(start, tokens[n:]), np.append(np.zeros(len(start)), mask[n:]))
+                for (tokens, mask), n in cut
+            ]
+        )
+    return prompts, answers
+
+
+def width(rows):
+    """How many tokens a pack of rows has."""
+    return sum(len(tokens) for tokens, _ in rows)
 
 
 def tell_rows_apart(batch):
@@ -211,7 +259,7 @@ def pairs(offsets):
     return better, worse, share
 
 
-def collate_groups(packs, B, max_length, fixed_shapes=False):
+def collate_groups(packs, B, max_length, fixed_shapes=False, start_ids=()):
     """The tensors of `collate` for at most B packs of groups with N completions and P pairs in all.
 
     A pack is a list of groups (number of the first completion, [(tokens, mask), ...] best first).
@@ -225,13 +273,13 @@ def collate_groups(packs, B, max_length, fixed_shapes=False):
     better, worse int64 (P,), share float32 (P,): see `pairs`
 
     With fixed_shapes T is max_length, `index` is all positions, and N and P are padded with zeros
-    to multiples of 64.
+    to multiples of 64. start_ids: as in `collate`.
     """
     documents = [[row for _, group in pack for row in group] for pack in packs]
     documents += [[]] * (B - len(packs))
-    longest = max(max(sum(len(tokens) for tokens, _ in rows) for rows in documents), 1)
+    longest = max(1, *map(width, documents))
     T = max_length if fixed_shapes else min(-(-longest // STEP) * STEP, max_length)
-    batch = collate(documents, T, fixed_shapes=fixed_shapes)
+    batch = collate(documents, T, fixed_shapes=fixed_shapes, start_ids=start_ids)
     batch |= tell_rows_apart(batch)
 
     groups = [group for pack in packs for group in pack]
@@ -255,7 +303,7 @@ def collate_groups(packs, B, max_length, fixed_shapes=False):
     return batch | {name: torch.from_numpy(a) for name, a in arrays.items()}
 
 
-def episodes(rows, length=0):
+def episodes(rows, length=0, start_ids=()):
     """The tensors of `collate` for N episodes, rows (tokens, action mask), with M actions in all.
 
     Further tensors:
@@ -267,11 +315,11 @@ def episodes(rows, length=0):
     The actions of an episode need not stand side by side. Its first token is no action, because
     nothing predicts it. The episodes are packed without padding (B = 1). With `length`, for fixed
     shapes, each has a row of so many tokens (B = N), and `index` is all positions: `weights` is 0
-    where there is no action.
+    where there is no action. start_ids: as in `collate`.
     """
     packs = [[row] for row in rows] if length else [rows]
-    T = length or sum(len(tokens) for tokens, _ in rows)
-    batch = collate(packs, T, fixed_shapes=length > 0)
+    T = length or width(rows)
+    batch = collate(packs, T, fixed_shapes=length > 0, start_ids=start_ids)
     return batch | tell_rows_apart(batch) | dict(actions=batch["targets"])
 
 
@@ -305,11 +353,17 @@ class Rows:
     length_key: str = "max_length"  # the key, or the sum of keys, that sets max_length
     fixed_length: bool = False
     fixed_shapes: bool = False
+    start_ids: tuple = ()  # the model's, see `collate`
 
     batch = micro_batches
 
     def __post_init__(self):
         check_sizes(self.batch_size, self.micro_batch, self.world)
+        if self.start_ids and self.prompt_weight:
+            raise UserError(
+                "prompt_loss_weight= has no effect on an encoder-decoder, which reads the prompt "
+                "and does not predict it: leave it out"
+            )
         self.ahead = {}
         keep = np.ones(len(self.rows), bool)
         if self.rows.prompts:
@@ -372,7 +426,7 @@ class Rows:
             longest = max((len(tokens) for rows in packs for tokens, _ in rows), default=1)
             length = min(length, -(-longest // STEP) * STEP)
         packs += [[]] * (self.micro_batch - len(packs))
-        return collate(packs, length, self.prompt_weight, self.fixed_shapes)
+        return collate(packs, length, self.prompt_weight, self.fixed_shapes, self.start_ids)
 
 
 @dataclass
@@ -502,6 +556,7 @@ class Groups:
     rank: int = 0
     world: int = 1
     fixed_shapes: bool = False
+    start_ids: tuple = ()  # the model's, see `collate`
 
     batch = micro_batches
 
@@ -548,4 +603,6 @@ class Groups:
         packs = [
             [(self.groups.first[g], self.groups.group(g)) for g in numbers] for numbers in packs
         ]
-        return collate_groups(packs, self.micro_batch, self.max_length, self.fixed_shapes)
+        return collate_groups(
+            packs, self.micro_batch, self.max_length, self.fixed_shapes, self.start_ids
+        )

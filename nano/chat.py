@@ -614,8 +614,9 @@ def in_jinja(name, marks):
     """The template `name` of TEMPLATES in Jinja.
 
     The files are fixed: a model that was saved with one is known by its text.
-    marks: {"bos", "eos", "first"} -> the texts of these tokens. first: the BOS that comes before
-    all texts. A template that prints BOS by itself has no use for it.
+    marks: {"bos", "eos", "first", "prompt_end"} -> the texts of these tokens. first: the BOS that
+    comes before all texts. A template that prints BOS by itself has no use for it. prompt_end: the
+    EOS that closes an encoder's prompt.
     """
     source = template_file(name)
     if marks["first"] and "{bos}" not in source:

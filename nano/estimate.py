@@ -122,7 +122,7 @@ def block_bytes(model, size, tensor, document):
         attention += cfg.n_heads * document * size if short else q * size
     norm = size  # of a number in its input
     norms = {"around": 4}.get(cfg.norm_at, 1 if cfg.residual == "parallel_one_norm" else 2)
-    trained = any(p.requires_grad for p in model.model["norm"].parameters())
+    trained = any(p.requires_grad for p in model.layers[0].parameters() if p.dim() == 1)
     if cfg.norm == "rms1":
         norm = 4 * (1 + trained + on_cpu)
     elif on_cpu and cfg.norm == "rms":

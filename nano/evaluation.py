@@ -40,6 +40,7 @@ from nano.config import UserError
 SLOTS = dict(cpu=4096)
 COMPUTED = dict(cpu=256)
 GPU_SLOTS = 131072
+PADDING = dict(cpu=16)  # tokens of padding in a batch that cost more than a forward more
 
 
 # ------------------------------------------------------------------------------- log-likelihoods
@@ -65,20 +66,23 @@ class Question:
         return len(self.context) + max(map(len, self.options)) - 1
 
 
-def batched(items, sizes, limits):
+def batched(items, sizes, limits, padding=math.inf):
     """Lists of neighbours among `items`, each a batch with a row for each item.
 
     sizes(item): what the item's row has of each kind of tokens. Rows are padded to the longest of
-    their batch, and a batch has at most `limits` of each kind."""
-    batch, longest = [], ()
+    their batch. A batch has at most `limits` of each kind, and at most `padding` of the first."""
+    batch, longest, real = [], (0,) * len(limits), 0
     for item in items:
-        with_it = [*map(max, zip(sizes(item), *([longest] if batch else []), strict=True))]
+        size = sizes(item)
+        with_it = [*map(max, size, longest)]
         rows = len(batch) + 1
-        if batch and any(rows * n > limit for n, limit in zip(with_it, limits, strict=True)):
+        full = any(rows * n > limit for n, limit in zip(with_it, limits, strict=True))
+        if batch and (full or rows * with_it[0] - real - size[0] > padding):
             yield batch
-            batch, with_it = [], sizes(item)
+            batch, with_it, real = [], size, 0
         batch.append(item)
         longest = with_it
+        real += size[0]
     if batch:
         yield batch
 
@@ -92,9 +96,7 @@ def padded(rows, device):
 
 
 def prefix_cache(model, ids, device):
-    """The key/value cache of one row `ids`, or None where there are none."""
-    if not ids:
-        return None
+    """The key/value cache of one row `ids`."""
     cache = model.new_cache(1, len(ids))
     model.hidden(torch.tensor([ids], device=device), cache=cache)
     return cache
@@ -119,12 +121,11 @@ class Memory:
         """Takes over rows of a cache. rows: (number of a question, end) of each row, whose tokens
         stand in the slots begin ... end - 1."""
         self.layers = self.layers or [[[], []] for _ in cache]
-        slots = torch.arange(cache[0][0].shape[2], device=cache[0][0].device)
-        ends = torch.tensor([end for _, end in rows], device=slots.device)
-        real = (slots >= begin) & (slots < ends[:, None])
+        places = [(n, slot) for n, (_, end) in enumerate(rows) for slot in range(begin, end)]
+        index, slots = torch.tensor(places, device=cache[0][0].device).T
         for layer, new in zip(self.layers, cache, strict=True):
             for parts, t in zip(layer, new, strict=True):
-                parts.append(t.transpose(1, 2)[real])
+                parts.append(t[index, :, slots])
         for number, end in rows:
             self.starts[number] = self.count
             self.count += end - begin
@@ -133,12 +134,12 @@ class Memory:
         """A cache whose rows begin with contexts, with `room` slots behind the longest.
 
         rows: (number of a question, tokens of its context) of each."""
-        device = self.layers[0][0][0].device
         width = max(size for _, size in rows) + room
-        index = torch.arange(width, device=device).repeat(len(rows), 1)
+        index = torch.arange(width).repeat(len(rows), 1)
         for row, (number, size) in zip(index, rows, strict=True):
             row[self.prefix : size] += self.starts[number] - self.prefix
             row[size:] = 0  # to be written
+        index = index.to(self.layers[0][0][0].device)
         for layer in self.layers:
             layer[:] = [[torch.cat(parts)] for parts in layer]
 
@@ -150,12 +151,12 @@ class Memory:
         return [tuple(copied(part) for (part,) in layer) for layer in self.layers]
 
 
-def score(model, head, questions, prefix, common, limits):
+def score(model, head, questions, prefix, common, limits, padding=math.inf):
     """Scores the options of some questions -> (logprobs, hits), both (N,) for N options in order.
 
     logprobs: the sum over an option's tokens. hits: whether greedy decoding would give them all.
     prefix, common: the number of tokens that all contexts begin with, and the cache of them.
-    limits: tokens that a forward computes, and slots of its cache.
+    limits: tokens that a forward computes, and slots of its cache. padding: as in `batched`.
 
     A context is computed once, and its last position predicts the first token of each of its
     options. Then the longer options follow, those of similar length together, each behind a copy of
@@ -173,7 +174,7 @@ def score(model, head, questions, prefix, common, limits):
     memory = Memory(prefix, common)
     rows = [q.context + (q.options[0][:-1] if len(q.options) == 1 else []) for q in questions]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    for batch in batched(order, lambda i: (len(rows[i]) - prefix, len(rows[i])), limits):
+    for batch in batched(order, lambda i: (len(rows[i]) - prefix, len(rows[i])), limits, padding):
         tokens = padded([rows[i][prefix:] for i in batch], device)
         remembered = [i for i in batch if len(questions[i].options) > 1]
         cache = positions = None
@@ -211,7 +212,7 @@ def score(model, head, questions, prefix, common, limits):
         i, _, option, _ = item
         return len(option) - 1, len(rows[i]) + len(option) - 1
 
-    for batch in batched(longer, sizes, limits):
+    for batch in batched(longer, sizes, limits, padding):
         tokens = padded([option[:-1] for _, _, option, _ in batch], device)
         contexts = [(i, len(rows[i])) for i, _, _, _ in batch]
         starts = torch.tensor([size for _, size in contexts], device=device)
@@ -222,11 +223,36 @@ def score(model, head, questions, prefix, common, limits):
             first = max(given, 1)
             predict(n, row[first - 1 : len(option) - 1], option[first:])
 
-    targets = torch.tensor(targets, device=device)
+    return summed(head, states, targets, owners, firsts[-1])
+
+
+def score_answers(model, head, questions):
+    """`score` for an encoder-decoder: the encoder reads each context once, and what it makes
+    of it is copied for the options."""
+    device = head.weight.device
+    options = [(i, option) for i, q in enumerate(questions) for option in q.options]
+    lengths = torch.tensor([len(q.context) for q in questions], device=device)
+    tokens = padded([[*model.start_ids, *option[:-1]] for _, option in options], device)
+    cache = model.new_cache(len(questions), int(lengths.max()) + tokens.shape[1])
+    model.prefill(padded([q.context for q in questions], device), lengths, cache)
+    sources = torch.tensor([i for i, _ in options], device=device)
+    copies = [tuple(t[sources] for t in layer) for layer in cache]
+    positions = lengths[sources, None] + torch.arange(tokens.shape[1], device=device)
+    hidden = model.hidden(tokens, positions, cache=copies)
+    states = [row[: len(option)] for row, (_, option) in zip(hidden, options, strict=True)]
+    targets = [token for _, option in options for token in option]
+    owners = [n for n, (_, option) in enumerate(options) for _ in option]
+    return summed(head, states, targets, owners, len(options))
+
+
+def summed(head, states, targets, owners, count):
+    """(logprobs, hits) of `count` options, from the tokens of all of them. states: hidden states,
+    as lists of rows. targets: the tokens that they predict. owners: the option of each."""
+    targets = torch.tensor(targets, device=head.weight.device)
     logprobs, hits = (t.cpu() for t in losses.token_scores(torch.cat(states), head, targets))
     owners = torch.tensor(owners)
-    totals = torch.zeros(firsts[-1], dtype=torch.float64).index_add(0, owners, logprobs.double())
-    return totals, torch.zeros(firsts[-1]).index_add(0, owners, 1 - hits) == 0
+    totals = torch.zeros(count, dtype=torch.float64).index_add(0, owners, logprobs.double())
+    return totals, torch.zeros(count).index_add(0, owners, 1 - hits) == 0
 
 
 @torch.no_grad()
@@ -238,13 +264,15 @@ def loglikelihoods(model, rt, questions, slots=None):
     sizes = [len(q.options) for q in questions]
     switch = model.cfg.rope_switch
     apart = switch is not None and max(q.length for q in questions) > switch
-    if apart:
-        # other rotary frequencies there: no option goes on from the cache of its context
+    # There other rotary frequencies hold, so that no option goes on from the cache of its context.
+    # An encoder has to read what is given of an option.
+    if apart or (model.start_ids and any(any(q.given) for q in questions)):
         pairs = [(q, *pair) for q in questions for pair in zip(q.options, q.given, strict=True)]
-        questions = [Question(q.context, [o], given=[given]) for q, o, given in pairs]
+        questions = [Question(q.context + o[:given], [o[given:]]) for q, o, given in pairs]
     kind = rt.device.type
     slots = slots or SLOTS.get(kind, GPU_SLOTS)
     limits = min(slots, COMPUTED.get(kind, slots)), slots
+    padding = PADDING.get(kind, math.inf)
     copy = generate.snapshot(model, rt.dtype, pack=False)
     head = model.head._replace(weight=generate.frozen(model.head_weight, rt.dtype))
     firsts = np.cumsum([0, *(len(q.options) for q in questions)])
@@ -253,7 +281,10 @@ def loglikelihoods(model, rt, questions, slots=None):
     order = sorted(range(len(questions)), key=lambda i: questions[i].key)
     for _, same in groupby(order, key=lambda i: questions[i].key):
         numbers = sorted(same, key=lambda i: -questions[i].length)
-        prefix = 0 if apart else generate.common_prefix([questions[i].context for i in numbers])
+        # an encoder reads the beginning of a prompt otherwise before another end
+        prefix = 0
+        if not apart and not copy.start_ids:
+            prefix = generate.common_prefix([questions[i].context for i in numbers])
         common = None
         for part in batched(numbers, lambda i: (len(questions[i].context),), (slots,)):
             turn += 1
@@ -262,7 +293,11 @@ def loglikelihoods(model, rt, questions, slots=None):
             if prefix and common is None:
                 ids = questions[part[0]].context[:prefix]
                 common = prefix_cache(copy, ids, head.weight.device)
-            scored = score(copy, head, [questions[i] for i in part], prefix, common, limits)
+            chosen = [questions[i] for i in part]
+            if copy.start_ids:
+                scored = score_answers(copy, head, chosen)
+            else:
+                scored = score(copy, head, chosen, prefix, common, limits, padding)
             places = np.concatenate([np.arange(firsts[i], firsts[i + 1]) for i in part])
             totals[:, places] = torch.stack([t.double() for t in scored])
             rt.sync()
@@ -383,8 +418,13 @@ def split_ids(tok, context, continuation):
 
     They are those of lm-eval, so that numbers compare: white space at the end of the context
     belongs to the continuation, and what the context alone would be in tokens is taken from the
-    whole. An empty context is BOS, or EOS where the model has no BOS."""
+    whole. An empty context is BOS, or EOS where the model has no BOS. An encoder reads the context
+    as a text of its own."""
     start = context.rstrip()
+    if tok.prompt_end:
+        return [*tok.encode(start), *tok.prompt_end], tok.encode(
+            context[len(start) :] + continuation
+        )
     ids = tok.encode(context + continuation, bos=tok.add_bos)
     if not start:
         first = tok.bos_id if tok.bos_id is not None else tok.eos_id
@@ -438,7 +478,7 @@ def prompt_ids(task, tok, record, shots, chat):
             return chat_options(tok, turns, task.replies(record))[0][0]  # the answer has a name
         return tok.render(turns, add_generation_prompt=True)[0]
     text = shots_text(task, record, shots) + task.prompt(record)
-    return tok.encode(text, bos=tok.add_bos)
+    return [*tok.encode(text, bos=tok.add_bos), *tok.prompt_end]
 
 
 def fitting(build, size, shots, room):
@@ -589,8 +629,10 @@ def by_loglikelihood(benchmark, model, rt, slots=None):
     task = benchmark.task
     questions, owners = [], []
     for i, pairs in enumerate(benchmark.prompts):
-        shared = commonprefix([context for context, _ in pairs])
-        for part in [pairs] if shared else [[pair] for pair in pairs]:
+        # an encoder reads a context as a whole
+        shared = [] if model.start_ids else commonprefix([context for context, _ in pairs])
+        for _, same in groupby(pairs, key=lambda pair: shared or pair[0]):
+            part = list(same)
             context = shared or part[0][0]
             options = [begin[len(context) :] + option for begin, option in part]
             given = [len(begin) - len(context) for begin, _ in part]

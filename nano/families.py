@@ -4,6 +4,8 @@ A family is an entry of FAMILIES. Its tables hold what tables can say, and two f
 rest. A family whose files name, fuse and lay out tensors as this model does needs no `tensors`."""
 
 import difflib
+import importlib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -12,7 +14,6 @@ from typing import TypedDict
 
 import torch
 
-from model import ModelConfig
 from nano.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError
 from nano.files import check_json, no_model_directory, read_json, recover_dir
 from nano.vocab import TokenIds
@@ -142,6 +143,14 @@ class Family:
     layouts: dict = field(default_factory=dict)  # module in the file -> Layout other than ROWS
     prefix: str = ""  # of modules in the file; a file of the bare trunk leaves it out
     ignored: str = r"\.rotary_emb\.inv_freq$"  # regex of constants that old files hold
+    module: str = "model"  # which has its ModelConfig
+    # transformers 5 ties the output matrix in all configurations, and a file that has one of its
+    # own is not tied all the same
+    head_by_file: bool = False
+
+    @property
+    def config(self):
+        return importlib.import_module(self.module).ModelConfig
 
 
 def read_llama(c, fields):
@@ -479,6 +488,67 @@ def write_neox(cfg):
     }
 
 
+def read_t5(c, fields):
+    gate, _, name = c["feed_forward_proj"].rpartition("-")
+    # the release calls its approximation of GELU so
+    name = "gelu_new" if c["feed_forward_proj"] == "gated-gelu" else name
+    if gate not in ("", "gated") or name not in ACTIVATION_NAMES:
+        raise UserError(f"feed_forward_proj {c['feed_forward_proj']!r} is not supported")
+    layers = c.get("num_decoder_layers") or fields["n_layers"]
+    start = c.get("decoder_start_token_id")
+    # of the distances in half of the buckets, half have one each
+    if not 2 <= fields["buckets"] // 4 < fields["buckets"] // 2 < fields["far"]:
+        raise UserError(
+            "relative_attention_num_buckets must be 8 or more, and "
+            "relative_attention_max_distance above half of it"
+        )
+    scaled = False
+    if c.get("model_type") != "mt5":
+        scaled = c.get("scale_decoder_outputs", c.get("tie_word_embeddings") is not False)
+    return dict(
+        n_kv_heads=fields["n_heads"],
+        n_decoder_layers=checked(layers, "num_decoder_layers", int),
+        start_id=(c.get("pad_token_id") or 0) if start is None else start,
+        mlp="gated" if gate else "plain",
+        activation=ACTIVATION_NAMES[name],
+        logit_scale=1 / math.sqrt(fields["dim"]) if scaled else 1.0,
+    )
+
+
+def write_t5(cfg):
+    proj = activation_name(cfg)
+    if cfg.mlp == "gated":
+        proj = "gated-gelu" if proj == "gelu_new" else f"gated-{proj}"
+    return {
+        "is_encoder_decoder": True,
+        "num_decoder_layers": cfg.n_decoder_layers,
+        "decoder_start_token_id": cfg.start_id,
+        "feed_forward_proj": proj,
+        "scale_decoder_outputs": cfg.logit_scale != 1.0,
+    }
+
+
+def t5_tensors(cfg):
+    """A block of a file is a list: self-attention, in the decoder cross-attention, and MLP."""
+    up = {"gate_proj": "wi_0", "up_proj": "wi_1"} if cfg.mlp == "gated" else {"up_proj": "wi"}
+    out = {"model.embed_tokens": "shared"}
+    for stack, mlp in (("encoder", 1), ("decoder", 2)):
+        here, there = f"model.{stack}.layers.{{}}", f"{stack}.block.{{}}.layer"
+        attention = {"self_attn": "0.SelfAttention", "cross_attn": "1.EncDecAttention"}
+        for ours, theirs in attention.items():
+            for letter in "qkvo":
+                out[f"{here}.{ours}.{letter}_proj"] = f"{there}.{theirs}.{letter}"
+        for ours, theirs in (up | {"down_proj": "wo"}).items():
+            out[f"{here}.mlp.{ours}"] = f"{there}.{mlp}.DenseReluDense.{theirs}"
+        norms = {"input": 0, "cross": 1, "post_attention": mlp}
+        for ours, theirs in norms.items():
+            out[f"{here}.{ours}_layernorm"] = f"{there}.{theirs}.layer_norm"
+        first = f"{stack}.block.0.layer.0.SelfAttention"
+        out[f"model.{stack}.distance_bias"] = f"{first}.relative_attention_bias"
+        out[f"model.{stack}.norm"] = f"{stack}.final_layer_norm"
+    return out
+
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -667,6 +737,35 @@ FALCON_TENSORS = {  # without the norms of blocks
     "model.layers.{}.mlp.down_proj": "transformer.h.{}.mlp.dense_4h_to_h",
     "model.norm": "transformer.ln_f",
 }
+T5_DEFAULTS = {
+    "d_kv": 64,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+    "feed_forward_proj": "relu",
+    "tie_word_embeddings": True,
+}
+T5 = dict(
+    keys={
+        "vocab_size": "vocab_size",
+        "dim": "d_model",
+        "ffn_dim": "d_ff",
+        "n_layers": "num_layers",
+        "n_heads": "num_heads",
+        "head_dim": "d_kv",
+        "buckets": "relative_attention_num_buckets",
+        "far": "relative_attention_max_distance",
+        "norm_eps": "layer_norm_epsilon",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+    read=read_t5,
+    write=write_t5,
+    tensors=t5_tensors,
+    # copies of the embedding, and a bias that the first releases never used
+    ignored=r"^(en|de)coder\.embed_tokens\.weight$|EncDecAttention\.relative_attention_bias",
+    module="t5",
+    head_by_file=True,
+)
 
 FAMILIES = {  # by model_type
     "llama": Family(
@@ -1020,6 +1119,12 @@ FAMILIES = {  # by model_type
         prefix="gpt_neox.",
         ignored=r"\.attention\.(masked_)?bias$|\.rotary_emb\.inv_freq$",
     ),
+    "t5": Family({"lm": "T5ForConditionalGeneration"}, defaults=T5_DEFAULTS, **T5),
+    "mt5": Family(
+        {"lm": "MT5ForConditionalGeneration"},
+        defaults=T5_DEFAULTS | {"feed_forward_proj": "gated-gelu"},
+        **T5,
+    ),
 }
 
 # --- config.json --------------------------------------------------------------------------------
@@ -1056,6 +1161,9 @@ class ConfigJson(TokenIds, total=False):
     hidden_act: str
     hidden_activation: str
     activation_function: str
+    feed_forward_proj: str
+    decoder_start_token_id: NonNegativeInt | None
+    scale_decoder_outputs: bool
     activation: str
     rms_norm_eps: NonNegativeFloat | None
     layer_norm_epsilon: NonNegativeFloat | None
@@ -1141,14 +1249,13 @@ def read_config(c):
             value = fields["n_heads"]
         elif value is None and name == "head_dim":
             value = fields["dim"] // fields["n_heads"]
-        fields[name] = checked(value, key, ModelConfig.__annotations__[name])
+        fields[name] = checked(value, key, family.config.__dataclass_fields__[name].type)
     fields |= family.always | family.read(c, fields)
-    cfg = normal(ModelConfig(**fields, head=head, family=kind))
-    pairs = int(cfg.head_dim * cfg.rope_part) // 2
-    for key in ("short_factor", "long_factor") if cfg.rope_switch else ():
-        if len(cfg.rope_scaling[key]) != pairs:
-            raise UserError(f"{key} needs {pairs} numbers: one for each pair of a rotated head")
+    cfg = normal(family.config(**fields, head=head, family=kind))
     rotated = int(cfg.head_dim * cfg.rope_part) if cfg.positions == "rope" else 0
+    for key in ("short_factor", "long_factor") if cfg.rope_switch else ():
+        if len(cfg.rope_scaling[key]) != rotated // 2:
+            raise UserError(f"{key} needs {rotated // 2} numbers: one for each rotated pair")
     if cfg.n_heads % cfg.n_kv_heads or rotated % 2:
         raise UserError(
             f"{cfg.n_heads} heads of {cfg.head_dim} numbers "
@@ -1256,10 +1363,13 @@ def unknown(what, name, known, c=None):
     )
 
 
-def check_head(kind, head):
-    """UserError where transformers has no model of the family with this head."""
-    if head not in FAMILIES[kind].architectures:
-        raise UserError(f"transformers has no score model of the family {kind}: take another base")
+def check_scores(cfg, dir):
+    """UserError for a model of a family without score models. dir: of the model, for the message"""
+    if "score" not in FAMILIES[cfg.family].architectures:
+        raise UserError(
+            f"model={dir} is of family {cfg.family}, of which transformers has no model with one "
+            "score: give a model of another family"
+        )
 
 
 def config_json(cfg, like=None, **extra):
@@ -1272,7 +1382,8 @@ def config_json(cfg, like=None, **extra):
     if cfg.family not in FAMILIES:
         raise unknown("model family", cfg.family, FAMILIES)
     family = FAMILIES[cfg.family]
-    check_head(cfg.family, cfg.head)
+    if cfg.head not in family.architectures:
+        raise UserError(f"transformers has no score model of family {cfg.family} to save it as")
     # null, because transformers would assume 1 and 2
     out = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     old = read_json(Path(like) / "config.json", missing={}) if like else {}

@@ -251,15 +251,17 @@ class Batch:
         self.graphs.clear()  # they point to the old cache
 
     def prefill(self, prompts, rows, width):
-        """The cache of `prompts`, keys and values (rows, K, width, D) per layer, right-padded.
+        """The cache of `prompts`, tensors (rows, K, width, D), right-padded.
 
         What stands behind a prompt's end is overwritten before any token can see it. The last token
         of a prompt is left to the first step.
         """
         begin = len(self.prefix)
         tokens = torch.zeros(rows, width - begin, dtype=torch.int64)
-        for row, ids in zip(tokens, prompts, strict=False):
-            row[: len(ids) - 1 - begin] = torch.tensor(ids[begin:-1])
+        lengths = torch.zeros(rows, dtype=torch.int64)
+        for i, ids in enumerate(prompts):
+            lengths[i] = len(ids) - 1 - begin
+            tokens[i, : len(ids) - 1 - begin] = torch.tensor(ids[begin:-1])
         cache = self.model.new_cache(rows, width, self.dtype)
         positions = None
         if begin:
@@ -271,7 +273,8 @@ class Batch:
                 t[:, :, :begin] = prefix
             positions = torch.arange(begin, width, device=self.device).expand_as(tokens)
         if width > begin:
-            self.model.hidden(tokens.to(self.device), positions, cache=cache)
+            tokens, lengths = tokens.to(self.device), lengths.to(self.device)
+            self.model.prefill(tokens, lengths, cache, positions)
         return cache
 
     def place(self, rows, prompts, limits, uniforms, sources, cache):
@@ -300,7 +303,7 @@ class Batch:
         last, position, count, limit, done, uniform, tokens, logprobs = (
             t[:rows] for t in self.state
         )
-        cache = [(keys[:rows], values[:rows]) for keys, values in self.cache]
+        cache = [tuple(t[:rows] for t in layer) for layer in self.cache]
         hidden = self.model.hidden(last[:, None], position[:, None], cache=cache)
         at = count[:, None]
         logits = soft_cap(self.head(hidden[:, 0] * self.logit_scale), self.logit_cap)
@@ -539,6 +542,7 @@ def generate(
     check(prompts, model.cfg)
     if not prompts:
         return Samples([], [], [])
+    prompts = [[*prompt, *model.start_ids] for prompt in prompts]
     room = [model.cfg.max_positions - len(prompt) for prompt in prompts]
     limits = [min(pair) for pair in zip(limits, room, strict=True) for _ in range(group)]
     prompts = [prompt for prompt in prompts for _ in range(group)]
@@ -561,7 +565,8 @@ def generate(
             return on_token(numbers[i], token)
 
         rows = min(batch_size, len(prompts))
-        prefix = prompts[0][: common_prefix(prompts)]
+        # an encoder reads the beginning of a prompt otherwise before another end
+        prefix = [] if model.start_ids else prompts[0][: common_prefix(prompts)]
         batch = Batch(model, rows, prefix, longest, stop_ids, sampling, plan)
         for rope in batch.model.ropes.values():
             rope.switch = switch

@@ -30,7 +30,7 @@ def choose_trained(model, train, freeze_layers):
     train: all, attention or qv. UserError for more layers than there are, and for quantised ones.
     """
     quant.refuse_training(model)
-    parts = dict(all=("",), attention=(".self_attn.",), qv=(".q_proj.", ".v_proj."))[train]
+    parts = dict(all=("",), attention=("_attn.",), qv=(".q_proj.", ".v_proj."))[train]
     for name, p in model.named_parameters():
         p.requires_grad = any(part in name for part in parts)
     if freeze_layers > len(model.layers):

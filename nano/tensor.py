@@ -23,6 +23,11 @@ from nano.config import UserError
 
 def check(cfg, size):
     """UserError unless `size` devices can share the layers of a model with this ModelConfig."""
+    if size > 1 and cfg.positions == "distance":
+        raise UserError(
+            f"tensor={size} does not share out what distances add to the scores of heads: "
+            "use parallel=fsdp alone"
+        )
     kv_heads = 0 if cfg.n_kv_heads == 1 else cfg.n_kv_heads  # one serves the heads of each device
     if any(n % size for n in (cfg.n_heads, kv_heads, cfg.ffn_dim)):
         raise UserError(

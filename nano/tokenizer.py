@@ -2,7 +2,8 @@
 
     byte-level BPE   on tiktoken: tokenizer.json, vocab.json + merges.txt, or a tiktoken file (Llama
                      3's tokenizer.model)
-    sentencepiece    on sentencepiece: tokenizer.model, or a byte-fallback tokenizer.json
+    sentencepiece    on sentencepiece: tokenizer.model, spiece.model (T5's), or a tokenizer.json
+                     with a byte-fallback BPE or a Unigram model
 
 Text of users and data sets is encoded so that nothing in it becomes a control token. Only a chat
 template writes control tokens, by id. Tokenizer.render is the one place that lays out conversations
@@ -46,6 +47,7 @@ from nano.vocab import (
     TokenIds,
     TokenizerConfig,
     TokenizerJson,
+    UnigramJson,
     added_token,
     one_regex,
     part,
@@ -55,6 +57,7 @@ from nano.vocab import (
 FILES = [  # the files of a model directory that belong to its tokenizer
     "tokenizer.json",
     "tokenizer.model",
+    "spiece.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -67,12 +70,15 @@ FILES = [  # the files of a model directory that belong to its tokenizer
 ]
 
 
+PROTOS = ("tokenizer.model", "spiece.model")  # names of a sentencepiece model
+
+
 def files_of(dir):
     return [path for pattern in FILES for path in Path(dir).glob(pattern)]
 
 
 def has_vocabulary(dir):
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    names = ("tokenizer.json", *PROTOS, "vocab.json")
     return any((Path(dir) / name).exists() for name in names) or any(Path(dir).glob("*.tiktoken"))
 
 
@@ -266,6 +272,7 @@ class Cache(dict):
 #     "first"    before the whole text, unless it begins with a space
 #     "never"
 # .bytes: {id: bytes}
+# .unknown: the id of what the vocabulary cannot spell, or None
 
 
 @dataclass
@@ -280,6 +287,7 @@ class BytePairs:
     normal: str | None = None  # a Unicode normal form
     holes: bytes = b""  # the bytes that the vocabulary lacks
     prefix: str = "never"
+    unknown: None = None
 
     def __post_init__(self):
         pattern = grouped(self.pattern or r"[\s\S]+")
@@ -447,6 +455,8 @@ class SentencePiece:
         except RuntimeError as error:
             raise UserError(f"the sentencepiece model does not load: {error}") from None
         self.prefix = prefix if self.model.encode("a") != self.bare.encode("a") else "never"
+        if prefix == "missing" and self.model.encode(" a") == self.model.encode("a"):
+            self.prefix = "always"  # the model takes the space away that text begins with
         self.bytes = {}
         self.control = {}  # {name: id} of control and unknown pieces
         tokens = [self.model.id_to_piece(id) for id in range(len(self.model))]
@@ -462,6 +472,7 @@ class SentencePiece:
         kept = b"".join(map(self.bytes.get, self.bare.encode(probe))) == probe.encode()
         self.by_word = kept and not any("▁" in token.lstrip("▁") for token in tokens)
         self.words = Cache(self.bare.encode)
+        self.unknown = self.model.unk_id()
 
     def order(self, special):
         """What decides the ids: the ids of each piece's own text, whatever its score is. Text never
@@ -515,6 +526,31 @@ def proto_from_json(spec, prefix):
     return sentencepiece_proto(pieces, prefix != "never", (unknown, -1, -1, -1))
 
 
+def proto_from_unigram(spec, prefix):
+    """The same of a Unigram model, whose pieces have scores, and whose normalizer is a table."""
+    model = spec["model"]
+    special = {entry["id"]: entry.get("special", True) for entry in spec.get("added_tokens", [])}
+    pieces = []
+    for id, entry in enumerate(model["vocab"]):
+        if [type(part) for part in entry] not in ([str, float], [str, int]):
+            raise UserError(f"piece {id} of tokenizer.json is {entry!r:.60}, not [text, score]")
+        token, score = entry
+        kind = BYTE if model.get("byte_fallback") and re.fullmatch("<0x..>", token) else NORMAL
+        if id == model["unk_id"]:
+            kind = UNKNOWN
+        elif id in special:
+            kind = CONTROL if special[id] else USER_DEFINED
+        pieces.append((token, score, kind))
+    table = first(spec.get("normalizer"), "Precompiled")
+    try:
+        table = base64.b64decode((table or {}).get("precompiled_charsmap") or "", validate=True)
+    except ValueError:
+        raise UserError(
+            "tokenizer.json is damaged: its precompiled_charsmap is not base64"
+        ) from None
+    return sentencepiece_proto(pieces, prefix != "never", (model["unk_id"], -1, -1, -1), table)
+
+
 # -------------------------------------------------------------------------------------------- files
 
 LLAMA3_NAMES = [
@@ -561,11 +597,15 @@ def read_tiktoken(path):
 
 
 def check_sentencepiece(path, spec):
-    """UserError where a byte-fallback tokenizer.json prepares text otherwise than sentencepiece.
+    """UserError where a tokenizer.json prepares text otherwise than sentencepiece.
 
-    sentencepiece turns spaces into ▁, may put one ▁ before the text, and does nothing else.
+    sentencepiece turns spaces into ▁ and may put one ▁ before the text. For a BPE it does nothing
+    else. For a Unigram model it also looks characters up in a table and removes spaces beside
+    spaces and at both ends.
     """
     known = {("Prepend", "▁"), ("Replace", " ▁"), ("Metaspace", "▁"), ("Split", " ")}
+    if spec["model"].get("type") == "Unigram":
+        known |= {("Precompiled", ""), ("Strip", ""), ("Replace", "▁"), ("WhitespaceSplit", "")}
     steps = flat(spec.get("normalizer")) + flat(spec.get("pre_tokenizer"))
     texts = set()
     for step in steps:
@@ -581,9 +621,9 @@ def check_sentencepiece(path, spec):
 def read_sentencepiece(folder, spec, config, added):
     """(SentencePiece, the file it was read from, {"bos": id, ...}); completes `added`."""
     whole = folder / "tokenizer.json"
-    proto = folder / "tokenizer.model"
-    from_json = not proto.exists()
-    if from_json:
+    proto = next((path for name in PROTOS if (path := folder / name).exists()), None)
+    unigram = bool(spec) and spec["model"].get("type") == "Unigram"
+    if not proto:
         check_sentencepiece(whole, spec)
     space = first(spec.get("pre_tokenizer"), "Metaspace")
     if space:
@@ -591,7 +631,7 @@ def read_sentencepiece(folder, spec, config, added):
         prefix = space.get("prepend_scheme", default)
         if prefix == "always":
             prefix = "missing"
-        names = spec["model"]["vocab"] if from_json else ()
+        names = spec["model"]["vocab"] if not proto and not unigram else ()
         wide = any("▁" in name[1:] for name in names if name not in added)
         if wide and space.get("split", True):
             raise UserError(
@@ -602,15 +642,23 @@ def read_sentencepiece(folder, spec, config, added):
         prefix = "always" if first(spec.get("normalizer"), "Prepend") else "never"
     else:
         prefix = "first" if config.get("legacy") is False else "always"
-    back = SentencePiece(proto_from_json(spec, prefix) if from_json else proto.read_bytes(), prefix)
+    if proto:
+        content = proto.read_bytes()
+    else:
+        content = (proto_from_unigram if unigram else proto_from_json)(spec, prefix)
+    back = SentencePiece(content, prefix)
     for name, id in back.control.items():
         added.setdefault(name, added_token(id, name))
-    if from_json and prefix == "never":  # sentencepiece finds the other added tokens by itself
+    if proto and proto.name == "spiece.model":  # T5 numbers these behind the model's, backwards
+        last = len(back.model) + config.get("extra_ids", 100) - 1
+        for n in range(config.get("extra_ids", 100)):
+            added.setdefault(f"<extra_id_{n}>", added_token(last - n, f"<extra_id_{n}>"))
+    if not proto and prefix == "never":  # sentencepiece finds the other added tokens by itself
         for name in [name for name, entry in added.items() if not entry["special"]]:
             del added[name]
     ends = {key: getattr(back.model, f"{key}_id")() for key in ("bos", "eos", "pad")}
     ends = {key: id for key, id in ends.items() if id >= 0}
-    return back, whole if from_json else proto, ends
+    return back, proto or whole, ends
 
 
 def read_vocabulary(folder, spec, config, added, names):
@@ -656,7 +704,11 @@ def read_vocabulary(folder, spec, config, added, names):
             bytes_of = {rank: token for token, rank in ranks.items()}
             return BytePairs(ranks, bytes_of, pattern, normal=normal), [file], ends
 
-    if proto.exists() or (is_bpe and model.get("byte_fallback")):
+    unigram = model.get("type") == "Unigram"
+    if unigram:
+        files.check_json(spec, UnigramJson, whole)
+    has_proto = any((folder / name).exists() for name in PROTOS)
+    if has_proto or unigram or (is_bpe and model.get("byte_fallback")):
         back, file, ends = read_sentencepiece(folder, spec, config, added)
         return back, [file], ends
     if spec:
@@ -762,6 +814,7 @@ def load(path, template=None, options=(), base=None):
         template=template,
         dir=folder,
         options=options,
+        encodes=read_json(ends_of / "config.json", TokenIds).get("is_encoder_decoder"),
     )
 
 
@@ -877,6 +930,7 @@ class Tokenizer:
     .template       name of the chat template, or None. "model": the directory's own, of no other
                     name
     .chat_template  the same in Jinja, or None
+    .prompt_end     ids that close a prompt: [EOS] for an encoder, [] for a decoder, which goes on
     .adopted        whether chat_template is not the directory's own
     .empty_thoughts whether the empty thought that a template prints is a target
     .counts         Counter of last answers that the template leaves open, by the token that
@@ -887,7 +941,19 @@ class Tokenizer:
     """
 
     def __init__(
-        self, model, added, ends, add_bos, fingerprint, stops, named, own, template, options, dir
+        self,
+        model,
+        added,
+        ends,
+        add_bos,
+        fingerprint,
+        stops,
+        named,
+        own,
+        template,
+        options,
+        dir,
+        encodes,
     ):
         self.model = model
         self.dir = dir
@@ -905,6 +971,8 @@ class Tokenizer:
         self._marks = {key: texts.get(ends.get(key), "") for key in ("bos", "eos")}
         self._named = {f"{key}_token": text for key, text in self._marks.items() if text} | named
         self._marks["first"] = self._marks["bos"] if add_bos else ""
+        self._marks["prompt_end"] = self._marks["eos"] if encodes else ""
+        self.prompt_end = [self.eos_id] if self._marks["prompt_end"] else []
         self._ends = [texts[id] for id in stops if id in texts]
         self._others = {}  # named template -> its layout, for what `advice` tries
         self.template, self.layout, self.chat_template = chat.choose(
@@ -935,7 +1003,8 @@ class Tokenizer:
         self._leaks = {
             entry["id"]
             for name, entry in added.items()
-            if entry["id"] in self.control and entry["id"] in model.encode(name, False)
+            if entry["id"] in self.control - {model.unknown}
+            and entry["id"] in model.encode(name, False)
         }
 
     @functools.cached_property

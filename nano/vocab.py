@@ -117,6 +117,7 @@ class Step(TypedDict, total=False):
     content: str
     replacement: str
     prepend_scheme: str
+    precompiled_charsmap: str | None
     split: bool
     single: list[dict]
 
@@ -147,6 +148,16 @@ class BytePairJson(TypedDict):
     model: BytePairModel
 
 
+class UnigramModel(TypedDict, total=False):
+    vocab: Required[list[list[str | float]]]
+    unk_id: Required[Id]
+    byte_fallback: bool
+
+
+class UnigramJson(TypedDict):
+    model: UnigramModel
+
+
 class NamedTemplate(TypedDict):
     name: str
     template: str
@@ -164,6 +175,7 @@ class TokenizerConfig(SpecialTokensMap, total=False):
     add_bos_token: bool | None
     add_prefix_space: bool | None
     chat_template: str | list[NamedTemplate] | None
+    extra_ids: Annotated[int, ("from 0 to 10,000", lambda n: 0 <= n <= 10_000)]
     legacy: bool | None
     tokenizer_class: str | None
 
@@ -174,6 +186,7 @@ class TokenIds(TypedDict, total=False):
     bos_token_id: Ids
     eos_token_id: Ids
     pad_token_id: Ids
+    is_encoder_decoder: bool | None
 
 
 # ------------------------------------------------------------------------------------ sentencepiece
@@ -181,11 +194,13 @@ class TokenIds(TypedDict, total=False):
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces, GGUF's too
 
 
-def sentencepiece_proto(pieces, prefix, ids):
-    """The bytes of a BPE tokenizer.model: a protobuf ModelProto, written without a schema.
+def sentencepiece_proto(pieces, prefix, ids, table=None):
+    """The bytes of a tokenizer.model: a protobuf ModelProto, written without a schema.
 
     pieces: (text, score, kind) of each id. prefix: whether a space goes before every text.
-    ids: of unknown, BOS, EOS and padding; -1 for none.
+    ids: of unknown, BOS, EOS and padding; -1 for none. table: of a Unigram model, the bytes of its
+    normalizer's table of characters; None for a BPE, which leaves characters and spaces as they
+    are.
     Source: sentencepiece_model.proto of google/sentencepiece.
     """
 
@@ -205,10 +220,13 @@ def sentencepiece_proto(pieces, prefix, ids):
         field(1, field(1, text.encode()) + field(2, float(score)) + field(3, kind))
         for text, score, kind in pieces
     ]
-    # trainer_spec: model_type BPE, byte_fallback, and the ids
-    trainer = field(3, 2) + field(35, any(kind == BYTE for _, _, kind in pieces))
+    # trainer_spec: model_type Unigram or BPE, byte_fallback, and the ids
+    trainer = field(3, 2 if table is None else 1) + field(
+        35, any(kind == BYTE for _, _, kind in pieces)
+    )
     for number, id in enumerate(ids, 40):
         trainer += field(number, id)
-    # normalizer_spec: name, add_dummy_prefix, no remove_extra_whitespaces, escape_whitespaces
-    normalizer = field(1, b"identity") + field(3, prefix) + field(4, 0) + field(5, 1)
+    # normalizer_spec: name, table, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
+    normalizer = field(1, b"identity") + field(2, table or b"") + field(3, prefix)
+    normalizer += field(4, table is not None) + field(5, 1)
     return b"".join([*proto, field(2, trainer), field(3, normalizer)])

@@ -232,10 +232,6 @@ def load_model(dir, device="cpu", dtype=None, head=None, tensors=None, method=qu
     if head == "lm" and cfg.head == "score":
         raise UserError(f"{dir} is a score model: it has no language-model head")
     cfg = replace(cfg, head=head or cfg.head)
-    try:
-        model = empty(cfg)
-    except ValueError as e:
-        raise UserError(f"{dir}: {e}") from None
     family = FAMILIES[cfg.family]
     files = {} if tensors else tensor_files(dir)
     tensors = tensors or read_tensors(dir)
@@ -245,8 +241,15 @@ def load_model(dir, device="cpu", dtype=None, head=None, tensors=None, method=qu
     tensors = {plain: tensors[name] for plain, name in names.items()}
     packed = quant.read_packed(dir, tensors, method)
     bare = not any(name.startswith(family.prefix) for name in tensors)
-    params = dict(model.named_parameters())
     embedding, output = places(cfg, [EMBEDDING, "lm_head.weight"], bare)
+    if family.head_by_file and {output, embedding} <= tensors.keys():
+        tied = torch.equal(tensors[output], tensors[embedding])
+        cfg = replace(cfg, tie_embeddings=cfg.tie_embeddings and tied)
+    try:
+        model = empty(cfg)
+    except ValueError as e:
+        raise UserError(f"{dir}: {e}") from None
+    params = dict(model.named_parameters())
     if fresh:
         tensors.pop(output, None)
         del params["score.weight"]
@@ -404,6 +407,8 @@ def write_ends(tok, dir, config):
 
     config: the model's config.json, which gives the other token ids where there is no such file."""
     ids = {key: config.get(key) for key in ("bos_token_id", "pad_token_id")}
+    if "decoder_start_token_id" in config:
+        ids["decoder_start_token_id"] = config["decoder_start_token_id"]
     generation = read_json(dir / "generation_config.json", missing=ids)
     ends = sorted(tok.stop_ids, key=lambda id: id != tok.eos_id)  # EOS first
     write_json(dir / "generation_config.json", generation | {"eos_token_id": ends})
@@ -509,7 +514,7 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
     saved = [*extras.settings.get("modules_to_save", ()), *(["score"] if score else [])]
     config = extras.settings | dict(  # other keys have peft's defaults
         peft_type="LORA",
-        task_type="SEQ_CLS" if score else "CAUSAL_LM",
+        task_type="SEQ_CLS" if score else "SEQ_2_SEQ_LM" if model.start_ids else "CAUSAL_LM",
         base_model_name_or_path=str(base),
         r=rank,
         lora_alpha=alpha,

@@ -288,7 +288,7 @@ def steps(*pretokenizers):
         ),
         ("tokenizer.json", dict(model=dict(vocab={"a": 1}, merges=["a"])), "merge 'a'"),
         ("tokenizer.json", dict(model=dict(type="WordPiece", vocab={})), "of the kind WordPiece"),
-        ("tokenizer.json", dict(model=dict(type="Unigram", vocab=[["a", -1]])), "the kind Unigram"),
+        ("tokenizer.json", dict(model=dict(type="Unigram", vocab=[["a", -1]])), "unk_id is missing"),
         ("tokenizer.json", dict(model=dict(type="WordLevel", vocab={})), "the kind WordLevel"),
         ("tokenizer.json", dict(added_tokens=3), "added_tokens is 3, not a list"),
         ("tokenizer.json", dict(added_tokens=[{}]), "added_tokens[0].content is missing"),

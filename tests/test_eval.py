@@ -3,6 +3,7 @@ and one that guesses get, shots, and the files of a run."""
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,6 +156,7 @@ def test_split_ids():
         add_bos = False
         bos_id = None
         eos_id = 0
+        prompt_end = []
 
         def encode(self, text, bos=False):
             import re
@@ -277,7 +279,8 @@ def scripted(monkeypatch, choose, answer):
 
     def measure(benchmark, knows=True):
         at["b"], at["knows"] = benchmark, knows
-        return evaluation.measure(benchmark, None, None, None)
+        model = SimpleNamespace(start_ids=())
+        return evaluation.measure(benchmark, model, None, None)
 
     return measure
 

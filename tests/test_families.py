@@ -627,7 +627,8 @@ def test_the_table_in_the_readme():
     scored = {kind: "score" in family.architectures for kind, family in families.FAMILIES.items()}
     yes = {True: "yes", False: "no"}
     assert table == {kind: ["yes"] * 5 + [yes[score]] for kind, score in scored.items()}
-    assert table.keys() == {case.family for case in CASES.values()}
+    # tests/test_t5.py has the encoder-decoders
+    assert table.keys() - {"t5", "mt5"} == {case.family for case in CASES.values()}
 
 
 def architectures(case):

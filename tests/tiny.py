@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from conftest import ROOT
 
+import t5
 from model import ModelConfig, Transformer
 from nano import config, files, runtime, tokenizer, vocab, weights
 from nano.batches import collate
@@ -40,6 +41,21 @@ def model(seed=0, **changes):
 
 def model_dir(path, seed=0, special=SPECIAL, **changes):
     weights.save_model(model(seed, **changes), path)
+    return with_tokenizer(path, special)
+
+
+def t5_dir(path, seed=0, **changes):
+    """A directory of a random T5, with the same tokenizer."""
+    torch.manual_seed(seed)
+    sizes = dict(n_layers=2, n_decoder_layers=2, n_kv_heads=4, mlp="gated", activation="gelu_tanh")
+    sizes = {key: n for key, n in SIZES.items() if key != "max_positions"} | sizes
+    cfg = t5.ModelConfig(**sizes | dict(buckets=8, far=20) | changes)
+    weights.save_model(t5.T5(cfg).init_weights(), path, pad_token_id=0)
+    return with_tokenizer(path)
+
+
+def with_tokenizer(path, special=SPECIAL):
+    """Writes a tokenizer of single bytes into a model directory -> the directory."""
     added = [vocab.added_token(256 + i, name) for i, name in enumerate(special)]
     tokens = {char: byte for byte, char in vocab.BYTE_CHAR.items()}
     tokens |= {name: 256 + i for i, name in enumerate(special)}

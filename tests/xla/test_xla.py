@@ -66,7 +66,9 @@ for stage, argv in json.loads(sys.argv[1]):
 print("fetched", metrics.metric_data("TransferFromDeviceTime")[0])
 """
 ONE = [name for name in STAGES if name not in ("sft_frozen", "sft_qwen")]
-SPMD = dict(ddp=["sft", "reward"], fsdp=["pretrain", "sft", "sft_lora", "reward", "dpo", "ppo"])
+SPMD = dict(
+    ddp=["sft", "reward"], fsdp=["pretrain", "sft", "sft_lora", "sft_t5", "reward", "dpo", "ppo"]
+)
 SPMD |= {"ddp tensor=2": ["sft"], "fsdp tensor=2": ["pretrain", "ppo_lora"]}
 
 
