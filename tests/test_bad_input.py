@@ -105,7 +105,7 @@ def test_keys_and_values(run, tmp_path, more, words):
         (dict(data="[{data},nowhere]"), ["nowhere", "does not exist"]),
         (dict(data="{model}"), ["is not prepared yet", "prepare"]),
         (dict(model="{data}"), ["no config.json", "no model directory"]),
-        (dict(sizes="[all,10]"), ["1 folders", "2 sizes"]),
+        (dict(sizes="[all,10]"), ["1 folders", "sizes= has 2 elements"]),
         (dict(sizes="1000"), ["1000", "24"]),
         (dict(sizes="0%"), ["sizes=0%", "no row"]),
         (dict(sizes="half"), ["half", "10%"]),
