@@ -72,7 +72,7 @@ sft.py {recipes}/sft.cfg model={start} data={data}/sft out={root}/sft seed={seed
 -m prepare.preferences source={data}/preferences.jsonl model={sft} {plain} out={data}/preferences
 reward.py {recipes}/reward.cfg {ranked} out={root}/reward
 ppo.py {recipes}/ppo.cfg {rl} out={root}/ppo
-ppo.py {recipes}/ppo.cfg {rl} kl_coef=0 log_kl=true schedule=constant steps=80 out={root}/ppo-no-kl
+ppo.py {recipes}/ppo.cfg {rl} kl_coef=0 log_kl=true schedule=constant steps=120 out={root}/ppo-no-kl
 ppo.py {recipes}/rloo.cfg {rl} out={root}/rloo
 dpo.py {recipes}/dpo.cfg {ranked} out={root}/dpo
 """
