@@ -40,6 +40,7 @@ from nano.config import UserError
 SLOTS = dict(cpu=4096)
 COMPUTED = dict(cpu=256)
 GPU_SLOTS = 131072
+PADDING = dict(cpu=16)  # tokens of padding in a batch that cost more than a forward more
 
 
 # ------------------------------------------------------------------------------- log-likelihoods
@@ -65,20 +66,23 @@ class Question:
         return len(self.context) + max(map(len, self.options)) - 1
 
 
-def batched(items, sizes, limits):
+def batched(items, sizes, limits, padding=math.inf):
     """Lists of neighbours among `items`, each a batch with a row for each item.
 
     sizes(item): what the item's row has of each kind of tokens. Rows are padded to the longest of
-    their batch, and a batch has at most `limits` of each kind."""
-    batch, longest = [], ()
+    their batch. A batch has at most `limits` of each kind, and at most `padding` of the first."""
+    batch, longest, real = [], (0,) * len(limits), 0
     for item in items:
-        with_it = [*map(max, zip(sizes(item), *([longest] if batch else []), strict=True))]
+        size = sizes(item)
+        with_it = [*map(max, size, longest)]
         rows = len(batch) + 1
-        if batch and any(rows * n > limit for n, limit in zip(with_it, limits, strict=True)):
+        full = any(rows * n > limit for n, limit in zip(with_it, limits, strict=True))
+        if batch and (full or rows * with_it[0] - real - size[0] > padding):
             yield batch
-            batch, with_it = [], sizes(item)
+            batch, with_it, real = [], size, 0
         batch.append(item)
         longest = with_it
+        real += size[0]
     if batch:
         yield batch
 
@@ -92,9 +96,7 @@ def padded(rows, device):
 
 
 def prefix_cache(model, ids, device):
-    """The key/value cache of one row `ids`, or None where there are none."""
-    if not ids:
-        return None
+    """The key/value cache of one row `ids`."""
     cache = model.new_cache(1, len(ids))
     model.hidden(torch.tensor([ids], device=device), cache=cache)
     return cache
@@ -119,12 +121,11 @@ class Memory:
         """Takes over rows of a cache. rows: (number of a question, end) of each row, whose tokens
         stand in the slots begin ... end - 1."""
         self.layers = self.layers or [[[], []] for _ in cache]
-        slots = torch.arange(cache[0][0].shape[2], device=cache[0][0].device)
-        ends = torch.tensor([end for _, end in rows], device=slots.device)
-        real = (slots >= begin) & (slots < ends[:, None])
+        places = [(n, slot) for n, (_, end) in enumerate(rows) for slot in range(begin, end)]
+        index, slots = torch.tensor(places, device=cache[0][0].device).T
         for layer, new in zip(self.layers, cache, strict=True):
             for parts, t in zip(layer, new, strict=True):
-                parts.append(t.transpose(1, 2)[real])
+                parts.append(t[index, :, slots])
         for number, end in rows:
             self.starts[number] = self.count
             self.count += end - begin
@@ -133,12 +134,12 @@ class Memory:
         """A cache whose rows begin with contexts, with `room` slots behind the longest.
 
         rows: (number of a question, tokens of its context) of each."""
-        device = self.layers[0][0][0].device
         width = max(size for _, size in rows) + room
-        index = torch.arange(width, device=device).repeat(len(rows), 1)
+        index = torch.arange(width).repeat(len(rows), 1)
         for row, (number, size) in zip(index, rows, strict=True):
             row[self.prefix : size] += self.starts[number] - self.prefix
             row[size:] = 0  # to be written
+        index = index.to(self.layers[0][0][0].device)
         for layer in self.layers:
             layer[:] = [[torch.cat(parts)] for parts in layer]
 
@@ -150,12 +151,12 @@ class Memory:
         return [tuple(copied(part) for (part,) in layer) for layer in self.layers]
 
 
-def score(model, head, questions, prefix, common, limits):
+def score(model, head, questions, prefix, common, limits, padding=math.inf):
     """Scores the options of some questions -> (logprobs, hits), both (N,) for N options in order.
 
     logprobs: the sum over an option's tokens. hits: whether greedy decoding would give them all.
     prefix, common: the number of tokens that all contexts begin with, and the cache of them.
-    limits: tokens that a forward computes, and slots of its cache.
+    limits: tokens that a forward computes, and slots of its cache. padding: as in `batched`.
 
     A context is computed once, and its last position predicts the first token of each of its
     options. Then the longer options follow, those of similar length together, each behind a copy of
@@ -173,7 +174,7 @@ def score(model, head, questions, prefix, common, limits):
     memory = Memory(prefix, common)
     rows = [q.context + (q.options[0][:-1] if len(q.options) == 1 else []) for q in questions]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    for batch in batched(order, lambda i: (len(rows[i]) - prefix, len(rows[i])), limits):
+    for batch in batched(order, lambda i: (len(rows[i]) - prefix, len(rows[i])), limits, padding):
         tokens = padded([rows[i][prefix:] for i in batch], device)
         remembered = [i for i in batch if len(questions[i].options) > 1]
         cache = positions = None
@@ -211,7 +212,7 @@ def score(model, head, questions, prefix, common, limits):
         i, _, option, _ = item
         return len(option) - 1, len(rows[i]) + len(option) - 1
 
-    for batch in batched(longer, sizes, limits):
+    for batch in batched(longer, sizes, limits, padding):
         tokens = padded([option[:-1] for _, _, option, _ in batch], device)
         contexts = [(i, len(rows[i])) for i, _, _, _ in batch]
         starts = torch.tensor([size for _, size in contexts], device=device)
@@ -263,13 +264,15 @@ def loglikelihoods(model, rt, questions, slots=None):
     sizes = [len(q.options) for q in questions]
     switch = model.cfg.rope_switch
     apart = switch is not None and max(q.length for q in questions) > switch
-    if apart:
-        # other rotary frequencies there: no option goes on from the cache of its context
+    # There other rotary frequencies hold, so that no option goes on from the cache of its context.
+    # An encoder has to read what is given of an option.
+    if apart or (model.start_ids and any(any(q.given) for q in questions)):
         pairs = [(q, *pair) for q in questions for pair in zip(q.options, q.given, strict=True)]
-        questions = [Question(q.context, [o], given=[given]) for q, o, given in pairs]
+        questions = [Question(q.context + o[:given], [o[given:]]) for q, o, given in pairs]
     kind = rt.device.type
     slots = slots or SLOTS.get(kind, GPU_SLOTS)
     limits = min(slots, COMPUTED.get(kind, slots)), slots
+    padding = PADDING.get(kind, math.inf)
     copy = generate.snapshot(model, rt.dtype, pack=False)
     head = model.head._replace(weight=generate.frozen(model.head_weight, rt.dtype))
     firsts = np.cumsum([0, *(len(q.options) for q in questions)])
@@ -294,7 +297,7 @@ def loglikelihoods(model, rt, questions, slots=None):
             if copy.start_ids:
                 scored = score_answers(copy, head, chosen)
             else:
-                scored = score(copy, head, chosen, prefix, common, limits)
+                scored = score(copy, head, chosen, prefix, common, limits, padding)
             places = np.concatenate([np.arange(firsts[i], firsts[i + 1]) for i in part])
             totals[:, places] = torch.stack([t.double() for t in scored])
             rt.sync()

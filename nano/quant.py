@@ -170,7 +170,7 @@ def quantize(matrix, method):
         codes, largest = encode(part, method.kind, BLOCK)
         pieces.append((codes[::2] << 4 | codes[1::2], largest))
     weight, absmax = map(torch.cat, zip(*pieces, strict=True))
-    tensors = dict(weight=weight[: (matrix.numel() + 1) // 2, None].clone(), absmax=absmax)
+    tensors = dict(weight=weight[: (matrix.numel() + 1) // 2, None].contiguous(), absmax=absmax)
     if method.double:
         offset = absmax.double().mean().float()
         codes, largest = encode(absmax - offset, "scale", NESTED)

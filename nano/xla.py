@@ -86,8 +86,8 @@ class XLA(Runtime):
             )
         if model.cfg.n_experts:
             raise UserError(
-                "a mixture of experts does not run on device=xla: how many tokens an expert gets is "
-                "another number in each step, and a program there has fixed shapes"
+                "a mixture of experts does not run on device=xla: an expert gets another number of "
+                "tokens in each step, and a program there has fixed shapes"
             )
         super().distribute(model, compile, grad_checkpoint)
         if self.mesh is not None:

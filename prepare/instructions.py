@@ -57,7 +57,8 @@ class Config:
     train_on: Literal["all", "last", "none"] = "all"
     # how much
     max_length: PositiveInt = 2048  # tokens of a row
-    over_length: Literal["drop", "truncate"] = "drop"  # a longer row goes, or loses its end
+    # a longer row goes, or loses its end, or its beginning
+    over_length: Literal["drop", "truncate", "truncate_left"] = "drop"
     val: str = "0"  # rows to hold out: 100, or a share such as 5%
     seed: Seed = 0  # of the choice of those rows
     on_error: Literal["stop", "skip"] = "stop"  # at a record that cannot be used
@@ -209,17 +210,19 @@ def encode(cfg, tok, record):
 
 
 def fit(cfg, ids, mask, counts):
-    """The row within max_length. It counts in `counts` whether the row lost its end.
+    """The row within max_length. It counts in `counts` whether the row lost a part.
 
     Drop for a row that is too long, and for one without a target that is no prompt alone."""
     alone = "prompts" in counts
     if len(ids) > cfg.max_length:
-        if alone or cfg.over_length == "drop":
+        left = cfg.over_length == "truncate_left"
+        if cfg.over_length == "drop" or (alone and not left):
             raise Drop(f"longer than max_length={cfg.max_length}", (ids, mask))
         counts["truncated"] = 1
         end = mask.rfind(1, 0, cfg.max_length) + 1
-        ids, mask = ids[:end], mask[:end]
-        if 1 not in mask[1:]:  # the first token is predicted from nothing
+        part = slice(-cfg.max_length, None) if left else slice(end)
+        ids, mask = ids[part], mask[part]
+        if not alone and 1 not in mask[1:]:  # the first token is predicted from nothing
             raise Drop(f"no target left in max_length={cfg.max_length}")
     elif not alone and 1 not in mask[1:]:
         why = "no answer is to be learned" if "silent" in counts else "no target token"

@@ -4,6 +4,8 @@ The tests of several processes, of CUDA and of XLA compare with the runs on one 
 fixture `stages_folder` has made.
 """
 
+import os
+
 import numpy as np
 import tiny
 
@@ -40,16 +42,14 @@ STAGES = dict(  # name: stage and its settings, with the folder in place of {}
         "ppo",
         "model={}/model reward={}/adapter/last lora_rank=2 lr=1e-3 value_lr=1e-3".split() + RL,
     ),
-    ppo_quant=(
-        "ppo",
-        "model={}/model reward={}/adapter/last lora_rank=2 quant=nf4".split()
-        + ["lr=1e-3", "value_lr=1e-3", *RL],
-    ),
     grpo=(
         "ppo",
         "model={}/model reward={}/rewards.py:letters algo=grpo group=2 lr=1e-4".split() + RL,
     ),
 )
+
+if os.environ.get("NANO_SLOW"):
+    STAGES["ppo_quant"] = ("ppo", [*STAGES["ppo_lora"][1], "quant=nf4"])
 
 
 def job(folder, name, out, *more):

@@ -499,6 +499,12 @@ def test_over_length_and_no_target(model, tmp_path):
         "no turn of the user": 1,
     }
     assert store.row(2)[1].tolist() == [0] * head + [1] * 20
+    store = prepare(model, tmp_path / "out", source, max_length=limit, over_length="truncate_left")
+    assert store.lengths.tolist() == [head + 2, head + 11, limit, limit]
+    assert store.row(3)[1].tolist() == [0] * (limit - 2) + [1, 1] and store.meta["truncated"] == 2
+    alone = jsonl(tmp_path / "alone.jsonl", [dict(prompt="q" + "p" * 60)])
+    store = prepare(model, tmp_path / "out", alone, max_length=limit, over_length="truncate_left")
+    assert store.lengths.tolist() == [limit] and store.prompts == 1
 
 
 # ---- the held-out

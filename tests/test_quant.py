@@ -367,7 +367,7 @@ def test_other_quantised_directories_are_refused(tmp_path, base):
 
 
 def test_adapters_go_to_peft_and_back(bnb, tmp_path, quantised):
-    """Ours on a quantised base in peft over bitsandbytes, and peft's here."""
+    """Ours on a quantised base in peft over bitsandbytes, and peft's here. Gradients agree too."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -376,9 +376,17 @@ def test_adapters_go_to_peft_and_back(bnb, tmp_path, quantised):
     shake(model)
     weights.save_adapter(model, tmp_path / "ours", base=quantised)
     peer = AutoModelForCausalLM.from_pretrained(quantised, device_map="cpu", dtype=torch.float32)
-    peer = PeftModel.from_pretrained(peer, tmp_path / "ours")
-    with torch.no_grad():
-        torch.testing.assert_close(peer(TOKENS).logits, logits(model), rtol=0, atol=1e-5)
+    peer = PeftModel.from_pretrained(peer, tmp_path / "ours", is_trainable=True)
+    theirs, ours = peer(TOKENS).logits, model.logits(model.hidden(TOKENS))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    for output in (theirs, ours):
+        output.square().sum().backward()
+    gradients = dict(peer.named_parameters())
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            layer, _, half = name.removesuffix(".default").rpartition(".")
+            right = gradients[f"base_model.model.{layer}.{half}.default.weight"].grad
+            torch.testing.assert_close(p.grad, right, rtol=1e-4, atol=1e-5 * right.abs().max())
     peer.save_pretrained(tmp_path / "peft")
     again = weights.open(tmp_path / "peft", quantised).model
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-6)
@@ -529,8 +537,8 @@ print(max(highest, anonymous()) - before, size, largest)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_the_quantised_size_and_a_tensor(tmp_path, base):
-    """1 GB with NANO_SLOW=1, else 60 MB. Pieces of a matrix are in fp32, so a small model is more
-    pieces than weights."""
+    """1 GB with NANO_SLOW=1. Of the 67 MB otherwise, what the allocator keeps between the pieces of
+    a matrix is a large part, and a dense copy would still be more."""
     slow = os.environ.get("NANO_SLOW")
     dim = 2048 if slow else 512
     sizes = dict(dim=dim, ffn_dim=4 * dim, n_layers=8, n_heads=8, n_kv_heads=8, head_dim=dim // 8)
@@ -545,5 +553,4 @@ def test_loading_takes_the_quantised_size_and_a_tensor(tmp_path, base):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     used, size, largest = map(int, done.stdout.split())
-    piece = 24 * quant.PIECE  # a piece in fp32, its blocks, their codes
-    assert used < 1.3 * size + largest + (0 if slow else piece)
+    assert used < 1.3 * size + largest + (0 if slow else 32e6)

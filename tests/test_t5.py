@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import lora
+import sample
 import t5
 from model import empty
 from nano import batches, evaluation, families, generate, losses, runtime, tokenizer, weights
@@ -564,3 +565,19 @@ def test_eval_and_sample(folder, tmp_path, capsys):
     )
     written = tiny.json.loads((tmp_path / "out.json").read_text())
     assert [r["output"] for r in written] == [opened.tok.decode(t) for t in samples.tokens]
+
+
+def test_a_chat_encodes_each_prompt_as_a_whole(folder, capsys):
+    """The second turn does not go on from what the first one left."""
+    cfg = sample.Config(f"{folder}/model", template="alpaca", temperature=0.0, max_new_tokens=6)
+    sampler = sample.Sampler(dataclasses.replace(cfg, device="cpu", dtype="float32"))
+    history = []
+    for text in ("abc", "xyz"):
+        history = sample.reply(sampler, text, None, history, 0)
+    opened = weights.open(folder / "model", template="alpaca")
+    for count in (1, 3):
+        ids, _ = opened.tok.render(history[:count], add_generation_prompt=True)
+        samples = generate.generate(
+            opened.model, [ids], 6, temperature=0.0, stop_ids=opened.tok.stop_ids
+        )
+        assert history[count]["content"] == opened.tok.decode(samples.tokens[0])
