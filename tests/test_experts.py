@@ -4,9 +4,11 @@ import json
 from functools import partial
 
 import pytest
+import tiny
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from stages import assert_same_curve, assert_same_weights
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -201,3 +203,36 @@ def test_an_mxfp4_checkpoint_is_dequantised(tmp_path):
     save_file(stored, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="blocks and scales do not fit"):
         weights.load_model(tmp_path)
+
+
+def test_sharded_experts_learn_what_one_process_does(tmp_path):
+    sizes = dict(n_experts=4, expert_dim=24, dense_layers=(0,), router="chosen", n_layers=3)
+    tiny.model_dir(tmp_path / "model", family="qwen3_moe", qk_norm="head", **sizes)
+    tiny.store(tmp_path / "rows", tmp_path / "model", n=24)
+    settings = f"model={tmp_path}/model data={tmp_path}/rows device=cpu dtype=float32 steps=3"
+    settings += " batch_size=4 micro_batch=1 max_length=64 aux_coef=0.1 lr=1e-3 log_every=1"
+    settings += " sample_every=-1 schedule=constant"
+    one, two = tmp_path / "one", tmp_path / "two"
+    tiny.train("sft", [*settings.split(), f"out={one}"])
+    argv = [*settings.split(), f"out={two}", "parallel=fsdp", "grad_checkpoint=true"]
+    status, output = tiny.processes(tmp_path, [("sft", argv)])
+    assert status == 0, output
+    assert_same_curve(two, one)
+    assert_same_weights(two / "last", one / "last")
+    lines = [line for line in tiny.lines(one) if line["kind"] == "train"]
+    assert all(line["min_load"] <= 1 <= line["max_load"] for line in lines)
+    assert lines[-1]["aux_loss"] < lines[0]["aux_loss"]
+
+
+def test_a_mixture_is_pretrained_as_mixtral(tmp_path, capsys):
+    tiny.model_dir(tmp_path / "model")
+    tiny.store(tmp_path / "text", tmp_path / "model", n=24)
+    argv = f"data={tmp_path}/text tokenizer={tmp_path}/model out={tmp_path}/out size=toy device=cpu"
+    argv = [*argv.split(), *"max_length=32 steps=2 batch_size=4 sample_tokens=0".split()]
+    mixed = [*argv, "n_experts=4", "aux_coef=0.01", "grad_checkpoint=true"]
+    tiny.train("pretrain", mixed)
+    model = weights.load_model(tmp_path / "out" / "last")
+    assert (model.cfg.family, model.cfg.n_experts, model.cfg.experts_per_token) == ("mixtral", 4, 2)
+    assert "for each token" in capsys.readouterr().out
+    with pytest.raises(UserError, match="this model has none"):
+        tiny.train("pretrain", [*argv, "aux_coef=0.01", "resume=false"])
