@@ -952,7 +952,7 @@ def matrix_size(module):
     children. A quantised layer has them all, in fewer bytes."""
     own = list(module.parameters(recurse=False))
     if isinstance(module, Experts):
-        return int(module.active * sum(p.numel() for p in own if p.dim() == 3))
+        return round(module.active * sum(p.numel() for p in own if p.dim() == 3))
     if own and hasattr(module, "in_features"):
         return module.in_features * module.out_features
     return sum(p.numel() for p in own if p.dim() == 2)

