@@ -310,9 +310,10 @@ def main(cfg, rt):
             with rt.autocast():
                 part = loss_sum(net, net(batch), batch) / max(count, 1e-9)
             loss = loss + part.detach()
-            # Of a mixture of experts, the mean over the micro-batches of all ranks.
+            # Of a mixture of experts, the mean over micro-batches by their share of the targets.
+            share = float(micro["weights"].sum()) / max(count, 1e-9)
             for name, value in losses.routing(model, batch).items():
-                value = value / (len(micro_batches) * rt.world)
+                value = share * value
                 if name == "aux_loss":
                     part = part + cfg.aux_coef * value
                 routing[name] = routing.get(name, 0.0) + value.detach()

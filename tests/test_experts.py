@@ -230,7 +230,10 @@ def test_a_mixture_is_pretrained_as_mixtral(tmp_path, capsys):
     meta = dict(vocab_size=264, tokenizer=tokenizer.load(tmp_path / "model").fingerprint)
     store.write_store(tmp_path / "text", dict(train=texts, val=texts[:4]), meta)
     argv = f"data={tmp_path}/text tokenizer={tmp_path}/model size=toy device=cpu"
-    argv = [*argv.split(), *"max_length=32 steps=2 batch_size=4 sample_tokens=0".split()]
+    argv = [
+        *argv.split(),
+        *"max_length=32 steps=2 batch_size=4 micro_batch=2 sample_tokens=0".split(),
+    ]
     mixed = [*argv, f"out={tmp_path}/out", "n_experts=4", "aux_coef=0.01", "grad_checkpoint=true"]
     tiny.train("pretrain", mixed)
     model = weights.load_model(tmp_path / "out" / "last")
