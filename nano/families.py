@@ -1516,6 +1516,9 @@ def read_config(c):
     fields |= family.always | family.read(c, fields)
     cfg = normal(family.config(**fields, head=head, family=kind))
     rotated = int(cfg.head_dim * cfg.rope_part) if cfg.positions == "rope" else 0
+    for key in ("short_factor", "long_factor") if cfg.rope_switch else ():
+        if len(cfg.rope_scaling[key]) != rotated // 2:
+            raise UserError(f"{key} needs {rotated // 2} numbers: one for each rotated pair")
     if cfg.n_heads % cfg.n_kv_heads or rotated % 2:
         raise UserError(
             f"{cfg.n_heads} heads of {cfg.head_dim} numbers "
@@ -1646,6 +1649,8 @@ def config_json(cfg, like=None, **extra):
     if cfg.family not in FAMILIES:
         raise unknown("model family", cfg.family, FAMILIES)
     family = FAMILIES[cfg.family]
+    if cfg.head not in family.architectures:
+        raise UserError(f"transformers has no score model of family {cfg.family} to save it as")
     # null, because transformers would assume 1 and 2
     out = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     old = read_json(Path(like) / "config.json", missing={}) if like else {}

@@ -5,6 +5,7 @@ add a family: an entry in nano/families.py, and a Case here.
 """
 
 import itertools
+import json
 import os
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +19,9 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+from test_fuzz import allowed, edited, edits, fuzz
 from torch.utils.checkpoint import checkpoint
 
 import lora
@@ -743,7 +747,8 @@ def data(tmp_path_factory):
 @every_case
 def test_stages_train_it_and_resume_exactly(name, bases, data, tmp_path):
     cfg = replace(families.load_config(bases(name)), vocab_size=264)
-    for head, dir in (("lm", "model"), ("score", "scorer")):
+    dirs = dict(lm="model", score="scorer")
+    for head, dir in ((head, dirs[head]) for head in architectures(CASES[name])):
         torch.manual_seed(0)
         model = Transformer(replace(cfg, head=head)).init_weights(std=0.1)
         weights.save_model(model, tmp_path / dir)
@@ -777,29 +782,34 @@ from nano.runtime import Runtime
 tokens = torch.randint(1, 97, (2, 40), generator=torch.Generator().manual_seed(1))
 docs = torch.zeros_like(tokens)
 docs[:, 25:] = 1
+settings = dict(parallel="none", tensor=2), dict(parallel="fsdp")
+runtimes = [Runtime(device="cpu", dtype="float32", **s) for s in settings]
+
+
+def gradients(dir, adapted, rt):
+    model = weights.load_model(dir)
+    if adapted:
+        torch.manual_seed(0)
+        lora.apply(model, rank=2, alpha=4)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.data.normal_(std=0.1)
+    if rt is not None:
+        model = rt.wrap(model)
+    hidden = model(dict(tokens=tokens, docs=docs))
+    hidden.square().mean().backward()
+    grads = dict(hidden=hidden)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            grads[name] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+    return grads
+
+
 for dir in {dirs}:
-    for settings in (dict(parallel="none", tensor=2), dict(parallel="fsdp")):
-        for adapted in (False, True):
-            grads = []
-            for rt in (None, Runtime(device="cpu", dtype="float32", **settings)):
-                model = weights.load_model(dir)
-                if adapted:
-                    torch.manual_seed(0)
-                    lora.apply(model, rank=2, alpha=4)
-                    for name, p in model.named_parameters():
-                        if "lora_B" in name:
-                            p.data.normal_(std=0.1)
-                if rt is not None:
-                    model = rt.wrap(model)
-                hidden = model(dict(tokens=tokens, docs=docs))
-                hidden.square().mean().backward()
-                out = dict(hidden=hidden)
-                for name, p in model.named_parameters():
-                    if p.grad is not None:
-                        g = p.grad
-                        out[name] = g.full_tensor() if hasattr(g, "full_tensor") else g
-                grads.append(out)
-            right, sharded = grads
+    for adapted in (False, True):
+        right = gradients(dir, adapted, None)
+        for rt in runtimes:
+            sharded = gradients(dir, adapted, rt)
             assert right.keys() == sharded.keys()
             for name, g in right.items():
                 assert (g - sharded[name]).abs().max() <= 1e-5 * max(1, g.abs().max()), (dir, name)
@@ -808,7 +818,8 @@ for dir in {dirs}:
 
 def test_shared_and_sharded_layers_give_the_same_gradients(bases, tmp_path):
     """tensor=2 and fsdp on two processes, with adapters and without."""
-    dirs = [str(bases(name)) for name in first_of_each()]
+    some = ["gemma3", "olmo3", "phi3", "bloom", "falcon"]  # whose slots devices share differently
+    dirs = [str(bases(name)) for name in (first_of_each() if SLOW else some)]
     status, output = tiny.processes(tmp_path, [], before=SHARDED.format(dirs=dirs), timeout=300)
     assert status == 0, output[-3000:]
 
@@ -923,6 +934,12 @@ def test_the_first_spelling_of_llama_opens():
 @pytest.mark.parametrize(
     "name, change, said",
     [
+        ("phi3", dict(rope_parameters=LONG | dict(long_factor=[1.0, 2.0])), "short_factor needs 7"),
+        ("ministral3", dict(rope_parameters=YARN), "llama_4_scaling_beta"),
+        ("gemma3", dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
+        ("granite", dict(logits_scaling=0), "logits_scaling"),
+        ("smollm3", dict(no_rope_layers=[1]), "1 numbers for 3 layers"),
+        ("olmo3", dict(layer_types=["chunked_attention"] * 3), "chunked_attention"),
         ("bloom", dict(apply_residual_connection_post_layernorm=True), "apply_residual"),
         ("opt", dict(_remove_final_layer_norm=True), "_remove_final_layer_norm"),
         ("falcon", dict(num_ln_in_parallel_attn=2, new_decoder_architecture=False), "contradict"),
@@ -939,6 +956,13 @@ def test_what_is_not_supported_is_refused_by_name(name, change, said):
 @pytest.mark.parametrize(
     "name, change",
     [
+        ("gemma2", dict(norm_at="before")),
+        ("gemma3", dict(rope_layers=())),
+        ("olmo2", dict(qk_norm="head")),
+        ("smollm3", dict(rope_layers=("local", "none", "global"))),
+        ("phi3", dict(logit_cap=3.0)),
+        ("ministral3", dict(rope_part=0.5)),
+        ("qwen2 yarn", dict(embed_scale=2.0)),
         ("bloom", dict(embed_norm=False)),
         ("bloom", dict(positions="rope")),
         ("opt", dict(position_offset=0)),
@@ -953,6 +977,31 @@ def test_a_model_that_transformers_lacks_is_not_saved(name, change, bases):
     cfg = replace(families.load_config(bases(name)), **change)
     with pytest.raises(UserError, match=[*change][0]):
         families.config_json(cfg)
+
+
+def dictionaries():
+    """{name of a case: its whole config.json}, and one with a text_config."""
+    out = {
+        name: json.loads(config(case).to_json_string(use_diff=False))
+        for name, case in CASES.items()
+    }
+    for name, c in out.items():
+        c["architectures"] = [architectures(CASES[name])["lm"]]
+    whole = dict(architectures=["Gemma3ForConditionalGeneration"], model_type="gemma3")
+    return out | {"gemma3 that sees": whole | dict(text_config=out["gemma3"])}
+
+
+DICTIONARIES = dictionaries()
+
+
+@fuzz(300)
+@given(st.sampled_from([*DICTIONARIES]), edits)
+def test_damaged_configs_are_read_or_refused(name, changes):
+    c = edited(DICTIONARIES[name], changes)
+    cfg = allowed(families.parse_config, c, "config.json") if isinstance(c, dict) else None
+    if cfg and cfg.n_layers < 9:
+        allowed(families.config_json, cfg)
+        empty(cfg)
 
 
 # ---- published models, on the meta device

@@ -172,19 +172,6 @@ def test_gathered_tensors_take_the_place_of_the_models(tmp_path):
 # ---- families whose files differ
 
 
-def interleaved(heads):
-    """q, k and v of each head behind one another, as BLOOM and GPT-NeoX store them."""
-
-    def split(tensor, shapes, cfg):
-        parts = tensor.unflatten(0, (heads, 3, cfg.head_dim)).unbind(1)
-        return [part.flatten(0, 1).contiguous() for part in parts]
-
-    def fuse(parts, cfg):
-        return torch.stack([part.unflatten(0, (heads, -1)) for part in parts], 1).flatten(0, 2)
-
-    return families.Layout(split, fuse)
-
-
 STORED = {
     "model.embed_tokens": "transformer.wte",
     "model.layers.{}.input_layernorm": "transformer.h.{}.ln_1",
@@ -221,7 +208,8 @@ def made_up(monkeypatch):
 @pytest.mark.parametrize("layout", ["rows", "transposed", "interleaved"])
 @pytest.mark.parametrize("head", ["lm", "score"])
 def test_names_and_layouts_of_a_family(layout, head, made_up, tmp_path):
-    made_up({"rows": families.ROWS, "transposed": families.CONV1D}.get(layout, interleaved(4)))
+    layouts = dict(rows=families.ROWS, transposed=families.CONV1D, interleaved=families.BY_HEAD)
+    made_up(layouts[layout])
     model = make(family="made_up", n_kv_heads=4, qkv_bias=True, o_bias=True, head=head)
     weights.save_model(model, tmp_path, shard_bytes=20_000)
     stored = dict(weights.read_tensors(tmp_path))
