@@ -190,8 +190,9 @@ class Rope:
         self.beta = scaling.get("llama_4_scaling_beta")
 
     def __call__(self, positions, lengths, dtype):
-        """What `rotate` needs, in dtype: cos and sin (B, T, 1, rotated numbers), and in models with
-        llama_4_scaling_beta the factor of each query (B, T, 1, 1).
+        """What `rotate` needs, in dtype: cos and sin (B, T, 1, rotated numbers), sin negative in
+        the first half, and in models with llama_4_scaling_beta the factor of each query
+        (B, T, 1, 1).
 
         positions (B, T). lengths() -> (B, T): of each token's document, for "longrope".
         """
@@ -199,7 +200,8 @@ class Rope:
         if self.switch is not None:
             self.long = self.long.to(positions.device)
             inv_freq = torch.where(lengths()[..., None] > self.switch, self.long, inv_freq)
-        angles = (positions[..., None].float() * inv_freq).repeat(1, 1, 2)[:, :, None]
+        angles = positions[..., None, None].float() * inv_freq.unsqueeze(-2)
+        angles = torch.cat((-angles, angles), dim=-1)
         out = [angles.cos() * self.magnitude, angles.sin() * self.magnitude]
         if self.beta:
             beyond = (positions // self.original)[..., None, None]
@@ -210,10 +212,11 @@ class Rope:
 def rotate(x, cos, sin):
     """Rotates the first numbers of each head of x (B, T, heads, D), as many as cos and sin
     (B, T, 1, .) have. Pairs are (i, i + half), Hugging Face's order."""
-    x, rest = x.tensor_split([cos.shape[-1]], dim=-1)
-    a, b = x.chunk(2, dim=-1)
-    x = x * cos + torch.cat((-b, a), dim=-1) * sin
-    return torch.cat((x, rest), dim=-1) if rest.shape[-1] else x
+    rotated = cos.shape[-1]
+    if rotated < x.shape[-1]:
+        x, rest = x.tensor_split([rotated], dim=-1)
+        return torch.cat((rotate(x, cos, sin), rest), dim=-1)
+    return x * cos + x.roll(rotated // 2, dims=-1) * sin
 
 
 # ---------------------------------------------------------------------- what a token sees
@@ -418,14 +421,18 @@ def plain_attention(q, k, v, seen, extras):
 def one_query(q, k, v, seen, extras):
     """A decoding step: q (B, H, 1, D), seen (B, 1, 1, S) -> (B, H, 1, D).
 
-    On a CPU plain products beat the fused kernel, which is made for long queries.
+    On a CPU plain products beat the fused kernel, which is made for long queries, and is many calls
+    within.
     """
-    if q.device.type == "cpu":
-        return plain_attention(q, k, v, seen, extras)
-    B, K, _, D = k.shape
-    q = q.reshape(B, K, -1, D)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=extras.scale)
-    return y.reshape(B, -1, 1, D)
+    B, K, S, D = k.shape
+    if q.device.type != "cpu":
+        q = q.reshape(B, K, -1, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=extras.scale)
+        return y.reshape(B, -1, 1, D)
+    q, k, v = (t.reshape(B * K, -1, D) for t in (q, k, v))
+    mask = torch.where(seen, 0.0, -torch.inf).to(q.dtype).expand(B, K, 1, S)
+    scores = torch.baddbmm(mask.reshape(B * K, 1, S), q, k.mT, alpha=extras.scale)
+    return torch.bmm(scores.softmax(-1), v).view(B, -1, 1, D)
 
 
 def document_attention(q, k, v, extras):
@@ -509,8 +516,9 @@ NORMS = dict(
 
 
 class Attention(nn.Module):
+    SAME_INPUT = ("q_proj", "k_proj", "v_proj")  # one product in decoding (nano/generate.py)
     # how the devices of a tensor group share the layers (nano/tensor.py)
-    COLUMN = ("q_proj", "k_proj", "v_proj")
+    COLUMN = SAME_INPUT
     ROW = ("o_proj",)
 
     def __init__(self, cfg):
@@ -572,14 +580,14 @@ def remember(k, v, slots, cache):
         for cached, new in zip(cache, (k, v), strict=True):
             cached[:, :, : new.shape[2]] = new
         return k, v
-    rows = torch.arange(len(k), device=k.device)[:, None]
+    slots = slots[:, None, :, None].expand_as(k)
     for cached, new in zip(cache, (k, v), strict=True):
-        cached[rows, :, slots] = new.transpose(1, 2).to(cached.dtype)
+        cached.scatter_(2, slots, new.to(cached.dtype))
     return [cached.to(k.dtype) for cached in cache]
 
 
 class MLP(nn.Module):
-    COLUMN = ("gate_proj", "up_proj")
+    SAME_INPUT = COLUMN = ("gate_proj", "up_proj")
     ROW = ("down_proj",)
 
     def __init__(self, cfg, ffn_dim=0):

@@ -37,7 +37,7 @@ from nano.config import (
     UserError,
     With,
 )
-from nano.generate import generate
+from nano.generate import Decoder, generate
 from nano.records import BadRecord
 from prepare import fields, instructions
 
@@ -90,20 +90,16 @@ class Sampler:
     def __init__(self, cfg):
         self.cfg = cfg
         self.rt = runtime.start(cfg, parallel="none")
+        # On a CPU the decoder packs the weights straight from their file.
+        dtype = None if self.rt.device.type == "cpu" else self.rt.dtype
         opened = weights.open(
-            cfg.model,
-            cfg.base,
-            self.rt.device,
-            self.rt.dtype,
-            template=cfg.template,
-            method=quant.of(cfg),
+            cfg.model, cfg.base, self.rt.device, dtype, template=cfg.template, method=quant.of(cfg)
         )
-        self.model = opened.model
         self.tok = opened.tok
         if cfg.template_options:
             options = cfg.template_options
             self.tok = tokenizer.load(cfg.model, cfg.template, options, cfg.base)
-        if self.model.cfg.head != "lm":
+        if opened.model.cfg.head != "lm":
             raise UserError(f"{cfg.model} is a score model: it cannot write text")
         self.chats = self.tok.template not in (None, "plain")
         if self.tok.template is None:
@@ -116,13 +112,15 @@ class Sampler:
                 "tools=: the chat template writes the arguments of calls in no JSON, so they are "
                 "not read: template=chatml writes them so"
             )
+        self.decoder = Decoder(opened.model, self.rt.dtype)
+        self.past = None  # of the conversation: its next turn goes on from there
 
     def render(self, messages, tools=None):
         """The ids of a prompt. TooLong for one that leaves the model no room to answer.
 
         tools: in the place of those of tools=."""
         ids, _ = self.tok.render(messages, add_generation_prompt=True, tools=tools or self.tools)
-        positions = self.model.cfg.max_positions
+        positions = self.decoder.cfg.max_positions
         if len(ids) >= positions:
             raise TooLong(
                 f"the prompt has {len(ids)} tokens, the model takes {positions}: shorten it"
@@ -157,8 +155,8 @@ class Sampler:
             return stopped
 
         try:
-            ids = generate(
-                self.model,
+            samples = generate(
+                self.decoder,
                 prompts,
                 cfg.max_new_tokens,
                 cfg.temperature,
@@ -168,9 +166,13 @@ class Sampler:
                 seed=seed,
                 batch_size=cfg.batch_size,
                 on_token=on_token if on_text or cfg.stop else None,
-                plan=dict(sync_every=1) if on_text else None,
                 step_hook=self.rt.sync,
-            ).tokens
+                pasts=[self.past] if on_text else None,
+                keep=on_text is not None,
+            )
+            ids = samples.tokens
+            if on_text:
+                (self.past,) = samples.pasts
         except KeyboardInterrupt:
             if not on_text:
                 raise
@@ -355,7 +357,7 @@ def fitting(sampler, talk):
 
     The room is max_new_tokens, or half of the model's positions where that is less.
     """
-    positions = sampler.model.cfg.max_positions
+    positions = sampler.decoder.cfg.max_positions
     room = min(sampler.cfg.max_new_tokens, positions // 2)
     while True:
         users = [i for i, message in enumerate(talk) if message["role"] == "user"]

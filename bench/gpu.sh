@@ -28,6 +28,10 @@ step cuda "$python" -m pytest -q tests/test_cuda.py
 step sft "$python" -m bench.sft data="${DATA:-alpaca_en_demo.json}" \
     model="${MODEL:-models/smollm2}" device=cuda micro_batch=16 max_length=1024 trl_batch=80 \
     "sides=[ours,compiled,trl,trl-packed]" steps=10 repeats=1 threads=8
+step infer-1b "$python" -m bench.infer model=random-1b device=cuda 'batches=[1,64]' prompt=512 \
+    new=256 mixed=256 'sides=[ours,transformers,static]' threads=8
+step infer-8b "$python" -m bench.infer model=random-8b device=cuda 'batches=[1,64]' prompt=512 \
+    new=256 mixed=256 unequal=0 'sides=[ours,static]' threads=8
 if [ -n "${LARGE:-}" ]; then
     step qlora "$python" -m bench.sft data="${DATA:-alpaca_en_demo.json}" model="$LARGE" \
         device=cuda micro_batch=1 max_length=2048 trl_batch=10 "methods=[lora,qlora]" \
@@ -41,8 +45,6 @@ if [ -n "${LARGE:-}" ]; then
         reward=prepare/toy.py:three_bullets batch_size=32 micro_batch=1 max_new_tokens=256 \
         grad_checkpoint=true steps=2 sample_every=-1 save_every=-1 out="$out/ppo-qlora"
 fi
-step generate "$python" -m bench.generate model=random-1b device=cuda batch_size=64 prompts=128 \
-    prompt=512 new=256 rounds=1 threads=8
 step pretrain "$python" -m bench.pretrain nanogpt="${NANOGPT:-}" device=cuda micro_batch=32 \
     max_length=1024 rounds=1 steps=20 "compile=[true]" "malloc=[tuned]" threads=8
 

@@ -22,7 +22,7 @@ import json
 import re
 from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import chain, takewhile
+from itertools import accumulate, chain, takewhile
 from os.path import commonprefix
 from pathlib import Path
 
@@ -179,7 +179,7 @@ class ChatTemplate:
         if len(entry) == 2:
             return entry
         if entry.get("input") and self.name not in ("alpaca", "columns"):
-            entry["content"] = joined([entry["content"], traced("\n\n", mark), entry["input"]])
+            entry["content"] = traced(message["content"] + "\n\n" + message["input"], mark)
         if "columns" in message:  # names of columns are the data's, and no part of an answer
             pairs = zip(message["columns"], entry["columns"], strict=True)
             entry["columns"] = [[traced(name, UNKNOWN), text] for (name, _), (_, text) in pairs]
@@ -199,9 +199,11 @@ class ChatTemplate:
         text = self.render(messages, generation, tools)
         plain = str.__str__(text)
         learned = {*answers_of(messages)} if learned is None else learned
-        runs = stretches(text.origin)
-        starts = [start for _, start, _ in runs] + [len(plain)]
-        pieces = [plain[a:b] if origin == TEMPLATE else origin for origin, a, b in runs]
+        origins, starts = stretches(text.origin)
+        pieces = [
+            plain[a:b] if origin == TEMPLATE else origin
+            for origin, a, b in zip(origins, starts, starts[1:], strict=False)
+        ]
         check_whole(messages, pieces)
         # Where the answers are depends on the template's own text. Templates look into contents for
         # thoughts and switches such as /no_think, too.
@@ -231,7 +233,7 @@ class ChatTemplate:
                 check_answer(messages[n], plain[begin:end], n, n + 1 == len(messages))
             targets.append((n, begin, end))
             closing = stop
-        return Layout(plain, runs, starts, targets, closing, shape)
+        return Layout(plain, origins, starts, targets, closing, shape)
 
     def parts(self, *request, **options):
         """[(text, own, target), ...] of what lay_out takes: see Layout.parts."""
@@ -426,7 +428,7 @@ class Layout:
     """A conversation's text and where its answers are in it."""
 
     text: str
-    runs: list  # [(origin, start, stop), ...] of the stretches of one origin
+    origins: list  # of the stretches of one origin
     starts: list  # where they start, and where the text ends
     targets: list  # [(number of the message, begin, end), ...]
     closing: str | None  # the token to add where the template leaves the last answer open
@@ -444,7 +446,7 @@ class Layout:
         edges = sorted(borders)
         parts = []
         target = None
-        for origin, start, stop in self.runs:
+        for origin, start, stop in zip(self.origins, self.starts, self.starts[1:], strict=False):
             while edges and edges[0] < stop:
                 edge = edges.pop(0)
                 if edge > start:
@@ -524,16 +526,11 @@ def is_literal(text, match):
 
 
 def stretches(origins):
-    """[(origin, start, stop), ...] of the stretches of one origin."""
-    runs = []
-    for match in STRETCH.finditer(origins):
-        start, stop = match.span()
-        origin = origins[start]
-        if origin == TEMPLATE or origins.count(origin, start, stop) == stop - start:
-            runs.append((origin, start, stop))
-        else:
-            runs += [(part[1], *part.span()) for part in SAME.finditer(origins, start, stop)]
-    return runs
+    """(origins, starts) of the stretches of one origin. The end of the text is the last start."""
+    runs = STRETCH.findall(origins)
+    if any(run.count(run[0]) != len(run) for run in runs):  # those of two messages side by side
+        runs = [match[0] for match in SAME.finditer(origins)]
+    return [run[0] for run in runs], [0, *accumulate(map(len, runs))]
 
 
 def index_of(starts, place):
@@ -580,8 +577,8 @@ def check_rest(message, n):
     if content is None and calls and message["role"] == "assistant":
         content = ""
     pairs = message.get("columns") or []
-    texts = [content, message.get("input") or "", *chain.from_iterable(pairs)]
-    texts += [message[key] for key in THOUGHTS if message.get(key) is not None]
+    texts = [content, *chain.from_iterable(pairs)]
+    texts += [message[key] for key in ("input", *THOUGHTS) if message.get(key) is not None]
     if not all(isinstance(text, str) for text in texts) or {*map(len, pairs)} - {2}:
         raise UserError(
             f"message {n} needs text as its content "

@@ -41,9 +41,42 @@ class Samples:
     tokens: list  # lists of ids, with the stop id and without the prompt
     logprobs: list  # lists of floats, see `choose`
     finished: list  # True: ended by a stop id or by on_token; False: reached its length limit
+    pasts: list = ()  # with generate(keep=True): a Past each
+
+
+@dataclass
+class Past:
+    """The keys and values of what a prompt begins with, which it need not compute again."""
+
+    ids: list  # the tokens they are of
+    cache: list  # per layer (keys, values), each (K, len(ids), D)
+    switch: int | None = None  # the frequencies of their ropes, as in Rope.switch
+
+    def covers(self, prompt):
+        """How many tokens of `prompt` they serve. The last one is left to the first step."""
+        return len(commonprefix([self.ids, prompt[:-1]]))
 
 
 # ---------------------------------------------------------------------- sampling
+
+
+def nucleus_from(logits, top_p):
+    """logits (V,) -> (1,): the smallest logit of the fewest tokens whose probabilities add up to
+    top_p. Only those are sorted that may be among them."""
+    probs = logits.softmax(-1)
+    # all that are less likely add up to less than 1 - top_p
+    least = (1 - top_p) / len(probs)
+    few = (probs >= least).nonzero()[:, 0]
+    while True:  # the bound rises for as long as enough is left
+        least *= 8
+        fewer = few[probs[few] >= least]
+        if not probs[fewer].sum() > top_p + 1e-3:
+            break
+        few = fewer
+    best, order = logits[few].sort(descending=True)
+    probs = probs[few[order]]
+    count = (probs.cumsum(0) - probs < top_p).sum()
+    return best[count - 1 : count] if count else logits.amax(-1, keepdim=True)  # 0 for NaN
 
 
 def keep_from(logits, top_k=0, top_p=1.0):
@@ -53,15 +86,50 @@ def keep_from(logits, top_k=0, top_p=1.0):
     (Holtzman et al. 2019, arXiv:1904.09751). A tie with the smallest one stays too.
     """
     V = logits.shape[-1]
-    # sorting a whole vocabulary is slow on a CPU, and 1,024 tokens mostly hold top_p
-    count = top_k or (1024 if logits.device.type == "cpu" else V)
-    best = logits.topk(min(count, V)).values
-    norm = (best if top_k else logits).logsumexp(-1, keepdim=True)
-    probs = (best - norm).exp()
-    if not top_k and count < V and not (probs.sum(-1) > top_p + 1e-3).all():
-        best = logits.topk(V).values
-        probs = (best - norm).exp()
+    if not top_k and logits.device.type == "cpu":  # which takes long to sort a whole vocabulary
+        return torch.stack([nucleus_from(row, top_p) for row in logits])
+    best = logits.topk(min(top_k or V, V)).values
+    probs = best.softmax(-1)
     return best.masked_fill(probs.cumsum(-1) - probs >= top_p, torch.inf).amin(-1, keepdim=True)
+
+
+def in_blocks(x, fill):
+    """x (R, V) -> (R, V / 256, 256). A CPU reduces blocks many times as fast as one whole
+    vocabulary."""
+    missing = -x.shape[1] % 256
+    if missing:
+        x = F.pad(x, (0, missing), value=fill)
+    return x.view(len(x), -1, 256)
+
+
+def argmax(x):
+    """x (R, V) -> (R, 1): where the largest number of each row is, the first of equals."""
+    blocks = in_blocks(x, -torch.inf)
+    best = blocks.amax(-1).argmax(-1, keepdim=True)
+    inside = blocks.gather(1, best[..., None].expand(-1, -1, 256))[:, 0]
+    return best * 256 + inside.argmax(-1, keepdim=True)
+
+
+def first_above(total, threshold):
+    """The first place of each row of growing sums (R, n) that is above threshold (R, 1). The sum
+    has grown there, even if the threshold was rounded up to the last sum."""
+    threshold = torch.minimum(threshold, total[:, -1:] * (1 - 2**-23))
+    if total.device.type == "xla":  # which has no searchsorted
+        return (total <= threshold).sum(-1, keepdim=True)
+    return torch.searchsorted(total, threshold, right=True)
+
+
+def draw(probs, uniform):
+    """probs (R, V), which need not add up to 1, and uniform (R,) in [0, 1) -> tokens (R, 1), by
+    inverting the cumulative distribution: first that of blocks, then within one."""
+    blocks = in_blocks(probs, 0.0)
+    total = blocks.sum(-1).cumsum(-1)
+    threshold = uniform[:, None] * total[:, -1:]
+    block = first_above(total, threshold).clamp(max=total.shape[1] - 1)  # beyond the end for NaN
+    before = F.pad(total, (1, 0)).gather(1, block)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, 256))[:, 0].cumsum(-1)
+    token = block * 256 + first_above(inside, threshold - before)
+    return token.clamp(max=probs.shape[1] - 1)
 
 
 def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
@@ -74,22 +142,16 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """
     logits = logits.float()
     if temperature == 0:
-        best, token = logits.log_softmax(-1).max(-1)
-        return token, best
+        token = argmax(logits)
+        logprob = logits.log_softmax(-1).gather(1, token)
+        return token[:, 0], logprob[:, 0]
     logits = logits / temperature
-    logprobs = logits.log_softmax(-1)
-    probs = logprobs.exp()
+    probs = logits.softmax(-1)
+    kept = probs
     if top_k or top_p < 1:
-        probs = probs.masked_fill(logits < keep_from(logits, top_k, top_p), 0.0)
-    total = probs.cumsum(-1)
-    # the first token at which the sum exceeds the threshold, which never has probability 0
-    threshold = uniform[:, None] * total[:, -1:]
-    if logits.device.type == "xla":  # which has no searchsorted
-        token = (total <= threshold).sum(-1, keepdim=True)
-    else:
-        token = torch.searchsorted(total, threshold, right=True)
-        token = token.clamp(max=logits.shape[-1] - 1)  # beyond the end for NaN, see `collect`
-    return token[:, 0], logprobs.gather(1, token)[:, 0]
+        kept = probs.masked_fill(logits < keep_from(logits, top_k, top_p), 0.0)
+    token = draw(kept, uniform)
+    return token[:, 0], probs.gather(1, token)[:, 0].log()
 
 
 # ---------------------------------------------------------------------- the model for decoding
@@ -100,27 +162,81 @@ def has_fast_bf16():
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def fits_fp16(weight):
+    """Whether fp16 holds a weight to within 2^-25, which sums in fp32 round away. It holds every
+    checkpoint that was saved in 16 bits, bf16 included, and next to no weight after training."""
+    return all(
+        (piece.half().float() - piece).abs_().amax() <= 2**-25
+        for piece in weight.float().flatten().split(2**18)  # which stay in the processor's cache
+    )
+
+
+def layout_of(weight):
+    """How a CPU reads a weight fastest (bench/README.md): plain, as F.linear takes it, which
+    rearranges it in every call; blocked by oneDNN; or in FBGEMM's fp16, half of an fp32 weight's
+    bytes, whose products are fp32 all the same."""
+    if weight.numel() < 2**16:  # the call would cost more than the product
+        return "plain"
+    if weight.dtype == torch.bfloat16 and has_fast_bf16():
+        return "blocked"
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        return "plain"
+    if fits_fp16(weight):
+        return "fp16"
+    return "blocked" if weight.dtype == torch.float32 else "plain"
+
+
 class FrozenLinear(nn.Module):
-    """A linear layer for inference.
+    """A linear layer for inference, with its weight in one of the layouts of `layout_of`."""
 
-    With `pack` the weight is stored in oneDNN's blocked layout, which F.linear would rebuild in
-    every call. Steps on a CPU are then 1.5x faster.
-    """
-
-    def __init__(self, weight, bias, pack):
+    def __init__(self, weight, bias, layout="plain"):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.bias = bias
-        # for small weights the call of oneDNN costs more than the product
-        self.packed = pack and weight.numel() >= 2**16
-        if self.packed:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
-        self.weight = weight
+        self.weight, self.bias, self.layout = weight, bias, layout
+        if layout == "fp16":
+            bias = None if bias is None else bias.float()
+            self.weight = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
+        elif layout == "blocked":
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
 
     def forward(self, x):
-        if self.packed:
+        if self.layout == "fp16":
+            return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.weight).to(x.dtype)
+        if self.layout == "blocked":
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
+
+
+class Fused:
+    """Layers that read the same input, as one product. The first that is called computes it for
+    all of them."""
+
+    def __init__(self, linear, sizes):
+        self.linear = linear
+        self.sizes = sizes  # outputs of each layer
+        self.x = None
+        self.parts = {}
+
+    def take(self, number, x):
+        if self.x is not x:
+            self.x = x
+            self.parts = dict(enumerate(self.linear(x).split(self.sizes, dim=-1)))
+        part = self.parts.pop(number)
+        if not self.parts:  # the memory is free for the next layer
+            self.x = None
+        return part
+
+
+class Part(nn.Module):
+    """One of the layers of a Fused."""
+
+    def __init__(self, shared, number):
+        super().__init__()
+        self.shared = shared
+        self.number = number
+
+    def forward(self, x):
+        return self.shared.take(self.number, x)
 
 
 def device_of(p):
@@ -136,20 +252,30 @@ def frozen(p, dtype):
     return None if p is None else p.detach().to(dtype)
 
 
+def base_of(module):
+    return module.base if isinstance(module, LoRA) else module
+
+
+def is_plain(module):
+    """Whether a linear layer has a plain matrix. A quantised one has a method `dense`."""
+    return not hasattr(base_of(module), "dense")
+
+
 def frozen_linear(module, dtype, pack):
     """A linear layer for decoding. The adapter is folded in where packing copies the weight anyway.
-    A base that is no plain matrix (it has a method `dense`) is called as it is."""
-    base = module.base if isinstance(module, LoRA) else module
+    A base that is no plain matrix is called as it is."""
+    base = base_of(module)
     active = getattr(module, "active", None)
-    plain = not hasattr(base, "dense")
+    plain = is_plain(module)
     if isinstance(base, QuantLinear):
         base = base.mapped(lambda p: frozen(p, p.dtype))
     # the norm that DoRA divides by is not worth computing at each step
     folded = active is None or plain and (pack or active in module.lora_magnitude)
     linear = base
     if plain:
-        weight = dense(module) if folded else base.weight
-        linear = FrozenLinear(frozen(weight, dtype), frozen(base.bias, dtype), pack)
+        weight = frozen(dense(module) if folded else base.weight, dtype)
+        layout = layout_of(weight) if pack else "plain"
+        linear = FrozenLinear(weight, frozen(base.bias, dtype), layout)
     if folded:
         return linear
     adapted = LoRA(linear)
@@ -161,19 +287,37 @@ def frozen_linear(module, dtype, pack):
     return adapted
 
 
+def fused(modules, dtype):
+    """Plain linear layers that read the same input, packed as one: a Part for each."""
+    weight = torch.cat([frozen(dense(m), dtype) for m in modules])
+    biases = [frozen(base_of(m).bias, dtype) for m in modules]
+    bias = None if biases[0] is None else torch.cat(biases)
+    linear = FrozenLinear(weight, bias, layout_of(weight))
+    shared = Fused(linear, [base_of(m).out_features for m in modules])
+    return [Part(shared, i) for i in range(len(modules))]
+
+
 def snapshot(model, dtype, pack):
     """A copy of the model for decoding, in evaluation mode, without its head.
 
     A new model and no deepcopy, because the hooks of FSDP, tensor parallelism and torch.compile
-    must stay behind. It shares the tensors that need neither a cast nor packing. Each call of
-    generate builds it anew, since training changes the weights.
+    must stay behind. It shares the tensors that need neither a cast nor packing. With `pack` the
+    layers that read the same input become one product.
     """
     new = empty(model.cfg).eval()
     for name, module in list(new.model.named_modules(prefix="model")):
-        source = model.get_submodule(name)
-        if isinstance(module, nn.Linear):
-            new.set_submodule(name, frozen_linear(source, dtype, pack))
+        if isinstance(module, nn.Linear):  # its parent has replaced it
             continue
+        source = model.get_submodule(name)
+        names = [n for n, child in module.named_children() if isinstance(child, nn.Linear)]
+        linears = {n: source.get_submodule(n) for n in names}
+        together = [n for n in getattr(module, "SAME_INPUT", ()) if n in linears]
+        if pack and len(together) > 1 and all(is_plain(linears[n]) for n in together):
+            parts = fused([linears.pop(n) for n in together], dtype)
+            for n, part in zip(together, parts, strict=True):
+                setattr(module, n, part)
+        for n, linear in linears.items():
+            setattr(module, n, frozen_linear(linear, dtype, pack))
         for key, p in source.named_parameters(recurse=False):
             # a router of other numbers would choose other experts than in training
             kept = p.dtype if isinstance(module, Router) else dtype
@@ -182,6 +326,30 @@ def snapshot(model, dtype, pack):
         for layer, source in zip(new.layers, model.layers, strict=True):
             layer._forward_hooks = source._forward_hooks  # they keep activations sharded by row
     return new
+
+
+class Decoder:
+    """A model as it decodes: a copy in evaluation mode, cast and packed.
+
+    generate makes one for each call. Where the weights stand still over many calls, make it once
+    and give it to generate in the model's place. dtype: by default autocast's, or the model's.
+    """
+
+    def __init__(self, model, dtype=None, pack=None):
+        self.cfg = model.cfg
+        self.start_ids = model.start_ids
+        self.device = device = device_of(model.head_weight)
+        if dtype is None and torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        self.dtype = dtype = dtype or model.head_weight.dtype
+        pack = device.type == "cpu" if pack is None else pack
+        self.model = snapshot(model, dtype, pack)
+        weight = frozen(model.head_weight, dtype)
+        self.head = FrozenLinear(weight, None, layout_of(weight) if pack else "plain")
+        _, self.scale, self.cap = model.head
+
+    def logits(self, hidden):
+        return soft_cap(self.head(hidden * self.scale), self.cap)
 
 
 def common_prefix(rows):
@@ -197,21 +365,19 @@ class Batch:
     """The rows being decoded: key/value cache and state, on the device and updated in place.
 
     So a step has a fixed shape, nothing in it waits for the device, and CUDA can replay it as a
-    graph. prefix: the ids with which all prompts begin. longest: most new tokens of a sample.
-    sampling: keyword arguments of `choose`.
+    graph. longest: most new tokens of a sample. sampling: keyword arguments of `choose`. switch:
+    of the model's ropes.
     """
 
-    def __init__(self, model, rows, prefix, longest, stop_ids, sampling, plan):
-        device = device_of(model.head_weight)
-        autocast = torch.is_autocast_enabled(device.type)
-        self.dtype = torch.get_autocast_dtype(device.type) if autocast else model.head_weight.dtype
-        self.model = snapshot(model, self.dtype, plan.pack)
-        self.head = FrozenLinear(frozen(model.head_weight, self.dtype), None, plan.pack)
-        _, self.logit_scale, self.logit_cap = model.head
+    def __init__(self, decoder, rows, longest, stop_ids, sampling, plan, switch=None):
+        self.decoder = decoder
+        self.model = decoder.model
+        self.switch = switch
+        for rope in self.model.ropes.values():
+            rope.switch = switch
+        self.dtype = decoder.dtype
+        self.device = device = decoder.device
         self.sampling = sampling
-        self.device = device
-        self.prefix = prefix
-        self.common = None  # the cache of the prefix, of one row
         self.stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
         self.cache = self.model.new_cache(rows, 0, self.dtype)
         # experts one by one wait for the device, which a graph cannot
@@ -253,32 +419,48 @@ class Batch:
         self.cache = [tuple(F.pad(t, (0, 0, 0, change)) for t in layer) for layer in self.cache]
         self.graphs.clear()  # they point to the old cache
 
-    def prefill(self, prompts, rows, width):
-        """The cache of `prompts`, tensors (rows, K, width, D), right-padded.
+    def prefill(self, prompts, pasts, rows, width):
+        """The cache of `prompts`, keys and values (rows, K, S, D) per layer, right-padded. pasts: a
+        Past or None for each.
 
         What stands behind a prompt's end is overwritten before any token can see it. The last token
         of a prompt is left to the first step.
         """
-        begin = len(self.prefix)
-        tokens = torch.zeros(rows, width - begin, dtype=torch.int64)
+        known = [past.covers(p) if past else 0 for past, p in zip(pasts, prompts, strict=True)]
+        rest = [prompt[n:-1] for n, prompt in zip(known, prompts, strict=True)]
+        # fixed shapes need one number of columns, which they have where all know as much
+        columns = max(map(len, rest)) if len(set(known)) > 1 else width - known[0]
+        tokens = torch.zeros(rows, columns, dtype=torch.int64)
         lengths = torch.zeros(rows, dtype=torch.int64)
-        for i, ids in enumerate(prompts):
-            lengths[i] = len(ids) - 1 - begin
-            tokens[i, : len(ids) - 1 - begin] = torch.tensor(ids[begin:-1])
-        cache = self.model.new_cache(rows, width, self.dtype)
+        for i, ids in enumerate(rest):
+            lengths[i] = len(ids)
+            tokens[i, : len(ids)] = torch.tensor(ids)
+        tokens, lengths = tokens.to(self.device), lengths.to(self.device)
+        # padding that stands beyond the width shares one slot more
+        cache = self.model.new_cache(rows, width + any(known), self.dtype)
         positions = None
-        if begin:
-            if self.common is None:
-                self.common = self.model.new_cache(1, begin, self.dtype)
-                ids = torch.tensor([self.prefix], device=self.device)
-                self.model.hidden(ids, cache=self.common)
-            for t, prefix in zip(chain(*cache), chain(*self.common), strict=True):
-                t[:, :, :begin] = prefix
-            positions = torch.arange(begin, width, device=self.device).expand_as(tokens)
-        if width > begin:
-            tokens, lengths = tokens.to(self.device), lengths.to(self.device)
+        if any(known):
+            for row, (past, n) in enumerate(zip(pasts, known, strict=True)):
+                for new, old in zip(chain(*cache), chain(*past.cache) if n else (), strict=False):
+                    new[row, :, :n] = old[:, :n]
+            begins = torch.tensor(known + [0] * (rows - len(known)), device=self.device)
+            positions = begins[:, None] + torch.arange(columns, device=self.device)
+            positions = positions.clamp(max=width)
+        if columns:
             self.model.prefill(tokens, lengths, cache, positions)
         return cache
+
+    def computed(self, ids):
+        """The Past of `ids`."""
+        cache = self.model.new_cache(1, len(ids), self.dtype)
+        self.model.hidden(torch.tensor([ids], device=self.device), cache=cache)
+        return Past(ids, [(keys[0], values[0]) for keys, values in cache], self.switch)
+
+    def past(self, row, ids):
+        """The Past of the tokens `ids`, which stand in the first slots of a row."""
+        n = len(ids)
+        cache = [tuple(t[row, :, :n].clone() for t in layer) for layer in self.cache]
+        return Past(ids, cache, self.switch)
 
     def place(self, rows, prompts, limits, uniforms, sources, cache):
         """Starts samples in `rows`. sources: the row of each one's prompt in a prefilled cache."""
@@ -309,7 +491,7 @@ class Batch:
         cache = [tuple(t[:rows] for t in layer) for layer in self.cache]
         hidden = self.model.hidden(last[:, None], position[:, None], cache=cache)
         at = count[:, None]
-        logits = soft_cap(self.head(hidden[:, 0] * self.logit_scale), self.logit_cap)
+        logits = self.decoder.logits(hidden[:, 0])
         token, logprob = choose(logits, uniform.gather(1, at)[:, 0], **self.sampling)
         tokens.scatter_(1, at, token[:, None])
         logprobs.scatter_(1, at, logprob[:, None])
@@ -362,7 +544,7 @@ class Plan:
     # batch runs to its end in one shape
     shapes: str
     sync_every: int  # steps between two looks at which rows are done
-    pack: bool = False  # copies the weights into oneDNN's layout, in as much memory again
+    pack: bool = False  # copies the weights into a layout for the CPU
     graphs: bool = False  # replays steps as CUDA graphs
     span: int = 64  # the cache grows by so many slots: few shapes, and short samples stay cheap
 
@@ -370,7 +552,7 @@ class Plan:
     def for_device(cls, device, longest):
         """longest: most new tokens of a sample. Copying the weights pays off from 16 on."""
         if device.type == "cpu":
-            return cls("free", 1, pack=has_fast_bf16() and longest >= 16)
+            return cls("free", 1, pack=longest >= 16)
         if device.type == "xla":  # compiles each shape
             return cls("fixed", 8)
         graphs = device.type == "cuda"  # which records each shape
@@ -389,6 +571,8 @@ class Scheduler:
     limits: list  # of each sample: most new tokens
     group: int
     uniforms: Callable  # sample -> its random numbers
+    pasts: list  # of each sample: a Past or None
+    keep: bool  # whether each sample leaves a Past
 
     def __post_init__(self):
         prompts = self.prompts
@@ -397,7 +581,7 @@ class Scheduler:
         self.live = {}  # row -> sample
         self.seen = [0] * len(prompts)  # of each sample: tokens handed out so far
         self.where = {}  # number of a prompt -> its row in `prefilled`, the latest prefill's cache
-        self.samples = Samples(*([None] * len(prompts) for _ in range(3)))
+        self.samples = Samples(*([None] * len(prompts) for _ in range(4)))
         self.fixed = self.plan.shapes == "fixed"
         self.whole_width = self.round_up(max(map(len, prompts)) - 1)  # of a fixed prefill
 
@@ -431,8 +615,10 @@ class Scheduler:
             numbers = numbers[: max(1, PREFILL // max(width, 1))]
             rows = len(numbers)
         self.where = {prompt: row for row, prompt in enumerate(numbers)}
-        prompts = [self.prompts[i * self.group] for i in numbers]
-        self.prefilled = self.batch.prefill(prompts, rows, width)
+        prompts, pasts = (
+            [values[i * self.group] for i in numbers] for values in (self.prompts, self.pasts)
+        )
+        self.prefilled = self.batch.prefill(prompts, pasts, rows, width)
 
     def place(self, placed, free):
         """Puts prefilled samples into rows of the batch. placed: row -> sample."""
@@ -503,6 +689,8 @@ class Scheduler:
                 self.samples.tokens[sample] = ids
                 self.samples.logprobs[sample] = logprobs[row, :end].tolist()
                 self.samples.finished[sample] = stopped or ids[-1] in stop_ids
+                if self.keep:
+                    self.samples.pasts[sample] = batch.past(row, self.prompts[sample] + ids[:-1])
 
 
 @torch.no_grad()
@@ -521,8 +709,11 @@ def generate(
     step_hook=lambda: None,
     sample_ids=None,
     plan=None,
+    pasts=None,
+    keep=False,
 ):
     """Samples `group` continuations of each prompt (a list of ids) under the caller's autocast.
+    model: a Transformer or a Decoder.
 
     Returns Samples. UserError for an empty or too long prompt, and for ids that the model lacks.
 
@@ -538,20 +729,27 @@ def generate(
     sample_ids: the number by which each sample draws its random numbers (default 0, 1, ...), so
         that ranks can share out the samples of one call.
     plan: fields of Plan that differ from the device's, such as dict(sync_every=1) for streaming.
+    keep, pasts: with keep=True the samples have .pasts. One of them or None for each prompt of a
+        later call spares it the tokens that its conversation begins with.
     """
     limits = max_new_tokens
     if isinstance(limits, int):
         limits = [limits] * len(prompts)
     check(prompts, model.cfg)
     if not prompts:
-        return Samples([], [], [])
+        return Samples([], [], [], [])
     prompts = [[*prompt, *model.start_ids] for prompt in prompts]
     room = [model.cfg.max_positions - len(prompt) for prompt in prompts]
     limits = [min(pair) for pair in zip(limits, room, strict=True) for _ in range(group)]
+    pasts = [past for past in pasts or [None] * len(prompts) for _ in range(group)]
     prompts = [prompt for prompt in prompts for _ in range(group)]
     sample_ids = sample_ids or range(len(prompts))
-    device = device_of(model.head_weight)
+    decoder = model if isinstance(model, Decoder) else None
+    device = decoder.device if decoder else device_of(model.head_weight)
     plan = replace(Plan.for_device(device, max(limits)), **(plan or {}))
+    if keep:  # a row that is done would idle in its slot 0
+        plan.sync_every = 1
+    decoder = decoder or Decoder(model, pack=plan.pack)
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
 
     def decode(numbers, prompts, limits, group=1, switch=None):
@@ -568,12 +766,14 @@ def generate(
             return on_token(numbers[i], token)
 
         rows = min(batch_size, len(prompts))
-        # an encoder reads the beginning of a prompt otherwise before another end
-        prefix = [] if model.start_ids else prompts[0][: common_prefix(prompts)]
-        batch = Batch(model, rows, prefix, longest, stop_ids, sampling, plan)
-        for rope in batch.model.ropes.values():
-            rope.switch = switch
-        scheduler = Scheduler(batch, plan, rows, prompts, limits, group, uniforms)
+        batch = Batch(decoder, rows, longest, stop_ids, sampling, plan, switch)
+        mine = [None] * len(numbers)
+        if not model.start_ids:  # an encoder reads a prompt's beginning by its end
+            common = common_prefix(prompts)
+            common = batch.computed(prompts[0][:common]) if common else None
+            mine = [pasts[number] for number in numbers]
+            mine = [past if past and past.switch == switch else common for past in mine]
+        scheduler = Scheduler(batch, plan, rows, prompts, limits, group, uniforms, mine, keep)
         while scheduler.waiting or scheduler.live:
             if scheduler.wants_refill():
                 scheduler.refill(step_hook)
@@ -586,9 +786,10 @@ def generate(
             samples.tokens[number] += scheduler.samples.tokens[i]
             samples.logprobs[number] += scheduler.samples.logprobs[i]
             samples.finished[number] = scheduler.samples.finished[i]
+            samples.pasts[number] = scheduler.samples.pasts[i]
 
     numbers = range(len(prompts))
-    samples = Samples([[] for _ in numbers], [[] for _ in numbers], [False for _ in numbers])
+    samples = Samples(*([value() for _ in numbers] for value in (list, list, bool, lambda: None)))
     switch = model.cfg.rope_switch
     if not switch:
         decode(numbers, prompts, limits, group)

@@ -912,8 +912,8 @@ def identity_of(tok):
     digest = hashlib.sha256(json.dumps([special, probes]).encode())
     order = tok.model.order({id for id, _ in special})
     ids = sorted(tok.bytes.keys() - {padding})
-    for token in chain((tok.bytes[id] for id in ids), order):
-        digest.update(len(token).to_bytes(4, "little") + token)
+    tokens = [*map(tok.bytes.__getitem__, ids), *order]
+    digest.update(b"".join([len(token).to_bytes(4, "little") + token for token in tokens]))
     return digest.hexdigest()
 
 

@@ -101,7 +101,10 @@ def text(record, key):
 
 def first(record, keys):
     """The first of `keys` whose field holds something, or None."""
-    return next((key for key in keys if key in record and not is_empty(record[key])), None)
+    for key in keys:
+        if key in record and not is_empty(record[key]):
+            return key
+    return None
 
 
 def without(value, ignored):
@@ -109,7 +112,9 @@ def without(value, ignored):
 
     A table has nulls in the fields that a record does not use.
     """
-    record = {key: item for key, item in value.items() if item is not None}
+    record = value.copy()
+    if None in record.values():
+        record = {key: item for key, item in value.items() if item is not None}
     if not ignored:
         return record
     record = {key: item for key, item in record.items() if key not in ignored}
@@ -219,6 +224,8 @@ def texts_of(messages):
 
 def system(record):
     """[the message of the record's system prompt], or [] where it has none."""
+    if record.keys().isdisjoint(SYSTEMS):
+        return []
     keys = [key for key in SYSTEMS if key in record and not is_empty(record[key])]
     prompts = [text(record, key) for key in keys]
     if len({*prompts}) > 1:

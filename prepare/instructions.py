@@ -183,7 +183,7 @@ def encode(cfg, tok, record):
         messages = as_prompt(messages)
     elif empty and all(m["role"] != "assistant" for m in messages):
         raise Drop("empty answer")
-    asked = any(m["role"] not in ("system", "assistant") for m in messages)
+    asked = not {"system", "assistant"}.issuperset(m["role"] for m in messages)
     if not messages or not asked and not cfg.text_field:
         raise Drop("no turn of the user")
     awaits = messages[-1]["role"] != "assistant"
@@ -198,7 +198,7 @@ def encode(cfg, tok, record):
     messages = [m | {"weight": 0} if fields.says_nothing(m) else m for m in messages]
     if awaits:
         counts["prompts"] = 1
-    elif silent := sum("weight" in m for m in messages):
+    elif silent := len([m for m in messages if "weight" in m]):
         counts["silent"] = silent
 
     last_only = cfg.train_on == "last" or named.last_only

@@ -67,3 +67,11 @@ def test_alibi_slopes_are_those_of_the_paper():
     assert decoder.alibi_slopes(8) == tuple(2.0**-i for i in range(1, 9))
     twice = decoder.alibi_slopes(16)
     assert decoder.alibi_slopes(12) == decoder.alibi_slopes(8) + twice[:8:2]
+
+
+def test_a_compiled_layer_takes_alibi_into_its_graph():
+    q, k, v = (torch.randn(1, 4, 9, 16) for _ in range(3))
+    extras = decoder.Extras(0.3, slopes=decoder.alibi_slopes(4))
+    seen = decoder.cache_mask(torch.arange(9)[None], 9, 0)
+    compiled = torch.compile(decoder.attend, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(q, k, v, seen, extras), decoder.attend(q, k, v, seen, extras))

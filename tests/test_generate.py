@@ -498,3 +498,83 @@ def test_bfloat16_logprobs(autocast):
             assert (
                 torch.tensor(logprobs) - forward_logprobs(model, prompt, tokens).float()
             ).abs().max() < 0.1
+
+
+def test_layouts_of_weights():
+    """A CPU packs 16-bit checkpoints as fp16 and others as fp32, and both multiply like float64."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(300, 256) / 16, torch.randn(3, 2, 256)
+    stored = weight.bfloat16().float()
+    stored[0, :2] = torch.tensor([2.0**-30, 2.0**-24])  # fp16 rounds the first to 0
+    x86 = "fbgemm" in torch.backends.quantized.supported_engines
+    assert G.layout_of(torch.randn(8, 8)) == "plain"
+    assert G.layout_of(weight) == ("blocked" if x86 else "plain")
+    assert G.layout_of(stored) == ("fp16" if x86 else "plain")
+    assert G.layout_of(stored * 2**20) != "fp16"  # beyond its range
+    for matrix in (weight, stored):
+        for bias in (None, torch.randn(300)):
+            for layout in {"plain", G.layout_of(matrix)}:
+                y = G.FrozenLinear(matrix, bias, layout)(x)
+                expected = x.double() @ matrix.double().T + (0 if bias is None else bias.double())
+                assert y.dtype == torch.float32
+                torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_layers_that_read_the_same_input_are_one_product(bits):
+    model = tiny(**FAMILIES["packed"], std=0.1)
+    if bits == 16:
+        model.to(torch.bfloat16).float()
+    decoder = G.Decoder(model, pack=True)
+    layer = decoder.model.layers[0]
+    shared = layer.self_attn.k_proj.shared
+    assert shared is layer.self_attn.v_proj.shared and isinstance(layer.mlp.up_proj, G.Part)
+    prompts = ragged(3)
+    samples = generate(decoder, prompts, 20, temperature=0.0)
+    assert samples.tokens == [greedy_uncached(model, p, 20) for p in prompts]
+    assert shared.x is None and not shared.parts  # nothing is kept of the last call
+
+
+def test_a_decoder_serves_many_calls():
+    model = tiny(**FAMILIES["packed"], std=0.1)
+    decoder = G.Decoder(model)
+    for seed in (0, 1):
+        expected = generate(model, [[1, 2, 3]], 20, seed=seed)
+        assert generate(decoder, [[1, 2, 3]], 20, seed=seed).tokens == expected.tokens
+
+
+@pytest.mark.parametrize("family", ["grouped, tied", "window"])
+@pytest.mark.parametrize("plan", [{}, dict(shapes="few"), dict(shapes="fixed")])
+def test_a_next_turn_goes_on_from_its_cache(family, plan, monkeypatch):
+    model, first = tiny(**FAMILIES[family]), ragged(4, low=5)
+    turn = generate(model, first, [20, 3, 9, 1], seed=1, keep=True, batch_size=3, plan=plan)
+    for prompt, tokens, past in zip(first, turn.tokens, turn.pasts, strict=True):
+        assert past.ids == prompt + tokens[:-1] and past.cache[0][0].shape[1] == len(past.ids)
+    second = [p + t + [7, 8] for p, t in zip(first, turn.tokens, strict=True)]
+    second[2] = first[2][:4] + [9] * 30  # parts from its past after four tokens
+    turn.pasts[3] = None  # has none
+    expected = generate(model, second, 30, seed=2, plan=plan)
+    computed = []
+    hidden = Transformer.hidden
+
+    def counted(self, tokens, *args, **keys):
+        computed.append(tokens.shape[1])
+        return hidden(self, tokens, *args, **keys)
+
+    monkeypatch.setattr(Transformer, "hidden", counted)
+    samples = generate(model, second, 30, seed=2, pasts=turn.pasts, plan=plan)
+    assert samples.tokens == expected.tokens
+    for a, b in zip(samples.logprobs, expected.logprobs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    computed.clear()
+    generate(model, second[:1], 5, pasts=turn.pasts[:1], plan=plan | dict(shapes="free"))
+    assert computed == [2] + [1] * 5  # the last token of the answer and one of two new ones
+
+
+def test_damaged_weights_end_with_a_sentence():
+    model = tiny()
+    with torch.no_grad():
+        model.head_weight.fill_(torch.nan)
+    for settings in (dict(temperature=0.0), {}, dict(top_p=0.9), dict(top_k=3)):
+        with pytest.raises(UserError, match="weights are damaged"):
+            generate(model, [[1, 2]], 4, **settings)

@@ -154,7 +154,7 @@ def test_streamed_pieces_are_whole_characters(model, monkeypatch):
     def scripted(model, prompts, *settings, on_token, **more):
         tokens = list(text.encode())
         at = next(i for i, token in enumerate(tokens, 1) if on_token(0, token))
-        return Samples([tokens[:at]], [[0.0] * at], [True])
+        return Samples([tokens[:at]], [[0.0] * at], [True], [None])
 
     monkeypatch.setattr(sample, "generate", scripted)
     sampler = sample.Sampler(sample.Config(model=str(model), device="cpu", stop=("<end>",)))
@@ -169,7 +169,7 @@ def test_a_control_token_stops(model, monkeypatch, on_text):
     def scripted(model, prompts, *settings, on_token, **more):
         tokens = [*b"one", 257, *b"two"]
         at = next(i for i, token in enumerate(tokens, 1) if on_token(0, token))
-        return Samples([tokens[:at]], [[0.0] * at], [True])
+        return Samples([tokens[:at]], [[0.0] * at], [True], [None])
 
     monkeypatch.setattr(sample, "generate", scripted)
     cfg = sample.Config(model=str(model), device="cpu", stop=("<|im_start|>",))
