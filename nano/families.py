@@ -1107,6 +1107,7 @@ FAMILIES = {  # by model_type
     "qwen3_moe": Family(
         {"lm": "Qwen3MoeForCausalLM", "score": "Qwen3MoeForSequenceClassification"},
         keys=KEYS | BIASES | EXPERTS | {"expert_dim": "moe_intermediate_size"},
+        aliases={"num_local_experts": "num_experts"},  # transformers 5
         defaults=QWEN_MOE
         | {
             "num_key_value_heads": 4,

@@ -381,7 +381,7 @@ class Batch:
         self.stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
         self.cache = self.model.new_cache(rows, 0, self.dtype)
         # experts one by one wait for the device, which a graph cannot
-        self.use_graphs = plan.graphs and not model.cfg.n_experts
+        self.use_graphs = plan.graphs and not self.model.cfg.n_experts
         self.graphs = {}  # rows -> graph; None: to be recorded the next time
 
         def zeros(*shape, dtype=torch.int64):
