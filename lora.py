@@ -99,12 +99,15 @@ def adapted(model):
 
 def linear_names(model):
     """The names of the layers that may carry adapters: the linear layers of the blocks, adapted or
-    not. The head is not among them, because nano/losses.py reads its weight."""
-    return [
+    not. The head is not among them, because nano/losses.py reads its weight. In a mixture of
+    experts they are those of attention, because peft takes the names of the others for experts."""
+    names = [
         name
         for name, module in model.named_modules()
         if ".layers." in name and hasattr(module, "in_features") and not name.endswith(".base")
     ]
+    mixed = any(name.endswith(".mlp.experts") for name, _ in model.named_modules())
+    return [name for name in names if ".self_attn." in name] if mixed else names
 
 
 def wrap(model, name):

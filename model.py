@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 SHORT = 512  # most tokens of a document that document_attention multiplies out
 
@@ -31,6 +31,7 @@ ACTIVATIONS = dict(
     gelu=F.gelu,
     gelu_tanh=functools.partial(F.gelu, approximate="tanh"),  # GPT-2's
     relu=F.relu,
+    gelu_sigmoid=lambda x: x * torch.sigmoid(1.702 * x),  # another approximation of GELU
 )
 
 
@@ -65,9 +66,22 @@ class ModelConfig:
     qk_norm: str = "none"  # none | head: over each head's q and k | whole: over all heads at once
     attn_scale: float = 0.0  # of q k^T; 0: 1 / sqrt(D)
     attn_cap: float = 0.0  # soft cap of the scores, see soft_cap; 0: none
+    sinks: bool = False  # each head has a learned score that attends to nothing
     mlp: str = "gated"  # gated: down(act(gate(x)) * up(x)) | plain: down(act(up(x)))
     activation: str = "silu"  # one of ACTIVATIONS
     mlp_bias: bool = False
+    # clamps a gate from above and what it multiplies on both sides, to which 1 is added; 0: not
+    glu_limit: float = 0.0
+    n_experts: int = 0  # E: MLPs of which each token takes a few; 0: one MLP
+    experts_per_token: int = 2
+    expert_dim: int = 0  # F of each expert; 0: ffn_dim
+    dense_layers: tuple = ()  # numbers of the layers that have one MLP all the same
+    # whose scores a token's experts are weighted by, after a softmax: over all experts, or
+    # over those that it takes (the same as dividing the first by their sum)
+    router: str = "all"
+    router_bias: bool = False
+    expert_bias: bool = False
+    shared_dim: int = 0  # F of an expert that every token takes, weighted by a gate; 0: none
     # serial | parallel: both halves of a block read its input | parallel_one_norm: through one norm
     residual: str = "serial"
     embed_dim: int = 0  # of the embedding and the head, with projections from and to C; 0: C
@@ -314,20 +328,23 @@ def constant(numbers, device):
 
 @dataclass(frozen=True)
 class Extras:
-    """What a layer adds to softmax(q k^T) v. Sinks would be a field here, a line in `score_mod` and
-    one in `plain_attention`."""
+    """What a layer adds to softmax(q k^T) v."""
 
     scale: float
     cap: float = 0.0
     slopes: tuple = ()  # of ALiBi, one a head; with tensor parallelism those of this device's heads
+    # (H,): scores that take part in the softmax and have no value (OpenAI 2025, arXiv:2508.10925)
+    sinks: torch.Tensor | None = None
 
     @property
     def fused(self):
         """Whether the fused kernels can compute it."""
-        return not self.cap and not self.slopes
+        return not self.cap and not self.slopes and self.sinks is None
 
     def score_mod(self, device):
-        """flex_attention's score_mod: what becomes of q k^T * scale."""
+        """flex_attention's score_mod: what becomes of q k^T * scale. None: nothing."""
+        if not self.cap and not self.slopes:
+            return None
         slopes = constant(self.slopes, device)
 
         def score_mod(score, b, h, q, k):
@@ -354,8 +371,13 @@ def attend(q, k, v, seen, extras):
     if isinstance(seen, BlockMask):
         # a compiled layer takes flex_attention into its graph; uncompiled it builds all scores
         flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-        score_mod = None if extras.fused else extras.score_mod(q.device)
-        return flex(q, k, v, score_mod, block_mask=seen, scale=extras.scale, enable_gqa=True)
+        score_mod = extras.score_mod(q.device)
+        settings = dict(block_mask=seen, scale=extras.scale, enable_gqa=True)
+        if extras.sinks is None:
+            return flex(q, k, v, score_mod, **settings)
+        y, aux = flex(q, k, v, score_mod, **settings, return_aux=AuxRequest(lse=True))
+        # what is left of the attention to the tokens where a sink takes part in the softmax
+        return y * torch.sigmoid(aux.lse - extras.sinks[:, None].float())[..., None].to(y.dtype)
     if isinstance(seen, Documents):
         return seen.attend(q, k, v, extras)
     if not extras.fused:
@@ -388,8 +410,12 @@ def plain_attention(q, k, v, seen, extras):
         seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
     if extras.slopes:
         scores = scores + extras.bias(seen)
-    probs = scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype)
-    return torch.bmm(probs.view(B * K, -1, S), v).view(B, H, T, D)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if extras.sinks is not None:
+        sinks = extras.sinks.float().view(H, 1, 1).expand(B, H, T, 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    probs = scores.softmax(-1)[..., :S].to(v.dtype)
+    return torch.bmm(probs.reshape(B * K, -1, S), v).view(B, H, T, D)
 
 
 def one_query(q, k, v, seen, extras):
@@ -444,9 +470,11 @@ class Documents:
 
 
 @functools.cache
-def _keep_documents_uncompiled():
-    """A compiled layer leaves its graph for documents. Each batch would need a new graph."""
+def _keep_lengths_uncompiled():
+    """A compiled layer leaves its graph for documents and for experts one by one, because each
+    batch has other lengths and would need a new graph."""
     Documents.attend = torch.compiler.disable(Documents.attend)
+    Experts.looped = staticmethod(torch.compiler.disable(Experts.looped))
 
 
 # ---------------------------------------------------------------------- layers
@@ -512,6 +540,7 @@ class Attention(nn.Module):
         if cfg.alibi_scaled:
             slopes = tuple(scale * slope for slope in slopes)
         self.extras = Extras(scale, cfg.attn_cap, slopes)
+        self.sinks = nn.Parameter(torch.zeros(cfg.n_heads)) if cfg.sinks else None
 
     def keep_heads(self, rank, size):
         """Called where `size` devices share the heads, on device number `rank`."""
@@ -535,7 +564,8 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k, v = remember(k, v, slots, cache)
-        y = attend(q, k, v, seen, self.extras)
+        extras = self.extras if self.sinks is None else replace(self.extras, sinks=self.sinks)
+        y = attend(q, k, v, seen, extras)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -560,14 +590,15 @@ class MLP(nn.Module):
     SAME_INPUT = COLUMN = ("gate_proj", "up_proj")
     ROW = ("down_proj",)
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, ffn_dim=0):
         super().__init__()
+        ffn_dim = ffn_dim or cfg.ffn_dim
         self.gated = cfg.mlp == "gated"
         self.activation = ACTIVATIONS[cfg.activation]
         if self.gated:
-            self.gate_proj = nn.Linear(cfg.dim, cfg.ffn_dim, bias=cfg.mlp_bias)
-        self.up_proj = nn.Linear(cfg.dim, cfg.ffn_dim, bias=cfg.mlp_bias)
-        self.down_proj = nn.Linear(cfg.ffn_dim, cfg.dim, bias=cfg.mlp_bias)
+            self.gate_proj = nn.Linear(cfg.dim, ffn_dim, bias=cfg.mlp_bias)
+        self.up_proj = nn.Linear(cfg.dim, ffn_dim, bias=cfg.mlp_bias)
+        self.down_proj = nn.Linear(ffn_dim, cfg.dim, bias=cfg.mlp_bias)
 
     def forward(self, x):
         if self.gated:
@@ -575,8 +606,118 @@ class MLP(nn.Module):
         return self.down_proj(self.activation(self.up_proj(x)))
 
 
-class Block(nn.Module):
+class Router(nn.Module):
+    """Chooses the experts of each token: x (N, C) -> their weights (N, k) and numbers (N, k).
+
+    It computes in fp32, because the choice should not hang on how bf16 rounds. It keeps its scores
+    (N, E) as `.scores`, with which a loss may balance the experts (nano/losses.py)."""
+
     def __init__(self, cfg):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(cfg.n_experts, cfg.dim))
+        self.bias = nn.Parameter(torch.zeros(cfg.n_experts)) if cfg.router_bias else None
+        nn.init.normal_(self.weight, std=0.02)
+        self.k = cfg.experts_per_token
+        self.over_all = cfg.router == "all"
+        self.scores = None
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            self.scores = F.linear(x.float(), self.weight.float(), bias)
+            top, chosen = self.scores.topk(self.k, dim=-1)
+            if self.over_all:
+                return (top - self.scores.logsumexp(-1, keepdim=True)).exp(), chosen
+            return top.softmax(-1), chosen
+
+
+class Experts(nn.Module):
+    """The gated MLPs of E experts, with stacked matrices: gate and up (E, 2F, C), down (E, C, F)"""
+
+    def __init__(self, cfg):
+        super().__init__()
+        E, ffn_dim = cfg.n_experts, cfg.expert_dim or cfg.ffn_dim
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * ffn_dim, cfg.dim))
+        self.down_proj = nn.Parameter(torch.empty(E, cfg.dim, ffn_dim))
+        self.gate_up_proj_bias = self.down_proj_bias = None
+        if cfg.expert_bias:
+            self.gate_up_proj_bias = nn.Parameter(torch.zeros(E, 2 * ffn_dim))
+            self.down_proj_bias = nn.Parameter(torch.zeros(E, cfg.dim))
+        for p in (self.gate_up_proj, self.down_proj):
+            nn.init.normal_(p, std=0.02)
+        self.active = cfg.experts_per_token / E  # how much of it a token uses
+        self.activation = ACTIVATIONS[cfg.activation]
+        self.limit = cfg.glu_limit
+
+    def forward(self, x, chosen):
+        """x (N, C), chosen (N, k): numbers of experts -> what they make of each token (N, k, C).
+
+        Every token gets all experts that its router chose, however many others want them too."""
+        N, k = chosen.shape
+        # the N k pairs of a token and an expert, in the order of the experts
+        numbers, order = chosen.flatten().sort(stable=True)
+        experts = torch.arange(len(self.down_proj), device=x.device)
+        ends = torch.searchsorted(numbers, experts, right=True, out_int32=True)
+        products = self.grouped if has_grouped_mm(x, self.down_proj) else self.looped
+        gate_up = products(x[order // k], self.gate_up_proj, ends)
+        if self.gate_up_proj_bias is not None:
+            gate_up = gate_up + self.gate_up_proj_bias.to(gate_up.dtype)[numbers]
+        gate, up = gate_up.chunk(2, dim=-1)
+        if self.limit:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit) + 1
+        y = products(self.activation(gate) * up, self.down_proj, ends)
+        if self.down_proj_bias is not None:
+            y = y + self.down_proj_bias.to(y.dtype)[numbers]
+        return y[order.argsort()].view(N, k, -1)
+
+    @staticmethod
+    def looped(x, weight, ends):
+        """x (S, in), of which expert e has the rows ends[e - 1] to ends[e], times weight
+        (E, out, in) -> (S, out)."""
+        rows = x.tensor_split(ends[:-1].tolist())
+        # unbind, because the gradient of weight[e] would be as large as that of all
+        pairs = zip(rows, weight.unbind(), strict=True)
+        return torch.cat([F.linear(x, matrix) for x, matrix in pairs if len(x)])
+
+    @staticmethod
+    def grouped(x, weight, ends):
+        """The same in one kernel, in bf16."""
+        return F.grouped_mm(x.bfloat16(), weight.bfloat16().mT, offs=ends)
+
+
+def has_grouped_mm(x, weight):
+    """Whether F.grouped_mm has a kernel: on CUDA in bf16, for rows of a multiple of 16 bytes."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    aligned = all(size % 8 == 0 for size in weight.shape[1:])
+    return hasattr(F, "grouped_mm") and x.is_cuda and dtype == torch.bfloat16 and aligned
+
+
+class Mixture(nn.Module):
+    """An MLP of experts (Shazeer et al. 2017, arXiv:1701.06538). The names are those of Qwen's."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.gate = Router(cfg)
+        self.experts = Experts(cfg)
+        self.shared_expert = self.shared_expert_gate = None
+        if cfg.shared_dim:
+            self.shared_expert = MLP(cfg, cfg.shared_dim)
+            self.shared_expert_gate = nn.Linear(cfg.dim, 1, bias=False)
+
+    def forward(self, x):
+        flat = x.flatten(0, -2)
+        weights, chosen = self.gate(flat)
+        y = self.experts(flat, chosen)
+        # summed in the order of the scores, so that a token's sum is the same in any batch
+        y = torch.bmm(weights.to(y.dtype)[:, None], y).view_as(x)
+        if self.shared_expert is not None:
+            y = y + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        return y
+
+
+class Block(nn.Module):
+    def __init__(self, cfg, number=0):
         super().__init__()
 
         def norm(*places):
@@ -588,7 +729,8 @@ class Block(nn.Module):
         self.attn_output_norm = norm("after", "around", "sum")
         if cfg.residual != "parallel_one_norm":
             self.post_attention_layernorm = norm("before", "around")
-        self.mlp = MLP(cfg)
+        mixed = cfg.n_experts and number not in cfg.dense_layers
+        self.mlp = Mixture(cfg) if mixed else MLP(cfg)
         self.mlp_output_norm = norm("after", "around", "sum")
         self.after_sum = cfg.norm_at == "sum"
         self.residual = cfg.residual
@@ -611,7 +753,7 @@ class Block(nn.Module):
         return torch.add(x, norm(y), alpha=self.residual_scale)
 
     def compile(self, *args, **kwargs):
-        _keep_documents_uncompiled()
+        _keep_lengths_uncompiled()
         super().compile(*args, **kwargs)
 
 
@@ -658,7 +800,7 @@ class Transformer(nn.Module):
         if cfg.positions == "learned":
             rows = cfg.max_positions + cfg.position_offset
             self.model["embed_positions"] = nn.Embedding(rows, cfg.dim)
-        self.model["layers"] = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.model["layers"] = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
         norm = nn.Identity if cfg.norm_at == "sum" else NORMS[cfg.norm]
         self.model["norm"] = norm(cfg.dim, cfg.norm_eps)
         if cfg.head == "score":
@@ -679,10 +821,10 @@ class Transformer(nn.Module):
         write to the residual stream are scaled by 1/sqrt(2L), as in GPT-2. Returns the model."""
         one = 0.0 if self.cfg.norm == "rms1" else 1.0
         for name, p in self.named_parameters():
-            if p.dim() < 2:
+            if p.dim() < 2 or name.endswith("bias"):
                 nn.init.constant_(p, one if name.endswith("weight") else 0.0)
             elif name != "score.weight":
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                residual = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
                 nn.init.normal_(p, std=std / math.sqrt(2 * self.cfg.n_layers) if residual else std)
         return self
 
@@ -778,6 +920,15 @@ class Transformer(nn.Module):
         any token can see it."""
         self.hidden(tokens, positions, cache=cache)
 
+    def router_scores(self):
+        """Of each mixture of experts: the scores (B * T, E) of the last forward. It lets go of
+        them, and is empty where nothing has run since."""
+        routers = [m for m in self.modules() if isinstance(m, Router) and m.scores is not None]
+        scores = [router.scores for router in routers]
+        for router in routers:
+            router.scores = None
+        return scores
+
     def new_cache(self, batch, slots, dtype=None):
         """An empty key/value cache: per layer (keys, values), each (batch, K, slots, D)."""
         weight = self.model["embed_tokens"].weight
@@ -789,9 +940,9 @@ class Transformer(nn.Module):
         """Floating-point operations of one token in a training step, forward and backward, on rows
         of `length` tokens.
 
-        6 per matrix weight, or 4 where only adapters are trained and weights get no gradient. Plus
-        12 L H D T/2 for causal attention (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), and
-        less in layers with a window.
+        6 per matrix weight that a token uses, or 4 where only adapters are trained and weights get
+        no gradient. Of experts it uses those that it takes. Plus 12 L H D T/2 for causal attention
+        (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), and less in layers with a window.
         """
         # looking up a row of an embedding is no product
         modules = [m for m in self.modules() if not isinstance(m, nn.Embedding)]
@@ -805,9 +956,11 @@ class Transformer(nn.Module):
 
 
 def matrix_size(module):
-    """How many numbers the matrices of a module have, without those of its children. A quantised
-    layer has them all, in fewer bytes."""
+    """How many numbers the matrices of a module have that a token uses, without those of its
+    children. A quantised layer has them all, in fewer bytes."""
     own = list(module.parameters(recurse=False))
+    if isinstance(module, Experts):
+        return round(module.active * sum(p.numel() for p in own if p.dim() == 3))
     if own and hasattr(module, "in_features"):
         return module.in_features * module.out_features
     return sum(p.numel() for p in own if p.dim() == 2)

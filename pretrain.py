@@ -83,6 +83,9 @@ class Config:
     n_kv_heads: Fresh[NonNegativeInt] = 0
     ffn_dim: Fresh[NonNegativeInt] = 0
     rope_theta: Fresh[PositiveFloat] = 10000.0
+    n_experts: Fresh[NonNegativeInt] = 0  # MLPs of ffn_dim in a layer (Mixtral); 0: one
+    # how many of them a token takes
+    experts_per_token: Annotated[Fresh[PositiveInt], With("n_experts")] = 2
     # how long
     epochs: NonNegativeFloat = 1.0  # 0: evaluate once and save nothing
     steps: NonNegativeInt = 0  # optimizer steps; 0: as many as `epochs` takes
@@ -90,6 +93,7 @@ class Config:
     micro_batch: PositiveInt = 16  # windows of one forward on one device
     max_length: PositiveInt = 1024  # tokens of a window
     isolate: bool = True  # documents do not see each other; false: a window is one stretch of text
+    aux_coef: NonNegativeFloat = 0.0  # of the loss that balances a mixture of experts
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for hidden matrices
     lr: NonNegativeFloat = 6e-4  # the highest learning rate
@@ -163,6 +167,19 @@ def model_config(cfg, vocab_size):
             f"dim={dim} must be an even multiple of n_heads={n_heads}, "
             f"and n_heads a multiple of n_kv_heads={n_kv_heads}"
         )
+    mixture = {}
+    if cfg.n_experts:
+        if cfg.experts_per_token > cfg.n_experts:
+            raise UserError(
+                f"experts_per_token={cfg.experts_per_token} must be at most n_experts="
+                f"{cfg.n_experts}"
+            )
+        mixture = dict(
+            n_experts=cfg.n_experts,
+            experts_per_token=cfg.experts_per_token,
+            router="chosen",
+            family="mixtral",
+        )
     return ModelConfig(
         vocab_size=-(-vocab_size // 64) * 64,
         dim=dim,
@@ -174,6 +191,7 @@ def model_config(cfg, vocab_size):
         rope_theta=cfg.rope_theta,
         max_positions=cfg.max_length,
         tie_embeddings=tied,
+        **mixture,
     )
 
 
@@ -328,6 +346,8 @@ def main(cfg, rt):
     validation = store.fingerprint(val_stores) if val_stores else None
     run.identify(params, store.fingerprint(stores), validation)
 
+    losses.check_experts(model, cfg.aux_coef)
+
     # ---- optimizer, resume
     # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it
     # in place. The weights are fp32 and autocast does the matrix work in bf16.
@@ -378,15 +398,22 @@ def main(cfg, rt):
         # micro-batches' means would give a token more weight where its neighbours are few.
         micro_batches = train.batch(step)
         count = rt.all_sum(sum(float(micro["weights"].sum()) for micro in micro_batches))
-        loss = 0.0
+        loss, routing = 0.0, {}
         for i, micro in enumerate(micro_batches):
             # DDP exchanges gradients in the backward of the last micro-batch only.
             rt.accumulate(i == len(micro_batches) - 1, net)
             batch = rt.put(micro)
             with rt.autocast():
                 part = loss_sum(net, net(batch), batch) / max(count, 1e-9)
-            rt.backward(part)
             loss = loss + part.detach()
+            # Of a mixture of experts, the mean over micro-batches by their share of the targets.
+            share = float(micro["weights"].sum()) / max(count, 1e-9)
+            for name, value in losses.routing(model, batch).items():
+                value = share * value
+                if name == "aux_loss":
+                    part = part + cfg.aux_coef * value
+                routing[name] = routing.get(name, 0.0) + value.detach()
+            rt.backward(part)
             run.count(micro)
 
         # Clip the global gradient norm, step the optimizer, clear the gradients.
@@ -395,7 +422,8 @@ def main(cfg, rt):
 
         # Reading a number from the device waits for it, so we read only when a line is due.
         if run.logs:
-            run.log_step(loss=rt.all_sum(loss), grad_norm=norm, lr=lr)
+            routing = {name: rt.all_sum(value) for name, value in routing.items()}
+            run.log_step(loss=rt.all_sum(loss), grad_norm=norm, lr=lr, **routing)
 
     return run.close()
 

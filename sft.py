@@ -74,6 +74,7 @@ class Config:
     train: Full[Literal["all", "attention", "qv"]] = "all"  # which of the model's own weights
     freeze_layers: Full[NonNegativeInt] = 0  # freeze the embeddings and the first N layers
     prompt_loss_weight: NonNegativeFloat = 0.0  # of the prompt's tokens (targets: 1)
+    aux_coef: NonNegativeFloat = 0.0  # of the loss that balances a mixture of experts
     lora_rank: NonNegativeInt = 0  # 0: train the weights themselves
     lora_alpha: LoRA[PositiveFloat] = 32.0  # the adapter's update is scaled by alpha / rank
     lora_dropout: LoRA[Fraction] = 0.0  # of an adapter's input
@@ -259,6 +260,8 @@ def main(cfg, rt):
     else:
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
 
+    losses.check_experts(model, cfg.aux_coef)
+
     # ---- optimizer, resume
     # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it
     # in place. The trained weights are fp32 and autocast does the matrix work in bf16, because an
@@ -299,15 +302,22 @@ def main(cfg, rt):
         # micro-batches' means would give a token more weight where its neighbours are few.
         micro_batches = train.batch(step)
         count = rt.all_sum(sum(float(micro["weights"].sum()) for micro in micro_batches))
-        loss = 0.0
+        loss, routing = 0.0, {}
         for i, micro in enumerate(micro_batches):
             # DDP exchanges gradients in the backward of the last micro-batch only.
             rt.accumulate(i == len(micro_batches) - 1, net)
             batch = rt.put(micro)
             with rt.autocast():
                 part = loss_sum(net, net(batch), batch) / max(count, 1e-9)
-            rt.backward(part)
             loss = loss + part.detach()
+            # Of a mixture of experts, the mean over micro-batches by their share of the targets.
+            share = float(micro["weights"].sum()) / max(count, 1e-9)
+            for name, value in losses.routing(model, batch).items():
+                value = share * value
+                if name == "aux_loss":
+                    part = part + cfg.aux_coef * value
+                routing[name] = routing.get(name, 0.0) + value.detach()
+            rt.backward(part)
             run.count(micro)
 
         # Clip the global gradient norm, take the AdamW step, clear the gradients.
@@ -316,7 +326,8 @@ def main(cfg, rt):
 
         # Reading a number from the device waits for it, so we read only when a line is due.
         if run.logs:
-            run.log_step(loss=rt.all_sum(loss), grad_norm=norm, lr=lr)
+            routing = {name: rt.all_sum(value) for name, value in routing.items()}
+            run.log_step(loss=rt.all_sum(loss), grad_norm=norm, lr=lr, **routing)
 
     return run.close()
 

@@ -6,7 +6,7 @@ is allocated.
 
 import torch
 
-from model import SHORT
+from model import SHORT, Experts
 from nano import quant
 from nano.losses import block_logits, chunk_logits
 from nano.tensor import shard_dims
@@ -97,6 +97,12 @@ def count(model):
     return sum(p.numel() for p in model.parameters()) + more
 
 
+def idle(model):
+    """How many parameters of experts a token does not use."""
+    experts = [m for m in model.modules() if isinstance(m, Experts)]
+    return round(sum((1 - m.active) * p.numel() for m in experts for p in m.parameters()))
+
+
 def block_bytes(model, size, tensor, document):
     """Bytes of activations that autograd keeps of a token in one block.
 
@@ -114,7 +120,7 @@ def block_bytes(model, size, tensor, document):
     qk = q + cfg.n_kv_heads * cfg.head_dim
     attention = 2 * qk * size
     extras = model.layers[0].self_attn.extras
-    if on_cpu and not extras.fused:
+    if on_cpu and (cfg.sinks or not extras.fused):
         numbers = 4 + size % 4 + 4 * (extras.cap > 0)
         attention += cfg.n_heads * document * numbers
     elif on_cpu:
@@ -130,7 +136,15 @@ def block_bytes(model, size, tensor, document):
     if cfg.qk_norm != "none":
         attention += norm * qk
     units = 4 if cfg.mlp == "gated" else 2
-    shared = attention + units * cfg.ffn_dim * size
+    mlp = units * cfg.ffn_dim * size
+    if cfg.n_experts:
+        # of each expert the MLP's, its input, and its output by expert, by token and in the sum;
+        # of all experts the scores and what autograd keeps of them
+        numbers = 5 * (cfg.expert_dim or cfg.ffn_dim) + 3 * cfg.dim
+        experts = cfg.experts_per_token * numbers * size + 12 * cfg.n_experts + 4 * cfg.dim
+        experts += units * cfg.shared_dim * size
+        mlp += (experts - mlp) * (1 - len(cfg.dense_layers) / cfg.n_layers)
+    shared = attention + mlp
     return norms * cfg.dim * (norm + size) + shared / tensor
 
 
@@ -157,9 +171,10 @@ def describe(model, rt, cfg, document=SHORT):
         host = sum(parts.pop(name) for name in names)
         note = f"; {host / 1e9:.1f} GB for each in CPU memory"
     total = count(model)
+    active = f" ({total - idle(model):,} for each token)" if model.cfg.n_experts else ""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     listed = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     return (
-        f"{total:,} parameters, {trained:,} trained ({100 * trained / total:.1f}%); "
+        f"{total:,} parameters{active}, {trained:,} trained ({100 * trained / total:.1f}%); "
         f"estimated peak memory per device {sum(parts.values()) / 1e9:.1f} GB = {listed}{note}"
     )

@@ -60,9 +60,49 @@ class Layout:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+@dataclass(frozen=True)
+class Stack(Layout):
+    """A tensor of the file holds the matrices or biases of all experts: (E, out, in) or (E, out).
+    With `transposed` a matrix is (in, out)."""
+
+    interleaved: bool = False  # the outputs alternate between gate and up
+
+    def split(self, tensor, shapes, cfg):
+        if self.transposed and tensor.dim() > 2:
+            tensor = tensor.mT
+        if self.interleaved:
+            tensor = tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+        return tensor.flatten(0, 1).split([shape[0] for shape in shapes])
+
+    def fuse(self, parts, cfg):
+        tensor = torch.cat(parts).unflatten(0, (cfg.n_experts, -1))
+        if self.interleaved:
+            tensor = tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+        return tensor.mT if self.transposed and tensor.dim() > 2 else tensor
+
+
 ROWS = Layout()
 CONV1D = Layout(transposed=True)
 BY_HEAD = Layout(by_head=True)
+
+
+def by_expert(params):
+    """{name: parameter} with a stack of experts in parts, which share its memory: the matrices and
+    biases of each expert, under the names of linear layers."""
+    out = {}
+    for name, p in params.items():
+        experts, _, stack = name.rpartition(".experts.")
+        if not experts:
+            out[name] = p
+            continue
+        stack, bias, _ = stack.partition("_bias")
+        for i, part in enumerate(p.unbind()):
+            halves = stack == "gate_up_proj"
+            layers = ("gate_proj", "up_proj") if halves else ("down_proj",)
+            for layer, piece in zip(layers, part.chunk(len(layers)), strict=True):
+                leaf = "bias" if bias else "weight"
+                out[f"{experts}.experts.{i}.{layer}.{leaf}"] = piece
+    return out
 
 
 def places(cfg, names, bare=False):
@@ -75,7 +115,8 @@ def places(cfg, names, bare=False):
     out = {}
     for name in names:
         stored = renamed(name, table) or name
-        layout = family.layouts.get(NUMBER.sub(".{}", stored.rpartition(".")[0]), ROWS)
+        kinds = (NUMBER.sub(".{}", key) for key in (stored, stored.rpartition(".")[0]))
+        layout = next((family.layouts[key] for key in kinds if key in family.layouts), ROWS)
         if bare:
             stored = stored.removeprefix(family.prefix)
         out.setdefault(stored, ([], layout))[0].append(name)
@@ -86,12 +127,14 @@ NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
 
 def renamed(name, table):
-    """The new name of a tensor by a table of modules, {old: new}, in which {} stands for a number.
+    """The new name of a tensor by a table of modules or tensors, {old: new}, in which {} stands for
+    a number.
 
-    None if the table does not have its module."""
+    None if the table does not have it."""
     module, _, leaf = name.rpartition(".")
-    new = table.get(NUMBER.sub(".{}", module))
-    return new and f"{new.format(*NUMBER.findall(module))}.{leaf}"
+    for old, end in ((name, ""), (module, f".{leaf}")):
+        if new := table.get(NUMBER.sub(".{}", old)):
+            return new.format(*NUMBER.findall(old)) + end
 
 
 # what GGUF files and Meta's releases call the modules
@@ -549,6 +592,63 @@ def t5_tensors(cfg):
     return out
 
 
+def read_mixtral(c, fields):
+    return read_mistral(c, fields) | {"router": "chosen"}
+
+
+def read_olmoe(c, fields):
+    if c.get("clip_qkv") is not None:
+        raise UserError("clip_qkv is not supported")
+    return read_llama(c, fields) | read_router(c)
+
+
+def write_olmoe(cfg):
+    return write_llama(cfg) | write_router(cfg)
+
+
+def read_qwen_moe(c, fields):
+    refuse(c, ["use_sliding_window"])
+    step, dense = c["decoder_sparse_step"], set(c.get("mlp_only_layers") or ())
+    dense |= {i for i in range(fields["n_layers"]) if (i + 1) % step}
+    return (
+        read_llama(c, fields)
+        | read_router(c)
+        | {"dense_layers": tuple(i for i in range(fields["n_layers"]) if i in dense)}
+    )
+
+
+def write_qwen_moe(cfg):
+    layers = {"decoder_sparse_step": 1, "mlp_only_layers": list(cfg.dense_layers)}
+    return write_llama(cfg) | write_router(cfg) | layers | {"use_sliding_window": False}
+
+
+def read_router(c):
+    return {"router": "chosen" if c["norm_topk_prob"] else "all"}
+
+
+def write_router(cfg):
+    return {"norm_topk_prob": cfg.router == "chosen"}
+
+
+def read_gpt_oss(c, fields):
+    if c["swiglu_alpha"] != 1.702:
+        raise UserError(f"swiglu_alpha={c['swiglu_alpha']} is not supported (1.702 is)")
+    if not (c.get("rope_scaling") or c.get("rope_parameters")):
+        c = c | {"rope_scaling": GPT_OSS_ROPE}
+    kinds = layer_types(c, [FULL if i % 2 else SLIDING for i in range(fields["n_layers"])])
+    return read_rope(c) | windows_of(c, kinds)
+
+
+def write_gpt_oss(cfg):
+    rope = (cfg.rope_scaling or {"rope_type": "default"}) | {"rope_theta": cfg.rope_theta}
+    ropes = {
+        "rope_parameters": rope,
+        "rope_scaling": cfg.rope_scaling,
+        "rope_theta": cfg.rope_theta,
+    }
+    return write_windows(cfg) | ropes | {"swiglu_alpha": 1.702, "hidden_act": "silu"}
+
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -767,6 +867,34 @@ T5 = dict(
     head_by_file=True,
 )
 
+QWEN_MOE = DEFAULTS | {
+    "max_position_embeddings": 32768,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": False,
+}
+EXPERTS = {"n_experts": "num_experts", "experts_per_token": "num_experts_per_tok"}
+LOCAL_EXPERTS = EXPERTS | {"n_experts": "num_local_experts"}
+GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+GRANITE_KEYS = {
+    "embed_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "attn_scale": "attention_multiplier",
+}
+GRANITE_DEFAULTS = DEFAULTS | {
+    "max_position_embeddings": 2048,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+
 FAMILIES = {  # by model_type
     "llama": Family(
         {"lm": "LlamaForCausalLM", "score": "LlamaForSequenceClassification"},
@@ -884,24 +1012,156 @@ FAMILIES = {  # by model_type
     ),
     "granite": Family(
         {"lm": "GraniteForCausalLM"},
-        keys=KEYS
-        | BIASES
-        | {
-            "mlp_bias": "mlp_bias",
-            "embed_scale": "embedding_multiplier",
-            "residual_scale": "residual_multiplier",
-            "attn_scale": "attention_multiplier",
-        },
-        defaults=DEFAULTS
-        | {
-            "max_position_embeddings": 2048,
-            "embedding_multiplier": 1.0,
-            "residual_multiplier": 1.0,
-            "attention_multiplier": 1.0,
-            "logits_scaling": 1.0,
-        },
+        keys=KEYS | BIASES | {"mlp_bias": "mlp_bias"} | GRANITE_KEYS,
+        defaults=GRANITE_DEFAULTS,
         read=read_granite,
         write=write_granite,
+    ),
+    "granitemoe": Family(  # Granite 3 with experts
+        {"lm": "GraniteMoeForCausalLM"},
+        keys=KEYS | BIASES | LOCAL_EXPERTS | GRANITE_KEYS,
+        defaults=GRANITE_DEFAULTS | {"num_local_experts": 8, "num_experts_per_tok": 2},
+        read=read_granite,
+        write=write_granite,
+        always={"router": "chosen"},
+        tensors={
+            "model.layers.{}.mlp.gate": "model.layers.{}.block_sparse_moe.router.layer",
+            "model.layers.{}.mlp.experts.{}.gate_proj": (
+                "model.layers.{}.block_sparse_moe.input_linear"
+            ),
+            "model.layers.{}.mlp.experts.{}.up_proj": (
+                "model.layers.{}.block_sparse_moe.input_linear"
+            ),
+            "model.layers.{}.mlp.experts.{}.down_proj": (
+                "model.layers.{}.block_sparse_moe.output_linear"
+            ),
+        },
+        layouts={
+            "model.layers.{}.block_sparse_moe.input_linear": Stack(),
+            "model.layers.{}.block_sparse_moe.output_linear": Stack(),
+        },
+    ),
+    "mixtral": Family(
+        {"lm": "MixtralForCausalLM", "score": "MixtralForSequenceClassification"},
+        keys=KEYS | LOCAL_EXPERTS,
+        defaults=DEFAULTS
+        | {
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        read=read_mixtral,
+        write=write_mistral,
+        tensors={
+            "model.layers.{}.mlp.gate": "model.layers.{}.block_sparse_moe.gate",
+            "model.layers.{}.mlp.experts.{}.gate_proj": (
+                "model.layers.{}.block_sparse_moe.experts.{}.w1"
+            ),
+            "model.layers.{}.mlp.experts.{}.up_proj": (
+                "model.layers.{}.block_sparse_moe.experts.{}.w3"
+            ),
+            "model.layers.{}.mlp.experts.{}.down_proj": (
+                "model.layers.{}.block_sparse_moe.experts.{}.w2"
+            ),
+        },
+    ),
+    "olmoe": Family(
+        {"lm": "OlmoeForCausalLM"},
+        keys=KEYS | BIASES | EXPERTS,
+        defaults=DEFAULTS
+        | {
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        read=read_olmoe,
+        write=write_olmoe,
+        always={"qk_norm": "whole"},
+    ),
+    "qwen2_moe": Family(
+        {"lm": "Qwen2MoeForCausalLM", "score": "Qwen2MoeForSequenceClassification"},
+        keys=KEYS
+        | EXPERTS
+        | {
+            "qkv_bias": "qkv_bias",
+            "expert_dim": "moe_intermediate_size",
+            "shared_dim": "shared_expert_intermediate_size",
+        },
+        defaults=QWEN_MOE
+        | {
+            "num_key_value_heads": 16,
+            "qkv_bias": True,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+        },
+        read=read_qwen_moe,
+        write=write_qwen_moe,
+    ),
+    "qwen3_moe": Family(
+        {"lm": "Qwen3MoeForCausalLM", "score": "Qwen3MoeForSequenceClassification"},
+        keys=KEYS | BIASES | EXPERTS | {"expert_dim": "moe_intermediate_size"},
+        aliases={"num_local_experts": "num_experts"},  # transformers 5
+        defaults=QWEN_MOE
+        | {
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+        },
+        read=read_qwen_moe,
+        write=write_qwen_moe,
+        always={"qk_norm": "head"},
+    ),
+    "gpt_oss": Family(
+        {"lm": "GptOssForCausalLM", "score": "GptOssForSequenceClassification"},
+        keys=KEYS | BIASES | LOCAL_EXPERTS | {"glu_limit": "swiglu_limit"},
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150000.0,
+            "sliding_window": 128,
+            "attention_bias": True,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+        },
+        read=read_gpt_oss,
+        write=write_gpt_oss,
+        always={
+            "activation": "gelu_sigmoid",
+            "router": "chosen",
+            "router_bias": True,
+            "expert_bias": True,
+            "sinks": True,
+        },
+        tensors={"model.layers.{}.mlp.gate": "model.layers.{}.mlp.router"}
+        | {
+            f"model.layers.{{}}.mlp.experts.{{}}.{ours}.{leaf}": (
+                f"model.layers.{{}}.mlp.experts.{theirs}{ending}"
+            )
+            for leaf, ending in (("weight", ""), ("bias", "_bias"))
+            for ours, theirs in (
+                ("gate_proj", "gate_up_proj"),
+                ("up_proj", "gate_up_proj"),
+                ("down_proj", "down_proj"),
+            )
+        },
+        layouts={
+            "model.layers.{}.mlp.experts.gate_up_proj": Stack(transposed=True, interleaved=True),
+            "model.layers.{}.mlp.experts.gate_up_proj_bias": Stack(interleaved=True),
+            "model.layers.{}.mlp.experts.down_proj": Stack(transposed=True),
+            "model.layers.{}.mlp.experts.down_proj_bias": Stack(),
+        },
     ),
     "seed_oss": Family(
         {"lm": "SeedOssForCausalLM", "score": "SeedOssForSequenceClassification"},
@@ -1183,6 +1443,10 @@ class ConfigJson(TokenIds, total=False):
     sliding_window: NonNegativeInt | None
     use_sliding_window: bool | None
     max_window_layers: NonNegativeInt
+    mlp_only_layers: list[NonNegativeInt] | None
+    decoder_sparse_step: PositiveInt
+    norm_topk_prob: bool
+    swiglu_alpha: PositiveFloat
     layer_types: list[str] | None
 
 
@@ -1229,7 +1493,7 @@ def read_config(c):
     kind, head = recognise(c)
     family = FAMILIES[kind]
     how = (c.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
-    if how != "bitsandbytes":
+    if how != "bitsandbytes" and (kind, how) != ("gpt_oss", "mxfp4"):
         raise UserError(
             f"weights quantised by {how} are not supported (bitsandbytes' nf4, fp4 and int8 are): "
             "give the original checkpoint"
@@ -1260,6 +1524,10 @@ def read_config(c):
         raise UserError(
             f"{cfg.n_heads} heads of {cfg.head_dim} numbers "
             f"do not go with {cfg.n_kv_heads} key/value heads"
+        )
+    if cfg.n_experts and cfg.experts_per_token > cfg.n_experts:
+        raise UserError(
+            f"each token takes {cfg.experts_per_token} experts, and there are {cfg.n_experts}"
         )
     return cfg
 
@@ -1340,9 +1608,9 @@ def recognise(c):
 
 # keys of config.json that ask for what the decoder has no slot for -> the slot
 MISSING = {
-    "num_local_experts": "a mixture of experts",
-    "num_experts": "a mixture of experts",
-    "n_routed_experts": "a mixture of experts",
+    "num_experts": "this mixture of experts",
+    "num_local_experts": "this mixture of experts",
+    "n_routed_experts": "this mixture of experts",
     "kv_lora_rank": "latent attention",
     "state_size": "state-space layers",
     "mamba_d_state": "state-space layers",

@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lora import LoRA, dense
-from model import empty, soft_cap
+from model import Router, empty, soft_cap
 from nano.config import UserError
 from nano.quant import QuantLinear
 
@@ -319,7 +319,9 @@ def snapshot(model, dtype, pack):
         for n, linear in linears.items():
             setattr(module, n, frozen_linear(linear, dtype, pack))
         for key, p in source.named_parameters(recurse=False):
-            setattr(module, key, nn.Parameter(frozen(p, dtype), requires_grad=False))
+            # a router of other numbers would choose other experts than in training
+            kept = p.dtype if isinstance(module, Router) else dtype
+            setattr(module, key, nn.Parameter(frozen(p, kept), requires_grad=False))
     if device_of(model.head_weight).type == "xla":
         for layer, source in zip(new.layers, model.layers, strict=True):
             layer._forward_hooks = source._forward_hooks  # they keep activations sharded by row
@@ -378,7 +380,8 @@ class Batch:
         self.sampling = sampling
         self.stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
         self.cache = self.model.new_cache(rows, 0, self.dtype)
-        self.use_graphs = plan.graphs
+        # experts one by one wait for the device, which a graph cannot
+        self.use_graphs = plan.graphs and not self.model.cfg.n_experts
         self.graphs = {}  # rows -> graph; None: to be recorded the next time
 
         def zeros(*shape, dtype=torch.int64):

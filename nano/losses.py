@@ -13,6 +13,7 @@ import math
 import torch
 
 from model import Head, soft_cap
+from nano.config import UserError
 
 CHUNK_LOGITS = 2**25  # on a CPU: 64 MB in bf16
 BLOCK_LOGITS = 2**21  # on a CPU: 8 MB in fp32, which its cache holds
@@ -248,6 +249,48 @@ def token_scores(hidden, head, targets):
     for rows, logits in _chunks(*_operands(hidden, matrix)):
         logprobs[rows], hit[rows] = _over_blocks(_scored, logits, targets[rows], cap)
     return logprobs, hit
+
+
+def routing(model, batch):
+    """How the last forward of `model` on `batch` spread its tokens over experts -> {name: number},
+    0-d tensors. {} of a model without experts.
+
+    aux_loss        E * sum over experts of f P, where f is how often a token takes the expert and P
+                    its mean probability, over the tokens of all layers; k where they are in balance
+                    (Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6; transformers has it of all
+                    families here). It alone has a gradient.
+    max_load        how many times the tokens of a balanced expert the busiest takes
+    min_load        the same of the idlest
+    router_entropy  of a token's probabilities, as a share of log E
+
+    Padding does not count.
+    """
+    scores = model.router_scores() if model.cfg.n_experts else []
+    if not scores:
+        return {}
+    E, k = model.cfg.n_experts, model.cfg.experts_per_token
+    probs = torch.stack(scores).softmax(-1)  # (layers, N, E)
+    real = torch.ones_like(probs[0, :, 0])
+    if "docs" in batch:
+        real = (batch["docs"].flatten() >= 0).to(probs.dtype)
+    weights = (real / (real.sum() * len(scores)).clamp(min=1)).expand(len(scores), -1)
+    taken = torch.zeros(E, device=probs.device)
+    chosen = probs.detach().topk(k, dim=-1).indices
+    taken.scatter_add_(0, chosen.flatten(), weights[..., None].expand_as(chosen).flatten())
+    mean = (probs * weights[..., None]).sum((0, 1))
+    entropy = torch.special.entr(probs.detach()).sum(-1) / math.log(E)
+    return dict(
+        aux_loss=E * (taken * mean).sum(),
+        max_load=taken.max() * E / k,
+        min_load=taken.min() * E / k,
+        router_entropy=(entropy * weights).sum(),
+    )
+
+
+def check_experts(model, aux_coef):
+    """UserError for an aux_coef= without experts."""
+    if aux_coef and not model.cfg.n_experts:
+        raise UserError(f"aux_coef={aux_coef} balances experts, and this model has none")
 
 
 @torch.no_grad()

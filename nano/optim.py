@@ -47,9 +47,10 @@ def param_groups(model, weight_decay):
     Matrices decay. Embeddings, norms and biases do not."""
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     decay, rest = [], []
-    for p in model.parameters():
+    for name, p in model.named_parameters():
         if p.requires_grad:
-            group = decay if p.ndim >= 2 and p not in embeddings else rest
+            matrix = p.ndim >= 2 and not name.endswith("bias") and p not in embeddings
+            group = decay if matrix else rest
             group.append(p)
     groups = [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
     return [group for group in groups if group["params"]]

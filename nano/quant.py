@@ -379,11 +379,52 @@ def read_packed(dir, tensors, method):
         shape = tuple(getattr(parts["weight"], "shape", ()))
         wanted = forms("int8", shape, False)
         packed[f"{layer}.weight"] = checked(f"{dir}: {layer}.weight", "int8", parts, wanted, shape)
+    for key in [key for key in tensors if key.endswith("_blocks")]:
+        name = key.removesuffix("_blocks")
+        packed[name] = read_mxfp4(f"{dir}: {name}", tensors, name)
     for name, matrix in packed.items():
         tensors[name] = torch.empty(matrix.shape, device="meta")
-        if method.kind not in ("none", matrix.kind):
+        if method.kind not in ("none", matrix.kind) and matrix.kind != "mxfp4":
             raise UserError(f"{dir} is quantised already: leave out quant={method.kind}")
     return packed
+
+
+# numbers of 1 bit of sign, 2 of exponent and 1 of mantissa
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True)
+class MXFP4:
+    """The matrices of all experts, of which 32 numbers in a row share a power of two (Rouhani et
+    al. 2023, arXiv:2310.10537)."""
+
+    blocks: torch.Tensor  # (E, out, in / 32, 16) uint8, two numbers a byte, the low half first
+    scales: torch.Tensor  # (E, out, in / 32) uint8: the exponent plus 127
+    kind = "mxfp4"
+
+    @property
+    def shape(self):
+        E, out, blocks, _ = self.blocks.shape
+        return E, out, 32 * blocks
+
+    def dense(self, dtype):
+        """(E, in, out), as a file that is not quantised has them."""
+        numbers = torch.tensor([*E2M1, *(-x for x in E2M1)], dtype=dtype)
+        out = torch.empty(self.shape, dtype=dtype)
+        for dense, blocks, scales in zip(out, self.blocks, self.scales, strict=True):
+            codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
+            exponents = scales[..., None].int() - 127
+            dense.copy_(torch.ldexp(numbers[codes.int()], exponents).flatten(1))
+        return out.mT
+
+
+def read_mxfp4(where, tensors, name):
+    """The MXFP4 of the stack `name`. What belongs to it is taken out of `tensors`."""
+    blocks, scales = tensors.pop(f"{name}_blocks"), tensors.pop(f"{name}_scales", None)
+    fits = scales is not None and blocks.dim() == 4 and blocks.shape == (*scales.shape, 16)
+    if not fits or {blocks.dtype, scales.dtype} != {torch.uint8}:
+        raise UserError(f"{where}: its blocks and scales do not fit: fetch the file again")
+    return MXFP4(blocks, scales)
 
 
 def read_4bit(where, tensors, name, state):

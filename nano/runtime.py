@@ -44,7 +44,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 
-from model import ScoreHead
+from model import Experts, ScoreHead
 from nano import generate, losses, optim, quant, tensor
 from nano.config import UserError
 from nano.quant import QuantLinear
@@ -547,7 +547,8 @@ def cast_parameters(submodule, dtype):
 
 
 def shard_layers(model, rt):
-    """FSDP2, with one unit for each layer and a root unit for the rest. A layer moves to the device
+    """FSDP2, with one unit for each layer, one for the experts in it, and a root unit for the rest.
+    A layer moves to the device
     when it is sharded.
 
     Weights are gathered in rt.dtype, gradients are reduced in rt.reduce_dtype. fsdp gathers a layer
@@ -571,6 +572,9 @@ def shard_layers(model, rt):
     mixed = MixedPrecisionPolicy(rt.dtype, rt.reduce_dtype)
     for layer in model.layers:
         cast_parameters(layer, rt.dtype)
+        for module in layer.modules():
+            if isinstance(module, Experts):
+                fully_shard(module, mp_policy=mixed, **common)
         if quantised := [m for m in layer.modules() if isinstance(m, QuantLinear)]:
             fully_shard(quantised, **common)  # a unit of their own, gathered without a cast
         fully_shard(layer, mp_policy=mixed, **common)

@@ -28,6 +28,10 @@ def check(cfg, size):
             f"tensor={size} does not share out what distances add to the scores of heads: "
             "use parallel=fsdp alone"
         )
+    if size > 1 and (cfg.n_experts or cfg.sinks):
+        raise UserError(
+            f"tensor={size} does not share out experts and attention sinks: use parallel=fsdp alone"
+        )
     kv_heads = 0 if cfg.n_kv_heads == 1 else cfg.n_kv_heads  # one serves the heads of each device
     if any(n % size for n in (cfg.n_heads, kv_heads, cfg.ffn_dim)):
         raise UserError(

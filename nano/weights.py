@@ -34,7 +34,7 @@ from model import ScoreHead, Transformer, empty
 from nano import adapters, quant, tokenizer
 from nano.adapters import base_of, ends_with, is_adapter, is_scorer, read_adapter_config
 from nano.config import UserError
-from nano.families import FAMILIES, config_json, load_config, places, text_names
+from nano.families import FAMILIES, by_expert, config_json, load_config, places, text_names
 from nano.files import read_json, sync, write_json, write_text
 
 STRETCH = 1 << 24  # bytes of a tensor that are converted at a time
@@ -249,7 +249,7 @@ def load_model(dir, device="cpu", dtype=None, head=None, tensors=None, method=qu
         model = empty(cfg)
     except ValueError as e:
         raise UserError(f"{dir}: {e}") from None
-    params = dict(model.named_parameters())
+    params = by_expert(dict(model.named_parameters()))
     if fresh:
         tensors.pop(output, None)
         del params["score.weight"]
@@ -266,16 +266,23 @@ def load_model(dir, device="cpu", dtype=None, head=None, tensors=None, method=qu
     wanted = {name: layout.fuse(hollow[name], cfg).shape for name, (_, layout) in stored.items()}
     for name in packed.keys() & stored.keys():
         if stored[name][1].transposed:  # what is quantised is not
-            tensors[name] = tensors[name].t()
+            tensors[name] = tensors[name].mT
     check_tensors(dir, wanted, tensors)
 
     dtype = dtype or tensors[embedding].dtype
-    weights = {}
+    # A stack of experts is filled part by part.
+    stacks = {
+        name: torch.empty(p.shape, dtype=dtype, device=device)
+        for name, p in model.named_parameters()
+        if name not in params
+    }
+    parts_of_stacks = by_expert(stacks)
+    weights = dict(stacks)
     linears = {f"{name}.weight" for name in lora.linear_names(model)}
     for name, (parts, layout) in stored.items():
         kind = torch.float32 if name == "score.weight" else dtype
         tensor = tensors[name]
-        path = files.get(names[name])
+        path = files.get(names.get(name))
         shapes = [p.shape for p in hollow[name]]
         if linears.issuperset(parts) and (name in packed or method.kind != "none"):
             if name in packed:
@@ -292,7 +299,11 @@ def load_model(dir, device="cpu", dtype=None, head=None, tensors=None, method=qu
         elif tensor.dtype != kind:
             tensor = converted(tensor, kind, path, names[name]) if path else tensor.to(kind)
         pieces = layout.split(tensor, shapes, cfg)
-        weights |= {part: piece.to(device) for part, piece in zip(parts, pieces, strict=True)}
+        for part, piece in zip(parts, pieces, strict=True):
+            if part in parts_of_stacks:
+                parts_of_stacks[part].copy_(piece)
+            else:
+                weights[part] = piece.to(device)
     for layer, module in quant.layers(model):
         weights |= {f"{layer}.{key}": t for key, t in module.packed().tensors.items()}
     if fresh:
@@ -366,9 +377,10 @@ def save_model(model, dir, dtype=None, like=None, tensors=None, shard_bytes=5e9,
     config = config_json(cfg, like, **{"torch_dtype": stored_as} | extra)
 
     def stored():
-        for name, (parts, layout) in places(cfg, tensors).items():
+        params = by_expert(tensors)
+        for name, (parts, layout) in places(cfg, params).items():
             kind = None if name == "score.weight" else dtype
-            pieces = [tensors[part].detach().to(dtype=kind) for part in parts]
+            pieces = [params[part].detach().to(dtype=kind) for part in parts]
             if parts == [EMBEDDING] and len(pieces[0]) < cfg.vocab_size:
                 pieces = [F.pad(pieces[0], (0, 0, 0, cfg.vocab_size - len(pieces[0])))]
             yield name, layout.fuse(pieces, cfg)

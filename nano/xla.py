@@ -84,6 +84,11 @@ class XLA(Runtime):
             raise UserError(
                 "compile=true is for cpu and cuda: device=xla compiles whole steps in any case"
             )
+        if model.cfg.n_experts:
+            raise UserError(
+                "a mixture of experts does not run on device=xla: an expert gets another number of "
+                "tokens in each step, and a program there has fixed shapes"
+            )
         super().distribute(model, compile, grad_checkpoint)
         if self.mesh is not None:
             if self.parallel == "fsdp" or self.tensor > 1:

@@ -411,6 +411,82 @@ CASES = {
 }
 
 
+ROUTED = dict(num_experts=6, num_experts_per_tok=2)
+LOCAL = dict(num_local_experts=6, num_experts_per_tok=2)
+CASES |= {
+    "qwen3 moe": Case(
+        hf.Qwen3MoeConfig,
+        TINY
+        | HEADS
+        | ROUTED
+        | dict(moe_intermediate_size=24, norm_topk_prob=True, mlp_only_layers=[1]),
+        [
+            sizes(
+                *(2048, 6144, 48, 32, 4, 151936),
+                head_dim=128,
+                moe_intermediate_size=768,
+                num_experts=128,
+                num_experts_per_tok=8,
+                norm_topk_prob=True,
+            )
+        ],
+    ),
+    "qwen3 moe, every other layer": Case(
+        hf.Qwen3MoeConfig,
+        TINY | HEADS | ROUTED | dict(moe_intermediate_size=24, decoder_sparse_step=2),
+    ),
+    "qwen2 moe": Case(
+        hf.Qwen2MoeConfig,
+        TINY | ROUTED | dict(moe_intermediate_size=24, shared_expert_intermediate_size=40),
+        [sizes(2048, 5632, 24, 16, 16, 151936, max_window_layers=21, sliding_window=32768)],
+    ),
+    "mixtral": Case(
+        hf.MixtralConfig,
+        TINY | LOCAL | dict(sliding_window=7),
+        [sizes(4096, 14336, 32, 32, 8, 32000, rope_theta=1e6, num_local_experts=8)],
+    ),
+    "olmoe": Case(
+        hf.OlmoeConfig,
+        TINY | ROUTED,
+        [sizes(2048, 1024, 16, 16, 16, 50304, num_experts=64, num_experts_per_tok=8)],
+    ),
+    "granite moe": Case(
+        hf.GraniteMoeConfig,
+        TINY
+        | LOCAL
+        | dict(
+            embedding_multiplier=3.0,
+            residual_multiplier=0.7,
+            attention_multiplier=0.4,
+            logits_scaling=1.3,
+        ),
+        [sizes(1024, 512, 24, 16, 8, 49155, num_local_experts=32, **GRANITE, logits_scaling=6.0)],
+    ),
+    "gpt-oss": Case(
+        hf.GptOssConfig,
+        TINY | HEADS | LOCAL | dict(sliding_window=7, layer_types=[SLIDING, FULL, SLIDING]),
+        [
+            sizes(
+                *(2880, 2880, 24, 64, 8, 201088),
+                head_dim=64,
+                num_local_experts=32,
+                num_experts_per_tok=4,
+                sliding_window=128,
+                rope_theta=150000,
+                quantization_config=dict(quant_method="mxfp4"),
+                rope_scaling=YARN
+                | dict(factor=32.0, truncate=False, original_max_position_embeddings=4096),
+            )
+        ],
+    ),
+}
+
+
+UNREAD = ("architectures", "quantization_config")  # by a model of random weights
+# parameters that transformers now calls otherwise than its files do
+OLD_NAMES = {"embed_out.weight": "lm_head.weight"}
+
+
 def first_of_each():
     """The names of the cases: one of each family, or all with NANO_SLOW=1."""
     first = {case.family: name for name, case in reversed(CASES.items())}
@@ -463,7 +539,7 @@ def worst(a, b):
 
 
 @every_case
-def test_logits_loss_and_gradients_equal_transformers(name, bases):
+def test_logits_loss_and_gradients_equal_transformers(name, bases, tmp_path):
     reference, model, x = theirs(name), weights.load_model(bases(name)), tokens()
     assert sum(p.numel() for p in model.parameters()) == reference.num_parameters()
     out = reference(x, labels=x)
@@ -474,15 +550,16 @@ def test_logits_loss_and_gradients_equal_transformers(name, bases):
     loss = F.cross_entropy(ours[:, :-1].flatten(0, 1), x[:, 1:].flatten())
     loss.backward()
     assert abs(loss.item() - out.loss.item()) < 1e-5
-    params, wanted = dict(model.named_parameters()), dict(reference.named_parameters())
-    for stored, (parts, layout) in families.places(model.cfg, params).items():
-        fused = layout.fuse([params[part].grad for part in parts], model.cfg)
-        exact = wanted[OLD_NAMES.get(stored, stored)].grad
+    with torch.no_grad():  # so that its gradients have the names and the layout of a file
+        for p in reference.parameters():
+            p.copy_(p.grad)
+    reference.save_pretrained(tmp_path)
+    wanted = weights.read_tensors(tmp_path)
+    grads = families.by_expert({key: p.grad for key, p in model.named_parameters()})
+    for stored, (parts, layout) in families.places(model.cfg, grads).items():
+        fused = layout.fuse([grads[part] for part in parts], model.cfg)
+        exact = wanted[stored]
         assert worst(fused, exact) < 1e-4 * max(1.0, exact.abs().max()), stored
-
-
-# parameters that transformers now calls otherwise than its files do
-OLD_NAMES = {"embed_out.weight": "lm_head.weight"}
 
 
 @every_case
@@ -528,7 +605,9 @@ def test_autocast_and_recomputation_give_the_same_gradients(name, bases):
         norms.append(torch.nn.utils.get_total_norm(grads).item())
         model.zero_grad()
     exact = model.hidden(x, docs=docs)
-    assert worst(hidden.float(), exact) < 0.1 * exact.abs().max()  # bf16 has 8 significant bits
+    # bf16 has 8 significant bits, and with them a token may choose another expert
+    near = (hidden.float() - exact).abs().amax(-1) < 0.1 * exact.abs().max()
+    assert near.float().mean() > (0.7 if model.cfg.n_experts else 0.999)
     assert norms[0] == norms[1] > 0
 
 
@@ -539,7 +618,8 @@ def test_the_estimate_counts_what_autograd_keeps(name, bases):
         kept = tiny.peak_memory(lambda: [model.hidden(x)])
     guess = estimate.memory(model, x.numel(), document=LENGTH)["activations"]
     assert 0.5 < guess / kept < 2.0
-    assert model.flops_per_token(LENGTH) > 6 * sum(p.numel() for p in model.layers.parameters())
+    active = sum(p.numel() for p in model.layers.parameters()) - estimate.idle(model)
+    assert 6 * active < model.flops_per_token(LENGTH) < 12 * active
 
 
 @every_case
@@ -941,7 +1021,7 @@ def test_published_models_have_transformers_names_and_shapes(name, which):
     if "architectures" not in real:
         real = dict(real, architectures=[architectures(case)["lm"]], model_type=case.family)
     cfg = families.parse_config(real, "config.json")
-    params = dict(empty(cfg).named_parameters())
+    params = families.by_expert(dict(empty(cfg).named_parameters()))
     ours = {}
     for stored, (parts, layout) in families.places(cfg, params).items():
         ours[stored] = layout.fuse([params[part] for part in parts], cfg).shape
@@ -949,8 +1029,12 @@ def test_published_models_have_transformers_names_and_shapes(name, which):
     text = real.get("text_config", real)
     written = families.config_json(cfg)
     for source in (text, written):
-        wanted = case.config(**{k: v for k, v in source.items() if k != "architectures"})
+        wanted = case.config(**{k: v for k, v in source.items() if k not in UNREAD})
         with torch.device("meta"):
             reference = hf.AutoModelForCausalLM.from_config(wanted)
+        if cfg.n_experts:  # transformers 5 stacks in memory what its files have one by one
+            size = sum(shape.numel() for shape in ours.values())
+            assert size == sum(p.numel() for p in reference.parameters())
+            continue
         names = {OLD_NAMES.get(key, key): shape for key, shape in ours.items()}
         assert names == {key: p.shape for key, p in reference.named_parameters()}

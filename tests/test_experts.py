@@ -1,0 +1,243 @@
+"""Mixtures of experts and attention sinks: their kernels, the auxiliary loss, MXFP4 files, runs."""
+
+import json
+from functools import partial
+
+import pytest
+import tiny
+import torch
+import transformers as hf
+from safetensors.torch import save_file
+from stages import assert_same_curve, assert_same_weights
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.checkpoint import checkpoint
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+import model as model_file
+from model import Experts, Extras, ModelConfig, Transformer, attend, block_mask, plain_attention
+from nano import estimate, losses, optim, store, tensor, tokenizer, weights
+from nano.config import UserError
+
+SHAPE = dict(
+    vocab_size=61,
+    dim=32,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    ffn_dim=48,
+    n_experts=5,
+    experts_per_token=2,
+    max_positions=64,
+)
+
+
+def mixture(**more):
+    torch.manual_seed(0)
+    return Transformer(ModelConfig(**SHAPE | more)).init_weights(0.2)
+
+
+def tokens(batch=2, length=24):
+    return torch.randint(0, 61, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def test_grouped_products_equal_the_loop():
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 16).bfloat16(), torch.randn(4, 24, 16).bfloat16()
+    ends = torch.tensor([11, 11, 30, 40], dtype=torch.int32)  # the second expert has no token
+    assert torch.equal(Experts.grouped(x, weight, ends), Experts.looped(x, weight, ends))
+
+
+def test_no_token_is_dropped_where_all_want_the_same_experts():
+    model = mixture(router_bias=True)
+    mlp = model.layers[0].mlp
+    with torch.no_grad():
+        mlp.gate.weight.zero_()
+        mlp.gate.bias.copy_(torch.tensor([0.0, 3.0, 0.0, 4.0, 0.0]))
+        x = torch.randn(1, 30, 32)
+        y = mlp(x)
+        a, b = torch.tensor([3.0, 4.0]).exp() / mlp.gate.bias.exp().sum()
+        by_hand = 0
+        for weight, number in ((a, 1), (b, 3)):
+            gate, up = (x @ mlp.experts.gate_up_proj[number].T).chunk(2, dim=-1)
+            hidden = torch.nn.functional.silu(gate) * up
+            by_hand = by_hand + weight * (hidden @ mlp.experts.down_proj[number].T)
+    assert (y - by_hand).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_batch_mates_change_no_token():
+    model, x = mixture(), tokens(4)
+    together = model.hidden(x)
+    alone = torch.cat([model.hidden(row[None]) for row in x])
+    assert (together - alone).abs().max() < 1e-5  # fp32 products of another number of rows
+
+
+@pytest.mark.parametrize("window", [0, 9])
+def test_flex_attention_with_sinks_equals_plain_products(window):
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 128, 16)
+    k, v = torch.randn(2, 2, 128, 16), torch.randn(2, 2, 128, 16)
+    sinks = torch.randn(4, requires_grad=True)
+    docs = torch.zeros(2, 128, dtype=torch.int64)
+    docs[0, 50:] = 1
+    extras = Extras(0.25, sinks=sinks)
+    outs = []
+    # uncompiled, it builds all scores and runs on a CPU
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_file, "_compiled_flex", lambda: flex_attention)
+        outs.append(attend(q, k, v, block_mask(docs, window), extras))
+    index = torch.arange(128)
+    seen = (index <= index[:, None]) & (docs[:, :, None] == docs[:, None])
+    if window:
+        seen &= index > index[:, None] - window
+    outs.append(plain_attention(q, k, v, seen[:, None], extras))
+    assert (outs[0] - outs[1]).abs().max() < 1e-5
+    without = plain_attention(q, k, v, seen[:, None], Extras(0.25))
+    assert (outs[1] - without).abs().max() > 0.1
+    # by differences, because a CPU's flex_attention has no gradient
+    step = torch.zeros(4)
+    step[1] = 1e-2
+    grad = torch.autograd.grad(outs[1].sum(), sinks)[0]
+    sides = [
+        plain_attention(q, k, v, seen[:, None], Extras(0.25, sinks=sinks + s))
+        for s in (step, -step)
+    ]
+    assert abs((sides[0] - sides[1]).sum() / 2e-2 - grad[1]) < 1e-2
+
+
+def test_the_auxiliary_loss_is_that_of_transformers():
+    model, x = mixture(dense_layers=(1,)), tokens()
+    docs = torch.zeros_like(x)
+    docs[1, 15:] = -1
+    model.hidden(x, docs=docs)
+    scores = model.router_scores()
+    assert len(scores) == 2 and model.router_scores() == []
+    for router, kept in zip(
+        (model.layers[0].mlp.gate, model.layers[2].mlp.gate), scores, strict=True
+    ):
+        router.scores = kept
+    stats = losses.routing(model, dict(docs=docs))
+    wanted = load_balancing_loss_func(tuple(scores), 5, 2, (docs >= 0).float())
+    assert abs(stats["aux_loss"] - wanted) < 1e-5
+    assert stats["min_load"] <= 1 <= stats["max_load"] and 0 < stats["router_entropy"] <= 1
+
+
+def test_recomputation_counts_the_auxiliary_loss_once():
+    grads = []
+    for recompute in (None, partial(checkpoint, use_reentrant=False)):
+        model, x = mixture(), tokens()
+        model.recompute = recompute
+        hidden = model(dict(tokens=x))
+        aux = losses.routing(model, dict(tokens=x))["aux_loss"]
+        (hidden.square().mean() + aux).backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
+    aux_grad = [p for n, p in model.named_parameters() if n.endswith("gate.weight")]
+    assert all(p.grad.abs().sum() > 0 for p in aux_grad)
+
+
+def test_the_estimate_counts_active_parameters_apart():
+    model = mixture()
+    E, k, one = 5, 2, 3 * 32 * 48
+    assert estimate.idle(model) == 3 * (E - k) * one
+    dense = Transformer(ModelConfig(**SHAPE | dict(n_experts=0, ffn_dim=2 * 48)))
+    router = 3 * E * 32  # the only other difference
+    assert model.flops_per_token(16) == dense.flops_per_token(16) + 6 * router
+
+
+def test_biases_of_experts_do_not_decay():
+    model = mixture(expert_bias=True)
+    decay = {id(p) for p in optim.param_groups(model, 0.1)[0]["params"]}
+    experts = model.layers[0].mlp.experts
+    assert id(experts.down_proj) in decay and id(experts.down_proj_bias) not in decay
+
+
+def test_tensor_parallelism_refuses_experts():
+    with pytest.raises(UserError, match="does not share out experts"):
+        tensor.check(ModelConfig(**SHAPE), 2)
+
+
+def test_an_mxfp4_checkpoint_is_dequantised(tmp_path):
+    sizes = dict(
+        vocab_size=61,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    torch.manual_seed(0)
+    reference = hf.AutoModelForCausalLM.from_config(hf.GptOssConfig(**sizes)).bfloat16().eval()
+    reference.save_pretrained(tmp_path)
+    stored = tiny.tensors(tmp_path)
+    dense = {}
+    for name in [n for n in stored if n.endswith(("gate_up_proj", "down_proj"))]:
+        E, ins, outs = stored.pop(name).shape
+        blocks = torch.randint(0, 256, (E, outs, ins // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 124, (E, outs, ins // 32), dtype=torch.uint8)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        dense[name] = convert_moe_packed_tensors(blocks, scales)
+    save_file(stored, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = dict(quant_method="mxfp4")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = weights.load_model(tmp_path)
+    params = dict(reference.named_parameters())
+    x = tokens()
+    with torch.no_grad():
+        for name, matrix in dense.items():
+            params[name].copy_(matrix)
+        exact = reference.float()(x).logits
+        ours = model.float()
+        assert (ours.logits(ours.hidden(x)) - exact).abs().max() < 1e-4
+    weights.save_model(ours, tmp_path / "saved", dtype=torch.bfloat16, like=tmp_path)
+    again = tiny.tensors(tmp_path / "saved")
+    assert all(torch.equal(again[name], matrix) for name, matrix in dense.items())
+    stored.pop("model.layers.0.mlp.experts.down_proj_scales")
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="blocks and scales do not fit"):
+        weights.load_model(tmp_path)
+
+
+def test_sharded_experts_learn_what_one_process_does(tmp_path):
+    sizes = dict(n_experts=4, expert_dim=24, dense_layers=(0,), router="chosen", n_layers=3)
+    tiny.model_dir(tmp_path / "model", family="qwen3_moe", qk_norm="head", **sizes)
+    tiny.store(tmp_path / "rows", tmp_path / "model", n=24)
+    settings = f"model={tmp_path}/model data={tmp_path}/rows device=cpu dtype=float32 steps=3"
+    settings += " batch_size=4 micro_batch=1 max_length=64 aux_coef=0.1 lr=1e-3 log_every=1"
+    settings += " sample_every=-1 schedule=constant"
+    one, two = tmp_path / "one", tmp_path / "two"
+    tiny.train("sft", [*settings.split(), f"out={one}"])
+    argv = [*settings.split(), f"out={two}", "parallel=fsdp", "grad_checkpoint=true"]
+    status, output = tiny.processes(tmp_path, [("sft", argv)])
+    assert status == 0, output
+    assert_same_curve(two, one)
+    assert_same_weights(two / "last", one / "last")
+    lines = [line for line in tiny.lines(one) if line["kind"] == "train"]
+    assert all(line["min_load"] <= 1 <= line["max_load"] for line in lines)
+    assert all(line["aux_loss"] > 0 for line in lines)
+
+
+def test_a_mixture_is_pretrained_as_mixtral(tmp_path, capsys):
+    tiny.model_dir(tmp_path / "model")
+    texts = [(ids, [1] * len(ids)) for ids, _ in tiny.rows(24, 3)]
+    meta = dict(vocab_size=264, tokenizer=tokenizer.load(tmp_path / "model").fingerprint)
+    store.write_store(tmp_path / "text", dict(train=texts, val=texts[:4]), meta)
+    argv = f"data={tmp_path}/text tokenizer={tmp_path}/model size=toy device=cpu"
+    argv = [
+        *argv.split(),
+        *"max_length=32 steps=2 batch_size=4 micro_batch=2 sample_tokens=0".split(),
+    ]
+    mixed = [*argv, f"out={tmp_path}/out", "n_experts=4", "aux_coef=0.01", "grad_checkpoint=true"]
+    tiny.train("pretrain", mixed)
+    model = weights.load_model(tmp_path / "out" / "last")
+    assert (model.cfg.family, model.cfg.n_experts, model.cfg.experts_per_token) == ("mixtral", 4, 2)
+    assert "for each token" in capsys.readouterr().out
+    with pytest.raises(UserError, match="this model has none"):
+        tiny.train("pretrain", [*argv, "aux_coef=0.01", f"out={tmp_path}/dense"])
