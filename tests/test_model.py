@@ -231,7 +231,7 @@ def test_defaults_of_absent_keys_are_transformers(tmp_path):
         (dict(rope_scaling=dict(rope_type="llama3", factor=4.0)), "low_freq_factor"),
         (dict(rope_parameters=dict(full_attention=dict(rope_type="default"))), "differ by layer"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
-        (dict(quantization_config=dict(quant_method="gptq")), "quantized"),
+        (dict(quantization_config=dict(quant_method="gptq")), "quantised by gptq"),
         (dict(architectures=["LlamaForSequenceClassification"]), "2 labels"),
         (
             dict(
