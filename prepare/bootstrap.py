@@ -18,6 +18,7 @@ command goes on where it was interrupted.
 
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import time
@@ -317,7 +318,9 @@ def post(url, body, tries=6):
         except urllib.error.HTTPError as e:
             reason = f"status {e.code}: {e.read(300).decode(errors='replace')}"
             again = e.code in (408, 409, 429) or e.code >= 500
-        except (OSError, urllib.error.URLError) as e:
+        except http.client.InvalidURL as e:
+            raise UserError(f"{url} is no address: {e}") from None
+        except (OSError, http.client.HTTPException) as e:
             reason, again = str(e), True
         except (ValueError, LookupError, TypeError):
             reason, again = "its reply is not that of an OpenAI-compatible server", False
@@ -366,7 +369,7 @@ class Kept:
         self.state = Path(out) / "state.json"
         self.settings = settings
         state = files.read_json(self.state, missing={})
-        if not state and self.path.exists():
+        if not state and self.path.exists() and self.path.stat().st_size:
             raise UserError(f"{self.path} is there without {self.state.name}: choose another out=")
         changed = [k for k, v in settings.items() if state and state["settings"].get(k) != v]
         if changed:
