@@ -50,7 +50,7 @@ import nano  # noqa: F401  first, because bench/nano.py finds the others
 import pretrain
 from lora import apply as add_adapters
 from lora import linear_names
-from model import ModelConfig, Transformer
+from model import ModelConfig
 from nano import config, estimate, families, log, quant, tensor
 from nano.config import (
     FourBit,
@@ -128,7 +128,7 @@ class Config:
 
 
 def build(cfg):
-    """A Transformer on the meta device, without memory, in the dtypes that the stage gives it."""
+    """A model on the meta device, without memory, in the dtypes that the stage gives it."""
     if cfg.model:
         shape = families.load_config(cfg.model)
     else:
@@ -148,7 +148,7 @@ def build(cfg):
         )
     shape.head = "score" if cfg.stage == "reward" else "lm"
     with torch.device("meta"):
-        model = Transformer(shape)
+        model = shape.build()
         if cfg.lora_rank:
             model.to(getattr(torch, cfg.dtype))
             quantise(model, cfg)
