@@ -421,7 +421,7 @@ def main(cfg):
         raise UserError(f"tasks={cfg.tasks} leaves no room for a new task: give {cfg.shots + 2}")
     text = files.read_text(cfg.request) if cfg.request else REQUEST
     text = text.replace("{count}", str(cfg.tasks))
-    keys = "generator name shots tasks chat temperature top_p max_new_tokens batch_size latin "
+    keys = "generator base name shots tasks chat temperature top_p max_new_tokens batch_size latin "
     keys += "similarity banned seed"
     settings = {key: getattr(cfg, key) for key in keys.split()} | dict(banned=[*cfg.banned])
     settings["contents"] = hashlib.sha256(json.dumps([seeds, text]).encode()).hexdigest()[:16]
