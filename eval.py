@@ -444,6 +444,8 @@ def evaluate(cfg, rt, kinds):
         device=rt.name,
         dtype=str(rt.dtype).removeprefix("torch."),
     )
+    if cfg.quant != "none":
+        header["quant"] = cfg.quant
     results = Results(cfg, rt, header)
     measure_tasks(cfg, rt, opened, results)
     for kind, (open_source, measure) in kinds.items():

@@ -321,6 +321,9 @@ def chat(sampler, cfg):
                 turn += 1
             except UserError as e:  # a message that does not fit ends no conversation
                 print(f"error: {e}")
+            except EOFError:  # in the place of a call's result
+                print()
+                return
 
 
 def reply(sampler, line, system, history, seed):

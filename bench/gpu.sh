@@ -42,7 +42,7 @@ if [ -n "${LARGE:-}" ]; then
             log_every=1 samples=0 save_every=-1 grad_checkpoint=true out="$out/qlora-$kernel"
     done
     step ppo-qlora "$python" ppo.py model="$LARGE" data="$out/qlora/data" quant=nf4 lora_rank=16 \
-        reward=prepare/toy.py:three_bullets batch_size=32 micro_batch=1 max_new_tokens=256 \
+        reward=prepare/toy.py:gold batch_size=32 micro_batch=1 max_new_tokens=256 \
         grad_checkpoint=true steps=2 sample_every=-1 save_every=-1 out="$out/ppo-qlora"
 fi
 step pretrain "$python" -m bench.pretrain nanogpt="${NANOGPT:-}" device=cuda micro_batch=32 \

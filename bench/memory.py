@@ -2,7 +2,7 @@
 by part, and the seconds of one step.
 
     # which method fits: a table of sizes and methods on one device
-    python -m bench.memory 'table=[1b,3b,8b,14b]' device="RTX 4090" max_length=2048
+    python -m bench.memory 'table=[1b,3b,8b]' device="RTX 4090" max_length=2048
     python -m bench.memory size=70b device=H100 devices=64 batch_size=512 micro_batch=1
     python -m bench.memory model=models/llama-8b device="RTX 4090" devices=1 stage=dpo lora_rank=16
     # v5p-128: its name counts two cores a chip
@@ -50,7 +50,7 @@ import nano  # noqa: F401  first, because bench/nano.py finds the others
 import pretrain
 from lora import apply as add_adapters
 from lora import linear_names
-from model import ModelConfig, Transformer
+from model import ModelConfig
 from nano import config, estimate, families, log, quant, tensor
 from nano.config import (
     FourBit,
@@ -86,7 +86,6 @@ DEVICES = {
 
 # The shapes of Llama 3, beside those of pretrain.py: layers, dim, heads, kv-heads, ffn, tied
 SIZES = {
-    "3b": (28, 3072, 24, 8, 8192, True),
     "8b": (32, 4096, 32, 8, 14336, False),
     "70b": (80, 8192, 64, 8, 28672, False),
     "405b": (126, 16384, 128, 8, 53248, False),
@@ -129,7 +128,7 @@ class Config:
 
 
 def build(cfg):
-    """A Transformer on the meta device, without memory, in the dtypes that the stage gives it."""
+    """A model on the meta device, without memory, in the dtypes that the stage gives it."""
     if cfg.model:
         shape = families.load_config(cfg.model)
     else:
@@ -149,7 +148,7 @@ def build(cfg):
         )
     shape.head = "score" if cfg.stage == "reward" else "lm"
     with torch.device("meta"):
-        model = Transformer(shape)
+        model = shape.build()
         if cfg.lora_rank:
             model.to(getattr(torch, cfg.dtype))
             quantise(model, cfg)
@@ -450,8 +449,8 @@ METHODS = {  # of a table
 
 
 def print_table(cfg):
-    """Memory in GB, and tokens/s between the two bounds of `plan`, of each method on one device
-    with one row a forward; a * where it does not fit."""
+    """Memory in GB of each method on one device with one row a forward; a * where it does not
+    fit."""
     alone = dict(devices=1, parallel="ddp", batch_size=32, micro_batch=1, table=())
     print(f"| one {cfg.device}, {cfg.max_length} tokens a forward | {' | '.join(cfg.table)} |")
     print(f"| --- |{' ---: |' * len(cfg.table)}")

@@ -54,13 +54,21 @@ def fill(benchmark, model, tok, rt, out, name, batch_size=32):
 
     Every rank calls it. Returns the texts, one for each record of the benchmark."""
     task = benchmark.task
-    cells = []
+    cells, prompts = [], []
     for sheet in [open_sheet(path, out, name) for path in task.paths()]:
         for row in sheet.rows[1:]:
             fields = dict(zip(sheet.rows[0], row, strict=True))
-            if task.belongs(task.convert(sheet.source, 0, fields)):
+            record = task.convert(sheet.source, 0, fields)
+            if task.belongs(record):
                 cells.append((sheet, row))
-    cells = cells[: len(benchmark.records)]
+                prompts.append(task.prompt(record))
+    asked = [task.prompt(record) for record in benchmark.records]
+    if prompts[: len(asked)] != asked:  # somebody may have sorted them
+        raise UserError(
+            f"the rows of the files in {out} are not those of {task.file} in their order: put them "
+            "back, or choose another out="
+        )
+    cells = cells[: len(asked)]
     waiting = [i for i, (sheet, row) in enumerate(cells) if not row[sheet.column]]
     stops = () if benchmark.chat else task.module.STOP
     for begin in range(0, len(waiting), batch_size):

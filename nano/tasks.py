@@ -149,10 +149,10 @@ class Task:
             )
         else:
             name, configuration, split, shot_split = self.hub()
-            for line, row in records.read_hub(
-                name, [configuration], shot_split if shots else split
-            ):
-                yield name, line, row
+            for part in listed(configuration):
+                rows = records.read_hub(name, [part], shot_split if shots else split)
+                for line, row in rows:
+                    yield f"{name}/{part}" if part else name, line, row
 
     def convert(self, source, line, row):
         """The record of what a reader yields. UserError where it is none of this task."""
@@ -250,14 +250,14 @@ class Task:
             return self.name, [], None
         name, configuration, measured, shot_split = self.hub()
         if split == "test":
-            return name, [configuration], measured
+            return name, listed(configuration), measured
         if hasattr(self.module, "TRAIN") and not self.part:
             return self.module.TRAIN
         if measured == shot_split:
             raise UserError(
                 f"the task {self.name} has no split to train on beside the one that it measures"
             )
-        return name, [configuration], shot_split
+        return name, listed(configuration), shot_split
 
     def reward(self):
         """The task's score as a reward of ppo.py: a function of (prompt, response, finished,
@@ -301,6 +301,11 @@ class Task:
         if hasattr(self.module, "groups"):
             return self.module.groups(record)
         return [self.group_of(record)] if hasattr(self.module, "group") else []
+
+
+def listed(configuration):
+    """The configurations of a task's HUB, which names one or has a list."""
+    return configuration if isinstance(configuration, list) else [configuration]
 
 
 def check_choices(choices, gold):

@@ -198,6 +198,7 @@ class Tools:
             at = match.end()
             try:
                 arguments, at = json.JSONDecoder().raw_decode(text, at)
+                dumps(arguments).encode()  # half a character (\ud83d alone) is no text
             except (ValueError, RecursionError):
                 continue
             if isinstance(arguments, dict):

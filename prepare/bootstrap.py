@@ -18,6 +18,7 @@ command goes on where it was interrupted.
 
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import time
@@ -317,7 +318,9 @@ def post(url, body, tries=6):
         except urllib.error.HTTPError as e:
             reason = f"status {e.code}: {e.read(300).decode(errors='replace')}"
             again = e.code in (408, 409, 429) or e.code >= 500
-        except (OSError, urllib.error.URLError) as e:
+        except http.client.InvalidURL as e:
+            raise UserError(f"{url} is no address: {e}") from None
+        except (OSError, http.client.HTTPException) as e:
             reason, again = str(e), True
         except (ValueError, LookupError, TypeError):
             reason, again = "its reply is not that of an OpenAI-compatible server", False
@@ -366,7 +369,7 @@ class Kept:
         self.state = Path(out) / "state.json"
         self.settings = settings
         state = files.read_json(self.state, missing={})
-        if not state and self.path.exists():
+        if not state and self.path.exists() and self.path.stat().st_size:
             raise UserError(f"{self.path} is there without {self.state.name}: choose another out=")
         changed = [k for k, v in settings.items() if state and state["settings"].get(k) != v]
         if changed:
@@ -418,7 +421,7 @@ def main(cfg):
         raise UserError(f"tasks={cfg.tasks} leaves no room for a new task: give {cfg.shots + 2}")
     text = files.read_text(cfg.request) if cfg.request else REQUEST
     text = text.replace("{count}", str(cfg.tasks))
-    keys = "generator name shots tasks chat temperature top_p max_new_tokens batch_size latin "
+    keys = "generator base name shots tasks chat temperature top_p max_new_tokens batch_size latin "
     keys += "similarity banned seed"
     settings = {key: getattr(cfg, key) for key in keys.split()} | dict(banned=[*cfg.banned])
     settings["contents"] = hashlib.sha256(json.dumps([seeds, text]).encode()).hexdigest()[:16]

@@ -196,12 +196,12 @@ def find(cfg, ranked=False):
         )
     hub = known.hub or (cfg.source, [cfg.subset], cfg.split)
     path = cfg.path or cfg.source
-    if known.task and not cfg.path:
-        if hub[2] is None:  # a program writes its rows
-            return None, hub
-        files = None
-    else:
-        files = records.find_files(path, cfg.out, cfg.split)
+    by_name = known.task and not cfg.path
+    files = None if by_name else records.find_files(path, cfg.out, cfg.split)
+    if known.task or files:
+        refuse(cfg, "subset", f"with source={cfg.source}, which is no hub id", "source=")
+    if by_name and hub[2] is None:  # a program writes its rows
+        return None, hub
     # org/name is an id of the hub, unless it looks like a mistyped path
     is_path = records.suffix(Path(hub[0])) in records.SUFFIXES or Path(hub[0]).parent.exists()
     if not files and (cfg.path or is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", hub[0])):

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 import nano  # noqa: F401  first, because prepare/nano.py finds the others
 from lora import merge as merge_adapters
 from model import ModelConfig, rope_frequencies
-from nano import adapters, config, families, files, quant, tokenizer, vocab, weights
+from nano import adapters, batches, config, families, files, quant, tokenizer, vocab, weights
 from nano.config import FourBit, PathText, UserError, With
 from prepare.gguf import Gguf
 from prepare.vocab import added_tokens_decoder, byte_level_json
@@ -400,14 +400,18 @@ the pier, put a lamp on it, and waited. "How many today?" asked the older one. T
 
 @torch.no_grad()
 def probe(opened):
-    """What a model says to PROBE: logits (T, V) and the mean loss, or scores (T,) and None."""
+    """What a model says to PROBE: logits (M, V) and the mean loss, or scores (M,) and None.
+
+    M: all tokens but the first. An encoder reads the first half of them as a prompt."""
     model = opened.model.eval()
-    tokens = torch.tensor([opened.tok.encode(PROBE)[: model.cfg.max_positions]])
-    hidden = model.hidden(tokens)[0]
+    ids = np.array(opened.tok.encode(PROBE)[: model.cfg.max_positions])
+    is_target = np.arange(len(ids)) >= (len(ids) // 2 if model.start_ids else 1)
+    batch = batches.collate([[(ids, is_target)]], len(ids), start_ids=model.start_ids)
+    hidden = model(batch)
     if model.cfg.head == "score":
         return model.score(hidden), None
     logits = model.logits(hidden)
-    return logits, F.cross_entropy(logits[:-1], tokens[0, 1:]).item()
+    return logits, F.cross_entropy(logits, batch["targets"]).item()
 
 
 def convert_adapter(source, out, dtype, cfg):

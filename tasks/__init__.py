@@ -3,10 +3,12 @@
 eval.py measures with a task, prepare.instructions makes training rows from it, and ppo.py takes its
 score as a reward. nano/tasks.py loads them by name. A task file has
 
-    HUB              (id, configuration, split to measure, split of the shots) on the hub
+    HUB              (id, configuration, split to measure, split of the shots) on the hub. The
+                     configuration may be a list of them
     rows(shots)      in the place of HUB: the rows themselves, where a program makes them
     record(row)      a row of the hub, or of a local file with other columns -> a record (dict). A
-                     row of a local file without a field "file" gets the file's name as one
+                     row without a field "file" gets the name of its local file, or of its
+                     configuration, as one
     prompt(record)   plain text, as lm-eval writes it
 
 and for multiple choice

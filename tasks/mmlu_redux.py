@@ -13,7 +13,7 @@ from tasks.mmlu import choices, columns, gold, group, intro, prompt  # noqa: F40
 
 ID = "edinburgh-dawg/mmlu-redux-2.0"
 PARTS = {subject: (ID, subject, "test", "test") for subject in sorted(mmlu.SUBJECTS)}
-HUB = PARTS["anatomy"]
+HUB = (ID, [*PARTS], "test", "test")
 
 
 def record(row):

@@ -220,6 +220,13 @@ def test_server_that_fails(server, seeds, tmp_path, monkeypatch):
         server.replies = replies
         with pytest.raises(UserError, match=words):
             run(*settings(server, seeds, tmp_path / words, max_requests=1))
+    # the same command goes on
+    server.replies = [script("Compare the two given cities by size.")]
+    run(*settings(server, seeds, tmp_path / "status 401", max_requests=1))
+    assert len(kept(tmp_path / "status 401")) == 1
+    with pytest.raises(UserError, match="is no address"):
+        address = dict(generator="http://local host/v1")
+        run(*settings(server, seeds, tmp_path / "none", **address, max_requests=1))
 
 
 def test_model_directory_writes_tasks(seeds, tmp_path, monkeypatch):

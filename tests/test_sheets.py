@@ -98,6 +98,14 @@ def test_refusals(model, folder, tmp_path):
     with pytest.raises(UserError, match="people judge the answers to zbench"):
         argv = [f"model={model}", f"files={folder}", "tasks=zbench", "device=cpu"]
         evaluate.main(config.load(evaluate.Config, argv))
+    out = tmp_path / "sorted"
+    run(model, folder, out)
+    head, *rows = read(out / "emergent.samples.csv")
+    text = io.StringIO()
+    csv.writer(text).writerows([head, *rows[::-1]])
+    (out / "emergent.samples.csv").write_text(text.getvalue(), encoding="utf-8")
+    with pytest.raises(UserError, match="in their order"):
+        run(tiny.model_dir(tmp_path / "other", seed=1), folder, out)
     (folder / "common.samples.csv").write_text("Prompt,任务类型,file\na,b\n", encoding="utf-8")
     with pytest.raises(UserError, match="common.samples.csv:2"):
         run(model, folder, tmp_path / "out")

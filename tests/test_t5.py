@@ -492,6 +492,10 @@ def test_sft_trains_it(folder, tmp_path, more):
     assert any(r["kind"] == "samples" for r in tiny.records(tmp_path))
     opened = weights.open(tmp_path / "last", folder / "model" if more == ["lora_rank=2"] else None)
     assert isinstance(opened.model, t5.T5)
+    if more == ["lora_rank=2"]:
+        keys = dict(source=tmp_path / "last", base=folder / "model", out=tmp_path / "merged")
+        tiny.train("prepare.weights", tiny.arguments(keys))
+        assert isinstance(weights.load_model(tmp_path / "merged"), t5.T5)
 
 
 def test_dpo_trains_it(folder, tmp_path):

@@ -7,8 +7,9 @@ from collections import Counter
 import pytest
 import tiny
 
-from nano import evaluation, tasks, tokenizer
+from nano import evaluation, records, tasks, tokenizer
 from nano.config import UserError
+from tasks import mmlu
 
 GOLDEN = {}  # task: (row, prompt, options, gold)
 ARC = dict(
@@ -250,6 +251,15 @@ def test_mmlu_redux(tmp_path):
     assert "about virology" in task.intro_of(records[4])
     assert len(tasks.load("mmlu_redux:virology", str(tmp_path)).records()) == 1
     assert len({*task.fingerprints()}) == 3
+
+
+def test_mmlu_redux_on_the_hub(monkeypatch):
+    """All subjects are measured, and the configuration tells a row's, which has no such field."""
+    row = {key: value for key, value in REDUX.items() if key != "subject"}
+    monkeypatch.setattr(records, "read_hub", lambda name, subsets, split: [(1, row)] * len(subsets))
+    assert {r["subject"] for r in tasks.load("mmlu_redux").records()} == {*mmlu.SUBJECTS}
+    (record,) = tasks.load("mmlu_redux:virology").records()
+    assert record["subject"] == "virology"
 
 
 @pytest.mark.parametrize("spec", ANSWERS)

@@ -286,7 +286,8 @@ def test_calls_are_read_as_they_were_written(name):
 def test_half_a_call_is_text(model):
     tok = tokenizer.load(model, template="chatml")
     call = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
-    for text in (call[:-20], call.replace("{", "[").replace("}", "]"), "Hello", ""):
+    half = call.replace("1", r'"\ud83d"')
+    for text in (half, call[:-20], call.replace("{", "[").replace("}", "]"), "Hello", ""):
         assert tools.answer_of(tok, [*text.encode()]) == say("assistant", text)
     message = tools.answer_of(tok, [*f"Look: é {call}".encode(), 258])
     assert message == tools.calling([("f", {"x": 1})], "Look: é")
@@ -331,6 +332,19 @@ def test_chat_shows_calls_and_reads_results(model, scripted, tmp_path, monkeypat
     assert json.dumps(WEATHER) in first and first.endswith("user\nWarm?\nassistant\n")
     assert second.startswith(first + f"I look.\n{CALL}\n{CALL}\nuser\n<tool_response>\n2 C\n")
     assert third.startswith(second + "It is 2 C.\nuser\nAnd now?")
+
+
+def test_ctrl_d_in_the_place_of_a_result_ends_the_chat(model, scripted, tmp_path, monkeypatch):
+    (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
+
+    def typed(text):
+        if text != "> ":
+            raise EOFError
+        return "Warm?"
+
+    monkeypatch.setattr("builtins.input", typed)
+    scripted.answers = [CALL]
+    run(f"model={model}", "template=chatml", f"tools={tmp_path / 'tools.json'}")
 
 
 def test_file_of_prompts_gets_calls(model, scripted, tmp_path):
