@@ -86,6 +86,8 @@ class Config:
 def open_model(cfg, path, rt):
     """The model and tokenizer of a directory (weights.Opened). UserError for a score model."""
     method = quant.of(cfg)
+    if rt.is_main:
+        quant.note_training(path, cfg.quant)
     opened = weights.open(path, cfg.base, rt.device, rt.dtype, template=cfg.template, method=method)
     if opened.model.cfg.head != "lm":
         raise UserError(f"{path} is a score model: it gives no text and no log-likelihoods")

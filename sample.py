@@ -92,6 +92,7 @@ class Sampler:
         self.rt = runtime.start(cfg, parallel="none")
         # On a CPU the decoder packs the weights straight from their file.
         dtype = None if self.rt.device.type == "cpu" else self.rt.dtype
+        quant.note_training(cfg.model, cfg.quant)
         opened = weights.open(
             cfg.model, cfg.base, self.rt.device, dtype, template=cfg.template, method=quant.of(cfg)
         )

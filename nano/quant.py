@@ -15,14 +15,17 @@ Embedding, output matrix, norms and biases stay as they are.
 import functools
 import json
 import math
+import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Required, TypedDict
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nano import files
 from nano.config import PositiveInt, UserError
 from nano.files import check_json
 
@@ -50,6 +53,18 @@ class Method:
 
 
 NONE = Method()
+
+
+def note_training(adapter, kind):
+    """Prints a note where the run of an adapter had its base quantised otherwise than `kind`. The
+    adapter's own files do not say so, but config.cfg beside its directory does."""
+    path = Path(adapter).parent / "config.cfg"
+    if not (Path(adapter) / "adapter_config.json").is_file() or not path.is_file():
+        return
+    keys = dict(line.split("=", 1) for line in files.read_text(path).splitlines() if "=" in line)
+    trained = keys.get("quant", "none")
+    if trained != kind:
+        print(f"note: {adapter} was trained with quant={trained}, not {kind}", file=sys.stderr)
 
 
 def of(cfg):

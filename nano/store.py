@@ -619,7 +619,14 @@ def shares(totals, weights):
     if min(weights) <= 0:
         raise UserError(f"weights= holds {min(weights)}: give each data folder one above 0")
     scale = max(n / weight for n, weight in zip(totals, weights, strict=True))
-    return [max(round(weight * scale), n) for n, weight in zip(totals, weights, strict=True)]
+    counts = [max(round(weight * scale), n) for n, weight in zip(totals, weights, strict=True)]
+    most = max(count / max(n, 1) for n, count in zip(totals, counts, strict=True))
+    if most > 1000:
+        raise UserError(
+            f"weights={','.join(map(str, weights))} repeats a folder {most:,.0f} times in an "
+            "epoch: bring the weights nearer to each other, 1,000 times is the most"
+        )
+    return counts
 
 
 def names_of(dirs):

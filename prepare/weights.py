@@ -425,6 +425,7 @@ def convert_adapter(source, out, dtype, cfg):
     named = base or weights.read_adapter_config(source).get("base_model_name_or_path")
     if not adapters.find_base(source, base) and re.fullmatch(HUB_ID, str(named)):
         base = download(str(named))
+    quant.note_training(source, cfg.quant)
     opened = weights.open(
         source, base, dtype=torch.float32, method=quant.Method(cfg.quant, cfg.double_quant)
     )

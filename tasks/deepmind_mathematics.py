@@ -25,7 +25,7 @@ PARTS = {
     name: (ID, name, "test", "train")
     for name in (f"{area}__{kind}" for area, kinds in KINDS.items() for kind in kinds.split())
 }
-HUB = PARTS["algebra__linear_1d"]
+HUB = (ID, [*PARTS], "test", "train")
 TRAIN = (ID, [*PARTS], "train")
 STOP = ("\n",)
 MAX_NEW_TOKENS = 32

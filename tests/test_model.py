@@ -221,9 +221,9 @@ def test_defaults_of_absent_keys_are_transformers(tmp_path):
     "change, said",
     [
         (dict(architectures=["CohereForCausalLM"], model_type="cohere"), "CohereForCausalLM"),
-        (dict(architectures=["MixtralForCausalLM"], model_type="mixtral"), "MixtralForCausalLM"),
+        (dict(architectures=["DbrxForCausalLM"], model_type="dbrx"), "DbrxForCausalLM"),
         (dict(model_type="gemma"), "gemma"),
-        (dict(model_type="mixtral", architectures=None, num_local_experts=8), "mixture of exp"),
+        (dict(model_type="dbrx", architectures=None, num_local_experts=8), "mixture of exp"),
         (dict(hidden_act="relu2"), "relu2"),
         (dict(rope_scaling=dict(rope_type="yarn")), "'yarn' needs factor"),
         (dict(rope_scaling=dict(rope_type="ntk", factor=4.0)), "ntk"),

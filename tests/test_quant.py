@@ -223,6 +223,17 @@ def test_samples_and_adapters_on_a_quantised_model(base):
         tokens.append(token)
 
 
+def test_an_adapter_on_another_base_than_its_run_had_is_noted(tmp_path, capsys):
+    adapter = tmp_path / "run" / "last"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    (tmp_path / "run" / "config.cfg").write_text("model=m\nquant=nf4\n")
+    quant.note_training(adapter, "nf4")
+    assert capsys.readouterr().err == ""
+    quant.note_training(adapter, "none")
+    assert "was trained with quant=nf4, not none" in capsys.readouterr().err
+
+
 def test_gpt2_is_quantised_after_its_tensors_are_split(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 

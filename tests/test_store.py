@@ -334,6 +334,8 @@ def test_mix_by_weights(tmp_path):
     for wrong in (0, -1):
         with pytest.raises(UserError, match=f"weights= holds {wrong}: give each"):
             mix(dirs, weights=[1, wrong])
+    with pytest.raises(UserError, match="repeats a folder .* times in an epoch: bring"):
+        mix(dirs, weights=[1, 1e-12])
 
 
 def test_names_of_folders_tell_them_apart():

@@ -308,7 +308,8 @@ def scripted(monkeypatch):
         for i, ids in enumerate(tokens):
             for token in ids:
                 on_token and on_token(i, token)
-        return Samples(tokens, [[0.0] * len(ids) for ids in tokens], [True] * len(tokens))
+        logprobs = [[0.0] * len(ids) for ids in tokens]
+        return Samples(tokens, logprobs, [True] * len(tokens), [None] * len(tokens))
 
     scripted = SimpleNamespace(prompts=[], answers=[])
     monkeypatch.setattr(sample, "generate", answer)
