@@ -264,10 +264,8 @@ def test_fused_rows_stay_memory_mapped(made_up, tmp_path):
 def test_an_unknown_family():
     with pytest.raises(UserError, match="model_type lama is not supported; .* are: llama"):
         families.parse_config(dict(model_type="lama"), "config.json")
-    with pytest.raises(
-        UserError, match="MixtralForCausalLM is not supported; .*MistralForCausalLM"
-    ):
-        families.parse_config(dict(architectures=["MixtralForCausalLM"]), "config.json")
+    with pytest.raises(UserError, match="MistalForCausalLM is not supported; .*MistralForCausalLM"):
+        families.parse_config(dict(architectures=["MistalForCausalLM"]), "config.json")
     with pytest.raises(UserError, match="model family qwen is not supported; .*qwen2"):
         families.config_json(ModelConfig(family="qwen"))
 
