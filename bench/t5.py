@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import nano  # noqa: F401  first, because bench/nano.py finds the others
 from bench.sft import finish, machine, python
 from nano import config
 from nano.config import NonNegativeInt, PathText, PositiveInt, UserError
