@@ -183,7 +183,8 @@ def layout_of(weight):
         return "plain"
     if fits_fp16(weight):
         return "fp16"
-    return "blocked" if weight.dtype == torch.float32 else "plain"
+    blocked = weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return "blocked" if blocked else "plain"
 
 
 class FrozenLinear(nn.Module):

@@ -315,7 +315,8 @@ def test_apple_silicon(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(torch.ops, "mkldnn", None)
     assert runtime.start(types.SimpleNamespace(), device="cpu").dtype == torch.float32
-    assert not generate.Plan.for_device(torch.device("cpu"), 100).pack
+    assert generate.layout_of(torch.randn(300, 300)) == "plain"
+    assert generate.layout_of(torch.randn(300, 300).bfloat16()) in ("plain", "fp16")
     assert not generate.Plan.for_device(torch.device("mps"), 100).graphs
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert runtime.choose_device("mps") == "mps" and runtime.choose_device("auto") == "cpu"
