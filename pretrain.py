@@ -406,13 +406,9 @@ def main(cfg, rt):
             with rt.autocast():
                 part = loss_sum(net, net(batch), batch) / max(count, 1e-9)
             loss = loss + part.detach()
-            # Of a mixture of experts, the mean over micro-batches by their share of the targets.
+            # A mixture of experts adds its balance, weighted by the micro-batch's share of targets.
             share = float(micro["weights"].sum()) / max(count, 1e-9)
-            for name, value in losses.routing(model, batch).items():
-                value = share * value
-                if name == "aux_loss":
-                    part = part + cfg.aux_coef * value
-                routing[name] = routing.get(name, 0.0) + value.detach()
+            part = part + cfg.aux_coef * losses.add_routing(routing, model, batch, share)
             rt.backward(part)
             run.count(micro)
 

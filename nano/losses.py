@@ -287,6 +287,17 @@ def routing(model, batch):
     )
 
 
+def add_routing(stats, model, batch, share):
+    """Adds a micro-batch's `routing`, times its share of the step's targets, to the dict stats.
+
+    Returns what the micro-batch adds to the auxiliary loss, with its gradient; 0 without experts.
+    """
+    values = {name: share * value for name, value in routing(model, batch).items()}
+    for name, value in values.items():
+        stats[name] = stats.get(name, 0.0) + value.detach()
+    return values.get("aux_loss", 0.0)
+
+
 def check_experts(model, aux_coef):
     """UserError for an aux_coef= without experts."""
     if aux_coef and not model.cfg.n_experts:
