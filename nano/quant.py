@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import lora
-from model import Stack, has_grouped_mm
+from model import Stack, autocasted
 from nano import files
 from nano.config import PositiveInt, UserError
 from nano.files import check_json
@@ -368,13 +368,12 @@ class QuantLinear(nn.Module):
         return dequantize(how, dtype, *stored)
 
     def forward(self, x):
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = autocasted(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return Product.apply(x, bias, *self.operands())
 
 
-def expert_matrix(e, how, dtype, weight, absmax, nested_absmax, offset, *tables):
+def expert_matrix(how, e, dtype, weight, absmax, nested_absmax, offset, *tables):
     """The matrix (out, in) of one expert of a stack."""
     kind, (experts, out, ins), kernel = how
     count = len(weight) // experts
@@ -387,45 +386,10 @@ def expert_matrix(e, how, dtype, weight, absmax, nested_absmax, offset, *tables)
     return parts[0] if count == 1 else torch.cat(parts)
 
 
-class StackProduct(torch.autograd.Function):
-    """Product of the experts of a stack: x (S, in), ends (E,) as in model.Stack -> (S, out). One
-    expert is dense at a time, and all where one kernel multiplies them."""
-
-    @staticmethod
-    def forward(ctx, x, ends, how, *stored):
-        ctx.how = how
-        ctx.save_for_backward(ends, *stored)
-
-        def matrix(e):
-            return expert_matrix(e, how, x.dtype, *stored)
-
-        return StackProduct.times(x, ends, how[1], matrix)
-
-    @staticmethod
-    def backward(ctx, grad):
-        ends, *stored = ctx.saved_tensors
-
-        def transposed(e):
-            return expert_matrix(e, ctx.how, grad.dtype, *stored).mT
-
-        experts, out, ins = ctx.how[1]
-        grad = StackProduct.times(grad, ends, (experts, ins, out), transposed)
-        return grad, None, None, *[None for _ in stored]
-
-    @staticmethod
-    def times(x, ends, shape, matrix):
-        if not has_grouped_mm(x, shape):
-            return Stack.looped(x, matrix, ends)
-        weight = x.new_empty(shape)
-        for e in range(len(weight)):
-            weight[e] = matrix(e)
-        return Stack.grouped(x, weight, ends)
-
-
 class QuantStack(QuantLinear):
-    """The frozen linear layers of E experts, see model.Stack."""
+    """The frozen linear layers of E experts, see model.Stack. One of them is dense at a time."""
 
-    product = Stack.product
+    product = staticmethod(Stack.product)
     biased = Stack.biased
     empty = Stack.empty
 
@@ -435,21 +399,21 @@ class QuantStack(QuantLinear):
 
     @property
     def largest(self):
-        together = self.weight.is_cuda  # by one kernel
-        return math.prod(self.shape[0 if together else 1 :])
+        return self.in_features * self.out_features
 
     def dense(self, dtype=torch.float32):
         """The matrices (E, out, in)."""
         out = torch.empty(self.shape, dtype=dtype, device=self.weight.device)
         how, *stored = self.operands()
         for e, matrix in enumerate(out):
-            matrix.copy_(expert_matrix(e, how, dtype, *stored))
+            matrix.copy_(expert_matrix(how, e, dtype, *stored))
         return out
 
     def forward(self, x, ends):
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return self.biased(StackProduct.apply(x, ends, *self.operands()), ends)
+        how, *stored = self.operands()
+        matrix = functools.partial(expert_matrix, how)
+        y = Stack.looped(autocasted(x), ends, self.shape, matrix, *stored)
+        return self.biased(y, ends)
 
 
 # ---------------------------------------------------------------------- models

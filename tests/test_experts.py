@@ -49,7 +49,13 @@ def test_grouped_products_equal_the_loop():
     torch.manual_seed(0)
     x, weight = torch.randn(40, 16).bfloat16(), torch.randn(4, 24, 16).bfloat16()
     ends = torch.tensor([11, 11, 30, 40], dtype=torch.int32)  # the second expert has no token
-    assert torch.equal(Stack.grouped(x, weight, ends), Stack.product(x, weight, ends))
+    weight.requires_grad = x.requires_grad = True
+    outs, grads = [], []
+    for product in (Stack.grouped, Stack.product):
+        outs.append(product(x, weight, ends))
+        grads.append(torch.autograd.grad(outs[-1].float().square().sum(), (x, weight)))
+    assert torch.equal(*outs) and all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert not grads[0][1][1].any()
 
 
 def test_no_token_is_dropped_where_all_want_the_same_experts():
