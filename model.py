@@ -608,7 +608,8 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses the experts of each token: x (N, C) -> their weights (N, k) and numbers (N, k).
+    """Chooses the experts of each token: x (N, C) -> their weights (N, k) and numbers (N, k). With
+    `chosen` (N, k) they are those.
 
     It computes in fp32, because the choice should not hang on how bf16 rounds. It keeps its scores
     (N, E) as `.scores`, with which a loss may balance the experts (nano/losses.py)."""
@@ -622,11 +623,13 @@ class Router(nn.Module):
         self.over_all = cfg.router == "all"
         self.scores = None
 
-    def forward(self, x):
+    def forward(self, x, chosen=None):
         with torch.autocast(x.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
             self.scores = F.linear(x.float(), self.weight.float(), bias)
-            top, chosen = self.scores.topk(self.k, dim=-1)
+            if chosen is None:
+                chosen = self.scores.topk(self.k, dim=-1).indices
+            top = self.scores.gather(-1, chosen)
             if self.over_all:
                 return (top - self.scores.logsumexp(-1, keepdim=True)).exp(), chosen
             return top.softmax(-1), chosen
@@ -768,9 +771,9 @@ class Mixture(nn.Module):
             self.shared_expert = MLP(cfg, cfg.shared_dim)
             self.shared_expert_gate = nn.Linear(cfg.dim, 1, bias=False)
 
-    def forward(self, x):
+    def forward(self, x, chosen=None):
         flat = x.flatten(0, -2)
-        weights, chosen = self.gate(flat)
+        weights, chosen = self.gate(flat, chosen)
         y = self.experts(flat, chosen)
         # summed in the order of the scores, so that a token's sum is the same in any batch
         y = torch.bmm(weights.to(y.dtype)[:, None], y).view_as(x)
@@ -799,7 +802,7 @@ class Block(nn.Module):
         self.residual = cfg.residual
         self.residual_scale = cfg.residual_scale
 
-    def forward(self, x, rope, seen, slots=None, cache=None):
+    def forward(self, x, rope, seen, slots=None, cache=None, experts=None):
         normed = self.input_layernorm(x)
         y = self.self_attn(normed, rope, seen, slots, cache)
         between = self.added(x, y, self.attn_output_norm)
@@ -807,7 +810,8 @@ class Block(nn.Module):
             normed = self.post_attention_layernorm(between)
         elif self.residual == "parallel":
             normed = self.post_attention_layernorm(x)
-        return self.added(between, self.mlp(normed), self.mlp_output_norm)
+        y = self.mlp(normed) if experts is None else self.mlp(normed, experts)
+        return self.added(between, y, self.mlp_output_norm)
 
     def added(self, x, y, norm):
         """The residual stream x plus what a half of the block gives."""
@@ -913,15 +917,16 @@ class Transformer(nn.Module):
         """Hidden states (M, C) of the flat positions batch["index"] (M,), or of all positions,
         (B * T, C), if the batch has no "index".
 
-        It reads "tokens" (B, T) and, if they are there, "positions" and "docs" (B, T), as `hidden`
-        does. It reads integers only, because FSDP casts the floating tensors of its arguments to
-        bf16.
+        It reads "tokens" (B, T) and, if they are there, "positions" and "docs" (B, T) and
+        "experts", as `hidden` does. It reads integers only, because FSDP casts the floating tensors
+        of its arguments to bf16.
         """
-        hidden = self.hidden(batch["tokens"], batch.get("positions"), batch.get("docs"))
+        more = {name: batch.get(name) for name in ("positions", "docs", "experts")}
+        hidden = self.hidden(batch["tokens"], **more)
         hidden = hidden.flatten(0, 1)
         return hidden[batch["index"]] if "index" in batch else hidden
 
-    def hidden(self, tokens, positions=None, docs=None, cache=None):
+    def hidden(self, tokens, positions=None, docs=None, cache=None, experts=None):
         """tokens (B, T) -> hidden states (B, T, C) after the last norm, for .logits, .score or
         nano/losses.py.
 
@@ -930,6 +935,8 @@ class Transformer(nn.Module):
         cache: per layer (keys, values), each (B, K, S, D). With a cache, `positions` are also the
         slots of the tokens, which see all slots up to their own. Without positions they begin their
         rows.
+        experts (mixtures, B * T, k): those that each token takes in each mixture. By default the
+        routers choose.
         """
         slots = None if cache is None else positions
         if positions is None:
@@ -955,12 +962,15 @@ class Transformer(nn.Module):
         lengths = functools.partial(document_lengths, positions, docs, cached)
         ropes = {kind: rope(positions, lengths, x.dtype) for kind, rope in self.ropes.items()}
         kinds = zip(self.layers, self.windows, self.rope_layers, strict=True)
+        choices = iter(() if experts is None else experts)
         for i, (layer, window, kind) in enumerate(kinds):
+            chosen = next(choices, None) if isinstance(layer.mlp, Mixture) else None
+            layer_cache = None if cache is None else cache[i]
+            inputs = x, ropes.get(kind), seen[window], slots, layer_cache, chosen
             if self.recompute is not None and torch.is_grad_enabled():
-                x = self.recompute(layer, x, ropes.get(kind), seen[window])
+                x = self.recompute(layer, *inputs)
             else:
-                layer_cache = None if cache is None else cache[i]
-                x = layer(x, ropes.get(kind), seen[window], slots, layer_cache)
+                x = layer(*inputs)
         x = self.model["norm"](x)
         return self.model["project_out"](x) if self.cfg.embed_dim else x
 

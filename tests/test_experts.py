@@ -147,6 +147,53 @@ def test_recomputation_counts_the_auxiliary_loss_once():
     assert all(p.grad.abs().sum() > 0 for p in aux_grad)
 
 
+@torch.no_grad()
+def test_replayed_experts_keep_the_probability_ratio_at_one():
+    """Where scores are nearly equal, a small change of the router changes which experts a token
+    takes, but hardly how they are weighted."""
+    model, x = mixture(dense_layers=(1,)), tokens()
+    gates = [layer.mlp.gate.weight for layer in (model.layers[0], model.layers[2])]
+    for gate in gates:
+        gate.mul_(1e-6)
+
+    def logprobs(**more):
+        return model.logits(model(dict(tokens=x, **more))).log_softmax(-1)
+
+    old = logprobs()
+    experts = losses.chosen_experts(model)
+    for gate in gates:
+        gate.add_(1e-6 * torch.randn_like(gate))
+    assert (logprobs(experts=experts) - old).abs().max() < 1e-4  # the weights' own change
+    assert (logprobs() - old).abs().max() > 0.1
+    assert (losses.chosen_experts(model) != experts).float().mean() > 0.2
+
+
+def test_the_stages_balance_and_replay(tmp_path, capsys):
+    sizes = dict(family="qwen3_moe", qk_norm="head", n_experts=4, expert_dim=24, router="chosen")
+    tiny.model_dir(tmp_path / "model", **sizes)
+    tiny.model_dir(tmp_path / "dense")
+    tiny.store(tmp_path / "rows", tmp_path / "model", n=8, val=2)
+    tiny.preferences(tmp_path / "groups", tmp_path / "model", n=8, val=2)
+    (tmp_path / "rewards.py").write_text("def a(p, r, f):\n    return len(r) % 5\n")
+    keys = "device=cpu dtype=float32 steps=1 batch_size=4 log_every=1 lora_rank=2 aux_coef=0.1"
+    keys += " lora_targets=[q_proj,gate_up_proj,down_proj] grad_checkpoint=true lr=1e-2"
+    stages = dict(
+        dpo="data={0}/groups max_length=64 sample_tokens=0",
+        reward="data={0}/groups max_length=64 norm_tokens=2 norm_samples=4",
+        ppo="data={0}/rows reward={0}/rewards.py:a max_new_tokens=4 micro_batch=2 algo=grpo group=2"
+        " replay_experts=true ppo_epochs=2",
+    )
+    for stage, more in stages.items():
+        argv = [*keys.split(), *more.format(tmp_path).split()]
+        tiny.train(stage, [f"model={tmp_path}/model", f"out={tmp_path}/{stage}", *argv])
+        line = tiny.lines(tmp_path / stage, "train")[-1]
+        assert line["aux_loss"] > 1 and line["min_load"] <= 1 <= line["max_load"]
+        assert line.get("first_ratio_off", 0) < 1e-5
+    argv = [key for key in argv if not key.startswith(("aux_coef", "lora_targets"))]
+    with pytest.raises(UserError, match="has no experts"):
+        tiny.train("ppo", [f"model={tmp_path}/dense", f"out={tmp_path}/refused", *argv])
+
+
 def test_the_estimate_counts_active_parameters_apart():
     model = mixture()
     E, k, one = 5, 2, 3 * 32 * 48
