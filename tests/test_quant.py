@@ -234,15 +234,38 @@ def test_an_adapter_on_another_base_than_its_run_had_is_noted(tmp_path, capsys):
     assert "was trained with quant=nf4, not none" in capsys.readouterr().err
 
 
-def test_gpt2_is_quantised_after_its_tensors_are_split(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
+def small(family, dir):
+    """A directory of a family that fuses or transposes matrices, or that has an encoder."""
+    if family == "t5":
+        return tiny.t5_dir(dir)
+    from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=264, n_positions=64, n_embd=64, n_layer=2, n_head=4)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    plain, model = (weights.load_model(tmp_path, method=m) for m in (quant.NONE, method("nf4")))
+    sizes = dict(vocab_size=264, n_layer=2, n_head=4)
+    if family == "gpt2":
+        peer = GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=64, **sizes))
+    else:
+        peer = BloomForCausalLM(BloomConfig(hidden_size=64, **sizes))
+    peer.save_pretrained(dir)
+    return dir
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "t5"])
+def test_families_are_quantised_after_their_tensors_are_split(tmp_path, family):
+    dir = small(family, tmp_path)
+    plain, model = (weights.load_model(dir, method=m) for m in (quant.NONE, method("nf4")))
+    assert [name for name, _ in quant.layers(model)] == lora.linear_names(plain)
     for name, layer in quant.layers(model):
         right = quant.quantize(plain.get_submodule(name).weight.detach(), method("nf4"))
         assert torch.equal(layer.weight, right.tensors["weight"])
+    lora.apply(model, rank=2, alpha=4)
+    shake(model)
+    micro = tiny.batch([tiny.rows(2)], 128, start_ids=model.start_ids)
+    loss = sft.loss_sum(model, model(micro), micro)
+    loss.backward()
+    gradients = [p.grad for p in tiny.adapter_parameters(model)]
+    assert all(grad.any() for grad in gradients)
+    quant.restore(model, torch.float32)
+    assert torch.equal(sft.loss_sum(model, model(micro), micro), loss)
 
 
 # ---- directories of bitsandbytes
