@@ -480,24 +480,26 @@ def print_table(cfg):
 
 
 def prepare(cfg):
-    """Rows of random tokens, as long as they may be, and for ppo a score model."""
+    """Rows of random tokens, as long as they may be, and what ppo needs: prompts and rewards."""
     out, tok = Path(cfg.out), tokenizer.load(cfg.model)
     shutil.rmtree(out, ignore_errors=True)
-    prompt = cfg.max_length - cfg.max_new_tokens
-    mask = [0] * prompt + [1] * cfg.max_new_tokens
     tokens = torch.randint(tok.vocab_size, (8, cfg.max_length)).tolist()
-    rows = [(row, mask) for row in tokens]
     meta = dict(vocab_size=tok.vocab_size, tokenizer=tok.fingerprint)
-    store.write_store(out / "rows", dict(train=rows), meta)
+    prompt = cfg.max_length - cfg.max_new_tokens
+    for name, start in dict(sft=1, ppo=prompt).items():
+        mask = [int(i >= start) for i in range(cfg.max_length)]
+        store.write_store(out / name, dict(train=[(row, mask) for row in tokens]), meta)
     scorer = weights.load_model(cfg.model, head="score")
     weights.save_model(scorer, out / "scorer", like=cfg.model, tok=tok)
-    (out / "rewards.py").write_text(
-        "def length(prompt, response, finished):\n    return len(response) / 1000\n"
-    )
+    function = "def length(prompt, response, finished):\n    return len(response) / 1000\n"
+    (out / "rewards.py").write_text(function)
 
 
 def peak_memory(device, function):
-    """Calls function() -> the most bytes that torch has allocated at a time for it."""
+    """Calls function(), a run of two steps -> the most bytes that torch had allocated at a time.
+
+    On a CPU mapped files count too, so the peak is that from the first optimizer step on: while a
+    model is loaded, its file is mapped more than once."""
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -506,10 +508,13 @@ def peak_memory(device, function):
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
     now = top = 0
-    for event in profile.profiler.kineto_results.events():
+    stepped = False
+    events = profile.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        stepped = stepped or event.name().startswith("Optimizer.step")
         if event.name() == "[memory]":
             now += event.nbytes()
-            top = max(top, now)
+            top = max(top, now * stepped)
     return top
 
 
@@ -518,7 +523,7 @@ def measure(cfg):
     stage = importlib.import_module(cfg.stage)
     settings = dict(
         model=cfg.model,
-        data=(f"{cfg.out}/rows",),
+        data=(f"{cfg.out}/{cfg.stage}",),
         out=f"{cfg.out}/run",
         device=cfg.here,
         dtype=cfg.dtype,
@@ -545,30 +550,18 @@ def measure(cfg):
         )
     else:
         settings |= dict(max_length=cfg.max_length, samples=0)
-    mapped = 0
-    load = weights.load_model
-
-    def counted(*args, **kwargs):
-        """What stays in the mapped file is no memory of the allocator."""
-        nonlocal mapped
-        model = load(*args, **kwargs)
-        mapped += sum(p.nbytes for p in model.parameters() if p.untyped_storage().filename)
-        return model
-
-    weights.load_model = counted
-    try:
-        with open(f"{cfg.out}/output.txt", "a") as output, contextlib.redirect_stdout(output):
-            peak = peak_memory(cfg.here, lambda: stage.main(stage.Config(**settings)))
-    finally:
-        weights.load_model = load
+    with open(f"{cfg.out}/output.txt", "a") as output, contextlib.redirect_stdout(output):
+        peak = peak_memory(cfg.here, lambda: stage.main(stage.Config(**settings)))
+    gc.collect()
     log = [json.loads(line) for line in open(f"{cfg.out}/run/log.jsonl", encoding="utf-8")]
     speeds = [record["tokens_per_s"] for record in log if record["kind"] == "train"]
-    gc.collect()
-    return peak + mapped, speeds[-1]
+    return peak, speeds[-1]
 
 
 def print_runs(cfg):
     """Beside each method's predicted memory its peak on this machine, and its tokens/s."""
+    if not cfg.model:
+        raise UserError(f"here={cfg.here} needs a model's directory in model=")
     prepare(cfg)
     alone = dict(devices=1, parallel="ddp", batch_size=2, micro_batch=1, rollout_batch=2)
     alone |= dict(ppo_epochs=1)
