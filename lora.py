@@ -7,9 +7,10 @@
 An adapted layer computes base(x) + scale * B (A x) with A (r, in) and B (out, r) in fp32. The scale
 is alpha / r, or alpha / sqrt(r) when rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732). An
 adapter of DoRA also has a magnitude (out,): the norm of each row of the adapted matrix (Liu et al.
-2024, arXiv:2402.09353). The base needs nothing but in_features and out_features. One base can carry
-several adapters with different names. nano/weights.py reads and writes adapters as PEFT
-directories.
+2024, arXiv:2402.09353). The base needs nothing but in_features and out_features. The layers of E
+experts are one base, which has their number as `experts` and multiplies by `product`. Its A is
+(E, r, in), its B (E, out, r). One base can carry several adapters with different names.
+nano/weights.py reads and writes adapters as PEFT directories.
 """
 
 import math
@@ -20,8 +21,20 @@ import torch.nn.functional as F
 
 
 def dense(module):
-    """The matrix (out, in) of a linear layer, however the layer stores it."""
+    """The matrix (out, in) of a linear layer, however the layer stores it. (E, out, in) of
+    experts."""
     return module.dense() if hasattr(module, "dense") else module.weight
+
+
+def plain(base, matrix):
+    """A layer with this matrix, which stores it as it is, and the bias of `base`."""
+    if hasattr(base, "experts"):
+        layer = base.empty()
+    else:
+        layer = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    layer.weight = nn.Parameter(matrix, requires_grad=False)
+    layer.bias = base.bias
+    return layer
 
 
 class LoRA(nn.Module):
@@ -33,6 +46,9 @@ class LoRA(nn.Module):
         self.base = base
         self.in_features = base.in_features
         self.out_features = base.out_features
+        if hasattr(base, "experts"):
+            self.experts = base.experts
+        self.product = getattr(base, "product", F.linear)
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         self.lora_magnitude = nn.ParameterDict()  # of the adapters of DoRA
@@ -43,18 +59,29 @@ class LoRA(nn.Module):
     def add(self, name, rank, scale, dropout=0.0):
         """Adds an adapter that changes nothing yet, because its B is 0."""
         tensor = next(iter(self.base.state_dict().values()))  # a parameter or a buffer
-        A = torch.empty(rank, self.in_features, device=tensor.device)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # as nn.Linear and peft do
-        B = torch.zeros(self.out_features, rank, device=tensor.device)
+        stack = (self.experts,) if hasattr(self, "experts") else ()
+        A = torch.empty(*stack, rank, self.in_features, device=tensor.device)
+        # as nn.Linear and peft do
+        nn.init.kaiming_uniform_(A.view(-1, self.in_features), a=math.sqrt(5))
+        B = torch.zeros(*stack, self.out_features, rank, device=tensor.device)
         self.put(name, A, B, scale, dropout)
 
     def put(self, name, A, B, scale, dropout=0.0, magnitude=None):
-        """Sets the adapter `name`: A (r, in), B (out, r), magnitude (out,) of DoRA."""
+        """Sets the adapter `name`: A (r, in), B (out, r), magnitude (out,) of DoRA. Of experts A
+        (E, r, in), B (E, out, r)."""
         self.lora_A[name] = nn.Parameter(A)
         self.lora_B[name] = nn.Parameter(B)
         if magnitude is not None:
             self.lora_magnitude[name] = nn.Parameter(magnitude)
         self.scales[name] = scale
+        self.set_dropout(name, dropout)
+
+    def set_dropout(self, name, dropout):
+        """ValueError for experts, whose adapters have none in peft."""
+        if dropout and hasattr(self, "experts"):
+            raise ValueError(
+                f"lora_dropout={dropout}: adapters of experts have no dropout in peft: leave it out"
+            )
         self.dropouts[name] = dropout
 
     def dense(self):
@@ -72,15 +99,16 @@ class LoRA(nn.Module):
         A, B = self.lora_A[self.active].float(), self.lora_B[self.active].float()
         return dense(self.base).float() + self.scales[self.active] * (B @ A)
 
-    def forward(self, x):
-        y = self.base(x)
+    def forward(self, x, *ends):
+        """ends: where each expert's rows of x end, if the base are layers of experts."""
+        y = self.base(x, *ends)
         if self.active is None:
             return y
         A, B = self.lora_A[self.active], self.lora_B[self.active]
         x = F.dropout(x, self.dropouts[self.active], self.training)
         # scaled here, where the activations are only `rank` wide
-        low = F.linear(x, A.to(x.dtype)) * self.scales[self.active]
-        y = y + F.linear(low, B.to(low.dtype))
+        low = self.product(x, A.to(x.dtype), *ends) * self.scales[self.active]
+        y = y + self.product(low, B.to(low.dtype), *ends)
         if self.active not in self.lora_magnitude:
             return y
         with torch.no_grad():  # the norm counts as a constant, section 4.3 of DoRA
@@ -98,16 +126,26 @@ def adapted(model):
 
 
 def linear_names(model):
-    """The names of the layers that may carry adapters: the linear layers of the blocks, adapted or
-    not. The head is not among them, because nano/losses.py reads its weight. In a mixture of
-    experts they are those of attention, because peft takes the names of the others for experts."""
-    names = [
+    """The names of the linear layers of the blocks, adapted or not. The layers of all experts are
+    one. The head is not among them, because nano/losses.py reads its weight."""
+    return [
         name
         for name, module in model.named_modules()
         if ".layers." in name and hasattr(module, "in_features") and not name.endswith(".base")
     ]
-    mixed = any(name.endswith(".mlp.experts") for name, _ in model.named_modules())
-    return [name for name in names if ".self_attn." in name] if mixed else names
+
+
+def is_stack(name):
+    """Whether a layer of that name holds the layers of all experts."""
+    return ".mlp.experts." in name
+
+
+def target_names(model):
+    """The names of the layers that may carry adapters. In a mixture of experts they are those of
+    attention and of experts, because peft takes the names of the others for experts."""
+    names = linear_names(model)
+    mixed = any(map(is_stack, names))
+    return [n for n in names if ".self_attn." in n or is_stack(n)] if mixed else names
 
 
 def wrap(model, name):
@@ -122,24 +160,27 @@ def wrap(model, name):
 def apply(model, rank, alpha, dropout=0.0, targets="all-linear", name="default", rslora=False):
     """Freezes the base, adds a trainable adapter to linear layers, and makes it the active one.
 
-    targets: a list of suffixes of layer names such as ["q_proj", "v_proj"], or "all-linear", which
-    means every linear layer of the blocks and not the head. ValueError for a rank below 1 and for
-    targets that name no layer.
+    targets: a list of suffixes of layer names such as ["q_proj", "v_proj"]. "all-linear" means
+    every linear layer of the blocks that may carry one, not the head, and not experts, which are
+    named beside it: ["all-linear", "gate_up_proj", "down_proj"]. ValueError for a rank below 1, for
+    targets that name no layer, and for dropout on experts, which peft has not.
     """
     if rank < 1:
         raise ValueError(f"lora_rank={rank}: must be 1 or more")
-    chosen = linears = linear_names(model)
-    suffixes = [targets] if isinstance(targets, str) else list(targets)
-    if suffixes != ["all-linear"]:
-        endings = tuple(f".{suffix}" for suffix in suffixes)
-        chosen = [n for n in linears if f".{n}".endswith(endings)]
-        for ending in endings:
-            if not any(f".{n}".endswith(ending) for n in chosen):
-                leaves = sorted({n.rpartition(".")[2] for n in linears})
-                raise ValueError(
-                    f"lora_targets: no layer ends in {ending[1:]!r}; the linear layers are "
-                    + ", ".join(leaves)
-                )
+    names = target_names(model)
+    chosen = set()
+    for suffix in [targets] if isinstance(targets, str) else targets:
+        if suffix == "all-linear":
+            named = [n for n in names if not is_stack(n)]
+        else:
+            named = [n for n in names if f".{n}".endswith(f".{suffix}")]
+        if not named:
+            leaves = sorted({n.rpartition(".")[2] for n in names})
+            raise ValueError(
+                f"lora_targets: no layer ends in {suffix!r}; the linear layers are "
+                + ", ".join(leaves)
+            )
+        chosen.update(named)
     if not chosen:
         raise ValueError(
             "lora_targets names no layer: give suffixes such as [q_proj,v_proj], or all-linear"
@@ -147,8 +188,9 @@ def apply(model, rank, alpha, dropout=0.0, targets="all-linear", name="default",
     if not adapted(model):
         model.requires_grad_(False)
     scale = alpha / (math.sqrt(rank) if rslora else rank)
-    for layer in chosen:
-        wrap(model, layer).add(name, rank, scale, dropout)
+    for layer in names:  # in the order of the model, in which random numbers are drawn
+        if layer in chosen:
+            wrap(model, layer).add(name, rank, scale, dropout)
     use(model, name)
 
 
@@ -177,11 +219,8 @@ def merge(model):
     """Folds the active adapter into the weights in fp32, takes all adapters off, and returns the
     model."""
     for name, m in adapted(model):
-        plain = m.base
+        merged = m.base
         if m.active is not None:
-            dtype = dense(m.base).dtype
-            plain = nn.Linear(m.in_features, m.out_features, bias=False, device="meta")
-            plain.weight = nn.Parameter(m.dense().to(dtype), requires_grad=False)
-            plain.bias = m.base.bias
-        model.set_submodule(name, plain)
+            merged = plain(m.base, m.dense().to(dense(m.base).dtype))
+        model.set_submodule(name, merged)
     return model

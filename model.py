@@ -474,7 +474,7 @@ def _keep_lengths_uncompiled():
     """A compiled layer leaves its graph for documents and for experts one by one, because each
     batch has other lengths and would need a new graph."""
     Documents.attend = torch.compiler.disable(Documents.attend)
-    Experts.looped = staticmethod(torch.compiler.disable(Experts.looped))
+    Stack.looped = staticmethod(torch.compiler.disable(Stack.looped))
 
 
 # ---------------------------------------------------------------------- layers
@@ -631,21 +631,71 @@ class Router(nn.Module):
             return top.softmax(-1), chosen
 
 
+class Stack(nn.Module):
+    """The linear layers of E experts: weight (E, out, in) and bias (E, out)."""
+
+    def __init__(self, experts, in_features, out_features, bias=False):
+        super().__init__()
+        self.experts = experts
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(experts, out_features)) if bias else None
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x, ends):
+        """x (S, in), of which expert e has the rows ends[e - 1] to ends[e] -> (S, out)."""
+        return self.biased(self.product(x, self.weight, ends), ends)
+
+    def biased(self, y, ends):
+        if self.bias is None:
+            return y
+        counts = ends.diff(prepend=ends.new_zeros(1))
+        return y + self.bias.to(y.dtype).repeat_interleave(counts, dim=0, output_size=len(y))
+
+    def empty(self):
+        """A stack of this shape without memory and without a bias."""
+        with torch.device("meta"), NoInit():
+            return Stack(self.experts, self.in_features, self.out_features)
+
+    @classmethod
+    def product(cls, x, weight, ends):
+        """The rows of each expert times its matrix of weight (E, out, in)."""
+        if has_grouped_mm(x, weight.shape):
+            return cls.grouped(x, weight, ends)
+        # unbind, because the gradient of weight[e] would be as large as that of all
+        return cls.looped(x, weight.unbind().__getitem__, ends)
+
+    @staticmethod
+    def looped(x, matrix, ends):
+        """matrix(e) -> (out, in) of an expert. It is called for those that have rows."""
+        rows = x.tensor_split(ends[:-1].tolist())
+        return torch.cat([F.linear(x, matrix(e)) for e, x in enumerate(rows) if len(x)])
+
+    @staticmethod
+    def grouped(x, weight, ends):
+        """The same in one kernel, in bf16."""
+        return F.grouped_mm(x.bfloat16(), weight.bfloat16().mT, offs=ends)
+
+
+def has_grouped_mm(x, shape):
+    """Whether F.grouped_mm has a kernel for x and matrices of this shape: on CUDA in bf16, for rows
+    of a multiple of 16 bytes."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    aligned = all(size % 8 == 0 for size in shape[1:])
+    return hasattr(F, "grouped_mm") and x.is_cuda and dtype == torch.bfloat16 and aligned
+
+
 class Experts(nn.Module):
-    """The gated MLPs of E experts, with stacked matrices: gate and up (E, 2F, C), down (E, C, F)"""
+    """The gated MLPs of E experts."""
 
     def __init__(self, cfg):
         super().__init__()
         E, ffn_dim = cfg.n_experts, cfg.expert_dim or cfg.ffn_dim
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * ffn_dim, cfg.dim))
-        self.down_proj = nn.Parameter(torch.empty(E, cfg.dim, ffn_dim))
-        self.gate_up_proj_bias = self.down_proj_bias = None
-        if cfg.expert_bias:
-            self.gate_up_proj_bias = nn.Parameter(torch.zeros(E, 2 * ffn_dim))
-            self.down_proj_bias = nn.Parameter(torch.zeros(E, cfg.dim))
-        for p in (self.gate_up_proj, self.down_proj):
-            nn.init.normal_(p, std=0.02)
-        self.active = cfg.experts_per_token / E  # how much of it a token uses
+        self.gate_up_proj = Stack(E, cfg.dim, 2 * ffn_dim, cfg.expert_bias)
+        self.down_proj = Stack(E, ffn_dim, cfg.dim, cfg.expert_bias)
+        self.count = E
         self.activation = ACTIVATIONS[cfg.activation]
         self.limit = cfg.glu_limit
 
@@ -656,41 +706,13 @@ class Experts(nn.Module):
         N, k = chosen.shape
         # the N k pairs of a token and an expert, in the order of the experts
         numbers, order = chosen.flatten().sort(stable=True)
-        experts = torch.arange(len(self.down_proj), device=x.device)
+        experts = torch.arange(self.count, device=x.device)
         ends = torch.searchsorted(numbers, experts, right=True, out_int32=True)
-        products = self.grouped if has_grouped_mm(x, self.down_proj) else self.looped
-        gate_up = products(x[order // k], self.gate_up_proj, ends)
-        if self.gate_up_proj_bias is not None:
-            gate_up = gate_up + self.gate_up_proj_bias.to(gate_up.dtype)[numbers]
-        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = self.gate_up_proj(x[order // k], ends).chunk(2, dim=-1)
         if self.limit:
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit) + 1
-        y = products(self.activation(gate) * up, self.down_proj, ends)
-        if self.down_proj_bias is not None:
-            y = y + self.down_proj_bias.to(y.dtype)[numbers]
+        y = self.down_proj(self.activation(gate) * up, ends)
         return y[order.argsort()].view(N, k, -1)
-
-    @staticmethod
-    def looped(x, weight, ends):
-        """x (S, in), of which expert e has the rows ends[e - 1] to ends[e], times weight
-        (E, out, in) -> (S, out)."""
-        rows = x.tensor_split(ends[:-1].tolist())
-        # unbind, because the gradient of weight[e] would be as large as that of all
-        pairs = zip(rows, weight.unbind(), strict=True)
-        return torch.cat([F.linear(x, matrix) for x, matrix in pairs if len(x)])
-
-    @staticmethod
-    def grouped(x, weight, ends):
-        """The same in one kernel, in bf16."""
-        return F.grouped_mm(x.bfloat16(), weight.bfloat16().mT, offs=ends)
-
-
-def has_grouped_mm(x, weight):
-    """Whether F.grouped_mm has a kernel: on CUDA in bf16, for rows of a multiple of 16 bytes."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    aligned = all(size % 8 == 0 for size in weight.shape[1:])
-    return hasattr(F, "grouped_mm") and x.is_cuda and dtype == torch.bfloat16 and aligned
 
 
 class Mixture(nn.Module):
@@ -946,7 +968,7 @@ class Transformer(nn.Module):
         """
         # looking up a row of an embedding is no product
         modules = [m for m in self.modules() if not isinstance(m, nn.Embedding)]
-        matrices = sum(map(matrix_size, modules))
+        matrices = sum(matrix_size(m, self.cfg.experts_per_token) for m in modules)
         if self.cfg.tie_embeddings and self.cfg.head == "lm":
             matrices += self.head_weight.numel()
         # of all layers, how many tokens a token sees on average, twice
@@ -955,15 +977,15 @@ class Transformer(nn.Module):
         return (6 if trained == "all" else 4) * matrices + 6 * attention
 
 
-def matrix_size(module):
+def matrix_size(module, taken):
     """How many numbers the matrices of a module have that a token uses, without those of its
-    children. A quantised layer has them all, in fewer bytes."""
+    children. A quantised layer has them all, in fewer bytes. Of a stack a token uses `taken`."""
     own = list(module.parameters(recurse=False))
-    if isinstance(module, Experts):
-        return round(module.active * sum(p.numel() for p in own if p.dim() == 3))
     if own and hasattr(module, "in_features"):
-        return module.in_features * module.out_features
-    return sum(p.numel() for p in own if p.dim() == 2)
+        used = taken if hasattr(module, "experts") else 1
+        return used * module.in_features * module.out_features
+    sizes = [p[:taken] if p.dim() == 3 else p for p in own if p.dim() > 1]
+    return sum(p.numel() for p in sizes)
 
 
 class NoInit(torch.overrides.TorchFunctionMode):

@@ -135,7 +135,7 @@ class Config:
     freeze_layers: Full[NonNegativeInt] = 0  # freeze the embeddings and the first N layers
     lora_rank: NonNegativeInt = 0  # 0: full models; otherwise one frozen trunk with adapters
     lora_alpha: LoRA[PositiveFloat] = 32.0
-    # suffixes of layer names; all-linear: all but the head
+    # suffixes of layer names; all-linear: all but the head and experts
     lora_targets: LoRA[tuple[str, ...]] = ("all-linear",)
     lora_rslora: LoRA[bool] = False  # scale alpha / sqrt(rank) instead of alpha / rank
     quant: LoRA[Literal["none", "nf4", "fp4", "int8"]] = "none"  # of frozen matrices (QLoRA)

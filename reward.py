@@ -82,7 +82,8 @@ class Config:
     lora_rank: NonNegativeInt = 0  # 0: train the weights themselves
     lora_alpha: LoRA[PositiveFloat] = 32.0  # the adapter's update is scaled by alpha / rank
     lora_dropout: LoRA[Fraction] = 0.0  # of an adapter's input
-    lora_targets: LoRA[tuple[str, ...]] = ("all-linear",)  # suffixes; all-linear: not the head
+    # suffixes of layer names; all-linear: all but the head and experts
+    lora_targets: LoRA[tuple[str, ...]] = ("all-linear",)
     lora_rslora: LoRA[bool] = False  # scale alpha / sqrt(rank) instead of alpha / rank
     quant: LoRA[Literal["none", "nf4", "fp4", "int8"]] = "none"  # of frozen matrices (QLoRA)
     double_quant: FourBit[bool] = True  # 4.1 bits a weight, not 4.5: scales in 8 bits

@@ -47,6 +47,7 @@ import contextlib
 import gc
 import importlib
 import json
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -174,10 +175,12 @@ def quantise(model, cfg):
     if cfg.quant == "none":
         return
     for name in linear_names(model):
-        shape = tuple(model.get_submodule(name).weight.shape)
+        *experts, out, ins = model.get_submodule(name).weight.shape
+        shape = out, ins
         forms = quant.forms(cfg.quant, shape, cfg.double_quant)
         tensors = {key: torch.empty(size, dtype=dtype) for key, (dtype, size) in forms.items()}
-        quant.put(model, name, quant.Packed(cfg.quant, shape, tensors), "auto")
+        matrices = [quant.Packed(cfg.quant, shape, tensors)] * math.prod(experts)
+        quant.put(model, name, matrices, "auto")
 
 
 def check(cfg, shape, local, shards):
@@ -261,7 +264,7 @@ class Job:
         self.groups = cfg.devices // cfg.tensor
         self.fsdp = self.shards // cfg.tensor
         self.total = estimate.count(model)
-        self.packed = sum(m.in_features * m.out_features for _, m in quant.layers(model))
+        self.packed = sum(math.prod(m.shape) for _, m in quant.layers(model))
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.head = model.head_weight.numel() if model.cfg.head == "lm" else 0
         self.copy = self.dtype.itemsize * self.total

@@ -80,7 +80,7 @@ def main(cfg):
         model = weights.load_model(cfg.model, dtype=torch.float32, method=quant.Method(kind))
         layers = [layer for _, layer in quant.layers(model)]
         stored = sum(p.nbytes for layer in layers for p in layer.packed().tensors.values())
-        bits = 8 * stored / sum(layer.in_features * layer.out_features for layer in layers)
+        bits = 8 * stored / sum(math.prod(layer.shape) for layer in layers)
         ours = loss_of(lambda x: model.logits(model.hidden(x)), tokens)  # noqa: B023
         passes = [pass_time(model, kernel) for kernel in ("torch", "bitsandbytes")]
         times = " | ".join(f"{seconds * 1e3:.0f} ms" for seconds in passes)

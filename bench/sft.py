@@ -144,7 +144,7 @@ def measure(cfg, side, method):
     return sum(tokens) / sum(seconds), memory, log[0]["time"] - began
 
 
-def machine(cfg):
+def machine(device, packages=()):
     """What a figure depends on, in one line."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
@@ -152,11 +152,10 @@ def machine(cfg):
             x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")
         )
         model = next(names, model)
-    packages = ["torch", "transformers", "trl", "peft"]
-    packages += ["bitsandbytes"] if "qlora" in cfg.methods else []
+    packages = ["torch", "transformers", *packages]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     load = f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f} at the start"
-    if cfg.device == "cuda":
+    if device == "cuda":
         import torch
 
         model = f"{torch.cuda.get_device_name()}, {model}"
@@ -169,7 +168,8 @@ def main(cfg):
             f"steps={cfg.steps} repeats={cfg.repeats}: take 2 steps or more, for the first is not "
             "timed, and 1 repeat or more"
         )
-    about = machine(cfg)
+    quantised = ["bitsandbytes"] if "qlora" in cfg.methods else []
+    about = machine(cfg.device, ["trl", "peft", *quantised])
     prepare(cfg)
     results = {(method, side): [] for method in cfg.methods for side in cfg.sides}
     for _ in range(cfg.repeats):

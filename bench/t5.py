@@ -214,7 +214,7 @@ def main(cfg):
     if cfg.run:
         run_theirs(cfg)
         return
-    about = machine(cfg)
+    about = machine(cfg.device)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     prepare(cfg)
     results = {side: [] for side in cfg.sides}

@@ -14,9 +14,10 @@ from nano.files import check_json, read_json
 KNOWN = """
     peft_type task_type base_model_name_or_path r lora_alpha lora_dropout rank_pattern alpha_pattern
     use_rslora use_dora bias modules_to_save trainable_token_indices target_modules exclude_modules
-    layers_to_transform layers_pattern init_lora_weights fan_in_fan_out ensure_weight_tying
-    inference_mode revision peft_version auto_mapping runtime_config megatron_core merge_weights
-    loftq_config eva_config corda_config lora_ga_config qalora_group_size
+    target_parameters layers_to_transform layers_pattern init_lora_weights fan_in_fan_out
+    ensure_weight_tying inference_mode revision peft_version auto_mapping runtime_config
+    megatron_core merge_weights loftq_config eva_config corda_config lora_ga_config
+    qalora_group_size
 """.split()
 # The ways to initialise an adapter that leave the base as it was. The others, such as pissa, take
 # the first adapter off the base, so the file alone is only a part of the change.
@@ -42,6 +43,7 @@ class AdapterConfig(TypedDict, total=False):
     trainable_token_indices: list[NonNegativeInt] | dict[str, list[NonNegativeInt]] | None
     target_modules: str | list[str] | None
     exclude_modules: str | list[str] | None
+    target_parameters: list[str] | None
     layers_to_transform: int | list[int] | None
     layers_pattern: str | list[str] | None
     ensure_weight_tying: bool | None
@@ -151,10 +153,40 @@ def saves(config, layer):
     return any(ends_with(".".join(parts[: i + 1]), names) for i in range(len(parts)))
 
 
-def targeted(config, layers):
-    """Which of `layers`, names in the file, target_modules and the settings beside it select.
+STACKS = ("gate_up_proj", "down_proj")  # of experts, in the order in which peft wraps them
+
+
+def nested(stack, stacks):
+    """Where a file keeps the adapter of a stack of experts, if `stacks` are adapted.
+
+    peft wraps the module of the experts once for each of its stacks, so "base_layer" and not a name
+    tells them apart: experts.base_layer.lora_A is that of the stack which is wrapped first."""
+    experts, _, leaf = stack.rpartition(".")
+    adapted = [s for s in STACKS if f"{experts}.{s}" in stacks]
+    return experts + ".base_layer" * (len(adapted) - 1 - adapted.index(leaf))
+
+
+def unnested(name, targets):
+    """The name of a tensor in a file with that of its stack of experts in it. Other names stay.
+
+    targets: target_parameters of adapter_config.json."""
+    match = re.fullmatch(r"(.+\.experts)((?:\.base_layer)*)(\.lora_[AB]\..+)", name)
+    if not match:
+        return name
+    experts, layers, leaf = match.groups()
+    adapted = [s for s in STACKS if ends_with(f"{experts}.{s}", targets)]
+    outside = layers.count(".")
+    return f"{experts}.{adapted[-1 - outside]}{leaf}" if outside < len(adapted) else name
+
+
+def targeted(config, layers, stacks=()):
+    """Which of `layers`, names in the file, target_modules and the settings beside it select, and
+    which stacks of experts target_parameters does.
 
     None where it does not say. The rules are peft's."""
+    parameters = {
+        stack for stack in stacks if ends_with(stack, config.get("target_parameters") or [])
+    }
     targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     if targets is None or targets == "all-linear":
         return None
@@ -175,4 +207,4 @@ def targeted(config, layers):
         found = (re.match(rf".*\.{pattern}\.(\d+)\.", layer) for pattern in patterns)
         return any(match and int(match[1]) in only for match in found)
 
-    return {layer for layer in layers if selected(layer)}
+    return {layer for layer in layers if selected(layer)} | parameters

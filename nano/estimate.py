@@ -4,9 +4,11 @@ is allocated.
     run.log.text(estimate.describe(model, rt, cfg, train.document_length))
 """
 
+import math
+
 import torch
 
-from model import SHORT, Experts
+from model import SHORT, Stack
 from nano import quant
 from nano.losses import block_logits, chunk_logits
 from nano.tensor import shard_dims
@@ -61,7 +63,7 @@ def memory(
     head = gathered = casts = dense = 0
     quantised = [module for _, module in quant.layers(model)]
     if quantised:
-        largest = max(m.in_features * m.out_features for m in quantised)
+        largest = max(m.largest for m in quantised)
         dense = largest * (size if size == 4 or quantised[0].fused() else 4 + size)
     if cfg.head == "lm":
         W = model.head_weight
@@ -94,14 +96,16 @@ def memory(
 def count(model):
     """How many parameters a model has. A quantised matrix counts as what it stands for."""
     packed = [(m, m.packed().tensors.values()) for _, m in quant.layers(model)]
-    more = sum(m.in_features * m.out_features - sum(t.numel() for t in ts) for m, ts in packed)
+    more = sum(math.prod(m.shape) - sum(t.numel() for t in ts) for m, ts in packed)
     return sum(p.numel() for p in model.parameters()) + more
 
 
 def idle(model):
-    """How many parameters of experts a token does not use."""
-    experts = [m for m in model.modules() if isinstance(m, Experts)]
-    return round(sum((1 - m.active) * p.numel() for m in experts for p in m.parameters()))
+    """How many parameters of experts a token does not use. A quantised matrix counts as what it
+    stands for."""
+    stacks = [m for m in model.modules() if isinstance(m, (Stack, quant.QuantStack))]
+    one = sum(m.out_features * (m.in_features + (m.bias is not None)) for m in stacks)
+    return one * (model.cfg.n_experts - model.cfg.experts_per_token)
 
 
 def block_bytes(model, size, tensor, document):

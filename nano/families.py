@@ -70,15 +70,23 @@ class Stack(Layout):
     def split(self, tensor, shapes, cfg):
         if self.transposed and tensor.dim() > 2:
             tensor = tensor.mT
-        if self.interleaved:
-            tensor = tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
-        return tensor.flatten(0, 1).split([shape[0] for shape in shapes])
+        return self.split_rows(tensor, [shape[0] for shape in shapes], cfg)
 
     def fuse(self, parts, cfg):
+        tensor = self.fuse_rows(parts, cfg)
+        return tensor.mT if self.transposed and tensor.dim() > 2 else tensor
+
+    def split_rows(self, tensor, counts, cfg):
+        """tensor (E, out, ...) -> that of each layer of each expert, of `counts` outputs."""
+        if self.interleaved:
+            tensor = tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+        return tensor.flatten(0, 1).split(counts)
+
+    def fuse_rows(self, parts, cfg):
         tensor = torch.cat(parts).unflatten(0, (cfg.n_experts, -1))
         if self.interleaved:
             tensor = tensor.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
-        return tensor.mT if self.transposed and tensor.dim() > 2 else tensor
+        return tensor
 
 
 ROWS = Layout()
@@ -91,16 +99,14 @@ def by_expert(params):
     biases of each expert, under the names of linear layers."""
     out = {}
     for name, p in params.items():
-        experts, _, stack = name.rpartition(".experts.")
+        experts, _, leaves = name.rpartition(".experts.")
         if not experts:
             out[name] = p
             continue
-        stack, bias, _ = stack.partition("_bias")
+        stack, _, leaf = leaves.partition(".")
+        layers = ("gate_proj", "up_proj") if stack == "gate_up_proj" else ("down_proj",)
         for i, part in enumerate(p.unbind()):
-            halves = stack == "gate_up_proj"
-            layers = ("gate_proj", "up_proj") if halves else ("down_proj",)
             for layer, piece in zip(layers, part.chunk(len(layers)), strict=True):
-                leaf = "bias" if bias else "weight"
                 out[f"{experts}.experts.{i}.{layer}.{leaf}"] = piece
     return out
 
@@ -120,6 +126,18 @@ def places(cfg, names, bare=False):
         if bare:
             stored = stored.removeprefix(family.prefix)
         out.setdefault(stored, ([], layout))[0].append(name)
+    return out
+
+
+def stack_places(cfg, names):
+    """What transformers calls the stacks of experts `names`, in memory and in adapters: {name
+    there: (name here, Stack)}. Its files may hold the experts one by one."""
+    family = FAMILIES[cfg.family]
+    out = {}
+    for name in names:
+        there = name.replace(".mlp.experts.", f".{family.experts}.")
+        layout = family.layouts.get(NUMBER.sub(".{}", there), Stack())
+        out[there] = name, layout
     return out
 
 
@@ -185,6 +203,7 @@ class Family:
     tensors: dict | Callable = field(default_factory=dict)
     layouts: dict = field(default_factory=dict)  # module in the file -> Layout other than ROWS
     prefix: str = ""  # of modules in the file; a file of the bare trunk leaves it out
+    experts: str = "mlp.experts"  # the module of a layer that has them in transformers
     ignored: str = r"\.rotary_emb\.inv_freq$"  # regex of constants that old files hold
     module: str = "model"  # which has its ModelConfig
     # transformers 5 ties the output matrix in all configurations, and a file that has one of its
@@ -1040,6 +1059,7 @@ FAMILIES = {  # by model_type
             "model.layers.{}.block_sparse_moe.input_linear": Stack(),
             "model.layers.{}.block_sparse_moe.output_linear": Stack(),
         },
+        experts="block_sparse_moe.experts",
     ),
     "mixtral": Family(
         {"lm": "MixtralForCausalLM", "score": "MixtralForSequenceClassification"},

@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lora import LoRA, dense
-from model import Router, empty, soft_cap
+from model import Router, Stack, empty, soft_cap
 from nano.config import UserError
 from nano.quant import QuantLinear
 
@@ -264,15 +264,20 @@ def is_plain(module):
 
 def frozen_linear(module, dtype, pack):
     """A linear layer for decoding. The adapter is folded in where packing copies the weight anyway.
-    A base that is no plain matrix is called as it is."""
+    A base that is no plain matrix is called as it is, and so are stacks of experts."""
     base = base_of(module)
     active = getattr(module, "active", None)
-    plain = is_plain(module)
+    stack = isinstance(base, Stack)
+    plain = is_plain(module) and not stack
     if isinstance(base, QuantLinear):
         base = base.mapped(lambda p: frozen(p, p.dtype))
     # the norm that DoRA divides by is not worth computing at each step
     folded = active is None or plain and (pack or active in module.lora_magnitude)
     linear = base
+    if stack:
+        linear = base.empty()
+        for key, p in base.named_parameters():
+            setattr(linear, key, nn.Parameter(frozen(p, dtype), requires_grad=False))
     if plain:
         weight = frozen(dense(module) if folded else base.weight, dtype)
         layout = layout_of(weight) if pack else "plain"
@@ -307,10 +312,10 @@ def snapshot(model, dtype, pack):
     """
     new = empty(model.cfg).eval()
     for name, module in list(new.model.named_modules(prefix="model")):
-        if isinstance(module, nn.Linear):  # its parent has replaced it
+        if isinstance(module, (nn.Linear, Stack)):  # its parent has replaced it
             continue
         source = model.get_submodule(name)
-        names = [n for n, child in module.named_children() if isinstance(child, nn.Linear)]
+        names = [n for n, c in module.named_children() if isinstance(c, (nn.Linear, Stack))]
         linears = {n: source.get_submodule(n) for n in names}
         together = [n for n in getattr(module, "SAME_INPUT", ()) if n in linears]
         if pack and len(together) > 1 and all(is_plain(linears[n]) for n in together):

@@ -8,8 +8,9 @@ nf4, fp4   A block of 64 neighbours in the flattened matrix shares a scale, the 
            it. A weight is one of 16 values times that scale. With `double` the scales are stored in
            8 bits, in blocks of 256 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
 int8       A row shares a scale. Activations are not quantised, unlike in bitsandbytes' LLM.int8().
+mxfp4      What gpt-oss has its experts in. They are kept so where the other layers are quantised.
 
-Embedding, output matrix, norms and biases stay as they are.
+Embedding, output matrix, routers, norms and biases stay as they are.
 """
 
 import functools
@@ -25,6 +26,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import lora
+from model import Stack, has_grouped_mm
 from nano import files
 from nano.config import PositiveInt, UserError
 from nano.files import check_json
@@ -41,6 +44,11 @@ NF4 += (0.7229568362236023, 1.0)
 # a sign, two bits of exponent, one bit of mantissa
 FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4 += tuple(-x for x in FP4)
+# a sign, two bits of exponent, one bit of mantissa, in another order (Rouhani et al. 2023,
+# arXiv:2310.10537); 32 numbers in a row share a power of two
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 += tuple(-x for x in E2M1)
+MXFP4_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -83,9 +91,14 @@ def of(cfg):
 @functools.cache
 def codebook(kind):
     """The values of the codes 0, 1, ... of nf4 or fp4, or of 8-bit scales ("scale"): fp32, up to 1.
+    Those of mxfp4, and its powers of two ("power"), are not scaled to 1.
 
     An 8-bit scale has a sign, a power of ten and a fraction, which gets the more bits the larger
     the power (Dettmers 2021, arXiv:2110.02861)."""
+    if kind == "mxfp4":
+        return torch.tensor(E2M1, device="cpu")
+    if kind == "power":
+        return torch.tensor([2.0 ** (code - 127) for code in range(256)], device="cpu")
     if kind != "scale":
         values = torch.tensor(dict(nf4=NF4, fp4=FP4)[kind], device="cpu")
         return values / values.max()
@@ -118,15 +131,35 @@ def encode(x, kind, size):
 class Packed:
     """A quantised matrix as bitsandbytes stores it. `tensors` holds
 
-    weight          nf4, fp4: two codes a byte, (bytes, 1) uint8; int8: (out, in)
-    absmax          the scale of each block, fp32 or, with double quantisation, uint8; int8: of rows
+    weight          nf4, fp4, mxfp4: two codes a byte, (bytes, 1) uint8; int8: (out, in)
+    absmax          the scale of each block, fp32 or, with double quantisation, uint8; int8: of
+                    rows; mxfp4: the exponent plus 127, uint8
     nested_absmax   with double quantisation: the fp32 scale of each block of scales
     offset          with double quantisation: what was subtracted from the scales, (1,) fp32
+
+    In a stack of experts each tensor stacks those of the matrices.
     """
 
     kind: str
-    shape: tuple  # (out, in)
+    shape: tuple  # (out, in), or (E, out, in) of a stack
     tensors: dict
+
+    @classmethod
+    def stack(cls, matrices, experts):
+        """The Packed of the matrices of all experts, one or several for each, whose outputs follow
+        one another. ValueError where they are not quantised alike."""
+        kinds = {(m.kind, m.shape, *m.tensors) for m in matrices}
+        if len(kinds) > 1:
+            raise ValueError("its experts are quantised in different ways")
+        names = matrices[0].tensors
+        tensors = {name: torch.stack([m.tensors[name] for m in matrices]) for name in names}
+        out, ins = matrices[0].shape
+        shape = experts, out * len(matrices) // experts, ins
+        return cls(matrices[0].kind, shape, tensors)
+
+    def dense(self, dtype):
+        """The matrix (out, in)."""
+        return QuantLinear(self).dense(dtype)
 
     def to(self, device):
         return replace(self, tensors={name: t.to(device) for name, t in self.tensors.items()})
@@ -224,16 +257,20 @@ def dequantize(how, dtype, weight, absmax, nested_absmax, offset, pairs, scale_v
     else:  # two floats move as one number, which takes a third of the time
         numbers = pairs.view(torch.int64).flatten().index_select(0, codes).view(torch.float32)
     del codes  # not needed while the matrix is there twice
-    numbers = in_blocks(numbers, BLOCK).mul_(absmax[:, None]).to(dtype)
+    size = MXFP4_BLOCK if kind == "mxfp4" else BLOCK
+    numbers = in_blocks(numbers, size).mul_(absmax[:, None]).to(dtype)
     return numbers.flatten()[: math.prod(shape)].view(shape)
 
 
 def scales(absmax, nested_absmax, offset, scale_values):
     """The fp32 scales of blocks or rows."""
-    if nested_absmax is None:
+    if absmax.dtype != torch.uint8:
         return absmax
+    values = scale_values[absmax.int()]
+    if nested_absmax is None:
+        return values
     large = nested_absmax.repeat_interleave(NESTED)[: len(absmax)]
-    return scale_values[absmax.int()] * large + offset
+    return values * large + offset
 
 
 @functools.cache
@@ -279,7 +316,8 @@ class QuantLinear(nn.Module):
 
     def __init__(self, packed, bias=None, kernel="torch"):
         super().__init__()
-        self.out_features, self.in_features = packed.shape
+        self.shape = packed.shape
+        self.out_features, self.in_features = packed.shape[-2:]
         self.kind = packed.kind
         self.kernel = kernel
         for name in self.NAMES:
@@ -289,33 +327,42 @@ class QuantLinear(nn.Module):
         self.tables = [None, None]
         if packed.kind != "int8":
             values = codebook(packed.kind)
-            self.tables = [torch.cartesian_prod(values, values), codebook("scale")]
+            pairs = torch.cartesian_prod(values, values)
+            self.tables = [pairs, codebook("scale")]
+            if packed.kind == "mxfp4":  # the first of two numbers is in the low half of the byte
+                self.tables = [pairs.flip(1).contiguous(), codebook("power")]
 
     def packed(self):
         """The matrix as it is stored."""
         stored = {name: getattr(self, name) for name in self.NAMES}
         stored = {name: p for name, p in stored.items() if p is not None}
-        return Packed(self.kind, (self.out_features, self.in_features), stored)
+        return Packed(self.kind, self.shape, stored)
 
     def mapped(self, function):
         """The same layer with the function of each of its tensors, and without hooks."""
         packed = self.packed()
         tensors = {name: function(t) for name, t in packed.tensors.items()}
         bias = None if self.bias is None else nn.Parameter(function(self.bias), False)
-        return QuantLinear(replace(packed, tensors=tensors), bias, self.kernel)
+        return type(self)(replace(packed, tensors=tensors), bias, self.kernel)
 
     def operands(self):
         """The arguments of dequantize, but for the dtype."""
         device = self.weight.device
         if self.kind != "int8" and self.tables[0].device != device:
             self.tables = [table.to(device) for table in self.tables]
-        how = self.kind, (self.out_features, self.in_features), kernel_for(self.kernel, device.type)
+        how = self.kind, self.shape, "bitsandbytes" if self.fused() else "torch"
         return how, *(getattr(self, name) for name in self.NAMES), *self.tables
 
     def fused(self):
         """Whether one kernel writes the matrix, without numbers in between."""
-        kernel = kernel_for(self.kernel, self.weight.device.type)
-        return kernel == "bitsandbytes" and self.kind != "int8"
+        if self.kind not in ("nf4", "fp4"):
+            return False
+        return kernel_for(self.kernel, self.weight.device.type) == "bitsandbytes"
+
+    @property
+    def largest(self):
+        """How many weights are dense at a time."""
+        return math.prod(self.shape)
 
     def scales(self):
         """The fp32 scales of blocks or rows."""
@@ -334,6 +381,84 @@ class QuantLinear(nn.Module):
         return Product.apply(x, bias, *self.operands())
 
 
+def expert_matrix(e, how, dtype, weight, absmax, nested_absmax, offset, *tables):
+    """The matrix (out, in) of one expert of a stack."""
+    kind, (experts, out, ins), kernel = how
+    count = len(weight) // experts
+    how = kind, (out // count, ins), kernel
+    stored = weight, absmax, nested_absmax, offset
+    parts = []
+    for i in range(e * count, (e + 1) * count):
+        part = [None if t is None else t[i] for t in stored]
+        parts.append(dequantize(how, dtype, *part, *tables))
+    return parts[0] if count == 1 else torch.cat(parts)
+
+
+class StackProduct(torch.autograd.Function):
+    """Product of the experts of a stack: x (S, in), ends (E,) as in model.Stack -> (S, out). One
+    expert is dense at a time, and all where one kernel multiplies them."""
+
+    @staticmethod
+    def forward(ctx, x, ends, how, *stored):
+        ctx.how = how
+        ctx.save_for_backward(ends, *stored)
+
+        def matrix(e):
+            return expert_matrix(e, how, x.dtype, *stored)
+
+        return StackProduct.times(x, ends, how[1], matrix)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ends, *stored = ctx.saved_tensors
+
+        def transposed(e):
+            return expert_matrix(e, ctx.how, grad.dtype, *stored).mT
+
+        experts, out, ins = ctx.how[1]
+        grad = StackProduct.times(grad, ends, (experts, ins, out), transposed)
+        return grad, None, None, *[None for _ in stored]
+
+    @staticmethod
+    def times(x, ends, shape, matrix):
+        if not has_grouped_mm(x, shape):
+            return Stack.looped(x, matrix, ends)
+        weight = x.new_empty(shape)
+        for e in range(len(weight)):
+            weight[e] = matrix(e)
+        return Stack.grouped(x, weight, ends)
+
+
+class QuantStack(QuantLinear):
+    """The frozen linear layers of E experts, see model.Stack."""
+
+    product = Stack.product
+    biased = Stack.biased
+    empty = Stack.empty
+
+    def __init__(self, packed, bias=None, kernel="torch"):
+        super().__init__(packed, bias, kernel)
+        self.experts = packed.shape[0]
+
+    @property
+    def largest(self):
+        together = self.weight.is_cuda  # by one kernel
+        return math.prod(self.shape[0 if together else 1 :])
+
+    def dense(self, dtype=torch.float32):
+        """The matrices (E, out, in)."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.weight.device)
+        how, *stored = self.operands()
+        for e, matrix in enumerate(out):
+            matrix.copy_(expert_matrix(e, how, dtype, *stored))
+        return out
+
+    def forward(self, x, ends):
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return self.biased(StackProduct.apply(x, ends, *self.operands()), ends)
+
+
 # ---------------------------------------------------------------------- models
 
 
@@ -342,20 +467,23 @@ def layers(model):
     return [(name, m) for name, m in model.named_modules() if isinstance(m, QuantLinear)]
 
 
-def put(model, name, packed, kernel):
-    """Puts a QuantLinear in the place of the linear layer `name`, whose bias it takes over."""
-    bias = model.get_submodule(name).bias
-    model.set_submodule(name, QuantLinear(packed, bias, kernel))
+def put(model, name, matrices, kernel):
+    """Puts a quantised layer in the place of the linear layer `name`, whose bias it takes over.
+
+    matrices: one Packed, or those of a stack of experts. ValueError where they differ in kind."""
+    layer = model.get_submodule(name)
+    if hasattr(layer, "experts"):
+        quantised = QuantStack(Packed.stack(matrices, layer.experts), layer.bias, kernel)
+    else:
+        quantised = QuantLinear(*matrices, layer.bias, kernel)
+    model.set_submodule(name, quantised)
 
 
 @torch.no_grad()
 def restore(model, dtype):
     """Puts plain linear layers in `dtype` in the place of quantised ones."""
     for name, m in layers(model):
-        linear = nn.Linear(m.in_features, m.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(m.dense(dtype), requires_grad=False)
-        linear.bias = m.bias
-        model.set_submodule(name, linear)
+        model.set_submodule(name, lora.plain(m, m.dense(dtype)))
 
 
 def refuse_training(model):
@@ -411,14 +539,9 @@ def read_packed(dir, tensors, method):
     return packed
 
 
-# numbers of 1 bit of sign, 2 of exponent and 1 of mantissa
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
-
 @dataclass(frozen=True)
 class MXFP4:
-    """The matrices of all experts, of which 32 numbers in a row share a power of two (Rouhani et
-    al. 2023, arXiv:2310.10537)."""
+    """The matrices of all experts in a file of gpt-oss."""
 
     blocks: torch.Tensor  # (E, out, in / 32, 16) uint8, two numbers a byte, the low half first
     scales: torch.Tensor  # (E, out, in / 32) uint8: the exponent plus 127
@@ -427,17 +550,17 @@ class MXFP4:
     @property
     def shape(self):
         E, out, blocks, _ = self.blocks.shape
-        return E, out, 32 * blocks
+        return E, out, MXFP4_BLOCK * blocks
 
-    def dense(self, dtype):
-        """(E, in, out), as a file that is not quantised has them."""
-        numbers = torch.tensor([*E2M1, *(-x for x in E2M1)], dtype=dtype)
-        out = torch.empty(self.shape, dtype=dtype)
-        for dense, blocks, scales in zip(out, self.blocks, self.scales, strict=True):
-            codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
-            exponents = scales[..., None].int() - 127
-            dense.copy_(torch.ldexp(numbers[codes.int()], exponents).flatten(1))
-        return out.mT
+    def split(self, layout, shapes, cfg):
+        """As Packed.split: the matrix of each layer of each expert -> [Packed]."""
+        counts = [count for count, _ in shapes]
+        parts = [layout.split_rows(t, counts, cfg) for t in (self.blocks, self.scales)]
+        packed = []
+        for shape, blocks, scales in zip(shapes, *parts, strict=True):
+            tensors = dict(weight=blocks.reshape(-1, 1), absmax=scales.reshape(-1))
+            packed.append(Packed("mxfp4", tuple(shape), tensors))
+        return packed
 
 
 def read_mxfp4(where, tensors, name):

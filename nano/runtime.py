@@ -548,8 +548,7 @@ def cast_parameters(submodule, dtype):
 
 def shard_layers(model, rt):
     """FSDP2, with one unit for each layer, one for the experts in it, and a root unit for the rest.
-    A layer moves to the device
-    when it is sharded.
+    A layer moves to the device when it is sharded.
 
     Weights are gathered in rt.dtype, gradients are reduced in rt.reduce_dtype. fsdp gathers a layer
     when it is needed. zero2 keeps what the forward gathered for the backward. hsdp is fsdp within a
@@ -572,11 +571,11 @@ def shard_layers(model, rt):
     mixed = MixedPrecisionPolicy(rt.dtype, rt.reduce_dtype)
     for layer in model.layers:
         cast_parameters(layer, rt.dtype)
+        if quantised := [m for m in layer.modules() if isinstance(m, QuantLinear)]:
+            fully_shard(quantised, **common)  # a unit of their own, gathered without a cast
         for module in layer.modules():
             if isinstance(module, Experts):
                 fully_shard(module, mp_policy=mixed, **common)
-        if quantised := [m for m in layer.modules() if isinstance(m, QuantLinear)]:
-            fully_shard(quantised, **common)  # a unit of their own, gathered without a cast
         fully_shard(layer, mp_policy=mixed, **common)
     cast_parameters(model, rt.dtype)
     for module in model.modules():

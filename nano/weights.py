@@ -34,7 +34,15 @@ from model import ScoreHead, Transformer, empty
 from nano import adapters, quant, tokenizer
 from nano.adapters import base_of, ends_with, is_adapter, is_scorer, read_adapter_config
 from nano.config import UserError
-from nano.families import FAMILIES, by_expert, config_json, load_config, places, text_names
+from nano.families import (
+    FAMILIES,
+    by_expert,
+    config_json,
+    load_config,
+    places,
+    stack_places,
+    text_names,
+)
 from nano.files import read_json, sync, write_json, write_text
 
 STRETCH = 1 << 24  # bytes of a tensor that are converted at a time
@@ -270,40 +278,61 @@ def load_model(dir, device="cpu", dtype=None, head=None, tensors=None, method=qu
     check_tensors(dir, wanted, tensors)
 
     dtype = dtype or tensors[embedding].dtype
+    # the matrices of each linear layer, of which a stack of experts has many
+    matrices = {
+        layer: list(by_expert({f"{layer}.weight": model.get_submodule(layer).weight}))
+        for layer in lora.linear_names(model)
+    }
+    # MXFP4 stays as it is only where the other layers are quantised.
+    kept = {name for name, p in packed.items() if p.kind != "mxfp4" or method.kind != "none"}
+    read = [parts for name, (parts, _) in stored.items() if name in kept or method.kind != "none"]
+    quantised = {part for parts in read for part in parts}
+    quantised &= {part for parts in matrices.values() for part in parts}
     # A stack of experts is filled part by part.
     stacks = {
         name: torch.empty(p.shape, dtype=dtype, device=device)
         for name, p in model.named_parameters()
-        if name not in params
+        if name not in params and quantised.isdisjoint(by_expert({name: p}))
     }
     parts_of_stacks = by_expert(stacks)
     weights = dict(stacks)
-    linears = {f"{name}.weight" for name in lora.linear_names(model)}
+    packed_parts = {}
     for name, (parts, layout) in stored.items():
         kind = torch.float32 if name == "score.weight" else dtype
         tensor = tensors[name]
         path = files.get(names.get(name))
         shapes = [p.shape for p in hollow[name]]
-        if linears.issuperset(parts) and (name in packed or method.kind != "none"):
+        if quantised.issuperset(parts):
             if name in packed:
                 pieces = packed[name].split(layout, shapes, cfg)
             else:
                 matrix = mapped(path, names[name]) if path else tensor
                 pieces = layout.split(matrix, shapes, cfg)
                 pieces = [quant.quantize(piece, method) for piece in pieces]
-            for part, piece in zip(parts, pieces, strict=True):
-                quant.put(model, part.removesuffix(".weight"), piece.to(device), method.kernel)
+            pieces = [piece.to(device) for piece in pieces]
+            packed_parts |= zip(parts, pieces, strict=True)
             continue
         if name in packed:
-            tensor = packed[name].dense(kind)
-        elif tensor.dtype != kind:
-            tensor = converted(tensor, kind, path, names[name]) if path else tensor.to(kind)
-        pieces = layout.split(tensor, shapes, cfg)
+            pieces = (piece.dense(kind) for piece in packed[name].split(layout, shapes, cfg))
+        else:
+            if tensor.dtype != kind:
+                tensor = converted(tensor, kind, path, names[name]) if path else tensor.to(kind)
+            pieces = layout.split(tensor, shapes, cfg)
         for part, piece in zip(parts, pieces, strict=True):
             if part in parts_of_stacks:
                 parts_of_stacks[part].copy_(piece)
             else:
                 weights[part] = piece.to(device)
+    for layer, parts in matrices.items():
+        if quantised.isdisjoint(parts):
+            continue
+        try:
+            quant.put(model, layer, [packed_parts.pop(part) for part in parts], method.kernel)
+        except (KeyError, ValueError):
+            raise UserError(
+                f"{dir}: {layer} is quantised in part, or in several ways: give the original "
+                "weights"
+            ) from None
     for layer, module in quant.layers(model):
         weights |= {f"{layer}.{key}": t for key, t in module.packed().tensors.items()}
     if fresh:
@@ -479,12 +508,19 @@ def extras_of(model):
 def adapter_places(model):
     """Which layers of a file may carry adapters: {layer in the file: ([names here], Layout)}.
 
-    A layer that the family's files fuse has several names here."""
-    stored = places(model.cfg, [f"{name}.weight" for name in lora.linear_names(model)])
+    A layer that the family's files fuse has several names here. Stacks of experts are not among
+    them."""
+    names = [name for name in lora.target_names(model) if not lora.is_stack(name)]
+    stored = places(model.cfg, [f"{name}.weight" for name in names])
     return {
         layer.removesuffix(".weight"): ([part.removesuffix(".weight") for part in parts], layout)
         for layer, (parts, layout) in stored.items()
     }
+
+
+def adapter_stacks(model):
+    """Which stacks of experts may carry adapters: {name in the file: (name here, Stack)}."""
+    return stack_places(model.cfg, filter(lora.is_stack, lora.target_names(model)))
 
 
 def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
@@ -514,12 +550,21 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
             if magnitude is not None:
                 out[f"{PREFIX}{layer}.lora_magnitude_vector"] = magnitude
             shapes[layer] = len(A), scale
+    stacks = adapter_stacks(model)
+    adapted_stacks = [stack for stack, (part, _) in stacks.items() if part in layers]
+    for stack in adapted_stacks:
+        part, layout = stacks[stack]
+        A, B = (tensors[f"{part}.lora_{half}.{name}"].detach().float().cpu() for half in "AB")
+        key = PREFIX + adapters.nested(stack, adapted_stacks)
+        out[f"{key}.lora_A.weight"] = A.flatten(0, 1)
+        # peft reads it as (out, r, E)
+        B = layout.fuse_rows([B.flatten(0, 1)], model.cfg)
+        out[f"{key}.lora_B.weight"] = B.permute(1, 2, 0).flatten(1)
+        shapes[stack] = A.shape[1], layers[part].scales[name]
     score = "score.weight" in tensors
     if score:
         out[PREFIX + "score.weight"] = tensors["score.weight"]
-    leaves = {layer.rpartition(".")[2] for layer in shapes}
-    # whether a suffix names these layers and no others
-    whole = all(layer in shapes for layer in stored if layer.rpartition(".")[2] in leaves)
+    modules = sorted(shapes.keys() - stacks.keys())
     rank = Counter(rank for rank, _ in shapes.values()).most_common(1)[0][0]
     alphas = {layer: rank * scale for layer, (rank, scale) in shapes.items()}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
@@ -534,7 +579,8 @@ def save_adapter(model, dir, name="default", base="", tensors=None, tok=None):
         alpha_pattern=patterns(alphas, alpha),
         use_dora=any(name in m.lora_magnitude for m in layers.values()),
         lora_dropout=max((m.dropouts[name] for m in layers.values()), default=0.0),
-        target_modules=sorted(leaves if whole else shapes),
+        target_modules=suffixes(modules, stored),
+        target_parameters=suffixes(adapted_stacks, stacks, count=3) or None,
         modules_to_save=saved or None,
         bias=extras.settings.get("bias", "none"),
         fan_in_fan_out=any(layout.transposed for _, layout in stored.values()),
@@ -591,6 +637,18 @@ def fused(model, name, layers, tensors, parts, layout):
     return torch.cat(different), B, magnitude, module.scales[name]
 
 
+def suffixes(layers, places, count=1):
+    """The last `count` parts of the names of layers, sorted, if these name no others of `places`.
+    Else the names."""
+
+    def ending(layer):
+        return ".".join(layer.split(".")[-count:])
+
+    endings = {ending(layer) for layer in layers}
+    whole = all(layer in layers for layer in places if ending(layer) in endings)
+    return sorted(endings if whole else layers)
+
+
 def patterns(values, default):
     """rank_pattern or alpha_pattern of {layer in the file: number}. Where all layers of a name have
     the same number, the name stands for them."""
@@ -606,14 +664,17 @@ def patterns(values, default):
 def read_adapter_tensors(dir):
     """The tensors of an adapter directory: ({plain name: tensor}, {plain name: name in the file}).
 
-    A plain name has no prefix and does not say how peft wraps the module."""
+    A plain name has no prefix and does not say how peft wraps the module. It is that of the stack
+    in adapters of experts."""
+    targets = read_adapter_config(dir).get("target_parameters") or []
     if (Path(dir) / "adapter_model.bin").exists() and not any(Path(dir).glob("*.safetensors*")):
         tensors = load_pickle(Path(dir) / "adapter_model.bin")
     else:
         tensors = read_tensors(dir, name="adapter_model")
     keys = {}
     for key in tensors:
-        stem = WRAPPED.sub("", key.removeprefix(PREFIX))
+        stem = adapters.unnested(key.removeprefix(PREFIX), targets)
+        stem = WRAPPED.sub("", stem)
         keys[LOW_RANK.sub(r"\1.\2", stem)] = key
     return {stem: tensors[key] for stem, key in keys.items()}, keys
 
@@ -622,6 +683,7 @@ class AdapterFile:
     """What a PEFT directory holds, checked against a model.
 
     .linears      {layer of the blocks, as the file names it: ([names here], Layout)}
+    .stacks       {stack of experts, as the file names it: (name here, Stack)}
     .vocabulary   the file's names of the embedding and, in a language model, the output matrix
     .count        how many tokens there are: more than the base has, if the file adds some
     .stored       {parameter, as the file names it: ([names here], Layout)}
@@ -640,9 +702,9 @@ class AdapterFile:
             raise UserError(
                 f"{dir} is an adapter of a score model, and a language model is needed here"
             )
-        self.linears = adapter_places(model)
+        self.linears, self.stacks = adapter_places(model), adapter_stacks(model)
         names = [n.replace(".base.", ".") for n, _ in model.named_parameters() if ".lora_" not in n]
-        self.stored = places(model.cfg, names)
+        self.stored = places(model.cfg, [n for n in names if not lora.is_stack(n)])
         (embedding,) = places(model.cfg, [EMBEDDING])
         self.vocabulary = [embedding.removesuffix(".weight")]
         if not self.scorer:
@@ -667,9 +729,15 @@ class AdapterFile:
     def check_complete(self):
         """UserError unless the file has what adapter_config.json names, and adapters of no layer
         that is not named there."""
+        for target in self.config.get("target_parameters") or []:
+            if not any(ends_with(stack, [target]) for stack in self.stacks):
+                raise UserError(
+                    f"{self.dir}: target_parameters in adapter_config.json names {target}, and the "
+                    "model has no experts of that name"
+                )
         layers = [*self.linears, *self.vocabulary]
-        adapted = {layer for layer in layers if self.has_adapter(layer)}
-        named = adapters.targeted(self.config, layers)
+        adapted = {layer for layer in [*layers, *self.stacks] if self.has_adapter(layer)}
+        named = adapters.targeted(self.config, layers, self.stacks)
         named = adapted if named is None else named
         if self.config.get("ensure_weight_tying") and self.vocabulary[0] in named:
             named |= adapted & {"lm_head"}
@@ -711,9 +779,13 @@ class AdapterFile:
             if self.weight(layer) is not None:
                 wanted[f"{layer}.weight"] = (self.count, dim)
         self.shapes = {}
-        for layer in filter(self.has_adapter, (*self.linears, *self.vocabulary)):
+        for layer in filter(self.has_adapter, (*self.linears, *self.stacks, *self.vocabulary)):
             rank, _ = self.shapes[layer] = adapters.shape(config, layer)
-            if layer in self.linears:
+            if layer in self.stacks:
+                stack = model.get_submodule(self.stacks[layer][0])
+                outs, ins = stack.out_features, stack.in_features
+                rank *= stack.experts
+            elif layer in self.linears:
                 modules = [model.get_submodule(part) for part in self.linears[layer][0]]
                 outs, ins = sum(m.out_features for m in modules), modules[0].in_features
                 if config.get("use_dora"):
@@ -760,7 +832,7 @@ class AdapterFile:
         """Puts what the file holds beside adapters of the blocks into the weights of the model, and
         keeps it as model.extras."""
         blocks = {"score.weight"}
-        for layer in self.linears:
+        for layer in (*self.linears, *self.stacks):
             blocks |= {f"{layer}.{kind}" for kind in ("lora_A", "lora_B", "lora_magnitude_vector")}
         extra = self.tensors.keys() - blocks
         if not extra:
@@ -847,6 +919,14 @@ class AdapterFile:
                 if keep.any():
                     a, b = A[keep].to(**new), b[:, keep].to(**new)
                     lora.wrap(model, part).put(name, a, b, self.shapes[layer][1], magnitude=m)
+        for layer in self.shapes.keys() & self.stacks.keys():
+            part, layout = self.stacks[layer]
+            rank, scale = self.shapes[layer]
+            A, B = self.tensors[f"{layer}.lora_A"], self.tensors[f"{layer}.lora_B"]
+            B = B.unflatten(1, (rank, -1)).permute(2, 0, 1)  # (E, out, r)
+            (B,) = layout.split_rows(B, [len(B) * B.shape[1]], model.cfg)
+            A, B = (t.unflatten(0, (model.cfg.n_experts, -1)).to(**new) for t in (A, B))
+            lora.wrap(model, part).put(name, A, B.contiguous(), scale)
 
 
 def load_adapter(model, dir, name="default"):
@@ -939,7 +1019,10 @@ def add_adapter(model, cfg, name="default", dropout=None):
                 "out, or merge the adapter first (python -m prepare.weights)"
             )
     for layer in layers:
-        layer.dropouts[name] = dropout
+        try:
+            layer.set_dropout(name, dropout)
+        except ValueError as e:
+            raise UserError(str(e)) from None
 
 
 # --- a directory of either kind -----------------------------------------------------------------

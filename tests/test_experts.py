@@ -1,8 +1,10 @@
 """Mixtures of experts and attention sinks: their kernels, the auxiliary loss, MXFP4 files, runs."""
 
 import json
+import math
 from functools import partial
 
+import peft
 import pytest
 import tiny
 import torch
@@ -14,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+import lora
 import model as model_file
-from model import Experts, Extras, ModelConfig, Transformer, attend, block_mask, plain_attention
-from nano import estimate, losses, optim, store, tensor, tokenizer, weights
+from model import Extras, ModelConfig, Stack, Transformer, attend, block_mask, plain_attention
+from nano import estimate, generate, losses, optim, quant, store, tensor, tokenizer, weights
 from nano.config import UserError
 
 SHAPE = dict(
@@ -46,7 +49,7 @@ def test_grouped_products_equal_the_loop():
     torch.manual_seed(0)
     x, weight = torch.randn(40, 16).bfloat16(), torch.randn(4, 24, 16).bfloat16()
     ends = torch.tensor([11, 11, 30, 40], dtype=torch.int32)  # the second expert has no token
-    assert torch.equal(Experts.grouped(x, weight, ends), Experts.looped(x, weight, ends))
+    assert torch.equal(Stack.grouped(x, weight, ends), Stack.product(x, weight, ends))
 
 
 def test_no_token_is_dropped_where_all_want_the_same_experts():
@@ -60,9 +63,9 @@ def test_no_token_is_dropped_where_all_want_the_same_experts():
         a, b = torch.tensor([3.0, 4.0]).exp() / mlp.gate.bias.exp().sum()
         by_hand = 0
         for weight, number in ((a, 1), (b, 3)):
-            gate, up = (x @ mlp.experts.gate_up_proj[number].T).chunk(2, dim=-1)
+            gate, up = (x @ mlp.experts.gate_up_proj.weight[number].T).chunk(2, dim=-1)
             hidden = torch.nn.functional.silu(gate) * up
-            by_hand = by_hand + weight * (hidden @ mlp.experts.down_proj[number].T)
+            by_hand = by_hand + weight * (hidden @ mlp.experts.down_proj.weight[number].T)
     assert (y - by_hand).abs().max() < 1e-5
 
 
@@ -151,12 +154,72 @@ def test_biases_of_experts_do_not_decay():
     model = mixture(expert_bias=True)
     decay = {id(p) for p in optim.param_groups(model, 0.1)[0]["params"]}
     experts = model.layers[0].mlp.experts
-    assert id(experts.down_proj) in decay and id(experts.down_proj_bias) not in decay
+    assert id(experts.down_proj.weight) in decay and id(experts.down_proj.bias) not in decay
 
 
 def test_tensor_parallelism_refuses_experts():
     with pytest.raises(UserError, match="does not share out experts"):
         tensor.check(ModelConfig(**SHAPE), 2)
+
+
+def shaken(model):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in tiny.adapter_parameters(model):
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model
+
+
+def test_an_adapter_of_one_stack_goes_to_peft_and_back(tmp_path):
+    """Its place in the file says nothing of which stack it is, so the other one must not take it."""
+    base = tiny.model_dir(tmp_path / "base", family="mixtral", n_experts=4, router="chosen")
+    x = tokens()
+    for stack in ("gate_up_proj", "down_proj", "layers.1.mlp.experts.down_proj"):
+        model = weights.load_model(base)
+        lora.apply(model, rank=2, alpha=8, targets=stack, rslora=True)
+        weights.save_adapter(shaken(model), tmp_path / "ours", base=base)
+        with torch.no_grad():
+            ours = model.logits(model.hidden(x))
+            inner = hf.AutoModelForCausalLM.from_pretrained(base).float()
+            theirs = peft.PeftModel.from_pretrained(inner, tmp_path / "ours").eval()
+            assert (theirs(x).logits - ours).abs().max() < 1e-4
+            theirs.save_pretrained(tmp_path / "theirs")
+            again = weights.open(tmp_path / "theirs", base=base).model
+            assert (again.logits(again.hidden(x)) - ours).abs().max() < 1e-5
+            plain = weights.load_model(base)
+            assert (plain.logits(plain.hidden(x)) - ours).abs().max() > 0.05
+    with pytest.raises(ValueError, match="no dropout in peft"):
+        lora.apply(plain, rank=2, alpha=8, dropout=0.1, targets="down_proj")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantised_experts_are_the_experts_of_their_matrices(kind, tmp_path):
+    """Values, gradients and samples, with an adapter around them. No matrix is a stack's whole."""
+    sizes = dict(family="qwen2_moe", qkv_bias=True, n_experts=5, shared_dim=40, expert_dim=24)
+    base = tiny.model_dir(tmp_path / "base", **sizes)
+    model, plain = (weights.load_model(base, method=quant.Method(kind)) for _ in range(2))
+    names = [name for name, _ in quant.layers(model)]
+    assert names == lora.linear_names(weights.load_model(base))
+    quant.restore(plain, torch.float32)
+    assert (
+        estimate.count(model) == estimate.count(plain) == estimate.count(weights.load_model(base))
+    )
+    assert estimate.idle(model) == estimate.idle(plain)
+    assert model.flops_per_token(16) == plain.flops_per_token(16)
+    x, outs, grads, sizes = tokens(), [], [], []
+    dequantize = quant.dequantize
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quant, "dequantize", lambda *a: sizes.append(a[0][1]) or dequantize(*a))
+        for m in (model, plain):
+            lora.apply(m, rank=2, alpha=8, targets=["all-linear", "gate_up_proj", "down_proj"])
+            hidden = shaken(m)(dict(tokens=x))
+            hidden.square().mean().backward()
+            outs.append(hidden)
+            grads.append([p.grad for p in tiny.adapter_parameters(m)])
+    assert torch.equal(*outs) and all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert max(map(math.prod, sizes)) == 40 * 32  # that of the shared expert
+    greedy = [generate.generate(m, [[1, 2, 3]], 8, temperature=0.0).tokens for m in (model, plain)]
+    assert greedy[0] == greedy[1]
 
 
 def test_an_mxfp4_checkpoint_is_dequantised(tmp_path):
@@ -196,6 +259,14 @@ def test_an_mxfp4_checkpoint_is_dequantised(tmp_path):
         exact = reference.float()(x).logits
         ours = model.float()
         assert (ours.logits(ours.hidden(x)) - exact).abs().max() < 1e-4
+        # its experts keep their bytes where the other layers are quantised
+        kept = weights.load_model(tmp_path, method=quant.Method("int8"))
+        kinds = {name.rpartition(".")[2]: layer.kind for name, layer in quant.layers(kept)}
+        assert kinds["gate_up_proj"] == kinds["down_proj"] == "mxfp4" and kinds["q_proj"] == "int8"
+        for name, layer in quant.layers(kept):
+            if layer.kind == "mxfp4":
+                assert torch.equal(layer.dense(), ours.get_submodule(name).weight)
+                assert layer.weight.nbytes + layer.absmax.nbytes == 17 / 32 * math.prod(layer.shape)
     weights.save_model(ours, tmp_path / "saved", dtype=torch.bfloat16, like=tmp_path)
     again = tiny.tensors(tmp_path / "saved")
     assert all(torch.equal(again[name], matrix) for name, matrix in dense.items())

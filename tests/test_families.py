@@ -654,6 +654,7 @@ def test_what_peft_writes_is_read_and_written_back(name, bases, tmp_path):
     plain = weights.load_model(base)
     leaves = {layer.rpartition(".")[2] for layer in weights.adapter_places(plain)}
     settings = dict(r=4, lora_alpha=8, target_modules=sorted(leaves), task_type="CAUSAL_LM")
+    settings["target_parameters"] = list(weights.adapter_stacks(plain)) or None
     reference = shaken(peft.get_peft_model(theirs(name), peft.LoraConfig(**settings))).eval()
     with torch.no_grad():
         expected = reference(x).logits
@@ -679,6 +680,8 @@ def in_peft(base, dir, x):
 def test_peft_reads_what_is_written_here(name, bases, targets, tmp_path):
     base, x = bases(name), tokens()
     model = weights.load_model(base)
+    if model.cfg.n_experts and targets == "all-linear":
+        targets = [targets, "gate_up_proj", "down_proj"]
     lora.apply(model, rank=4, alpha=8, targets=targets)
     shaken(model)
     weights.save_adapter(model, tmp_path, base=base)

@@ -556,12 +556,13 @@ def anonymous():
 
 weights.load_model(sys.argv[2], method=quant.Method("nf4"))  # what a first call imports and keeps
 before, highest = anonymous(), 0
-put = quant.put
+quantize = quant.quantize
 def watched(*args):
     global highest
+    out = quantize(*args)
     highest = max(highest, anonymous())
-    put(*args)
-quant.put = watched
+    return out
+quant.quantize = watched
 model = weights.load_model(sys.argv[1], method=quant.Method("nf4"))
 size = sum(p.nbytes for _, m in quant.layers(model) for p in m.parameters())
 largest = max(2 * m.in_features * m.out_features for _, m in quant.layers(model))
