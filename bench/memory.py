@@ -307,6 +307,8 @@ def device_memory(cfg, job):
         # Decoding reads a whole copy of the weights in the matrix dtype. Activations and logits of
         # training are not there at that time.
         copy = job.copy if job.shards > 1 or not cfg.lora_rank else 0
+        if cfg.here == "cpu" and cfg.lora_rank:  # a CPU packs what it can, the adapter folded in
+            copy = job.dtype.itemsize * (job.head if job.packed else job.total)
         memory["rollout"] = max(
             0, cache_bytes(cfg, job) + copy - memory["activations"] - memory["head"]
         )
