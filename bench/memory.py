@@ -307,8 +307,10 @@ def device_memory(cfg, job):
         # Decoding reads a whole copy of the weights in the matrix dtype. Activations and logits of
         # training are not there at that time.
         copy = job.copy if job.shards > 1 or not cfg.lora_rank else 0
-        if cfg.here == "cpu" and cfg.lora_rank:  # a CPU packs what it can, the adapter folded in
-            copy = job.dtype.itemsize * (job.head if job.packed else job.total)
+        if cfg.here == "cpu" and cfg.lora_rank:
+            # A CPU packs the head in fp16, and the layers with the adapter folded in.
+            layers = 0 if job.packed else job.total - job.head
+            copy = 2 * job.head + job.dtype.itemsize * layers
         memory["rollout"] = max(
             0, cache_bytes(cfg, job) + copy - memory["activations"] - memory["head"]
         )
@@ -563,19 +565,22 @@ def measure(cfg):
     return peak, speeds[-1]
 
 
+def compare(cfg, settings):
+    """-> (predicted bytes, bytes at the peak, tokens/s) of a method, on what `prepare` wrote."""
+    alone = dict(devices=1, parallel="ddp", batch_size=2, micro_batch=1, rollout_batch=2)
+    cfg = replace(cfg, **alone, **settings, ppo_epochs=1)
+    return sum(device_memory(cfg, Job(cfg)).values()), *measure(cfg)
+
+
 def print_runs(cfg):
     """Beside each method's predicted memory its peak on this machine, and its tokens/s."""
     if not cfg.model:
         raise UserError(f"here={cfg.here} needs a model's directory in model=")
     prepare(cfg)
-    alone = dict(devices=1, parallel="ddp", batch_size=2, micro_batch=1, rollout_batch=2)
-    alone |= dict(ppo_epochs=1)
     print(f"| {cfg.model}, {cfg.max_length} tokens a forward | predicted | measured | | tokens/s |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for name, settings in METHODS.items():
-        this = replace(cfg, **alone, **settings)
-        predicted = sum(device_memory(this, Job(this)).values())
-        measured, speed = measure(this)
+        predicted, measured, speed = compare(cfg, settings)
         figures = f"{predicted / 1e9:.2f} GB | {measured / 1e9:.2f} GB"
         print(f"| {name} | {figures} | {predicted / measured - 1:+.0%} | {speed:.0f} |", flush=True)
 

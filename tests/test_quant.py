@@ -518,8 +518,7 @@ def test_a_quantised_base_given_to_full_training(tmp_path, quantised):
 # ---- memory
 
 
-@pytest.mark.parametrize("grad_checkpoint", [False, True])
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind, grad_checkpoint", [("nf4", True), ("int8", False)])
 def test_the_memory_estimate_counts_quantised_weights(tmp_path, kind, grad_checkpoint, monkeypatch):
     """As in test_sft.py. The model is most of what there is, and its layers are quantised."""
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 2**16)
