@@ -32,10 +32,10 @@ import jinja2.meta
 from nano.config import UserError
 from nano.traced import (
     FIRST,
-    SAME,
-    STRETCH,
     TEMPLATE,
     UNKNOWN,
+    Looked,
+    Opaque,
     check_jinja,
     jinja,
     joined,
@@ -127,6 +127,7 @@ class ChatTemplate:
         self.ends = {*self.stops}  # and those of an answer that is not the last
         self.headers = {}  # whether there are tools -> what `header` returns
         self.shapes = {}  # shape of a text -> where its answers are
+        self.placings = {}  # roles of a conversation -> what `placing` returns
         self.control = set()
         self.broken = None
         try:
@@ -149,9 +150,13 @@ class ChatTemplate:
         opening: the name of the first column of the answer that the text asks for.
         NotFollowed where the template fails.
         """
+        talk = [self.entry(message, chr(FIRST + n)) for n, message in enumerate(messages)]
+        return self.printed(talk, generation, tools, opening)
+
+    def printed(self, talk, generation, tools=None, opening=None):
+        """What the template makes of messages as `entry` gives them."""
         if self.broken:
             raise NotFollowed(self.broken)
-        talk = [self.entry(message, chr(FIRST + n)) for n, message in enumerate(messages)]
         values = {
             **self.variables,
             "messages": talk,
@@ -178,8 +183,6 @@ class ChatTemplate:
         }
         if len(entry) == 2:
             return entry
-        if entry.get("input") and self.name not in ("alpaca", "columns"):
-            entry["content"] = traced(message["content"] + "\n\n" + message["input"], mark)
         if "columns" in message:  # names of columns are the data's, and no part of an answer
             pairs = zip(message["columns"], entry["columns"], strict=True)
             entry["columns"] = [[traced(name, UNKNOWN), text] for (name, _), (_, text) in pairs]
@@ -187,6 +190,40 @@ class ChatTemplate:
             if entry.get(key):
                 entry |= dict.fromkeys(THOUGHTS, entry[key])
         return entry
+
+    def placing(self, messages, generation):
+        """(origins, pieces) of the text of a conversation, as in lay_out, for a template that only
+        places the contents: it lays out all conversations of equal roles alike.
+
+        None where the template looks at a content, and where it may trim one.
+        """
+        for message in messages:
+            content = message["content"]
+            if [*message] != ["role", "content"] or not content or content != content.strip():
+                return None
+        key = (generation, *[message["role"] for message in messages])
+        if key not in self.placings:
+            if len(self.placings) > 10_000:
+                self.placings.clear()
+            self.placings[key] = self.place(messages, generation)
+        return self.placings[key]
+
+    def place(self, messages, generation):
+        """What `placing` returns, from a rendering of messages of unknown contents."""
+        talk = [
+            {"role": literal(message["role"]), "content": Opaque([n])}
+            for n, message in enumerate(messages)
+        ]
+        try:
+            text = Opaque([]) + self.printed(talk, generation)
+        except (NotFollowed, Looked):
+            return None
+        marks = [chr(FIRST + n) for n in range(len(messages))]
+        once = joined(traced("x", marks[p]) if isinstance(p, int) else p for p in text.parts)
+        origins, _, pieces = stretches(once, len(messages))
+        places = "".join(origins).replace(TEMPLATE, "")
+        apart = places == once.origin.replace(TEMPLATE, "")  # two that touch are one stretch
+        return (origins, pieces) if apart and {*places} == {*marks} else None
 
     def lay_out(self, messages, generation=False, tools=None, learned=None, empty_thought=False):
         """The Layout of a conversation.
@@ -196,15 +233,22 @@ class ChatTemplate:
         NotFollowed where the template leaves out a message, or where a target is not found. With
         generation, the text is a prompt, and answers in it need no targets.
         """
-        text = self.render(messages, generation, tools)
-        plain = str.__str__(text)
+        if self.name not in ("alpaca", "columns"):
+            messages = [m if len(m) == 2 else standard(m) for m in messages]
         learned = {*answers_of(messages)} if learned is None else learned
-        origins, starts = stretches(text.origin)
-        pieces = [
-            plain[a:b] if origin == TEMPLATE else origin
-            for origin, a, b in zip(origins, starts, starts[1:], strict=False)
-        ]
-        check_whole(messages, pieces)
+        if placing := None if tools else self.placing(messages, generation):
+            origins, pieces = placing
+            texts = [
+                piece if origin == TEMPLATE else messages[ord(origin) - FIRST]["content"]
+                for origin, piece in zip(origins, pieces, strict=True)
+            ]
+            plain = "".join(texts)
+            starts = [0, *accumulate(map(len, texts))]
+        else:
+            text = self.render(messages, generation, tools)
+            plain = str.__str__(text)
+            origins, starts, pieces = stretches(text, len(messages))
+            check_whole(messages, pieces)
         # Where the answers are depends on the template's own text. Templates look into contents for
         # thoughts and switches such as /no_think, too.
         flags = [
@@ -215,6 +259,8 @@ class ChatTemplate:
         if shape not in self.shapes:
             if len(self.shapes) > 10_000:
                 self.shapes.clear()
+            if placing:
+                text = self.render(messages, generation)
             needed = set() if generation else learned
             places = self.places(messages, text, tools, needed, empty_thought)
             index = functools.partial(index_of, starts)
@@ -457,6 +503,14 @@ class Layout:
         return [*parts, (self.closing, True, self.targets[-1][0])] if self.closing else parts
 
 
+def standard(message):
+    """A message without the keys that are ours alone: its input goes into its content."""
+    rest = {k: value for k, value in message.items() if k not in ("input", "columns", "weight")}
+    if message.get("input"):
+        rest["content"] += "\n\n" + message["input"]
+    return rest
+
+
 def answers_of(messages):
     return [n for n, message in enumerate(messages) if message["role"] == "assistant"]
 
@@ -509,7 +563,7 @@ def check_answer(message, target, n, last):
 
     That templates leave out the thoughts of earlier answers is meant.
     """
-    if len(message) == 2 and message["content"] in target:  # the usual case, quickly
+    if len(message) == 2 and target.startswith(message["content"]):  # the usual case, quickly
         return
     if message.get("tool_calls"):
         names = [call["function"]["name"] for call in message["tool_calls"]]
@@ -525,12 +579,29 @@ def is_literal(text, match):
     return not text.origin[match.start() : match.end()].strip(TEMPLATE)
 
 
-def stretches(origins):
-    """(origins, starts) of the stretches of one origin. The end of the text is the last start."""
-    runs = STRETCH.findall(origins)
-    if any(run.count(run[0]) != len(run) for run in runs):  # those of two messages side by side
-        runs = [match[0] for match in SAME.finditer(origins)]
-    return [run[0] for run in runs], [0, *accumulate(map(len, runs))]
+@functools.cache
+def stretch(count):
+    """The regex of a stretch of one origin. An alternative for each of `count` messages is many
+    times as fast as a back-reference."""
+    origins = [TEMPLATE, UNKNOWN, *(chr(FIRST + n) for n in range(count))]
+    return re.compile("|".join(f"{origin}+" for origin in origins))
+
+
+def stretches(text, count):
+    """(origins, starts, pieces) of the stretches of one origin in a Traced text.
+
+    starts: the last one is the end of the text. pieces: the template's own texts, and for the
+    others their origin. count: the number of messages.
+    """
+    runs = stretch(count).findall(text.origin)
+    origins = [run[0] for run in runs]
+    starts = [0, *accumulate(map(len, runs))]
+    plain = str.__str__(text)
+    pieces = [
+        plain[a:b] if origin == TEMPLATE else origin
+        for origin, a, b in zip(origins, starts, starts[1:], strict=False)
+    ]
+    return origins, starts, pieces
 
 
 def index_of(starts, place):

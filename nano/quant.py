@@ -34,7 +34,7 @@ from nano.files import check_json
 
 BLOCK = 64  # weights that share a scale
 NESTED = 256  # scales that share a scale of their own
-PIECE = 1 << 18  # weights that are in fp32 at a time while a matrix is quantised
+PIECE = 1 << 16  # weights that are in fp32 at a time while a matrix is quantised
 
 # Quantiles of the normal distribution, appendix E of QLoRA
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635)
@@ -208,17 +208,24 @@ def quantize(matrix, method):
     The mean of the scales is taken in fp64, because in fp32 it would depend on the number of
     threads. It differs from bitsandbytes' by a unit in the last place at most."""
     shape = tuple(matrix.shape)
+    # What stays is allocated before what comes and goes, so that no gaps stay in the heap.
+    tensors = {
+        name: torch.empty(size, dtype=dtype, device=matrix.device)
+        for name, (dtype, size) in forms(method.kind, shape, False).items()
+    }
+    weight, absmax = tensors.values()
     if method.kind == "int8":
         rows = max(1, PIECE // shape[1])
-        pieces = [_int8(part.float()) for part in matrix.split(rows)]
-        weight, absmax = map(torch.cat, zip(*pieces, strict=True))
-        return Packed("int8", shape, dict(weight=weight, absmax=absmax))
-    pieces = []
-    for part in matrix.reshape(-1).split(PIECE):
-        codes, largest = encode(part, method.kind, BLOCK)
-        pieces.append((codes[::2] << 4 | codes[1::2], largest))
-    weight, absmax = map(torch.cat, zip(*pieces, strict=True))
-    tensors = dict(weight=weight[: (matrix.numel() + 1) // 2, None].contiguous(), absmax=absmax)
+        for i in range(0, shape[0], rows):
+            part = slice(i, i + rows)
+            weight[part], absmax[part] = _int8(matrix[part].float())
+        return Packed("int8", shape, tensors)
+    numbers = matrix.reshape(-1)
+    for i in range(0, len(numbers), PIECE):
+        codes, largest = encode(numbers[i : i + PIECE], method.kind, BLOCK)
+        absmax[i // BLOCK : (i + PIECE) // BLOCK] = largest
+        part = weight[i // 2 : (i + PIECE) // 2, 0]
+        part.copy_((codes[::2] << 4 | codes[1::2])[: len(part)])
     if method.double:
         offset = absmax.double().mean().float()
         codes, largest = encode(absmax - offset, "scale", NESTED)

@@ -14,7 +14,6 @@ nano/chat.py reads from the origins which part of a conversation's text is what.
 import functools
 import json
 import operator
-import re
 from datetime import datetime
 from itertools import chain
 
@@ -32,8 +31,6 @@ DAY = datetime(2024, 7, 26)  # of templates that print the date
 
 # The origin of a character is a character itself. FIRST + n stands for message n.
 TEMPLATE, UNKNOWN, FIRST = "\0", "\1", 128
-STRETCH = re.compile(f"{TEMPLATE}+|[^{TEMPLATE}]+")
-SAME = re.compile(r"(.)\1*", re.S)
 ESCAPES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&#39;", '"': "&#34;"}
 
 
@@ -107,14 +104,56 @@ class Safe(Traced):
     replace = join
 
 
+class Looked(BaseException):
+    """An Opaque was looked at. No program may catch it as an Exception and go on."""
+
+
+class Opaque:
+    """A stand-in for texts that are not empty and begin and end without white space.
+
+    A template can add it to others and put it out, which tells where it places the texts. All else
+    that depends on the texts raises Looked.
+
+    .parts   the texts in order: a number for each that is not known, Traced for the others
+    """
+
+    def __init__(self, parts):
+        self.parts = [*parts]
+
+    def __bool__(self):
+        return True
+
+    def __add__(self, other):
+        return joined([self, other]) if type(other) in (Traced, Opaque) else self.look()
+
+    def __radd__(self, other):
+        return joined([other, self]) if type(other) in (Traced, Opaque) else self.look()
+
+    def strip(self, chars=None):
+        return self if chars is None and len(self.parts) == 1 else self.look()
+
+    def look(self, *_):
+        raise Looked
+
+    __str__ = __repr__ = __eq__ = __hash__ = __len__ = __iter__ = __getitem__ = look
+    __getattr__ = __index__ = __int__ = __float__ = look
+
+
 def origin_of(text):
     return text.origin if isinstance(text, Traced) else UNKNOWN * len(text)
 
 
 def joined(parts, kind=Traced):
-    parts = list(parts)
-    text = new_str(kind, "".join(parts))
-    text.origin = "".join([p.origin if type(p) is Traced else origin_of(p) for p in parts])
+    parts = [*parts]
+    try:
+        text = new_str(kind, "".join(parts))
+    except TypeError:
+        "".join([part for part in parts if type(part) is not Opaque])  # else raises
+        return Opaque(chain.from_iterable(p.parts if type(p) is Opaque else [p] for p in parts))
+    try:
+        text.origin = "".join([part.origin for part in parts])
+    except AttributeError:  # plain text
+        text.origin = "".join(map(origin_of, parts))
     return text
 
 
@@ -267,6 +306,14 @@ def join_filter(items, d="", attribute=None):
     return Traced(d).join(map(str, items))
 
 
+def trim(value, chars=None):
+    return text_of(value).strip(chars)
+
+
+def text_of(value):
+    return value if type(value) in (Traced, Opaque) else str(value)
+
+
 def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     """transformers' filter. The origin is that of the one message whose strings `value` holds.
 
@@ -303,9 +350,12 @@ def jinja(source):
     environment.literals = []
     environment.concat = joined
     environment.add = add
-    environment.filters |= {"tojson": tojson, "join": join_filter, "safe": Safe}
+    environment.filters |= {"tojson": tojson, "join": join_filter, "safe": Safe, "trim": trim}
+    environment.tests["string"] = lambda value: isinstance(value, (str, Opaque))
     environment.globals |= {"raise_exception": refuse, "strftime_now": DAY.strftime}
-    return environment.from_string(source)
+    template = environment.from_string(source)
+    template.root_render_func.__globals__["str"] = text_of  # what is put out stays what it is
+    return template
 
 
 PROOF = (  # what check_jinja tests the compiler with

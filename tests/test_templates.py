@@ -543,6 +543,51 @@ def test_a_text_keeps_its_origin(operation):
     assert shown == OPERATIONS[operation]
 
 
+LOOKS = (  # what a template may ask of a content m.content, whose answer differs with the content
+    "m.content == 'a'",
+    "'a' in m.content",
+    "m.content in 'abc'",
+    "m.content in ['a']",
+    "m.content[0] == 'a'",
+    "m.content | length == 1",
+    "m.content | int == 7",
+    "m.content.startswith('a')",
+    "'abc'.startswith(m.content)",
+    "(m.content ~ '') == 'a'",
+    "('' + m.content).split('a') | length == 2",
+    "m.content | upper == 'A'",
+    "{'a': 1}[m.content] is defined",
+    "m.content[1:]",
+    "'a' in m | tojson",
+    "'%s' | format(m.content) == 'a'",
+    "messages | map(attribute='content') | join == 'ua'",
+    "messages | selectattr('content', 'equalto', 'a') | list",
+)
+PLACES = (  # and what is the same for all of them
+    "m.content is string",
+    "m.content is mapping",
+    "m.content",
+    "m.content is none or m.content | trim",
+    "m.content.strip() and m.role == 'user'",
+    "m.role == messages[0].role",
+    "messages | length == 2",
+)
+
+
+@pytest.mark.parametrize("look", [*LOOKS, *PLACES])
+def test_a_template_that_looks_at_a_content_is_run_for_each(look):
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}:{{ 'x' if " + look + " else 'y' }}"
+        "{% set c %}{{ m.content | trim ~ '' }}{% endset %}{{ c + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+    )
+    peer, ours = Peer(source), Peer(source).ours()
+    for content in ("b", "a", "7", " a", "b"):
+        talk = [say("user", "u"), say("assistant", content)]
+        assert ours.lay_out(talk).text == peer.render(talk)[0]
+    assert bool([*ours.placings.values()][0]) == (look in PLACES)
+
+
 def test_another_jinja_is_refused(monkeypatch):
     """The compiler's methods are private to jinja2. Where they are gone, that is said at the start."""
     traced.check_jinja()
