@@ -505,8 +505,9 @@ def prepare(cfg):
 def peak_memory(device, function):
     """Calls function(), a run of two steps -> the most bytes that torch had allocated at a time.
 
-    On a CPU mapped files count too, so the peak is that from the first optimizer step on: while a
-    model is loaded, its file is mapped more than once."""
+    On a CPU a mapped file counts as a whole, and while a model is loaded it is mapped more than
+    once. So the peak is that from the first optimizer step on, when a file of another dtype than
+    dtype= is no longer mapped."""
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

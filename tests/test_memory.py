@@ -14,7 +14,7 @@ from conftest import ROOT
 import lora
 from bench import memory as bench
 from model import ModelConfig, Transformer
-from nano import estimate
+from nano import estimate, weights
 from nano.config import UserError
 
 
@@ -386,7 +386,8 @@ def test_memory_is_near_the_peak_of_two_processes(tmp_path):
 @pytest.mark.parametrize("name", bench.METHODS)
 def test_a_method_is_run_here(tmp_path, name):
     sizes = dict(n_layers=6, dim=256, ffn_dim=768, head_dim=64, max_positions=512)
-    tiny.model_dir(tmp_path / "model", **sizes)
+    weights.save_model(tiny.model(**sizes).bfloat16(), tmp_path / "model")
+    tiny.with_tokenizer(tmp_path / "model")
     keys = dict(here="cpu", model=str(tmp_path / "model"), out=str(tmp_path / "out"))
     keys |= dict(max_length=256, max_new_tokens=32, dtype="float32")
     cfg = bench.Config(**keys)
