@@ -1,4 +1,5 @@
 import contextlib
+import os
 import signal
 import sys
 from pathlib import Path
@@ -8,6 +9,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+SLOW = bool(os.environ.get("NANO_SLOW"))  # tests of all cases, which take much longer
+
+
+def few(cases, *telling):
+    """Those of the cases that tell most, and all of them with NANO_SLOW=1."""
+    return [case for case in cases if SLOW or case in telling]
 
 
 @pytest.fixture(autouse=True, scope="session")

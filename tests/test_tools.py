@@ -4,14 +4,13 @@ form, calls read back from answers, the chat that asks for results, and a model 
 import functools
 import itertools
 import json
-import os
 import random
 from types import SimpleNamespace
 
 import pytest
 import test_templates
 import tiny
-from conftest import ROOT
+from conftest import ROOT, SLOW
 from transformers import PreTrainedTokenizerFast
 
 import sample
@@ -19,7 +18,6 @@ from nano import chat, config, store, tokenizer, tools, traced
 from nano.generate import Samples
 from prepare import fields, instructions
 
-SLOW = bool(os.environ.get("NANO_SLOW"))
 SHARED = ROOT.parent / "shared"
 WEATHER = {
     "type": "function",
