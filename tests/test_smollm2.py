@@ -51,7 +51,7 @@ def test_logits_and_perplexity_equal_transformers(ids):
 @torch.no_grad()
 def test_bf16_is_as_good_as_theirs(ids):
     exact = weights.load_model(DIR, dtype=torch.float32)
-    ids = ids[:1, :128]
+    ids = ids[:, :128]
     exact = exact.logits(exact.hidden(ids))
     model = weights.load_model(DIR, dtype=torch.bfloat16)
     theirs = AutoModelForCausalLM.from_pretrained(DIR, dtype=torch.bfloat16)
