@@ -138,8 +138,9 @@ def their_results(task, lm, cfg):
     # simple_evaluate would also list the versions of what is installed, for half a minute
     result = evaluate(lm, {name: task}, limit=cfg.limit, bootstrap_iters=0, log_samples=True)
     seconds = clock(cfg.device) - began
-    samples = sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
-    responses = [[resp[0] for resp in sample["resps"]] for sample in samples]
+    # a task with several filters lists a record once for each
+    samples = {sample["doc_id"]: sample for sample in result["samples"][name]}
+    responses = [[resp[0] for resp in samples[n]["resps"]] for n in sorted(samples)]
     if name not in ANSWERED:
         responses = [[logprob for logprob, _ in options] for options in responses]
     return responses, result["results"][name], seconds

@@ -41,6 +41,7 @@ SLOTS = dict(cpu=4096)
 COMPUTED = dict(cpu=256)
 GPU_SLOTS = 131072
 PADDING = dict(cpu=16)  # tokens of padding in a batch that cost more than a forward more
+PACKED = dict(cpu=4096)  # tokens from which on copying the weights into a faster layout pays off
 
 
 # ------------------------------------------------------------------------------- log-likelihoods
@@ -141,7 +142,7 @@ class Memory:
             row[size:] = 0  # to be written
         index = index.to(self.layers[0][0][0].device)
         for layer in self.layers:
-            layer[:] = [[torch.cat(parts)] for parts in layer]
+            layer[:] = [parts if len(parts) == 1 else [torch.cat(parts)] for parts in layer]
 
         def copied(part):
             # indexing with the matrix would take thrice as long on a CPU
@@ -158,9 +159,10 @@ def score(model, head, questions, prefix, common, limits, padding=math.inf):
     prefix, common: the number of tokens that all contexts begin with, and the cache of them.
     limits: tokens that a forward computes, and slots of its cache. padding: as in `batched`.
 
-    A context is computed once, and its last position predicts the first token of each of its
-    options. Then the longer options follow, those of similar length together, each behind a copy of
-    its context's keys and values. A context with a single option is one row with it.
+    A context is computed once, with what its options begin with alike. Its last position predicts
+    the first token in which they differ. Then the rest of the longer options follows, those of
+    similar length together, each behind a copy of its context's keys and values. A context with a
+    single option is one row with it.
     """
     device = head.weight.device
     firsts = np.cumsum([0, *(len(q.options) for q in questions)])
@@ -172,7 +174,8 @@ def score(model, head, questions, prefix, common, limits, padding=math.inf):
         owners.extend([n] * len(tokens))
 
     memory = Memory(prefix, common)
-    rows = [q.context + (q.options[0][:-1] if len(q.options) == 1 else []) for q in questions]
+    alike = [commonprefix([o[:-1] for o in q.options]) for q in questions]
+    rows = [q.context + tokens for q, tokens in zip(questions, alike, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     for batch in batched(order, lambda i: (len(rows[i]) - prefix, len(rows[i])), limits, padding):
         tokens = padded([rows[i][prefix:] for i in batch], device)
@@ -190,7 +193,7 @@ def score(model, head, questions, prefix, common, limits, padding=math.inf):
             docs = padded([[1] * len(rows[i]) for i in batch], device)
         hidden = model.hidden(tokens, positions, docs, cache)
         for row, i in zip(hidden, batch, strict=True):
-            # the last state of the context, and those of the option that follows
+            # the last state of the context, and those of what the options begin with
             row = row[len(questions[i].context) - prefix - 1 : len(rows[i]) - prefix]
             options = zip(questions[i].options, questions[i].given, strict=True)
             for n, (option, given) in enumerate(options, firsts[i]):
@@ -201,27 +204,27 @@ def score(model, head, questions, prefix, common, limits, padding=math.inf):
             memory.add(cache, [*zip(batch, ends, strict=True)], prefix)
 
     longer = [
-        (i, n, option, given)
+        (i, n, option[len(alike[i]) :], given - len(alike[i]))
         for i, q in enumerate(questions)
         for n, (option, given) in enumerate(zip(q.options, q.given, strict=True), firsts[i])
-        if len(q.options) > 1 and len(option) > 1
+        if len(option) > len(alike[i]) + 1
     ]
     longer.sort(key=lambda item: (-len(item[2]), -len(rows[item[0]])))
 
     def sizes(item):
-        i, _, option, _ = item
-        return len(option) - 1, len(rows[i]) + len(option) - 1
+        i, _, rest, _ = item
+        return len(rest) - 1, len(rows[i]) + len(rest) - 1
 
     for batch in batched(longer, sizes, limits, padding):
-        tokens = padded([option[:-1] for _, _, option, _ in batch], device)
+        tokens = padded([rest[:-1] for _, _, rest, _ in batch], device)
         contexts = [(i, len(rows[i])) for i, _, _, _ in batch]
         starts = torch.tensor([size for _, size in contexts], device=device)
         positions = starts[:, None] + torch.arange(tokens.shape[1], device=device)
         cache = memory.cache(contexts, room=tokens.shape[1])
         hidden = model.hidden(tokens, positions, cache=cache)
-        for row, (_, n, option, given) in zip(hidden, batch, strict=True):
+        for row, (_, n, rest, given) in zip(hidden, batch, strict=True):
             first = max(given, 1)
-            predict(n, row[first - 1 : len(option) - 1], option[first:])
+            predict(n, row[first - 1 : len(rest) - 1], rest[first:])
 
     return summed(head, states, targets, owners, firsts[-1])
 
@@ -273,7 +276,8 @@ def loglikelihoods(model, rt, questions, slots=None):
     slots = slots or SLOTS.get(kind, GPU_SLOTS)
     limits = min(slots, COMPUTED.get(kind, slots)), slots
     padding = PADDING.get(kind, math.inf)
-    copy = generate.snapshot(model, rt.dtype, pack=False)
+    length = sum(len(q.context) + sum(map(len, q.options)) for q in questions)
+    copy = generate.snapshot(model, rt.dtype, pack=length >= PACKED.get(kind, math.inf))
     head = model.head._replace(weight=generate.frozen(model.head_weight, rt.dtype))
     firsts = np.cumsum([0, *(len(q.options) for q in questions)])
     totals = torch.zeros(2, firsts[-1], dtype=torch.float64)  # logprobs, hits
