@@ -43,6 +43,7 @@ Plans for several GPUs and for TPUs have not been checked.
 
 import math
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -62,6 +63,7 @@ from nano.config import (
     PositiveFloat,
     PositiveInt,
     UserError,
+    refuse,
 )
 
 # Memory in GB, its bandwidth in GB/s, and the GB/s that a device sends within its node, to other
@@ -455,6 +457,8 @@ def print_table(cfg):
     """Memory in GB of each method on one device with one row a forward; a * where it does not
     fit."""
     alone = dict(devices=1, parallel="ddp", batch_size=32, micro_batch=1, table=())
+    for key in sorted({*alone, *chain(*METHODS.values()), "size", "model"} - {"table"}):
+        refuse(cfg, key, "with table=, which sets it", "table=")
     print(f"| one {cfg.device}, {cfg.max_length} tokens a forward | {' | '.join(cfg.table)} |")
     print(f"| --- |{' ---: |' * len(cfg.table)}")
     for name, settings in METHODS.items():

@@ -9,14 +9,14 @@ import re
 import hypothesis
 import pytest
 import tiny
-from conftest import ROOT, SLOW
+from conftest import REAL, SLOW
 from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
 
 from nano import chat, tokenizer, traced
 from nano.chat import NotFollowed
 
-FOLDER = ROOT.parent / "shared" / "templates"
+FOLDER = REAL / "templates"
 
 # -------------------------------------------------------------------------------- conversations
 
@@ -222,7 +222,7 @@ class Peer:
 
 def load(name):
     if not FOLDER.is_dir():
-        pytest.skip("no folder ../shared/templates")
+        pytest.skip("no real templates: NANO_REAL= names a folder with data/ and templates/")
     return Peer((FOLDER / f"{name}.jinja").read_text(encoding="utf-8"))
 
 
@@ -315,7 +315,7 @@ def test_every_template_is_followed_or_refused(part):
     """Nothing that is laid out differs from transformers, in text, tokens or targets."""
     names = SOME[part::4]
     if not names:
-        pytest.skip("no folder ../shared/templates")
+        pytest.skip("no real templates: NANO_REAL= names a folder with data/ and templates/")
     table, wrong = survey(names, TALKS if SLOW else FEW)
     total = sum(table.values(), collections.Counter())
     if SLOW:
