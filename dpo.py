@@ -87,6 +87,7 @@ class Config:
     beta: PositiveFloat = 0.1  # pull to the reference; IPO: the target difference is 1 / (2 beta)
     label_smoothing: Smoothing = 0.0  # share of pairs taken to be ranked wrongly (cDPO)
     nll_weight: NonNegativeFloat = 0.0  # of the next-token loss on the best completions
+    aux_coef: NonNegativeFloat = 0.0  # of the loss that balances a mixture of experts
     # what is trained
     train: Full[Literal["all", "attention", "qv"]] = "all"  # which of the model's own weights
     freeze_layers: Full[NonNegativeInt] = 0  # freeze the embeddings and the first N layers
@@ -367,6 +368,7 @@ def main(cfg, rt):
         weights.add_adapter(model, cfg)
     else:
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
+    losses.check_experts(model, cfg.aux_coef)
 
     # ---- optimizer
     # `net` is what we call, `model` is what owns the weights: DDP wraps the model, FSDP shards it
@@ -422,6 +424,7 @@ def main(cfg, rt):
         micro_batches = train.batch(step)
         count = len(train.members(step))
         best_count = rt.all_sum(sum(map(count_best, micro_batches)))
+        routing, share = {}, 1 / (len(micro_batches) * rt.world)
         for i, micro in enumerate(micro_batches):
             # DDP exchanges gradients in the backward of the last micro-batch only.
             rt.accumulate(i == len(micro_batches) - 1, net)
@@ -431,7 +434,10 @@ def main(cfg, rt):
             # The next-token loss of the best completions holds up their own likelihood. DPO alone
             # asks only for a difference, which grows too when both become less likely.
             loss, best_logprob, step_sums = loss_and_sums(logprobs, batch, cfg)
-            rt.backward(loss / count - cfg.nll_weight * best_logprob / max(best_count, 1))
+            loss = loss / count - cfg.nll_weight * best_logprob / max(best_count, 1)
+            # A mixture of experts adds its balance, each micro-batch the same part of it.
+            balance = losses.add_routing(routing, model, batch, share)
+            rt.backward(loss + cfg.aux_coef * balance)
             sums += step_sums
             run.count(micro)
         best_tokens += best_count
@@ -443,7 +449,8 @@ def main(cfg, rt):
         # Reading a number from the device waits for it, so we read only when a line is due.
         if run.logs:
             metrics = summary(rt.all_sum(sums), best_tokens, cfg)
-            run.log_step(**metrics, grad_norm=norm, lr=lr)
+            routing = {name: rt.all_sum(value) for name, value in routing.items()}
+            run.log_step(**metrics, grad_norm=norm, lr=lr, **routing)
             chosen, rejected = metrics["chosen"] / cfg.beta, metrics["rejected"] / cfg.beta  # nats
             if not run.meta["warned"] and max(chosen, rejected) < -1:
                 run.meta["warned"] = True

@@ -17,6 +17,7 @@ Padding is a document of its own with the id -1, so a padded row needs no other 
 import functools
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -607,7 +608,8 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses the experts of each token: x (N, C) -> their weights (N, k) and numbers (N, k).
+    """Chooses the experts of each token: x (N, C) -> their weights (N, k) and numbers (N, k). With
+    `chosen` (N, k) they are those.
 
     It computes in fp32, because the choice should not hang on how bf16 rounds. It keeps its scores
     (N, E) as `.scores`, with which a loss may balance the experts (nano/losses.py)."""
@@ -621,11 +623,13 @@ class Router(nn.Module):
         self.over_all = cfg.router == "all"
         self.scores = None
 
-    def forward(self, x):
+    def forward(self, x, chosen=None):
         with torch.autocast(x.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
             self.scores = F.linear(x.float(), self.weight.float(), bias)
-            top, chosen = self.scores.topk(self.k, dim=-1)
+            if chosen is None:
+                chosen = self.scores.topk(self.k, dim=-1).indices
+            top = self.scores.gather(-1, chosen)
             if self.over_all:
                 return (top - self.scores.logsumexp(-1, keepdim=True)).exp(), chosen
             return top.softmax(-1), chosen
@@ -658,33 +662,72 @@ class Stack(nn.Module):
         with torch.device("meta"), NoInit():
             return Stack(self.experts, self.in_features, self.out_features)
 
-    @classmethod
-    def product(cls, x, weight, ends):
+    @staticmethod
+    def product(x, weight, ends):
         """The rows of each expert times its matrix of weight (E, out, in)."""
-        if has_grouped_mm(x, weight.shape):
-            return cls.grouped(x, weight, ends)
-        # unbind, because the gradient of weight[e] would be as large as that of all
-        return cls.looped(x, weight.unbind().__getitem__, ends)
+        x = autocasted(x)
+        if has_grouped_mm(x, weight):
+            return Stack.grouped(x, weight, ends)
+        return Stack.looped(x, ends, weight.shape, stack_matrix, weight)
 
     @staticmethod
-    def looped(x, matrix, ends):
-        """matrix(e) -> (out, in) of an expert. It is called for those that have rows."""
-        rows = x.tensor_split(ends[:-1].tolist())
-        return torch.cat([F.linear(x, matrix(e)) for e, x in enumerate(rows) if len(x)])
+    def looped(*args):
+        return Looped.apply(*args)
 
     @staticmethod
     def grouped(x, weight, ends):
-        """The same in one kernel, in bf16."""
-        return F.grouped_mm(x.bfloat16(), weight.bfloat16().mT, offs=ends)
+        return F.grouped_mm(x, weight.to(x.dtype).mT, offs=ends)
 
 
-def has_grouped_mm(x, shape):
-    """Whether F.grouped_mm has a kernel for x and matrices of this shape: on CUDA in bf16, for rows
-    of a multiple of 16 bytes."""
+class Looped(torch.autograd.Function):
+    """The products of a stack, one expert after another: x (S, in), ends (E,) -> (S, out).
+
+    shape: (E, out, in). matrix(e, dtype, *stored) -> (out, in) of an expert. stored: tensors, of
+    which the first may be trained, if it is the weight of a Stack. autograd's own products would
+    stack the gradients of all experts, and take 2.5 times as long."""
+
+    @staticmethod
+    def forward(ctx, x, ends, shape, matrix, *stored):
+        ctx.shape, ctx.matrix = shape, matrix
+        ctx.rows = [*pairwise([0, *ends.tolist()])]
+        ctx.save_for_backward(x if ctx.needs_input_grad[4] else None, *stored)
+        out = x.new_empty(len(x), shape[1])
+        for e, (start, end) in enumerate(ctx.rows):
+            if start < end:
+                torch.mm(x[start:end], matrix(e, x.dtype, *stored).t(), out=out[start:end])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, *stored = ctx.saved_tensors
+        x_grad = weight_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = grad.new_empty(len(grad), ctx.shape[2])
+            for e, (start, end) in enumerate(ctx.rows):
+                if start < end:
+                    matrix = ctx.matrix(e, grad.dtype, *stored)
+                    torch.mm(grad[start:end], matrix, out=x_grad[start:end])
+        if ctx.needs_input_grad[4]:
+            weight_grad = grad.new_empty(ctx.shape)
+            for e, (start, end) in enumerate(ctx.rows):  # without rows it is 0
+                torch.mm(grad[start:end].t(), x[start:end], out=weight_grad[e])
+        return x_grad, None, None, None, weight_grad, *[None for _ in stored[1:]]
+
+
+def stack_matrix(e, dtype, weight):
+    return weight[e].to(dtype)
+
+
+def autocasted(x):
+    """x in the dtype of autocast, where that is on."""
     kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    aligned = all(size % 8 == 0 for size in shape[1:])
-    return hasattr(F, "grouped_mm") and x.is_cuda and dtype == torch.bfloat16 and aligned
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def has_grouped_mm(x, weight):
+    """Whether F.grouped_mm has a kernel: on CUDA in bf16, for rows of a multiple of 16 bytes."""
+    aligned = all(size % 8 == 0 for size in weight.shape[1:])
+    return hasattr(F, "grouped_mm") and x.is_cuda and x.dtype == torch.bfloat16 and aligned
 
 
 class Experts(nn.Module):
@@ -708,11 +751,12 @@ class Experts(nn.Module):
         numbers, order = chosen.flatten().sort(stable=True)
         experts = torch.arange(self.count, device=x.device)
         ends = torch.searchsorted(numbers, experts, right=True, out_int32=True)
-        gate, up = self.gate_up_proj(x[order // k], ends).chunk(2, dim=-1)
+        # index_select, because the gradient of x[...] takes ten times as long on a CPU
+        gate, up = self.gate_up_proj(x.index_select(0, order // k), ends).chunk(2, dim=-1)
         if self.limit:
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit) + 1
         y = self.down_proj(self.activation(gate) * up, ends)
-        return y[order.argsort()].view(N, k, -1)
+        return y.index_select(0, order.argsort()).view(N, k, -1)
 
 
 class Mixture(nn.Module):
@@ -727,9 +771,9 @@ class Mixture(nn.Module):
             self.shared_expert = MLP(cfg, cfg.shared_dim)
             self.shared_expert_gate = nn.Linear(cfg.dim, 1, bias=False)
 
-    def forward(self, x):
+    def forward(self, x, chosen=None):
         flat = x.flatten(0, -2)
-        weights, chosen = self.gate(flat)
+        weights, chosen = self.gate(flat, chosen)
         y = self.experts(flat, chosen)
         # summed in the order of the scores, so that a token's sum is the same in any batch
         y = torch.bmm(weights.to(y.dtype)[:, None], y).view_as(x)
@@ -758,7 +802,7 @@ class Block(nn.Module):
         self.residual = cfg.residual
         self.residual_scale = cfg.residual_scale
 
-    def forward(self, x, rope, seen, slots=None, cache=None):
+    def forward(self, x, rope, seen, slots=None, cache=None, experts=None):
         normed = self.input_layernorm(x)
         y = self.self_attn(normed, rope, seen, slots, cache)
         between = self.added(x, y, self.attn_output_norm)
@@ -766,7 +810,8 @@ class Block(nn.Module):
             normed = self.post_attention_layernorm(between)
         elif self.residual == "parallel":
             normed = self.post_attention_layernorm(x)
-        return self.added(between, self.mlp(normed), self.mlp_output_norm)
+        y = self.mlp(normed) if experts is None else self.mlp(normed, experts)
+        return self.added(between, y, self.mlp_output_norm)
 
     def added(self, x, y, norm):
         """The residual stream x plus what a half of the block gives."""
@@ -872,15 +917,16 @@ class Transformer(nn.Module):
         """Hidden states (M, C) of the flat positions batch["index"] (M,), or of all positions,
         (B * T, C), if the batch has no "index".
 
-        It reads "tokens" (B, T) and, if they are there, "positions" and "docs" (B, T), as `hidden`
-        does. It reads integers only, because FSDP casts the floating tensors of its arguments to
-        bf16.
+        It reads "tokens" (B, T) and, if they are there, "positions" and "docs" (B, T) and
+        "experts", as `hidden` does. It reads integers only, because FSDP casts the floating tensors
+        of its arguments to bf16.
         """
-        hidden = self.hidden(batch["tokens"], batch.get("positions"), batch.get("docs"))
+        more = {name: batch.get(name) for name in ("positions", "docs", "experts")}
+        hidden = self.hidden(batch["tokens"], **more)
         hidden = hidden.flatten(0, 1)
         return hidden[batch["index"]] if "index" in batch else hidden
 
-    def hidden(self, tokens, positions=None, docs=None, cache=None):
+    def hidden(self, tokens, positions=None, docs=None, cache=None, experts=None):
         """tokens (B, T) -> hidden states (B, T, C) after the last norm, for .logits, .score or
         nano/losses.py.
 
@@ -889,6 +935,8 @@ class Transformer(nn.Module):
         cache: per layer (keys, values), each (B, K, S, D). With a cache, `positions` are also the
         slots of the tokens, which see all slots up to their own. Without positions they begin their
         rows.
+        experts (mixtures, B * T, k): those that each token takes in each mixture. By default the
+        routers choose.
         """
         slots = None if cache is None else positions
         if positions is None:
@@ -914,12 +962,15 @@ class Transformer(nn.Module):
         lengths = functools.partial(document_lengths, positions, docs, cached)
         ropes = {kind: rope(positions, lengths, x.dtype) for kind, rope in self.ropes.items()}
         kinds = zip(self.layers, self.windows, self.rope_layers, strict=True)
+        choices = iter(() if experts is None else experts)
         for i, (layer, window, kind) in enumerate(kinds):
+            chosen = next(choices, None) if isinstance(layer.mlp, Mixture) else None
+            layer_cache = None if cache is None else cache[i]
+            inputs = x, ropes.get(kind), seen[window], slots, layer_cache, chosen
             if self.recompute is not None and torch.is_grad_enabled():
-                x = self.recompute(layer, x, ropes.get(kind), seen[window])
+                x = self.recompute(layer, *inputs)
             else:
-                layer_cache = None if cache is None else cache[i]
-                x = layer(x, ropes.get(kind), seen[window], slots, layer_cache)
+                x = layer(*inputs)
         x = self.model["norm"](x)
         return self.model["project_out"](x) if self.cfg.embed_dim else x
 

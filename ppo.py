@@ -123,6 +123,8 @@ class Config:
     clip_high: NonNegativeFloat = 0.0  # of the ratio above 1; 0: the same as clip
     value_clip: Critic[NonNegativeFloat] = 0.2  # of the distance from the old value; 0: off
     entropy_coef: float = 0.0  # bonus for a nat of entropy
+    aux_coef: NonNegativeFloat = 0.0  # of the loss that balances the policy's mixture of experts
+    replay_experts: bool = False  # updates keep the experts that a token took before them
     target_kl: NonNegativeFloat = 0.0  # KL(old, new) a token that ends the passes; 0: off
     value_warmup: Critic[NonNegativeInt] = 0  # iterations that train the critic alone
     ptx_data: Annotated[
@@ -424,6 +426,7 @@ class Role:
     scale: tuple = (1.0, 0.0)  # gain, bias
     params: dict = field(default_factory=dict)  # {name: parameter} of what it trains, see `learn`
     net: torch.nn.Module | None = None  # what to call so that gradients are summed over ranks
+    replays: bool = False  # whether its tokens take the "experts" of a batch
 
     def learn(self, cfg, rt):
         """Call this behind rt.distribute -> the optimizer of this role's own parameters: all that
@@ -447,6 +450,8 @@ class Role:
         """(M, C), before each of the M actions. training: so that backward sums gradients over
         ranks."""
         lora.use(self.model, self.adapter)
+        if not self.replays:
+            batch = {name: t for name, t in batch.items() if name != "experts"}
         return (self.net if training else self.model)(batch)
 
     def logprobs(self, batch, temperature, training=False):
@@ -892,6 +897,9 @@ def rl_gradient(cfg, rt, policy, critic, micro_batches, count, kl_coef=0.0):
                     kl_loss = (batch["loss_weights"] * kl).sum()
                     loss = loss + kl_coef * kl_loss
                     part["kl_loss"] = kl_loss.detach()
+            # a mixture of experts adds its balance, each micro-batch the same part of it
+            share = 1 / (len(micro_batches) * rt.world)
+            loss = loss + cfg.aux_coef * losses.add_routing(part, policy.model, batch, share)
             rt.backward(loss)
             part["policy_loss"] = surrogate.detach()
 
@@ -945,6 +953,8 @@ def main(cfg, rt):
     # Several of the four may share one module, which goes to the device once. The policy learns,
     # and so does the critic if there is one; each has an optimizer over its own parameters.
     policy, reference, scorer, critic = build(cfg, tok)
+    losses.check_experts(policy.model, cfg.aux_coef, cfg.replay_experts)
+    policy.replays = cfg.replay_experts
     check_reach(cfg, policy, scorer, longest_prompt)
     micro_batch = rt.micro_batch(cfg.micro_batch)
 
@@ -1120,8 +1130,12 @@ def main(cfg, rt):
                 scores = total_score([*parts.values()], reward_weights)
             with clock("logprobs"), parking(policy), rt.autocast():
                 # Compiled, a graph without gradients would not round as the update's graph does.
+                outputs = []
                 with torch.set_grad_enabled(cfg.compile):
-                    outputs = [policy.logprobs(batch, cfg.temperature) for batch in micro_batches]
+                    for batch in micro_batches:
+                        outputs.append(policy.logprobs(batch, cfg.temperature))
+                        if policy.replays:
+                            batch["experts"] = losses.chosen_experts(policy.model)
                 old_logprobs, entropy = map(matrix, zip(*outputs, strict=True))
             if reference:
                 with clock("logprobs"), parking(reference), rt.autocast():

@@ -31,6 +31,7 @@ from nano import (
     estimate,
     families,
     generate,
+    losses,
     optim,
     quant,
     runtime,
@@ -76,6 +77,7 @@ class Config:
     # the loss
     margin: float = 0.0  # by which the better score is to lead
     centring: NonNegativeFloat = 0.0  # weight of (s_i + s_j)^2; 0.01 holds scores near 0
+    aux_coef: NonNegativeFloat = 0.0  # of the loss that balances a mixture of experts
     # what is trained, beside the score head
     train: Full[Literal["all", "attention", "qv"]] = "all"  # which of the model's own weights
     freeze_layers: Full[NonNegativeInt] = 0  # freeze the embeddings and the first N layers
@@ -332,6 +334,7 @@ def main(cfg, rt):
     else:
         optim.choose_trained(model, cfg.train, cfg.freeze_layers)
     model.score.requires_grad_(True)
+    losses.check_experts(model, cfg.aux_coef)
 
     # The scores of the policy's own samples fix gain and bias, and PPO then gets rewards of mean 0
     # and variance 1. We draw these samples before the optimizer takes its memory, and a resume
@@ -401,6 +404,7 @@ def main(cfg, rt):
         # whole step, on all ranks.
         micro_batches = train.batch(step)
         count = len(train.members(step))
+        routing, share = {}, 1 / (len(micro_batches) * rt.world)
         for i, micro in enumerate(micro_batches):
             # DDP exchanges gradients in the backward of the last micro-batch only.
             rt.accumulate(i == len(micro_batches) - 1, net)
@@ -408,7 +412,9 @@ def main(cfg, rt):
             with rt.autocast():
                 scores = score(net, batch)  # (N,) one a completion
             loss, step_sums = loss_and_sums(scores, batch, cfg)
-            rt.backward(loss / count)
+            # A mixture of experts adds its balance, each micro-batch the same part of it.
+            balance = losses.add_routing(routing, model, batch, share)
+            rt.backward(loss / count + cfg.aux_coef * balance)
             sums += step_sums
             run.count(micro)
 
@@ -418,7 +424,8 @@ def main(cfg, rt):
 
         # Reading a number from the device waits for it, so we read only when a line is due.
         if run.logs:
-            run.log_step(**summary(rt.all_sum(sums)), grad_norm=norm, lr=lr)
+            routing = {name: rt.all_sum(value) for name, value in routing.items()}
+            run.log_step(**summary(rt.all_sum(sums)), grad_norm=norm, lr=lr, **routing)
             sums = torch.zeros_like(sums)
 
     return run.close()

@@ -15,6 +15,8 @@ by part, and the seconds of one step.
         batch_size=32 max_length=768 max_new_tokens=256
     # weights and moments in CPU memory
     python -m bench.memory size=8b device="RTX 4090" devices=8 node=8 offload=true
+    # run each method for two steps, and compare
+    python -m bench.memory here=cpu model=models/smollm2 max_length=512 dtype=float32
 
 Memory is that of nano/estimate.py, with what the stage adds to it. Time is counted and not
 measured. Floating-point operations run at `utilisation` of the data sheet's peak. Ring collectives
@@ -41,10 +43,16 @@ Speed was compared on one H100, in tokens/s:
 Plans for several GPUs and for TPUs have not been checked.
 """
 
+import contextlib
+import gc
+import importlib
+import json
 import math
+import shutil
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 
@@ -53,7 +61,7 @@ import pretrain
 from lora import apply as add_adapters
 from lora import linear_names
 from model import ModelConfig
-from nano import config, estimate, families, log, quant, tensor
+from nano import config, estimate, families, log, quant, store, tensor, tokenizer, weights
 from nano.config import (
     FourBit,
     LoRA,
@@ -63,6 +71,7 @@ from nano.config import (
     PositiveFloat,
     PositiveInt,
     UserError,
+    With,
     refuse,
 )
 
@@ -106,6 +115,9 @@ class Config:
     quant: LoRA[Literal["none", "nf4", "fp4", "int8"]] = "none"  # of frozen matrices
     double_quant: FourBit[bool] = True
     table: tuple[str, ...] = ()  # sizes; each with each method on one device, one line each
+    # this machine's device, on which each method is run with the model of the directory model=
+    here: Literal["", "cpu", "cuda"] = ""
+    out: Annotated[PathText, With("here")] = "out/bench/memory"  # scratch folder
     # on what
     device: str = "H100"
     devices: PositiveInt = 8
@@ -131,7 +143,8 @@ class Config:
 
 
 def build(cfg):
-    """A model on the meta device, without memory, in the dtypes that the stage gives it."""
+    """A model in the dtypes that the stage gives it. It is on the meta device, without memory, or
+    with here=cpu in memory that nothing writes to."""
     if cfg.model:
         shape = families.load_config(cfg.model)
     else:
@@ -150,7 +163,7 @@ def build(cfg):
             tie_embeddings=tied,
         )
     shape.head = "score" if cfg.stage == "reward" else "lm"
-    with torch.device("meta"):
+    with torch.device("cpu" if cfg.here == "cpu" else "meta"):
         model = shape.build()
         if cfg.lora_rank:
             model.to(getattr(torch, cfg.dtype))
@@ -296,6 +309,10 @@ def device_memory(cfg, job):
         # Decoding reads a whole copy of the weights in the matrix dtype. Activations and logits of
         # training are not there at that time.
         copy = job.copy if job.shards > 1 or not cfg.lora_rank else 0
+        if cfg.here == "cpu" and cfg.lora_rank:
+            # A CPU packs the head in fp16, and the layers with the adapter folded in.
+            layers = 0 if job.packed else job.total - job.head
+            copy = 2 * job.head + job.dtype.itemsize * layers
         memory["rollout"] = max(
             0, cache_bytes(cfg, job) + copy - memory["activations"] - memory["head"]
         )
@@ -470,7 +487,112 @@ def print_table(cfg):
         print(f"| {name} | {' | '.join(cells)} |")
 
 
+# ---- runs on this machine
+
+
+def prepare(cfg):
+    """Rows of random tokens, as long as they may be, and what ppo needs: prompts and rewards."""
+    out, tok = Path(cfg.out), tokenizer.load(cfg.model)
+    shutil.rmtree(out, ignore_errors=True)
+    tokens = torch.randint(tok.vocab_size, (8, cfg.max_length)).tolist()
+    meta = dict(vocab_size=tok.vocab_size, tokenizer=tok.fingerprint)
+    prompt = cfg.max_length - cfg.max_new_tokens
+    for name, start in dict(sft=1, ppo=prompt).items():
+        mask = [int(i >= start) for i in range(cfg.max_length)]
+        store.write_store(out / name, dict(train=[(row, mask) for row in tokens]), meta)
+    scorer = weights.load_model(cfg.model, head="score")
+    weights.save_model(scorer, out / "scorer", like=cfg.model, tok=tok)
+    function = "def length(prompt, response, finished):\n    return len(response) / 1000\n"
+    (out / "rewards.py").write_text(function)
+
+
+def peak_memory(device, function):
+    """Calls function(), a run of two steps -> the most bytes that torch had allocated at a time.
+
+    On a CPU a mapped file counts as a whole, and while a model is loaded it is mapped more than
+    once. So the peak is that from the first optimizer step on, when a file of another dtype than
+    dtype= is no longer mapped."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    now = top = 0
+    stepped = False
+    events = profile.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        stepped = stepped or event.name().startswith("Optimizer.step")
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            top = max(top, now * stepped)
+    return top
+
+
+def measure(cfg):
+    """Runs a method for two steps of two micro-batches -> (bytes at the peak, tokens/s)."""
+    stage = importlib.import_module(cfg.stage)
+    settings = dict(
+        model=cfg.model,
+        data=(f"{cfg.out}/{cfg.stage}",),
+        out=f"{cfg.out}/run",
+        device=cfg.here,
+        dtype=cfg.dtype,
+        parallel="none",
+        steps=2,
+        batch_size=cfg.batch_size,
+        micro_batch=cfg.micro_batch,
+        lora_rank=cfg.lora_rank,
+        quant=cfg.quant,
+        grad_checkpoint=cfg.grad_checkpoint,
+        resume="false",
+        log_every=1,
+        save_every=-1,
+    )
+    if cfg.stage == "ppo":
+        reward = "rewards.py:length" if cfg.lora_rank else "scorer"
+        settings |= dict(
+            reward=(f"{cfg.out}/{reward}",),
+            max_prompt=cfg.max_length,
+            max_new_tokens=cfg.max_new_tokens,
+            rollout_batch=cfg.rollout_batch,
+            ppo_epochs=cfg.ppo_epochs,
+            sample_every=-1,
+        )
+    else:
+        settings |= dict(max_length=cfg.max_length, samples=0)
+    with open(f"{cfg.out}/output.txt", "a") as output, contextlib.redirect_stdout(output):
+        peak = peak_memory(cfg.here, lambda: stage.main(stage.Config(**settings)))
+    gc.collect()
+    log = [json.loads(line) for line in open(f"{cfg.out}/run/log.jsonl", encoding="utf-8")]
+    speeds = [record["tokens_per_s"] for record in log if record["kind"] == "train"]
+    return peak, speeds[-1]
+
+
+def compare(cfg, settings):
+    """-> (predicted bytes, bytes at the peak, tokens/s) of a method, on what `prepare` wrote."""
+    alone = dict(devices=1, parallel="ddp", batch_size=2, micro_batch=1, rollout_batch=2)
+    cfg = replace(cfg, **alone, **settings, ppo_epochs=1)
+    return sum(device_memory(cfg, Job(cfg)).values()), *measure(cfg)
+
+
+def print_runs(cfg):
+    """Beside each method's predicted memory its peak on this machine, and its tokens/s."""
+    if not cfg.model:
+        raise UserError(f"here={cfg.here} needs a model's directory in model=")
+    prepare(cfg)
+    print(f"| {cfg.model}, {cfg.max_length} tokens a forward | predicted | measured | | tokens/s |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for name, settings in METHODS.items():
+        predicted, measured, speed = compare(cfg, settings)
+        figures = f"{predicted / 1e9:.2f} GB | {measured / 1e9:.2f} GB"
+        print(f"| {name} | {figures} | {predicted / measured - 1:+.0%} | {speed:.0f} |", flush=True)
+
+
 def main(cfg):
+    if cfg.here:
+        return print_runs(cfg)
     if cfg.table:
         return print_table(cfg)
     p = plan(cfg)

@@ -1,4 +1,4 @@
-"""Speed and memory of fine-tuning in bf16, full, LoRA and QLoRA (nf4), beside bench/sft_trl.py.
+"""Speed and memory of fine-tuning, full, LoRA and QLoRA (nf4), beside bench/sft_trl.py.
 
     python -m bench.sft data=alpaca_en_demo.json                   # sft.py, TRL padded, TRL packed
     python -m bench.sft data=alpaca_en_demo.json 'sides=[ours,compiled,trl]' steps=40 repeats=1
@@ -52,6 +52,7 @@ class Config:
     trl_batch: int = 0  # rows of TRL's padded forward, which hold a document each; 0: micro_batch
     lora_rank: NonNegativeInt = 16
     device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the matrix work
     threads: int = 2
 
 
@@ -84,6 +85,7 @@ def command(cfg, side, method):
         lora_rank=0 if method == "full" else cfg.lora_rank,
         lora_alpha=32,
         quant="nf4" if method == "qlora" else "none",
+        dtype=cfg.dtype,
     )
     if side.startswith("trl"):
         if side == "trl" and cfg.trl_batch:
@@ -102,7 +104,6 @@ def command(cfg, side, method):
         batch_size=cfg.micro_batch * cfg.accumulate,
         compile=side == "compiled",
         device=cfg.device,
-        dtype="bfloat16",
         log_every=1,
         samples=0,
         save_every=10**9,
@@ -186,9 +187,9 @@ def main(cfg):
     shutil.rmtree(Path(cfg.out) / "run", ignore_errors=True)
 
     print(
-        f"\n{about}; {cfg.threads} threads, {cfg.micro_batch} x {cfg.max_length} tokens "
-        f"(TRL padded: {cfg.trl_batch or cfg.micro_batch} rows), {cfg.accumulate} forwards a step, "
-        f"{cfg.steps} steps, medians of {cfg.repeats}\n"
+        f"\n{about}; {cfg.threads} threads, {cfg.dtype}, {cfg.micro_batch} x {cfg.max_length} "
+        f"tokens (TRL padded: {cfg.trl_batch or cfg.micro_batch} rows), {cfg.accumulate} forwards "
+        f"a step, {cfg.steps} steps, medians of {cfg.repeats}\n"
     )
     columns = "real tokens/s | x TRL padded | peak memory, GB | x TRL padded | first step, s"
     print(f"| training | program | {columns} |")

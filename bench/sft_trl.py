@@ -4,7 +4,7 @@
 
 Rows, learning rate, batch and epochs are those of sft.py. `data` is a prepared folder, whose
 tokens and masks TRL takes as they are. TRL's defaults stay as a user finds them: rows padded to
-the longest of the batch, chunked loss, bf16 autocast over fp32 weights. The result is a Hugging
+the longest of the batch, chunked loss, autocast over fp32 weights. The result is a Hugging
 Face directory, to be scored by `sft.py epochs=0`.
 """
 
@@ -40,6 +40,7 @@ class Config:
     lora_rank: NonNegativeInt = 0
     lora_alpha: PositiveFloat = 32
     quant: Annotated[Literal["none", "nf4", "fp4"], With("lora_rank")] = "none"  # by bitsandbytes
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the matrix work, by autocast
     packing: bool = False
     threads: int = 2
     seed: Seed = 0
@@ -89,7 +90,7 @@ def main(cfg):
         lr_scheduler_type="cosine",
         warmup_steps=0.03,
         weight_decay=0.0,
-        bf16=True,
+        bf16=cfg.dtype == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         optim="adamw_torch_fused",
         gradient_checkpointing=False,
@@ -113,7 +114,7 @@ def main(cfg):
             load_in_4bit=True,
             bnb_4bit_quant_type=cfg.quant,
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=getattr(torch, cfg.dtype),
         )
     model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32, **how)
     trainer = SFTTrainer(

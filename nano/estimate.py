@@ -37,7 +37,8 @@ def memory(
     gradients    fp32, of what is trained
     optimizer    two fp32 moments of what is trained
     activations  what autograd keeps of each block; with grad_checkpoint of one, and all inputs
-    head         a chunk of logits, a block of it twice in fp32, the output matrix, its gradient
+    head         a chunk of logits, a block of it twice in fp32, the output matrix in `dtype`, its
+                 gradient
     gathered     by FSDP: embedding, head, two layers or all, and the gradients of one layer
     dense        the largest quantised matrix while it is multiplied, in fp32 and in `dtype`
     casts        autocast's copies of trained weights, which FSDP does without
@@ -69,7 +70,7 @@ def memory(
         logits = tokens * cfg.vocab_size
         chunk = min(chunk_logits(W.device), logits)
         exact = min(block_logits(W.device), logits)
-        copies = size + 4 * W.requires_grad
+        copies = size * (W.dtype != dtype) + 4 * W.requires_grad
         if tensor > 1:
             copies += size if fsdp > 1 else W.itemsize
         head = chunk * size + 8 * exact + copies * W.numel()

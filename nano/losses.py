@@ -298,10 +298,19 @@ def add_routing(stats, model, batch, share):
     return values.get("aux_loss", 0.0)
 
 
-def check_experts(model, aux_coef):
-    """UserError for an aux_coef= without experts."""
+def chosen_experts(model):
+    """The experts that the tokens took in the last forward, (mixtures, B * T, k), as "experts" of a
+    batch."""
+    scores = torch.stack(model.router_scores())
+    return scores.topk(model.cfg.experts_per_token, dim=-1).indices
+
+
+def check_experts(model, aux_coef, replay=False):
+    """UserError for an aux_coef= or replay_experts= without experts."""
     if aux_coef and not model.cfg.n_experts:
         raise UserError(f"aux_coef={aux_coef} balances experts, and this model has none")
+    if replay and not model.cfg.n_experts:
+        raise UserError("replay_experts=true: this model has no experts")
 
 
 @torch.no_grad()

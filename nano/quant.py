@@ -27,14 +27,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import lora
-from model import Stack, has_grouped_mm
+from model import Stack, autocasted
 from nano import files
 from nano.config import PositiveInt, UserError
 from nano.files import check_json
 
 BLOCK = 64  # weights that share a scale
 NESTED = 256  # scales that share a scale of their own
-PIECE = 1 << 18  # weights that are in fp32 at a time while a matrix is quantised
+PIECE = 1 << 16  # weights that are in fp32 at a time while a matrix is quantised
 
 # Quantiles of the normal distribution, appendix E of QLoRA
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635)
@@ -208,17 +208,24 @@ def quantize(matrix, method):
     The mean of the scales is taken in fp64, because in fp32 it would depend on the number of
     threads. It differs from bitsandbytes' by a unit in the last place at most."""
     shape = tuple(matrix.shape)
+    # What stays is allocated before what comes and goes, so that no gaps stay in the heap.
+    tensors = {
+        name: torch.empty(size, dtype=dtype, device=matrix.device)
+        for name, (dtype, size) in forms(method.kind, shape, False).items()
+    }
+    weight, absmax = tensors.values()
     if method.kind == "int8":
         rows = max(1, PIECE // shape[1])
-        pieces = [_int8(part.float()) for part in matrix.split(rows)]
-        weight, absmax = map(torch.cat, zip(*pieces, strict=True))
-        return Packed("int8", shape, dict(weight=weight, absmax=absmax))
-    pieces = []
-    for part in matrix.reshape(-1).split(PIECE):
-        codes, largest = encode(part, method.kind, BLOCK)
-        pieces.append((codes[::2] << 4 | codes[1::2], largest))
-    weight, absmax = map(torch.cat, zip(*pieces, strict=True))
-    tensors = dict(weight=weight[: (matrix.numel() + 1) // 2, None].contiguous(), absmax=absmax)
+        for i in range(0, shape[0], rows):
+            part = slice(i, i + rows)
+            weight[part], absmax[part] = _int8(matrix[part].float())
+        return Packed("int8", shape, tensors)
+    numbers = matrix.reshape(-1)
+    for i in range(0, len(numbers), PIECE):
+        codes, largest = encode(numbers[i : i + PIECE], method.kind, BLOCK)
+        absmax[i // BLOCK : (i + PIECE) // BLOCK] = largest
+        part = weight[i // 2 : (i + PIECE) // 2, 0]
+        part.copy_((codes[::2] << 4 | codes[1::2])[: len(part)])
     if method.double:
         offset = absmax.double().mean().float()
         codes, largest = encode(absmax - offset, "scale", NESTED)
@@ -368,13 +375,12 @@ class QuantLinear(nn.Module):
         return dequantize(how, dtype, *stored)
 
     def forward(self, x):
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = autocasted(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return Product.apply(x, bias, *self.operands())
 
 
-def expert_matrix(e, how, dtype, weight, absmax, nested_absmax, offset, *tables):
+def expert_matrix(how, e, dtype, weight, absmax, nested_absmax, offset, *tables):
     """The matrix (out, in) of one expert of a stack."""
     kind, (experts, out, ins), kernel = how
     count = len(weight) // experts
@@ -387,45 +393,10 @@ def expert_matrix(e, how, dtype, weight, absmax, nested_absmax, offset, *tables)
     return parts[0] if count == 1 else torch.cat(parts)
 
 
-class StackProduct(torch.autograd.Function):
-    """Product of the experts of a stack: x (S, in), ends (E,) as in model.Stack -> (S, out). One
-    expert is dense at a time, and all where one kernel multiplies them."""
-
-    @staticmethod
-    def forward(ctx, x, ends, how, *stored):
-        ctx.how = how
-        ctx.save_for_backward(ends, *stored)
-
-        def matrix(e):
-            return expert_matrix(e, how, x.dtype, *stored)
-
-        return StackProduct.times(x, ends, how[1], matrix)
-
-    @staticmethod
-    def backward(ctx, grad):
-        ends, *stored = ctx.saved_tensors
-
-        def transposed(e):
-            return expert_matrix(e, ctx.how, grad.dtype, *stored).mT
-
-        experts, out, ins = ctx.how[1]
-        grad = StackProduct.times(grad, ends, (experts, ins, out), transposed)
-        return grad, None, None, *[None for _ in stored]
-
-    @staticmethod
-    def times(x, ends, shape, matrix):
-        if not has_grouped_mm(x, shape):
-            return Stack.looped(x, matrix, ends)
-        weight = x.new_empty(shape)
-        for e in range(len(weight)):
-            weight[e] = matrix(e)
-        return Stack.grouped(x, weight, ends)
-
-
 class QuantStack(QuantLinear):
-    """The frozen linear layers of E experts, see model.Stack."""
+    """The frozen linear layers of E experts, see model.Stack. One of them is dense at a time."""
 
-    product = Stack.product
+    product = staticmethod(Stack.product)
     biased = Stack.biased
     empty = Stack.empty
 
@@ -435,21 +406,21 @@ class QuantStack(QuantLinear):
 
     @property
     def largest(self):
-        together = self.weight.is_cuda  # by one kernel
-        return math.prod(self.shape[0 if together else 1 :])
+        return self.in_features * self.out_features
 
     def dense(self, dtype=torch.float32):
         """The matrices (E, out, in)."""
         out = torch.empty(self.shape, dtype=dtype, device=self.weight.device)
         how, *stored = self.operands()
         for e, matrix in enumerate(out):
-            matrix.copy_(expert_matrix(e, how, dtype, *stored))
+            matrix.copy_(expert_matrix(how, e, dtype, *stored))
         return out
 
     def forward(self, x, ends):
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return self.biased(StackProduct.apply(x, ends, *self.operands()), ends)
+        how, *stored = self.operands()
+        matrix = functools.partial(expert_matrix, how)
+        y = Stack.looped(autocasted(x), ends, self.shape, matrix, *stored)
+        return self.biased(y, ends)
 
 
 # ---------------------------------------------------------------------- models

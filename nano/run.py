@@ -36,6 +36,8 @@ from nano.config import UserError
 from nano.log import Log, check_tracker
 
 SOURCES = ("model", "reward", "policy", "tokenizer")  # keys that name what a run starts from
+# and those that change what it is made from
+SHAPING = (*SOURCES, "base", "quant", "double_quant", "data", "sizes", "weights")
 
 
 class Run:
@@ -90,7 +92,8 @@ class Run:
         self.made_from = dict(model=model, data=data, validation=validation)
         if not self.resumes:
             return self.made_from
-        saved = self.saved_meta().get("made_from")
+        meta = self.saved_meta()
+        saved = meta.get("made_from")
         if saved is None:
             tell(
                 rt,
@@ -101,9 +104,12 @@ class Run:
         names = dict(model="another model", data="other data", validation="other validation data")
         other = " and ".join(names[key] for key in names if saved.get(key) != self.made_from[key])
         if other and self.cfg.resume != "anyway":
+            changes = config.changes(self.cfg, meta.get("config") or "")
+            changes = [change for change in changes if change.split(" ")[0] in SHAPING]
+            changed = f" ({', '.join(changes)})" if changes else ""
             raise UserError(
-                f"{self.out}/state was made from {other}: give the run's own, start anew with "
-                "resume=false, or go on all the same with resume=anyway"
+                f"{self.out}/state was made from {other}{changed}: give the run's own, start anew "
+                "with resume=false, or go on all the same with resume=anyway"
             )
         if other:
             tell(rt, f"note: the run goes on from {other} than before")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from nano.config import UserError
 from nano.weights import PREFIX
 from prepare import convert, instructions
 
+SLOW = os.environ.get("NANO_SLOW") == "1"
 TOKENS = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(5))
 BASES = dict(
     plain=dict(qkv_bias=True, o_bias=True),
@@ -423,8 +425,12 @@ def go_on(started, stage, out, *more, adapter="adapter"):
     return out / "last"
 
 
-@pytest.mark.parametrize("adapter", ["adapter", "dora"])
-@pytest.mark.parametrize("stage", ["sft", "dpo", "reward", "ppo"])
+# DoRA in two stages by default, and in all with NANO_SLOW=1
+GOING_ON = [(stage, "adapter") for stage in ("sft", "dpo", "reward", "ppo")]
+GOING_ON += [(stage, "dora") for stage in ("sft", "ppo", *("dpo", "reward") * SLOW)]
+
+
+@pytest.mark.parametrize("stage, adapter", GOING_ON)
 def test_a_stage_goes_on_with_an_adapter(stage, adapter, started, tmp_path):
     last = go_on(started, stage, tmp_path / "out", adapter=adapter)
     before, after = (tiny.tensors(dir, "adapter_model") for dir in (started / adapter, last))

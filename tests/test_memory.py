@@ -14,7 +14,7 @@ from conftest import ROOT
 import lora
 from bench import memory as bench
 from model import ModelConfig, Transformer
-from nano import estimate
+from nano import estimate, weights
 from nano.config import UserError
 
 
@@ -308,6 +308,7 @@ def test_ppo_parks_what_is_not_at_work():
         (dict(reduce_dtype="bfloat16", device="TPU v5p"), "and no reduce_dtype="),
         (dict(parallel="zero2", device="TPU v5p"), "parallel=zero2: on TPUs use ddp or fsdp"),
         (dict(stage="ppo", max_new_tokens=4096), "leaves no room for a prompt"),
+        (dict(out="here"), "out=here has no effect"),
     ],
 )
 def test_mistakes(settings, text):
@@ -379,6 +380,20 @@ def test_memory_is_near_the_peak_of_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for estimated, measured, whole, held in json.loads((tmp_path / "found").read_text()):
         assert 0.85 < estimated / measured < 1.1 and whole == pytest.approx(held, rel=0.001)
+
+
+@pytest.mark.skipif(not os.environ.get("NANO_SLOW"), reason="NANO_SLOW=1 runs each method")
+@pytest.mark.parametrize("name", bench.METHODS)
+def test_a_method_is_run_here(tmp_path, name):
+    sizes = dict(n_layers=6, dim=256, ffn_dim=768, head_dim=64, max_positions=512)
+    weights.save_model(tiny.model(**sizes).bfloat16(), tmp_path / "model")
+    tiny.with_tokenizer(tmp_path / "model")
+    keys = dict(here="cpu", model=str(tmp_path / "model"), out=str(tmp_path / "out"))
+    keys |= dict(max_length=256, max_new_tokens=32, dtype="float32")
+    cfg = bench.Config(**keys)
+    bench.prepare(cfg)
+    predicted, measured, speed = bench.compare(cfg, bench.METHODS[name])
+    assert 0.9 < predicted / measured < 1.1 and speed > 0
 
 
 def test_the_text(capsys):

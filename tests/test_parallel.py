@@ -187,7 +187,7 @@ def two(folder):
     )
     drop = ["parallel=fsdp", "lora_dropout=0.1", "eval_every=100", "save_every=100"]
     for run, *more in (["whole"], ["cut", "steps=2"], ["cut"]):
-        jobs.append(job(folder, "sft_lora", folder / "dropout" / run, *drop, *more))
+        jobs.append(job(folder, "sft_quant", folder / "dropout" / run, *drop, *more))
     jobs += [variant(folder, name, folder / "variants" / name) for name in VARIANTS]
     status, output, shares = launch(2, jobs, folder)
     assert status == 0, output[-5000:]
@@ -397,7 +397,7 @@ def test_each_rank_writes_its_part_of_the_state(folder, two):
 
 
 def test_a_resume_with_as_many_ranks_is_exact(folder, two):
-    """With dropout, and generators that differ from rank to rank."""
+    """On a quantised base with dropout, and generators that differ from rank to rank."""
     whole, cut = folder / "dropout" / "whole", folder / "dropout" / "cut"
     states = [
         f["rng.cpu"]

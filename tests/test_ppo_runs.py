@@ -1098,7 +1098,7 @@ def test_a_resume_needs_the_models_and_the_prompts_of_the_run(folder, tmp_path, 
             (dict(model=tmp_path / "other"), "another model"),
             (dict(data=tmp_path / "more"), "other data"),
         ]:
-            with pytest.raises(UserError, match=f"was made from {words}:"):
+            with pytest.raises(UserError, match=f"was made from {words} "):
                 train(folder, out, steps=3, **settings | change)
         train(folder, out, steps=3, **settings, data=tmp_path / "more", resume="anyway")
         assert "goes on from other data" in capsys.readouterr().out

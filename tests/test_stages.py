@@ -117,13 +117,17 @@ def test_a_resume_needs_the_model_and_the_data_of_the_run(stage, folder, run, tm
     make(tmp_path / "more", folder / "model", n=24, val=4)
     make(tmp_path / "val", folder / "model", n=16, val=8)
     run(stage, "steps=2", "eval_every=1")
-    for change, words in [
-        (f"model={tmp_path}/other", "another model:"),
-        (f"data={tmp_path}/more", "other data:"),
-        (f"data={tmp_path}/val", "other validation data:"),
-    ]:
+    changes = [
+        ([f"model={tmp_path}/other"], r"another model \(model \S+ -> \S+other\):"),
+        ([f"data={tmp_path}/more"], r"other data \(data \S+ -> \S+more\]\):"),
+        ([f"data={tmp_path}/val"], r"other validation data \(data \S+ -> \S+val\]\):"),
+    ]
+    if stage != "pretrain":
+        quantised = ["lora_rank=2", "quant=nf4"], r"another model \(quant none -> nf4\):"
+        changes.append(quantised)
+    for change, words in changes:
         with pytest.raises(UserError, match=f"out/state was made from {words}"):
-            run(stage, "steps=3", change)
+            run(stage, "steps=3", *change)
     capsys.readouterr()
     state = tmp_path / "out" / "state" / "state.json"
     best = json.loads(state.read_text())["meta"]["best"]
