@@ -105,21 +105,29 @@ class Sampler:
         self.chats = self.tok.template not in (None, "plain")
         if self.tok.template is None:
             self.tok = tokenizer.load(opened.tok.dir, template="plain")
-        self.tools = read_tools(cfg.tools) if cfg.tools else None
-        if cfg.tools and not self.chats:
-            raise UserError("tools= needs a chat template, and the model has none: give template=")
-        if cfg.tools and not self.tok.tools.call:
-            raise UserError(
-                "tools=: the chat template writes the arguments of calls in no JSON, so they are "
-                "not read: template=chatml writes them so"
-            )
+        self.tools = None
+        if cfg.tools:
+            self.tools = read_tools(cfg.tools)
+            self.check_tools()
         self.decoder = Decoder(opened.model, self.rt.dtype)
         self.past = None  # of the conversation: its next turn goes on from there
+
+    def check_tools(self):
+        """UserError where the chat template does not write calls so that they can be read."""
+        if not self.chats:
+            raise UserError("tools need a chat template, and the model has none: give template=")
+        if not self.tok.tools.call:
+            raise UserError(
+                "tools: the chat template writes the arguments of calls in no JSON, so they are "
+                "not read: template=chatml writes them so"
+            )
 
     def render(self, messages, tools=None):
         """The ids of a prompt. TooLong for one that leaves the model no room to answer.
 
         tools: in the place of those of tools=."""
+        if tools:
+            self.check_tools()
         ids, _ = self.tok.render(messages, add_generation_prompt=True, tools=tools or self.tools)
         positions = self.decoder.cfg.max_positions
         if len(ids) >= positions:

@@ -1,9 +1,9 @@
 """The log-likelihoods and the speed of eval.py beside EleutherAI's lm-eval, task by task.
 
     pip install lm-eval==0.4.13                 # for this script alone
-    python -m bench.lm_eval model=models/smollm2 data=../shared/data/bench limit=200
-    python -m bench.lm_eval limit=20 dtype=bfloat16 batch=32
-    python -m bench.lm_eval tasks=gsm8k shots=2 limit=8                   # greedy answers
+    python -m bench.lm_eval data=bench model=models/smollm2 limit=200
+    python -m bench.lm_eval data=bench limit=20 dtype=bfloat16 batch=32
+    python -m bench.lm_eval data=bench tasks=gsm8k shots=2 limit=8        # greedy answers
 
 Both get the same weights and the same records. `data` is a folder of llm-foundry's and QLoRA's
 files. They are rewritten in the columns of the hub for lm-eval, whose task definitions write the
@@ -58,8 +58,8 @@ METRICS = {  # ours: lm-eval's
 
 @dataclass
 class Config:
+    data: PathText  # folder of the files of FILES
     model: PathText = "models/smollm2"
-    data: PathText = "../shared/data/bench"
     tasks: tuple[str, ...] = tuple(FILES)
     limit: PositiveInt = 200  # records of a task
     shots: NonNegativeInt = 0  # answered examples in front

@@ -50,6 +50,7 @@ import json
 import math
 import shutil
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -71,6 +72,7 @@ from nano.config import (
     PositiveInt,
     UserError,
     With,
+    refuse,
 )
 
 # Memory in GB, its bandwidth in GB/s, and the GB/s that a device sends within its node, to other
@@ -472,6 +474,8 @@ def print_table(cfg):
     """Memory in GB of each method on one device with one row a forward; a * where it does not
     fit."""
     alone = dict(devices=1, parallel="ddp", batch_size=32, micro_batch=1, table=())
+    for key in sorted({*alone, *chain(*METHODS.values()), "size", "model"} - {"table"}):
+        refuse(cfg, key, "with table=, which sets it", "table=")
     print(f"| one {cfg.device}, {cfg.max_length} tokens a forward | {' | '.join(cfg.table)} |")
     print(f"| --- |{' ---: |' * len(cfg.table)}")
     for name, settings in METHODS.items():

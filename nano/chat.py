@@ -675,6 +675,12 @@ def call_of(call, n):
             ) from None
     if not isinstance(arguments, dict):
         raise UserError(f"message {n}: the arguments of a call are no object: {arguments!r:.100}")
+    try:
+        json.dumps(arguments, allow_nan=False)
+    except ValueError:
+        raise UserError(
+            f"message {n}: arguments with NaN or Infinity, which are no JSON: {arguments!r:.100}"
+        ) from None
     return {"type": "function"} | call | {"function": function | {"arguments": arguments}}
 
 

@@ -22,9 +22,11 @@ class Sheet:
     target: Path
     rows: list  # lists of texts, the names of the columns first
     column: int
+    start: str  # the byte order mark that Excel writes, or ""
 
     def write(self):
         text = io.StringIO()
+        text.write(self.start)
         csv.writer(text).writerows(self.rows)
         files.write_text(self.target, text.getvalue())
 
@@ -36,7 +38,9 @@ def open_sheet(source, out, name):
     target = Path(out) / source.name
     path = target if target.exists() else source
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode()
+        start = "\ufeff" * text.startswith("\ufeff")
+        text = text.removeprefix(start)
         rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"{path} cannot be read as CSV: {e}") from None
@@ -46,7 +50,7 @@ def open_sheet(source, out, name):
         for row in rows:
             row.insert(-2, "")
         rows[0][-3] = name
-    return Sheet(source, target, rows, rows[0].index(name))
+    return Sheet(source, target, rows, rows[0].index(name), start)
 
 
 def fill(benchmark, model, tok, rt, out, name, batch_size=32):

@@ -89,7 +89,8 @@ class Task:
         hub = getattr(self.module, "PARTS", {}).get(self.part) or getattr(self.module, "HUB", None)
         if not hub:
             raise UserError(
-                f"the records of {self.name} are not on the hub: name their file or folder, files="
+                f"the records of {self.name} are not on the hub: name their file or folder, "
+                "files=, or path= of prepare"
             )
         return hub
 

@@ -198,7 +198,8 @@ class Tools:
             at = match.end()
             try:
                 arguments, at = json.JSONDecoder().raw_decode(text, at)
-                dumps(arguments).encode()  # half a character (\ud83d alone) is no text
+                # Half a character (\ud83d alone) is no text, and NaN is no JSON.
+                json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()
             except (ValueError, RecursionError):
                 continue
             if isinstance(arguments, dict):

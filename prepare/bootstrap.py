@@ -21,6 +21,7 @@ import hashlib
 import http.client
 import json
 import os
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -321,11 +322,13 @@ def post(url, body, tries=6):
         except http.client.InvalidURL as e:
             raise UserError(f"{url} is no address: {e}") from None
         except (OSError, http.client.HTTPException) as e:
-            reason, again = str(e), True
+            refused = isinstance(getattr(e, "reason", e), ConnectionRefusedError)
+            reason, again = str(e), not refused
         except (ValueError, LookupError, TypeError):
             reason, again = "its reply is not that of an OpenAI-compatible server", False
         if not again or attempt == tries - 1:
             raise UserError(f"{url} gives no answer ({' '.join(reason.split())})")
+        print(f"{url}: {' '.join(reason.split()):.100}; again in {2**attempt} s", file=sys.stderr)
         time.sleep(2**attempt)
 
 

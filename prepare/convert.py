@@ -121,9 +121,13 @@ def encode_chunk(chunk):
         bad=[],
     )
     seed = job.cfg.seed.to_bytes(8, "little", signed=True)
+    task = named(job.cfg.source).task
+    by_task = task and not task.is_set  # its records may be told apart by their files
     for line, raw in items:
         try:
             record = records.parse(raw)
+            if by_task:
+                record = {"file": Path(name).stem} | record
             if job.cfg.ignore:
                 part.ignored |= names_in(record, job.cfg.ignore)
             unit = job.encode(job.cfg, job.tok, record)
@@ -159,20 +163,18 @@ def shorten(reason, limit=400):
 
 
 @functools.cache
-def named(source, split):
+def named(source):
     """What the name of a task or of a training set (tasks/) stands for.
 
     .task       a Task, or None where `source` is no such name
-    .hub        (hub id, configurations, split) of its rows
     .messages   the messages of a row, or None where its shape is to be recognised
     .ignore, .last_only   fields that may be lost, whether the last answer alone is a target
     """
     if tasks.name_of(source) not in tasks.names():
-        return SimpleNamespace(task=None, hub=None, messages=None, ignore=(), last_only=False)
+        return SimpleNamespace(task=None, messages=None, ignore=(), last_only=False)
     task = tasks.load(source)
     return SimpleNamespace(
         task=task,
-        hub=task.source_of(split),
         messages=None if task.is_set and not hasattr(task.module, "turns") else task.conversation,
         ignore=getattr(task.module, "IGNORE", ()),
         last_only=getattr(task.module, "LAST_ONLY", False),
@@ -185,7 +187,7 @@ def find(cfg, ranked=False):
     ranked: the script is prepare.preferences. UserError where the source is neither a file nor a
     folder, nor may be an id of the hub, and for a training set of the other script.
     """
-    known = named(cfg.source, cfg.split)
+    known = named(cfg.source)
     if known.task and getattr(known.task.module, "RANKED", False) != ranked:
         script = "instructions" if ranked else "preferences"
         raise UserError(f"source={cfg.source} is for python -m prepare.{script}")
@@ -194,10 +196,12 @@ def find(cfg, ranked=False):
             f"path= goes with the name of a task or set ({', '.join(tasks.names())}), and "
             f"source={cfg.source} is none"
         )
-    hub = known.hub or (cfg.source, [cfg.subset], cfg.split)
     path = cfg.path or cfg.source
     by_name = known.task and not cfg.path
+    hub = known.task.source_of(cfg.split) if by_name else (cfg.source, [cfg.subset], cfg.split)
     files = None if by_name else records.find_files(path, cfg.out, cfg.split)
+    if files == [Path(path)]:
+        refuse(cfg, "split", f"with {path}, a single file", "path=" if cfg.path else "source=")
     if known.task or files:
         refuse(cfg, "subset", f"with source={cfg.source}, which is no hub id", "source=")
     if by_name and hub[2] is None:  # a program writes its rows
@@ -287,7 +291,11 @@ def fill_split(cfg, writer, split, unit, files, hub):
         elif hub[2] is None:
             sources = [(hub[0], enumerate(tasks.load(hub[0]).rows(cfg.split == "train"), 1))]
         else:
-            sources = [(hub[0], records.read_hub(*hub))]
+            name, configurations, of = hub
+            sources = (
+                (f"{name}/{part}" if part else name, records.read_hub(name, [part], of))
+                for part in configurations
+            )
         settings = (cfg, job.encode, job.template)
         chunks = records.chunks(sources)
         parts = records.ordered_map(encode_chunk, chunks, workers, setup, settings)

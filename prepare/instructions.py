@@ -159,7 +159,7 @@ def encode(cfg, tok, record):
         counts = {}
         ids, mask = fit(cfg, *read_rendered(cfg, tok, record), counts)
         return convert.Unit([(ids, mask)], ids, counts)
-    named = convert.named(cfg.source, cfg.split)
+    named = convert.named(cfg.source)
     rest = fields.without(record, (*cfg.ignore, *named.ignore))
     known = cfg.text_field or named.messages  # what such records may lose is known
     tools = None if known else fields.definitions(rest)

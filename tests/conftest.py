@@ -1,4 +1,5 @@
 import contextlib
+import os
 import signal
 import sys
 from pathlib import Path
@@ -8,6 +9,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+REAL = Path(os.environ.get("NANO_REAL") or ROOT.parent / "shared")  # real data and templates
+SLOW = bool(os.environ.get("NANO_SLOW"))  # tests of all cases, which take much longer
+
+
+def few(cases, *telling):
+    """Those of the cases that tell most, and all of them with NANO_SLOW=1."""
+    return [case for case in cases if SLOW or case in telling]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -41,11 +49,10 @@ def stages_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """The real data sets beside the repository. Tests that need them are skipped without."""
-    path = ROOT.parent / "shared" / "data"
-    if not path.is_dir():
-        pytest.skip("no folder ../shared/data with real data")
-    return path
+    """A folder of real data sets. Tests that need them are skipped without."""
+    if not (REAL / "data").is_dir():
+        pytest.skip("no real data: NANO_REAL= names a folder with data/ and templates/")
+    return REAL / "data"
 
 
 with contextlib.suppress(ImportError):  # the environment of tests/xla goes without it

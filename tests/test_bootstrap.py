@@ -265,6 +265,22 @@ def test_model_directory_writes_tasks(seeds, tmp_path, monkeypatch):
     )
 
 
+def test_a_server_that_is_not_there_is_said_at_once(monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(bootstrap.time, "sleep", waits.append)
+    with pytest.raises(UserError, match="gives no answer .*Connection refused"):
+        bootstrap.post("http://127.0.0.1:1/v1/completions", {})
+    assert not waits
+
+    def slow(*_, **__):
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(bootstrap.urllib.request, "urlopen", slow)
+    with pytest.raises(UserError, match="timed out"):
+        bootstrap.post("http://127.0.0.1:1/v1/completions", {})
+    assert waits == [1, 2, 4, 8, 16] and "timed out; again in 16 s" in capsys.readouterr().err
+
+
 def test_refusals(server, seeds, tmp_path):
     for changes, words in (
         (dict(name=""), "needs name="),

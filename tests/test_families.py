@@ -6,7 +6,6 @@ add a family: an entry in nano/families.py, and a Case here.
 
 import itertools
 import json
-import os
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -18,7 +17,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from conftest import ROOT
+from conftest import ROOT, SLOW
 from hypothesis import given
 from hypothesis import strategies as st
 from test_fuzz import allowed, edited, edits, fuzz
@@ -31,7 +30,6 @@ from nano.config import UserError
 from nano.generate import choose, generate
 from nano.runtime import Runtime
 
-SLOW = os.environ.get("NANO_SLOW") == "1"
 VOCAB, LENGTH = 97, 40
 
 

@@ -857,6 +857,8 @@ def test_bad_files(model, tmp_path, monkeypatch, capfd, name):
         (dict(source="gsm8"), "did you mean 'gsm8k'?"),
         (dict(source="arithmetic", split="val"), "split=val: a task has train, and test, which"),
         (dict(source="gsm8k", path="nowhere.jsonl"), "there is no file or folder nowhere.jsonl"),
+        (dict(source="zbench"), "name their file or folder, files=, or path= of prepare"),
+        (dict(split="test"), "split=test has no effect with in.jsonl, a single file: leave it out"),
         (dict(path="in.jsonl"), "path= goes with the name of a task or set"),
         (dict(model="nowhere"), "there is no model directory nowhere"),
         (dict(template="none"), "the model has no chat template"),

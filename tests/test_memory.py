@@ -329,7 +329,7 @@ losses.CHUNK_LOGITS = 2**16
 found = []
 for parallel, tensor in ("fsdp", 1), ("none", 2):
     rt = runtime.Runtime("cpu", parallel, "bfloat16", tensor=tensor)
-    model = tiny.model(n_layers=6, dim=128, n_heads=8, n_kv_heads=4, head_dim=16, ffn_dim=352, vocab_size=2048)
+    model = tiny.model(n_layers=3, dim=128, n_heads=8, n_kv_heads=4, head_dim=16, ffn_dim=352, vocab_size=2048)
     net = rt.wrap(model)
     optimizer = optim.build(model)
     micro = tiny.batch([tiny.rows(4, low=25, high=32) for _ in range(8)], 128)

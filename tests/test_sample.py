@@ -331,6 +331,7 @@ BAD = {
     "records": (["prompts={dir}/records.jsonl"], "prompt 2: unknown record shape"),
     "an answered conversation": (["prompts={dir}/answered.ndjson"], "prompt 2 ends with an answer"),
     "a conversation without roles": (["prompts={dir}/roles.json"], "prompt 2"),
+    "tools in plain text": (["prompts={dir}/tools.jsonl", "template=plain"], "need a chat template"),
     "out in no folder": (
         ["prompts={dir}/good.txt", "out={dir}/no/out.json"],
         "a folder that exists",
@@ -359,6 +360,7 @@ def shelf(model, tmp_path_factory):
     (dir / "object.json").write_text("{}")
     (dir / "records.jsonl").write_text('"a"\n{"answer": "b"}\n')
     (dir / "answered.ndjson").write_text('"a"\n{"prompt": "b", "completion": "c"}\n')
+    (dir / "tools.jsonl").write_text('{"prompt": "a", "tools": [{"name": "f"}]}\n')
     (dir / "roles.json").write_text('["a", [{"content": "b"}]]')
     adapted = weights.load_model(model)
     lora.apply(adapted, rank=2, alpha=4)

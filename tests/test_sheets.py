@@ -1,5 +1,6 @@
 """Tasks that people judge: eval.py fills a column of their CSV files, and goes on where it stopped."""
 
+import codecs
 import csv
 import importlib
 import io
@@ -43,16 +44,19 @@ def run(model, folder, out, *argv):
 
 
 def read(path):
-    return list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8"), newline="")))
+    return list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
 
 
 def test_a_column_for_each_model(model, folder, tmp_path, capsys):
     """In front of the last two columns. What was there stays as it was, to the byte."""
     out = tmp_path / "out"
+    marked = folder / "common.samples.csv"
+    marked.write_bytes(codecs.BOM_UTF8 + marked.read_bytes())
     run(model, folder, out)
     other = tiny.model_dir(tmp_path / "other", seed=1)
     run(other, folder, out)
     for name, rows in FILES.items():
+        assert (out / name).read_bytes().startswith(codecs.BOM_UTF8) == (name == marked.name)
         head, *filled = read(out / name)
         assert head[:4] == HEAD[:4] and head[6:] == HEAD[4:]
         assert head[4].startswith(f"{model} (") and head[5].startswith(f"{other} (")
@@ -60,7 +64,7 @@ def test_a_column_for_each_model(model, folder, tmp_path, capsys):
         assert all(row[4] and row[5] and row[4] != row[5] for row in filled)
         text = io.StringIO()
         csv.writer(text).writerows([HEAD, *(row[:4] + row[6:] for row in filled)])
-        assert text.getvalue().encode() == (folder / name).read_bytes()
+        assert (folder / name).read_bytes().removeprefix(codecs.BOM_UTF8) == text.getvalue().encode()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["zbench"]["metrics"] == dict(answered=1.0) and result["zbench"]["count"] == 5
     assert "average" not in result

@@ -11,6 +11,7 @@ import sentencepiece
 import tiny
 import torch
 import torch.nn.functional as F
+from conftest import few
 from transformers import (
     AutoModelForSeq2SeqLM,
     MT5Config,
@@ -482,7 +483,9 @@ def test_packing_and_micro_batches_do_not_change_the_gradient(folder, tmp_path):
         assert worst(t, moments["alone"][name]) < 1e-6, name
 
 
-@pytest.mark.parametrize("more", [[], ["lora_rank=2"], ["train=attention", "freeze_layers=1"]])
+@pytest.mark.parametrize(
+    "more", few([[], ["lora_rank=2"], ["train=attention", "freeze_layers=1"]], ["lora_rank=2"])
+)
 def test_sft_trains_it(folder, tmp_path, more):
     argv = [f"model={folder}/model", f"data={folder}/rows", f"out={tmp_path}"]
     argv += ["batch_size=2", "max_length=64", "grad_checkpoint=true", "steps=30", "lr=1e-2"]
@@ -507,7 +510,7 @@ def test_dpo_trains_it(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more", [["algo=grpo", "group=4"], ["algo=ppo"], ["algo=rloo", "group=2", "lora_rank=2"]]
+    "more", few([["algo=grpo", "group=4"], ["algo=ppo"], ["algo=rloo", "group=2", "lora_rank=2"]], ["algo=ppo"])
 )
 def test_ppo_trains_it_with_a_function(folder, tmp_path, more):
     """main itself checks that the first ratios are 1 and the first KL is 0."""

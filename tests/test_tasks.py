@@ -9,6 +9,7 @@ import tiny
 
 from nano import evaluation, records, tasks, tokenizer
 from nano.config import UserError
+from nano.store import Store
 from tasks import mmlu
 
 GOLDEN = {}  # task: (row, prompt, options, gold)
@@ -262,6 +263,20 @@ def test_mmlu_redux_on_the_hub(monkeypatch):
     assert record["subject"] == "virology"
 
 
+def test_a_task_s_rows_are_told_apart_by_their_files_in_prepare(tmp_path, monkeypatch, shared_data):
+    """mmlu_redux from the hub, whose configuration is the subject, and Z-Bench from its folder."""
+    row = {key: value for key, value in REDUX.items() if key != "subject"}
+    monkeypatch.setattr(records, "read_hub", lambda name, subsets, split: [(1, row)] * len(subsets))
+    model = tiny.model_dir(tmp_path / "model")
+    keys = dict(model=model, out=tmp_path / "out", template="chatml", workers=1, max_length=10_000)
+    redux = dict(source="mmlu_redux:virology", split="test")
+    for settings, count in (redux, 1), (dict(source="zbench", path=shared_data / "zbench"), 311):
+        tiny.train("prepare.instructions", tiny.arguments(keys | settings))
+        store = Store(tmp_path / "out", "train")
+        assert len(store) == count
+    assert json.loads(store.line(0))["file"] == "common.samples"
+
+
 @pytest.mark.parametrize("spec", ANSWERS)
 def test_answers(tmp_path, spec):
     row, prompt, scores = ANSWERS[spec]
@@ -495,7 +510,7 @@ def test_a_task_prepares_rows_and_scores_as_a_reward(tmp_path):
     assert f"\n{first['answer']}<|im_end|>" in text
     path = tiny.jsonl(tmp_path / "rules.jsonl", [RULES])
     rows = prepare("rules", "rules", path=str(path))
-    assert json.loads(rows.line(0)) == RULES and not rows.row(0)[1].any()
+    assert json.loads(rows.line(0)) == RULES | dict(file="rules") and not rows.row(0)[1].any()
     path = tiny.jsonl(tmp_path / "arc.jsonl", [ARC])
     (row,) = [prepare("arc", "piqa", path=str(tiny.jsonl(tmp_path / "p.jsonl", [LOCAL["piqa"]])))]
     assert "Turn the lid." in tok.decode(row.row(0)[0])

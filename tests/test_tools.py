@@ -4,14 +4,13 @@ form, calls read back from answers, the chat that asks for results, and a model 
 import functools
 import itertools
 import json
-import os
 import random
 from types import SimpleNamespace
 
 import pytest
 import test_templates
 import tiny
-from conftest import ROOT
+from conftest import REAL, SLOW
 from transformers import PreTrainedTokenizerFast
 
 import sample
@@ -19,8 +18,7 @@ from nano import chat, config, store, tokenizer, tools, traced
 from nano.generate import Samples
 from prepare import fields, instructions
 
-SLOW = bool(os.environ.get("NANO_SLOW"))
-SHARED = ROOT.parent / "shared"
+SHARED = REAL
 WEATHER = {
     "type": "function",
     "function": {
@@ -287,7 +285,8 @@ def test_half_a_call_is_text(model):
     tok = tokenizer.load(model, template="chatml")
     call = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
     half = call.replace("1", r'"\ud83d"')
-    for text in (half, call[:-20], call.replace("{", "[").replace("}", "]"), "Hello", ""):
+    nan = call.replace("1", "NaN")
+    for text in (half, nan, call[:-20], call.replace("{", "[").replace("}", "]"), "Hello", ""):
         assert tools.answer_of(tok, [*text.encode()]) == say("assistant", text)
     message = tools.answer_of(tok, [*f"Look: é {call}".encode(), 258])
     assert message == tools.calling([("f", {"x": 1})], "Look: é")
@@ -370,7 +369,7 @@ def test_tools_that_cannot_be(model, tmp_path):
     for argv, words in (
         ((f"tools={tmp_path / 'bad.json'}", "template=chatml"), "must hold a JSON list"),
         ((f"tools={tmp_path / 'empty.json'}", "template=chatml"), "must hold a JSON list"),
-        ((f"tools={tmp_path / 'good.json'}",), "needs a chat template"),
+        ((f"tools={tmp_path / 'good.json'}",), "need a chat template"),
     ):
         with pytest.raises(config.UserError, match=words):
             run(f"model={model}", "prompt=x", *argv)
