@@ -2,7 +2,7 @@
 and decoding.
 
     python -m bench.experts                            # both in fp32, transformers in two ways
-    python -m bench.experts dtypes=[float32,bfloat16] 'sides=[ours,grouped_mm]'
+    python -m bench.experts 'dtypes=[float32,bfloat16]' 'sides=[ours,grouped_mm]'
 
 The model has the proportions of Qwen3-30B-A3B: 128 experts of which a token takes 8, each 3/8 as
 wide as the model. Both sides read the same file. A step is forward, backward, clipping and AdamW on
